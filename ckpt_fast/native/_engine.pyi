@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine: bytes in, bytes out. It knows addresses, sizes and files; no tensors.
+
+Addresses are plain integers (``tensor.data_ptr()``); the caller keeps the memory alive. Every call that
+moves bytes releases the GIL. Columns are buffers of signed 64-bit integers (``array.array("q")``), one
+entry per row, so that ten thousand rows cross the seam at the price of one.
+"""
+
+from array import array
+from collections.abc import Sequence
+
+def crc32(address: int, nbytes: int, seed: int = 0) -> int:
+    """CRC-32 (zlib's polynomial and conventions) of memory; ``seed`` continues an earlier CRC."""
+
+def crc32_combine(first: int, second: int, second_nbytes: int) -> int:
+    """CRC-32 of A followed by B, from the CRC of each and B's length."""
+
+def copy_crc32(destination: int, source: int, nbytes: int, seed: int = 0) -> int:
+    """Copy ``nbytes`` and return the CRC-32 of them, touching each byte once."""
+
+def write_files(
+    paths: Sequence[str],
+    file_nbytes: array[int],
+    piece_file: array[int],
+    piece_offset: array[int],
+    piece_nbytes: array[int],
+    piece_address: array[int],
+    piece_digest: array[int],
+    patch_file: array[int],
+    patch_offset: array[int],
+    patch_digest: array[int],
+    digest_count: int,
+    threads: int,
+    chunk_bytes: int,
+    direct: bool,
+    fsync: bool,
+) -> tuple[list[int], list[int]]:
+    """Create (or truncate) files and fill them from memory, in parallel; return when they are written.
+
+    A file is the concatenation of its pieces at their offsets; bytes no piece covers are zero. Pieces are
+    ordered by (file, offset) and do not overlap. The bytes of all pieces with digest ``d >= 0``, taken in
+    order, form stream ``d`` (all of it in one file); pieces with digest -1 belong to none. A patch stores
+    the finished CRC-32 of its stream, 4 bytes little-endian, at a file offset that lies behind the stream's
+    last byte in the same file, over the bytes a piece put there.
+
+    Returns:
+        (CRC-32 of every stream, CRC-32 of every whole file).
+
+    Raises:
+        OSError: with errno, and "write 4194304 bytes at 12288 to PATH: No space left on device" as text;
+            ``filename`` is the path. The first failure of the pool wins; the files are then incomplete.
+    """
+
+def read_extents(
+    paths: Sequence[str],
+    extent_file: array[int],
+    extent_offset: array[int],
+    extent_nbytes: array[int],
+    extent_address: array[int],
+    extent_digest: array[int],
+    digest_count: int,
+    threads: int,
+    chunk_bytes: int,
+    direct: bool,
+) -> list[int]:
+    """Read byte ranges of files into memory, in parallel.
+
+    The bytes of all extents with digest ``d >= 0``, taken in the order given, form stream ``d``.
+
+    Returns:
+        CRC-32 of every stream.
+
+    Raises:
+        OSError: as ``write_files``; a file that ends early is errno EIO with "read N bytes at OFFSET from
+            PATH: file ends at SIZE".
+    """
+
+def permute_rows(
+    destination: int,
+    source: int,
+    rows: int,
+    row_nbytes: int,
+    block: int,
+    interleave: bool,
+    threads: int,
+) -> None:
+    """Reorder ``rows`` rows between [W, V] and blocks [W0:k, V0:k, Wk:2k, Vk:2k, ...], k = ``block``.
+
+    ``rows`` is a multiple of ``2 * block``; source and destination do not overlap. ``interleave`` goes
+    from [W, V] to blocks, otherwise back.
+    """
+
+def cpu_features() -> list[str]:
+    """Instruction sets in use, for ``ckpt-fast info`` and benchmark headers, e.g. ["pclmul", "avx512"]."""

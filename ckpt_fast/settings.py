@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every environment variable ckpt_fast reads, its meaning and its default, in one place.
+
+Variables are read at call time, so a test or a launcher may change them between two saves.
+"""
+
+from __future__ import annotations
+
+import os
+
+_SUFFIXES = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+def native_enabled() -> bool:
+    """``CKPT_FAST_NATIVE`` (1): 0 uses the pure-Python/torch fallback of every native function."""
+    return _flag("CKPT_FAST_NATIVE", default=True)
+
+
+def io_threads() -> int:
+    """``CKPT_FAST_THREADS``: threads of one rank that move bytes. Default: 2 to 8, by core count."""
+    value = os.environ.get("CKPT_FAST_THREADS")
+    if value is None:
+        return max(2, min(8, os.cpu_count() or 1))
+    return _positive("CKPT_FAST_THREADS", value)
+
+
+def chunk_bytes() -> int:
+    """``CKPT_FAST_CHUNK`` (4M): bytes of one read or write; a multiple of 4096. K, M, G may follow."""
+    value = _size("CKPT_FAST_CHUNK", 4 << 20)
+    if value % 4096:
+        raise ValueError(f"CKPT_FAST_CHUNK={value} is not a multiple of 4096 bytes")
+    return value
+
+
+def direct_io() -> bool:
+    """``CKPT_FAST_DIRECT`` (1): write past the page cache (O_DIRECT) where the file system can."""
+    return _flag("CKPT_FAST_DIRECT", default=True)
+
+
+def fsync_enabled() -> bool:
+    """``CKPT_FAST_FSYNC`` (1): 0 gives up durability against power loss, for scratch runs only."""
+    return _flag("CKPT_FAST_FSYNC", default=True)
+
+
+def verify_on_load() -> bool:
+    """``CKPT_FAST_VERIFY`` (1): compare the CRC-32 of every item that is read whole."""
+    return _flag("CKPT_FAST_VERIFY", default=True)
+
+
+def collective_timeout_s() -> float:
+    """``CKPT_FAST_TIMEOUT`` (1800): seconds after which a failure on a rank has reached all ranks."""
+    value = os.environ.get("CKPT_FAST_TIMEOUT", "1800")
+    try:
+        seconds = float(value)
+    except ValueError:
+        seconds = 0.0
+    if not seconds > 0:
+        raise ValueError(f"CKPT_FAST_TIMEOUT={value!r} is not a positive number of seconds")
+    return seconds
+
+
+def _flag(name: str, default: bool) -> bool:
+    value = os.environ.get(name)
+    if value is None:
+        return default
+    if value not in ("0", "1"):
+        raise ValueError(f"{name}={value!r}: use 0 or 1")
+    return value == "1"
+
+
+def _positive(name: str, value: str) -> int:
+    if not value.isdigit() or int(value) < 1:
+        raise ValueError(f"{name}={value!r} is not a positive whole number")
+    return int(value)
+
+
+def _size(name: str, default: int) -> int:
+    value = os.environ.get(name)
+    if value is None:
+        return default
+    digits, suffix = (value[:-1], value[-1].upper()) if value[-1:].isalpha() else (value, "")
+    if suffix and suffix not in _SUFFIXES:
+        raise ValueError(f"{name}={value!r}: use a number of bytes, or a number followed by K, M, G or T")
+    return _positive(name, digits) * _SUFFIXES.get(suffix, 1)
