@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The commit protocol: when a checkpoint begins to exist, and how files appear whole or not at all.
+
+A directory is a checkpoint once its *seal* exists: ``.metadata`` for torch DCP, ``metadata.json`` on top of it
+for Megatron-Core. The order is always
+
+1. ``invalidate``: an older checkpoint in the same directory loses its seal before any of its bytes change;
+2. every rank writes and fsyncs its data files;
+3. the status of every rank is known to rank 0, which alone goes on, and only if all succeeded;
+4. ``publish``: each remaining file is written beside its name, fsynced and renamed, the seal last.
+
+Each rename is followed by an fsync of the directory, so the order holds after power loss as well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Mapping
+
+from ckpt_fast import settings
+from ckpt_fast.errors import CheckpointWriteError
+
+METADATA_FILE = ".metadata"
+SEAL_FILE = "metadata.json"
+SIDECAR_FILE = "ckpt_fast.json"
+DATA_SUFFIX = ".distcp"
+_PARTIAL_SUFFIX = ".partial"
+
+
+def write_file_atomic(path: str, data: bytes) -> None:
+    """Create or replace ``path`` so that a crash leaves the old content or the new, never a mixture.
+
+    Args:
+        path: the file; its directory exists.
+        data: the whole content.
+
+    Raises:
+        CheckpointWriteError: with errno and path; ``path`` is unchanged then.
+    """
+    directory, name = os.path.split(path)
+    directory = directory or "."
+    temporary = None
+    try:
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{name}.", suffix=_PARTIAL_SUFFIX, dir=directory)
+        with os.fdopen(descriptor, "wb") as file:
+            os.fchmod(file.fileno(), 0o666 & ~_umask())
+            file.write(data)
+            file.flush()
+            fsync(file.fileno())
+        os.replace(temporary, path)
+        fsync_directory(directory)
+    except OSError as error:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+        raise CheckpointWriteError(
+            f"cannot write {path}: {error.strerror or error}. The previous content, if any, is untouched; "
+            "check the directory's permissions and free space.",
+            error.errno,
+            path,
+        ) from error
+
+
+def fsync_directory(path: str) -> None:
+    """Make the names in a directory durable (a rename is not, until its directory is synced)."""
+    if not settings.fsync_enabled():
+        return
+    descriptor = os.open(path or ".", os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fsync(descriptor: int) -> None:
+    """fsync unless the user has given durability up (``CKPT_FAST_FSYNC=0``)."""
+    if settings.fsync_enabled():
+        os.fsync(descriptor)
+
+
+def invalidate(directory: str) -> None:
+    """Empty ``directory`` of an earlier checkpoint's payload, its seal first; create it when missing.
+
+    Only files that a checkpoint payload consists of are removed; foreign files stay.
+
+    Raises:
+        CheckpointWriteError: the directory cannot be created or cleaned.
+    """
+    try:
+        os.makedirs(directory, exist_ok=True)
+        fsync_directory(os.path.dirname(os.path.abspath(directory)))
+        names = set(os.listdir(directory))
+        for seal in (SEAL_FILE, METADATA_FILE, SIDECAR_FILE):
+            if seal in names:
+                os.unlink(os.path.join(directory, seal))
+                fsync_directory(directory)
+        for name in names:
+            if name.endswith((DATA_SUFFIX, _PARTIAL_SUFFIX)) or name == "common.pt":
+                os.unlink(os.path.join(directory, name))
+    except OSError as error:
+        raise CheckpointWriteError(
+            f"cannot prepare the checkpoint directory {directory}: {error.strerror or error} "
+            f"({error.filename or directory}). Nothing was saved; check that the path exists, is a directory "
+            "and is writable for this user on the rank named above.",
+            error.errno,
+            error.filename or directory,
+        ) from error
+
+
+def publish(directory: str, files: Mapping[str, bytes]) -> None:
+    """Write ``files`` (name to content) into ``directory`` one after the other; the last one is the seal."""
+    for name, data in files.items():
+        write_file_atomic(os.path.join(directory, name), data)
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
