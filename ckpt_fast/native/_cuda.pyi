@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CUDA kernels behind raw device pointers, sizes and a stream (``torch.cuda.current_stream().cuda_stream``)."""
+"""CUDA kernels behind raw device pointers, sizes and a stream (``torch.cuda.current_stream().cuda_stream``).
+
+Importing the module needs no driver. A CUDA failure is a RuntimeError with the call and CUDA's text for it.
+"""
+
+from array import array
 
 def device_count() -> int:
     """GPUs that the driver shows; 0 when there is no driver."""
@@ -14,4 +19,25 @@ def permute_rows(
     device: int,
     stream: int,
 ) -> None:
-    """``_engine.permute_rows`` on device memory: enqueued on ``stream``, returns at once."""
+    """``_engine.permute_rows`` on memory the device can reach: enqueued on ``stream``, returns at once.
+
+    Either address may be device memory, pinned host memory or a peer's memory, of any alignment. The
+    caller keeps both alive until the stream has passed the work.
+
+    Raises:
+        ValueError: ``rows`` is no multiple of ``2 * block``, ``block < 1``, or the two regions overlap;
+            nothing was enqueued.
+        RuntimeError: CUDA refused the launch.
+    """
+
+def permute_rows_many(
+    destination: array[int],
+    source: array[int],
+    rows: array[int],
+    row_nbytes: array[int],
+    block: array[int],
+    interleave: bool,
+    device: int,
+    stream: int,
+) -> None:
+    """``permute_rows`` for many tensors at the price of few launches; one entry of each column per tensor."""

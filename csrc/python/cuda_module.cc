@@ -1,0 +1,76 @@
+// SPDX-License-Identifier: Apache-2.0
+// ckpt_fast.native._cuda: conversions only; ckpt_fast/native/_cuda.pyi is the contract. A CudaError becomes a
+// RuntimeError, an std::invalid_argument a ValueError.
+#include <pybind11/pybind11.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "../cuda/device.h"
+#include "../cuda/glu.h"
+
+namespace py = pybind11;
+namespace cuda = ckpt_fast::cuda;
+
+namespace {
+
+// One column of a table: a one-dimensional buffer of signed 64-bit integers, as array.array("q") gives.
+class Column {
+ public:
+  Column(const py::buffer& buffer, const std::string& name) : info_(buffer.request()) {
+    bool sound = info_.ndim == 1 && info_.itemsize == sizeof(std::int64_t) &&
+                 (info_.format == "q" || info_.format == "l") &&
+                 (info_.size <= 1 || info_.strides[0] == info_.itemsize);
+    if (!sound) throw std::invalid_argument(name + " must be a buffer of signed 64-bit integers");
+  }
+
+  std::size_t size() const { return static_cast<std::size_t>(info_.size); }
+  std::int64_t operator[](std::size_t row) const { return static_cast<const std::int64_t*>(info_.ptr)[row]; }
+
+ private:
+  py::buffer_info info_;
+};
+
+cuda::Stream as_stream(std::uintptr_t handle) { return reinterpret_cast<cuda::Stream>(handle); }
+
+void permute_rows(std::uintptr_t destination, std::uintptr_t source, std::int64_t rows,
+                  std::int64_t row_nbytes, std::int64_t block, bool interleave, int device,
+                  std::uintptr_t stream) {
+  cuda::RowPermutation work{destination, source, rows, row_nbytes, block};
+  py::gil_scoped_release release;
+  cuda::permute_rows(&work, 1, interleave, device, as_stream(stream));
+}
+
+void permute_rows_many(const py::buffer& destination, const py::buffer& source, const py::buffer& rows,
+                       const py::buffer& row_nbytes, const py::buffer& block, bool interleave, int device,
+                       std::uintptr_t stream) {
+  Column destinations(destination, "destination"), sources(source, "source"), all_rows(rows, "rows"),
+      widths(row_nbytes, "row_nbytes"), blocks(block, "block");
+  std::size_t count = destinations.size();
+  for (const Column* column : {&sources, &all_rows, &widths, &blocks}) {
+    if (column->size() != count) throw std::invalid_argument("permute_rows_many: columns differ in length");
+  }
+  std::vector<cuda::RowPermutation> works;
+  works.reserve(count);
+  for (std::size_t i = 0; i < count; ++i) {
+    works.push_back({static_cast<std::uintptr_t>(destinations[i]), static_cast<std::uintptr_t>(sources[i]),
+                     all_rows[i], widths[i], blocks[i]});
+  }
+  py::gil_scoped_release release;
+  cuda::permute_rows(works.data(), works.size(), interleave, device, as_stream(stream));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cuda, module) {
+  module.def("device_count", &cuda::device_count);
+  module.def("permute_rows", &permute_rows, py::arg("destination"), py::arg("source"), py::arg("rows"),
+             py::arg("row_nbytes"), py::arg("block"), py::arg("interleave"), py::arg("device"),
+             py::arg("stream"));
+  module.def("permute_rows_many", &permute_rows_many, py::arg("destination"), py::arg("source"),
+             py::arg("rows"), py::arg("row_nbytes"), py::arg("block"), py::arg("interleave"),
+             py::arg("device"), py::arg("stream"));
+}
