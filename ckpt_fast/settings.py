@@ -47,16 +47,9 @@ def verify_on_load() -> bool:
     return _flag("CKPT_FAST_VERIFY", default=True)
 
 
-def collective_timeout_s() -> float:
-    """``CKPT_FAST_TIMEOUT`` (1800): seconds after which a failure on a rank has reached all ranks."""
-    value = os.environ.get("CKPT_FAST_TIMEOUT", "1800")
-    try:
-        seconds = float(value)
-    except ValueError:
-        seconds = 0.0
-    if not seconds > 0:
-        raise ValueError(f"CKPT_FAST_TIMEOUT={value!r} is not a positive number of seconds")
-    return seconds
+def pickle_allowed() -> bool:
+    """``CKPT_FAST_ALLOW_PICKLE`` (0): 1 lets a checkpoint's pickles name any class, which runs its code."""
+    return _flag("CKPT_FAST_ALLOW_PICKLE", default=False)
 
 
 def _flag(name: str, default: bool) -> bool:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The commit protocol: when a checkpoint begins to exist, and how files appear whole or not at all.
 
-A directory is a checkpoint once its *seal* exists: ``.metadata`` for torch DCP, ``metadata.json`` on top of it
-for Megatron-Core. The order is always
+A directory is a checkpoint once its *seal* exists: ``.metadata`` for torch DCP, ``metadata.json`` on top of
+it for Megatron-Core. The order is always
 
 1. ``invalidate``: an older checkpoint in the same directory loses its seal before any of its bytes change;
 2. every rank writes and fsyncs its data files;
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
+import secrets
 from collections.abc import Mapping
 
 from ckpt_fast import settings
@@ -40,21 +40,17 @@ def write_file_atomic(path: str, data: bytes) -> None:
         CheckpointWriteError: with errno and path; ``path`` is unchanged then.
     """
     directory, name = os.path.split(path)
-    directory = directory or "."
-    temporary = None
+    temporary = os.path.join(directory, f".{name}.{secrets.token_hex(4)}{_PARTIAL_SUFFIX}")
     try:
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{name}.", suffix=_PARTIAL_SUFFIX, dir=directory)
-        with os.fdopen(descriptor, "wb") as file:
-            os.fchmod(file.fileno(), 0o666 & ~_umask())
+        with open(temporary, "xb") as file:
             file.write(data)
             file.flush()
             fsync(file.fileno())
         os.replace(temporary, path)
         fsync_directory(directory)
     except OSError as error:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
         raise CheckpointWriteError(
             f"cannot write {path}: {error.strerror or error}. The previous content, if any, is untouched; "
             "check the directory's permissions and free space.",
@@ -113,9 +109,3 @@ def publish(directory: str, files: Mapping[str, bytes]) -> None:
     """Write ``files`` (name to content) into ``directory`` one after the other; the last one is the seal."""
     for name, data in files.items():
         write_file_atomic(os.path.join(directory, name), data)
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current

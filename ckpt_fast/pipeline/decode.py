@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decode: bytes of a checkpoint become metadata and objects, without running any code it brings along."""
+
+from __future__ import annotations
+
+import collections
+import importlib
+import io
+import json
+import os
+import pathlib
+import pickle
+import zipfile
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.metadata import Metadata
+
+from ckpt_fast import settings
+from ckpt_fast.errors import (
+    CheckpointCorruptError,
+    CheckpointError,
+    CheckpointNotFoundError,
+    UnsafeCheckpointError,
+)
+from ckpt_fast.pipeline.commit import METADATA_FILE, SIDECAR_FILE
+from ckpt_fast.pipeline.encode import SIDECAR_VERSION
+from ckpt_fast.pipeline.types import FileRecord
+
+_DCP = "torch.distributed.checkpoint"
+# All that a .metadata file of torch DCP, Megatron-Core or ckpt_fast names. They hold data and do nothing.
+_ALLOWED = {
+    f"{_DCP}.metadata": {
+        "Metadata",
+        "StorageMeta",
+        "TensorStorageMetadata",
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "TensorProperties",
+        "MetadataIndex",
+        "_MEM_FORMAT_ENCODING",
+    },
+    f"{_DCP}.filesystem": {"_StorageInfo"},
+    f"{_DCP}.planner": {"SavePlan", "WriteItem", "WriteItemType", "TensorWriteData"},
+    "torch.serialization": {"_get_layout"},
+    "collections": {"OrderedDict", "defaultdict"},
+    "pathlib": {"PosixPath", "PurePosixPath", "Path"},
+    "pathlib._local": {"PosixPath", "PurePosixPath", "Path"},
+}
+# Written by Megatron-Core before 0.16; their content is not needed.
+_RETIRED = {
+    ("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata"),
+    ("megatron.core.dist_checkpointing.strategies.torch", "MCoreSavePlan"),
+}
+_REMEDY = (
+    "If you trust where the checkpoint comes from, set CKPT_FAST_ALLOW_PICKLE=1: loading may then run code "
+    "that the checkpoint names."
+)
+
+
+def read_metadata(directory: str) -> Metadata:
+    """The parsed ``.metadata`` of a checkpoint.
+
+    Raises:
+        CheckpointNotFoundError: the directory or the file is missing.
+        CheckpointCorruptError: the file cannot be parsed.
+        UnsafeCheckpointError: it names something other than torch DCP's data classes.
+    """
+    path = os.path.join(directory, METADATA_FILE)
+    try:
+        with open(path, "rb") as file:
+            metadata = _MetadataUnpickler(file).load()
+    except FileNotFoundError as error:
+        missing = (
+            "the directory does not exist" if not os.path.isdir(directory) else "it has no .metadata file"
+        )
+        raise CheckpointNotFoundError(
+            f"{directory} is not a complete checkpoint: {missing}. A save that was interrupted leaves such a "
+            "directory behind; load an earlier iteration."
+        ) from error
+    except UnsafeCheckpointError as error:
+        raise UnsafeCheckpointError(f"{path}: {error}") from error
+    except (OSError, CheckpointError):
+        raise
+    except Exception as error:
+        raise CheckpointCorruptError(
+            f"{path} cannot be parsed ({type(error).__name__}: {error}). The file is damaged; load an "
+            "earlier iteration."
+        ) from error
+    if not isinstance(metadata, Metadata):
+        raise CheckpointCorruptError(f"{path} holds a {type(metadata).__name__}, not checkpoint metadata")
+    return metadata
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if name in _ALLOWED.get(module, ()):
+            return _known(module, name)
+        if module == "torch" and (name == "Size" or isinstance(getattr(torch, name, None), torch.dtype)):
+            return getattr(torch, name)
+        if (module, name) in _RETIRED:
+            return _Retired
+        if settings.pickle_allowed():
+            return super().find_class(module, name)
+        raise UnsafeCheckpointError(
+            f"refused to load {module}.{name}, which checkpoint metadata never needs. {_REMEDY}"
+        )
+
+
+def _known(module: str, name: str) -> Any:
+    # Python moved pathlib's classes between versions; collections and torch's have stayed.
+    if module.startswith("pathlib"):
+        return getattr(pathlib, name)
+    if module == "collections":
+        return getattr(collections, name)
+    return getattr(importlib.import_module(module), name)
+
+
+class _Retired:
+    """Takes the place of a class whose data nobody reads any more."""
+
+    def __init__(self, *_args: Any, **_kwargs: Any) -> None: ...
+
+    def __setstate__(self, _state: Any) -> None: ...
+
+
+def decode_object(payload: bytes, where: str, verify: bool) -> Any:
+    """The value of an object item, as ``torch.load`` gives it with ``weights_only``.
+
+    Args:
+        payload: the whole item.
+        where: names the item in errors.
+        verify: check the archive's CRC-32s first.
+
+    Raises:
+        CheckpointCorruptError: a checksum differs or the archive is damaged.
+        UnsafeCheckpointError: the value is made of more than tensors and plain data.
+    """
+    if verify:
+        _require_sound_archive(payload, where)
+    try:
+        return torch.load(io.BytesIO(payload), map_location="cpu", weights_only=not settings.pickle_allowed())
+    except pickle.UnpicklingError as error:
+        raise UnsafeCheckpointError(
+            f"{where} holds more than tensors and plain data: {error}. {_REMEDY}"
+        ) from error
+    except (RuntimeError, EOFError, ValueError) as error:
+        raise CheckpointCorruptError(
+            f"{where} cannot be read ({error}); load an earlier iteration"
+        ) from error
+
+
+def _require_sound_archive(payload: bytes, where: str) -> None:
+    if not payload.startswith(b"PK"):
+        return  # torch.save's format before 1.6 has no checksums
+    try:
+        damaged = zipfile.ZipFile(io.BytesIO(payload)).testzip()
+    except (zipfile.BadZipFile, EOFError, OSError) as error:
+        raise CheckpointCorruptError(f"{where} is damaged ({error}); load an earlier iteration") from error
+    if damaged is not None:
+        raise CheckpointCorruptError(
+            f"{where} is damaged: the checksum of {damaged} differs; load an earlier iteration"
+        )
+
+
+def read_sidecar(directory: str) -> list[FileRecord] | None:
+    """The sidecar's file list; None for a checkpoint that has no sidecar (written by somebody else).
+
+    Raises:
+        CheckpointCorruptError: the sidecar cannot be parsed.
+    """
+    path = os.path.join(directory, SIDECAR_FILE)
+    try:
+        with open(path, "rb") as file:
+            document = json.load(file)
+        if document["version"] > SIDECAR_VERSION:
+            return None
+        return [
+            FileRecord(name, int(entry["nbytes"]), int(entry["crc32"], 16))
+            for name, entry in document["files"].items()
+        ]
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointCorruptError(
+            f"{path} cannot be parsed ({error}); load an earlier iteration, or delete this file to load "
+            "without checking lengths"
+        ) from error

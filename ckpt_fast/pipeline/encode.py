@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Encode: plans become bytes. The write program of the data files, ``.metadata``, and the sidecar."""
+
+from __future__ import annotations
+
+import copyreg
+import ctypes
+import io
+import json
+import pickle
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from ckpt_fast.errors import CheckpointMismatchError
+from ckpt_fast.pipeline.plan import FilePlan
+from ckpt_fast.pipeline.stage import Staged
+from ckpt_fast.pipeline.types import FileRecord, ItemRecord
+
+SIDECAR_VERSION = 1
+# Kept on Metadata, where stock readers ignore it: archives are as ``archive.tensor_archive`` makes them.
+LAYOUT_ATTRIBUTE = "ckpt_fast"
+LAYOUT = {"layout": 1}
+
+
+class WriteProgram:
+    """The columns that ``native.write_files`` takes: pieces, patches and digests of a rank's files.
+
+    Owns the constant bytes (heads, tails, ready-made items); the raw data belongs to ``Staged.owners``.
+    """
+
+    def __init__(self, files: Sequence[FilePlan], staged: Staged) -> None:
+        self.paths = [file.path for file in files]
+        self.file_nbytes = array("q", [file.nbytes for file in files])
+        self.piece_file, self.piece_offset = array("q"), array("q")
+        self.piece_nbytes, self.piece_address, self.piece_digest = array("q"), array("q"), array("q")
+        self.patch_file, self.patch_offset, self.patch_digest = array("q"), array("q"), array("q")
+        self.digest_count = 0
+        self._keep: list[Any] = []
+        self._constants: dict[bytes, int] = {}
+        addresses = iter(staged.addresses)
+        for number, file in enumerate(files):
+            for item in file.items:
+                self._add_item(number, item, next(addresses))
+
+    def _add_item(self, file: int, item: Any, address: int) -> None:
+        if item.archive is None:
+            self._add_constant(file, item.offset, item.payload)
+            return
+        head, tail, crc_offsets = item.archive
+        digest = self.digest_count
+        self.digest_count += 1
+        raw_offset = item.offset + len(head)
+        self._add_constant(file, item.offset, head)
+        if item.raw_nbytes:
+            self._add_piece(file, raw_offset, item.raw_nbytes, address, digest)
+        tail_offset = raw_offset + item.raw_nbytes
+        self._add_constant(file, tail_offset, tail)
+        for crc_offset in crc_offsets:
+            self.patch_file.append(file)
+            self.patch_offset.append(tail_offset + crc_offset)
+            self.patch_digest.append(digest)
+
+    def _add_piece(self, file: int, offset: int, nbytes: int, address: int, digest: int) -> None:
+        self.piece_file.append(file)
+        self.piece_offset.append(offset)
+        self.piece_nbytes.append(nbytes)
+        self.piece_address.append(address)
+        self.piece_digest.append(digest)
+
+    def _add_constant(self, file: int, offset: int, content: bytes) -> None:
+        address = self._constants.get(content)
+        if address is None:
+            memory = (ctypes.c_char * len(content)).from_buffer_copy(content)
+            self._keep.append(memory)
+            address = self._constants[content] = ctypes.addressof(memory)
+        self._add_piece(file, offset, len(content), address, -1)
+
+
+def encode_metadata(records: Iterable[ItemRecord], planner_data: Mapping[str, Any] | None = None) -> bytes:
+    """The ``.metadata`` file: readable by torch DCP of any version from 2.6 on, naming no class of ours.
+
+    Args:
+        records: the items of all ranks.
+        planner_data: torch DCP's flattened-name to path mapping; None for Megatron-Core checkpoints.
+
+    Raises:
+        CheckpointMismatchError: two ranks disagree on a tensor's shape or dtype, or wrote the same piece.
+    """
+    tensors: dict[str, Any] = {}
+    storage: dict[Any, Any] = {}
+    for record in records:
+        if record.dtype is None:
+            index = MetadataIndex(record.fqn)
+            tensors[record.fqn] = BytesStorageMetadata()
+        else:
+            offsets = torch.Size(record.offsets)
+            entry = _tensor_entry(tensors, record)
+            index = MetadataIndex(record.fqn, offsets, len(entry.chunks))
+            entry.chunks.append(ChunkStorageMetadata(offsets, torch.Size(record.sizes)))
+        if index in storage:
+            raise CheckpointMismatchError(
+                f"{record.fqn} at {record.offsets or 'no offset'} is written by two ranks, in "
+                f"{storage[index].relative_path} and {record.extent.path}. Each piece needs exactly one main "
+                "replica: check replica_id of the sharded state dict."
+            )
+        storage[index] = _StorageInfo(*record.extent)
+    metadata = Metadata(
+        state_dict_metadata=tensors,
+        planner_data=dict(planner_data) if planner_data is not None else None,
+        storage_data=storage,
+    )
+    setattr(metadata, LAYOUT_ATTRIBUTE, LAYOUT)
+    buffer = io.BytesIO()
+    pickler = pickle.Pickler(buffer, protocol=4)
+    pickler.dispatch_table = {**copyreg.dispatch_table, TensorProperties: _reduce_properties}
+    pickler.dump(metadata)
+    return buffer.getvalue()
+
+
+def _tensor_entry(tensors: dict[str, Any], record: ItemRecord) -> Any:
+    entry = tensors.get(record.fqn)
+    if entry is None:
+        properties = TensorProperties(dtype=record.dtype)
+        entry = TensorStorageMetadata(properties, torch.Size(record.global_shape), [])
+        tensors[record.fqn] = entry
+    elif tuple(entry.size) != record.global_shape or entry.properties.dtype != record.dtype:
+        raise CheckpointMismatchError(
+            f"ranks disagree on {record.fqn}: {tuple(entry.size)} of {entry.properties.dtype} on one, "
+            f"{record.global_shape} of {record.dtype} on another (file {record.extent.path}). "
+            "Nothing was published; check that all ranks build the same model."
+        )
+    return entry
+
+
+def _reduce_properties(properties: TensorProperties) -> tuple[Any, ...]:
+    """Five fields: torch up to 2.14 reads exactly these, later versions accept them."""
+    return copyreg.__newobj__, (TensorProperties,), properties.__getstate__()[:5]  # type: ignore[attr-defined]
+
+
+def encode_sidecar(files: Iterable[FileRecord]) -> bytes:
+    """The sidecar: every file's length and CRC-32, so that damage is seen without unpickling anything."""
+    entries = {file.path: {"nbytes": file.nbytes, "crc32": f"{file.crc32:08x}"} for file in files}
+    document = {"version": SIDECAR_VERSION, "files": dict(sorted(entries.items()))}
+    return json.dumps(document, indent=1).encode()

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ranks that act together: small control messages, and failures that reach everyone.
+
+No rank may leave a collective because of a local error: the others would wait for it until the watchdog
+kills the job. So each rank turns its error into a value (``attempt``), the values meet, and all ranks raise
+the same.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import torch.distributed as dist
+
+from ckpt_fast.errors import CheckpointError, CheckpointWriteError
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Outcome(Generic[T]):
+    """A value, or the error that took its place on ``rank``."""
+
+    rank: int
+    value: T | None = None
+    error: CheckpointError | None = None
+
+
+class ControlGroup:
+    """The ranks of one save or load. Without torch.distributed it is one rank that talks to itself.
+
+    Args:
+        process_group: the ranks; None means all of them.
+    """
+
+    def __init__(self, process_group: dist.ProcessGroup | None = None) -> None:
+        self._distributed = dist.is_available() and dist.is_initialized()
+        self._group = process_group
+        self.rank = dist.get_rank(process_group) if self._distributed else 0
+        self.size = dist.get_world_size(process_group) if self._distributed else 1
+        self.global_rank = dist.get_rank() if self._distributed else 0
+
+    @property
+    def is_coordinator(self) -> bool:
+        """Whether this is the rank that publishes."""
+        return self.rank == 0
+
+    def gather(self, value: T) -> list[T]:
+        """Collective. All ranks' values in rank order on the coordinator, an empty list elsewhere."""
+        if self.size == 1:
+            return [value]
+        values: list[T] | None = [value] * self.size if self.is_coordinator else None
+        dist.gather_object(value, values, dst=self._coordinator(), group=self._group)
+        return values or []
+
+    def broadcast(self, value: T) -> T:
+        """Collective. The coordinator's value on every rank."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=self._coordinator(), group=self._group)
+        return box[0]
+
+    def attempt(self, action: Callable[[], T]) -> Outcome[T]:
+        """Run a local action that may fail; its error becomes a value that can travel."""
+        try:
+            return Outcome(self.global_rank, action())
+        except CheckpointError as error:
+            logger.debug("rank %d failed", self.global_rank, exc_info=True)
+            return Outcome(self.global_rank, error=error)
+        except Exception as error:
+            logger.exception("rank %d failed", self.global_rank)
+            wrapped = CheckpointError(f"{type(error).__name__}: {error}")
+            wrapped.__cause__ = error
+            return Outcome(self.global_rank, error=wrapped)
+
+    def decide(self, action: Callable[[], T]) -> T:
+        """Collective. The coordinator runs ``action``; its value, or its error, reaches every rank."""
+        outcome: Outcome[T] = Outcome(self.global_rank)
+        if self.is_coordinator:
+            outcome = self.attempt(action)
+        outcome = self.broadcast(outcome)
+        raise_failures([outcome])
+        return outcome.value  # type: ignore[return-value]
+
+    def _coordinator(self) -> int:
+        return dist.get_global_rank(self._group, 0) if self._group is not None else 0
+
+
+def raise_failures(outcomes: Sequence[Outcome[T]]) -> None:
+    """Raise the first error among ``outcomes``, naming its rank and how many others failed; else return."""
+    failed = [outcome for outcome in outcomes if outcome.error is not None]
+    if not failed:
+        return
+    first, error = failed[0], failed[0].error
+    others = f" ({len(failed) - 1} more ranks failed)" if len(failed) > 1 else ""
+    message = f"rank {first.rank}: {error}{others}"
+    if isinstance(error, CheckpointWriteError):
+        raise CheckpointWriteError(message, error.errno, error.filename) from error
+    assert error is not None
+    raise type(error)(message) from error

@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A checkpoint's table of contents: which pieces there are, and where their raw bytes lie."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from ckpt_fast.errors import CheckpointCorruptError, CheckpointMismatchError
+from ckpt_fast.pipeline.archive import (
+    LOCAL_HEADER_NBYTES,
+    find_raw_member,
+    item_nbytes,
+    local_header_nbytes,
+    tensor_archive,
+)
+from ckpt_fast.pipeline.decode import read_metadata
+from ckpt_fast.pipeline.encode import LAYOUT, LAYOUT_ATTRIBUTE
+from ckpt_fast.pipeline.read import ByteArena, ReadProgram
+from ckpt_fast.pipeline.types import Extent
+
+_FOREIGN_TAIL_NBYTES = 1024
+
+
+class Piece(NamedTuple):
+    """One saved shard of a tensor: its place in the whole, its extent in every dimension, its item."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    item: Extent
+    transformed: bool
+
+
+class SavedTensor(NamedTuple):
+    """A whole tensor as the checkpoint has it."""
+
+    fqn: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    pieces: list[Piece]
+
+
+class RawData(NamedTuple):
+    """Where a piece's raw bytes lie, and what their CRC-32 must be.
+
+    Exactly one of ``crc32`` (known) and ``crc_extent`` (where it stands in the file) is given.
+    """
+
+    extent: Extent
+    crc32: int | None
+    crc_extent: Extent | None
+
+
+class CheckpointIndex:
+    """The parsed ``.metadata`` of one checkpoint directory.
+
+    Args:
+        directory: the checkpoint.
+
+    Raises:
+        CheckpointNotFoundError, CheckpointCorruptError, UnsafeCheckpointError: see ``read_metadata``.
+    """
+
+    def __init__(self, directory: str) -> None:
+        self.directory = directory
+        self.metadata: Metadata = read_metadata(directory)
+        self._own_layout = getattr(self.metadata, LAYOUT_ATTRIBUTE, None) == LAYOUT
+        self._pieces: dict[str, list[Piece]] = defaultdict(list)
+        self._objects: dict[str, Extent] = {}
+        for index, info in (self.metadata.storage_data or {}).items():
+            extent = Extent(info.relative_path, info.offset, info.length)
+            if index.offset is None and not self._is_tensor(index.fqn):
+                self._objects[index.fqn] = extent
+            else:
+                self._add_piece(index, extent, bool(getattr(info, "transform_descriptors", None)))
+
+    def _is_tensor(self, fqn: str) -> bool:
+        return isinstance(self.metadata.state_dict_metadata.get(fqn), TensorStorageMetadata)
+
+    def _add_piece(self, index: object, extent: Extent, transformed: bool) -> None:
+        fqn = index.fqn  # type: ignore[attr-defined]
+        offsets = tuple(index.offset or ())  # type: ignore[attr-defined]
+        self._pieces[fqn].append(Piece(offsets, (), extent, transformed))
+
+    def tensor(self, fqn: str) -> SavedTensor:
+        """The saved tensor of this name.
+
+        Raises:
+            CheckpointMismatchError: there is none.
+            CheckpointCorruptError: the metadata contradicts itself.
+        """
+        entry = self.metadata.state_dict_metadata.get(fqn)
+        if not isinstance(entry, TensorStorageMetadata):
+            raise CheckpointMismatchError(missing_keys_message(self.directory, [fqn], self.metadata))
+        sizes = {tuple(chunk.offsets): tuple(chunk.sizes) for chunk in entry.chunks}
+        pieces = []
+        for piece in self._pieces[fqn]:
+            offsets = piece.offsets or (0,) * len(entry.size)
+            if offsets not in sizes:
+                raise CheckpointCorruptError(
+                    f"{self.directory}/.metadata stores a piece of {fqn} at {offsets} without its size; "
+                    "load an earlier iteration"
+                )
+            pieces.append(piece._replace(offsets=offsets, sizes=sizes[offsets]))
+        return SavedTensor(fqn, entry.properties.dtype, tuple(entry.size), pieces)
+
+    def object_extent(self, fqn: str) -> Extent:
+        """The item of a saved object.
+
+        Raises:
+            CheckpointMismatchError: there is none of this name.
+        """
+        if fqn not in self._objects:
+            raise CheckpointMismatchError(missing_keys_message(self.directory, [fqn], self.metadata))
+        return self._objects[fqn]
+
+    def locate(self, wanted: Iterable[tuple[torch.dtype, Piece]]) -> dict[Extent, RawData | None]:
+        """Where the raw data of each piece lies; None for items only ``torch.load`` can read.
+
+        Our own layout is computed; archives of other writers are looked into, all in two batches of reads.
+        """
+        located: dict[Extent, RawData | None] = {}
+        foreign: dict[Extent, int] = {}
+        for dtype, piece in wanted:
+            nbytes = dtype.itemsize
+            for size in piece.sizes:
+                nbytes *= size
+            located[piece.item] = None
+            if piece.transformed:
+                continue
+            if self._own_layout:
+                located[piece.item] = _own_raw_data(dtype, piece, nbytes)
+            if located[piece.item] is None:
+                foreign[piece.item] = nbytes
+        located.update(self._look_into(foreign))
+        return located
+
+    def _look_into(self, items: dict[Extent, int]) -> dict[Extent, RawData | None]:
+        program = ReadProgram(self.directory)
+        arena = ByteArena(program)
+        tails = {item: arena.add(_last_bytes(item)) for item in items}
+        program.run()
+        members = {
+            item: find_raw_member(arena.content(handle)[: _last_bytes(item).nbytes], _tail_offset(item))
+            for item, handle in tails.items()
+        }
+        program = ReadProgram(self.directory)
+        arena = ByteArena(program)
+        headers = {
+            item: arena.add(Extent(item.path, item.offset + found[0], LOCAL_HEADER_NBYTES))
+            for item, found in members.items()
+            if found is not None
+        }
+        program.run()
+        located: dict[Extent, RawData | None] = {}
+        for item, handle in headers.items():
+            found = members[item]
+            header_nbytes = local_header_nbytes(arena.content(handle))
+            if found is None or header_nbytes is None or found[1].nbytes != items[item]:
+                continue
+            offset = item.offset + found[0] + header_nbytes
+            located[item] = RawData(Extent(item.path, offset, found[1].nbytes), found[1].crc32, None)
+        return located
+
+
+def missing_keys_message(directory: str, keys: list[str], metadata: Metadata) -> str:
+    """Text of the error for names that a checkpoint does not have."""
+    shown = ", ".join(sorted(keys)[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
+    last = keys[0].rsplit(".", 1)[-1]
+    similar = sorted(key for key in metadata.state_dict_metadata if key.rsplit(".", 1)[-1] == last)[:3]
+    hint = f" It has, for example, {', '.join(similar)}." if similar else ""
+    return (
+        f"the checkpoint {directory} has no {shown}.{hint} Load it into the model it was saved from, or choose "
+        "a dist_ckpt_strictness that tolerates missing keys."
+    )
+
+
+def _own_raw_data(dtype: torch.dtype, piece: Piece, nbytes: int) -> RawData | None:
+    try:
+        archive = tensor_archive(dtype, piece.sizes)
+    except TypeError:
+        return None
+    if item_nbytes(archive, nbytes) != piece.item.nbytes:
+        return None
+    path, offset, _ = piece.item
+    raw_offset = offset + len(archive.head)
+    crc_offset = raw_offset + nbytes + archive.crc_offsets[0]
+    return RawData(Extent(path, raw_offset, nbytes), None, Extent(path, crc_offset, 4))
+
+
+def _last_bytes(item: Extent) -> Extent:
+    nbytes = min(item.nbytes, _FOREIGN_TAIL_NBYTES)
+    return Extent(item.path, item.offset + item.nbytes - nbytes, nbytes)
+
+
+def _tail_offset(item: Extent) -> int:
+    return max(0, item.nbytes - _FOREIGN_TAIL_NBYTES)

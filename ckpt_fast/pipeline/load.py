@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Load: plan which bytes are wanted, read them where they belong, check them, place the rest."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from ckpt_fast import settings
+from ckpt_fast.errors import CheckpointCorruptError, CheckpointMismatchError
+from ckpt_fast.pipeline.decode import decode_object
+from ckpt_fast.pipeline.index import CheckpointIndex, Piece, RawData, SavedTensor
+from ckpt_fast.pipeline.place import Box, is_addressable, runs
+from ckpt_fast.pipeline.read import ByteArena, ReadProgram
+from ckpt_fast.pipeline.types import Extent, TensorRequest
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class LoadReport:
+    """One load on this rank. ``verified`` and ``unverified`` count items."""
+
+    directory: str
+    nbytes: int = 0
+    seconds: float = 0.0
+    verified: int = 0
+    unverified: int = 0
+
+
+class _Part(NamedTuple):
+    """The overlap of one request with one piece; ``destination`` is the request's tensor narrowed to it."""
+
+    tensor: SavedTensor
+    piece: Piece
+    box: Box
+    destination: torch.Tensor
+
+
+class _Check(NamedTuple):
+    """A checksum to compare once the data is in."""
+
+    part: _Part
+    digest: int
+    crc32: int | None
+    crc_handle: int | None
+
+
+def load_tensors(
+    index: CheckpointIndex, requests: Sequence[TensorRequest], verify: bool | None = None
+) -> LoadReport:
+    """Fill every request's destination from the checkpoint. Local, no collectives.
+
+    Args:
+        index: the checkpoint.
+        requests: regions wanted; a destination of another dtype is converted, on another device copied to.
+        verify: compare the CRC-32 of every item that is read whole; None follows ``CKPT_FAST_VERIFY``.
+
+    Raises:
+        CheckpointMismatchError: a name is missing or a region lies outside the saved tensor.
+        CheckpointCorruptError: a checksum differs, a file is short, or pieces of a region are missing.
+            Destinations then hold undefined values.
+    """
+    begin = time.perf_counter()
+    verify = settings.verify_on_load() if verify is None else verify
+    report = LoadReport(index.directory)
+    parts = [part for request in requests for part in _overlaps(index.tensor(request.fqn), request)]
+    located = index.locate((part.tensor.dtype, part.piece) for part in parts)
+    _Reader(index, report, verify).read(parts, located)
+    report.seconds = time.perf_counter() - begin
+    logger.debug("loaded %s", report)
+    return report
+
+
+def load_objects(index: CheckpointIndex, fqns: Iterable[str], verify: bool | None = None) -> dict[str, Any]:
+    """The values of saved objects, by name. Local, no collectives.
+
+    Raises:
+        CheckpointMismatchError: a name is missing.
+        CheckpointCorruptError, UnsafeCheckpointError: see ``decode_object``.
+    """
+    verify = settings.verify_on_load() if verify is None else verify
+    program = ReadProgram(index.directory)
+    arena = ByteArena(program)
+    extents = {fqn: index.object_extent(fqn) for fqn in fqns}
+    handles = {fqn: arena.add(extent) for fqn, extent in extents.items()}
+    program.run()
+    return {
+        fqn: decode_object(arena.content(handle), f"{fqn} in {index.directory}/{extents[fqn].path}", verify)
+        for fqn, handle in handles.items()
+    }
+
+
+def _overlaps(tensor: SavedTensor, request: TensorRequest) -> list[_Part]:
+    wanted = tuple(request.destination.shape)
+    if len(wanted) != len(tensor.shape) or any(
+        offset < 0 or offset + size > limit
+        for offset, size, limit in zip(request.offsets, wanted, tensor.shape, strict=True)
+    ):
+        raise CheckpointMismatchError(
+            f"{tensor.fqn} is saved with shape {tensor.shape}; a region of shape {wanted} at {request.offsets} "
+            "does not fit. The model differs from the one that was saved."
+        )
+    parts, covered = [], 0
+    for piece in tensor.pieces:
+        low = [max(a, b) for a, b in zip(request.offsets, piece.offsets, strict=True)]
+        high = [
+            min(a + n, b + m)
+            for a, n, b, m in zip(request.offsets, wanted, piece.offsets, piece.sizes, strict=True)
+        ]
+        shape = tuple(b - a for a, b in zip(low, high, strict=True))
+        if any(size <= 0 for size in shape):
+            continue
+        destination = request.destination
+        for dimension, size in enumerate(shape):
+            if size != wanted[dimension]:
+                destination = destination.narrow(dimension, low[dimension] - request.offsets[dimension], size)
+        start = [a - b for a, b in zip(low, piece.offsets, strict=True)]
+        box = Box(piece.sizes, start, shape, tensor.dtype.itemsize)
+        parts.append(_Part(tensor, piece, box, destination))
+        covered += math.prod(shape)
+    if covered != math.prod(wanted):
+        raise CheckpointCorruptError(
+            f"the checkpoint has only {covered} of the {math.prod(wanted)} elements of {tensor.fqn} at "
+            f"{request.offsets}: a piece is missing from .metadata. Load an earlier iteration."
+        )
+    return parts
+
+
+class _Reader:
+    """One pass over the files for a list of parts."""
+
+    def __init__(self, index: CheckpointIndex, report: LoadReport, verify: bool) -> None:
+        self._index, self._report, self._verify = index, report, verify
+        self._program = ReadProgram(index.directory)
+        self._arena = ByteArena(self._program)
+        self._checks: list[_Check] = []
+        self._copies: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def read(self, parts: Sequence[_Part], located: dict[Extent, RawData | None]) -> None:
+        stock = []
+        for part in parts:
+            raw = located.get(part.piece.item)
+            if raw is None:
+                stock.append(part)
+            else:
+                self._schedule(part, raw)
+        digests = self._program.run()
+        self._report.nbytes += self._program.nbytes
+        self._compare(digests)
+        with torch.no_grad():
+            for destination, source in self._copies:
+                destination.copy_(source)
+            for part in stock:
+                self._read_with_torch(part)
+
+    def _schedule(self, part: _Part, raw: RawData) -> None:
+        box, destination = part.box, part.destination
+        if not box.has_long_runs:
+            offset, box = box.rows()
+            nbytes = math.prod(box.sizes) * box.itemsize
+            raw = raw._replace(extent=Extent(raw.extent.path, raw.extent.offset + offset, nbytes))
+            rows = torch.empty(box.sizes, dtype=part.tensor.dtype)
+            region = rows
+            for dimension, (start, size) in enumerate(zip(box.start, box.shape, strict=True)):
+                region = region.narrow(dimension, start, size)
+            self._copies.append((destination, region))
+            box, destination = Box(box.sizes, (0,) * len(box.sizes), box.sizes, box.itemsize), rows
+        elif (
+            not is_addressable(destination)
+            or destination.dtype != part.tensor.dtype
+            or not box.fits_runs(destination)
+        ):
+            landing = torch.empty(box.shape, dtype=part.tensor.dtype)
+            self._copies.append((destination, landing))
+            destination = landing
+        digest = self._expect(part, raw) if part.box.is_whole and self._verify else -1
+        self._report.unverified += digest < 0
+        for extent, address in runs(box, raw.extent, destination):
+            self._program.add(extent, address, digest)
+
+    def _expect(self, part: _Part, raw: RawData) -> int:
+        digest = self._program.new_digest()
+        handle = self._arena.add(raw.crc_extent) if raw.crc_extent is not None else None
+        self._checks.append(_Check(part, digest, raw.crc32, handle))
+        return digest
+
+    def _compare(self, digests: Sequence[int]) -> None:
+        for part, digest, crc32, handle in self._checks:
+            expected = self._arena.crc32(handle) if handle is not None else crc32
+            if digests[digest] != expected:
+                item = part.piece.item
+                raise CheckpointCorruptError(
+                    f"{part.tensor.fqn} in {self._index.directory}/{item.path} (bytes {item.offset} to "
+                    f"{item.offset + item.nbytes}) has CRC-32 {digests[digest]:08x} instead of {expected:08x}: "
+                    "the file is damaged. Load an earlier iteration."
+                )
+        self._report.verified += len(self._checks)
+
+    def _read_with_torch(self, part: _Part) -> None:
+        """Items that are not one stored tensor: whatever ``torch.load`` makes of them."""
+        program = ReadProgram(self._index.directory)
+        arena = ByteArena(program)
+        handle = arena.add(part.piece.item)
+        program.run()
+        where = f"{part.tensor.fqn} in {self._index.directory}/{part.piece.item.path}"
+        payload = arena.content(handle)
+        tensor = decode_object(payload, where, self._verify)
+        for dimension, (start, size) in enumerate(zip(part.box.start, part.box.shape, strict=True)):
+            tensor = tensor.narrow(dimension, start, size)
+        part.destination.copy_(tensor)
+        self._report.nbytes += len(payload)
+        self._report.verified += self._verify
+        self._report.unverified += not self._verify

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Save: plan, stage, encode, write, commit, in this order and on every rank."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import time
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch.distributed as dist
+
+from ckpt_fast.errors import CheckpointWriteError
+from ckpt_fast.pipeline import commit
+from ckpt_fast.pipeline.encode import WriteProgram, encode_metadata, encode_sidecar
+from ckpt_fast.pipeline.group import ControlGroup, Outcome, raise_failures
+from ckpt_fast.pipeline.plan import FilePlan, item_records, plan_save
+from ckpt_fast.pipeline.stage import Staged, stage
+from ckpt_fast.pipeline.types import FileRecord, RankRecord, SaveReport, Shard
+from ckpt_fast.pipeline.write import write
+
+logger = logging.getLogger(__name__)
+
+_last_report: SaveReport | None = None
+
+
+def last_report() -> SaveReport | None:
+    """The report of the newest save of this process that became durable; None before the first."""
+    return _last_report
+
+
+class Save:
+    """One save in progress. Every rank calls ``stage``, ``write`` and ``commit``, in this order.
+
+    ``stage`` and ``commit`` are collective; ``write`` is local and may run in another thread. The shards'
+    memory must not change between ``stage`` and the end of ``write`` unless ``snapshot`` is set.
+
+    Args:
+        shards: what this rank saves. No two ranks save the same piece.
+        directory: the checkpoint directory, the same on every rank; an older checkpoint in it is invalidated.
+        process_group: the ranks that save together; None means all.
+        writers: files (and so streams to the file system) per rank.
+        common_files: name to content, written durably by the coordinator before anything is published.
+        seal_files: name to content, published after ``.metadata`` in the order given; the last is the seal.
+        planner_data: torch DCP's name to path mapping, None for Megatron-Core.
+        snapshot: copy CPU tensors while staging, so that training may go on during ``write``.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[Shard],
+        directory: str,
+        *,
+        process_group: dist.ProcessGroup | None = None,
+        writers: int = 1,
+        common_files: Mapping[str, bytes] | None = None,
+        seal_files: Mapping[str, bytes] | None = None,
+        planner_data: Mapping[str, Any] | None = None,
+        snapshot: bool = False,
+    ) -> None:
+        self.directory = os.fspath(directory)
+        self.report = SaveReport(self.directory)
+        self._shards: Sequence[Shard] = shards
+        self._group = ControlGroup(process_group)
+        self._writers = writers
+        self._common_files = dict(common_files or {})
+        self._seal_files = dict(seal_files or {})
+        self._planner_data = planner_data
+        self._snapshot = snapshot
+        self._files: list[FilePlan] = []
+        self._staged: Staged | None = None
+        self._written: Outcome[RankRecord] | None = None
+        self._started = time.perf_counter()
+
+    def stage(self) -> None:
+        """Collective. Prepare the directory, plan, and bring the bytes to host memory.
+
+        On return the shards' owners may change them, if ``snapshot`` is set.
+        """
+        with self._timed("prepare"):
+            self._group.decide(lambda: commit.invalidate(self.directory))
+        outcome = self._group.attempt(self._plan_and_stage)
+        if outcome.error is not None:
+            self._written = Outcome(outcome.rank, error=outcome.error)
+        self._shards = ()
+        self.report.stall_s = time.perf_counter() - self._started
+
+    def write(self) -> None:
+        """Local. Write this rank's files; an error is kept for ``commit``, where all ranks raise it."""
+        if self._written is None:
+            self._written = self._group.attempt(self._encode_and_write)
+        self._staged = None
+
+    def commit(self) -> SaveReport:
+        """Collective. Publish the checkpoint if every rank has written its part, else raise on every rank."""
+        global _last_report
+        assert self._written is not None, "commit before write"
+        with self._timed("commit"):
+            outcomes = self._group.gather(self._written)
+            self._group.decide(lambda: self._publish(outcomes))
+        self.report.seconds = time.perf_counter() - self._started
+        _last_report = self.report
+        logger.debug("saved %s", self.report)
+        return self.report
+
+    def _plan_and_stage(self) -> None:
+        with self._timed("plan"):
+            self._files = plan_save(self._shards, self._group.global_rank, self._writers)
+        with self._timed("stage"):
+            self._staged = stage(self._files, self._snapshot)
+
+    def _encode_and_write(self) -> RankRecord:
+        assert self._staged is not None, "write before stage"
+        with self._timed("encode"):
+            program = WriteProgram(self._files, self._staged)
+        with self._timed("write"):
+            files = write(program, self.directory)
+            if self._group.is_coordinator:
+                files += self._write_common_files()
+        self.report.files = len(files)
+        self.report.nbytes = sum(file.nbytes for file in files)
+        return RankRecord(item_records(self._files), files)
+
+    def _write_common_files(self) -> list[FileRecord]:
+        for name, content in self._common_files.items():
+            commit.write_file_atomic(os.path.join(self.directory, name), content)
+        return [_file_record(name, content) for name, content in self._common_files.items()]
+
+    def _publish(self, outcomes: Sequence[Outcome[RankRecord]]) -> None:
+        raise_failures(outcomes)
+        records = [outcome.value for outcome in outcomes if outcome.value is not None]
+        metadata = encode_metadata((item for record in records for item in record.items), self._planner_data)
+        files = [file for record in records for file in record.files]
+        files.append(_file_record(commit.METADATA_FILE, metadata))
+        self._require_all_present(files[:-1])
+        commit.publish(
+            self.directory,
+            {
+                commit.SIDECAR_FILE: encode_sidecar(files),
+                commit.METADATA_FILE: metadata,
+                **self._seal_files,
+            },
+        )
+
+    def _require_all_present(self, files: Sequence[FileRecord]) -> None:
+        """The coordinator must see what the others wrote, or the ranks do not share a file system."""
+        for file in files:
+            path = os.path.join(self.directory, file.path)
+            try:
+                nbytes = os.stat(path).st_size
+            except FileNotFoundError:
+                nbytes = None
+            if nbytes != file.nbytes:
+                found = "is missing" if nbytes is None else f"has {nbytes} bytes instead of {file.nbytes}"
+                raise CheckpointWriteError(
+                    f"{path} was written by another rank but {found} as this rank sees it. The checkpoint "
+                    "was not published; the save directory must be on a file system that all ranks share.",
+                    filename=path,
+                )
+
+    @contextlib.contextmanager
+    def _timed(self, step: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.report.steps[step] = self.report.steps.get(step, 0.0) + time.perf_counter() - begin
+
+
+def save(shards: Sequence[Shard], directory: str, **options: Any) -> SaveReport:
+    """Collective. Save and return when the checkpoint is durable and published; see ``Save``."""
+    job = Save(shards, directory, **options)
+    job.stage()
+    job.write()
+    report = job.commit()
+    report.stall_s = report.seconds
+    return report
+
+
+def _file_record(path: str, content: bytes) -> FileRecord:
+    return FileRecord(path, len(content), zlib.crc32(content))

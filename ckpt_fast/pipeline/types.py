@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pipeline's vocabulary. Every step speaks only these types."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+
+
+class TensorShard(NamedTuple):
+    """A rank's piece of a tensor, to be saved.
+
+    Attributes:
+        fqn: name of the whole tensor in the checkpoint.
+        tensor: the piece itself, on any device. Its shape is the piece's extent in every dimension.
+        offsets: where the piece starts in the whole tensor, one entry per dimension.
+        global_shape: shape of the whole tensor.
+    """
+
+    fqn: str
+    tensor: torch.Tensor
+    offsets: tuple[int, ...]
+    global_shape: tuple[int, ...]
+
+
+class ObjectShard(NamedTuple):
+    """An opaque value, to be saved as the bytes given."""
+
+    fqn: str
+    payload: bytes
+
+
+Shard = TensorShard | ObjectShard
+
+
+class TensorRequest(NamedTuple):
+    """A region of a saved tensor, wanted in ``destination`` (any device; its shape is the region's)."""
+
+    fqn: str
+    destination: torch.Tensor
+    offsets: tuple[int, ...]
+
+
+class Extent(NamedTuple):
+    """A byte range of a file; ``path`` is relative to the checkpoint directory."""
+
+    path: str
+    offset: int
+    nbytes: int
+
+
+class ItemRecord(NamedTuple):
+    """What ``.metadata`` must know of one item: plain data that travels between ranks.
+
+    ``dtype`` is None for an object. ``sizes`` are the piece's extents, ``offsets`` its place.
+    """
+
+    fqn: str
+    extent: Extent
+    dtype: torch.dtype | None
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    global_shape: tuple[int, ...]
+
+
+class FileRecord(NamedTuple):
+    """What the sidecar says of one file."""
+
+    path: str
+    nbytes: int
+    crc32: int
+
+
+@dataclass(frozen=True)
+class RankRecord:
+    """All that one rank has written."""
+
+    items: list[ItemRecord]
+    files: list[FileRecord]
+
+
+@dataclass
+class SaveReport:
+    """One save as its user sees it. Times in seconds, on this rank.
+
+    Attributes:
+        directory: the checkpoint.
+        nbytes: bytes this rank wrote.
+        files: files this rank wrote.
+        stall_s: how long training waited.
+        seconds: from the call until the checkpoint was durable.
+        steps: seconds spent in each step of the pipeline, by name.
+    """
+
+    directory: str
+    nbytes: int = 0
+    files: int = 0
+    stall_s: float = 0.0
+    seconds: float = 0.0
+    steps: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def gb_per_s(self) -> float:
+        """This rank's bytes over the whole duration, in 10^9 bytes per second."""
+        return self.nbytes / self.seconds / 1e9 if self.seconds else 0.0
