@@ -16,7 +16,12 @@ from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 # The vocabulary of a sharded state dict and its checks: identical in every supported version.
 from megatron.core.dist_checkpointing import load, load_common_state_dict, load_content_metadata
 from megatron.core.dist_checkpointing.core import CheckpointingException, check_is_distributed_checkpoint
-from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, nested_values
+from megatron.core.dist_checkpointing.dict_utils import (
+    dict_list_map_inplace,
+    dict_list_map_outplace,
+    merge,
+    nested_values,
+)
 from megatron.core.dist_checkpointing.mapping import (
     LocalNonpersistentObject,
     ShardedBase,
@@ -39,7 +44,13 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     TorchDistLoadShardedStrategy,
     TorchDistSaveShardedStrategy,
 )
-from megatron.core.dist_checkpointing.validation import StrictHandling
+from megatron.core.dist_checkpointing.utils import extract_sharded_base, force_all_tensors_to_non_fp8
+from megatron.core.dist_checkpointing.validation import (
+    StrictHandling,
+    determine_global_metadata,
+    parse_strict_flag,
+    validate_integrity_and_strict_load,
+)
 
 # Training objects the documented API speaks about.
 from megatron.core.msc_utils import MultiStorageClientFeature
@@ -125,8 +136,12 @@ __all__ = [
     "check_is_distributed_checkpoint",
     "clean_metadata_for_serialization",
     "convert_cuda_rng_state",
+    "determine_global_metadata",
     "dict_list_map_inplace",
+    "dict_list_map_outplace",
     "dist_checkpointing",
+    "extract_sharded_base",
+    "force_all_tensors_to_non_fp8",
     "gather_uneven_dtensor_to_full_tensor",
     "get_async_strategy",
     "get_cuda_rng_tracker",
@@ -149,8 +164,10 @@ __all__ = [
     "load_common_state_dict",
     "load_content_metadata",
     "load_preprocess",
+    "merge",
     "nested_values",
     "parallel_state",
+    "parse_strict_flag",
     "preprocess_state_dict_for_uneven_dtensor",
     "print_diff_in_state_dicts",
     "restore_modelopt_state",
@@ -166,6 +183,7 @@ __all__ = [
     "unwrap_model",
     "update_num_microbatches",
     "validate_fsdp_dtensor_model_load",
+    "validate_integrity_and_strict_load",
 ]
 
 

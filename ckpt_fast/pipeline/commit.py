@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from ckpt_fast import settings
 from ckpt_fast.errors import CheckpointWriteError
@@ -76,10 +76,10 @@ def fsync(descriptor: int) -> None:
         os.fsync(descriptor)
 
 
-def invalidate(directory: str) -> None:
+def invalidate(directory: str, keep: Collection[str] = ()) -> None:
     """Empty ``directory`` of an earlier checkpoint's payload, its seal first; create it when missing.
 
-    Only files that a checkpoint payload consists of are removed; foreign files stay.
+    Only files that a checkpoint payload consists of are removed; foreign files and those in ``keep`` stay.
 
     Raises:
         CheckpointWriteError: the directory cannot be created or cleaned.
@@ -92,7 +92,7 @@ def invalidate(directory: str) -> None:
             if seal in names:
                 os.unlink(os.path.join(directory, seal))
                 fsync_directory(directory)
-        for name in names:
+        for name in names.difference(keep):
             if name.endswith((DATA_SUFFIX, _PARTIAL_SUFFIX)) or name == "common.pt":
                 os.unlink(os.path.join(directory, name))
     except OSError as error:

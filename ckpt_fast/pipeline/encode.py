@@ -96,7 +96,8 @@ def encode_metadata(records: Iterable[ItemRecord], planner_data: Mapping[str, An
         planner_data: torch DCP's flattened-name to path mapping; None for Megatron-Core checkpoints.
 
     Raises:
-        CheckpointMismatchError: two ranks disagree on a tensor's shape or dtype, or wrote the same piece.
+        CheckpointMismatchError: two ranks disagree on a tensor's shape or dtype, or wrote the same piece, or
+            pieces of a tensor are missing.
     """
     tensors: dict[str, Any] = {}
     storage: dict[Any, Any] = {}
@@ -116,6 +117,7 @@ def encode_metadata(records: Iterable[ItemRecord], planner_data: Mapping[str, An
                 "replica: check replica_id of the sharded state dict."
             )
         storage[index] = _StorageInfo(*record.extent)
+    _require_complete(tensors)
     metadata = Metadata(
         state_dict_metadata=tensors,
         planner_data=dict(planner_data) if planner_data is not None else None,
@@ -142,6 +144,17 @@ def _tensor_entry(tensors: dict[str, Any], record: ItemRecord) -> Any:
             "Nothing was published; check that all ranks build the same model."
         )
     return entry
+
+
+def _require_complete(tensors: Mapping[str, Any]) -> None:
+    for fqn, entry in tensors.items():
+        if isinstance(entry, TensorStorageMetadata):
+            wanted, written = entry.size.numel(), sum(chunk.sizes.numel() for chunk in entry.chunks)
+            if written != wanted:
+                raise CheckpointMismatchError(
+                    f"the ranks wrote {written} of the {wanted} elements of {fqn} {tuple(entry.size)}. "
+                    "Nothing was published; check the sharding that the model and the optimizer declare for it."
+                )
 
 
 def _reduce_properties(properties: TensorProperties) -> tuple[Any, ...]:

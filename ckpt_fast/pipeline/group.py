@@ -87,6 +87,13 @@ class ControlGroup:
         raise_failures([outcome])
         return outcome.value  # type: ignore[return-value]
 
+    def agree(self, action: Callable[[], T]) -> T:
+        """Collective. Every rank runs ``action``; returns its value, or raises everywhere if any failed."""
+        mine = self.attempt(action)
+        outcomes = self.gather(Outcome(mine.rank, error=mine.error))
+        self.decide(lambda: raise_failures(outcomes))
+        return mine.value  # type: ignore[return-value]
+
     def _coordinator(self) -> int:
         return dist.get_global_rank(self._group, 0) if self._group is not None else 0
 

@@ -174,8 +174,8 @@ def missing_keys_message(directory: str, keys: list[str], metadata: Metadata) ->
     similar = sorted(key for key in metadata.state_dict_metadata if key.rsplit(".", 1)[-1] == last)[:3]
     hint = f" It has, for example, {', '.join(similar)}." if similar else ""
     return (
-        f"the checkpoint {directory} has no {shown}.{hint} Load it into the model it was saved from, or choose "
-        "a dist_ckpt_strictness that tolerates missing keys."
+        f"the checkpoint {directory} has no {shown}.{hint} Load it into the model it was saved from, or "
+        "choose a dist_ckpt_strictness that tolerates missing keys."
     )
 
 

@@ -104,8 +104,8 @@ def _overlaps(tensor: SavedTensor, request: TensorRequest) -> list[_Part]:
         for offset, size, limit in zip(request.offsets, wanted, tensor.shape, strict=True)
     ):
         raise CheckpointMismatchError(
-            f"{tensor.fqn} is saved with shape {tensor.shape}; a region of shape {wanted} at {request.offsets} "
-            "does not fit. The model differs from the one that was saved."
+            f"{tensor.fqn} is saved with shape {tensor.shape}; a region of shape {wanted} at "
+            f"{request.offsets} does not fit. The model differs from the one that was saved."
         )
     parts, covered = [], 0
     for piece in tensor.pieces:
@@ -198,8 +198,8 @@ class _Reader:
                 item = part.piece.item
                 raise CheckpointCorruptError(
                     f"{part.tensor.fqn} in {self._index.directory}/{item.path} (bytes {item.offset} to "
-                    f"{item.offset + item.nbytes}) has CRC-32 {digests[digest]:08x} instead of {expected:08x}: "
-                    "the file is damaged. Load an earlier iteration."
+                    f"{item.offset + item.nbytes}) has CRC-32 {digests[digest]:08x} instead of "
+                    f"{expected:08x}: the file is damaged. Load an earlier iteration."
                 )
         self._report.verified += len(self._checks)
 

@@ -8,7 +8,7 @@ import logging
 import os
 import time
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -44,6 +44,7 @@ class Save:
         process_group: the ranks that save together; None means all.
         writers: files (and so streams to the file system) per rank.
         common_files: name to content, written durably by the coordinator before anything is published.
+        keep_files: names that the caller has already put into the directory.
         seal_files: name to content, published after ``.metadata`` in the order given; the last is the seal.
         planner_data: torch DCP's name to path mapping, None for Megatron-Core.
         snapshot: copy CPU tensors while staging, so that training may go on during ``write``.
@@ -57,6 +58,7 @@ class Save:
         process_group: dist.ProcessGroup | None = None,
         writers: int = 1,
         common_files: Mapping[str, bytes] | None = None,
+        keep_files: Collection[str] = (),
         seal_files: Mapping[str, bytes] | None = None,
         planner_data: Mapping[str, Any] | None = None,
         snapshot: bool = False,
@@ -67,6 +69,7 @@ class Save:
         self._group = ControlGroup(process_group)
         self._writers = writers
         self._common_files = dict(common_files or {})
+        self._keep_files = keep_files
         self._seal_files = dict(seal_files or {})
         self._planner_data = planner_data
         self._snapshot = snapshot
@@ -81,7 +84,7 @@ class Save:
         On return the shards' owners may change them, if ``snapshot`` is set.
         """
         with self._timed("prepare"):
-            self._group.decide(lambda: commit.invalidate(self.directory))
+            self._group.decide(lambda: commit.invalidate(self.directory, self._keep_files))
         outcome = self._group.attempt(self._plan_and_stage)
         if outcome.error is not None:
             self._written = Outcome(outcome.rank, error=outcome.error)

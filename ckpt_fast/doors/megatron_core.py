@@ -1,0 +1,326 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Megatron-Core's sharded state dicts, saved and loaded by the pipeline in Megatron-Core's own files.
+
+``start_save`` and ``load`` are what the documented API uses. They take and return exactly what
+``megatron.core.dist_checkpointing.save`` and ``load`` do, and need neither a GPU nor unsafe unpickling.
+``FastSaveStrategy`` and ``FastLoadStrategy`` are the same behind Megatron-Core's strategy interface.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ckpt_fast import megatron
+from ckpt_fast.errors import CheckpointCorruptError, CheckpointMismatchError, CheckpointNotFoundError
+from ckpt_fast.pipeline import commit
+from ckpt_fast.pipeline.decode import decode_object
+from ckpt_fast.pipeline.group import ControlGroup
+from ckpt_fast.pipeline.index import CheckpointIndex
+from ckpt_fast.pipeline.load import load_objects, load_tensors
+from ckpt_fast.pipeline.save import Save, save
+from ckpt_fast.pipeline.types import ObjectShard, Shard, TensorRequest, TensorShard
+
+COMMON_FILE = "common.pt"
+CONTENT_METADATA_KEY = "content_metadata"
+# Megatron-Core from 0.19 on keeps the common state in a data file, under this name.
+_COMMON_STATE_KEY = "common_state/shard_0_1"
+# All four keys: versions before 0.19 want each of them and accept no other.
+_SEAL = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+
+
+class FastSaveStrategy(megatron.TorchDistSaveShardedStrategy):  # type: ignore[misc]
+    """Megatron-Core save strategy on the ckpt_fast pipeline.
+
+    Args:
+        backend, version: as Megatron-Core passes them; always "torch_dist", 1 on disk.
+        thread_count: files per rank.
+    """
+
+    def __init__(
+        self, backend: str = "torch_dist", version: int = 1, *, thread_count: int = 1, **options: Any
+    ) -> None:
+        super().__init__(backend, version, thread_count=thread_count, **options)
+
+    def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | os.PathLike[str]) -> None:
+        """Collective. Save the sharded part; Megatron-Core itself writes ``metadata.json`` afterwards."""
+        common = [
+            entry
+            for entry in megatron.nested_values(sharded_state_dict)
+            if isinstance(entry, megatron.ShardedObject) and entry.unique_key == _COMMON_STATE_KEY
+        ]
+        save(
+            shards_of(sharded_state_dict),
+            os.fspath(checkpoint_dir),
+            writers=self.thread_count,
+            # Versions before 0.19 wrote the file already, and read nothing else.
+            keep_files=() if common else (COMMON_FILE,),
+            common_files={COMMON_FILE: _torch_bytes(common[0].data)} if common else None,
+        )
+
+
+class FastLoadStrategy(megatron.TorchDistLoadShardedStrategy):  # type: ignore[misc]
+    """Megatron-Core load strategy on the ckpt_fast pipeline: tensors by offset, no code from pickles."""
+
+    def load(
+        self,
+        sharded_state_dict: dict[str, Any],
+        checkpoint_dir: str | os.PathLike[str],
+        async_strategy: str = "mcore",
+    ) -> dict[str, Any]:
+        """Local. A dict of the same nesting with every sharded entry replaced by its loaded value."""
+        index = CheckpointIndex(os.fspath(checkpoint_dir))
+        self.cached_global_metadata = index.metadata
+        return load_sharded(sharded_state_dict, index)
+
+    def load_tensors_metadata(
+        self, checkpoint_dir: str | os.PathLike[str], metadata: Any = None
+    ) -> dict[str, Any]:
+        """Name to ShardedTensor without data, of the whole global shape, for every saved tensor."""
+        metadata = metadata or CheckpointIndex(os.fspath(checkpoint_dir)).metadata
+        return {
+            fqn: megatron.ShardedTensor.from_rank_offsets(
+                fqn, torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
+            ).without_data()
+            for fqn, entry in metadata.state_dict_metadata.items()
+            if hasattr(entry, "chunks")
+        }
+
+    def load_sharded_metadata(self, checkpoint_dir: str | os.PathLike[str]) -> dict[str, Any]:
+        """``load_tensors_metadata`` and, by unique key, a ShardedObject without data per saved object."""
+        metadata = CheckpointIndex(os.fspath(checkpoint_dir)).metadata
+        objects = {
+            fqn: megatron.ShardedObject.empty_from_unique_key(fqn)
+            for fqn, entry in metadata.state_dict_metadata.items()
+            if not hasattr(entry, "chunks") and fqn != _COMMON_STATE_KEY
+        }
+        return {**objects, **self.load_tensors_metadata(checkpoint_dir, metadata)}
+
+
+def start_save(
+    sharded_state_dict: dict[str, Any],
+    checkpoint_dir: str,
+    strategy: Any,
+    *,
+    validate_access_integrity: bool = True,
+    preprocess_common_before_consistency_check: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+    content_metadata: dict[str, Any] | None = None,
+    snapshot: bool = False,
+) -> Save:
+    """Collective. Everything up to and including staging; the caller then runs ``write`` and ``commit``.
+
+    Args:
+        sharded_state_dict: Megatron-Core's sharded state dict; factories in it are applied in place.
+        checkpoint_dir: the same on every rank.
+        strategy: FastSaveStrategy, or FullyParallelSaveStrategyWrapper around one.
+        validate_access_integrity: check that all ranks together save every element exactly once.
+        preprocess_common_before_consistency_check: applied to the common state before ranks compare it.
+        content_metadata: stored in the common state under ``content_metadata``.
+        snapshot: the shards' memory may change as soon as this returns.
+
+    Raises:
+        CheckpointError, CheckpointingException: nothing has been written.
+    """
+    group = ControlGroup()
+    if content_metadata is not None:
+        sharded_state_dict[CONTENT_METADATA_KEY] = content_metadata
+    distributed = dist.is_available() and dist.is_initialized()
+    sharded, common = group.agree(
+        lambda: megatron.save_preprocess(
+            sharded_state_dict,
+            validate_access_integrity and distributed,
+            preprocess_common_before_consistency_check,
+        )
+    )
+    base = strategy
+    if isinstance(strategy, megatron.FullyParallelSaveStrategyWrapper):
+        strategy.apply_saving_parallelization(sharded)
+        base = strategy.base_strategy
+    job = Save(
+        group.agree(lambda: shards_of(sharded)),
+        checkpoint_dir,
+        writers=base.thread_count,
+        common_files={COMMON_FILE: _torch_bytes(common)} if group.is_coordinator else None,
+        seal_files={commit.SEAL_FILE: json.dumps(_SEAL).encode()},
+        snapshot=snapshot,
+    )
+    job.stage()
+    return job
+
+
+def shards_of(sharded_state_dict: dict[str, Any]) -> list[Shard]:
+    """The pieces this rank saves: main replicas only, objects of one key together.
+
+    Raises:
+        CheckpointMismatchError: a sharded tensor has no data, or is of a kind the files cannot hold.
+    """
+    shards: list[Shard] = []
+    objects: dict[str, list[Any]] = defaultdict(list)
+    for entry in megatron.nested_values(sharded_state_dict):
+        if not megatron.is_main_replica(entry.replica_id):
+            continue
+        if isinstance(entry, megatron.ShardedObject):
+            objects[entry.unique_key].append(entry.data)
+            continue
+        if entry.data is None:
+            raise CheckpointMismatchError(f"{entry.key} is to be saved but has no data on this rank")
+        data = entry.data.detach()[(None,) * entry.prepend_axis_num]
+        shards.append(TensorShard(entry.key, data, tuple(entry.global_offset), tuple(entry.global_shape)))
+    shards.extend(ObjectShard(key, _torch_bytes(values)) for key, values in objects.items())
+    return shards
+
+
+def load(
+    sharded_state_dict: dict[str, Any],
+    checkpoint_dir: str,
+    *,
+    strategy: Any = None,
+    strict: Any = megatron.StrictHandling.ASSUME_OK_UNEXPECTED,
+    validate_access_integrity: bool = True,
+) -> Any:
+    """Collective. Load what the sharded state dict asks for.
+
+    Args:
+        sharded_state_dict: what to load; tensors with data are filled in place.
+        checkpoint_dir: directory of a torch_dist checkpoint, of ours or of stock Megatron-Core.
+        strategy: FastLoadStrategy (default), or a wrapper around one.
+        strict: Megatron-Core's ``StrictHandling`` or its string value.
+        validate_access_integrity: check that the ranks' requests fit together.
+
+    Returns:
+        The state dict with the common state merged in; with the two ``return_*`` modes of ``strict`` a tuple
+        (state dict, missing keys, unexpected keys).
+
+    Raises:
+        CheckpointError, CheckpointingException: on every rank, naming the rank that failed.
+    """
+    strategy = strategy or FastLoadStrategy()
+    group = ControlGroup()
+    strict = megatron.parse_strict_flag(strict)
+    megatron.force_all_tensors_to_non_fp8(sharded_state_dict)
+    state_dict = group.agree(lambda: load_common_state_dict(checkpoint_dir))
+    wanted, nonpersistent, factories = megatron.load_preprocess(sharded_state_dict)
+    megatron.merge(state_dict, nonpersistent)
+    wanted, _ = megatron.extract_sharded_base(wanted)
+    wanted, missing, unexpected = _check_keys(
+        wanted, checkpoint_dir, strategy, strict, validate_access_integrity
+    )
+    loaded = group.agree(lambda: strategy.load(wanted, checkpoint_dir))
+    megatron.merge(state_dict, loaded)
+    state_dict = megatron.apply_factory_merges(state_dict, factories)
+    if megatron.StrictHandling.requires_returning_mismatch_keys(strict):
+        return state_dict, missing, unexpected
+    return state_dict
+
+
+def _check_keys(
+    wanted: dict[str, Any], checkpoint_dir: str, strategy: Any, strict: Any, validate_access_integrity: bool
+) -> tuple[dict[str, Any], set[str], set[str]]:
+    validate = validate_access_integrity and dist.is_available() and dist.is_initialized()
+    saved = None
+    if megatron.StrictHandling.requires_explicit_ckpt_mismatch_check(strict):
+        saved = strategy.load_sharded_metadata(checkpoint_dir)
+    local = everyone = None
+    if validate:
+        local, everyone = megatron.determine_global_metadata(wanted)
+    elif megatron.StrictHandling.requires_global_app_metadata(strict):
+        local = [entry.without_data() for entry in megatron.nested_values(wanted)]
+        everyone = [local]
+    result: tuple[dict[str, Any], set[str], set[str]] = ControlGroup().agree(
+        lambda: megatron.validate_integrity_and_strict_load(wanted, strict, validate, local, everyone, saved)
+    )
+    return result
+
+
+def load_sharded(sharded_state_dict: dict[str, Any], index: CheckpointIndex) -> dict[str, Any]:
+    """Local. The same nesting with every ShardedTensor and ShardedObject replaced by its loaded value."""
+    entries = list(megatron.nested_values(sharded_state_dict))
+    tensors = [entry for entry in entries if isinstance(entry, megatron.ShardedTensor)]
+    load_tensors(index, list(_requests(tensors, index)))
+    keys = {entry.unique_key for entry in entries if isinstance(entry, megatron.ShardedObject)}
+    values = {key: iter(value) for key, value in load_objects(index, sorted(keys)).items()}
+
+    def loaded(entry: Any) -> Any:
+        if isinstance(entry, megatron.ShardedTensor):
+            return entry.data
+        try:
+            return next(values[entry.unique_key])
+        except StopIteration:
+            raise CheckpointMismatchError(
+                f"{entry.unique_key} is asked for more often than {index.directory} has it"
+            ) from None
+
+    result: dict[str, Any] = megatron.dict_list_map_outplace(loaded, sharded_state_dict)
+    return result
+
+
+def _requests(tensors: Iterable[Any], index: CheckpointIndex) -> Iterator[TensorRequest]:
+    for entry in tensors:
+        saved = index.tensor(entry.key).shape
+        entry.init_data("cpu", torch.zeros if entry.allow_shape_mismatch else torch.empty)
+        entry.data = entry.data.detach()
+        destination = entry.data[(None,) * entry.prepend_axis_num]
+        if entry.allow_shape_mismatch:
+            # Padding that only one side has stays zero.
+            entry.data.zero_()
+            for axis, (offset, limit) in enumerate(zip(entry.global_offset, saved, strict=True)):
+                size = min(destination.shape[axis], max(limit - offset, 0))
+                destination = destination.narrow(axis, 0, size)
+        elif saved != tuple(entry.global_shape):
+            raise CheckpointMismatchError(
+                f"{entry.key} has shape {saved} in {index.directory} but {tuple(entry.global_shape)} in this "
+                "model. Use the configuration the checkpoint was saved with."
+            )
+        if destination.numel():
+            yield TensorRequest(entry.key, destination, tuple(entry.global_offset))
+
+
+def load_common_state_dict(checkpoint_dir: str) -> dict[str, Any]:
+    """Local. The part of a checkpoint that is not sharded, from ``common.pt`` or, since 0.19, the data files.
+
+    Raises:
+        CheckpointNotFoundError: the directory is not a complete torch_dist checkpoint.
+        CheckpointCorruptError, UnsafeCheckpointError: see ``decode_object``.
+    """
+    if not megatron.check_is_distributed_checkpoint(checkpoint_dir):
+        state = "does not exist" if not os.path.isdir(checkpoint_dir) else "has no valid metadata.json"
+        raise CheckpointNotFoundError(
+            f"{checkpoint_dir} is not a complete torch_dist checkpoint: it {state}. An interrupted save "
+            "leaves such a directory behind; load an earlier iteration."
+        )
+    path = os.path.join(checkpoint_dir, COMMON_FILE)
+    try:
+        with open(path, "rb") as file:
+            return _require_dict(decode_object(file.read(), path, verify=True), path)
+    except FileNotFoundError:
+        index = CheckpointIndex(checkpoint_dir)
+        if _COMMON_STATE_KEY not in index.metadata.state_dict_metadata:
+            raise CheckpointNotFoundError(
+                f"{path} is missing; the checkpoint is incomplete. Load an earlier iteration."
+            ) from None
+        values = load_objects(index, [_COMMON_STATE_KEY])[_COMMON_STATE_KEY]
+        return _require_dict(values[0], f"{_COMMON_STATE_KEY} in {checkpoint_dir}")
+
+
+def _require_dict(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise CheckpointCorruptError(f"{where} holds a {type(value).__name__}, not a state dict")
+    return dict(value)
+
+
+def _torch_bytes(value: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
