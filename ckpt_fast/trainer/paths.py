@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Names and places of a checkpoint's files, on local disks and (``msc://...``) in object storage."""
+
+from __future__ import annotations
+
+import glob
+import os
+from typing import IO, Any
+
+import yaml
+
+from ckpt_fast.megatron import MultiStorageClientFeature
+from ckpt_fast.pipeline.commit import write_file_atomic
+
+TRAIN_STATE_FILE = "train_state.pt"
+TRACKER_PREFIX = "latest"
+CONFIG_FILE = "run_config.yaml"
+MEGATRON_LM_TRACKER = "latest_checkpointed_iteration.txt"
+
+_ITERATION_DIR_MARKERS = (CONFIG_FILE, TRAIN_STATE_FILE, "metadata.json", ".metadata")
+
+# A directory holds a whole HuggingFace model when it has a config and weights under one of these names.
+_HF_WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+_HF_SHARDED_WEIGHTS = ("model-*-of-*.safetensors", "pytorch_model-*-of-*.bin")
+
+
+# --- Storage: plain os calls, or multi-storage-client where it is enabled and the path is its own ---------
+
+
+def object_storage(path: str | os.PathLike[str]) -> Any | None:
+    """The multistorageclient module if ``path`` is not an ordinary local one, else None.
+
+    Paths are its own when they are URLs (``msc://profile/...``) or when its configuration maps them to a
+    profile. Ordinary paths never pass through it: only then are files replaced atomically and fsynced.
+    """
+    if not MultiStorageClientFeature.is_enabled():
+        return None
+    msc = MultiStorageClientFeature.import_package()
+    name = os.fspath(path)
+    if "://" in name or not msc.resolve_storage_client(os.path.abspath(name))[0].is_default_profile():
+        return msc
+    return None
+
+
+def file_exists(path: str) -> bool:
+    """Whether a file or directory exists."""
+    msc = object_storage(path)
+    return bool(msc.os.path.exists(path) if msc else os.path.exists(path))
+
+
+def is_file(path: str) -> bool:
+    """Whether ``path`` is a regular file (or an object)."""
+    msc = object_storage(path)
+    return bool(msc.os.path.isfile(path) if msc else os.path.isfile(path))
+
+
+def open_file(path: str, mode: str = "rb") -> IO[Any]:
+    """Open for reading, wherever the file is."""
+    msc = object_storage(path)
+    stream: IO[Any] = msc.open(path, mode) if msc else open(path, mode)  # noqa: SIM115
+    return stream
+
+
+def write_file(path: str, data: bytes) -> None:
+    """Create or replace a small file so that readers see its old content or the new, never a mixture.
+
+    The directory is created when missing. Objects appear whole by nature of their storage.
+
+    Raises:
+        CheckpointWriteError: on a local disk, with errno and path.
+    """
+    ensure_directory_exists(path)
+    msc = object_storage(path)
+    if msc is None:
+        write_file_atomic(path, data)
+        return
+    with msc.open(path, "wb") as stream:
+        stream.write(data)
+
+
+def ensure_directory_exists(filename: str, check_parent: bool = True) -> None:
+    """Create the directory of a file, or with ``check_parent=False`` the directory ``filename`` itself."""
+    directory = os.path.dirname(filename) if check_parent else filename
+    if not directory:
+        return
+    msc = object_storage(directory)
+    if msc:
+        msc.os.makedirs(directory, exist_ok=True)
+    else:
+        os.makedirs(directory, exist_ok=True)
+
+
+def join_paths(*paths: str) -> str:
+    """Join path components; URLs keep their scheme.
+
+    Raises:
+        ValueError: without any component.
+    """
+    if not paths:
+        raise ValueError("join_paths needs at least one path")
+    return os.path.join(*(os.fspath(path) for path in paths))
+
+
+# --- Names -----------------------------------------------------------------------------------------------
+
+
+def get_checkpoint_name(checkpoints_path: str, iteration: int, release: bool = False) -> str:
+    """``<root>/iter_0001000``, or ``<root>/release``."""
+    return join_paths(checkpoints_path, "release" if release else f"iter_{iteration:07d}")
+
+
+def get_checkpoint_train_state_filename(checkpoints_path: str, prefix: str | None = None) -> str:
+    """``<root>/train_state.pt``, or ``<root>/<prefix>_train_state.pt``."""
+    return join_paths(checkpoints_path, f"{prefix}_{TRAIN_STATE_FILE}" if prefix else TRAIN_STATE_FILE)
+
+
+def get_checkpoint_run_config_filename(checkpoints_path: str) -> str:
+    """``<root>/run_config.yaml``."""
+    return join_paths(checkpoints_path, CONFIG_FILE)
+
+
+def get_checkpoint_tracker_filename(checkpoints_path: str) -> str:
+    """``<root>/latest_checkpointed_iteration.txt``, the tracker of Megatron-LM."""
+    return join_paths(checkpoints_path, MEGATRON_LM_TRACKER)
+
+
+# --- What a directory is ---------------------------------------------------------------------------------
+
+
+def is_checkpoint_iteration_directory(path: str | None) -> bool:
+    """Whether ``path`` is one checkpoint (``iter_0001000``), as opposed to a root of several."""
+    return bool(path) and any(file_exists(join_paths(str(path), name)) for name in _ITERATION_DIR_MARKERS)
+
+
+def checkpoint_exists(checkpoints_path: str | None) -> bool:
+    """Whether ``checkpoints_path`` is a checkpoint, or a root with a tracker."""
+    if not checkpoints_path:
+        return False
+    if is_checkpoint_iteration_directory(checkpoints_path):
+        return True
+    if file_exists(get_checkpoint_train_state_filename(checkpoints_path, prefix=TRACKER_PREFIX)):
+        return True
+    return is_file(get_checkpoint_tracker_filename(checkpoints_path))
+
+
+def is_hf_checkpoint_dir(path: str | None) -> bool:
+    """Whether ``path`` holds a whole HuggingFace model; a directory of adapters only does not count."""
+    if not path or not file_exists(join_paths(path, "config.json")):
+        return False
+    if any(file_exists(join_paths(path, name)) for name in _HF_WEIGHTS):
+        return True
+    return any(_glob(path, pattern) for pattern in _HF_SHARDED_WEIGHTS)
+
+
+def get_hf_model_id_from_checkpoint(path: str) -> str | None:
+    """The HuggingFace model a checkpoint says it came from, or None when it does not say.
+
+    Args:
+        path: one checkpoint, or a root, of which the checkpoint with the highest iteration is asked.
+
+    Raises:
+        FileNotFoundError: ``path`` does not exist, or there is no ``run_config.yaml`` in it.
+        NotADirectoryError: ``path`` is a file.
+    """
+    if not file_exists(path):
+        raise FileNotFoundError(f"checkpoint directory {path} does not exist")
+    if is_file(path):
+        raise NotADirectoryError(f"{path} is a file; a checkpoint is a directory")
+    config_file = get_checkpoint_run_config_filename(path)
+    if not file_exists(config_file):
+        children = _glob(path, "iter_*")
+        if not children:
+            raise FileNotFoundError(f"{path} has neither {CONFIG_FILE} nor iter_* directories")
+        config_file = get_checkpoint_run_config_filename(max(children, key=_iteration_of))
+    with open_file(config_file, "r") as stream:
+        model = (yaml.safe_load(stream) or {}).get("model") or {}
+    extra = model.get("extra_checkpoint_metadata") or {}
+    model_id = extra.get("hf_model_id") or model.get("hf_model_id")
+    return str(model_id) if model_id else None
+
+
+def _glob(directory: str, pattern: str) -> list[str]:
+    msc = object_storage(directory)
+    if msc:
+        return [str(match) for match in msc.Path(directory).glob(pattern)]
+    return glob.glob(os.path.join(glob.escape(directory), pattern))
+
+
+def _iteration_of(directory: str) -> int:
+    digits = os.path.basename(directory.rstrip("/")).removeprefix("iter_")
+    return int(digits) if digits.isdigit() else -1

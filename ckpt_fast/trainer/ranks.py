@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who this process is among the others, and the few collectives that need no tensors.
+
+Every function works in a process that never initialised torch.distributed: it is then the only rank,
+unless a launcher (RANK, SLURM_PROCID) says otherwise.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+
+def is_distributed() -> bool:
+    """Whether torch.distributed has a default process group."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def get_rank_safe() -> int:
+    """The global rank: of the process group, else as the launcher says, else 0."""
+    return torch.distributed.get_rank() if is_distributed() else _from_environment("RANK", "SLURM_PROCID", 0)
+
+
+def get_world_size_safe() -> int:
+    """The number of ranks: of the process group, else as the launcher says, else 1."""
+    if is_distributed():
+        return torch.distributed.get_world_size()
+    return _from_environment("WORLD_SIZE", "SLURM_NTASKS", 1)
+
+
+def is_last_rank() -> bool:
+    """Whether this is the rank that reports to experiment loggers."""
+    return get_rank_safe() == get_world_size_safe() - 1
+
+
+def print_rank_0(message: object) -> None:
+    """Print on rank 0 and flush, so that the line is in the log even if the job dies next."""
+    if get_rank_safe() == 0:
+        print(message, flush=True)  # noqa: T201
+
+
+def print_rank_last(message: object) -> None:
+    """Print on the last rank and flush."""
+    if is_last_rank():
+        print(message, flush=True)  # noqa: T201
+
+
+def barrier_if_distributed(group: torch.distributed.ProcessGroup | None = None) -> None:
+    """Wait for all ranks of ``group`` (default: all); nothing without a process group."""
+    if is_distributed():
+        torch.distributed.barrier(group=group)
+
+
+def control_device(group: torch.distributed.ProcessGroup | None = None) -> torch.device:
+    """Where the tensors of small collectives over ``group`` must be: the CPU if its backend serves it."""
+    config = str(torch.distributed.get_backend_config(group)) if is_distributed() else "cpu"
+    devices = [entry.partition(":")[0] for entry in config.split(",")]
+    if "cpu" in devices:
+        return torch.device("cpu")
+    return torch.device(devices[0], torch.get_device_module(devices[0]).current_device())
+
+
+def on_rank_0(decide: Callable[[], T]) -> T:
+    """Let rank 0 alone look at the disk, and give every rank its answer, or its exception.
+
+    Ranks that each look for themselves may see a shared file system differently, and then no longer call
+    the same collectives. Collective: all ranks call it. The answer must be picklable; rank 0 gets the very
+    object, the others a copy.
+
+    Raises:
+        Exception: whatever ``decide`` raised on rank 0, on every rank.
+    """
+    if not is_distributed() or torch.distributed.get_world_size() == 1:
+        return decide()
+    outcome: list[Any] = [None, None]
+    if torch.distributed.get_rank() == 0:
+        try:
+            outcome = [decide(), None]
+        except (Exception, SystemExit) as error:
+            torch.distributed.broadcast_object_list([None, _picklable(error)], src=0, device=control_device())
+            raise
+    torch.distributed.broadcast_object_list(outcome, src=0, device=control_device())
+    answer, failure = outcome
+    if failure is not None:
+        raise failure
+    return answer  # type: ignore[no-any-return]
+
+
+def raise_together(error: BaseException | None, what: str) -> None:
+    """Tell all ranks whether one of them failed, so that none goes on, or waits, alone.
+
+    Collective: each rank passes its own failure, or None. Returns only if nobody failed.
+
+    Args:
+        error: this rank's failure.
+        what: the operation, for the ranks that did not fail, e.g. "writing train_state.pt".
+
+    Raises:
+        BaseException: ``error`` itself on a rank that failed.
+        RuntimeError: on the other ranks; it names each failed rank and its cause.
+    """
+    if not is_distributed():
+        if error is not None:
+            raise error
+        return
+    failures: list[str | None] = [None] * torch.distributed.get_world_size()
+    mine = None if error is None else f"{type(error).__name__}: {error}"
+    torch.distributed.all_gather_object(failures, mine)
+    if error is not None:
+        raise error
+    failed = [f"rank {rank}: {text}" for rank, text in enumerate(failures) if text is not None]
+    if failed:
+        raise RuntimeError(f"{what} failed on {len(failed)} of {len(failures)} ranks; {failed[0]}")
+
+
+def _picklable(error: BaseException) -> BaseException:
+    """The exception, or one with the same text if it cannot travel to other ranks."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
+
+
+def _from_environment(launcher: str, slurm: str, default: int) -> int:
+    return int(os.environ.get(launcher) or os.environ.get(slurm) or default)

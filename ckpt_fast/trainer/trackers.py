@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The small files around a checkpoint: train state, run config, and the trackers that name the newest one.
+
+A *tracker* lies in the root and says which iteration to resume from. It is replaced atomically and only
+after everything it names is durable: train state and run config of the iteration first, trackers last.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from typing import Any, Generic, TypeVar
+
+import torch
+import yaml
+
+from ckpt_fast.state import TrainState
+from ckpt_fast.trainer.paths import (
+    CONFIG_FILE,
+    TRACKER_PREFIX,
+    get_checkpoint_run_config_filename,
+    get_checkpoint_tracker_filename,
+    get_checkpoint_train_state_filename,
+    object_storage,
+    open_file,
+    write_file,
+)
+from ckpt_fast.trainer.ranks import control_device, get_rank_safe, is_distributed, on_rank_0, print_rank_0
+from ckpt_fast.trainer.run_config import apply_run_config_backward_compat, sanitize_run_config_object
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+# (path, mtime in ns, size, inode): a file that was replaced within one clock tick has another inode.
+_Stamp = tuple[str, int, int, int]
+
+
+class CachedReader(Generic[T]):
+    """Reads a small file on rank 0, once per version of it, and gives every rank a copy of its own.
+
+    Only rank 0 keeps what it read, so ranks cannot disagree about whether a file is to be read again.
+    Objects in object storage have no stamp to compare and are read each time.
+    """
+
+    def __init__(self, parse: Callable[[str], T], what: str) -> None:
+        """``parse`` turns a path into the value; ``what`` names the kind of file in errors."""
+        self._parse = parse
+        self._what = what
+        self._cached = lru_cache(maxsize=16)(lambda stamp: parse(stamp[0]))
+        self.__doc__ = parse.__doc__
+
+    def __call__(self, path: str) -> T:
+        """The content of ``path``. Collective: all ranks call it.
+
+        Raises:
+            RuntimeError: on every rank, if rank 0 cannot read or understand the file.
+        """
+        return on_rank_0(lambda: self._read(path))
+
+    def cache_clear(self) -> None:
+        """Forget what was read."""
+        self._cached.cache_clear()
+
+    def _read(self, path: str) -> T:
+        try:
+            if object_storage(path):
+                return self._parse(path)
+            return copy.deepcopy(self._cached(_stamp(path)))
+        except Exception as error:
+            message = f"Unable to load {self._what} file {path}: {error}"
+            sys.stderr.write(message + "\n")
+            raise RuntimeError(message) from error
+
+
+def _stamp(path: str) -> _Stamp:
+    status = os.stat(path)
+    return path, status.st_mtime_ns, status.st_size, status.st_ino
+
+
+def _parse_train_state(path: str) -> TrainState:
+    """The progress counters of a run, from ``train_state.pt`` or the tracker ``latest_train_state.pt``."""
+    with open_file(path) as stream:
+        state_dict = torch.load(stream, map_location="cpu", weights_only=True)
+    train_state = TrainState()
+    train_state.load_state_dict(state_dict)
+    return train_state
+
+
+def _parse_run_config(path: str) -> Any:
+    """The configuration a checkpoint was saved with, as plain dicts and lists; None for an empty file."""
+    with open_file(path, "r") as stream:
+        content = yaml.safe_load(stream)
+    return apply_run_config_backward_compat(sanitize_run_config_object(content))
+
+
+read_train_state = CachedReader(_parse_train_state, "train state")
+read_run_config = CachedReader(_parse_run_config, "config")
+
+
+# --- Megatron-LM's tracker -------------------------------------------------------------------------------
+
+
+def read_metadata(tracker_filename: str) -> tuple[int, bool]:
+    """Read the tracker of Megatron-LM: the iteration, or the word "release".
+
+    Every rank reads the file, and the largest iteration any of them saw is taken: a rank that a shared file
+    system served an older or no file follows the others, with a warning. Collective.
+
+    Returns:
+        (iteration, False), or (0, True) for a release checkpoint.
+
+    Raises:
+        SystemExit: no rank found an iteration or "release" in the file.
+        AssertionError: the iteration is not positive.
+        OSError: no rank could read the file.
+    """
+    iteration, problem = _parse_tracker(tracker_filename)
+    newest = _maximum(iteration)
+    if newest < 0 and problem is not None:
+        if isinstance(problem, ValueError):
+            print_rank_0(f"ERROR: {problem}")
+            sys.exit(1)
+        raise problem
+    if newest != iteration:
+        logger.warning(
+            "rank %d: %s; another rank found iteration %d, which all ranks use",
+            get_rank_safe(),
+            problem or f"the tracker {tracker_filename} says iteration {iteration}",
+            newest,
+        )
+    return newest, newest == 0
+
+
+def _parse_tracker(path: str) -> tuple[int, Exception | None]:
+    """(iteration, None), with 0 for "release", or (-1, what is wrong with the file).
+
+    Nothing is raised, since the file may look different on other ranks, which go on to a collective.
+    """
+    try:
+        with open_file(path, "r") as stream:
+            text = stream.read().strip()
+        if text == "release":
+            return 0, None
+        iteration = int(text)
+    except ValueError:
+        return -1, ValueError(f"the tracker {path} holds neither an iteration nor 'release': {text[:80]!r}")
+    except OSError as error:
+        return -1, error
+    if iteration <= 0:
+        return -1, AssertionError(f"the tracker {path} holds iteration {iteration}; it must be positive")
+    return iteration, None
+
+
+def _maximum(value: int) -> int:
+    """The largest ``value`` of any rank."""
+    if not is_distributed():
+        return value
+    largest = torch.tensor([value], dtype=torch.long, device=control_device())
+    torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
+    return int(largest[0].item())
+
+
+# --- Writing ---------------------------------------------------------------------------------------------
+
+
+def snapshot_train_state(
+    train_state: Any, floating_point_operations_so_far: float
+) -> dict[str, torch.Tensor]:
+    """What ``train_state.pt`` will hold, as of now: training goes on while a save is in flight.
+
+    The count of operations is kept in double precision (float32 would lose all but seven digits of it).
+    """
+    snapshot: dict[str, torch.Tensor] = dict(train_state.state_dict())
+    snapshot["floating_point_operations_so_far"] = torch.tensor(
+        floating_point_operations_so_far, dtype=torch.float64
+    )
+    return snapshot
+
+
+def snapshot_run_config(cfg: Any) -> bytes:
+    """What ``run_config.yaml`` will hold, as of now, as ``cfg.to_yaml(path)`` writes it."""
+    with tempfile.TemporaryDirectory(prefix="ckpt_fast_") as directory:
+        path = os.path.join(directory, CONFIG_FILE)
+        cfg.to_yaml(path)
+        with open(path, "rb") as file:
+            return file.read()
+
+
+def write_train_state(path: str, train_state: Mapping[str, torch.Tensor]) -> None:
+    """Write ``train_state.pt`` or ``latest_train_state.pt`` atomically. Called on rank 0."""
+    buffer = io.BytesIO()
+    torch.save(dict(train_state), buffer)
+    write_file(path, buffer.getvalue())
+
+
+def write_run_config(checkpoint_name: str, run_config: bytes) -> None:
+    """Write ``<checkpoint>/run_config.yaml`` atomically. Called on rank 0."""
+    write_file(get_checkpoint_run_config_filename(checkpoint_name), run_config)
+
+
+def publish_trackers(save_dir: str, iteration: int, train_state: Mapping[str, torch.Tensor]) -> None:
+    """Let the trackers of ``save_dir`` name ``iteration``. Called on rank 0, as the last write of a save.
+
+    Everything the trackers name must be durable. A crash between the two leaves ``latest_train_state.pt``
+    one save ahead of Megatron-LM's tracker; both name complete checkpoints then.
+    """
+    write_train_state(get_checkpoint_train_state_filename(save_dir, prefix=TRACKER_PREFIX), train_state)
+    write_file(get_checkpoint_tracker_filename(save_dir), str(iteration).encode())
