@@ -1,0 +1,30 @@
+// SPDX-License-Identifier: Apache-2.0
+// Chunk buffers: page-aligned, on huge pages where the system grants them, kept between calls.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace ckpt_fast {
+
+/// A buffer borrowed from the process-wide pool; returned on destruction. Contents are undefined.
+class Buffer {
+ public:
+  /// `nbytes` > 0 is rounded up to whole pages. Throws std::bad_alloc.
+  explicit Buffer(size_t nbytes);
+  ~Buffer();
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+
+  uint8_t* data() const { return data_; }
+  size_t size() const { return size_; }
+
+ private:
+  uint8_t* data_;
+  size_t size_;
+};
+
+/// Bytes that idle buffers hold at this moment.
+size_t pooled_nbytes();
+
+}  // namespace ckpt_fast

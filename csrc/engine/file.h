@@ -1,0 +1,81 @@
+// SPDX-License-Identifier: Apache-2.0
+// Files opened for one job: whole transfers at given positions, past the page cache where possible.
+// Every failure is a SystemError that names the transfer and the path.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+namespace ckpt_fast {
+
+/// Alignment that direct I/O needs of addresses, offsets and sizes.
+constexpr int64_t kDirectAlignment = 4096;
+
+/// Owns a file descriptor.
+class Descriptor {
+ public:
+  Descriptor() = default;
+  explicit Descriptor(int fd) : fd_(fd) {}
+  ~Descriptor();
+  Descriptor(Descriptor&& other) noexcept : fd_(other.release()) {}
+  Descriptor& operator=(Descriptor&& other) noexcept;
+
+  int get() const { return fd_; }
+  bool is_open() const { return fd_ >= 0; }
+  int release();
+  /// Closes and returns the errno of close(2), 0 when all is well.
+  int close();
+
+ private:
+  int fd_ = -1;
+};
+
+/// A file being created. Different ranges may be written from several threads at once.
+class OutputFile {
+ public:
+  /// Creates or truncates `path` and reserves `nbytes`, so that a full disk shows before bytes move.
+  /// `direct` asks for O_DIRECT; a file system that refuses it gets buffered writes.
+  OutputFile(std::string path, int64_t nbytes, bool direct);
+
+  /// Writes all of a range. In direct mode `data` and `offset` are multiples of kDirectAlignment; the part
+  /// of `nbytes` behind the last multiple goes through the page cache.
+  void write(const void* data, int64_t nbytes, int64_t offset);
+
+  void sync();
+  void close();
+  bool direct() const { return direct_; }
+
+ private:
+  int write_direct(const uint8_t* data, int64_t nbytes, int64_t offset);
+
+  std::string path_;
+  Descriptor file_;
+  Descriptor buffered_;  // a second view of a direct file, for what direct I/O cannot write
+  std::atomic<bool> direct_{false};
+};
+
+/// A file being read. Different ranges may be read from several threads at once.
+class InputFile {
+ public:
+  InputFile(std::string path, bool direct);
+
+  /// Bytes in a regular file; INT64_MAX for devices and pipes, which do not say.
+  int64_t size() const { return size_; }
+
+  /// Reads all of a range. In direct mode `data` and `offset` are multiples of kDirectAlignment and `data`
+  /// has room for `nbytes` rounded up to one.
+  void read(void* data, int64_t nbytes, int64_t offset);
+
+  bool direct() const { return direct_; }
+  const std::string& path() const { return path_; }
+
+ private:
+  std::string path_;
+  Descriptor file_;
+  int64_t size_ = 0;
+  std::atomic<bool> direct_{false};
+};
+
+}  // namespace ckpt_fast

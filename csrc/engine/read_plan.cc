@@ -1,0 +1,124 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "read_plan.h"
+
+#include <algorithm>
+#include <limits>
+#include <stdexcept>
+#include <tuple>
+
+#include "file.h"
+#include "write_plan.h"
+
+namespace ckpt_fast {
+
+namespace {
+
+using std::to_string;
+
+// Reading this much for nothing costs less than another request to the device.
+constexpr int64_t kReadThrough = 64 << 10;
+
+// From this size on, a system call of its own is cheaper than a copy out of a shared buffer.
+constexpr int64_t kStraightNbytes = 256 << 10;
+
+[[noreturn]] void refuse(size_t row, const std::string& why) {
+  throw std::invalid_argument("extent " + to_string(row) + ": " + why);
+}
+
+void check_columns(const ReadRequest& request) {
+  check_job(request.threads, request.chunk_nbytes);
+  if (request.digest_count < 0) throw std::invalid_argument("digest_count is negative");
+  for (const Column& column :
+       {request.extent_offset, request.extent_nbytes, request.extent_address, request.extent_digest}) {
+    if (column.size != request.extent_file.size) {
+      throw std::invalid_argument("extent columns differ in length: " + to_string(request.extent_file.size) +
+                                  " and " + to_string(column.size));
+    }
+  }
+}
+
+void add_extents(const ReadRequest& request, ReadPlan* plan) {
+  const auto file_count = static_cast<int64_t>(request.paths.size());
+  for (size_t row = 0; row < request.extent_file.size; ++row) {
+    const Extent extent{row,
+                        request.extent_file[row],
+                        request.extent_offset[row],
+                        request.extent_nbytes[row],
+                        reinterpret_cast<uint8_t*>(request.extent_address[row]),
+                        request.extent_digest[row],
+                        0};
+    if (extent.file < 0 || extent.file >= file_count) {
+      refuse(row, "file " + to_string(extent.file) + " is not one of " + to_string(file_count));
+    }
+    if (extent.offset < 0 || extent.nbytes < 0 ||
+        extent.offset > std::numeric_limits<int64_t>::max() - kDirectAlignment - extent.nbytes) {
+      refuse(row, to_string(extent.nbytes) + " bytes at " + to_string(extent.offset) + " are no range");
+    }
+    if (extent.digest < -1 || extent.digest >= request.digest_count) {
+      refuse(row, "digest " + to_string(extent.digest) + " is not one of " + to_string(request.digest_count));
+    }
+    if (extent.digest >= 0) plan->stream_nbytes[extent.digest] += extent.nbytes;
+    plan->extents.push_back(extent);
+  }
+}
+
+void count_digest_behind(ReadPlan* plan) {
+  std::vector<int64_t> missing = plan->stream_nbytes;
+  for (Extent& extent : plan->extents) {
+    if (extent.digest >= 0) extent.digest_behind = missing[extent.digest] -= extent.nbytes;
+  }
+}
+
+/// Cuts [begin, end), which extents first … last - 1 cover but for small gaps, into transfers that each fit
+/// a chunk buffer. The cuts fall on multiples of the chunk size, which keeps direct reads aligned.
+void cut_run(const ReadRequest& request, int64_t begin, int64_t end, size_t first, size_t last, bool straight,
+             ReadPlan* plan) {
+  const std::vector<Extent>& extents = plan->extents;
+  const auto file = static_cast<size_t>(extents[first].file);
+  size_t from = first;
+  while (begin < end) {
+    const int64_t cut = std::min(end, (begin / request.chunk_nbytes + 1) * request.chunk_nbytes);
+    while (from < last && extents[from].end() <= begin) ++from;
+    size_t to = from;
+    while (to < last && extents[to].offset < cut) ++to;
+    if (from < to) plan->transfers.push_back({file, begin, cut, from, to, straight});
+    begin = cut;
+  }
+}
+
+void cut_transfers(const ReadRequest& request, ReadPlan* plan) {
+  const std::vector<Extent>& extents = plan->extents;
+  const auto goes_straight = [&](const Extent& extent) {
+    return !request.direct && extent.nbytes >= kStraightNbytes;
+  };
+  for (size_t first = 0; first < extents.size();) {
+    const Extent& head = extents[first];
+    int64_t end = head.end();
+    size_t last = first + 1;
+    const bool straight = goes_straight(head);
+    while (!straight && last < extents.size() && extents[last].file == head.file &&
+           extents[last].offset <= end + kReadThrough && !goes_straight(extents[last])) {
+      end = std::max(end, extents[last].end());
+      ++last;
+    }
+    cut_run(request, head.offset, end, first, last, straight, plan);
+    first = last;
+  }
+}
+
+}  // namespace
+
+ReadPlan make_read_plan(const ReadRequest& request) {
+  check_columns(request);
+  ReadPlan plan;
+  plan.stream_nbytes.assign(static_cast<size_t>(request.digest_count), 0);
+  add_extents(request, &plan);
+  count_digest_behind(&plan);
+  std::stable_sort(plan.extents.begin(), plan.extents.end(), [](const Extent& a, const Extent& b) {
+    return std::tie(a.file, a.offset) < std::tie(b.file, b.offset);
+  });
+  cut_transfers(request, &plan);
+  return plan;
+}
+
+}  // namespace ckpt_fast

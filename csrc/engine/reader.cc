@@ -1,0 +1,129 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "reader.h"
+
+#include <algorithm>
+#include <atomic>
+#include <memory>
+#include <mutex>
+
+#include "buffer_pool.h"
+#include "checksum.h"
+#include "error.h"
+#include "file.h"
+#include "parallel.h"
+#include "stream_digests.h"
+
+namespace ckpt_fast {
+
+namespace {
+
+/// A file's state while it is being read: open from its first transfer to its last.
+struct OpenFile {
+  std::mutex opening;
+  std::unique_ptr<InputFile> input;
+  std::atomic<int64_t> transfers_left{0};
+};
+
+// Straight reads are checked in portions of this size, which are still in the cache when they are.
+constexpr int64_t kCacheHot = 256 << 10;
+
+class ReadJob {
+ public:
+  explicit ReadJob(const ReadRequest& request)
+      : request_(request),
+        plan_(make_read_plan(request)),
+        digests_(plan_.stream_nbytes),
+        open_files_(request.paths.size()) {
+    for (const Transfer& transfer : plan_.transfers) ++open_files_[transfer.file].transfers_left;
+  }
+
+  std::vector<uint32_t> run();
+
+ private:
+  InputFile& input_of(size_t file);
+  void check_size(size_t file, const InputFile& input);
+  void read_straight(const Transfer& transfer, InputFile& input);
+  void read_through_buffer(const Transfer& transfer, InputFile& input);
+  void add(const Extent& extent, uint32_t crc, int64_t begin, int64_t end);
+
+  const ReadRequest& request_;
+  const ReadPlan plan_;
+  StreamDigests digests_;
+  std::vector<OpenFile> open_files_;
+};
+
+std::vector<uint32_t> ReadJob::run() {
+  parallel_for(plan_.transfers.size(), request_.threads, [this](size_t i) {
+    const Transfer& transfer = plan_.transfers[i];
+    InputFile& input = input_of(transfer.file);
+    if (transfer.straight) {
+      read_straight(transfer, input);
+    } else {
+      read_through_buffer(transfer, input);
+    }
+    OpenFile& state = open_files_[transfer.file];
+    if (--state.transfers_left == 0) state.input.reset();
+  });
+  return digests_.crcs();
+}
+
+InputFile& ReadJob::input_of(size_t file) {
+  OpenFile& state = open_files_[file];
+  const std::lock_guard<std::mutex> lock(state.opening);
+  if (!state.input) {
+    auto input = std::make_unique<InputFile>(request_.paths[file], request_.direct);
+    check_size(file, *input);
+    state.input = std::move(input);
+  }
+  return *state.input;
+}
+
+/// Reports the first row, as given, that a truncated file does not hold: the caller knows rows, not
+/// transfers.
+void ReadJob::check_size(size_t file, const InputFile& input) {
+  const auto wanted = static_cast<int64_t>(file);
+  const auto before = [](const Extent& extent, int64_t value) { return extent.file < value; };
+  auto extent = std::lower_bound(plan_.extents.begin(), plan_.extents.end(), wanted, before);
+  const Extent* first = nullptr;
+  for (; extent != plan_.extents.end() && extent->file == wanted; ++extent) {
+    const bool missing = extent->nbytes > 0 && extent->end() > input.size();
+    if (missing && (first == nullptr || extent->row < first->row)) first = &*extent;
+  }
+  if (first != nullptr) throw_file_ends(first->nbytes, first->offset, input.path(), input.size());
+}
+
+void ReadJob::read_straight(const Transfer& transfer, InputFile& input) {
+  const Extent& extent = plan_.extents[transfer.first];
+  const int64_t step = extent.digest >= 0 ? kCacheHot : request_.chunk_nbytes;
+  for (int64_t begin = transfer.begin; begin < transfer.end; begin += step) {
+    const int64_t end = std::min(begin + step, transfer.end);
+    uint8_t* const destination = extent.destination + (begin - extent.offset);
+    input.read(destination, end - begin, begin);
+    if (extent.digest >= 0) add(extent, crc32(destination, static_cast<size_t>(end - begin)), begin, end);
+  }
+}
+
+void ReadJob::read_through_buffer(const Transfer& transfer, InputFile& input) {
+  const int64_t base = transfer.begin / kDirectAlignment * kDirectAlignment;
+  const Buffer buffer(static_cast<size_t>(request_.chunk_nbytes));
+  input.read(buffer.data(), transfer.end - base, base);
+  for (size_t i = transfer.first; i < transfer.last; ++i) {
+    const Extent& extent = plan_.extents[i];
+    const int64_t begin = std::max(extent.offset, transfer.begin);
+    const int64_t end = std::min(extent.end(), transfer.end);
+    if (begin >= end) continue;
+    const uint32_t crc = copy_crc32(extent.destination + (begin - extent.offset),
+                                    buffer.data() + (begin - base), static_cast<size_t>(end - begin));
+    if (extent.digest >= 0) add(extent, crc, begin, end);
+  }
+}
+
+void ReadJob::add(const Extent& extent, uint32_t crc, int64_t begin, int64_t end) {
+  digests_.add(extent.digest, crc, end - begin, extent.digest_behind + (extent.end() - end));
+}
+
+}  // namespace
+
+std::vector<uint32_t> read_extents(const ReadRequest& request) { return ReadJob(request).run(); }
+
+}  // namespace ckpt_fast

@@ -1,0 +1,139 @@
+// SPDX-License-Identifier: Apache-2.0
+// Python's view of the engine. Converts arguments, drops the GIL, maps errors; nothing else.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <vector>
+
+#include "../engine/checksum.h"
+#include "../engine/error.h"
+#include "../engine/permute.h"
+#include "../engine/reader.h"
+#include "../engine/writer.h"
+
+namespace py = pybind11;
+using namespace ckpt_fast;
+
+namespace {
+
+/// A column argument: a buffer of signed 64-bit integers that stays alive and locked for the call.
+class ColumnArgument {
+ public:
+  ColumnArgument(const py::buffer& buffer, const char* name) : info_(buffer.request()) {
+    const bool is_int64 = info_.itemsize == 8 && (info_.format == "q" || info_.format == "l");
+    const bool is_dense = info_.ndim == 1 && (info_.shape[0] <= 1 || info_.strides[0] == 8);
+    if (!is_int64 || !is_dense) {
+      throw py::type_error(std::string(name) + " is not a one-dimensional buffer of signed 64-bit integers");
+    }
+  }
+
+  operator Column() const {
+    return {static_cast<const int64_t*>(info_.ptr), static_cast<size_t>(info_.shape[0])};
+  }
+
+ private:
+  py::buffer_info info_;
+};
+
+std::vector<std::string> encode_paths(const py::sequence& paths) {
+  std::vector<std::string> encoded;
+  for (const py::handle path : paths) {
+    PyObject* bytes = nullptr;  // PyUnicode_FSConverter accepts str, bytes and os.PathLike
+    if (PyUnicode_FSConverter(path.ptr(), &bytes) == 0) throw py::error_already_set();
+    encoded.push_back(py::reinterpret_steal<py::bytes>(bytes));
+  }
+  return encoded;
+}
+
+py::object decode_path(const std::string& path) {
+  return py::reinterpret_steal<py::object>(
+      PyUnicode_DecodeFSDefaultAndSize(path.data(), static_cast<Py_ssize_t>(path.size())));
+}
+
+void raise_os_error(const SystemError& error) {
+  const py::object text = decode_path(error.what());
+  const py::object arguments = py::make_tuple(error.error_number(), text, decode_path(error.path()));
+  PyErr_SetObject(PyExc_OSError, arguments.ptr());
+}
+
+uint32_t crc32_of(uintptr_t address, size_t nbytes, uint32_t seed) {
+  return crc32(reinterpret_cast<const void*>(address), nbytes, seed);
+}
+
+uint32_t copy_crc32_of(uintptr_t destination, uintptr_t source, size_t nbytes, uint32_t seed) {
+  return copy_crc32(reinterpret_cast<void*>(destination), reinterpret_cast<const void*>(source), nbytes,
+                    seed);
+}
+
+void permute_rows_at(uintptr_t destination, uintptr_t source, int64_t rows, int64_t row_nbytes, int64_t block,
+                     bool interleave, int threads) {
+  permute_rows(reinterpret_cast<void*>(destination), reinterpret_cast<const void*>(source), rows, row_nbytes,
+               block, interleave, threads);
+}
+
+py::tuple write_files_from(const py::sequence& paths, const py::buffer& file_nbytes,
+                           const py::buffer& piece_file, const py::buffer& piece_offset,
+                           const py::buffer& piece_nbytes, const py::buffer& piece_address,
+                           const py::buffer& piece_digest, const py::buffer& patch_file,
+                           const py::buffer& patch_offset, const py::buffer& patch_digest,
+                           int64_t digest_count, int threads, int64_t chunk_bytes, bool direct, bool fsync) {
+  const ColumnArgument columns[] = {
+      {file_nbytes, "file_nbytes"},   {piece_file, "piece_file"},       {piece_offset, "piece_offset"},
+      {piece_nbytes, "piece_nbytes"}, {piece_address, "piece_address"}, {piece_digest, "piece_digest"},
+      {patch_file, "patch_file"},     {patch_offset, "patch_offset"},   {patch_digest, "patch_digest"}};
+  const WriteRequest request{encode_paths(paths), columns[0], columns[1],  columns[2], columns[3],
+                             columns[4],          columns[5], columns[6],  columns[7], columns[8],
+                             digest_count,        threads,    chunk_bytes, direct,     fsync};
+  WriteResult result;
+  {
+    const py::gil_scoped_release no_gil;
+    result = write_files(request);
+  }
+  return py::make_tuple(result.stream_crcs, result.file_crcs);
+}
+
+std::vector<uint32_t> read_extents_into(const py::sequence& paths, const py::buffer& extent_file,
+                                        const py::buffer& extent_offset, const py::buffer& extent_nbytes,
+                                        const py::buffer& extent_address, const py::buffer& extent_digest,
+                                        int64_t digest_count, int threads, int64_t chunk_bytes, bool direct) {
+  const ColumnArgument columns[] = {{extent_file, "extent_file"},
+                                    {extent_offset, "extent_offset"},
+                                    {extent_nbytes, "extent_nbytes"},
+                                    {extent_address, "extent_address"},
+                                    {extent_digest, "extent_digest"}};
+  const ReadRequest request{encode_paths(paths), columns[0],   columns[1], columns[2],  columns[3],
+                            columns[4],          digest_count, threads,    chunk_bytes, direct};
+  const py::gil_scoped_release no_gil;
+  return read_extents(request);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_engine, m) {
+  m.doc() = "The engine: bytes in, bytes out. Contracts are in _engine.pyi.";
+
+  py::register_exception_translator([](std::exception_ptr pointer) {
+    try {
+      if (pointer) std::rethrow_exception(pointer);
+    } catch (const SystemError& error) {
+      raise_os_error(error);
+    }
+  });
+
+  const auto no_gil = py::call_guard<py::gil_scoped_release>();
+  m.def("crc32", crc32_of, py::arg("address"), py::arg("nbytes"), py::arg("seed") = 0, no_gil);
+  m.def("crc32_combine", crc32_combine, py::arg("first"), py::arg("second"), py::arg("second_nbytes"));
+  m.def("copy_crc32", copy_crc32_of, py::arg("destination"), py::arg("source"), py::arg("nbytes"),
+        py::arg("seed") = 0, no_gil);
+  m.def("write_files", write_files_from, py::arg("paths"), py::arg("file_nbytes"), py::arg("piece_file"),
+        py::arg("piece_offset"), py::arg("piece_nbytes"), py::arg("piece_address"), py::arg("piece_digest"),
+        py::arg("patch_file"), py::arg("patch_offset"), py::arg("patch_digest"), py::arg("digest_count"),
+        py::arg("threads"), py::arg("chunk_bytes"), py::arg("direct"), py::arg("fsync"));
+  m.def("read_extents", read_extents_into, py::arg("paths"), py::arg("extent_file"), py::arg("extent_offset"),
+        py::arg("extent_nbytes"), py::arg("extent_address"), py::arg("extent_digest"),
+        py::arg("digest_count"), py::arg("threads"), py::arg("chunk_bytes"), py::arg("direct"));
+  m.def("permute_rows", permute_rows_at, py::arg("destination"), py::arg("source"), py::arg("rows"),
+        py::arg("row_nbytes"), py::arg("block"), py::arg("interleave"), py::arg("threads"), no_gil);
+  m.def("cpu_features", cpu_features);
+}

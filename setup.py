@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Builds the two extension modules with ninja: ``_engine`` always, ``_cuda`` where there is an nvcc.
+
+``CKPT_FAST_CUDA=0`` leaves ``_cuda`` out; ``CKPT_FAST_CUDA_ARCHS`` ("80;90;100") chooses its GPU
+architectures, the last of which is also included as PTX for later GPUs.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import subprocess
+import sysconfig
+from glob import glob
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+ENGINE = "ckpt_fast.native._engine"
+CUDA = "ckpt_fast.native._cuda"
+HEADERS = sorted(glob("csrc/**/*.h", root_dir=ROOT, recursive=True)) + sorted(
+    glob("csrc/**/*.cuh", root_dir=ROOT, recursive=True)
+)
+SOURCES = {
+    ENGINE: [*sorted(glob("csrc/engine/*.cc", root_dir=ROOT)), "csrc/python/engine_module.cc"],
+    CUDA: [*sorted(glob("csrc/cuda/*.cu", root_dir=ROOT)), "csrc/python/cuda_module.cc"],
+}
+
+
+def find_nvcc() -> tuple[str | None, str]:
+    """The nvcc to build ``_cuda`` with, or None and the reason why it is left out."""
+    if os.environ.get("CKPT_FAST_CUDA") == "0":
+        return None, "CKPT_FAST_CUDA=0"
+    if len(SOURCES[CUDA]) < 2 or not (ROOT / SOURCES[CUDA][-1]).exists():
+        return None, "no sources in csrc/cuda"
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    path = os.pathsep.join([os.environ.get("PATH", ""), *(f"{home}/bin" for home in homes if home)])
+    nvcc = shutil.which("nvcc", path=path)
+    return nvcc, "" if nvcc else "no nvcc on PATH or in CUDA_HOME"
+
+
+def gencode_flags(nvcc: str) -> list[str]:
+    """Machine code for each architecture chosen, and PTX of the last."""
+    chosen = os.environ.get("CKPT_FAST_CUDA_ARCHS")
+    if chosen:
+        archs = chosen.replace(",", ";").split(";")
+    else:
+        listed = subprocess.run([nvcc, "--list-gpu-arch"], check=True, capture_output=True, text=True)
+        archs = [arch for arch in ("80", "90", "100") if f"compute_{arch}" in listed.stdout.split()]
+    flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    return [*flags, f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
+
+
+def write_ninja_file(path: Path, extensions: list[str], nvcc: str | None) -> None:
+    """Write the build graph of ``extensions``; objects and libraries land beside ``path``."""
+    import pybind11
+    from ninja.ninja_syntax import Writer
+
+    includes = [f"-isystem {sysconfig.get_path('include')}", f"-isystem {pybind11.get_include()}"]
+    host = ["-fPIC", "-fvisibility=hidden", "-pthread", *os.environ.get("CXXFLAGS", "").split()]
+    common = ["-std=c++17", "-O3", "-DNDEBUG", *includes]
+    with path.open("w") as file:
+        ninja = Writer(file, width=110)
+        ninja.variable("cxx", os.environ.get("CXX", "c++"))
+        ninja.variable("cxxflags", [*common, "-Wall", "-Wextra", *host])
+        ninja.variable("ldflags", ["-pthread", *os.environ.get("LDFLAGS", "").split()])
+        deps = {"depfile": "$out.d", "deps": "gcc"}
+        ninja.rule("compile", "$cxx $cxxflags -MMD -MF $out.d -c $in -o $out", "compile $in", **deps)
+        ninja.rule("link", "$cxx -shared $in -o $out $ldflags", "link $out")
+        if nvcc:
+            ninja.variable("nvcc", nvcc)
+            ninja.variable("cudaflags", [*common, f"-Xcompiler={','.join(host)}", *gencode_flags(nvcc)])
+            ninja.rule("compile_cuda", "$nvcc $cudaflags -MMD -MF $out.d -c $in -o $out", "nvcc $in", **deps)
+            ninja.rule("link_cuda", "$nvcc -shared -cudart=static $in -o $out", "link $out")
+        for name in extensions:
+            suffix = "_cuda" if name == CUDA else ""
+            objects = [f"{name}/{source}.o" for source in SOURCES[name]]
+            for source, output in zip(SOURCES[name], objects, strict=True):
+                ninja.build(output, f"compile{suffix}", str(ROOT / source))
+            ninja.build(f"{name}.so", f"link{suffix}", objects)
+
+
+class NinjaBuild(build_ext):
+    """Compiles all extensions in one parallel, incremental ninja run."""
+
+    def build_extensions(self) -> None:
+        nvcc, reason = find_nvcc()
+        names = [extension.name for extension in self.extensions]
+        if CUDA not in names:
+            self.announce(f"ckpt_fast: building without CUDA: {reason}", level=logging.WARNING)
+        # One folder per Python: interpreters side by side share a checkout but no object files.
+        folder = ROOT / "build" / f"ninja-{sysconfig.get_config_var('SOABI')}"
+        folder.mkdir(parents=True, exist_ok=True)
+        write_ninja_file(folder / "build.ninja", names, nvcc if CUDA in names else None)
+        from ninja import BIN_DIR
+
+        if subprocess.run([f"{BIN_DIR}/ninja", "-C", str(folder)], check=False).returncode != 0:
+            hint = "; CKPT_FAST_CUDA=0 builds without its CUDA part" if CUDA in names else ""
+            raise SystemExit(f"ckpt_fast: the native build failed, see above{hint}")
+        for name in names:
+            target = Path(self.get_ext_fullpath(name))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(folder / f"{name}.so", target)
+
+
+BUILT = [ENGINE, CUDA] if find_nvcc()[0] else [ENGINE]
+setup(
+    ext_modules=[Extension(name, SOURCES[name], depends=HEADERS) for name in BUILT],
+    cmdclass={"build_ext": NinjaBuild},
+)
