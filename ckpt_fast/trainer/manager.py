@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -145,8 +146,6 @@ def create_checkpoint_manager(checkpoint_config: CheckpointConfig) -> Checkpoint
 
 
 def _import_class(name: str) -> Any:
-    import importlib
-
     module_name, _, class_name = name.rpartition(".")
     if not module_name or not class_name:
         raise ValueError(

@@ -10,9 +10,11 @@ from __future__ import annotations
 import os
 import pickle
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
+
+from ckpt_fast.pipeline.group import ControlGroup
 
 T = TypeVar("T")
 
@@ -67,7 +69,7 @@ def control_device(group: torch.distributed.ProcessGroup | None = None) -> torch
 
 
 def on_rank_0(decide: Callable[[], T]) -> T:
-    """Let rank 0 alone look at the disk, and give every rank its answer, or its exception.
+    """Let rank 0 alone look at the disk, and give every rank its answer, or its exception as it is.
 
     Ranks that each look for themselves may see a shared file system differently, and then no longer call
     the same collectives. Collective: all ranks call it. The answer must be picklable; rank 0 gets the very
@@ -76,47 +78,18 @@ def on_rank_0(decide: Callable[[], T]) -> T:
     Raises:
         Exception: whatever ``decide`` raised on rank 0, on every rank.
     """
-    if not is_distributed() or torch.distributed.get_world_size() == 1:
-        return decide()
-    outcome: list[Any] = [None, None]
-    if torch.distributed.get_rank() == 0:
+    group = ControlGroup()
+    answer: T | None = None
+    failure: BaseException | None = None
+    if group.is_coordinator:
         try:
-            outcome = [decide(), None]
+            answer = decide()
         except (Exception, SystemExit) as error:
-            torch.distributed.broadcast_object_list([None, _picklable(error)], src=0, device=control_device())
-            raise
-    torch.distributed.broadcast_object_list(outcome, src=0, device=control_device())
-    answer, failure = outcome
+            failure = _picklable(error)
+    answer, failure = group.broadcast((answer, failure))
     if failure is not None:
         raise failure
-    return answer  # type: ignore[no-any-return]
-
-
-def raise_together(error: BaseException | None, what: str) -> None:
-    """Tell all ranks whether one of them failed, so that none goes on, or waits, alone.
-
-    Collective: each rank passes its own failure, or None. Returns only if nobody failed.
-
-    Args:
-        error: this rank's failure.
-        what: the operation, for the ranks that did not fail, e.g. "writing train_state.pt".
-
-    Raises:
-        BaseException: ``error`` itself on a rank that failed.
-        RuntimeError: on the other ranks; it names each failed rank and its cause.
-    """
-    if not is_distributed():
-        if error is not None:
-            raise error
-        return
-    failures: list[str | None] = [None] * torch.distributed.get_world_size()
-    mine = None if error is None else f"{type(error).__name__}: {error}"
-    torch.distributed.all_gather_object(failures, mine)
-    if error is not None:
-        raise error
-    failed = [f"rank {rank}: {text}" for rank, text in enumerate(failures) if text is not None]
-    if failed:
-        raise RuntimeError(f"{what} failed on {len(failed)} of {len(failures)} ranks; {failed[0]}")
+    return answer  # type: ignore[return-value]
 
 
 def _picklable(error: BaseException) -> BaseException:

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Saves in the background: handing a request to the run's queue, and publishing it once it is written."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import TYPE_CHECKING, Any
+
+from ckpt_fast import megatron
+from ckpt_fast.pipeline.group import ControlGroup
+from ckpt_fast.trainer.ranks import barrier_if_distributed, get_rank_safe, print_rank_0
+
+if TYPE_CHECKING:
+    from ckpt_fast.config import CheckpointConfig
+    from ckpt_fast.state import GlobalState
+
+logger = logging.getLogger(__name__)
+
+
+def schedule_async_save(global_state: GlobalState, async_request: Any) -> None:
+    """Hand a save to the queue of ``global_state``. Collective.
+
+    Without a queue the request is executed here and now: its data would never be written otherwise.
+
+    Args:
+        global_state: its ``async_calls_queue`` may be None.
+        async_request: an AsyncRequest of the queue's own package.
+
+    Raises:
+        CheckpointError: without a queue, on every rank, if the data of any rank could not be written.
+    """
+    queue = global_state.async_calls_queue
+    if queue is not None:
+        queue.schedule_async_request(async_request)
+        return
+    _warn_without_queue()
+    _execute(async_request)
+
+
+def maybe_finalize_async_save(
+    global_state: GlobalState,
+    ckpt_cfg: CheckpointConfig,
+    blocking: bool = False,
+    terminate: bool = False,
+) -> None:
+    """Publish the saves whose data is written on all ranks. Collective.
+
+    Args:
+        global_state: holds the queue.
+        ckpt_cfg: with ``async_save`` off there is nothing to do.
+        blocking: wait for all saves in flight.
+        terminate: close the queue afterwards.
+    """
+    if not ckpt_cfg.async_save:
+        return
+    queue = global_state.async_calls_queue
+    if queue is None:
+        return
+    if blocking and not is_empty_async_queue(global_state):
+        print_rank_0("Unfinalized async checkpoint saves. Finalizing them synchronously now.")
+    queue.maybe_finalize_async_calls(blocking)
+    if terminate:
+        queue.close()
+
+
+def is_empty_async_queue(global_state: GlobalState) -> bool:
+    """True if no save is in flight; the same on all ranks, as scheduling and finalising are collective."""
+    queue = global_state.async_calls_queue
+    return queue is None or int(queue.get_num_unfinalized_calls()) == 0
+
+
+def get_save_and_finalize_callbacks(writer: Any, save_state_dict_ret: Any) -> Any:
+    """An nvidia-resiliency-ext request that writes with ``writer`` and then finishes the checkpoint.
+
+    Args:
+        writer: a FileSystemWriterAsync whose data has been prepared.
+        save_state_dict_ret: what ``save_state_dict_async_plan`` returned for it.
+
+    Raises:
+        UnavailableError: nvidia-resiliency-ext is not installed.
+    """
+    finish = megatron.save_state_dict_async_finalize
+    if finish is None:
+        raise megatron.UnavailableError(
+            "saving fsdp_dtensor checkpoints in the background needs nvidia-resiliency-ext: "
+            "pip install nvidia-resiliency-ext, or use async_save=False"
+        )
+    save_fn, preload_fn, save_args = writer.get_save_function_and_args()
+
+    def finalize() -> None:
+        finish(*save_state_dict_ret)
+
+    return megatron.NVRxAsyncRequest(
+        save_fn, save_args, [finalize], async_fn_kwargs={}, preload_fn=preload_fn
+    )
+
+
+@functools.cache
+def _warn_without_queue() -> None:
+    """Once per process: the user meant saves to overlap with training."""
+    if get_rank_safe() == 0:
+        logger.warning(
+            "async_save is on but no queue of background saves was initialised: saves are executed "
+            "synchronously. Call state.initialize_async_checkpoint_worker() before training."
+        )
+
+
+def _execute(request: Any) -> None:
+    """Do here what a queue would do: stage, write, and once all ranks have written, finalise in order."""
+    ControlGroup().agree(lambda: _write(request))
+    for finalize in request.finalize_fns:
+        finalize()
+    barrier_if_distributed()
+
+
+def _write(request: Any) -> None:
+    arguments = list(request.async_fn_args or ())
+    if request.preload_fn is not None:
+        # By the convention of both packages the staged data takes the place of the second argument.
+        arguments[1] = request.preload_fn()
+    if request.async_fn is not None:
+        request.async_fn(*arguments, **(request.async_fn_kwargs or {}))
