@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckpt_fast import megatron
 from ckpt_fast.pipeline.group import ControlGroup
-from ckpt_fast.trainer.ranks import barrier_if_distributed, get_rank_safe, print_rank_0
+from ckpt_fast.trainer.ranks import get_rank_safe, print_rank_0
 
 if TYPE_CHECKING:
     from ckpt_fast.config import CheckpointConfig
@@ -108,10 +108,9 @@ def _warn_without_queue() -> None:
 
 def _execute(request: Any) -> None:
     """Do here what a queue would do: stage, write, and once all ranks have written, finalise in order."""
-    ControlGroup().agree(lambda: _write(request))
-    for finalize in request.finalize_fns:
-        finalize()
-    barrier_if_distributed()
+    group = ControlGroup()
+    group.agree(lambda: _write(request))
+    group.agree(lambda: _finalize(request))
 
 
 def _write(request: Any) -> None:
@@ -121,3 +120,8 @@ def _write(request: Any) -> None:
         arguments[1] = request.preload_fn()
     if request.async_fn is not None:
         request.async_fn(*arguments, **(request.async_fn_kwargs or {}))
+
+
+def _finalize(request: Any) -> None:
+    for finalize in request.finalize_fns:
+        finalize()

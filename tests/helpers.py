@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Running a function on several ranks: real processes, a real gloo group.
+
+Ranks are started once per world size and serve one call after the other, each with a process group of its
+own, because importing torch and Megatron in a fresh process takes seconds.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import importlib
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+# After one rank failed, the others get this long to fail by themselves: they may wait for it for ever.
+_GRACE_S = 5.0
+
+
+class RankError(AssertionError):
+    """A rank raised; the text holds its number and traceback. ``errors`` maps rank to exception type name."""
+
+    def __init__(self, message: str, errors: dict[int, str]) -> None:
+        super().__init__(message)
+        self.errors = errors
+
+
+def run_ranks(
+    function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120.0, fresh: bool = False
+) -> list[Any]:
+    """Call ``function(rank, *args)`` on ``world_size`` ranks of one gloo group.
+
+    Args:
+        function: importable from the top level of its module.
+        world_size: number of ranks.
+        args: picklable, the same for all ranks.
+        timeout_s: for the call and for each collective in it.
+        fresh: use new processes, which end with the call; for functions that change, or end, their process.
+
+    Returns:
+        Each rank's return value, by rank.
+
+    Raises:
+        RankError: a rank raised, or ended.
+        TimeoutError: the ranks did not come to an end.
+    """
+    if fresh:
+        ranks = _Ranks(world_size)
+        try:
+            return ranks.call(function, args, timeout_s)
+        finally:
+            ranks.stop()
+    ranks = _pool.get(world_size) or _Ranks(world_size)
+    # Whatever goes wrong, processes in an unknown state serve nobody any more.
+    _pool.pop(world_size, None)
+    try:
+        results = ranks.call(function, args, timeout_s)
+    except RankError as error:
+        if len(error.errors) == world_size and ranks.alive():
+            _pool[world_size] = ranks
+        else:
+            ranks.stop()
+        raise
+    except BaseException:
+        ranks.stop()
+        raise
+    _pool[world_size] = ranks
+    return results
+
+
+class _Ranks:
+    """Processes that run what they are sent."""
+
+    def __init__(self, world_size: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._connections: list[Connection] = []
+        self._processes = []
+        for rank in range(world_size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, world_size, theirs))
+            process.start()
+            theirs.close()
+            self._connections.append(ours)
+            self._processes.append(process)
+
+    def alive(self) -> bool:
+        return all(process.is_alive() for process in self._processes)
+
+    def stop(self) -> None:
+        for connection in self._connections:
+            connection.close()
+        for process in self._processes:
+            process.join(timeout=2.0)
+            if process.is_alive():
+                process.kill()
+                process.join()
+
+    def call(self, function: Callable[..., Any], args: Sequence[Any], timeout_s: float) -> list[Any]:
+        with tempfile.TemporaryDirectory(prefix="ranks_") as directory:
+            name = (function.__module__, function.__qualname__)
+            for connection in self._connections:
+                connection.send((sys.path, name, args, os.path.join(directory, "rendezvous"), timeout_s))
+            return self._collect(timeout_s)
+
+    def _collect(self, timeout_s: float) -> list[Any]:
+        results: dict[int, Any] = {}
+        errors: dict[int, str] = {}
+        texts: list[str] = []
+        deadline = time.monotonic() + timeout_s
+        waiting = {connection: rank for rank, connection in enumerate(self._connections)}
+        while waiting:
+            ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+            if not ready:
+                break
+            for connection in ready:
+                rank = waiting.pop(connection)
+                kind, value, text = _receive(connection)
+                if kind == "result":
+                    results[rank] = value
+                    continue
+                errors[rank] = value
+                texts.append(f"--- rank {rank}\n{text}")
+                deadline = min(deadline, time.monotonic() + _GRACE_S)
+        if errors:
+            raise RankError("\n".join(texts), errors)
+        if waiting:
+            raise TimeoutError(f"ranks {sorted(waiting.values())} did not finish within {timeout_s} s")
+        return [results[rank] for rank in range(len(self._connections))]
+
+
+_pool: dict[int, _Ranks] = {}
+
+
+@atexit.register
+def _stop_all() -> None:
+    while _pool:
+        _pool.popitem()[1].stop()
+
+
+def _receive(connection: Connection) -> tuple[str, Any, str]:
+    try:
+        kind, value, text = connection.recv()
+    except (EOFError, ConnectionResetError):
+        return "error", "ProcessEnded", "the process ended without an answer"
+    return kind, value, text
+
+
+def _serve(rank: int, world_size: int, connection: Connection) -> None:
+    """The life of a rank: one call after the other, until the other end of the pipe is closed."""
+    while True:
+        try:
+            path, (module, qualname), args, rendezvous, timeout_s = connection.recv()
+        except EOFError:
+            return
+        try:
+            sys.path[:] = path
+            function = importlib.import_module(module)
+            for part in qualname.split("."):
+                function = getattr(function, part)
+            answer = "result", _in_group(function, rank, world_size, rendezvous, timeout_s, args), ""
+        except BaseException as error:
+            answer = "error", type(error).__name__, traceback.format_exc()
+        connection.send(answer)
+
+
+def _in_group(
+    function: Any, rank: int, world_size: int, rendezvous: str, timeout_s: float, args: Sequence[Any]
+) -> Any:
+    import torch.distributed as dist
+
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{rendezvous}",
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=timeout_s),
+    )
+    try:
+        return function(rank, *args)
+    finally:
+        _leave_group()
+
+
+def _leave_group() -> None:
+    """Undo what a call may have set up for the whole process."""
+    import torch.distributed as dist
+
+    parallel_state = sys.modules.get("megatron.core.parallel_state")
+    if parallel_state is not None:
+        parallel_state.destroy_model_parallel()
+    with contextlib.suppress(Exception):
+        dist.destroy_process_group()
+    version = sys.modules.get("ckpt_fast.trainer.version")
+    if version is not None:
+        version._CHECKPOINT_VERSION = None
