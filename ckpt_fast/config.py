@@ -164,13 +164,13 @@ class CheckpointConfig:
     async_save: bool = False
     """Training goes on while a checkpoint is written."""
     async_strategy: str = "nvrx"
-    """Whose queue of saves to use, "nvrx" or "mcore"; always "mcore" while ``async_save`` is off."""
+    """Whose request class to speak, "nvrx" or "mcore"; always "mcore" while ``async_save`` is off."""
     use_persistent_ckpt_worker: bool = True
-    """Keep the queue's worker between saves; ``async_save`` needs it."""
+    """Accepted; ``async_save`` requires it. Saves run on threads here, so there is no worker to keep."""
     async_ckpt_cpu_priority: int = 10
-    """Niceness of the queue's worker."""
+    """Accepted."""
     async_ckpt_io_priority: int | None = 3
-    """I/O scheduling class of the queue's worker."""
+    """Accepted."""
     async_ckpt_use_cpu_shm: bool = False
     """Accepted."""
     async_write_results_mp_mode: str = "fork"

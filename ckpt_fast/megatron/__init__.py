@@ -51,6 +51,7 @@ from megatron.core.dist_checkpointing.validation import (
     parse_strict_flag,
     validate_integrity_and_strict_load,
 )
+from megatron.core.energy_monitor import EnergyMonitor
 
 # Training objects the documented API speaks about.
 from megatron.core.msc_utils import MultiStorageClientFeature
@@ -64,8 +65,9 @@ from megatron.core.tensor_parallel import (
     get_cuda_rng_tracker,
     is_graph_safe_cuda_rng_tracker,
 )
+from megatron.core.timers import Timers
 from megatron.core.transformer import MegatronModule
-from megatron.core.utils import get_model_config, get_pg_rank, get_pg_size, unwrap_model
+from megatron.core.utils import StragglerDetector, get_model_config, get_pg_rank, get_pg_size, unwrap_model
 
 from ckpt_fast.megatron.fsdp import (
     HAVE_MEGATRON_FSDP,
@@ -109,6 +111,7 @@ __all__ = [
     "SAVE_PARAMETERS",
     "CheckpointingException",
     "DistributedOptimizer",
+    "EnergyMonitor",
     "FullyParallelLoadStrategyWrapper",
     "FullyParallelSaveStrategyWrapper",
     "LayerWiseDistributedOptimizer",
@@ -127,7 +130,9 @@ __all__ = [
     "ShardedTensor",
     "ShardedTensorFactory",
     "SoloGroup",
+    "StragglerDetector",
     "StrictHandling",
+    "Timers",
     "TorchDistLoadShardedStrategy",
     "TorchDistSaveShardedStrategy",
     "UnavailableError",
