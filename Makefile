@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+# One command each; every target makes the environment it needs. See CONTRIBUTING.md.
+#
+#   PYTHON    Python 3.10 or newer, for stack A (default: python3)
+#   PYTHON_B  Python 3.12, for stack B (default: the first one found)
+#   PYTEST    arguments for pytest, for instance PYTEST="tests/pipeline -x"
+#
+# torch comes from pip's own index with its CUDA libraries. To save gigabytes on a machine without a GPU,
+# point PIP_EXTRA_INDEX_URL at PyTorch's index of CPU wheels.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+PYTHON_B ?= $(shell for python in python3.12 "$$(pyenv prefix 3.12 2>/dev/null)/bin/python" $(PYTHON); do \
+	"$$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null && echo "$$python" && break; \
+	done)
+PYTEST ?= -n 2
+
+A := .venv
+B := .venv-b
+BUILD_INPUTS := setup.py pyproject.toml \
+	$(shell find csrc -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+# Ranks of the tests share few cores; more threads than that only slow each other down.
+export OMP_NUM_THREADS := 1
+
+.PHONY: help
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+
+.PHONY: test
+test: $(A)/.installed ## build and run the tests on stack A
+	@$(A)/bin/python -m pytest $(PYTEST)
+
+.PHONY: test-b
+test-b: $(B)/.installed ## the same on stack B
+	@$(B)/bin/python -m pytest $(PYTEST)
+
+.PHONY: test-stacks
+test-stacks: ## the same on both stacks
+	@$(MAKE) --no-print-directory test
+	@$(MAKE) --no-print-directory test-b
+
+.PHONY: demo
+demo: $(A)/.installed ## train, be killed, resume, compare
+	@$(A)/bin/python examples/demo.py
+
+.PHONY: bench
+bench: $(A)/.installed ## benchmarks against the stock writers and readers
+	@$(A)/bin/python -m benchmarks
+
+.PHONY: check
+check: $(A)/.requirements format-check-cpp ## linters, formatters and types
+	$(A)/bin/ruff check
+	$(A)/bin/ruff format --check
+	$(A)/bin/mypy
+
+.PHONY: venv
+venv: $(A)/.installed ## the environment of stack A, with the project in it
+
+.PHONY: clean
+clean: ## remove what was built; the environments stay
+	rm -rf build dist demo-run *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -f ckpt_fast/native/*.so $(A)/.installed $(B)/.installed
+	find ckpt_fast tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamps lie inside the environments, so that removing an environment removes them too.
+
+$(A)/.requirements: requirements/stack-a.txt requirements/dev.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "$(PYTHON) is missing or older than Python 3.10; choose one: make PYTHON=python3.11" >&2; exit 1; }
+	@test -x $(A)/bin/python || $(PYTHON) -m venv $(A)
+	$(A)/bin/python -m pip install --quiet -r $<
+	@touch $@
+
+$(B)/.requirements: requirements/stack-b.txt requirements/dev.txt
+	@test -n "$(PYTHON_B)" || \
+		{ echo "Stack B needs Python 3.12 and none was found; choose one: make PYTHON_B=/path/to/python3.12" >&2; exit 1; }
+	@test -x $(B)/bin/python || $(PYTHON_B) -m venv $(B)
+	$(B)/bin/python -m pip install --quiet -r $<
+	@test -d $(B)/lib/python3.12/site-packages/nvidia_resiliency_ext-0.7.0.dist-info || \
+		$(B)/bin/python -m pip install --quiet --no-deps --only-binary=:all: --platform manylinux_2_39_$$(uname -m) \
+			--target $(B)/lib/python3.12/site-packages nvidia-resiliency-ext==0.7.0
+	@touch $@
+
+%/.installed: %/.requirements $(BUILD_INPUTS)
+	$*/bin/python -m pip install --quiet --editable .
+	@touch $@
+
+# build, cpp-test, format-check-cpp; the optional include lets the other targets work without native code.
+VENV := $(A)
+build cpp-test format-check-cpp: $(A)/.requirements
+-include csrc/targets.mk
