@@ -13,6 +13,7 @@ docs/format.md draws the layout.
 from __future__ import annotations
 
 import io
+import math
 import pickle
 import struct
 import zlib
@@ -83,9 +84,7 @@ def tensor_archive(dtype: torch.dtype, shape: tuple[int, ...]) -> Archive:
     Raises:
         TypeError: ``torch.save`` could not store such a tensor as plain bytes (quantized dtypes).
     """
-    numel = 1
-    for size in shape:
-        numel *= size
+    numel = math.prod(shape)
     raw_nbytes = numel * dtype.itemsize
     members = [
         (b"archive/data.pkl", _pickle_of_tensor(dtype, shape, numel)),
@@ -116,14 +115,34 @@ def item_nbytes(archive: Archive, raw_nbytes: int) -> int:
 
 
 class RawMember(NamedTuple):
-    """Where a foreign archive keeps its tensor's bytes, relative to the archive's start."""
+    """How a foreign archive keeps its tensor's bytes.
 
-    offset: int
+    Attributes:
+        local_offset: position of the member's local header in the archive.
+        nbytes: length of the raw data.
+        crc32: CRC-32 of the raw data.
+        pickle_crc32: CRC-32 of ``data.pkl``, which says what the bytes mean.
+    """
+
+    local_offset: int
     nbytes: int
     crc32: int
+    pickle_crc32: int
 
 
-def find_raw_member(tail: bytes, tail_offset: int) -> tuple[int, RawMember] | None:
+def is_contiguous_tensor(member: RawMember, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
+    """Whether the raw data is one row-major tensor of this dtype and shape, and nothing else.
+
+    ``torch.save`` keeps strides and views; the pickle of the plain case is known, so its checksum tells.
+    """
+    try:
+        content = _pickle_of_tensor(dtype, shape, math.prod(shape))
+    except TypeError:
+        return False
+    return zlib.crc32(content) == member.pickle_crc32
+
+
+def find_raw_member(tail: bytes, tail_offset: int) -> RawMember | None:
     """Read the central directory at the end of an archive.
 
     Args:
@@ -131,8 +150,8 @@ def find_raw_member(tail: bytes, tail_offset: int) -> tuple[int, RawMember] | No
         tail_offset: position of ``tail`` in the archive.
 
     Returns:
-        (position of the local header of the only ``data/`` member, member with ``offset`` still 0), or None
-        when the archive is anything but one tensor in stored members whose directory lies within ``tail``.
+        The only ``data/`` member, or None when the archive is anything but one tensor in stored members whose
+        directory lies within ``tail``.
     """
     end = tail.rfind(struct.pack("<I", _END_MAGIC))
     if end < 0 or end + _END.size > len(tail):
@@ -162,8 +181,9 @@ def local_header_nbytes(header: bytes) -> int | None:
 LOCAL_HEADER_NBYTES = _LOCAL.size
 
 
-def _scan_directory(tail: bytes, position: int, count: int) -> tuple[int, RawMember] | None:
-    found: tuple[int, RawMember] | None = None
+def _scan_directory(tail: bytes, position: int, count: int) -> RawMember | None:
+    found: RawMember | None = None
+    pickle_crc32 = 0
     for _ in range(count):
         if position + _CENTRAL.size > len(tail):
             return None
@@ -175,13 +195,15 @@ def _scan_directory(tail: bytes, position: int, count: int) -> tuple[int, RawMem
         name = tail[position + _CENTRAL.size :][:name_nbytes]
         extra = tail[position + _CENTRAL.size + name_nbytes :][:extra_nbytes]
         position += _CENTRAL.size + name_nbytes + extra_nbytes + comment_nbytes
+        if name.endswith(b"/data.pkl"):
+            pickle_crc32 = crc
         if b"/data/" not in name:
             continue
         if found is not None or method != 0:
             return None
         nbytes, local_offset = _widen(extra, entry[8], nbytes, local_offset)
-        found = (local_offset, RawMember(0, nbytes, crc))
-    return found
+        found = RawMember(local_offset, nbytes, crc, 0)
+    return found._replace(pickle_crc32=pickle_crc32) if found else None
 
 
 def _widen(extra: bytes, compressed: int, nbytes: int, local_offset: int) -> tuple[int, int]:

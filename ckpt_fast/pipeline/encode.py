@@ -153,7 +153,7 @@ def _require_complete(tensors: Mapping[str, Any]) -> None:
             if written != wanted:
                 raise CheckpointMismatchError(
                     f"the ranks wrote {written} of the {wanted} elements of {fqn} {tuple(entry.size)}. "
-                    "Nothing was published; check the sharding that the model and the optimizer declare for it."
+                    "Nothing was published; check the sharding that model and optimizer declare for it."
                 )
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from ckpt_fast.errors import CheckpointError, CheckpointWriteError
@@ -65,6 +66,14 @@ class ControlGroup:
         dist.broadcast_object_list(box, src=self._coordinator(), group=self._group)
         return box[0]
 
+    def all_true(self, value: bool) -> bool:
+        """Collective. Whether ``value`` holds on every rank; one small all-reduce."""
+        if self.size == 1:
+            return value
+        flag = torch.tensor([int(value)], dtype=torch.int32, device=_device_of(self._group))
+        dist.all_reduce(flag, op=dist.ReduceOp.MIN, group=self._group)
+        return bool(flag.item())
+
     def attempt(self, action: Callable[[], T]) -> Outcome[T]:
         """Run a local action that may fail; its error becomes a value that can travel."""
         try:
@@ -96,6 +105,14 @@ class ControlGroup:
 
     def _coordinator(self) -> int:
         return dist.get_global_rank(self._group, 0) if self._group is not None else 0
+
+
+def _device_of(group: dist.ProcessGroup | None) -> torch.device:
+    """Where tensors of a collective must be: the CPU if a backend of the group serves it."""
+    devices = [entry.partition(":")[0] for entry in str(dist.get_backend_config(group)).split(",")]
+    if "cpu" in devices:
+        return torch.device("cpu")
+    return torch.device(devices[0], torch.get_device_module(devices[0]).current_device())
 
 
 def raise_failures(outcomes: Sequence[Outcome[T]]) -> None:

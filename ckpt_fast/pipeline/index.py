@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -14,6 +15,7 @@ from ckpt_fast.errors import CheckpointCorruptError, CheckpointMismatchError
 from ckpt_fast.pipeline.archive import (
     LOCAL_HEADER_NBYTES,
     find_raw_member,
+    is_contiguous_tensor,
     item_nbytes,
     local_header_nbytes,
     tensor_archive,
@@ -124,46 +126,42 @@ class CheckpointIndex:
         Our own layout is computed; archives of other writers are looked into, all in two batches of reads.
         """
         located: dict[Extent, RawData | None] = {}
-        foreign: dict[Extent, int] = {}
+        foreign: list[tuple[torch.dtype, Piece]] = []
         for dtype, piece in wanted:
-            nbytes = dtype.itemsize
-            for size in piece.sizes:
-                nbytes *= size
             located[piece.item] = None
             if piece.transformed:
                 continue
             if self._own_layout:
-                located[piece.item] = _own_raw_data(dtype, piece, nbytes)
+                located[piece.item] = _own_raw_data(dtype, piece)
             if located[piece.item] is None:
-                foreign[piece.item] = nbytes
+                foreign.append((dtype, piece))
         located.update(self._look_into(foreign))
         return located
 
-    def _look_into(self, items: dict[Extent, int]) -> dict[Extent, RawData | None]:
+    def _look_into(self, wanted: list[tuple[torch.dtype, Piece]]) -> dict[Extent, RawData | None]:
         program = ReadProgram(self.directory)
         arena = ByteArena(program)
-        tails = {item: arena.add(_last_bytes(item)) for item in items}
+        tails = [arena.add(_last_bytes(piece.item)) for _, piece in wanted]
         program.run()
-        members = {
-            item: find_raw_member(arena.content(handle)[: _last_bytes(item).nbytes], _tail_offset(item))
-            for item, handle in tails.items()
-        }
+        members = {}
+        for (dtype, piece), handle in zip(wanted, tails, strict=True):
+            member = find_raw_member(arena.content(handle), max(0, piece.item.nbytes - _FOREIGN_TAIL_NBYTES))
+            if member is not None and is_contiguous_tensor(member, dtype, piece.sizes):
+                members[piece.item] = member
         program = ReadProgram(self.directory)
         arena = ByteArena(program)
         headers = {
-            item: arena.add(Extent(item.path, item.offset + found[0], LOCAL_HEADER_NBYTES))
-            for item, found in members.items()
-            if found is not None
+            item: arena.add(Extent(item.path, item.offset + member.local_offset, LOCAL_HEADER_NBYTES))
+            for item, member in members.items()
         }
         program.run()
         located: dict[Extent, RawData | None] = {}
         for item, handle in headers.items():
-            found = members[item]
+            member = members[item]
             header_nbytes = local_header_nbytes(arena.content(handle))
-            if found is None or header_nbytes is None or found[1].nbytes != items[item]:
-                continue
-            offset = item.offset + found[0] + header_nbytes
-            located[item] = RawData(Extent(item.path, offset, found[1].nbytes), found[1].crc32, None)
+            if header_nbytes is not None:
+                offset = item.offset + member.local_offset + header_nbytes
+                located[item] = RawData(Extent(item.path, offset, member.nbytes), member.crc32, None)
         return located
 
 
@@ -179,7 +177,8 @@ def missing_keys_message(directory: str, keys: list[str], metadata: Metadata) ->
     )
 
 
-def _own_raw_data(dtype: torch.dtype, piece: Piece, nbytes: int) -> RawData | None:
+def _own_raw_data(dtype: torch.dtype, piece: Piece) -> RawData | None:
+    nbytes = math.prod(piece.sizes) * dtype.itemsize
     try:
         archive = tensor_archive(dtype, piece.sizes)
     except TypeError:
@@ -195,7 +194,3 @@ def _own_raw_data(dtype: torch.dtype, piece: Piece, nbytes: int) -> RawData | No
 def _last_bytes(item: Extent) -> Extent:
     nbytes = min(item.nbytes, _FOREIGN_TAIL_NBYTES)
     return Extent(item.path, item.offset + item.nbytes - nbytes, nbytes)
-
-
-def _tail_offset(item: Extent) -> int:
-    return max(0, item.nbytes - _FOREIGN_TAIL_NBYTES)

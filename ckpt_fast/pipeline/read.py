@@ -67,11 +67,11 @@ class ReadProgram:
             )
         except FileNotFoundError as error:
             raise CheckpointNotFoundError(
-                f"a data file of the checkpoint is gone: {error}. Restore it, or load an earlier iteration."
+                f"a data file of the checkpoint is gone: {error.strerror}. Restore it, or load an earlier iteration."
             ) from error
         except OSError as error:
             raise CheckpointCorruptError(
-                f"{error}. The checkpoint in {self.directory} cannot be read whole; load an earlier one."
+                f"{error.strerror}. The checkpoint in {self.directory} cannot be read whole; load an earlier one."
             ) from error
 
 
@@ -81,17 +81,19 @@ class ByteArena:
     def __init__(self, program: ReadProgram) -> None:
         self._program = program
         self._blocks: list[ctypes.Array[ctypes.c_char]] = []
+        self._nbytes: list[int] = []
 
     def add(self, extent: Extent) -> int:
         """Schedule ``extent``; returns the handle for ``content`` after the program has run."""
         block = ctypes.create_string_buffer(max(extent.nbytes, 1))
         self._blocks.append(block)
+        self._nbytes.append(extent.nbytes)
         self._program.add(extent, ctypes.addressof(block))
         return len(self._blocks) - 1
 
     def content(self, handle: int) -> bytes:
         """The bytes read."""
-        return self._blocks[handle].raw
+        return self._blocks[handle].raw[: self._nbytes[handle]]
 
     def crc32(self, handle: int) -> int:
         """The bytes read, as a little-endian 32-bit number."""

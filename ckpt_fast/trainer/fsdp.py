@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""fsdp_dtensor checkpoints: Megatron-FSDP's DTensors in torch DCP files."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+
+from ckpt_fast import megatron
+from ckpt_fast.pipeline import commit
+from ckpt_fast.pipeline.group import ControlGroup
+from ckpt_fast.trainer.contexts import CheckpointType
+from ckpt_fast.trainer.paths import get_checkpoint_name
+from ckpt_fast.trainer.ranks import barrier_if_distributed, get_rank_safe
+
+_FSDP_NEEDED = "Megatron FSDP is required but not available"
+
+
+def preprocess_fsdp_dtensor_state_dict(
+    cfg: Any, raw_state_dict: dict[str, Any], model: Any
+) -> dict[str, Any]:
+    """A state dict in the names and pieces that fsdp_dtensor checkpoints have on disk.
+
+    FP8 extra state, SwiGLU, gated-delta-net and MLA projections, expert numbers, multi-token-prediction names
+    and uneven DTensors are taken care of, as far as the installed Megatron-Core knows them.
+
+    Args:
+        cfg: not read; part of the documented signature.
+        raw_state_dict: needs a ``model`` section; the outer dict is not modified.
+        model: the chunk whose config says which rules apply.
+
+    Raises:
+        KeyError: there is no ``model`` section (several chunks are not supported).
+    """
+    state_dict = dict(raw_state_dict)
+    megatron.handle_fp8_extra_state_case(state_dict["model"])
+    config = megatron.get_model_config(model)
+    if config.gated_linear_unit and config.activation_func is torch.nn.functional.silu:
+        _apply_to_model_and_optimizer(megatron.handle_swiglu_in_state_dict, model, state_dict)
+    _apply_to_model_and_optimizer(megatron.handle_gdn_in_state_dict, model, state_dict)
+    _apply_to_model_and_optimizer(megatron.handle_mla_down_proj_in_state_dict, model, state_dict)
+    if getattr(config, "num_moe_experts", None):
+        state_dict["model"] = megatron.handle_experts_in_state_dict(
+            state_dict["model"], config.num_moe_experts
+        )
+    _apply_to_model_and_optimizer(megatron.handle_mtp_in_state_dict, model, state_dict)
+    megatron.preprocess_state_dict_for_uneven_dtensor(state_dict)
+    return state_dict
+
+
+def _apply_to_model_and_optimizer(handler: Any, model: Any, state_dict: dict[str, Any]) -> None:
+    if handler is None:
+        return
+    model_section, optimizer = handler(model, state_dict["model"], state_dict.get("optimizer"))
+    state_dict["model"] = model_section
+    if "optimizer" in state_dict:
+        state_dict["optimizer"] = optimizer
+
+
+def save_fsdp_dtensor_checkpoint(
+    checkpoint_path: str | os.PathLike[str],
+    state_dict: dict[str, Any],
+    *,
+    cfg: Any,
+    model: Any,
+    storage_writer: Any | None = None,
+    barrier: bool = True,
+) -> Any:
+    """Preprocess and save with torch DCP. Collective. No trackers, train state or run config are written.
+
+    Args:
+        checkpoint_path: directory to write to when no ``storage_writer`` is given.
+        state_dict: raw state dict with a ``model`` section.
+        cfg: passed to the preprocessing.
+        model: the chunk whose config says which preprocessing applies.
+        storage_writer: torch DCP storage writer to use instead of the default one.
+        barrier: wait for all ranks after the save.
+
+    Returns:
+        What ``torch.distributed.checkpoint.save`` returns.
+
+    Raises:
+        RuntimeError: Megatron FSDP is not available.
+    """
+    if not megatron.HAVE_MEGATRON_FSDP:
+        raise RuntimeError(f"{_FSDP_NEEDED} for saving FSDP DTensor checkpoints.")
+    state_dict = preprocess_fsdp_dtensor_state_dict(cfg, state_dict, model)
+    writer = storage_writer or _create_fsdp_dtensor_storage_writer(str(checkpoint_path))
+    result = dcp.save(state_dict=state_dict, storage_writer=writer)
+    if barrier:
+        barrier_if_distributed()
+    return result
+
+
+def _create_fsdp_dtensor_storage_writer(checkpoint_path: str) -> Any:
+    """torch DCP's writer for a path, or multi-storage-client's where that is enabled."""
+    if megatron.MultiStorageClientFeature.is_enabled():
+        from multistorageclient.contrib.torch.filesystem import MultiStorageFileSystemWriter
+
+        return MultiStorageFileSystemWriter(checkpoint_path)
+    return dcp.FileSystemWriter(checkpoint_path)
+
+
+def save_fsdp_dtensor(cfg: Any, model: list[Any], state_dict: dict[str, Any], checkpoint_name: str) -> None:
+    """Collective. The fsdp_dtensor part of ``save_checkpoint``.
+
+    Raises:
+        ValueError: there is no model (low-memory saves).
+        NotImplementedError: in the background.
+    """
+    if not model:
+        raise ValueError(
+            "fsdp_dtensor cannot save without the model (low-memory save); use ckpt_format='torch_dist'"
+        )
+    if cfg.checkpoint.async_save:
+        raise NotImplementedError(
+            "async_save with ckpt_format='fsdp_dtensor' is not there yet; set async_save=False for it"
+        )
+    ControlGroup().decide(lambda: commit.invalidate(checkpoint_name))
+    save_fsdp_dtensor_checkpoint(checkpoint_name, state_dict, cfg=cfg, model=model[0], barrier=False)
+    barrier_if_distributed()
+
+
+def load_fsdp_dtensor_checkpoint(
+    load_dir: str,
+    ckpt_cfg: Any,
+    rank0: bool,
+    sharded_state_dict: dict[str, Any] | None,
+    iteration: int | None,
+    release: bool = False,
+    checkpoint_path_override: str | None = None,
+    checkpointing_context: dict[str, Any] | None = None,
+    cfg: Any | None = None,
+) -> tuple[dict[str, Any], str, bool, CheckpointType]:
+    """Load an fsdp_dtensor checkpoint in place.
+
+    Args:
+        load_dir: root of the checkpoints.
+        ckpt_cfg: CheckpointConfig, for ``strict_fsdp_dtensor_load``, ``dist_ckpt_strictness``, ``finetune``.
+        rank0: only say which checkpoint it is; nothing is read.
+        sharded_state_dict: scaffold with ``_model`` (list of chunks), which is removed from it.
+        iteration: the iteration to load.
+        release: load the ``release`` directory.
+        checkpoint_path_override: the iteration directory itself.
+        checkpointing_context: not used by this format.
+        cfg: passed to the preprocessing.
+
+    Returns:
+        (state dict, checkpoint directory, release, CheckpointType.FSDP_DTENSOR).
+
+    Raises:
+        RuntimeError: Megatron FSDP is not available, or no scaffold was given.
+    """
+    name = checkpoint_path_override or get_checkpoint_name(load_dir, iteration, release)
+    if rank0:
+        return {}, name, release, CheckpointType.FSDP_DTENSOR
+    if not megatron.HAVE_MEGATRON_FSDP:
+        raise RuntimeError(f"{_FSDP_NEEDED} for loading FSDP DTensor checkpoints.")
+    if sharded_state_dict is None:
+        raise RuntimeError("loading an FSDP DTensor checkpoint needs a sharded state dict to load into")
+    raw = {key: dict(sharded_state_dict[key]) for key in ("optimizer", "model") if key in sharded_state_dict}
+    model = sharded_state_dict.pop("_model")
+    state_dict = preprocess_fsdp_dtensor_state_dict(cfg, sharded_state_dict, model[0])
+    reader = get_filesystem_reader(name)
+    allow_partial = not getattr(ckpt_cfg, "strict_fsdp_dtensor_load", False)
+    if allow_partial:
+        _report_differences(reader, state_dict, name, ckpt_cfg)
+    planner = DefaultLoadPlanner(allow_partial_load=allow_partial)
+    dcp.load_state_dict(state_dict=state_dict, storage_reader=reader, planner=planner)
+    # The tensors were filled in place; callers know them by their names in the model.
+    state_dict.update(raw)
+    return state_dict, name, release, CheckpointType.FSDP_DTENSOR
+
+
+def get_filesystem_reader(checkpoint_path: str) -> Any:
+    """torch DCP's reader for a path, or multi-storage-client's where that is enabled."""
+    if megatron.MultiStorageClientFeature.is_enabled():
+        msc = megatron.MultiStorageClientFeature.import_package()
+        return msc.torch.MultiStorageFileSystemReader(checkpoint_path, thread_count=2)
+    return dcp.FileSystemReader(checkpoint_path)
+
+
+def _report_differences(reader: Any, state_dict: dict[str, Any], name: str, ckpt_cfg: Any) -> None:
+    saved = reader.read_metadata().state_dict_metadata
+    # One rank after the other, so that their lines do not mix.
+    time.sleep(get_rank_safe() * 0.001)
+    megatron.print_diff_in_state_dicts(saved, state_dict)
+    if megatron.validate_fsdp_dtensor_model_load is not None and not getattr(ckpt_cfg, "finetune", False):
+        megatron.validate_fsdp_dtensor_model_load(
+            saved, state_dict, name, strict=ckpt_cfg.dist_ckpt_strictness
+        )
