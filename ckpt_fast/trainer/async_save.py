@@ -8,7 +8,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from ckpt_fast import megatron
-from ckpt_fast.pipeline.group import ControlGroup
+from ckpt_fast.async_queue import AsyncCallsQueue
 from ckpt_fast.trainer.ranks import get_rank_safe, print_rank_0
 
 if TYPE_CHECKING:
@@ -25,17 +25,20 @@ def schedule_async_save(global_state: GlobalState, async_request: Any) -> None:
 
     Args:
         global_state: its ``async_calls_queue`` may be None.
-        async_request: an AsyncRequest of the queue's own package.
+        async_request: a save handle, or an AsyncRequest of the queue's own package.
 
     Raises:
-        CheckpointError: without a queue, on every rank, if the data of any rank could not be written.
+        AsyncSaveError: without a queue, on every rank, if any rank could not write its data.
     """
     queue = global_state.async_calls_queue
     if queue is not None:
         queue.schedule_async_request(async_request)
         return
     _warn_without_queue()
-    _execute(async_request)
+    queue = AsyncCallsQueue()
+    queue.schedule_async_request(async_request)
+    queue.maybe_finalize_async_calls(True)
+    queue.close()
 
 
 def maybe_finalize_async_save(
@@ -104,24 +107,3 @@ def _warn_without_queue() -> None:
             "async_save is on but no queue of background saves was initialised: saves are executed "
             "synchronously. Call state.initialize_async_checkpoint_worker() before training."
         )
-
-
-def _execute(request: Any) -> None:
-    """Do here what a queue would do: stage, write, and once all ranks have written, finalise in order."""
-    group = ControlGroup()
-    group.agree(lambda: _write(request))
-    group.agree(lambda: _finalize(request))
-
-
-def _write(request: Any) -> None:
-    arguments = list(request.async_fn_args or ())
-    if request.preload_fn is not None:
-        # By the convention of both packages the staged data takes the place of the second argument.
-        arguments[1] = request.preload_fn()
-    if request.async_fn is not None:
-        request.async_fn(*arguments, **(request.async_fn_kwargs or {}))
-
-
-def _finalize(request: Any) -> None:
-    for finalize in request.finalize_fns:
-        finalize()

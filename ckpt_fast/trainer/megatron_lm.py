@@ -15,8 +15,6 @@ _PARALLEL_SIZES = {
     "encoder_pipeline_model_parallel_size": 0,
 }
 
-_SAMPLE_COUNTERS = ("consumed_train_samples", "skipped_train_samples", "consumed_valid_samples")
-
 
 def _extract_megatron_lm_args_from_state_dict(state_dict: dict[str, Any]) -> dict[str, Any]:
     """What a ``run_config.yaml`` would have said, from the arguments Megatron-LM stored.
@@ -46,9 +44,10 @@ def _extract_megatron_lm_args_from_state_dict(state_dict: dict[str, Any]) -> dic
 def _get_train_state_from_state_dict(state_dict: dict[str, Any]) -> TrainState:
     """The progress of a Megatron-LM run; a counter it does not have is 0."""
     args = state_dict.get("args")
-    counters = {name: getattr(args, name, 0) for name in _SAMPLE_COUNTERS}
     return TrainState(
         step=state_dict.get("iteration", 0),
+        consumed_train_samples=getattr(args, "consumed_train_samples", 0),
+        skipped_train_samples=getattr(args, "skipped_train_samples", 0),
+        consumed_valid_samples=getattr(args, "consumed_valid_samples", 0),
         floating_point_operations_so_far=state_dict.get("num_floating_point_operations_so_far", 0),
-        **counters,
     )

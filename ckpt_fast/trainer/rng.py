@@ -46,11 +46,16 @@ def get_rng_state(
         return {_coordinates(pg_collection): states}
     if ckpt_format != "torch_dist":
         return states
-    shape, offset, replica = (pp.size(), tp.size()), (pp.rank(), tp.rank()), dp_cp.rank()
+    axes, replica = [pp, tp], dp_cp.rank()
     if megatron.get_pg_size(getattr(pg_collection, "ep", None)) > 1:
-        shape, offset, replica = (*shape, dp_cp.size()), (*offset, dp_cp.rank()), 0
-    key = f"{_RNG_KEY}.{module_name}" if module_name else _RNG_KEY
-    return megatron.ShardedObject(key, states, shape, offset, replica_id=replica)
+        axes, replica = [pp, tp, dp_cp], 0
+    return megatron.ShardedObject(
+        f"{_RNG_KEY}.{module_name}" if module_name else _RNG_KEY,
+        states,
+        global_shape=tuple(axis.size() for axis in axes),
+        global_offset=tuple(axis.rank() for axis in axes),
+        replica_id=replica,
+    )
 
 
 def restore_rng_state(
