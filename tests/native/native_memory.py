@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Memory with an address, and requests written down readably."""
+
+from __future__ import annotations
+
+import ctypes
+import random
+import zlib
+from array import array
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ckpt_fast import native
+
+
+class Memory:
+    """Bytes at an address, with guard bytes on both sides that nobody may touch."""
+
+    GUARD = b"\xa5" * 64
+
+    def __init__(self, content: bytes, misalign: int = 0) -> None:
+        self._before = len(self.GUARD) + misalign
+        self._nbytes = len(content)
+        whole = bytes(self._before) + content + self.GUARD
+        self._storage = (ctypes.c_ubyte * len(whole)).from_buffer_copy(whole)
+        ctypes.memmove(self._storage, self.GUARD, len(self.GUARD))
+        self.address = ctypes.addressof(self._storage) + self._before
+
+    def __len__(self) -> int:
+        return self._nbytes
+
+    def content(self) -> bytes:
+        """The bytes; fails when a guard was overwritten."""
+        whole = bytes(self._storage)
+        assert whole.startswith(self.GUARD) and whole.endswith(self.GUARD), "wrote outside the memory"
+        return whole[self._before : self._before + self._nbytes]
+
+
+def noise(nbytes: int, seed: int = 0) -> bytes:
+    return random.Random(seed).randbytes(nbytes)
+
+
+def column(*values: int) -> array[int]:
+    return array("q", values)
+
+
+@dataclass
+class WriteCase:
+    """A request to ``write_files`` together with the files and CRCs it must produce."""
+
+    directory: Path
+    images: list[bytearray] = field(default_factory=list)
+    pieces: list[tuple[int, int, int, int, int]] = field(default_factory=list)
+    patches: list[tuple[int, int, int]] = field(default_factory=list)
+    streams: dict[int, bytes] = field(default_factory=dict)
+    memory: list[Memory] = field(default_factory=list)
+
+    def add_file(self) -> int:
+        self.images.append(bytearray())
+        return len(self.images) - 1
+
+    def add_piece(self, content: bytes, digest: int = -1, gap: int = 0) -> None:
+        """Append ``gap`` zeros and ``content`` to the last file."""
+        image = self.images[-1]
+        image += bytes(gap)
+        self.memory.append(Memory(content, misalign=len(self.memory) % 7))
+        row = (len(self.images) - 1, len(image), len(content), self.memory[-1].address, digest)
+        self.pieces.append(row)
+        image += content
+        if digest >= 0:
+            self.streams[digest] = self.streams.get(digest, b"") + content
+
+    def add_patch(self, offset: int, digest: int) -> None:
+        """Patch the last file, whose pieces are all there."""
+        crc = zlib.crc32(self.streams.get(digest, b""))
+        self.images[-1][offset : offset + 4] = crc.to_bytes(4, "little")
+        self.patches.append((len(self.images) - 1, offset, digest))
+
+    def paths(self) -> list[str]:
+        return [str(self.directory / f"file{i}") for i in range(len(self.images))]
+
+    def write(
+        self, threads: int = 2, chunk_bytes: int = 4096, direct: bool = False, fsync: bool = False
+    ) -> tuple[list[int], list[int]]:
+        pieces = [column(*values) for values in zip(*self.pieces, strict=True)] or [column()] * 5
+        patches = [column(*values) for values in zip(*self.patches, strict=True)] or [column()] * 3
+        return native.write_files(
+            self.paths(),
+            column(*map(len, self.images)),
+            *pieces,
+            *patches,
+            self.digest_count(),
+            threads,
+            chunk_bytes,
+            direct,
+            fsync,
+        )
+
+    def digest_count(self) -> int:
+        return max(self.streams, default=-1) + 1
+
+    def expected(self) -> tuple[list[int], list[int]]:
+        streams = [zlib.crc32(self.streams.get(digest, b"")) for digest in range(self.digest_count())]
+        return streams, [zlib.crc32(image) for image in self.images]

@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What write_files and read_extents refuse, and what they say when the system does."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import resource
+from contextlib import contextmanager
+
+import pytest
+from native_memory import WriteCase, column, noise
+
+from ckpt_fast import native
+
+GOOD = {
+    "paths": ["a", "b"],
+    "file_nbytes": column(100, 50),
+    "piece_file": column(0, 0, 1),
+    "piece_offset": column(0, 40, 0),
+    "piece_nbytes": column(40, 40, 50),
+    "piece_address": column(0, 0, 0),
+    "piece_digest": column(0, -1, 1),
+    "patch_file": column(0),
+    "patch_offset": column(96),
+    "patch_digest": column(0),
+    "digest_count": 2,
+    "threads": 2,
+    "chunk_bytes": 4096,
+    "direct": False,
+    "fsync": False,
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"threads": 0}, "threads is 0, not at least 1"),
+        ({"chunk_bytes": 5000}, "chunk_bytes is 5000, not a positive multiple of 4096"),
+        ({"chunk_bytes": 0}, "chunk_bytes is 0, not a positive multiple of 4096"),
+        ({"digest_count": -1}, "digest_count is negative"),
+        ({"file_nbytes": column(100)}, "file columns differ in length: 2 and 1"),
+        ({"file_nbytes": column(100, -1)}, "file 1: negative size"),
+        ({"paths": ["a", "a"]}, "file 1: its path occurs twice"),
+        ({"piece_digest": column(0, -1)}, "piece columns differ in length: 3 and 2"),
+        ({"piece_file": column(0, 0, 2)}, "piece 2: file 2 is not one of 2"),
+        ({"piece_file": column(-1, 0, 1)}, "piece 0: file -1 is not one of 2"),
+        (
+            {"piece_offset": column(0, 70, 0)},
+            "piece 1: 40 bytes at 70 are outside its file of 100 bytes",
+        ),
+        ({"piece_nbytes": column(40, -1, 50)}, "piece 1: -1 bytes at 40 are outside"),
+        (
+            {"piece_nbytes": column(40, 2**63 - 1, 50)},
+            "piece 1: 9223372036854775807 bytes at 40 are outside",
+        ),
+        ({"piece_offset": column(0, 39, 0)}, "piece 1: begins before the piece ahead of it ends"),
+        (
+            {"piece_file": column(0, 1, 0), "piece_nbytes": column(9, 9, 9)},
+            "piece 2: begins before the piece ahead of it ends",
+        ),
+        ({"piece_digest": column(0, 0, 2)}, "piece 2: digest 2 is not one of 2"),
+        ({"piece_digest": column(0, -2, 1)}, "piece 1: digest -2 is not one of 2"),
+        ({"piece_digest": column(0, -1, 0)}, "piece 2: digest 0 began in another file"),
+        ({"patch_offset": column(96, 0)}, "patch columns differ in length: 1 and 2"),
+        ({"patch_file": column(2)}, "patch 0: file 2 is not one of 2"),
+        ({"patch_offset": column(97)}, "patch 0: 4 bytes at 97 are outside its file of 100 bytes"),
+        ({"patch_digest": column(-1)}, "patch 0: digest -1 is not one of 2"),
+        ({"patch_offset": column(39)}, "patch 0: does not lie behind the end of digest 0"),
+        ({"patch_digest": column(1)}, "patch 0: does not lie behind the end of digest 1"),
+        (
+            {"patch_file": column(0, 0), "patch_offset": column(93, 90), "patch_digest": column(0, 0)},
+            "patches overlap at 93 of a",
+        ),
+    ],
+)
+def test_bad_write_requests(native_impl, tmp_path, monkeypatch, change, message) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        native.write_files(**{**GOOD, **change})
+    assert os.listdir(tmp_path) == [], "a file was touched before the request was checked"
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ((1, 0, 10, 0), "extent 0: file 1 is not one of 1"),
+        ((0, -1, 10, 0), "extent 0: 10 bytes at -1 are no range"),
+        ((0, 0, -1, 0), "extent 0: -1 bytes at 0 are no range"),
+        ((0, 2**62, 2**62, 0), "extent 0: 4611686018427387904 bytes at 4611686018427387904 are no range"),
+        ((0, 0, 10, 1), "extent 0: digest 1 is not one of 1"),
+    ],
+)
+def test_bad_read_requests(native_impl, row, message) -> None:
+    file, offset, nbytes, digest = (column(value) for value in row)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        native.read_extents(["a"], file, offset, nbytes, column(0), digest, 1, 2, 4096, False)
+
+
+def big_case(directory) -> WriteCase:
+    """One stream over 100 chunks whose patch waits for them all."""
+    case = WriteCase(directory)
+    case.add_file()
+    case.add_piece(noise(100 * 4096), digest=0)
+    case.add_piece(b"tail")
+    case.add_patch(100 * 4096, 0)
+    return case
+
+
+@contextmanager
+def file_size_limit(nbytes: int):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("direct", [False, True])
+def test_write_beyond_the_file_size_limit(native_impl, tmp_path, direct) -> None:
+    case = big_case(tmp_path)
+    with file_size_limit(8 * 4096), pytest.raises(OSError) as caught:
+        case.write(threads=1, direct=direct)
+    path = case.paths()[0]
+    expected = f"write 4096 bytes at 32768 to {path}: File too large"
+    assert (caught.value.errno, caught.value.strerror, caught.value.filename) == (errno.EFBIG, expected, path)
+
+
+@pytest.mark.timeout(60)
+def test_failure_wakes_threads_that_wait_for_a_stream(native_impl, tmp_path) -> None:
+    case = big_case(tmp_path)
+    for limit in range(0, 100, 9):
+        with file_size_limit(limit * 4096), pytest.raises(OSError):
+            case.write(threads=4)
+
+
+def test_full_device(native_impl) -> None:
+    nothing = column()
+    with pytest.raises(OSError) as caught:
+        native.write_files(
+            ["/dev/full"], column(100), *[nothing] * 5, *[nothing] * 3, 0, 2, 4096, True, False
+        )
+    assert caught.value.errno == errno.ENOSPC
+    assert caught.value.strerror == "write 100 bytes at 0 to /dev/full: No space left on device"
+
+
+def test_missing_directory(native_impl, tmp_path) -> None:
+    case = big_case(tmp_path / "missing")
+    with pytest.raises(FileNotFoundError) as caught:
+        case.write(direct=True)
+    path = case.paths()[0]
+    assert caught.value.strerror == f"open {path}: No such file or directory"
+    assert caught.value.filename == path
+
+
+def test_path_is_a_directory(native_impl, tmp_path) -> None:
+    (tmp_path / "file0").mkdir()
+    with pytest.raises(IsADirectoryError, match=r"open .*file0: Is a directory"):
+        big_case(tmp_path).write()
+
+
+def test_name_that_is_not_utf8(native_impl, tmp_path) -> None:
+    directory = os.fsdecode(os.fsencode(str(tmp_path)) + b"/\xff")
+    with pytest.raises(FileNotFoundError) as caught:
+        native.write_files([directory + "/x"], column(0), *[column()] * 8, 0, 1, 4096, False, False)
+    assert caught.value.filename == directory + "/x"
+
+
+@pytest.mark.parametrize("wrong", [bytearray(80), memoryview(bytes(80)).cast("i")])
+def test_columns_of_the_wrong_type(wrong) -> None:
+    with native.using("engine"), pytest.raises(TypeError, match="piece_file is not a one-dimensional buffer"):
+        native.write_files(**{**GOOD, "piece_file": wrong})
