@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a checkpoint carries beside the model: the position of the data loader, the tokenizer's files."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+from ckpt_fast.megatron import SoloGroup, get_pg_collection, get_pg_rank
+from ckpt_fast.pipeline.commit import fsync, fsync_directory
+from ckpt_fast.pipeline.group import ControlGroup
+from ckpt_fast.trainer.inert_load import inert_load
+from ckpt_fast.trainer.paths import (
+    ensure_directory_exists,
+    file_exists,
+    get_checkpoint_name,
+    join_paths,
+    object_storage,
+    open_file,
+    write_file,
+)
+from ckpt_fast.trainer.ranks import get_rank_safe, is_distributed, print_rank_0
+
+if TYPE_CHECKING:
+    from ckpt_fast.config import TokenizerConfig
+    from ckpt_fast.megatron import MegatronModule, ProcessGroupCollection
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+_STATE = "dataloader_state_dict"
+_STATES_OF_STAGES = "dataloader_state_dicts"
+_TOKENIZER_DIR = "tokenizer"
+
+# tokenizer_type -> (field of the configuration, name in the checkpoint)
+_TOKENIZER_FILES: dict[str, tuple[tuple[str, str], ...]] = {
+    "BertWordPieceLowerCase": (("vocab_file", "vocab.txt"),),
+    "BertWordPieceCase": (("vocab_file", "vocab.txt"),),
+    "GPT2BPETokenizer": (("vocab_file", "vocab.json"), ("merge_file", "merges.txt")),
+    "SentencePieceTokenizer": (("tokenizer_model", "tokenizer.model"),),
+    "GPTSentencePieceTokenizer": (("tokenizer_model", "tokenizer.model"),),
+    "Llama2Tokenizer": (("tokenizer_model", "tokenizer.model"),),
+    "TikTokenizer": (("tokenizer_model", "tokenizer.json"),),
+}
+_HF_TOKENIZERS = ("HuggingFaceTokenizer", "MultimodalTokenizer")
+
+
+# --- Data loader -----------------------------------------------------------------------------------------
+
+
+def maybe_save_dataloader_state(
+    model: list[MegatronModule] | MegatronModule,
+    train_iterator: Any,
+    iteration: int,
+    dataloader_save_path: str | None = None,
+    *,
+    pg_collection: ProcessGroupCollection | None = None,
+) -> None:
+    """Save the data loader's position as ``<path>/iter_<N>/train_dataloader_dprank<R>.pt``.
+
+    For each data-parallel rank the first of its tensor, pipeline and context groups writes. Files of an
+    earlier save of the same iteration are removed first: they may come from more data-parallel ranks.
+    Collective over the data-parallel group; a failure on one of its ranks is raised on all of them.
+
+    Args:
+        model: asked for the process groups if ``pg_collection`` is None.
+        train_iterator: its ``iterable`` has ``save_state()``. A list holds one iterator for each virtual
+            pipeline stage. None saves nothing.
+        iteration: the iteration of the checkpoint.
+        dataloader_save_path: root directory; None or "" saves nothing.
+        pg_collection: process groups.
+
+    Raises:
+        RuntimeError: the iterator has no ``save_state``.
+        CheckpointError: a rank could not save its state.
+    """
+    iterators = _iterators(train_iterator)
+    if not iterators or not dataloader_save_path:
+        return
+    iterables: list[Any] = [getattr(each, "iterable", None) for each in iterators]
+    if not all(hasattr(iterable, "save_state") for iterable in iterables):
+        raise RuntimeError(
+            f"Could not find a save_state in the train dataloader {type(train_iterator).__name__}; give its "
+            "iterable a save_state method or unset dataset.dataloader_save"
+        )
+    groups = pg_collection if pg_collection is not None else get_pg_collection(model)
+    if any(get_pg_rank(getattr(groups, name, None)) != 0 for name in ("tp", "pp", "cp")):
+        return
+    print_rank_0(f"saving dataloader checkpoint at iteration {iteration} to {dataloader_save_path}")
+    data_parallel = _DataParallel(groups.dp)
+    path = _dataloader_file(dataloader_save_path, iteration, data_parallel.rank)
+    data = data_parallel.agree(lambda: _serialise([iterable.save_state() for iterable in iterables]))
+    data_parallel.decide(lambda: _prepare_directory(os.path.dirname(path)))
+    data_parallel.agree(lambda: write_file(path, data))
+
+
+def maybe_load_dataloader_state(
+    train_iterator: Any,
+    iteration: int,
+    dataloader_load_path: str | None = None,
+    *,
+    pg_collection: ProcessGroupCollection,
+) -> None:
+    """Put the data loader where it was at ``iteration``. Every rank restores its own.
+
+    Nothing happens without an iterator that has ``iterable.restore_state``, without a path, and where no
+    state was saved for this iteration: the data then starts from its beginning.
+
+    Raises:
+        RuntimeError: states were saved, but by fewer data-parallel ranks than there are now.
+        RefusedPickleError: the file holds more than plain data; nothing of it has been run.
+    """
+    iterables: list[Any] = [getattr(each, "iterable", None) for each in _iterators(train_iterator)]
+    if not iterables or not all(hasattr(iterable, "restore_state") for iterable in iterables):
+        return
+    if not dataloader_load_path or not file_exists(dataloader_load_path):
+        return
+    path = _dataloader_file(dataloader_load_path, iteration, get_pg_rank(pg_collection.dp))
+    directory = os.path.dirname(path)
+    if not file_exists(directory):
+        print_rank_0(f"no dataloader state in {directory}: the data starts from its beginning")
+        return
+    if not file_exists(path):
+        raise RuntimeError(
+            f"{path} does not exist: the dataloader state was saved with a smaller data-parallel size. "
+            "Resume with that size, or remove the directory to start the data from its beginning."
+        )
+    with open_file(path) as stream:
+        loaded = inert_load(stream)
+    states = loaded.get(_STATES_OF_STAGES) or [loaded[_STATE]]
+    if len(states) != len(iterables):
+        # All stages read the same data, so any of the states will do.
+        states = [loaded[_STATE]] * len(iterables)
+    for iterable, state in zip(iterables, states, strict=True):
+        iterable.restore_state(state)
+
+
+def _iterators(train_iterator: Any) -> list[Any]:
+    several = isinstance(train_iterator, (list, tuple))
+    return [each for each in (train_iterator if several else [train_iterator]) if each is not None]
+
+
+def _dataloader_file(root: str, iteration: int, data_parallel_rank: int) -> str:
+    name = f"train_dataloader_dprank{data_parallel_rank:03d}.pt"
+    return join_paths(get_checkpoint_name(root, iteration), name)
+
+
+def _serialise(states: list[Any]) -> bytes:
+    content = {_STATE: states[0]}
+    if len(states) > 1:
+        content[_STATES_OF_STAGES] = states
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+def _prepare_directory(directory: str) -> None:
+    storage = object_storage(directory)
+    if storage:
+        if storage.os.path.isdir(directory):
+            storage.delete(directory, recursive=True)
+        return
+    if os.path.isdir(directory):
+        shutil.rmtree(directory)
+    ensure_directory_exists(directory, check_parent=False)
+    fsync_directory(os.path.dirname(directory))
+
+
+class _DataParallel:
+    """The writers of one save: a process group, or this process alone where there is none."""
+
+    def __init__(self, group: Any) -> None:
+        alone = group is None or isinstance(group, SoloGroup) or not is_distributed()
+        self.rank = get_pg_rank(group)
+        self._ranks = None if alone else ControlGroup(group)
+
+    def agree(self, action: Callable[[], T]) -> T:
+        """Every rank acts; all raise if one fails."""
+        return action() if self._ranks is None else self._ranks.agree(action)
+
+    def decide(self, action: Callable[[], None]) -> None:
+        """Rank 0 acts while the others wait; all raise if it fails."""
+        if self._ranks is None:
+            action()
+        else:
+            self._ranks.decide(action)
+
+
+# --- Tokenizer -------------------------------------------------------------------------------------------
+
+
+def save_tokenizer_assets(tokenizer: Any, tokenizer_config: TokenizerConfig, checkpoint_path: str) -> None:
+    """Copy the tokenizer's files into ``<checkpoint_path>/tokenizer``: the checkpoint needs nothing else.
+
+    Rank 0 acts, others return. A failure is logged and does not fail the save: the weights are worth more.
+
+    Args:
+        tokenizer: Hugging Face tokenizers save themselves; None saves nothing.
+        tokenizer_config: says of which type it is and where the files of other types are.
+        checkpoint_path: the iteration's directory.
+    """
+    if tokenizer is None or get_rank_safe() != 0:
+        return
+    directory = join_paths(checkpoint_path, _TOKENIZER_DIR)
+    try:
+        if object_storage(directory):
+            with tempfile.TemporaryDirectory(prefix="ckpt_fast_") as local:
+                _collect(tokenizer, tokenizer_config, local)
+                _upload(local, directory)
+        else:
+            ensure_directory_exists(directory, check_parent=False)
+            _collect(tokenizer, tokenizer_config, directory)
+            _sync_files(directory)
+    except Exception:
+        logger.exception("cannot save the tokenizer to %s: the checkpoint is without it", directory)
+
+
+def _collect(tokenizer: Any, config: Any, directory: str) -> None:
+    """Put the files of the tokenizer into a local directory."""
+    kind = getattr(config, "tokenizer_type", None)
+    if kind in _HF_TOKENIZERS:
+        # Megatron's wrappers keep the Hugging Face object under _tokenizer.
+        inner = tokenizer if hasattr(tokenizer, "save_pretrained") else getattr(tokenizer, "_tokenizer", None)
+        if inner is not None and hasattr(inner, "save_pretrained"):
+            inner.save_pretrained(directory)
+    for field, name in _TOKENIZER_FILES.get(kind or "", ()):
+        source = getattr(config, field, None)
+        if source and file_exists(source):
+            _copy(source, os.path.join(directory, name))
+        else:
+            logger.debug("%s has no %s to copy: %r", kind, field, source)
+
+
+def _copy(source: str, target: str) -> None:
+    storage = object_storage(source)
+    if not storage:
+        shutil.copy2(source, target)
+        return
+    with storage.open(source, "rb") as reader, open(target, "wb") as writer:
+        shutil.copyfileobj(reader, writer)
+
+
+def _upload(local: str, directory: str) -> None:
+    for name in sorted(os.listdir(local)):
+        source = os.path.join(local, name)
+        if os.path.isfile(source):
+            with open(source, "rb") as reader:
+                write_file(join_paths(directory, name), reader.read())
+
+
+def _sync_files(directory: str) -> None:
+    """Make the files durable before a tracker names the checkpoint."""
+    for parent, _, names in os.walk(directory):
+        for name in names:
+            with open(os.path.join(parent, name), "rb") as file:
+                fsync(file.fileno())
+        fsync_directory(parent)
