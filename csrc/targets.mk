@@ -11,3 +11,19 @@ build: ## compile the extension modules into the source tree (incremental)
 
 format-check-cpp: ## clang-format, without changing anything
 	$(VENV)/bin/clang-format --dry-run --Werror $(CPP_FILES)
+
+CPP_TEST_DIR = build/cpp-test
+CPP_TEST_SOURCES = $(wildcard csrc/engine/*.cc tests/cpp/*.cc)
+CPP_TEST_HEADERS = $(wildcard csrc/engine/*.h tests/cpp/*.h)
+CPP_TEST_FLAGS = -std=c++17 -O1 -g -Wall -Wextra -Werror -pthread -fno-omit-frame-pointer -Icsrc/engine
+
+cpp-test: $(CPP_TEST_DIR)/address $(CPP_TEST_DIR)/thread ## the engine's own tests under sanitizers
+	$(CPP_TEST_DIR)/address
+	$(CPP_TEST_DIR)/thread
+
+$(CPP_TEST_DIR)/address: SANITIZERS = address,undefined -fno-sanitize-recover=all
+$(CPP_TEST_DIR)/thread: SANITIZERS = thread
+
+$(CPP_TEST_DIR)/address $(CPP_TEST_DIR)/thread: $(CPP_TEST_SOURCES) $(CPP_TEST_HEADERS)
+	@mkdir -p $(@D)
+	$(CXX) $(CPP_TEST_FLAGS) -fsanitize=$(SANITIZERS) $(CPP_TEST_SOURCES) -o $@

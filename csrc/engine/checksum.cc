@@ -31,13 +31,16 @@ uint32_t copy_portable(uint8_t* destination, const uint8_t* source, size_t nbyte
   return state;
 }
 
-Kernels select_kernels() {
-  Kernels selected{update_bytes, copy_portable, copy_portable, {}};
+std::vector<Kernels> find_kernels() {
+  std::vector<Kernels> found;
 #if defined(__x86_64__)
-  select_x86_kernels(&selected);
+  found = x86_kernels();
 #endif
-  return selected;
+  found.push_back({update_bytes, copy_portable, copy_portable, {}});
+  return found;
 }
+
+const Kernels& fastest() { return available_kernels().front(); }
 
 }  // namespace
 
@@ -56,9 +59,9 @@ uint32_t update_bytes(const uint8_t* source, size_t nbytes, uint32_t state) {
   return state;
 }
 
-const Kernels& kernels() {
-  static const Kernels selected = select_kernels();
-  return selected;
+const std::vector<Kernels>& available_kernels() {
+  static const std::vector<Kernels> kernels = find_kernels();
+  return kernels;
 }
 
 }  // namespace crc
@@ -67,7 +70,7 @@ uint32_t crc32(const void* data, size_t nbytes, uint32_t seed) {
   const auto* source = static_cast<const uint8_t*>(data);
   uint32_t state = ~seed;
   const size_t blocks = nbytes & ~size_t{63};
-  if (blocks > 0) state = crc::kernels().update(source, blocks, state);
+  if (blocks > 0) state = crc::fastest().update(source, blocks, state);
   return ~crc::update_bytes(source + blocks, nbytes - blocks, state);
 }
 
@@ -86,7 +89,7 @@ uint32_t copy_crc32(void* destination, const void* source, size_t nbytes, uint32
   if (streaming) copy_small(std::min(nbytes, (0 - reinterpret_cast<uintptr_t>(to)) & size_t{63}));
   const size_t blocks = nbytes & ~size_t{63};
   if (blocks > 0) {
-    const crc::Kernels& kernels = crc::kernels();
+    const crc::Kernels& kernels = crc::fastest();
     state = (streaming ? kernels.copy_streaming : kernels.copy)(to, from, blocks, state);
     to += blocks;
     from += blocks;
@@ -104,6 +107,6 @@ uint32_t crc32_shift(uint32_t crc, uint64_t nbytes_behind) {
   return crc;
 }
 
-std::vector<std::string> cpu_features() { return crc::kernels().features; }
+std::vector<std::string> cpu_features() { return crc::fastest().features; }
 
 }  // namespace ckpt_fast

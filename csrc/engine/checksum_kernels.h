@@ -26,12 +26,12 @@ struct Kernels {
 /// Plain C++ for any length; also finishes what the block kernels leave.
 uint32_t update_bytes(const uint8_t* source, size_t nbytes, uint32_t state);
 
-/// The fastest kernels this processor runs.
-const Kernels& kernels();
+/// Every set of kernels that this processor runs, fastest first; the last is plain C++.
+const std::vector<Kernels>& available_kernels();
 
 #if defined(__x86_64__)
-/// False when the processor has no carry-less multiplication.
-bool select_x86_kernels(Kernels* kernels);
+/// Those with carry-less multiplication, fastest first.
+std::vector<Kernels> x86_kernels();
 #endif
 
 }  // namespace ckpt_fast::crc

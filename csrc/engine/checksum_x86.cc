@@ -121,17 +121,18 @@ uint32_t update_avx512(const uint8_t* source, size_t nbytes, uint32_t state) {
 
 }  // namespace
 
-bool select_x86_kernels(Kernels* kernels) {
+std::vector<Kernels> x86_kernels() {
+  std::vector<Kernels> kernels;
   __builtin_cpu_init();
-  if (!__builtin_cpu_supports("pclmul") || !__builtin_cpu_supports("sse4.1")) return false;
-  *kernels = {update_pclmul, fold_pclmul<Copy::kCached>, fold_pclmul<Copy::kStreaming>, {"pclmul"}};
+  if (!__builtin_cpu_supports("pclmul") || !__builtin_cpu_supports("sse4.1")) return kernels;
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("vpclmulqdq")) {
-    *kernels = {update_avx512,
-                fold_avx512<Copy::kCached>,
-                fold_avx512<Copy::kStreaming>,
-                {"pclmul", "vpclmulqdq", "avx512"}};
+    kernels.push_back({update_avx512,
+                       fold_avx512<Copy::kCached>,
+                       fold_avx512<Copy::kStreaming>,
+                       {"pclmul", "vpclmulqdq", "avx512"}});
   }
-  return true;
+  kernels.push_back({update_pclmul, fold_pclmul<Copy::kCached>, fold_pclmul<Copy::kStreaming>, {"pclmul"}});
+  return kernels;
 }
 
 }  // namespace ckpt_fast::crc

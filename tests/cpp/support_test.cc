@@ -1,0 +1,107 @@
+// SPDX-License-Identifier: Apache-2.0
+// parallel, buffer_pool, file, permute.
+#include <sys/resource.h>
+
+#include <atomic>
+#include <cerrno>
+#include <csignal>
+#include <cstring>
+#include <stdexcept>
+#include <thread>
+
+#include "buffer_pool.h"
+#include "check.h"
+#include "error.h"
+#include "file.h"
+#include "parallel.h"
+#include "permute.h"
+
+using namespace ckpt_fast;
+
+void test_parallel() {
+  std::vector<std::atomic<int>> visits(1000);
+  parallel_for(visits.size(), 8, [&](size_t i) { ++visits[i]; });
+  for (const std::atomic<int>& count : visits) CHECK(count == 1);
+  parallel_for(0, 4, [](size_t) { CHECK(!"called"); });
+
+  std::atomic<int> woken{0};
+  std::atomic<size_t> done{0};
+  const auto fail = [&] {
+    parallel_for(
+        1000000, 4,
+        [&](size_t i) {
+          ++done;
+          if (i == 10) throw std::runtime_error("ten");
+        },
+        [&] { ++woken; });
+  };
+  CHECK(text_of<std::runtime_error>(fail) == "ten");
+  CHECK(woken == 1);
+  CHECK(done < 1000000);
+}
+
+void test_buffer_pool() {
+  uint8_t* first = nullptr;
+  {
+    const Buffer buffer(3 << 20);
+    first = buffer.data();
+    CHECK(reinterpret_cast<uintptr_t>(first) % (2 << 20) == 0);
+    CHECK(buffer.size() == 3 << 20);
+    std::memset(first, 1, buffer.size());
+    const Buffer other(3 << 20);
+    CHECK(other.data() != first);
+  }
+  CHECK(pooled_nbytes() == 6 << 20);
+  {
+    const Buffer again(3 << 20);
+  }
+  CHECK(pooled_nbytes() == 6 << 20);
+  {
+    const Buffer small(5000);
+    CHECK(small.size() == 8192);
+  }
+  CHECK(pooled_nbytes() == 8192);
+}
+
+void test_file() {
+  TemporaryDirectory directory;
+  const std::string path = directory.file("file");
+  const std::vector<uint8_t> content = noise(10000, 4);
+  for (const bool direct : {false, true}) {
+    const Buffer buffer(12288);
+    std::memcpy(buffer.data(), content.data(), content.size());
+    {
+      OutputFile output(path, 10000, direct);
+      output.write(buffer.data() + 8192, 10000 - 8192, 8192);
+      output.write(buffer.data(), 8192, 0);
+      output.sync();
+      output.close();
+    }
+    CHECK(read_whole(path) == content);
+    std::memset(buffer.data(), 0, 12288);
+    InputFile input(path, direct);
+    CHECK(input.size() == 10000);
+    input.read(buffer.data(), 10000 - 4096, 4096);
+    CHECK(std::memcmp(buffer.data(), content.data() + 4096, 10000 - 4096) == 0);
+    const auto beyond = [&] { input.read(buffer.data(), 8192, 4096); };
+    CHECK(text_of<SystemError>(beyond) == "read 8192 bytes at 4096 from " + path + ": file ends at 10000");
+  }
+}
+
+void test_permute() {
+  const int64_t rows = 1536;
+  const int64_t row_nbytes = 7000;  // in all more than the caches hold
+  const int64_t block = 32;
+  const std::vector<uint8_t> source = noise(rows * row_nbytes, 5);
+  std::vector<uint8_t> blocks(source.size());
+  std::vector<uint8_t> back(source.size());
+  permute_rows(blocks.data(), source.data(), rows, row_nbytes, block, true, 4);
+  for (int64_t row = 0; row < rows; ++row) {
+    const int64_t half = row >= rows / 2;
+    const int64_t within = row - half * (rows / 2);
+    const int64_t place = within / block * 2 * block + half * block + within % block;
+    CHECK(std::memcmp(blocks.data() + place * row_nbytes, source.data() + row * row_nbytes, row_nbytes) == 0);
+  }
+  permute_rows(back.data(), blocks.data(), rows, row_nbytes, block, false, 4);
+  CHECK(back == source);
+}
