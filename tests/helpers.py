@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Running a function on several ranks: real processes, a real gloo group.
+"""What tests of several modules need: ranks (real processes, a real gloo group), and an RNG tracker for CPUs.
 
 Ranks are started once per world size and serve one call after the other, each with a process group of its
 own, because importing torch and Megatron in a fresh process takes seconds.
@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -202,3 +202,58 @@ def _leave_group() -> None:
     version = sys.modules.get("ckpt_fast.trainer.version")
     if version is not None:
         version._CHECKPOINT_VERSION = None
+
+
+class CpuRngTracker:
+    """Megatron's CUDA RNG tracker with the CPU generator: the same interface, for models that fork it."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self._states: dict[str, Any] = {}
+
+    def is_initialized(self) -> bool:
+        return bool(self._states)
+
+    def get_states(self) -> dict[str, Any]:
+        return dict(self._states)
+
+    def set_states(self, states: dict[str, Any]) -> None:
+        self._states = states
+
+    def add(self, name: str, seed: int) -> None:
+        import torch
+
+        self._states[name] = torch.Generator().manual_seed(seed).get_state()
+
+    @contextlib.contextmanager
+    def fork(self, name: str = "model-parallel-rng") -> Iterator[None]:
+        import torch
+
+        outside = torch.get_rng_state()
+        torch.set_rng_state(self._states[name])
+        try:
+            yield
+        finally:
+            self._states[name] = torch.get_rng_state()
+            torch.set_rng_state(outside)
+
+
+def install_cpu_rng_tracker(seed: int = 1234) -> CpuRngTracker:
+    """Make Megatron use a CpuRngTracker in this process, with the streams Megatron itself adds."""
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    megatron_random.initialize_rng_tracker()
+    tracker = CpuRngTracker()
+    for offset, name in enumerate(("model-parallel-rng", "data-parallel-rng", "expert-parallel-rng")):
+        tracker.add(name, seed + offset)
+    megatron_random._CUDA_RNG_STATE_TRACKER = tracker
+    return tracker
+
+
+def uninstall_rng_tracker() -> None:
+    """Give Megatron a new tracker of its own, without streams."""
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    megatron_random.initialize_rng_tracker(force_reset=True)
