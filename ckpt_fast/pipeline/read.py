@@ -67,11 +67,12 @@ class ReadProgram:
             )
         except FileNotFoundError as error:
             raise CheckpointNotFoundError(
-                f"a data file of the checkpoint is gone: {error.strerror}. Restore it, or load an earlier iteration."
+                f"a data file of the checkpoint is gone: {error.strerror}. Restore it, or load an "
+                "earlier iteration."
             ) from error
         except OSError as error:
             raise CheckpointCorruptError(
-                f"{error.strerror}. The checkpoint in {self.directory} cannot be read whole; load an earlier one."
+                f"{error.strerror}. The checkpoint in {self.directory} is damaged; load an earlier iteration."
             ) from error
 
 

@@ -36,6 +36,7 @@ from ckpt_fast.trainer.state_dict import (
     _is_model_section,
     apply_peft_adapter_filter_to_state_dict,
     generate_state_dict,
+    uses_distributed_optimizer,
 )
 
 _DATALOADER_STATE_SUBDIR = "energon"
@@ -117,7 +118,7 @@ def save_checkpoint(
     _announce(target, ckpt_cfg)
     _save_beside(state, model, optimizer, train_data_iterator, target, pg_collection)
 
-    metadata = _build_sharded_state_dict_metadata(_uses_distributed_optimizer(cfg), ckpt_cfg)
+    metadata = _build_sharded_state_dict_metadata(uses_distributed_optimizer(cfg), ckpt_cfg)
     metadata["dp_cp_group"] = pg_collection.dp_cp
     state_dict, publication = ControlGroup().agree(
         lambda: (
@@ -371,7 +372,3 @@ def _rank_suffix(pg_collection: Any, tensor_rank: int | None, pipeline_rank: int
     tensor = pg_collection.tp.rank() if tensor_rank is None else tensor_rank
     pipeline = pg_collection.pp.rank() if pipeline_rank is None else pipeline_rank
     return f"[ t {tensor + 1}/{pg_collection.tp.size()}, p {pipeline + 1}/{pg_collection.pp.size()} ]"
-
-
-def _uses_distributed_optimizer(cfg: Any) -> bool:
-    return bool(getattr(cfg.optimizer, "use_distributed_optimizer", False))

@@ -123,6 +123,11 @@ def _build_sharded_state_dict_metadata(use_distributed_optimizer: bool, cfg: Any
     return metadata
 
 
+def uses_distributed_optimizer(cfg: Any) -> bool:
+    """Whether the run's optimizer shards its state over data-parallel ranks."""
+    return bool(getattr(cfg.optimizer, "use_distributed_optimizer", False))
+
+
 def delete_extra_state(state_dict: Any) -> Any:
     """Remove every key that contains ``_extra_state`` from the model section, in place.
 

@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``load_checkpoint``: find the checkpoint, decide what of it applies, load it, put it where it belongs."""
+
+from __future__ import annotations
+
+import gc
+import os
+from typing import Any
+
+import torch
+
+from ckpt_fast import megatron
+from ckpt_fast.doors import megatron_core
+from ckpt_fast.errors import CheckpointMismatchError, CheckpointNotFoundError
+from ckpt_fast.trainer import experiment_loggers as loggers
+from ckpt_fast.trainer.contexts import CheckpointType
+from ckpt_fast.trainer.load_base import _load_base_checkpoint, load_strategy
+from ckpt_fast.trainer.load_plan import build_scaffold, find_run_config, is_mimo, is_peft_resume, make_plan
+from ckpt_fast.trainer.locate import _has_global_non_persistent_checkpoint
+from ckpt_fast.trainer.paths import checkpoint_exists, is_hf_checkpoint_dir
+from ckpt_fast.trainer.ranks import barrier_if_distributed, is_last_rank, on_rank_0, print_rank_0
+from ckpt_fast.trainer.restore import (
+    find_layer_wise_state,
+    restore_model,
+    restore_optimizer,
+    restore_rerun_and_rng,
+    restore_train_state,
+)
+from ckpt_fast.trainer.state_dict import (
+    _generate_model_state_dict,
+    _is_model_section,
+    _load_model_state_dict,
+    apply_peft_adapter_filter_to_state_dict,
+    delete_extra_state,
+)
+from ckpt_fast.trainer.version import get_checkpoint_version, set_checkpoint_version
+
+_FORMATS = ("torch_dist", "fsdp_dtensor")
+
+
+def load_checkpoint(
+    state: Any,
+    model: list[Any],
+    optimizer: Any | None,
+    opt_param_scheduler: Any | None,
+    strict: bool = True,
+    checkpointing_context: dict[str, Any] | None = None,
+    skip_load_to_model_and_opt: bool = False,
+    pg_collection: Any | None = None,
+    module_name: str | None = None,
+) -> tuple[int, int]:
+    """Load the checkpoint that the configuration names. Collective: every rank calls it.
+
+    ``checkpoint.load`` is resumed from; if there is nothing in it, ``checkpoint.pretrained_checkpoint`` is
+    loaded as the start of a finetuning run.
+
+    Args:
+        state: GlobalState; its train state is replaced by the checkpoint's.
+        model: model chunks to load into.
+        optimizer: optimizer to load into, or None.
+        opt_param_scheduler: learning-rate scheduler to load into, or None.
+        strict: model keys must match, except ``_extra_state``.
+        checkpointing_context: kept by the caller between saves and loads.
+        skip_load_to_model_and_opt: load everything else (iteration, scheduler, RNG) only.
+        pg_collection: process groups; the model's own when None.
+        module_name: namespace of the RNG state in a multi-module model.
+
+    Returns:
+        (iteration, floating-point operations so far); (0, 0) if there is nothing to load.
+
+    Raises:
+        FileNotFoundError: ``pretrained_checkpoint`` is set and does not exist.
+        CheckpointError: on every rank, naming rank, path, cause and remedy.
+    """
+    ckpt_cfg = state.cfg.checkpoint
+    load_dir, pretrained = ckpt_cfg.load, ckpt_cfg.pretrained_checkpoint
+    if pretrained is not None and not _has_resume_checkpoint(load_dir, ckpt_cfg):
+        if not on_rank_0(lambda: checkpoint_exists(pretrained) or is_hf_checkpoint_dir(pretrained)):
+            raise CheckpointNotFoundError(
+                f"there is no checkpoint in load={load_dir!r}, and pretrained_checkpoint={pretrained!r} does "
+                "not exist or holds none"
+            )
+        load_dir = pretrained
+        ckpt_cfg.finetune = True
+    return _load_checkpoint_from_path(
+        load_dir,
+        state,
+        model,
+        optimizer,
+        opt_param_scheduler,
+        strict,
+        checkpointing_context,
+        skip_load_to_model_and_opt=skip_load_to_model_and_opt,
+        pg_collection=pg_collection,
+        module_name=module_name,
+    )
+
+
+def _has_resume_checkpoint(load_dir: str | None, ckpt_cfg: Any) -> bool:
+    return on_rank_0(
+        lambda: checkpoint_exists(load_dir) or is_hf_checkpoint_dir(load_dir)
+    ) or _has_global_non_persistent_checkpoint(load_dir, ckpt_cfg)
+
+
+def _load_checkpoint_from_path(
+    load_dir: str | None,
+    state: Any,
+    model: list[Any],
+    optimizer: Any | None,
+    opt_param_scheduler: Any | None,
+    strict: bool = True,
+    checkpointing_context: dict[str, Any] | None = None,
+    skip_load_to_model_and_opt: bool = False,
+    ignore_ckpt_step: bool = False,
+    pg_collection: Any | None = None,
+    module_name: str | None = None,
+) -> tuple[int, int]:
+    """``load_checkpoint`` from a given directory. Collective.
+
+    Args:
+        load_dir: root of checkpoints or one checkpoint.
+        ignore_ckpt_step: take the newest whatever ``ckpt_step`` says (base weights of a PEFT run).
+
+    The other arguments, the result and the errors are those of ``load_checkpoint``.
+    """
+    cfg = state.cfg
+    ckpt_cfg = cfg.checkpoint
+    model = megatron.unwrap_model(model)
+    pg_collection = pg_collection or megatron.get_pg_collection(model)
+    _require_supported(load_dir, ckpt_cfg)
+
+    def load_base(rank0: bool, scaffold: dict[str, Any] | None = None, is_mimo: bool = False) -> Any:
+        return _load_base_checkpoint(
+            load_dir,
+            ckpt_cfg,
+            rank0=rank0,
+            sharded_state_dict=scaffold,
+            checkpointing_context=checkpointing_context,
+            ignore_ckpt_step=ignore_ckpt_step,
+            cfg=cfg,
+            is_megatron_mimo=is_mimo,
+            pg_collection=pg_collection,
+        )
+
+    common, checkpoint_name, release, ckpt_type = load_base(rank0=True)
+    if common is None:
+        return 0, 0
+    run_config = find_run_config(common, checkpoint_name, ckpt_type, cfg)
+    plan = make_plan(common, run_config, release, ckpt_type, cfg, optimizer)
+    plan.metadata["dp_cp_group"] = pg_collection.dp_cp
+    scaffold = build_scaffold(
+        plan, state, model, optimizer, opt_param_scheduler, pg_collection, module_name, checkpoint_name
+    )
+    adapters_only = is_peft_resume(cfg, load_dir)
+    if adapters_only:
+        scaffold = apply_peft_adapter_filter_to_state_dict(scaffold, cfg.peft)
+    state_dict, checkpoint_name, release, ckpt_type = load_base(
+        rank0=False, scaffold=scaffold, is_mimo=is_mimo(run_config, cfg)
+    )
+    if state_dict is None:
+        return 0, 0
+
+    set_checkpoint_version(state_dict.get("checkpoint_version", 0))
+    restore_train_state(state, state_dict, checkpoint_name, release, ckpt_type)
+    if not skip_load_to_model_and_opt:
+        restore_model(model, state_dict, cfg, strict=strict and not adapters_only)
+    print_rank_0(f" checkpoint version {get_checkpoint_version()}")
+    restore_optimizer(
+        plan,
+        state_dict,
+        cfg,
+        optimizer,
+        opt_param_scheduler,
+        skip=skip_load_to_model_and_opt,
+        layer_wise_path=find_layer_wise_state(optimizer, ckpt_type, checkpointing_context, pg_collection),
+    )
+    restore_rerun_and_rng(plan, state_dict, cfg, pg_collection)
+    _announce_loaded(state, load_dir, checkpoint_name, ckpt_type, pg_collection)
+    return state.train_state.step, state.train_state.floating_point_operations_so_far
+
+
+def _require_supported(load_dir: str | None, ckpt_cfg: Any) -> None:
+    if ckpt_cfg.ckpt_format not in _FORMATS:
+        raise NotImplementedError(
+            f"checkpoint format {ckpt_cfg.ckpt_format!r} is not supported; use one of {_FORMATS}"
+        )
+    if on_rank_0(lambda: is_hf_checkpoint_dir(load_dir)):
+        if load_dir == ckpt_cfg.load:
+            raise ValueError(
+                f"checkpoint.load does not support HuggingFace-format directories ({load_dir}); convert it, "
+                "or give it as checkpoint.pretrained_checkpoint"
+            )
+        raise NotImplementedError(
+            f"loading HuggingFace weights from {load_dir} needs Megatron Bridge's AutoBridge; convert the "
+            "model to a torch_dist checkpoint first"
+        )
+
+
+def _announce_loaded(
+    state: Any, load_dir: str | None, checkpoint_name: Any, ckpt_type: Any, pg_collection: Any
+) -> None:
+    if ckpt_type is CheckpointType.LOCAL and not isinstance(checkpoint_name, (str, bytes, os.PathLike)):
+        checkpoint_name = str(checkpoint_name)
+    barrier_if_distributed()
+    tp, pp = pg_collection.tp, pg_collection.pp
+    print_rank_0(
+        f"  successfully loaded checkpoint from {load_dir} [ t {tp.rank() + 1}/{tp.size()}, "
+        f"p {pp.rank() + 1}/{pp.size()} ] at iteration {state.train_state.step}"
+    )
+    if is_last_rank():
+        loggers.on_load_checkpoint_success(state, checkpoint_name, load_dir)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if state.train_state.step > 0:
+        loggers.on_checkpoint_loaded(is_local_chkpt=ckpt_type is CheckpointType.LOCAL, global_state=state)
+
+
+def _load_model_weights_from_checkpoint(
+    checkpoint_path: str,
+    model: list[Any],
+    fully_parallel_load: bool = False,
+    return_state_dict: bool = False,
+    dist_ckpt_strictness: str = "assume_ok_unexpected",
+    strict: bool = True,
+) -> Any:
+    """Load model weights, and nothing else, from an iteration directory. Collective.
+
+    Args:
+        checkpoint_path: the iteration directory of a torch_dist checkpoint.
+        model: model chunks to load into.
+        fully_parallel_load: share the reads among data-parallel ranks.
+        return_state_dict: do not load into the model; return the state dict.
+        dist_ckpt_strictness: how keys that do not match are treated.
+        strict: model keys must match, except ``_extra_state``.
+
+    Returns:
+        None; with ``return_state_dict`` the state dict, or for the two ``return_*`` strictness modes
+        (state dict, missing keys, unexpected keys).
+    """
+    common = megatron_core.load_common_state_dict(checkpoint_path)
+    metadata = megatron.load_content_metadata(preloaded_state_dict=common)
+    print_rank_0(f"sharded_state_dict metadata loaded from the checkpoint: {metadata}")
+    megatron.restore_modelopt_state(model, common)
+    model = megatron.unwrap_model(model)
+    pg_collection = megatron.get_pg_collection(model)
+    scaffold = _generate_model_state_dict(model, {"metadata": metadata}, pg_collection=pg_collection)
+    loaded = megatron_core.load(
+        scaffold,
+        checkpoint_path,
+        strategy=load_strategy(fully_parallel_load, pg_collection),
+        strict=dist_ckpt_strictness,
+    )
+    state_dict = loaded[0] if isinstance(loaded, tuple) else loaded
+    for section in filter(_is_model_section, state_dict):
+        delete_extra_state(state_dict[section])
+    if return_state_dict:
+        return loaded
+    for number, chunk in enumerate(model):
+        section = "model" if len(model) == 1 else f"model{number}"
+        if section in state_dict:
+            _load_model_state_dict(chunk, state_dict[section], strict)
+    if len(model) == 1 and "model" not in state_dict:
+        raise CheckpointMismatchError(f"{checkpoint_path} has no model section")
+    del common, scaffold, loaded, state_dict
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    barrier_if_distributed()
+    return None

@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What of a checkpoint applies to this run: decided before anything is loaded, asked for in a scaffold."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass, field
+from typing import Any
+
+from ckpt_fast import megatron
+from ckpt_fast.trainer.contexts import CheckpointType
+from ckpt_fast.trainer.megatron_lm import _extract_megatron_lm_args_from_state_dict
+from ckpt_fast.trainer.paths import file_exists, get_checkpoint_run_config_filename
+from ckpt_fast.trainer.ranks import on_rank_0, print_rank_0
+from ckpt_fast.trainer.rng import get_rng_state
+from ckpt_fast.trainer.state_dict import (
+    _build_sharded_state_dict_metadata,
+    generate_state_dict,
+    uses_distributed_optimizer,
+)
+from ckpt_fast.trainer.trackers import read_run_config
+
+
+@dataclass
+class LoadPlan:
+    """What of the checkpoint applies to this run, decided before anything is loaded.
+
+    Attributes:
+        optimizer, scheduler, rng, rerun: restore this part.
+        metadata: content metadata the scaffold is built with.
+    """
+
+    optimizer: bool = False
+    scheduler: bool = False
+    rng: bool = False
+    rerun: bool = False
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+def find_run_config(
+    common: dict[str, Any], checkpoint_name: Any, ckpt_type: Any, cfg: Any
+) -> dict[str, Any] | None:
+    """The configuration the checkpoint was saved with; None when an fsdp_dtensor checkpoint has none."""
+    if ckpt_type is CheckpointType.LOCAL:
+        return _own_run_config(cfg)
+    path = get_checkpoint_run_config_filename(checkpoint_name)
+    if on_rank_0(lambda: file_exists(path)):
+        config: dict[str, Any] = read_run_config(path)
+        return config
+    if ckpt_type is CheckpointType.FSDP_DTENSOR:
+        return None
+    print_rank_0(f"there is no run_config.yaml in {checkpoint_name}; reading it as a Megatron-LM checkpoint")
+    return _extract_megatron_lm_args_from_state_dict(common)
+
+
+def _own_run_config(cfg: Any) -> dict[str, Any]:
+    """A local checkpoint has no config of its own: it is of this very run."""
+    model, checkpoint = cfg.model, cfg.checkpoint
+    return {
+        "model": {
+            "tensor_model_parallel_size": model.tensor_model_parallel_size,
+            "pipeline_model_parallel_size": model.pipeline_model_parallel_size,
+            "encoder_tensor_model_parallel_size": getattr(model, "encoder_tensor_model_parallel_size", 0),
+            "encoder_pipeline_model_parallel_size": getattr(model, "encoder_pipeline_model_parallel_size", 0),
+        },
+        "checkpoint": {
+            "save_optim": checkpoint.save_optim,
+            "save_rng": checkpoint.save_rng,
+            "fully_parallel_save": checkpoint.fully_parallel_save,
+        },
+    }
+
+
+def is_mimo(run_config: dict[str, Any] | None, cfg: Any) -> bool:
+    key = "megatron_mimo_parallelism_config"
+    return key in ((run_config or {}).get("model") or {}) or hasattr(cfg.model, key)
+
+
+def _layout_difference(run_config: dict[str, Any] | None, cfg: Any) -> str:
+    """How (TP, PP) of this run differ from the checkpoint's; empty when they do not, or nobody knows."""
+    saved_model = (run_config or {}).get("model")
+    if not saved_model or is_mimo(run_config, cfg):
+        return ""
+    names = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
+    ours = tuple(getattr(cfg.model, name) for name in names)
+    saved = tuple(saved_model[name] for name in names)
+    return "" if ours == saved else f"(TP, PP) mismatch after resume ({ours} vs {saved} from checkpoint)"
+
+
+def make_plan(
+    common: dict[str, Any],
+    run_config: dict[str, Any] | None,
+    release: bool,
+    ckpt_type: Any,
+    cfg: Any,
+    optimizer: Any | None,
+) -> LoadPlan:
+    ckpt_cfg = cfg.checkpoint
+    saved = (run_config or {}).get("checkpoint") or {}
+    difference = _layout_difference(run_config, cfg)
+    resume = not release and not ckpt_cfg.finetune
+    plan = LoadPlan()
+    plan.rng = resume and ckpt_cfg.load_rng and not difference and saved.get("save_rng", True)
+    plan.rerun = resume and not difference and "rerun_state_machine" in common
+    plan.optimizer = plan.scheduler = resume and ckpt_cfg.load_optim and saved.get("save_optim", True)
+    if resume and difference:
+        print_rank_0(f"{difference}: RNG and rerun state will be ignored")
+    if resume and ckpt_cfg.load_optim and not plan.optimizer:
+        print_rank_0("the checkpoint was saved without optimizer: it starts fresh from the loaded weights")
+    if ckpt_type is not CheckpointType.GLOBAL:
+        plan.metadata = _build_sharded_state_dict_metadata(uses_distributed_optimizer(cfg), ckpt_cfg)
+        return plan
+    plan.metadata = dict(megatron.load_content_metadata(preloaded_state_dict=common) or {})
+    if plan.optimizer and optimizer is not None and uses_distributed_optimizer(cfg):
+        _settle_sharding_type(plan.metadata, saved, difference)
+    print_rank_0(f"sharded_state_dict metadata loaded from the checkpoint: {plan.metadata}")
+    return plan
+
+
+def _settle_sharding_type(metadata: dict[str, Any], saved: dict[str, Any], difference: str) -> None:
+    """Fill in the optimizer's sharding type where an old checkpoint lacks it; check that it allows the load.
+
+    Raises:
+        RuntimeError: TP or PP changed, and the checkpoint's sharding does not allow it.
+    """
+    if "distrib_optim_sharding_type" not in metadata:
+        metadata["distrib_optim_sharding_type"] = (
+            "fully_sharded_model_space" if saved.get("fully_parallel_save") else "dp_zero_gather_scatter"
+        )
+    kind = metadata["distrib_optim_sharding_type"]
+    if difference and kind not in megatron.DistributedOptimizer.checkpoint_fully_reshardable_formats:
+        raise RuntimeError(
+            f"{difference}: not supported for the distributed optimizer's sharding type {kind!r}. Save with "
+            "dist_ckpt_optim_fully_reshardable=True to be able to change TP or PP, or load with "
+            "load_optim=False."
+        )
+
+
+def build_scaffold(
+    plan: LoadPlan,
+    state: Any,
+    model: list[Any],
+    optimizer: Any | None,
+    scheduler: Any | None,
+    pg_collection: Any,
+    module_name: str | None,
+    checkpoint_name: Any,
+) -> dict[str, Any]:
+    """The sharded state dict that asks for what the plan restores."""
+    cfg, ckpt_cfg = state.cfg, state.cfg.checkpoint
+    is_fsdp = ckpt_cfg.ckpt_format == "fsdp_dtensor"
+    rng_state = rerun_state = None
+    if plan.rng:
+        rng_state = get_rng_state(
+            cfg.rng.data_parallel_random_init,
+            ckpt_cfg.ckpt_format,
+            pg_collection=pg_collection,
+            module_name=module_name,
+        )
+    if plan.rerun:
+        rerun_state = megatron.get_rerun_state_machine().state_dict(
+            data_iterator=None, ckpt_format=ckpt_cfg.ckpt_format, force=True
+        )
+    with contextlib.ExitStack() as stack:
+        if ckpt_cfg.finetune and model and hasattr(model[0], "hide_loss_modules"):
+            for chunk in model:
+                stack.enter_context(chunk.hide_loss_modules())
+        scaffold = generate_state_dict(
+            ckpt_cfg,
+            model,
+            optimizer if plan.optimizer else None,
+            scheduler if plan.scheduler else None,
+            rng_state,
+            iteration=1 if is_fsdp else None,
+            optim_sd_kwargs={"metadata": plan.metadata, "is_loading": True},
+            model_sd_kwargs={"metadata": plan.metadata},
+            rerun_state=rerun_state,
+            pg_collection=pg_collection,
+        )
+    if rng_state is None:
+        # save_rng inserts the key even where nothing is to be loaded.
+        scaffold.pop("rng_state", None)
+    if is_fsdp:
+        scaffold["_model"] = model
+    return scaffold
+
+
+def is_peft_resume(cfg: Any, load_dir: str | None) -> bool:
+    """Whether the checkpoint holds adapters only: a PEFT run's own, not its base model."""
+    ckpt_cfg = cfg.checkpoint
+    return (
+        cfg.peft is not None
+        and load_dir is not None
+        and load_dir != ckpt_cfg.pretrained_checkpoint
+        and not ckpt_cfg.finetune
+    )

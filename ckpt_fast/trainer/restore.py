@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Putting a loaded state dict where it belongs: train state, model, optimizer, scheduler, RNG."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+
+from ckpt_fast import megatron
+from ckpt_fast.state import TrainState
+from ckpt_fast.trainer.contexts import CheckpointType
+from ckpt_fast.trainer.glu import (
+    _get_model_glu_interleave_sizes,
+    _process_state_dict_for_model_glu_interleaving,
+)
+from ckpt_fast.trainer.load_plan import LoadPlan
+from ckpt_fast.trainer.local import is_layer_wise, layer_wise_optimizer_path
+from ckpt_fast.trainer.megatron_lm import _get_train_state_from_state_dict
+from ckpt_fast.trainer.paths import file_exists, get_checkpoint_train_state_filename
+from ckpt_fast.trainer.ranks import on_rank_0, print_rank_0
+from ckpt_fast.trainer.rng import restore_rng_state
+from ckpt_fast.trainer.state_dict import _is_model_section, _load_model_state_dict
+from ckpt_fast.trainer.trackers import read_train_state
+
+
+def restore_train_state(
+    state: Any, state_dict: dict[str, Any], checkpoint_name: Any, release: bool, ckpt_type: Any
+) -> None:
+    finetune = state.cfg.checkpoint.finetune
+    if not finetune:
+        state.train_state = _loaded_train_state(state_dict, checkpoint_name, ckpt_type)
+    if finetune or release:
+        state.train_state.step = 0
+    if not finetune:
+        megatron.update_num_microbatches(
+            consumed_samples=state.train_state.consumed_train_samples, verbose=True
+        )
+
+
+def _loaded_train_state(state_dict: dict[str, Any], checkpoint_name: Any, ckpt_type: Any) -> Any:
+    if ckpt_type is CheckpointType.LOCAL:
+        train_state = TrainState(step=state_dict.get("iteration", 0))
+        if "train_state_metadata" in state_dict:
+            train_state.load_state_dict(state_dict["train_state_metadata"])
+        else:
+            print_rank_0("WARNING: the local checkpoint has no train state; only the iteration is restored")
+        return train_state
+    path = get_checkpoint_train_state_filename(checkpoint_name)
+    if on_rank_0(lambda: file_exists(path)):
+        return read_train_state(path)
+    return _get_train_state_from_state_dict(state_dict)
+
+
+def restore_model(model: list[Any], state_dict: dict[str, Any], cfg: Any, strict: bool) -> None:
+    _interleave_glu(model, state_dict, cfg)
+    if len(model) == 1:
+        _load_model_state_dict(model[0], state_dict["model"], strict)
+        return
+    for number, chunk in enumerate(model):
+        # A pipeline stage without layers has no section.
+        if f"model{number}" in state_dict:
+            _load_model_state_dict(chunk, state_dict[f"model{number}"], strict)
+
+
+def _interleave_glu(model: list[Any], state_dict: dict[str, Any], cfg: Any) -> None:
+    routed, shared = _get_model_glu_interleave_sizes(model, cfg)
+    if routed is None and shared is None:
+        return
+    use_megatron_fsdp = bool(getattr(getattr(cfg, "ddp", None), "use_megatron_fsdp", False))
+    for section in sorted(filter(_is_model_section, state_dict)):
+        state_dict[section] = _process_state_dict_for_model_glu_interleaving(
+            state_dict[section], routed, shared, use_megatron_fsdp=use_megatron_fsdp
+        )
+
+
+def restore_optimizer(
+    plan: LoadPlan,
+    state_dict: dict[str, Any],
+    cfg: Any,
+    optimizer: Any | None,
+    scheduler: Any | None,
+    *,
+    skip: bool,
+    layer_wise_path: str | None,
+) -> None:
+    if not plan.optimizer:
+        _reload_model_params(state_dict, cfg, optimizer)
+        return
+    try:
+        if not skip and optimizer is not None and not getattr(optimizer, "is_stub_optimizer", False):
+            if layer_wise_path is not None:
+                optimizer.load_state_dict_from_file(layer_wise_path)
+            else:
+                # Local checkpoints copy into leaf parameters.
+                with torch.no_grad():
+                    optimizer.load_state_dict(state_dict["optimizer"])
+        if scheduler is not None:
+            key = "lr_scheduler" if "lr_scheduler" in state_dict else "opt_param_scheduler"
+            scheduler.load_state_dict(state_dict[key])
+    except KeyError as error:
+        print_rank_0(
+            f"Unable to load the optimizer from the checkpoint: {error} is missing. Set load_optim=False or "
+            "finetune=True to start with a fresh one."
+        )
+        raise
+
+
+def _reload_model_params(state_dict: dict[str, Any], cfg: Any, optimizer: Any | None) -> None:
+    """Without restored optimizer state its master parameters follow the loaded weights."""
+    mixed_precision = getattr(cfg.model, "fp16", False) or getattr(cfg.model, "bf16", False)
+    if not mixed_precision or optimizer is None or getattr(cfg.ddp, "use_megatron_fsdp", False):
+        return
+    if cfg.checkpoint.load_main_params_from_ckpt:
+        optimizer.reload_model_params(state_dict=state_dict)
+    else:
+        optimizer.reload_model_params()
+
+
+def find_layer_wise_state(
+    optimizer: Any | None, ckpt_type: Any, context: dict[str, Any] | None, pg_collection: Any
+) -> str | None:
+    if ckpt_type is not CheckpointType.LOCAL or not is_layer_wise(optimizer):
+        return None
+    assert context is not None
+    return layer_wise_optimizer_path(context["local_checkpoint_manager"].local_ckpt_dir, pg_collection)
+
+
+def restore_rerun_and_rng(plan: LoadPlan, state_dict: dict[str, Any], cfg: Any, pg_collection: Any) -> None:
+    if plan.rerun and "rerun_state_machine" in state_dict:
+        try:
+            megatron.get_rerun_state_machine().load_state_dict(state_dict["rerun_state_machine"])
+        except Exception as error:
+            print_rank_0(f"Unable to restore the rerun state machine: {error}. Exiting ...")
+            sys.exit(1)
+    if not plan.rng:
+        return
+    try:
+        restore_rng_state(
+            state_dict,
+            ckpt_format=cfg.checkpoint.ckpt_format,
+            data_parallel_random_init=cfg.rng.data_parallel_random_init,
+            pg_collection=pg_collection,
+        )
+    except KeyError as error:
+        print_rank_0(
+            f"Unable to load the RNG state: {error} is missing. Set load_rng=False or finetune=True to go on "
+            "without it. Exiting ..."
+        )
+        sys.exit(1)
