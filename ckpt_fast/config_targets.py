@@ -18,6 +18,7 @@ import dataclasses
 import enum
 import functools
 import importlib
+import itertools
 import logging
 import sys
 import types
@@ -72,16 +73,17 @@ def register_config_target(prefix: str) -> None:
 
 
 def dotted_name(value: Any) -> str | None:
-    """The dotted name under which a class or function can be imported; None when there is none."""
-    name = getattr(value, "__qualname__", None) or getattr(value, "__name__", None)
+    """The public dotted name under which a class or function can be imported; None when there is none."""
     # Operators have private homes (torch._C._nn.gelu) and public names (torch.nn.functional.gelu).
-    for home in (getattr(value, "__module__", None), "torch.nn.functional", "torch"):
-        module = sys.modules.get(home or "")
-        if module is None or name is None or any(part.startswith("_") for part in str(home).split(".")[1:]):
+    homes = (getattr(value, "__module__", None) or "", "torch.nn.functional", "torch")
+    names = (getattr(value, "__qualname__", None), getattr(value, "__name__", None))
+    for home, name in itertools.product(homes, names):
+        target = f"{home}.{name}"
+        if home not in sys.modules or "._" in target:
             continue
         try:
-            if functools.reduce(getattr, name.split("."), module) is value:
-                return f"{home}.{name}"
+            if functools.reduce(getattr, str(name).split("."), sys.modules[home]) is value:
+                return target
         except AttributeError:
             continue
     return None

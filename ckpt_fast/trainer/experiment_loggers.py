@@ -74,8 +74,8 @@ def _try(name: str, report: Callable[[], None]) -> None:
     try:
         report()
     except Exception as error:
-        logger.debug("reporting to %s failed", name, exc_info=True)
-        print_rank_last(f"  failed to report the checkpoint to {name}: {type(error).__name__}: {error}")
+        logger.debug("telling %s failed", name, exc_info=True)
+        print_rank_last(f"  failed to tell {name} about the checkpoint: {type(error).__name__}: {error}")
 
 
 def _saved_to_wandb(checkpoint_path: str, save_dir: str, step: int, wandb: Any) -> None:
@@ -159,9 +159,12 @@ def append_to_progress_log(save_dir: str | None, string: str, barrier: bool = Tr
     path = os.path.join(save_dir, _PROGRESS_LOG)
     now = time.strftime("%Y-%m-%d %H:%M:%S")
     job = os.environ.get("SLURM_JOB_ID", "")
-    ensure_directory_exists(path)
-    with _open_to_append(path) as stream:
-        stream.write(f"{now}\tJob ID: {job}\t# GPUs: {get_world_size_safe()}\t{string}\n")
+    try:
+        ensure_directory_exists(path)
+        with _open_to_append(path) as stream:
+            stream.write(f"{now}\tJob ID: {job}\t# GPUs: {get_world_size_safe()}\t{string}\n")
+    except OSError as error:
+        logger.warning("cannot append to %s: %s", path, error)
 
 
 def _open_to_append(path: str) -> IO[str]:
@@ -177,7 +180,7 @@ def on_checkpointing_start(global_state: Any) -> None:
     """From here on time is spent on checkpoints: the launcher applies that section's timeout."""
     client = _monitor_client(global_state)
     if client is not None:
-        client.start_section(_FT_SECTION)
+        _try("fault tolerance", lambda: client.start_section(_FT_SECTION))
 
 
 def on_checkpointing_end(is_async_finalization: bool, global_state: Any) -> None:
@@ -191,11 +194,11 @@ def on_checkpointing_end(is_async_finalization: bool, global_state: Any) -> None
     client = _monitor_client(global_state)
     if client is None:
         return
-    client.end_section(_FT_SECTION)
+    _try("fault tolerance", lambda: client.end_section(_FT_SECTION))
     if not is_async_finalization:
         seen = global_state.fault_tolerance_state
         seen.seen_checkpoints_cnt += 1
-        _update_timeouts(client, seen)
+        _try("fault tolerance", lambda: _update_timeouts(client, seen))
 
 
 def on_checkpoint_loaded(is_local_chkpt: bool, global_state: Any) -> None:
