@@ -1,0 +1,19 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What holds for every test."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests that need a GPU where there is none, unless a job exists to run just these."""
+    if torch.cuda.is_available() or os.environ.get("FAIL_WITHOUT_GPU") == "1":
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device (FAIL_WITHOUT_GPU=1 makes this a failure)")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
