@@ -80,6 +80,8 @@ from ckpt_fast.trainer.state_dict import (
 )
 from ckpt_fast.trainer.version import get_checkpoint_version, set_checkpoint_version
 
+_CHECKPOINT_VERSION: float | None
+
 logger = logging.getLogger(__name__)
 
 __all__ = [

@@ -101,6 +101,7 @@ from ckpt_fast.megatron.nvrx import (
     save_state_dict_async_finalize,
     save_state_dict_async_plan,
 )
+from ckpt_fast.megatron.optimizers import give_adam_its_state
 from ckpt_fast.megatron.optional import UnavailableError, safe_import
 
 __all__ = [
@@ -155,6 +156,7 @@ __all__ = [
     "get_pg_rank",
     "get_pg_size",
     "get_rerun_state_machine",
+    "give_adam_its_state",
     "handle_experts_in_state_dict",
     "handle_fp8_extra_state_case",
     "handle_gdn_in_state_dict",

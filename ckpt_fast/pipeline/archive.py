@@ -175,7 +175,7 @@ def local_header_nbytes(header: bytes) -> int | None:
     fields = _LOCAL.unpack_from(header)
     if fields[0] != _LOCAL_MAGIC:
         return None
-    return _LOCAL.size + fields[9] + fields[10]
+    return int(_LOCAL.size + fields[9] + fields[10])
 
 
 LOCAL_HEADER_NBYTES = _LOCAL.size
@@ -344,7 +344,7 @@ def _pickle_of_tensor(dtype: torch.dtype, shape: tuple[int, ...], numel: int) ->
     for dimension in reversed(range(len(shape))):
         stride[dimension] = step
         step *= max(shape[dimension], 1)
-    common = (_StorageReference(), 0, shape, tuple(stride), False, OrderedDict())
+    common: tuple[Any, ...] = (_StorageReference(), 0, shape, tuple(stride), False, OrderedDict())
     storage_name = _TYPED_STORAGES.get(dtype)
     if storage_name is not None:
         storage_id = ("storage", getattr(torch, storage_name), "0", "cpu", numel)

@@ -24,6 +24,7 @@ class SaveHandle:
 
     def __init__(self, job: Save) -> None:
         self._job = job
+        self.report = job.report
         self._thread: threading.Thread | None = None
         self.finalize_fns: list[Callable[[], None]] = [self._commit]
 

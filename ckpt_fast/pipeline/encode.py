@@ -134,6 +134,7 @@ def encode_metadata(records: Iterable[ItemRecord], planner_data: Mapping[str, An
 def _tensor_entry(tensors: dict[str, Any], record: ItemRecord) -> Any:
     entry = tensors.get(record.fqn)
     if entry is None:
+        assert record.dtype is not None
         properties = TensorProperties(dtype=record.dtype)
         entry = TensorStorageMetadata(properties, torch.Size(record.global_shape), [])
         tensors[record.fqn] = entry
@@ -159,7 +160,8 @@ def _require_complete(tensors: Mapping[str, Any]) -> None:
 
 def _reduce_properties(properties: TensorProperties) -> tuple[Any, ...]:
     """Five fields: torch up to 2.14 reads exactly these, later versions accept them."""
-    return copyreg.__newobj__, (TensorProperties,), properties.__getstate__()[:5]  # type: ignore[attr-defined]
+    state = properties.__getstate__()[:5]  # type: ignore[no-untyped-call]
+    return copyreg.__newobj__, (TensorProperties,), state  # type: ignore[attr-defined]
 
 
 def encode_sidecar(files: Iterable[FileRecord]) -> bytes:

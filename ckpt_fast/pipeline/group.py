@@ -99,7 +99,7 @@ class ControlGroup:
     def agree(self, action: Callable[[], T]) -> T:
         """Collective. Every rank runs ``action``; returns its value, or raises everywhere if any failed."""
         mine = self.attempt(action)
-        outcomes = self.gather(Outcome(mine.rank, error=mine.error))
+        outcomes: list[Outcome[T]] = self.gather(Outcome(mine.rank, error=mine.error))
         self.decide(lambda: raise_failures(outcomes))
         return mine.value  # type: ignore[return-value]
 

@@ -105,3 +105,9 @@ class SaveReport:
     def gb_per_s(self) -> float:
         """This rank's bytes over the whole duration, in 10^9 bytes per second."""
         return self.nbytes / self.seconds / 1e9 if self.seconds else 0.0
+
+    def __str__(self) -> str:
+        return (
+            f"{self.nbytes / 1e6:.1f} MB in {self.files} files from this rank, durable after "
+            f"{self.seconds:.3f} s ({self.gb_per_s:.2f} GB/s)"
+        )

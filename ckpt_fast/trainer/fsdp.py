@@ -8,8 +8,10 @@ import time
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.state_dict_loader import load_state_dict
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from ckpt_fast import megatron
 from ckpt_fast.pipeline import commit
@@ -91,7 +93,7 @@ def save_fsdp_dtensor_checkpoint(
         raise RuntimeError(f"{_FSDP_NEEDED} for saving FSDP DTensor checkpoints.")
     state_dict = preprocess_fsdp_dtensor_state_dict(cfg, state_dict, model)
     writer = storage_writer or _create_fsdp_dtensor_storage_writer(str(checkpoint_path))
-    result = dcp.save(state_dict=state_dict, storage_writer=writer)
+    result = save(state_dict=state_dict, storage_writer=writer)
     if barrier:
         barrier_if_distributed()
     return result
@@ -103,7 +105,7 @@ def _create_fsdp_dtensor_storage_writer(checkpoint_path: str) -> Any:
         from multistorageclient.contrib.torch.filesystem import MultiStorageFileSystemWriter
 
         return MultiStorageFileSystemWriter(checkpoint_path)
-    return dcp.FileSystemWriter(checkpoint_path)
+    return FileSystemWriter(checkpoint_path)
 
 
 def save_fsdp_dtensor(cfg: Any, model: list[Any], state_dict: dict[str, Any], checkpoint_name: str) -> None:
@@ -156,14 +158,16 @@ def load_fsdp_dtensor_checkpoint(
     Raises:
         RuntimeError: Megatron FSDP is not available, or no scaffold was given.
     """
-    name = checkpoint_path_override or get_checkpoint_name(load_dir, iteration, release)
+    name = checkpoint_path_override or get_checkpoint_name(load_dir, iteration or 0, release)
     if rank0:
         return {}, name, release, CheckpointType.FSDP_DTENSOR
     if not megatron.HAVE_MEGATRON_FSDP:
         raise RuntimeError(f"{_FSDP_NEEDED} for loading FSDP DTensor checkpoints.")
     if sharded_state_dict is None:
         raise RuntimeError("loading an FSDP DTensor checkpoint needs a sharded state dict to load into")
-    raw = {key: dict(sharded_state_dict[key]) for key in ("optimizer", "model") if key in sharded_state_dict}
+    raw: dict[str, Any] = {
+        key: dict(sharded_state_dict[key]) for key in ("optimizer", "model") if key in sharded_state_dict
+    }
     model = sharded_state_dict.pop("_model")
     state_dict = preprocess_fsdp_dtensor_state_dict(cfg, sharded_state_dict, model[0])
     reader = get_filesystem_reader(name)
@@ -171,7 +175,7 @@ def load_fsdp_dtensor_checkpoint(
     if allow_partial:
         _report_differences(reader, state_dict, name, ckpt_cfg)
     planner = DefaultLoadPlanner(allow_partial_load=allow_partial)
-    dcp.load_state_dict(state_dict=state_dict, storage_reader=reader, planner=planner)
+    load_state_dict(state_dict=state_dict, storage_reader=reader, planner=planner)
     # The tensors were filled in place; callers know them by their names in the model.
     state_dict.update(raw)
     return state_dict, name, release, CheckpointType.FSDP_DTENSOR
@@ -182,7 +186,7 @@ def get_filesystem_reader(checkpoint_path: str) -> Any:
     if megatron.MultiStorageClientFeature.is_enabled():
         msc = megatron.MultiStorageClientFeature.import_package()
         return msc.torch.MultiStorageFileSystemReader(checkpoint_path, thread_count=2)
-    return dcp.FileSystemReader(checkpoint_path)
+    return FileSystemReader(checkpoint_path)
 
 
 def _report_differences(reader: Any, state_dict: dict[str, Any], name: str, ckpt_cfg: Any) -> None:

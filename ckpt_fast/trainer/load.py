@@ -208,7 +208,7 @@ def _announce_loaded(
         f"p {pp.rank() + 1}/{pp.size()} ] at iteration {state.train_state.step}"
     )
     if is_last_rank():
-        loggers.on_load_checkpoint_success(state, checkpoint_name, load_dir)
+        loggers.on_load_checkpoint_success(state, checkpoint_name, load_dir or checkpoint_name)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     if state.train_state.step > 0:

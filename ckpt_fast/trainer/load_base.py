@@ -25,7 +25,6 @@ from ckpt_fast.trainer.locate import (
     _get_checkpoint_format,
     _get_non_persistent_iteration,
     _resolve_checkpoint_iteration,
-    find_checkpoint_rank_0,
     newest_global_non_persistent_checkpoint,
 )
 from ckpt_fast.trainer.paths import get_checkpoint_name
@@ -140,7 +139,7 @@ def _load_global(
     pg_collection: Any,
     override: str | None = None,
 ) -> LoadedBase:
-    path = override or get_checkpoint_name(load_dir, iteration, release)
+    path = override or get_checkpoint_name(load_dir, iteration or 0, release)
     found = on_rank_0(lambda: _require_format(path, ckpt_cfg.ckpt_format))
     if found == "torch_dist":
         return _load_global_dist_base_checkpoint(
@@ -256,13 +255,12 @@ def _load_global_dist_base_checkpoint(
         CheckpointError: on every rank, naming the rank that failed.
     """
     if rank0:
-        name = checkpoint_path_override or find_checkpoint_rank_0(load_dir, iteration or 0, release)
-        name = name or get_checkpoint_name(load_dir, iteration, release)
+        name = checkpoint_path_override or get_checkpoint_name(load_dir, iteration or 0, release)
         state_dict = ControlGroup().agree(lambda: megatron_core.load_common_state_dict(name))
         return state_dict, name, release, CheckpointType.GLOBAL
     if sharded_state_dict is None:
         raise RuntimeError("loading a distributed checkpoint needs a sharded state dict, which was not given")
-    name = checkpoint_path_override or get_checkpoint_name(load_dir, iteration, release)
+    name = checkpoint_path_override or get_checkpoint_name(load_dir, iteration or 0, release)
     strategy = load_strategy(ckpt_cfg.fully_parallel_load, pg_collection)
     if checkpointing_context is not None:
         checkpointing_context["load_strategy"] = strategy

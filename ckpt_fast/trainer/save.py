@@ -154,7 +154,7 @@ def save_checkpoint(
     def publish() -> None:
         ControlGroup().decide(publication.publish)
 
-    finalizers = [
+    finalizers: list[Callable[[], None]] = [
         publish,
         lambda: _tell_loggers(state, target),
         lambda: _fire_callbacks(callback_manager, state, model, optimizer),
@@ -362,8 +362,12 @@ def _retain(target: _Target, do_async: bool) -> None:
 
 def _report_stall(request: Any, stall_s: float) -> None:
     report = request.report if isinstance(request, SaveHandle) else request
-    if isinstance(report, SaveReport):
-        report.stall_s = stall_s
+    if not isinstance(report, SaveReport):
+        return
+    report.stall_s = stall_s
+    if isinstance(request, SaveHandle):
+        print_rank_0(f"  training waited {stall_s:.3f} s for this checkpoint; it is being written")
+    else:
         print_rank_0(f"  training waited {stall_s:.3f} s for this checkpoint; {report}")
 
 
