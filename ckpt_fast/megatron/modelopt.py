@@ -15,6 +15,10 @@ from typing import Any
 from ckpt_fast.megatron.optional import UnavailableError, safe_import
 
 
+def _is_imported() -> bool:
+    return sys.modules.get("modelopt") is not None
+
+
 def _modelopt(name: str) -> Callable[..., Any]:
     function: Callable[..., Any] = getattr(importlib.import_module("modelopt.torch.opt.plugins"), name)
     return function
@@ -22,13 +26,13 @@ def _modelopt(name: str) -> Callable[..., Any]:
 
 def save_modelopt_state(model: Any, state_dict: dict[str, Any]) -> None:
     """Put the model's ModelOpt state into ``state_dict``; nothing for a model that has none."""
-    if "modelopt" in sys.modules:
+    if _is_imported():
         _modelopt("save_modelopt_state")(model, state_dict)
 
 
 def save_sharded_modelopt_state(model: Any, checkpoint_name: str, strategy: Any) -> None:
     """Write the model's ModelOpt state to ``<checkpoint_name>/modelopt_state``; nothing if it has none."""
-    if "modelopt" in sys.modules:
+    if _is_imported():
         _modelopt("save_sharded_modelopt_state")(model, checkpoint_name, strategy)
 
 
@@ -40,7 +44,7 @@ def restore_modelopt_state(model: Any, state_dict: dict[str, Any]) -> None:
     """
     if "modelopt_state" in state_dict:
         _require_modelopt()
-    if "modelopt" in sys.modules:
+    if _is_imported():
         _modelopt("restore_modelopt_state")(model, state_dict)
 
 
