@@ -8,6 +8,7 @@ state classes of megatron-energon, if the program uses it, or that were register
 
 from __future__ import annotations
 
+import _compat_pickle
 import collections
 import dataclasses
 import enum
@@ -60,7 +61,10 @@ def inert_load(stream: IO[bytes]) -> Any:
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str, /) -> Any:
-        known = _known().get((module.replace("__builtin__", "builtins"), name))
+        # Pickle protocol 2, which torch.save uses, spells standard names as Python 2 did.
+        module, name = _compat_pickle.NAME_MAPPING.get((module, name), (module, name))
+        module = _compat_pickle.IMPORT_MAPPING.get(module, module)
+        known = _known().get((module, name))
         if known is not None:
             return known
         dtype = getattr(torch, name, None) if module == "torch" else None
