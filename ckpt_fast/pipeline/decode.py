@@ -11,15 +11,18 @@ import os
 import pathlib
 import pickle
 import zipfile
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint._extension import ExtensionRegistry
 from torch.distributed.checkpoint.metadata import Metadata
 
 from ckpt_fast import settings
 from ckpt_fast.errors import (
     CheckpointCorruptError,
     CheckpointError,
+    CheckpointMismatchError,
     CheckpointNotFoundError,
     UnsafeCheckpointError,
 )
@@ -58,22 +61,26 @@ _REMEDY = (
 )
 
 
-def read_metadata(directory: str) -> Metadata:
+def read_metadata(directory: str, prefix: str = "") -> Metadata:
     """The parsed ``.metadata`` of a checkpoint.
+
+    Args:
+        directory: the checkpoint.
+        prefix: "__3" for the metadata that rank 3 wrote when saving without collectives.
 
     Raises:
         CheckpointNotFoundError: the directory or the file is missing.
         CheckpointCorruptError: the file cannot be parsed.
         UnsafeCheckpointError: it names something other than torch DCP's data classes.
     """
-    path = os.path.join(directory, METADATA_FILE)
+    path = os.path.join(directory, prefix + METADATA_FILE)
     try:
         with open(path, "rb") as file:
             metadata = _MetadataUnpickler(file).load()
     except FileNotFoundError as error:
-        missing = (
-            "the directory does not exist" if not os.path.isdir(directory) else "it has no .metadata file"
-        )
+        missing = f"it has no {prefix}{METADATA_FILE} file"
+        if not os.path.isdir(directory):
+            missing = "the directory does not exist"
         raise CheckpointNotFoundError(
             f"{directory} is not a complete checkpoint: {missing}. A save that was interrupted leaves such a "
             "directory behind; load an earlier iteration."
@@ -148,6 +155,28 @@ def decode_object(payload: bytes, where: str, verify: bool) -> Any:
         raise CheckpointCorruptError(
             f"{where} cannot be read ({error}); load an earlier iteration"
         ) from error
+
+
+def undo_transforms(payload: bytes, descriptors: Sequence[str]) -> bytes:
+    """An item as it was before torch DCP's stream transforms (compression) were applied.
+
+    Raises:
+        CheckpointMismatchError: the installed torch does not know a transform.
+    """
+    if not descriptors:
+        return payload
+    try:
+        extensions = ExtensionRegistry().from_descriptor_list(descriptors)
+    except ValueError as error:
+        raise CheckpointMismatchError(
+            f"the checkpoint was written with the stream transforms {list(descriptors)}, which cannot be "
+            f"undone here: {error}"
+        ) from error
+    stream: Any = io.BytesIO(payload)
+    for extension in extensions:
+        stream = extension.transform_from(stream)  # type: ignore[attr-defined]
+    content: bytes = stream.read(-1)
+    return content
 
 
 def _require_sound_archive(payload: bytes, where: str) -> None:

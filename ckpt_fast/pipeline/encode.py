@@ -8,6 +8,7 @@ import ctypes
 import io
 import json
 import pickle
+import zlib
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -123,6 +124,11 @@ def encode_metadata(records: Iterable[ItemRecord], planner_data: Mapping[str, An
         planner_data=dict(planner_data) if planner_data is not None else None,
         storage_data=storage,
     )
+    return pickle_metadata(metadata)
+
+
+def pickle_metadata(metadata: Metadata) -> bytes:
+    """``metadata`` as the content of ``.metadata``, marked as describing archives of our layout."""
     setattr(metadata, LAYOUT_ATTRIBUTE, LAYOUT)
     buffer = io.BytesIO()
     pickler = pickle.Pickler(buffer, protocol=4)
@@ -162,6 +168,11 @@ def _reduce_properties(properties: TensorProperties) -> tuple[Any, ...]:
     """Five fields: torch up to 2.14 reads exactly these, later versions accept them."""
     state = properties.__getstate__()[:5]  # type: ignore[no-untyped-call]
     return copyreg.__newobj__, (TensorProperties,), state  # type: ignore[attr-defined]
+
+
+def file_record(path: str, content: bytes) -> FileRecord:
+    """The sidecar's entry for a file with this content."""
+    return FileRecord(path, len(content), zlib.crc32(content))
 
 
 def encode_sidecar(files: Iterable[FileRecord]) -> bytes:

@@ -29,12 +29,20 @@ _FOREIGN_TAIL_NBYTES = 1024
 
 
 class Piece(NamedTuple):
-    """One saved shard of a tensor: its place in the whole, its extent in every dimension, its item."""
+    """One saved shard of a tensor: its place in the whole, its extent in every dimension, its item.
+
+    ``transforms`` names the stream transforms (compression) that torch DCP applied to the item.
+    """
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
     item: Extent
-    transformed: bool
+    transforms: tuple[str, ...]
+
+
+class _Item(NamedTuple):
+    extent: Extent
+    transforms: tuple[str, ...]
 
 
 class SavedTensor(NamedTuple):
@@ -62,53 +70,48 @@ class CheckpointIndex:
 
     Args:
         directory: the checkpoint.
+        metadata: its ``.metadata``, where it has been read already.
 
     Raises:
         CheckpointNotFoundError, CheckpointCorruptError, UnsafeCheckpointError: see ``read_metadata``.
     """
 
-    def __init__(self, directory: str) -> None:
+    def __init__(self, directory: str, metadata: Metadata | None = None) -> None:
         self.directory = directory
-        self.metadata: Metadata = read_metadata(directory)
+        self.metadata: Metadata = metadata if metadata is not None else read_metadata(directory)
         self._own_layout = getattr(self.metadata, LAYOUT_ATTRIBUTE, None) == LAYOUT
-        self._pieces: dict[str, list[Piece]] = defaultdict(list)
-        self._objects: dict[str, Extent] = {}
+        self._pieces: dict[str, dict[tuple[int, ...], _Item]] = defaultdict(dict)
+        self._objects: dict[str, _Item] = {}
+        self._tensors: dict[str, SavedTensor] = {}
         for index, info in (self.metadata.storage_data or {}).items():
-            extent = Extent(info.relative_path, info.offset, info.length)
-            if index.offset is None and not self._is_tensor(index.fqn):
-                self._objects[index.fqn] = extent
+            item = _Item(
+                Extent(info.relative_path, info.offset, info.length),
+                tuple(getattr(info, "transform_descriptors", None) or ()),
+            )
+            if isinstance(self.metadata.state_dict_metadata.get(index.fqn), TensorStorageMetadata):
+                self._pieces[index.fqn][tuple(index.offset or ())] = item
             else:
-                self._add_piece(index, extent, bool(getattr(info, "transform_descriptors", None)))
-
-    def _is_tensor(self, fqn: str) -> bool:
-        return isinstance(self.metadata.state_dict_metadata.get(fqn), TensorStorageMetadata)
-
-    def _add_piece(self, index: object, extent: Extent, transformed: bool) -> None:
-        fqn = index.fqn  # type: ignore[attr-defined]
-        offsets = tuple(index.offset or ())  # type: ignore[attr-defined]
-        self._pieces[fqn].append(Piece(offsets, (), extent, transformed))
+                self._objects[index.fqn] = item
 
     def tensor(self, fqn: str) -> SavedTensor:
         """The saved tensor of this name.
 
         Raises:
             CheckpointMismatchError: there is none.
-            CheckpointCorruptError: the metadata contradicts itself.
         """
-        entry = self.metadata.state_dict_metadata.get(fqn)
-        if not isinstance(entry, TensorStorageMetadata):
-            raise CheckpointMismatchError(missing_keys_message(self.directory, [fqn], self.metadata))
-        sizes = {tuple(chunk.offsets): tuple(chunk.sizes) for chunk in entry.chunks}
-        pieces = []
-        for piece in self._pieces[fqn]:
-            offsets = piece.offsets or (0,) * len(entry.size)
-            if offsets not in sizes:
-                raise CheckpointCorruptError(
-                    f"{self.directory}/.metadata stores a piece of {fqn} at {offsets} without its size; "
-                    "load an earlier iteration"
-                )
-            pieces.append(piece._replace(offsets=offsets, sizes=sizes[offsets]))
-        return SavedTensor(fqn, entry.properties.dtype, tuple(entry.size), pieces)
+        if fqn not in self._tensors:
+            self._tensors[fqn] = self._assemble(fqn)
+        return self._tensors[fqn]
+
+    def piece(self, fqn: str, offsets: tuple[int, ...]) -> tuple[SavedTensor, Piece]:
+        """The saved tensor and its piece that starts at ``offsets``; errors as of ``tensor``."""
+        tensor = self.tensor(fqn)
+        for piece in tensor.pieces:
+            if piece.offsets == offsets:
+                return tensor, piece
+        raise CheckpointCorruptError(
+            f"{self.directory} has no piece of {fqn} at {offsets}; load an earlier iteration"
+        )
 
     def object_extent(self, fqn: str) -> Extent:
         """The item of a saved object.
@@ -116,9 +119,29 @@ class CheckpointIndex:
         Raises:
             CheckpointMismatchError: there is none of this name.
         """
+        return self._object(fqn).extent
+
+    def object_transforms(self, fqn: str) -> tuple[str, ...]:
+        """The stream transforms that were applied to a saved object; errors as of ``object_extent``."""
+        return self._object(fqn).transforms
+
+    def _object(self, fqn: str) -> _Item:
         if fqn not in self._objects:
             raise CheckpointMismatchError(missing_keys_message(self.directory, [fqn], self.metadata))
         return self._objects[fqn]
+
+    def _assemble(self, fqn: str) -> SavedTensor:
+        entry = self.metadata.state_dict_metadata.get(fqn)
+        if not isinstance(entry, TensorStorageMetadata):
+            raise CheckpointMismatchError(missing_keys_message(self.directory, [fqn], self.metadata))
+        items, pieces = self._pieces[fqn], []
+        for chunk in entry.chunks:
+            offsets = tuple(chunk.offsets)
+            # A whole tensor may be stored without an offset.
+            item = items.get(offsets) or (items.get(()) if not any(offsets) else None)
+            if item is not None:
+                pieces.append(Piece(offsets, tuple(chunk.sizes), item.extent, item.transforms))
+        return SavedTensor(fqn, entry.properties.dtype, tuple(entry.size), pieces)
 
     def locate(self, wanted: Iterable[tuple[torch.dtype, Piece]]) -> dict[Extent, RawData | None]:
         """Where the raw data of each piece lies; None for items only ``torch.load`` can read.
@@ -129,7 +152,7 @@ class CheckpointIndex:
         foreign: list[tuple[torch.dtype, Piece]] = []
         for dtype, piece in wanted:
             located[piece.item] = None
-            if piece.transformed:
+            if piece.transforms:
                 continue
             if self._own_layout:
                 located[piece.item] = _own_raw_data(dtype, piece)

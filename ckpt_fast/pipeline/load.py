@@ -14,7 +14,7 @@ import torch
 
 from ckpt_fast import settings
 from ckpt_fast.errors import CheckpointCorruptError, CheckpointMismatchError
-from ckpt_fast.pipeline.decode import decode_object
+from ckpt_fast.pipeline.decode import decode_object, undo_transforms
 from ckpt_fast.pipeline.index import CheckpointIndex, Piece, RawData, SavedTensor
 from ckpt_fast.pipeline.place import Box, is_addressable, runs
 from ckpt_fast.pipeline.read import ByteArena, ReadProgram
@@ -34,8 +34,8 @@ class LoadReport:
     unverified: int = 0
 
 
-class _Part(NamedTuple):
-    """The overlap of one request with one piece; ``destination`` is the request's tensor narrowed to it."""
+class Part(NamedTuple):
+    """A region of one piece, wanted in ``destination`` (of the region's shape)."""
 
     tensor: SavedTensor
     piece: Piece
@@ -46,7 +46,7 @@ class _Part(NamedTuple):
 class _Check(NamedTuple):
     """A checksum to compare once the data is in."""
 
-    part: _Part
+    part: Part
     digest: int
     crc32: int | None
     crc_handle: int | None
@@ -67,10 +67,15 @@ def load_tensors(
         CheckpointCorruptError: a checksum differs, a file is short, or pieces of a region are missing.
             Destinations then hold undefined values.
     """
+    parts = [part for request in requests for part in _overlaps(index.tensor(request.fqn), request)]
+    return load_parts(index, parts, verify)
+
+
+def load_parts(index: CheckpointIndex, parts: Sequence[Part], verify: bool | None = None) -> LoadReport:
+    """``load_tensors`` for callers that know the pieces already."""
     begin = time.perf_counter()
     verify = settings.verify_on_load() if verify is None else verify
     report = LoadReport(index.directory)
-    parts = [part for request in requests for part in _overlaps(index.tensor(request.fqn), request)]
     located = index.locate((part.tensor.dtype, part.piece) for part in parts)
     _Reader(index, report, verify).read(parts, located)
     report.seconds = time.perf_counter() - begin
@@ -86,18 +91,24 @@ def load_objects(index: CheckpointIndex, fqns: Iterable[str], verify: bool | Non
         CheckpointCorruptError, UnsafeCheckpointError: see ``decode_object``.
     """
     verify = settings.verify_on_load() if verify is None else verify
-    program = ReadProgram(index.directory)
-    arena = ByteArena(program)
-    extents = {fqn: index.object_extent(fqn) for fqn in fqns}
-    handles = {fqn: arena.add(extent) for fqn, extent in extents.items()}
-    program.run()
     return {
-        fqn: decode_object(arena.content(handle), f"{fqn} in {index.directory}/{extents[fqn].path}", verify)
-        for fqn, handle in handles.items()
+        fqn: decode_object(payload, f"{fqn} in {index.directory}/{index.object_extent(fqn).path}", verify)
+        for fqn, payload in load_payloads(index, fqns).items()
     }
 
 
-def _overlaps(tensor: SavedTensor, request: TensorRequest) -> list[_Part]:
+def load_payloads(index: CheckpointIndex, fqns: Iterable[str]) -> dict[str, bytes]:
+    """The undecoded bytes of saved objects, by name."""
+    program = ReadProgram(index.directory)
+    arena = ByteArena(program)
+    handles = {fqn: arena.add(index.object_extent(fqn)) for fqn in fqns}
+    program.run()
+    return {
+        fqn: undo_transforms(arena.content(h), index.object_transforms(fqn)) for fqn, h in handles.items()
+    }
+
+
+def _overlaps(tensor: SavedTensor, request: TensorRequest) -> list[Part]:
     wanted = tuple(request.destination.shape)
     if len(wanted) != len(tensor.shape) or any(
         offset < 0 or offset + size > limit
@@ -123,7 +134,7 @@ def _overlaps(tensor: SavedTensor, request: TensorRequest) -> list[_Part]:
                 destination = destination.narrow(dimension, low[dimension] - request.offsets[dimension], size)
         start = [a - b for a, b in zip(low, piece.offsets, strict=True)]
         box = Box(piece.sizes, start, shape, tensor.dtype.itemsize)
-        parts.append(_Part(tensor, piece, box, destination))
+        parts.append(Part(tensor, piece, box, destination))
         covered += math.prod(shape)
     if covered != math.prod(wanted):
         raise CheckpointCorruptError(
@@ -143,7 +154,7 @@ class _Reader:
         self._checks: list[_Check] = []
         self._copies: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    def read(self, parts: Sequence[_Part], located: dict[Extent, RawData | None]) -> None:
+    def read(self, parts: Sequence[Part], located: dict[Extent, RawData | None]) -> None:
         stock = []
         for part in parts:
             raw = located.get(part.piece.item)
@@ -160,7 +171,7 @@ class _Reader:
             for part in stock:
                 self._read_with_torch(part)
 
-    def _schedule(self, part: _Part, raw: RawData) -> None:
+    def _schedule(self, part: Part, raw: RawData) -> None:
         box, destination = part.box, part.destination
         if not box.has_long_runs:
             offset, box = box.rows()
@@ -185,7 +196,7 @@ class _Reader:
         for extent, address in runs(box, raw.extent, destination):
             self._program.add(extent, address, digest)
 
-    def _expect(self, part: _Part, raw: RawData) -> int:
+    def _expect(self, part: Part, raw: RawData) -> int:
         digest = self._program.new_digest()
         handle = self._arena.add(raw.crc_extent) if raw.crc_extent is not None else None
         self._checks.append(_Check(part, digest, raw.crc32, handle))
@@ -203,14 +214,14 @@ class _Reader:
                 )
         self._report.verified += len(self._checks)
 
-    def _read_with_torch(self, part: _Part) -> None:
+    def _read_with_torch(self, part: Part) -> None:
         """Items that are not one stored tensor: whatever ``torch.load`` makes of them."""
         program = ReadProgram(self._index.directory)
         arena = ByteArena(program)
         handle = arena.add(part.piece.item)
         program.run()
         where = f"{part.tensor.fqn} in {self._index.directory}/{part.piece.item.path}"
-        payload = arena.content(handle)
+        payload = undo_transforms(arena.content(handle), part.piece.transforms)
         tensor = decode_object(payload, where, self._verify)
         for dimension, (start, size) in enumerate(zip(part.box.start, part.box.shape, strict=True)):
             tensor = tensor.narrow(dimension, start, size)

@@ -51,10 +51,15 @@ class FilePlan(NamedTuple):
     items: list[PlannedItem]
 
 
-def plan_save(shards: Sequence[Shard], rank: int, writers: int) -> list[FilePlan]:
+def plan_save(shards: Sequence[Shard], prefix: str, writers: int) -> list[FilePlan]:
     """Lay this rank's shards out in at most ``writers`` files of about equal size.
 
     A rank without shards writes no file. Objects come first in a file, then tensors in the order given.
+
+    Args:
+        shards: what this rank saves.
+        prefix: start of the file names, different on every rank; ``file_prefix`` makes the usual one.
+        writers: how many files may be written at once.
 
     Raises:
         ValueError: ``writers`` is not positive.
@@ -65,8 +70,13 @@ def plan_save(shards: Sequence[Shard], rank: int, writers: int) -> list[FilePlan
     files = []
     for number, bucket in enumerate(_balance(unplaced, writers)):
         items, end = _place(bucket)
-        files.append(FilePlan(f"__{rank}_{number}{DATA_SUFFIX}", end, items))
+        files.append(FilePlan(f"{prefix}{number}{DATA_SUFFIX}", end, items))
     return files
+
+
+def file_prefix(rank: int) -> str:
+    """How the data files of a rank begin; stock writers use the same."""
+    return f"__{rank}_"
 
 
 def item_records(files: Sequence[FilePlan]) -> list[ItemRecord]:

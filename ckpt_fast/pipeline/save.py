@@ -7,7 +7,6 @@ import contextlib
 import logging
 import os
 import time
-import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,9 +14,9 @@ import torch.distributed as dist
 
 from ckpt_fast.errors import CheckpointWriteError
 from ckpt_fast.pipeline import commit
-from ckpt_fast.pipeline.encode import WriteProgram, encode_metadata, encode_sidecar
+from ckpt_fast.pipeline.encode import WriteProgram, encode_metadata, encode_sidecar, file_record
 from ckpt_fast.pipeline.group import ControlGroup, Outcome, raise_failures
-from ckpt_fast.pipeline.plan import FilePlan, item_records, plan_save
+from ckpt_fast.pipeline.plan import FilePlan, file_prefix, item_records, plan_save
 from ckpt_fast.pipeline.stage import Staged, stage
 from ckpt_fast.pipeline.types import FileRecord, RankRecord, SaveReport, Shard
 from ckpt_fast.pipeline.write import write
@@ -111,7 +110,7 @@ class Save:
 
     def _plan_and_stage(self) -> None:
         with self._timed("plan"):
-            self._files = plan_save(self._shards, self._group.global_rank, self._writers)
+            self._files = plan_save(self._shards, file_prefix(self._group.global_rank), self._writers)
         with self._timed("stage"):
             self._staged = stage(self._files, self._snapshot)
 
@@ -130,14 +129,14 @@ class Save:
     def _write_common_files(self) -> list[FileRecord]:
         for name, content in self._common_files.items():
             commit.write_file_atomic(os.path.join(self.directory, name), content)
-        return [_file_record(name, content) for name, content in self._common_files.items()]
+        return [file_record(name, content) for name, content in self._common_files.items()]
 
     def _publish(self, outcomes: Sequence[Outcome[RankRecord]]) -> None:
         raise_failures(outcomes)
         records = [outcome.value for outcome in outcomes if outcome.value is not None]
         metadata = encode_metadata((item for record in records for item in record.items), self._planner_data)
         files = [file for record in records for file in record.files]
-        files.append(_file_record(commit.METADATA_FILE, metadata))
+        files.append(file_record(commit.METADATA_FILE, metadata))
         self._require_all_present(files[:-1])
         commit.publish(
             self.directory,
@@ -181,7 +180,3 @@ def save(shards: Sequence[Shard], directory: str, **options: Any) -> SaveReport:
     report = job.commit()
     report.stall_s = report.seconds
     return report
-
-
-def _file_record(path: str, content: bytes) -> FileRecord:
-    return FileRecord(path, len(content), zlib.crc32(content))
