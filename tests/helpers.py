@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What tests of several modules need: ranks (real processes, a real gloo group), and an RNG tracker for CPUs.
 
-Ranks are started once per world size and serve one call after the other, each with a process group of its
-own, because importing torch and Megatron in a fresh process takes seconds.
+Ranks are started once per world size and serve one call after the other, each with the caller's environment
+variables and a process group of its own, because importing torch and Megatron takes seconds.
 """
 
 from __future__ import annotations
@@ -106,8 +106,9 @@ class _Ranks:
     def call(self, function: Callable[..., Any], args: Sequence[Any], timeout_s: float) -> list[Any]:
         with tempfile.TemporaryDirectory(prefix="ranks_") as directory:
             name = (function.__module__, function.__qualname__)
+            surroundings = (sys.path, dict(os.environ), os.getcwd())
             for connection in self._connections:
-                connection.send((sys.path, name, args, os.path.join(directory, "rendezvous"), timeout_s))
+                connection.send((surroundings, name, args, os.path.join(directory, "rendezvous"), timeout_s))
             return self._collect(timeout_s)
 
     def _collect(self, timeout_s: float) -> list[Any]:
@@ -157,11 +158,17 @@ def _serve(rank: int, world_size: int, connection: Connection) -> None:
     """The life of a rank: one call after the other, until the other end of the pipe is closed."""
     while True:
         try:
-            path, (module, qualname), args, rendezvous, timeout_s = connection.recv()
+            (path, environment, directory), (module, qualname), args, rendezvous, timeout_s = (
+                connection.recv()
+            )
         except EOFError:
             return
         try:
+            # As the caller has them now, not as they were when this process started.
             sys.path[:] = path
+            os.environ.clear()
+            os.environ.update(environment)
+            os.chdir(directory)
             function = importlib.import_module(module)
             for part in qualname.split("."):
                 function = getattr(function, part)
