@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from ckpt_fast.megatron import SoloGroup, get_pg_collection, get_pg_rank
+from ckpt_fast.megatron import SoloGroup, get_pg_collection
 from ckpt_fast.pipeline.commit import fsync, fsync_directory
 from ckpt_fast.pipeline.group import ControlGroup
 from ckpt_fast.trainer.inert_load import inert_load
@@ -91,7 +91,7 @@ def maybe_save_dataloader_state(
             "iterable a save_state method or unset dataset.dataloader_save"
         )
     groups = pg_collection if pg_collection is not None else get_pg_collection(model)
-    if any(get_pg_rank(getattr(groups, name, None)) != 0 for name in ("tp", "pp", "cp")):
+    if any(_rank_in(getattr(groups, name, None)) != 0 for name in ("tp", "pp", "cp")):
         return
     print_rank_0(f"saving dataloader checkpoint at iteration {iteration} to {dataloader_save_path}")
     data_parallel = _DataParallel(groups.dp)
@@ -122,7 +122,7 @@ def maybe_load_dataloader_state(
         return
     if not dataloader_load_path or not file_exists(dataloader_load_path):
         return
-    path = _dataloader_file(dataloader_load_path, iteration, get_pg_rank(pg_collection.dp))
+    path = _dataloader_file(dataloader_load_path, iteration, _rank_in(pg_collection.dp))
     directory = os.path.dirname(path)
     if not file_exists(directory):
         print_rank_0(f"no dataloader state in {directory}: the data starts from its beginning")
@@ -145,6 +145,11 @@ def maybe_load_dataloader_state(
 def _iterators(train_iterator: Any) -> list[Any]:
     several = isinstance(train_iterator, (list, tuple))
     return [each for each in (train_iterator if several else [train_iterator]) if each is not None]
+
+
+def _rank_in(group: Any) -> int:
+    """0 where a program has no such group."""
+    return 0 if group is None else int(group.rank())
 
 
 def _dataloader_file(root: str, iteration: int, data_parallel_rank: int) -> str:
@@ -178,7 +183,7 @@ class _DataParallel:
 
     def __init__(self, group: Any) -> None:
         alone = group is None or isinstance(group, SoloGroup) or not is_distributed()
-        self.rank = get_pg_rank(group)
+        self.rank = _rank_in(group)
         self._ranks = None if alone else ControlGroup(group)
 
     def agree(self, action: Callable[[], T]) -> T:
