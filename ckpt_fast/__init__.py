@@ -1,2 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fast, crash-safe training checkpoints in the files Megatron and torch already read."""
+"""Fast, crash-safe training checkpoints in the files Megatron and torch already read.
+
+The documented API is in ``ckpt_fast.checkpointing``. The classes here are for programs that already save with
+torch DCP or Megatron-Core: pass them where those take a storage writer, a reader or a strategy.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ckpt_fast.doors.dcp import FastStorageReader, FastStorageWriter
+    from ckpt_fast.doors.megatron_core import FastLoadStrategy, FastSaveStrategy
+
+__all__ = ["FastLoadStrategy", "FastSaveStrategy", "FastStorageReader", "FastStorageWriter"]
+
+# Imported on first use: who saves with torch DCP need not wait for Megatron's import.
+_HOMES = {
+    "FastStorageReader": "ckpt_fast.doors.dcp",
+    "FastStorageWriter": "ckpt_fast.doors.dcp",
+    "FastLoadStrategy": "ckpt_fast.doors.megatron_core",
+    "FastSaveStrategy": "ckpt_fast.doors.megatron_core",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
