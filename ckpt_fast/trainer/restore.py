@@ -96,6 +96,7 @@ def restore_optimizer(
                 # Local checkpoints copy into leaf parameters.
                 with torch.no_grad():
                     optimizer.load_state_dict(state_dict["optimizer"])
+                _restore_step_counts(optimizer)
         if scheduler is not None:
             key = "lr_scheduler" if "lr_scheduler" in state_dict else "opt_param_scheduler"
             scheduler.load_state_dict(state_dict[key])
@@ -105,6 +106,23 @@ def restore_optimizer(
             "finetune=True to start with a fresh one."
         )
         raise
+
+
+def _restore_step_counts(optimizer: Any) -> None:
+    """Give torch's own Adam back its step counts, one tensor per parameter.
+
+    Megatron-Core's distributed optimizer leaves all parameters with one shared tensor that is zero, unless
+    Transformer Engine or Apex brings the Adam: each update would then scale its moments wrongly.
+    """
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        inner = getattr(part, "optimizer", None)
+        if not isinstance(inner, torch.optim.Optimizer):
+            continue
+        for group in inner.param_groups:
+            for parameter in group["params"]:
+                state = inner.state.get(parameter, {})
+                if "step" in group and isinstance(state.get("step"), torch.Tensor):
+                    state["step"] = torch.full_like(state["step"], float(group["step"]))
 
 
 def _reload_model_params(state_dict: dict[str, Any], cfg: Any, optimizer: Any | None) -> None:
