@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Generic, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,11 +24,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Outcome(Generic[T]):
-    """A value, or the error that took its place on ``rank``."""
+    """A value, or the error that took its place on ``rank`` (and others of their own on ``others`` ranks)."""
 
     rank: int
     value: T | None = None
     error: CheckpointError | None = None
+    others: int = 0
 
 
 class ControlGroup:
@@ -87,20 +88,24 @@ class ControlGroup:
             wrapped.__cause__ = error
             return Outcome(self.global_rank, error=wrapped)
 
-    def decide(self, action: Callable[[], T]) -> T:
-        """Collective. The coordinator runs ``action``; its value, or its error, reaches every rank."""
+    def decide(self, action: Callable[[], T], outcomes: Sequence[Outcome[Any]] = ()) -> T:
+        """Collective. The coordinator runs ``action``; its value, or its error, reaches every rank.
+
+        Args:
+            action: not run if there is a failure among ``outcomes``, which then takes the place of its error.
+            outcomes: of all ranks, on the coordinator.
+        """
         outcome: Outcome[T] = Outcome(self.global_rank)
         if self.is_coordinator:
-            outcome = self.attempt(action)
+            outcome = _first_failure(outcomes) or self.attempt(action)
         outcome = self.broadcast(outcome)
-        raise_failures([outcome])
+        _raise_failure(outcome)
         return outcome.value  # type: ignore[return-value]
 
     def agree(self, action: Callable[[], T]) -> T:
         """Collective. Every rank runs ``action``; returns its value, or raises everywhere if any failed."""
         mine = self.attempt(action)
-        outcomes: list[Outcome[T]] = self.gather(Outcome(mine.rank, error=mine.error))
-        self.decide(lambda: raise_failures(outcomes))
+        self.decide(lambda: None, self.gather(Outcome[T](mine.rank, error=mine.error)))
         return mine.value  # type: ignore[return-value]
 
     def _coordinator(self) -> int:
@@ -115,15 +120,18 @@ def _device_of(group: dist.ProcessGroup | None) -> torch.device:
     return torch.device(devices[0], torch.get_device_module(devices[0]).current_device())
 
 
-def raise_failures(outcomes: Sequence[Outcome[T]]) -> None:
-    """Raise the first error among ``outcomes``, naming its rank and how many others failed; else return."""
+def _first_failure(outcomes: Sequence[Outcome[Any]]) -> Outcome[Any] | None:
     failed = [outcome for outcome in outcomes if outcome.error is not None]
-    if not failed:
+    return replace(failed[0], value=None, others=len(failed) - 1) if failed else None
+
+
+def _raise_failure(outcome: Outcome[Any]) -> None:
+    """Raise the outcome's error, if it is one, naming its rank and how many others failed."""
+    error = outcome.error
+    if error is None:
         return
-    first, error = failed[0], failed[0].error
-    others = f" ({len(failed) - 1} more ranks failed)" if len(failed) > 1 else ""
-    message = f"rank {first.rank}: {error}{others}"
+    others = f" ({outcome.others} more ranks failed)" if outcome.others else ""
+    message = f"rank {outcome.rank}: {error}{others}"
     if isinstance(error, CheckpointWriteError):
         raise CheckpointWriteError(message, error.errno, error.filename) from error
-    assert error is not None
     raise type(error)(message) from error

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from ckpt_fast.errors import CheckpointWriteError
 from ckpt_fast.pipeline import commit
 from ckpt_fast.pipeline.encode import WriteProgram, encode_metadata, encode_sidecar, file_record
-from ckpt_fast.pipeline.group import ControlGroup, Outcome, raise_failures
+from ckpt_fast.pipeline.group import ControlGroup, Outcome
 from ckpt_fast.pipeline.plan import FilePlan, file_prefix, item_records, plan_save
 from ckpt_fast.pipeline.stage import Staged, stage
 from ckpt_fast.pipeline.types import FileRecord, RankRecord, SaveReport, Shard
@@ -102,7 +102,7 @@ class Save:
         assert self._written is not None, "commit before write"
         with self._timed("commit"):
             outcomes = self._group.gather(self._written)
-            self._group.decide(lambda: self._publish(outcomes))
+            self._group.decide(lambda: self._publish(outcomes), outcomes)
         self.report.seconds = time.perf_counter() - self._started
         _last_report = self.report
         logger.debug("saved %s", self.report)
@@ -132,7 +132,6 @@ class Save:
         return [file_record(name, content) for name, content in self._common_files.items()]
 
     def _publish(self, outcomes: Sequence[Outcome[RankRecord]]) -> None:
-        raise_failures(outcomes)
         records = [outcome.value for outcome in outcomes if outcome.value is not None]
         metadata = encode_metadata((item for record in records for item in record.items), self._planner_data)
         files = [file for record in records for file in record.files]
