@@ -165,7 +165,10 @@ def find_raw_member(tail: bytes, tail_offset: int) -> RawMember | None:
     start = directory_offset - tail_offset
     if start < 0 or start + directory_nbytes > len(tail):
         return None
-    return _scan_directory(tail, start, count)
+    member = _scan_directory(tail, start, count)
+    if member is None or member.local_offset + member.nbytes > directory_offset:
+        return None
+    return member
 
 
 def local_header_nbytes(header: bytes) -> int | None:
@@ -201,28 +204,34 @@ def _scan_directory(tail: bytes, position: int, count: int) -> RawMember | None:
             continue
         if found is not None or method != 0:
             return None
-        nbytes, local_offset = _widen(extra, entry[8], nbytes, local_offset)
-        found = RawMember(local_offset, nbytes, crc, 0)
+        widened = _widen(extra, entry[8], nbytes, local_offset)
+        if widened is None:
+            return None
+        found = RawMember(*widened, crc, 0)
     return found._replace(pickle_crc32=pickle_crc32) if found else None
 
 
-def _widen(extra: bytes, compressed: int, nbytes: int, local_offset: int) -> tuple[int, int]:
-    """Replace the 32-bit fields that overflowed by those of the ZIP64 extra field, in its fixed order."""
+def _widen(extra: bytes, compressed: int, nbytes: int, local_offset: int) -> tuple[int, int] | None:
+    """(local offset, nbytes), where a 32-bit field that overflowed is replaced by the ZIP64 extra field's.
+
+    None when the field that must be there is not.
+    """
+    fields = [nbytes, compressed, local_offset]
+    overflowed = [number for number, field in enumerate(fields) if field == _ZIP64_LIMIT]
     position = 0
-    while position + 4 <= len(extra):
+    while overflowed and position + 4 <= len(extra):
         identifier, length = struct.unpack_from("<HH", extra, position)
         position += 4
         if identifier == _ZIP64_ID:
-            values = list(struct.unpack_from(f"<{length // 8}Q", extra, position))
-            if nbytes == _ZIP64_LIMIT:
-                nbytes = values.pop(0)
-            if compressed == _ZIP64_LIMIT:
-                values.pop(0)
-            if local_offset == _ZIP64_LIMIT:
-                local_offset = values.pop(0)
-            break
+            # The field has the overflowed values only, in the order of ``fields``.
+            if 8 * len(overflowed) > min(length, len(extra) - position):
+                return None
+            values = struct.unpack_from(f"<{len(overflowed)}Q", extra, position)
+            for number, value in zip(overflowed, values, strict=True):
+                fields[number] = value
+            overflowed = []
         position += length
-    return nbytes, local_offset
+    return None if overflowed else (fields[2], fields[0])
 
 
 def _read_end64(tail: bytes, tail_offset: int, end: int) -> tuple[int, int, int] | None:
