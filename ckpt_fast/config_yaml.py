@@ -97,12 +97,11 @@ def path_exists(path: str) -> bool:
 
 
 def _remote_storage(path: str) -> Any:
-    """The multi-storage-client package for ``msc://`` paths, None for files."""
-    if not path.startswith("msc://"):
-        return None
-    from ckpt_fast.megatron import MultiStorageClientFeature
+    """The multi-storage-client package for paths that are its own, None for files."""
+    # Megatron takes seconds to import, which those who only build a configuration need not wait for.
+    from ckpt_fast.megatron import object_storage
 
-    return MultiStorageClientFeature.import_package()
+    return object_storage(path)
 
 
 # --- To plain data ---------------------------------------------------------------------------------------

@@ -103,6 +103,7 @@ from ckpt_fast.megatron.nvrx import (
 )
 from ckpt_fast.megatron.optimizers import give_adam_its_state
 from ckpt_fast.megatron.optional import UnavailableError, safe_import
+from ckpt_fast.megatron.storage import object_storage
 
 __all__ = [
     "HAVE_MEGATRON_FSDP",
@@ -173,6 +174,7 @@ __all__ = [
     "load_preprocess",
     "merge",
     "nested_values",
+    "object_storage",
     "parallel_state",
     "parse_strict_flag",
     "preprocess_state_dict_for_uneven_dtensor",

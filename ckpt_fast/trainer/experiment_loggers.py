@@ -15,10 +15,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
+from ckpt_fast.megatron import object_storage
 from ckpt_fast.trainer.paths import (
     ensure_directory_exists,
     file_exists,
-    object_storage,
     open_file,
     write_file,
 )

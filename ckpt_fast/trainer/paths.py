@@ -9,7 +9,7 @@ from typing import IO, Any
 
 import yaml
 
-from ckpt_fast.megatron import MultiStorageClientFeature
+from ckpt_fast.megatron import object_storage
 from ckpt_fast.pipeline.commit import write_file_atomic
 
 TRAIN_STATE_FILE = "train_state.pt"
@@ -30,21 +30,6 @@ _HF_SHARDED_WEIGHTS = ("model-*-of-*.safetensors", "pytorch_model-*-of-*.bin")
 
 
 # --- Storage: plain os calls, or multi-storage-client where it is enabled and the path is its own ---------
-
-
-def object_storage(path: str | os.PathLike[str]) -> Any | None:
-    """The multistorageclient module if ``path`` is not an ordinary local one, else None.
-
-    Paths are its own when they are URLs (``msc://profile/...``) or when its configuration maps them to a
-    profile. Ordinary paths never pass through it: only then are files replaced atomically and fsynced.
-    """
-    if not MultiStorageClientFeature.is_enabled():
-        return None
-    msc = MultiStorageClientFeature.import_package()
-    name = os.fspath(path)
-    if "://" in name or not msc.resolve_storage_client(os.path.abspath(name))[0].is_default_profile():
-        return msc
-    return None
 
 
 def file_exists(path: str) -> bool:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from ckpt_fast.megatron import object_storage
 from ckpt_fast.pipeline.commit import DATA_SUFFIX, METADATA_FILE, SEAL_FILE, SIDECAR_FILE, fsync_directory
 from ckpt_fast.trainer.paths import (
     TRACKER_PREFIX,
@@ -24,7 +25,6 @@ from ckpt_fast.trainer.paths import (
     get_checkpoint_tracker_filename,
     get_checkpoint_train_state_filename,
     join_paths,
-    object_storage,
     open_file,
 )
 from ckpt_fast.trainer.ranks import get_rank_safe, print_rank_0

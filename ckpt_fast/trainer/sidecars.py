@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from ckpt_fast.megatron import SoloGroup, get_pg_collection
+from ckpt_fast.megatron import SoloGroup, get_pg_collection, object_storage
 from ckpt_fast.pipeline.commit import fsync, fsync_directory
 from ckpt_fast.pipeline.group import ControlGroup
 from ckpt_fast.trainer.inert_load import inert_load
@@ -22,7 +22,6 @@ from ckpt_fast.trainer.paths import (
     file_exists,
     get_checkpoint_name,
     join_paths,
-    object_storage,
     open_file,
     write_file,
 )

@@ -20,6 +20,7 @@ from typing import Any, Generic, TypeVar
 import torch
 import yaml
 
+from ckpt_fast.megatron import object_storage
 from ckpt_fast.state import TrainState
 from ckpt_fast.trainer.paths import (
     CONFIG_FILE,
@@ -27,7 +28,6 @@ from ckpt_fast.trainer.paths import (
     get_checkpoint_run_config_filename,
     get_checkpoint_tracker_filename,
     get_checkpoint_train_state_filename,
-    object_storage,
     open_file,
     write_file,
 )
