@@ -2,10 +2,14 @@
 #include "file.h"
 
 #include <fcntl.h>
+#include <linux/magic.h>
 #include <sys/stat.h>
+#include <sys/vfs.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
+#include <climits>
 #include <limits>
 #include <utility>
 
@@ -40,15 +44,31 @@ Descriptor open_file(const std::string& path, int flags, bool* direct) {
 
 void clear_direct(int fd) { fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) & ~O_DIRECT); }
 
+/// True for file systems whose files are page cache and nothing else: they may accept O_DIRECT, but there is
+/// nothing to bypass, and reserving space there means clearing pages that are about to be overwritten.
+bool is_in_memory(int fd) {
+  struct statfs status;
+  return ::fstatfs(fd, &status) == 0 && (status.f_type == TMPFS_MAGIC || status.f_type == RAMFS_MAGIC);
+}
+
+/// Takes `nbytes` off the front of parts[*first …].
+void drop_front(std::vector<iovec>* parts, size_t* first, size_t nbytes) {
+  while (*first < parts->size() && nbytes >= (*parts)[*first].iov_len) nbytes -= (*parts)[(*first)++].iov_len;
+  if (nbytes == 0) return;
+  iovec& part = (*parts)[*first];
+  part.iov_base = static_cast<uint8_t*>(part.iov_base) + nbytes;
+  part.iov_len -= nbytes;
+}
+
 /// Returns 0 or the errno.
-int write_fully(int fd, const uint8_t* data, int64_t nbytes, int64_t offset) {
-  while (nbytes > 0) {
-    const ssize_t written = ::pwrite(fd, data, static_cast<size_t>(nbytes), offset);
+int write_fully(int fd, std::vector<iovec> parts, int64_t offset) {
+  for (size_t first = 0; first < parts.size();) {
+    const auto count = static_cast<int>(std::min<size_t>(parts.size() - first, IOV_MAX));
+    const ssize_t written = ::pwritev(fd, parts.data() + first, count, offset);
     if (written < 0 && errno == EINTR) continue;
     if (written < 0) return errno;
     if (written == 0) return EIO;
-    data += written;
-    nbytes -= written;
+    drop_front(&parts, &first, static_cast<size_t>(written));
     offset += written;
   }
   return 0;
@@ -75,6 +95,10 @@ int Descriptor::close() {
 
 OutputFile::OutputFile(std::string path, int64_t nbytes, bool direct) : path_(std::move(path)) {
   file_ = open_file(path_, O_WRONLY | O_CREAT | O_TRUNC, &direct);
+  if (is_in_memory(file_.get())) {
+    clear_direct(file_.get());
+    return;
+  }
   direct_ = direct;
   if (direct) {
     bool buffered = false;
@@ -86,22 +110,25 @@ OutputFile::OutputFile(std::string path, int64_t nbytes, bool direct) : path_(st
   }
 }
 
-int OutputFile::write_direct(const uint8_t* data, int64_t nbytes, int64_t offset) {
-  const int64_t aligned = align_down(nbytes);
-  int error = write_fully(file_.get(), data, aligned, offset);
+int OutputFile::write_direct(const iovec& part, int64_t offset) {
+  const int64_t aligned = align_down(static_cast<int64_t>(part.iov_len));
+  const std::vector<iovec> head = {{part.iov_base, static_cast<size_t>(aligned)}};
+  int error = aligned > 0 ? write_fully(file_.get(), head, offset) : 0;
   if (error == EINVAL) {  // O_DIRECT was accepted by open(2) only, or wants more than 4096
-    direct_ = false;
     clear_direct(file_.get());
-    error = write_fully(file_.get(), data, aligned, offset);
+    direct_ = false;
+    error = write_fully(file_.get(), head, offset);
   }
-  if (error != 0) return error;
-  return write_fully(buffered_.get(), data + aligned, nbytes - aligned, offset + aligned);
+  const size_t rest = part.iov_len - static_cast<size_t>(aligned);
+  if (error != 0 || rest == 0) return error;
+  return write_fully(buffered_.get(), {{static_cast<uint8_t*>(part.iov_base) + aligned, rest}},
+                     offset + aligned);
 }
 
-void OutputFile::write(const void* data, int64_t nbytes, int64_t offset) {
-  const auto* bytes = static_cast<const uint8_t*>(data);
-  const int error = buffered_.is_open() ? write_direct(bytes, nbytes, offset)
-                                        : write_fully(file_.get(), bytes, nbytes, offset);
+void OutputFile::write(std::vector<iovec> parts, int64_t nbytes, int64_t offset) {
+  const int error = buffered_.is_open() && parts.size() == 1
+                        ? write_direct(parts.front(), offset)
+                        : write_fully(file_.get(), std::move(parts), offset);
   if (error != 0) throw_write_error(nbytes, offset, path_, error);
 }
 
@@ -121,7 +148,8 @@ void OutputFile::close() {
 
 InputFile::InputFile(std::string path, bool direct) : path_(std::move(path)) {
   file_ = open_file(path_, O_RDONLY, &direct);
-  direct_ = direct;
+  direct_ = direct && !is_in_memory(file_.get());
+  if (!direct_) clear_direct(file_.get());
   struct stat status;
   if (::fstat(file_.get(), &status) != 0) throw_file_error("stat", path_, errno);
   size_ = S_ISREG(status.st_mode) ? status.st_size : std::numeric_limits<int64_t>::max();
@@ -135,8 +163,8 @@ void InputFile::read(void* data, int64_t nbytes, int64_t offset) {
     const ssize_t got = ::pread(file_.get(), bytes + done, static_cast<size_t>(room), offset + done);
     if (got < 0 && errno == EINTR) continue;
     if (got < 0 && errno == EINVAL && direct_) {
-      direct_ = false;
       clear_direct(file_.get());
+      direct_ = false;
       continue;
     }
     if (got < 0) throw_read_error(nbytes, offset, path_, errno);

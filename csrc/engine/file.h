@@ -3,10 +3,13 @@
 // Every failure is a SystemError that names the transfer and the path.
 #pragma once
 
+#include <sys/uio.h>
+
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <string>
+#include <vector>
 
 namespace ckpt_fast {
 
@@ -36,19 +39,20 @@ class Descriptor {
 class OutputFile {
  public:
   /// Creates or truncates `path` and reserves `nbytes`, so that a full disk shows before bytes move.
-  /// `direct` asks for O_DIRECT; a file system that refuses it gets buffered writes.
+  /// `direct` asks for O_DIRECT; a file system that refuses it, or lives in memory, gets buffered writes.
   OutputFile(std::string path, int64_t nbytes, bool direct);
 
-  /// Writes all of a range. In direct mode `data` and `offset` are multiples of kDirectAlignment; the part
-  /// of `nbytes` behind the last multiple goes through the page cache.
-  void write(const void* data, int64_t nbytes, int64_t offset);
+  /// Writes all of a range of `nbytes`, the concatenation of `parts`. In direct mode there is one part, whose
+  /// address is like `offset` a multiple of kDirectAlignment; what is behind the last multiple in it goes
+  /// through the page cache.
+  void write(std::vector<iovec> parts, int64_t nbytes, int64_t offset);
 
   void sync();
   void close();
   bool direct() const { return direct_; }
 
  private:
-  int write_direct(const uint8_t* data, int64_t nbytes, int64_t offset);
+  int write_direct(const iovec& part, int64_t offset);
 
   std::string path_;
   Descriptor file_;

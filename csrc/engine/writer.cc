@@ -3,12 +3,12 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstring>
 #include <memory>
 #include <mutex>
 
 #include "buffer_pool.h"
 #include "checksum.h"
+#include "chunk_image.h"
 #include "file.h"
 #include "parallel.h"
 #include "stream_digests.h"
@@ -34,10 +34,6 @@ struct OpenFile {
   std::atomic<uint32_t> crc{0};
 };
 
-// Below this many bytes per piece, one more checksum pass over a chunk that is still in the cache is cheaper
-// than combining its pieces' checksums.
-constexpr int64_t kCombineThreshold = 16 << 10;
-
 class WriteJob {
  public:
   explicit WriteJob(const WriteRequest& request)
@@ -55,9 +51,9 @@ class WriteJob {
   OutputFile& output_of(size_t file);
   void finish_file(size_t file);
 
-  uint32_t fill(const Chunk& chunk, Store store, uint8_t* image);
-  uint32_t copy_piece(const Piece& piece, const Chunk& chunk, Store store, uint8_t* image);
-  bool apply_patches(const Chunk& chunk, uint8_t* image, bool* patched);
+  void fill(const Chunk& chunk, ChunkImage* image);
+  bool is_patched(size_t file, int64_t begin, int64_t end) const;
+  bool apply_patches(const Chunk& chunk, ChunkImage* image);
 
   const WriteRequest& request_;
   const WritePlan plan_;
@@ -119,76 +115,62 @@ void WriteJob::write_chunk(const Chunk& chunk) {
   OutputFile& output = output_of(chunk.file);
   if (chunk.nbytes() > 0) {
     const Buffer buffer(static_cast<size_t>(request_.chunk_nbytes));
-    uint8_t* const image = buffer.data();
-    uint32_t crc = fill(chunk, output.direct() ? Store::kStreaming : Store::kCached, image);
-    bool patched = false;
-    if (!apply_patches(chunk, image, &patched)) return;
-    if (patched) crc = crc32(image, static_cast<size_t>(chunk.nbytes()));
-    output.write(image, chunk.nbytes(), chunk.begin);
-    open_files_[chunk.file].crc ^= crc32_shift(crc, plan_.files[chunk.file].nbytes - chunk.end);
+    ChunkImage image(buffer.data(), output.direct() ? ChunkImage::Mode::kFlat : ChunkImage::Mode::kGather);
+    fill(chunk, &image);
+    if (!apply_patches(chunk, &image)) return;
+    output.write(image.parts(), chunk.nbytes(), chunk.begin);
+    const int64_t behind = plan_.files[chunk.file].nbytes - chunk.end;
+    open_files_[chunk.file].crc ^= crc32_shift(image.crc(), static_cast<uint64_t>(behind));
   }
   if (--open_files_[chunk.file].chunks_left == 0) finish_file(chunk.file);
 }
 
-/// Builds the chunk's image without its patches and returns the image's CRC-32.
-uint32_t WriteJob::fill(const Chunk& chunk, Store store, uint8_t* image) {
+/// Puts the chunk's image together, without its patches, and accounts for its parts of streams.
+void WriteJob::fill(const Chunk& chunk, ChunkImage* image) {
   const std::vector<Piece>& pieces = plan_.files[chunk.file].pieces;
-  const auto ends_before = [](int64_t position, const Piece& piece) { return position < piece.end(); };
-  const auto first = std::upper_bound(pieces.begin(), pieces.end(), chunk.begin, ends_before);
-  const auto begins_before = [](const Piece& piece, int64_t position) { return piece.offset < position; };
-  const auto last = std::lower_bound(first, pieces.end(), chunk.end, begins_before);
-
-  bool combine = (last - first) * kCombineThreshold <= chunk.nbytes();
-  uint32_t crc = 0;
+  const auto ends_behind = [](int64_t position, const Piece& piece) { return position < piece.end(); };
+  auto piece = std::upper_bound(pieces.begin(), pieces.end(), chunk.begin, ends_behind);
   int64_t position = chunk.begin;
-  for (auto piece = first; piece != last; ++piece) {
+  for (; piece != pieces.end() && piece->offset < chunk.end; ++piece) {
     const int64_t begin = std::max(piece->offset, chunk.begin);
     const int64_t end = std::min(piece->end(), chunk.end);
-    if (begin > position) {
-      std::memset(image + (position - chunk.begin), 0, static_cast<size_t>(begin - position));
-      combine = false;
+    if (begin > position) image->append_zeros(static_cast<size_t>(begin - position));
+    const uint32_t crc = image->append(piece->source + (begin - piece->offset),
+                                       static_cast<size_t>(end - begin), is_patched(chunk.file, begin, end));
+    if (piece->digest >= 0 && end > begin) {
+      digests_.add(piece->digest, crc, end - begin, piece->digest_behind + (piece->end() - end));
     }
-    const uint32_t part = copy_piece(*piece, chunk, store, image);
-    if (combine) crc = crc32_combine(crc, part, static_cast<uint64_t>(end - begin));
-    position = std::max(position, end);
+    position = end;
   }
-  if (position < chunk.end) {
-    std::memset(image + (position - chunk.begin), 0, static_cast<size_t>(chunk.end - position));
-    combine = false;
-  }
-  return combine ? crc : crc32(image, static_cast<size_t>(chunk.nbytes()));
+  if (position < chunk.end) image->append_zeros(static_cast<size_t>(chunk.end - position));
 }
 
-/// Copies the part of a piece that lies in the chunk and accounts for it; returns its CRC-32.
-uint32_t WriteJob::copy_piece(const Piece& piece, const Chunk& chunk, Store store, uint8_t* image) {
-  const int64_t begin = std::max(piece.offset, chunk.begin);
-  const int64_t end = std::min(piece.end(), chunk.end);
-  const int64_t nbytes = std::max<int64_t>(end - begin, 0);
-  const uint32_t crc = copy_crc32(image + (begin - chunk.begin), piece.source + (begin - piece.offset),
-                                  static_cast<size_t>(nbytes), 0, store);
-  if (piece.digest >= 0 && nbytes > 0) {
-    digests_.add(piece.digest, crc, nbytes, piece.digest_behind + (piece.end() - end));
-  }
-  return crc;
+/// The first patch that ends behind `position`.
+std::vector<Patch>::const_iterator patch_behind(const std::vector<Patch>& patches, int64_t position) {
+  const auto ends_behind = [](int64_t at, const Patch& patch) { return at < patch.offset + kPatchNbytes; };
+  return std::upper_bound(patches.begin(), patches.end(), position, ends_behind);
+}
+
+bool WriteJob::is_patched(size_t file, int64_t begin, int64_t end) const {
+  const std::vector<Patch>& patches = plan_.files[file].patches;
+  const auto patch = patch_behind(patches, begin);
+  return patch != patches.end() && patch->offset < end;
 }
 
 /// Stores finished checksums; false when the job was abandoned while waiting for one. Call it when all of
 /// the chunk's own bytes are accounted for: other chunks may be waiting for them.
-bool WriteJob::apply_patches(const Chunk& chunk, uint8_t* image, bool* patched) {
+bool WriteJob::apply_patches(const Chunk& chunk, ChunkImage* image) {
   const std::vector<Patch>& patches = plan_.files[chunk.file].patches;
-  const auto ends_before = [](int64_t position, const Patch& patch) {
-    return position < patch.offset + kPatchNbytes;
-  };
-  auto patch = std::upper_bound(patches.begin(), patches.end(), chunk.begin, ends_before);
+  auto patch = patch_behind(patches, chunk.begin);
   for (; patch != patches.end() && patch->offset < chunk.end; ++patch) {
     if (!digests_.wait_complete(patch->digest)) return false;
     const uint32_t crc = digests_.crc(patch->digest);
-    for (int64_t i = 0; i < kPatchNbytes; ++i) {
-      const int64_t position = patch->offset + i;  // a patch may straddle two chunks
-      if (position < chunk.begin || position >= chunk.end) continue;
-      image[position - chunk.begin] = static_cast<uint8_t>(crc >> (8 * i));
-    }
-    *patched = true;
+    uint8_t bytes[kPatchNbytes];
+    for (int i = 0; i < kPatchNbytes; ++i) bytes[i] = static_cast<uint8_t>(crc >> (8 * i));
+    const int64_t begin = std::max(patch->offset, chunk.begin);  // a patch may straddle two chunks
+    const int64_t end = std::min(patch->offset + kPatchNbytes, chunk.end);
+    image->patch(static_cast<size_t>(begin - chunk.begin), bytes + (begin - patch->offset),
+                 static_cast<size_t>(end - begin));
   }
   return true;
 }

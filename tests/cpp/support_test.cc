@@ -72,8 +72,8 @@ void test_file() {
     std::memcpy(buffer.data(), content.data(), content.size());
     {
       OutputFile output(path, 10000, direct);
-      output.write(buffer.data() + 8192, 10000 - 8192, 8192);
-      output.write(buffer.data(), 8192, 0);
+      output.write({{buffer.data() + 8192, 10000 - 8192}}, 10000 - 8192, 8192);
+      output.write({{buffer.data(), 8192}}, 8192, 0);
       output.sync();
       output.close();
     }
