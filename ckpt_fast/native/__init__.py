@@ -20,6 +20,7 @@ from ckpt_fast import settings
 if TYPE_CHECKING:
     from ckpt_fast.native._engine import (
         copy_crc32,
+        copy_extents,
         cpu_features,
         crc32,
         crc32_combine,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "copy_crc32",
+    "copy_extents",
     "cpu_features",
     "crc32",
     "crc32_combine",

@@ -18,6 +18,12 @@ def crc32_combine(first: int, second: int, second_nbytes: int) -> int:
 def copy_crc32(destination: int, source: int, nbytes: int, seed: int = 0) -> int:
     """Copy ``nbytes`` and return the CRC-32 of them, touching each byte once."""
 
+def copy_extents(destination: array[int], source: array[int], nbytes: array[int], threads: int) -> None:
+    """Copy ``nbytes[i]`` bytes from address ``source[i]`` to ``destination[i]``, all rows in parallel.
+
+    Rows do not overlap. Large copies bypass the caches.
+    """
+
 def write_files(
     paths: Sequence[str],
     file_nbytes: array[int],

@@ -47,6 +47,18 @@ def copy_crc32(destination: int, source: int, nbytes: int, seed: int = 0) -> int
     return zlib.crc32(view, seed)
 
 
+def copy_extents(destination: array[int], source: array[int], nbytes: array[int], threads: int) -> None:
+    if not len(destination) == len(source) == len(nbytes):
+        raise ValueError("the columns of copy_extents differ in length")
+    if threads < 1:
+        raise ValueError("threads must be at least 1")
+    for row, count in enumerate(nbytes):
+        if count < 0:
+            raise ValueError(f"row {row} has a negative size")
+    for to, at, count in zip(destination, source, nbytes, strict=True):
+        ctypes.memmove(to, at, count)
+
+
 def write_files(
     paths: Sequence[str],
     file_nbytes: array[int],

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "../engine/checksum.h"
+#include "../engine/copier.h"
 #include "../engine/error.h"
 #include "../engine/permute.h"
 #include "../engine/reader.h"
@@ -72,6 +73,13 @@ void permute_rows_at(uintptr_t destination, uintptr_t source, int64_t rows, int6
                block, interleave, threads);
 }
 
+void copy_extents_at(const py::buffer& destination, const py::buffer& source, const py::buffer& nbytes,
+                     int threads) {
+  const ColumnArgument columns[] = {{destination, "destination"}, {source, "source"}, {nbytes, "nbytes"}};
+  const py::gil_scoped_release no_gil;
+  copy_extents(columns[0], columns[1], columns[2], threads);
+}
+
 py::tuple write_files_from(const py::sequence& paths, const py::buffer& file_nbytes,
                            const py::buffer& piece_file, const py::buffer& piece_offset,
                            const py::buffer& piece_nbytes, const py::buffer& piece_address,
@@ -126,6 +134,8 @@ PYBIND11_MODULE(_engine, m) {
   m.def("crc32_combine", crc32_combine, py::arg("first"), py::arg("second"), py::arg("second_nbytes"));
   m.def("copy_crc32", copy_crc32_of, py::arg("destination"), py::arg("source"), py::arg("nbytes"),
         py::arg("seed") = 0, no_gil);
+  m.def("copy_extents", copy_extents_at, py::arg("destination"), py::arg("source"), py::arg("nbytes"),
+        py::arg("threads"));
   m.def("write_files", write_files_from, py::arg("paths"), py::arg("file_nbytes"), py::arg("piece_file"),
         py::arg("piece_offset"), py::arg("piece_nbytes"), py::arg("piece_address"), py::arg("piece_digest"),
         py::arg("patch_file"), py::arg("patch_offset"), py::arg("patch_digest"), py::arg("digest_count"),
