@@ -101,7 +101,7 @@ from ckpt_fast.megatron.nvrx import (
     save_state_dict_async_finalize,
     save_state_dict_async_plan,
 )
-from ckpt_fast.megatron.optimizers import give_adam_its_state
+from ckpt_fast.megatron.optimizers import give_adam_its_state, keep_adam_steps
 from ckpt_fast.megatron.optional import UnavailableError, safe_import
 from ckpt_fast.megatron.storage import object_storage
 
@@ -168,6 +168,7 @@ __all__ = [
     "import_tensor_aware_state_dict",
     "is_graph_safe_cuda_rng_tracker",
     "is_main_replica",
+    "keep_adam_steps",
     "load",
     "load_common_state_dict",
     "load_content_metadata",

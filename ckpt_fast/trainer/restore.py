@@ -94,7 +94,7 @@ def restore_optimizer(
                 optimizer.load_state_dict_from_file(layer_wise_path)
             else:
                 # Local checkpoints copy into leaf parameters.
-                with torch.no_grad():
+                with torch.no_grad(), megatron.keep_adam_steps(optimizer):
                     optimizer.load_state_dict(state_dict["optimizer"])
                 _restore_step_counts(optimizer)
         if scheduler is not None:
