@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write ``docs/api.md``: every documented name with its signature, home, summary, tests and status.
+
+python scripts/api_table.py            # write the page
+python scripts/api_table.py --check    # exit with 1 if it no longer tells the truth
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import inspect
+import re
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ckpt_fast import checkpointing
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "api.md"
+# These two list every name; a test is one that says something about a name.
+LISTS_OF_NAMES = ("tests/api/documented.py", "tests/api/test_signatures.py")
+SHOWN_TESTS = 3
+WIDTH = 100
+
+SUMMARIES_OF_DATA = {
+    "TRACKER_PREFIX": "Begins the name of the tracker, `latest_train_state.pt`.",
+    "_CHECKPOINT_VERSION": "The version this process has loaded; follows `set_checkpoint_version`.",
+    "_NON_PERSISTENT_CKPT_SUBDIR": "Where temporary checkpoints lie below the `save` directory.",
+    "_DIRECT_ITERATION_DIR_SENTINEL": "Stands for an iteration: the directory is a checkpoint itself.",
+    "logger": "The module's logger.",
+}
+HOMES_OF_DATA = {
+    "_CHECKPOINT_VERSION": "ckpt_fast.trainer.version",
+    "logger": "ckpt_fast.checkpointing",
+}
+# What a name does not do yet, or does only with something else installed.
+LIMITS = {
+    "save_checkpoint": "no Hugging Face export; `fsdp_dtensor` not in the background",
+    "load_checkpoint": "no Hugging Face weights as `pretrained_checkpoint`",
+    "init_checkpointing_context": "local checkpoints need nvidia-resiliency-ext",
+    "get_save_and_finalize_callbacks": "needs nvidia-resiliency-ext",
+    "preprocess_fsdp_dtensor_state_dict": "needs Megatron FSDP",
+    "save_fsdp_dtensor_checkpoint": "needs Megatron FSDP; writes with torch DCP's own writer",
+    "load_fsdp_dtensor_checkpoint": "needs Megatron FSDP; reads with torch DCP's own reader",
+    "_create_fsdp_dtensor_storage_writer": "torch DCP's own writer",
+    "cleanup_old_non_persistent_checkpoint": "`max_iteration` is ckpt_fast's own",
+    "_load_non_persistent_base_checkpoint": "`cfg` is ckpt_fast's own",
+}
+
+INTRODUCTION = """\
+# Documented API
+
+<!-- Written by scripts/api_table.py. Do not edit. -->
+
+`ckpt_fast.checkpointing` has every name that the documentation of `megatron.bridge.training.checkpointing`
+lists: {count} names. `tests/api/test_signatures.py` compares each with the documented signature. This page is
+written by `scripts/api_table.py`; `tests/api/test_documented_api.py` fails when it is out of date.
+
+*Status* is "tested" when at least one test outside the signature test uses the name, else "signature only".
+What a name does not do yet stands behind it. At most {shown} test files are shown for a name.
+"""
+
+
+class Entry(NamedTuple):
+    """One documented name; ``home`` is a module's full name."""
+
+    name: str
+    home: str
+    signatures: list[str]
+    summary: str
+
+
+def entries() -> list[Entry]:
+    """All documented names, by home and then by name."""
+    imported = homes_in_source(ROOT / "ckpt_fast" / "checkpointing.py")
+    found = []
+    for name in checkpointing.__all__:
+        value = getattr(checkpointing, name)
+        if name in SUMMARIES_OF_DATA:
+            home = HOMES_OF_DATA.get(name) or imported[name]
+            shown = "logger: logging.Logger" if name == "logger" else f"{name} = {quoted(repr(value))}"
+            found.append(Entry(name, home, [shown], SUMMARIES_OF_DATA[name]))
+        else:
+            found.append(Entry(name, value.__module__, signatures(name, value), first_line(value)))
+    return sorted(found, key=lambda entry: (entry.home, entry.name.lstrip("_").lower()))
+
+
+def homes_in_source(path: Path) -> dict[str, str]:
+    """Name to module, for everything that ``path`` imports by ``from module import name``."""
+    tree = ast.parse(path.read_text())
+    return {
+        alias.name: node.module
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module
+        for alias in node.names
+    }
+
+
+def signatures(name: str, value: Any) -> list[str]:
+    """A function's signature; for a class its own, and those of its public methods."""
+    if not inspect.isclass(value):
+        return [signature_text(name, value)]
+    members = getattr(value, "__members__", None)
+    if members is not None:
+        return [f"{name}: {', '.join(members)}"]
+    found = [signature_text(name, value)]
+    for method, function in vars(value).items():
+        if inspect.isfunction(function) and not method.startswith("_"):
+            found.append(signature_text(f"{name}.{method}", function))
+        elif isinstance(function, property):
+            returns = inspect.signature(function.fget).return_annotation  # type: ignore[arg-type]
+            found.append(f"{name}.{method} -> {returns}")
+    return found
+
+
+def signature_text(name: str, value: Any) -> str:
+    """``name(parameters) -> result``, on one line where it fits, else a line for each parameter."""
+    signature = inspect.signature(value)
+    parts, keyword_only = [], False
+    for parameter in signature.parameters.values():
+        if parameter.kind is parameter.KEYWORD_ONLY and not keyword_only:
+            parts.append("*")
+            keyword_only = True
+        parts.append(parameter_text(parameter))
+    result = "" if inspect.isclass(value) else f" -> {signature.return_annotation}"
+    line = f"{name}({', '.join(parts)}){result}"
+    if len(line) > WIDTH:
+        line = "\n".join([f"{name}(", *(f"    {part}," for part in parts), f"){result}"])
+    return quoted(line)
+
+
+def quoted(text: str) -> str:
+    """Python source with double quotes, as the project writes it."""
+    return text.replace("'", '"')
+
+
+def parameter_text(parameter: inspect.Parameter) -> str:
+    text = parameter.name
+    if parameter.annotation is not parameter.empty:
+        text += f": {parameter.annotation}"
+    if parameter.default is not parameter.empty:
+        text += f" = {parameter.default!r}"
+    return text
+
+
+def first_line(value: Any) -> str:
+    """The first sentence of the docstring, as Markdown on one line."""
+    paragraph = " ".join((inspect.getdoc(value) or "").split("\n\n")[0].split())
+    sentence = re.split(r"(?<=[^.]\.) (?=[A-Z`])", paragraph)[0]
+    return sentence.replace("``", "`").replace("|", "\\|")
+
+
+def tests_of(name: str) -> list[str]:
+    """The test files that use ``name`` most, best first; helpers only where no test does."""
+    counts = {
+        path.relative_to(ROOT).as_posix(): uses(path)[name] for path in sorted((ROOT / "tests").rglob("*.py"))
+    }
+    found = [path for path in counts if counts[path] and path not in LISTS_OF_NAMES]
+    tests = [path for path in found if Path(path).name.startswith("test_")]
+    return sorted(tests or found, key=lambda path: (-counts[path], path))[:SHOWN_TESTS]
+
+
+@cache
+def uses(path: Path) -> Counter[str]:
+    """How often a file uses each name it has from ckpt_fast, imported by itself or as ``module.name``."""
+    tree = ast.parse(path.read_text())
+    ours = {
+        alias.asname or alias.name: alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "ckpt_fast"
+        for alias in node.names
+    }
+    found: Counter[str] = Counter()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and node.id in ours:
+            found[ours[node.id]] += 1
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in ours:
+            found[node.attr] += 1
+    return found
+
+
+def render(found: Iterable[Entry], tests: Callable[[str], list[str]]) -> str:
+    """The whole page; ``tests`` gives the test files to show for a name."""
+    homes: dict[str, list[Entry]] = defaultdict(list)
+    for entry in found:
+        homes[entry.home].append(entry)
+    count = sum(map(len, homes.values()))
+    lines = [INTRODUCTION.format(count=count, shown=SHOWN_TESTS)]
+    for home, members in homes.items():
+        path = home.replace(".", "/") + ".py"
+        lines += [f"## [`{path}`](../{path})", "", "```python"]
+        lines += [signature for entry in members for signature in entry.signatures]
+        lines += ["```", "", "| name | what it does | tests | status |", "|---|---|---|---|"]
+        lines += [row(entry, tests(entry.name)) for entry in members]
+        lines.append("")
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def row(entry: Entry, tests: list[str]) -> str:
+    links = ", ".join(f"[{Path(path).stem}](../{path})" for path in tests)
+    status = "tested" if tests else "signature only"
+    if entry.name in LIMITS:
+        status += f"; {LIMITS[entry.name]}"
+    return f"| `{entry.name}` | {entry.summary} | {links} | {status} |"
+
+
+def problems(page: str) -> list[str]:
+    """Where ``page`` is not true any more.
+
+    Other tests than those shown may have appeared, also for a name that had none: a page that breaks with
+    every new test would be a nuisance. What is shown must hold.
+    """
+    shown = {
+        match["name"]: re.findall(r"\]\(\.\./(tests/[^)]+)\)", match["tests"])
+        for match in re.finditer(r"^\| `(?P<name>\w+)` \|.*? \| (?P<tests>[^|]*) \| [^|]* \|$", page, re.M)
+    }
+    wrong = [
+        f"{path} does not use {name}"
+        for name, paths in shown.items()
+        for path in paths
+        if not (ROOT / path).is_file() or not uses(ROOT / path)[name]
+    ]
+    if render(entries(), lambda name: shown.get(name, [])) != page:
+        wrong.append("names, signatures, homes, summaries or limits have changed")
+    return wrong
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="compare instead of writing")
+    if not parser.parse_args().check:
+        PAGE.write_text(render(entries(), tests_of))
+        return 0
+    found = problems(PAGE.read_text())
+    for problem in found:
+        sys.stderr.write(f"docs/api.md: {problem}; run python scripts/api_table.py\n")
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
