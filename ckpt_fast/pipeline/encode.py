@@ -6,10 +6,13 @@ from __future__ import annotations
 import copyreg
 import ctypes
 import io
+import itertools
 import json
+import math
 import pickle
 import zlib
 from array import array
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -98,17 +101,18 @@ def encode_metadata(records: Iterable[ItemRecord], planner_data: Mapping[str, An
 
     Raises:
         CheckpointMismatchError: two ranks disagree on a tensor's shape or dtype, or wrote the same piece, or
-            pieces of a tensor are missing.
+            the pieces of a tensor do not cover each of its elements once.
     """
     tensors: dict[str, Any] = {}
     storage: dict[Any, Any] = {}
     for record in records:
+        entry = _entry(tensors, record)
         if record.dtype is None:
             index = MetadataIndex(record.fqn)
-            tensors[record.fqn] = BytesStorageMetadata()
         else:
+            if 0 in record.sizes and (entry.chunks or 0 not in record.global_shape):
+                continue  # where there are more ranks than rows, pieces are empty and may share an offset
             offsets = torch.Size(record.offsets)
-            entry = _tensor_entry(tensors, record)
             index = MetadataIndex(record.fqn, offsets, len(entry.chunks))
             entry.chunks.append(ChunkStorageMetadata(offsets, torch.Size(record.sizes)))
         if index in storage:
@@ -137,14 +141,24 @@ def pickle_metadata(metadata: Metadata) -> bytes:
     return buffer.getvalue()
 
 
-def _tensor_entry(tensors: dict[str, Any], record: ItemRecord) -> Any:
+def _entry(tensors: dict[str, Any], record: ItemRecord) -> Any:
+    """The metadata entry of the record's tensor or object, new or known from an earlier record."""
     entry = tensors.get(record.fqn)
     if entry is None:
-        assert record.dtype is not None
-        properties = TensorProperties(dtype=record.dtype)
-        entry = TensorStorageMetadata(properties, torch.Size(record.global_shape), [])
+        if record.dtype is None:
+            entry = BytesStorageMetadata()
+        else:
+            properties = TensorProperties(dtype=record.dtype)
+            entry = TensorStorageMetadata(properties, torch.Size(record.global_shape), [])
         tensors[record.fqn] = entry
-    elif tuple(entry.size) != record.global_shape or entry.properties.dtype != record.dtype:
+    elif isinstance(entry, BytesStorageMetadata) != (record.dtype is None):
+        raise CheckpointMismatchError(
+            f"{record.fqn} is a tensor on one rank and an object on another (file {record.extent.path}). "
+            "Nothing was published; check that all ranks build the same model."
+        )
+    elif record.dtype is not None and (
+        tuple(entry.size) != record.global_shape or entry.properties.dtype != record.dtype
+    ):
         raise CheckpointMismatchError(
             f"ranks disagree on {record.fqn}: {tuple(entry.size)} of {entry.properties.dtype} on one, "
             f"{record.global_shape} of {record.dtype} on another (file {record.extent.path}). "
@@ -155,13 +169,39 @@ def _tensor_entry(tensors: dict[str, Any], record: ItemRecord) -> Any:
 
 def _require_complete(tensors: Mapping[str, Any]) -> None:
     for fqn, entry in tensors.items():
-        if isinstance(entry, TensorStorageMetadata):
-            wanted, written = entry.size.numel(), sum(chunk.sizes.numel() for chunk in entry.chunks)
-            if written != wanted:
-                raise CheckpointMismatchError(
-                    f"the ranks wrote {written} of the {wanted} elements of {fqn} {tuple(entry.size)}. "
-                    "Nothing was published; check the sharding that model and optimizer declare for it."
-                )
+        if not isinstance(entry, TensorStorageMetadata):
+            continue
+        shape = tuple(entry.size)
+        wanted, written = math.prod(shape), sum(chunk.sizes.numel() for chunk in entry.chunks)
+        if written != wanted:
+            problem = f"the ranks wrote {written} of the {wanted} elements of {fqn} {shape}"
+        elif not _tile(shape, entry.chunks):
+            problem = f"the pieces that the ranks wrote do not cover {fqn} {shape}: some overlap"
+        else:
+            continue
+        raise CheckpointMismatchError(
+            f"{problem}. Nothing was published; check the sharding that model and optimizer declare for it."
+        )
+
+
+def _tile(shape: tuple[int, ...], chunks: Sequence[ChunkStorageMetadata]) -> bool:
+    """Whether the chunks cover every element exactly once.
+
+    Boxes add up to one box everywhere if and only if their corners do, counted with alternating signs.
+    """
+    divided = [
+        dimension
+        for dimension, size in enumerate(shape)
+        if any(chunk.sizes[dimension] != size or chunk.offsets[dimension] for chunk in chunks)
+    ]
+    corners: dict[tuple[int, ...], int] = defaultdict(int)
+    signed_ends = [(ends, (-1) ** sum(ends)) for ends in itertools.product((0, 1), repeat=len(divided))]
+    for ends, sign in signed_ends:
+        corners[tuple(end * shape[d] for d, end in zip(divided, ends, strict=True))] -= sign
+        for chunk in chunks:
+            offsets, sizes = chunk.offsets, chunk.sizes
+            corners[tuple([offsets[d] + e * sizes[d] for d, e in zip(divided, ends, strict=True)])] += sign
+    return not any(corners.values())
 
 
 def _reduce_properties(properties: TensorProperties) -> tuple[Any, ...]:
