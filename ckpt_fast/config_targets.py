@@ -20,6 +20,7 @@ import functools
 import importlib
 import itertools
 import logging
+import re
 import sys
 import types
 from typing import Any
@@ -128,16 +129,28 @@ def _instance(cls: Any, target: str, member: Any, args: list[Any], fields: dict[
         raise CheckpointMismatchError(f"{target} has no member {member!r}")
     if not dataclasses.is_dataclass(cls):
         raise _refusal(target, "only dataclasses and enums are built from a configuration file")
-    known = {item.name for item in dataclasses.fields(cls) if item.init}
-    unknown = fields.keys() - {item.name for item in dataclasses.fields(cls)}
+    declared = {item.name: item for item in dataclasses.fields(cls)}
+    unknown = fields.keys() - declared.keys()
     if unknown:
         logger.warning("%s has no fields %s here: ignored", target, ", ".join(sorted(map(str, unknown))))
+    known = {key: value for key, value in fields.items() if key in declared and declared[key].init}
     try:
-        return cls(**{key: value for key, value in fields.items() if key in known})
+        return cls(**{key: _as_declared(value, declared[key].type) for key, value in known.items()})
     except TypeError as error:
         raise CheckpointMismatchError(
             f"{target} cannot be built from the configuration file: {error}"
         ) from error
+
+
+def _as_declared(value: Any, annotation: Any) -> Any:
+    """YAML has lists only; a field that is declared as a tuple or set gets one."""
+    text = annotation.__name__ if isinstance(annotation, type) else str(annotation)
+    words = set(re.findall(r"\w+", text.lower()))
+    if isinstance(value, list) and not words & {"list", "sequence", "any"}:
+        for kind in (tuple, frozenset, set):
+            if kind.__name__ in words:
+                return kind(value)
+    return value
 
 
 def _reference(target: str) -> Any:

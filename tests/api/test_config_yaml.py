@@ -36,6 +36,8 @@ class UserConfig:
 
     depth: int = 1
     parts: list = dataclasses.field(default_factory=list)
+    shape: tuple[int, ...] = ()
+    tags: set[str] | None = None
     computed: int = dataclasses.field(init=False, default=0)
     _hidden: int = 5
 
@@ -111,6 +113,7 @@ def test_plain_readers_find_what_they_look_for(tmp_path):
 
 
 def test_megatron_lms_reader_builds_our_entries():
+    pytest.importorskip("omegaconf")
     reader = pytest.importorskip("megatron.training.config.instantiate_utils")
     content = yaml.safe_load(config_yaml.to_yaml(megatron_config()))
     model = reader.instantiate(content["model"])
@@ -207,6 +210,15 @@ plain = st.recursive(
 def test_plain_data_comes_back(value):
     text = config_yaml.to_yaml(ConfigContainer(dataset={"value": value}))
     assert config_yaml.from_dict(ConfigContainer, yaml.safe_load(text)).dataset == {"value": value}
+
+
+def test_hugging_face_configurations_come_back():
+    transformers = pytest.importorskip("transformers")
+    generation = transformers.GenerationConfig(max_new_tokens=7, temperature=0.5)
+    described = yaml.safe_load(config_yaml.to_yaml(ConfigContainer(model={"generation": generation})))
+    assert described["model"]["generation"]["_target_"].endswith(".GenerationConfig.from_dict")
+    back = config_yaml.from_dict(ConfigContainer, described).model["generation"]
+    assert back.to_dict() == generation.to_dict()
 
 
 def test_missing_file(tmp_path):
@@ -341,13 +353,14 @@ def test_missing_fields_are_named():
 
 
 def test_registered_packages_are_built(monkeypatch):
-    entry = config_yaml.to_dict(UserConfig(depth=4, parts=[Colour.RED]))
-    with pytest.raises(UnsafeCheckpointError, match="UserConfig"):
+    value = UserConfig(depth=4, parts=[Colour.RED], shape=(1, 2), tags={"a", "b"})
+    entry = yaml.safe_load(config_yaml.to_yaml(value))
+    with pytest.raises(UnsafeCheckpointError, match="not allowed"):
         hostile(entry)
     monkeypatch.setattr(config_targets, "_CLASS_PREFIXES", list(config_targets._CLASS_PREFIXES))
     monkeypatch.setattr(config_targets, "_FUNCTION_PREFIXES", list(config_targets._FUNCTION_PREFIXES))
     register_config_target(f"{__name__}.")
-    assert hostile(entry).dataset["x"] == UserConfig(depth=4, parts=[Colour.RED])
+    assert hostile(entry).dataset["x"] == value
     assert hostile({"_target_": f"{__name__}.Colour", "_args_": ["red"]}).dataset["x"] is Colour.RED
     text = config_yaml.to_yaml(functools.partial(differing_fields, one=1))
     assert hostile(yaml.safe_load(text)).dataset["x"].keywords == {"one": 1}
