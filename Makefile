@@ -45,7 +45,7 @@ test-stacks: ## the same on both stacks
 
 .PHONY: demo
 demo: $(A)/.installed ## train, be killed, resume, compare
-	@$(A)/bin/python examples/demo.py
+	@PYTHONWARNINGS=ignore $(A)/bin/python examples/demo.py
 
 .PHONY: bench
 bench: $(A)/.installed ## benchmarks against the stock writers and readers
@@ -86,10 +86,10 @@ $(B)/.requirements: requirements/stack-b.txt requirements/dev.txt
 	@touch $@
 
 %/.installed: %/.requirements $(BUILD_INPUTS)
-	$*/bin/python -m pip install --quiet --editable .
+	PYTHONWARNINGS=ignore $*/bin/python -m pip install --quiet --editable .
 	@touch $@
 
-# build, cpp-test, format-check-cpp; the optional include lets the other targets work without native code.
+# build, cpp-test and format-check-cpp
 VENV := $(A)
+include csrc/targets.mk
 build cpp-test format-check-cpp: $(A)/.requirements
--include csrc/targets.mk
