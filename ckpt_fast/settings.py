@@ -42,6 +42,14 @@ def fsync_enabled() -> bool:
     return _flag("CKPT_FAST_FSYNC", default=True)
 
 
+def host_buffer_bytes() -> int | None:
+    """``CKPT_FAST_HOST_BUFFER`` (no bound): host memory of one rank for staged state. K, M, G may follow.
+
+    Used for snapshots (saves in the background) and for state that is not contiguous CPU memory.
+    """
+    return _size("CKPT_FAST_HOST_BUFFER", 0) or None
+
+
 def verify_on_load() -> bool:
     """``CKPT_FAST_VERIFY`` (1): compare the CRC-32 of every item that is read whole."""
     return _flag("CKPT_FAST_VERIFY", default=True)

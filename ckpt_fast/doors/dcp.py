@@ -130,7 +130,13 @@ class FastStorageWriter(BlockingAsyncStager, StorageWriter):
         """
         shards = [_shard(item, planner.resolve_data(item)) for item in plan.items]
         files = plan_save(shards, plan.storage_data.prefix, self._thread_count)
-        records = write(WriteProgram(files, stage(files)), self._path)
+        staged = stage(files)
+        try:
+            records = write(WriteProgram(files, staged), self._path)
+        finally:
+            staged.release()
+            if self._staging.locked():
+                self._staging.release()
         index_of = {id(shard): item.index for shard, item in zip(shards, plan.items, strict=True)}
         results = [
             WriteResult(
@@ -141,8 +147,6 @@ class FastStorageWriter(BlockingAsyncStager, StorageWriter):
             for file, record in zip(files, records, strict=True)
             for item in file.items
         ]
-        if self._staging.locked():
-            self._staging.release()
         future: Future[list[WriteResult]] = Future()
         future.set_result(results)
         return future

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 import importlib
 import io
 import json
@@ -50,11 +51,9 @@ _ALLOWED = {
     "pathlib": {"PosixPath", "PurePosixPath", "Path"},
     "pathlib._local": {"PosixPath", "PurePosixPath", "Path"},
 }
-# Written by Megatron-Core before 0.16; their content is not needed.
-_RETIRED = {
-    ("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata"),
-    ("megatron.core.dist_checkpointing.strategies.torch", "MCoreSavePlan"),
-}
+_RETIRED = "megatron.core.dist_checkpointing.strategies.torch"  # before 0.16
+# What torch.save's format before zip archives begins with: a pickled magic number.
+_LEGACY_MAGIC = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)
 _REMEDY = (
     "If you trust where the checkpoint comes from, set CKPT_FAST_ALLOW_PICKLE=1: loading may then run code "
     "that the checkpoint names."
@@ -102,11 +101,13 @@ def read_metadata(directory: str, prefix: str = "") -> Metadata:
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if name in _ALLOWED.get(module, ()):
-            return _known(module, name)
+            return _stand_in(module, name)
         if module == "torch" and (name == "Size" or isinstance(getattr(torch, name, None), torch.dtype)):
             return getattr(torch, name)
-        if (module, name) in _RETIRED:
-            return _Retired
+        if (module, name) == (_RETIRED, "MCoreMetadata"):
+            return _stand_in(f"{_DCP}.metadata", "Metadata")
+        if (module, name) == (_RETIRED, "MCoreSavePlan"):
+            return _Ignored
         if settings.pickle_allowed():
             return super().find_class(module, name)
         raise UnsafeCheckpointError(
@@ -123,10 +124,33 @@ def _known(module: str, name: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-class _Retired:
-    """Takes the place of a class whose data nobody reads any more."""
+class _StandIn(type):
+    """Takes the place of a class or function while unpickling, and makes what ``real`` makes.
 
-    def __init__(self, *_args: Any, **_kwargs: Any) -> None: ...
+    A pickle may set attributes of anything on its stack. It must not get hold of the real class.
+    """
+
+    real: Any
+
+    def __call__(cls, *args: Any) -> Any:
+        return cls.real(*args)
+
+    def __setstate__(cls, _state: Any) -> None:
+        raise UnsafeCheckpointError(f"refused to change {cls.real!r}, as checkpoint metadata never does")
+
+
+@functools.cache
+def _stand_in(module: str, name: str) -> _StandIn:
+    real = _known(module, name)
+
+    def new(_cls: type, *args: Any) -> Any:
+        return real.__new__(real, *args)
+
+    return _StandIn(name, (), {"real": real, "__new__": new})
+
+
+class _Ignored:
+    """Takes the place of a class whose data nobody reads any more."""
 
     def __setstate__(self, _state: Any) -> None: ...
 
@@ -143,7 +167,11 @@ def decode_object(payload: bytes, where: str, verify: bool) -> Any:
         CheckpointCorruptError: a checksum differs or the archive is damaged.
         UnsafeCheckpointError: the value is made of more than tensors and plain data.
     """
-    if verify:
+    if not payload.startswith((b"PK", _LEGACY_MAGIC)):
+        raise CheckpointCorruptError(
+            f"{where} is damaged: torch.save did not write it; load an earlier iteration"
+        )
+    if verify and payload.startswith(b"PK"):
         _require_sound_archive(payload, where)
     try:
         return torch.load(io.BytesIO(payload), map_location="cpu", weights_only=not settings.pickle_allowed())
@@ -151,9 +179,9 @@ def decode_object(payload: bytes, where: str, verify: bool) -> Any:
         raise UnsafeCheckpointError(
             f"{where} holds more than tensors and plain data: {error}. {_REMEDY}"
         ) from error
-    except (RuntimeError, EOFError, ValueError) as error:
+    except Exception as error:
         raise CheckpointCorruptError(
-            f"{where} cannot be read ({error}); load an earlier iteration"
+            f"{where} cannot be read ({type(error).__name__}: {error}); load an earlier iteration"
         ) from error
 
 
@@ -180,11 +208,9 @@ def undo_transforms(payload: bytes, descriptors: Sequence[str]) -> bytes:
 
 
 def _require_sound_archive(payload: bytes, where: str) -> None:
-    if not payload.startswith(b"PK"):
-        return  # torch.save's format before 1.6 has no checksums
     try:
         damaged = zipfile.ZipFile(io.BytesIO(payload)).testzip()
-    except (zipfile.BadZipFile, EOFError, OSError) as error:
+    except Exception as error:  # zipfile has no common type for what damage makes of a header
         raise CheckpointCorruptError(f"{where} is damaged ({error}); load an earlier iteration") from error
     if damaged is not None:
         raise CheckpointCorruptError(
@@ -210,7 +236,7 @@ def read_sidecar(directory: str) -> list[FileRecord] | None:
         ]
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointCorruptError(
             f"{path} cannot be parsed ({error}); load an earlier iteration, or delete this file to load "
             "without checking lengths"

@@ -51,7 +51,7 @@ class FilePlan(NamedTuple):
     items: list[PlannedItem]
 
 
-def plan_save(shards: Sequence[Shard], prefix: str, writers: int) -> list[FilePlan]:
+def plan_save(shards: Sequence[Shard], prefix: str, writers: int, first: int = 0) -> list[FilePlan]:
     """Lay this rank's shards out in at most ``writers`` files of about equal size.
 
     A rank without shards writes no file. Objects come first in a file, then tensors in the order given.
@@ -60,6 +60,7 @@ def plan_save(shards: Sequence[Shard], prefix: str, writers: int) -> list[FilePl
         shards: what this rank saves.
         prefix: start of the file names, different on every rank; ``file_prefix`` makes the usual one.
         writers: how many files may be written at once.
+        first: number of the first file; more than 0 for the later waves of a save.
 
     Raises:
         ValueError: ``writers`` is not positive.
@@ -68,7 +69,7 @@ def plan_save(shards: Sequence[Shard], prefix: str, writers: int) -> list[FilePl
         raise ValueError(f"storage_writers_per_rank is {writers}; it must be at least 1")
     unplaced = [_unplaced(shard) for shard in shards]
     files = []
-    for number, bucket in enumerate(_balance(unplaced, writers)):
+    for number, bucket in enumerate(_balance(unplaced, writers), start=first):
         items, end = _place(bucket)
         files.append(FilePlan(f"{prefix}{number}{DATA_SUFFIX}", end, items))
     return files
@@ -77,6 +78,26 @@ def plan_save(shards: Sequence[Shard], prefix: str, writers: int) -> list[FilePl
 def file_prefix(rank: int) -> str:
     """How the data files of a rank begin; stock writers use the same."""
     return f"__{rank}_"
+
+
+def cut_waves(shards: Sequence[Shard], sizes: Sequence[int], limit: int | None) -> list[list[Shard]]:
+    """Divide shards into waves that are staged and written one after the other.
+
+    Args:
+        shards: in the order to save them.
+        sizes: host buffer that each takes.
+        limit: host buffer that one wave may take; None: everything in one wave. A shard that takes more is a
+            wave of its own.
+    """
+    waves: list[list[Shard]] = [[]]
+    room = limit or 0
+    for shard, nbytes in zip(shards, sizes, strict=True):
+        if limit is not None and nbytes > room and waves[-1]:
+            waves.append([])
+            room = limit
+        waves[-1].append(shard)
+        room -= nbytes
+    return waves
 
 
 def item_records(files: Sequence[FilePlan]) -> list[ItemRecord]:

@@ -8,16 +8,19 @@ import logging
 import os
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch.distributed as dist
 
+from ckpt_fast import settings
 from ckpt_fast.errors import CheckpointWriteError
 from ckpt_fast.pipeline import commit
 from ckpt_fast.pipeline.encode import WriteProgram, encode_metadata, encode_sidecar, file_record
 from ckpt_fast.pipeline.group import ControlGroup, Outcome
-from ckpt_fast.pipeline.plan import FilePlan, file_prefix, item_records, plan_save
-from ckpt_fast.pipeline.stage import Staged, stage
+from ckpt_fast.pipeline.host_buffer import host_buffers
+from ckpt_fast.pipeline.plan import FilePlan, cut_waves, file_prefix, item_records, plan_save
+from ckpt_fast.pipeline.stage import Staged, copied_nbytes, stage
 from ckpt_fast.pipeline.types import FileRecord, RankRecord, SaveReport, Shard
 from ckpt_fast.pipeline.write import write
 
@@ -37,6 +40,9 @@ class Save:
     ``stage`` and ``commit`` are collective; ``write`` is local and may run in another thread. The shards'
     memory must not change between ``stage`` and the end of ``write`` unless ``snapshot`` is set.
 
+    What is staged goes to a thread that writes it. State that does not fit the bound on host buffers is
+    staged in waves, each in files of its own: a wave is copied while the one before it is being written.
+
     Args:
         shards: what this rank saves. No two ranks save the same piece.
         directory: the checkpoint directory, the same on every rank; an older checkpoint in it is invalidated.
@@ -47,6 +53,8 @@ class Save:
         seal_files: name to content, published after ``.metadata`` in the order given; the last is the seal.
         planner_data: torch DCP's name to path mapping, None for Megatron-Core.
         snapshot: copy CPU tensors while staging, so that training may go on during ``write``.
+        host_buffer: bound on the host buffers in use, in bytes; None follows ``CKPT_FAST_HOST_BUFFER``.
+            With a bound smaller than the state ``stage`` waits for the writes of all but the last waves.
     """
 
     def __init__(
@@ -61,6 +69,7 @@ class Save:
         seal_files: Mapping[str, bytes] | None = None,
         planner_data: Mapping[str, Any] | None = None,
         snapshot: bool = False,
+        host_buffer: int | None = None,
     ) -> None:
         self.directory = os.fspath(directory)
         self.report = SaveReport(self.directory)
@@ -72,29 +81,31 @@ class Save:
         self._seal_files = dict(seal_files or {})
         self._planner_data = planner_data
         self._snapshot = snapshot
-        self._files: list[FilePlan] = []
-        self._staged: Staged | None = None
+        self._bound = host_buffer if host_buffer is not None else settings.host_buffer_bytes()
+        self._record = RankRecord([], [])
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="ckpt_fast-write")
+        self._waves: list[Future[None]] = []
         self._written: Outcome[RankRecord] | None = None
         self._started = time.perf_counter()
 
     def stage(self) -> None:
-        """Collective. Prepare the directory, plan, and bring the bytes to host memory.
+        """Collective. Prepare the directory, plan, bring the bytes to host memory, and begin to write them.
 
         On return the shards' owners may change them, if ``snapshot`` is set.
         """
         with self._timed("prepare"):
             self._group.decide(lambda: commit.invalidate(self.directory, self._keep_files))
-        outcome = self._group.attempt(self._plan_and_stage)
+        outcome = self._group.attempt(self._stage_waves)
         if outcome.error is not None:
             self._written = Outcome(outcome.rank, error=outcome.error)
+        self._writer.shutdown(wait=False)
         self._shards = ()
         self.report.stall_s = time.perf_counter() - self._started
 
     def write(self) -> None:
-        """Local. Write this rank's files; an error is kept for ``commit``, where all ranks raise it."""
-        if self._written is None:
-            self._written = self._group.attempt(self._encode_and_write)
-        self._staged = None
+        """Local. Return when this rank's files are written; ``commit`` raises what went wrong, everywhere."""
+        outcome = self._group.attempt(self._finish_writing)
+        self._written = self._written or outcome
 
     def commit(self) -> SaveReport:
         """Collective. Publish the checkpoint if every rank has written its part, else raise on every rank."""
@@ -108,28 +119,46 @@ class Save:
         logger.debug("saved %s", self.report)
         return self.report
 
-    def _plan_and_stage(self) -> None:
-        with self._timed("plan"):
-            self._files = plan_save(self._shards, file_prefix(self._group.global_rank), self._writers)
-        with self._timed("stage"):
-            self._staged = stage(self._files, self._snapshot)
+    def _stage_waves(self) -> None:
+        sizes = [copied_nbytes(shard, self._snapshot) for shard in self._shards]
+        fits = self._bound is None or sum(sizes) <= self._bound
+        allocated = host_buffers.allocated_nbytes
+        number = 0
+        # Two waves share the bound: one is copied while the other is being written.
+        for wave in cut_waves(self._shards, sizes, None if fits else (self._bound or 0) // 2):
+            with self._timed("plan"):
+                files = plan_save(wave, file_prefix(self._group.global_rank), self._writers, number)
+                number += len(files)
+            with self._timed("stage"):
+                staged = stage(files, self._snapshot, None if fits else self._bound)
+            self._waves.append(self._writer.submit(self._write_wave, files, staged))
+        self.report.host_memory_allocated = host_buffers.allocated_nbytes - allocated
+        if self._group.is_coordinator:
+            self._waves.append(self._writer.submit(self._write_common_files))
 
-    def _encode_and_write(self) -> RankRecord:
-        assert self._staged is not None, "write before stage"
-        with self._timed("encode"):
-            program = WriteProgram(self._files, self._staged)
-        with self._timed("write"):
-            files = write(program, self.directory)
-            if self._group.is_coordinator:
-                files += self._write_common_files()
-        self.report.files = len(files)
-        self.report.nbytes = sum(file.nbytes for file in files)
-        return RankRecord(item_records(self._files), files)
+    def _write_wave(self, files: Sequence[FilePlan], staged: Staged) -> None:
+        try:
+            if any(wave.done() and wave.exception() for wave in self._waves):
+                return  # the save has failed already
+            with self._timed("encode"):
+                program = WriteProgram(files, staged)
+            with self._timed("write"):
+                self._record.files.extend(write(program, self.directory))
+            self._record.items.extend(item_records(files))
+        finally:
+            staged.release()
 
-    def _write_common_files(self) -> list[FileRecord]:
+    def _write_common_files(self) -> None:
         for name, content in self._common_files.items():
             commit.write_file_atomic(os.path.join(self.directory, name), content)
-        return [file_record(name, content) for name, content in self._common_files.items()]
+            self._record.files.append(file_record(name, content))
+
+    def _finish_writing(self) -> RankRecord:
+        for wave in self._waves:
+            wave.result()
+        self.report.files = len(self._record.files)
+        self.report.nbytes = sum(file.nbytes for file in self._record.files)
+        return self._record
 
     def _publish(self, outcomes: Sequence[Outcome[RankRecord]]) -> None:
         records = [outcome.value for outcome in outcomes if outcome.value is not None]

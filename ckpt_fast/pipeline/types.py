@@ -91,6 +91,7 @@ class SaveReport:
         files: files this rank wrote.
         stall_s: how long training waited.
         seconds: from the call until the checkpoint was durable.
+        host_memory_allocated: bytes of host buffers that were new in this save; later saves use them again.
         steps: seconds spent in each step of the pipeline, by name.
     """
 
@@ -99,6 +100,7 @@ class SaveReport:
     files: int = 0
     stall_s: float = 0.0
     seconds: float = 0.0
+    host_memory_allocated: int = 0
     steps: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -107,7 +109,10 @@ class SaveReport:
         return self.nbytes / self.seconds / 1e9 if self.seconds else 0.0
 
     def __str__(self) -> str:
+        new_memory = ""
+        if self.host_memory_allocated:
+            new_memory = f", {self.host_memory_allocated / 1e6:.1f} MB of host buffers allocated for it"
         return (
             f"{self.nbytes / 1e6:.1f} MB in {self.files} files from this rank, durable after "
-            f"{self.seconds:.3f} s ({self.gb_per_s:.2f} GB/s)"
+            f"{self.seconds:.3f} s ({self.gb_per_s:.2f} GB/s){new_memory}"
         )
