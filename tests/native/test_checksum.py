@@ -8,9 +8,9 @@ import zlib
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from native_memory import Memory, noise
 
 from ckpt_fast import native
+from tests.native.memory import Memory, noise
 
 # native_impl is the same for all examples of a run, so its scope does no harm.
 both = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)

@@ -6,9 +6,9 @@ from __future__ import annotations
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from native_memory import Memory, noise
 
 from ckpt_fast import native
+from tests.native.memory import Memory, noise
 
 
 def interleaved(content: bytes, row_nbytes: int, block: int) -> bytes:

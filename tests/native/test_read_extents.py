@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from native_memory import Memory, column, noise
 
 from ckpt_fast import native
+from tests.native.memory import Memory, column, noise
 
 FILES = [noise(700_001, seed=1), noise(4096, seed=2), b"", noise(300_000, seed=3)]
 STREAMS = 4

@@ -10,9 +10,9 @@ import resource
 from contextlib import contextmanager
 
 import pytest
-from native_memory import WriteCase, column, noise
 
 from ckpt_fast import native
+from tests.native.memory import WriteCase, column, noise
 
 GOOD = {
     "paths": ["a", "b"],

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from native_memory import WriteCase, noise
+
+from tests.native.memory import WriteCase, noise
 
 STREAMS_PER_FILE = 3
 
