@@ -53,7 +53,9 @@ class ReadJob {
 };
 
 std::vector<uint32_t> ReadJob::run() {
-  parallel_for(plan_.transfers.size(), request_.threads, [this](size_t i) {
+  // As in the writer: a thread can copy out of its buffer while another waits for the device.
+  const bool direct = !plan_.transfers.empty() && input_of(plan_.transfers.front().file).direct();
+  parallel_for(plan_.transfers.size(), direct ? 2 * request_.threads : request_.threads, [this](size_t i) {
     const Transfer& transfer = plan_.transfers[i];
     InputFile& input = input_of(transfer.file);
     if (transfer.straight) {
