@@ -188,9 +188,10 @@ def _hf_config(target: str, fields: dict[str, Any]) -> Any:
     except ImportError as error:
         logger.warning("%s cannot be imported (%s): left out of the configuration", target, error)
         return None
-    if not isinstance(cls, type) or not _allowed(f"{cls.__module__}.", [_HF_PREFIX]):
-        raise _refusal(target, "it is not a class of transformers")
-    return cls.from_dict(fields.get("config_dict", {}))  # type: ignore[attr-defined]
+    theirs = isinstance(cls, type) and _allowed(f"{cls.__module__}.", [_HF_PREFIX])
+    if not theirs or not cls.__name__.endswith("Config") or not hasattr(cls, "from_dict"):
+        raise _refusal(target, "it is not a configuration of transformers")
+    return cls.from_dict(fields.get("config_dict", {}))
 
 
 def _locate(target: str) -> Any:

@@ -46,8 +46,8 @@ def to_dict(config: Any) -> dict[str, Any]:
 def to_yaml(config: Any) -> str:
     """The text of ``run_config.yaml`` for our container or Megatron Bridge's; never fails on a value."""
     described = _describe(config, _plain, ())
-    text = yaml.safe_dump(described, default_flow_style=False, sort_keys=False, allow_unicode=True)
-    return str(text)
+    # Escaped, because PyYAML writes some line breaks of Unicode as they are and reads them as spaces.
+    return str(yaml.safe_dump(described, default_flow_style=False, sort_keys=False, allow_unicode=False))
 
 
 def write_yaml(config: Any, path: str) -> None:

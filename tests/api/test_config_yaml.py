@@ -179,6 +179,7 @@ def test_any_object_can_be_written(tmp_path, caplog):
         b"\x00\xff",
         "multi\nline: {yaml}",
         "\udc80 undecodable",
+        "\x85 next line \u2028 separator",
         float("inf"),
         1e-30,
         torch.float8_e4m3fn,
@@ -316,7 +317,7 @@ def hostile(entry):
         {"_target_": "ckpt_fast.pipeline.commit.invalidate", "_partial_": True, "directory": "/"},
         {"_target_": "torch.serialization._open_file", "name": "PWNED", "mode": "w"},
         {"_target_": "torch..load", "_call_": False},
-        {"_target_": "transformers.os.system.from_dict"},
+        {"_target_": "transformers.pipeline.from_dict"},
     ],
     ids=lambda entry: entry["_target_"],
 )
