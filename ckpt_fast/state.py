@@ -21,14 +21,6 @@ _COUNTERS = ("step", "consumed_train_samples", "skipped_train_samples", "consume
 _FLOPS = "floating_point_operations_so_far"
 _FLAGS = ("do_train", "do_valid", "do_test")
 
-_restart_hooks: list[Callable[[], None]] = []
-
-
-def register_restart_hook(hook: Callable[[], None]) -> None:
-    """Call ``hook`` whenever a run starts over inside its process (``GlobalState.reset_for_restart``)."""
-    if hook not in _restart_hooks:
-        _restart_hooks.append(hook)
-
 
 @dataclass
 class TrainState:
@@ -255,8 +247,6 @@ class GlobalState:
             self._tensorboard_logger.close()
         self._release_signal_handler()
         self._clear_run()
-        for hook in _restart_hooks:
-            hook()
 
     def _release_signal_handler(self) -> None:
         if self._signal_handler is not None:

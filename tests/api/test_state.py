@@ -13,10 +13,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ckpt_fast import state as state_module
 from ckpt_fast.config import CheckpointConfig, ConfigContainer, LoggerConfig
 from ckpt_fast.signal_handler import DistributedSignalHandler
-from ckpt_fast.state import FaultToleranceState, GlobalState, TrainState, register_restart_hook
+from ckpt_fast.state import FaultToleranceState, GlobalState, TrainState
 from tests.helpers import run_ranks
 
 FULL = TrainState(
@@ -164,19 +163,6 @@ def test_restart_forgets_the_run_and_keeps_the_rest():
     assert state.fault_tolerance_state.seen_checkpoints_cnt == 3
     assert (state.train_state, state.tokenizer) == (TrainState(), None)
     assert state.timers is not timers
-
-
-def test_restart_calls_each_hook_once(monkeypatch):
-    monkeypatch.setattr(state_module, "_restart_hooks", [])
-    calls = []
-
-    def hook():
-        calls.append(1)
-
-    register_restart_hook(hook)
-    register_restart_hook(hook)
-    GlobalState().reset_for_restart()
-    assert calls == [1]
 
 
 # --- Loggers ---------------------------------------------------------------------------------------------
