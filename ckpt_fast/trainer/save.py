@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,32 @@ from ckpt_fast.trainer.state_dict import (
 
 _DATALOADER_STATE_SUBDIR = "energon"
 _ASYNC_FORMATS = ("torch_dist", "fsdp_dtensor")
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What is being trained, and how: the inputs of a save that its steps share."""
+
+    state: Any
+    model: list[Any]
+    optimizer: Any | None
+    scheduler: Any | None
+    iterator: Any | None
+    context: dict[str, Any] | None
+    pg_collection: Any
+    module_name: str | None
+
+    @property
+    def cfg(self) -> Any:
+        return self.state.cfg
+
+    @property
+    def ckpt_cfg(self) -> Any:
+        return self.state.cfg.checkpoint
+
+    @property
+    def is_async(self) -> bool:
+        return bool(self.ckpt_cfg.async_save)
 
 
 @dataclass(frozen=True)
@@ -107,77 +133,63 @@ def save_checkpoint(
         NotImplementedError: ``async_save`` with a format that cannot be saved in the background.
     """
     begin = time.perf_counter()
-    cfg, ckpt_cfg = state.cfg, state.cfg.checkpoint
-    context = checkpointing_context
-    if ckpt_cfg.async_save and not is_empty_async_queue(state):
+    run = _Run(
+        state,
+        megatron.unwrap_model(model),
+        optimizer,
+        opt_param_scheduler,
+        train_data_iterator,
+        checkpointing_context,
+        pg_collection or megatron.get_pg_collection(megatron.unwrap_model(model)),
+        module_name,
+    )
+    if run.is_async and not is_empty_async_queue(state):
         print_rank_0("WARNING: Starting a checkpoint save before previous has finished.")
     loggers.on_checkpointing_start(state)
-    model = megatron.unwrap_model(model)
-    pg_collection = pg_collection or megatron.get_pg_collection(model)
-    target = _choose_target(state, context, non_persistent_ckpt)
-    _announce(target, ckpt_cfg)
-    _save_beside(state, model, optimizer, train_data_iterator, target, pg_collection)
+    target = _choose_target(run, non_persistent_ckpt)
+    _announce(run, target)
+    _save_beside(run, target)
 
-    metadata = _build_sharded_state_dict_metadata(uses_distributed_optimizer(cfg), ckpt_cfg)
-    metadata["dp_cp_group"] = pg_collection.dp_cp
+    metadata = _content_metadata(run)
     state_dict, publication = ControlGroup().agree(
         lambda: (
-            prebuilt_state_dict
-            if prebuilt_state_dict is not None
-            else _collect(
-                state,
-                model,
-                optimizer,
-                opt_param_scheduler,
-                train_data_iterator,
-                metadata,
-                pg_collection,
-                module_name,
-            ),
+            _collect(run, metadata) if prebuilt_state_dict is None else prebuilt_state_dict,
             Publication(
                 state,
                 target.checkpoint_name,
                 target.save_dir,
                 num_floating_point_operations_so_far,
-                success_suffix=_rank_suffix(pg_collection, tensor_rank, pipeline_rank),
+                success_suffix=_rank_suffix(run.pg_collection, tensor_rank, pipeline_rank),
                 is_local=target.is_local,
             ),
         )
     )
     if prebuilt_state_dict is not None:
         print_rank_0("Using pre-built state dict (low-memory save)")
-    state_dict = _to_checkpoint_layout(state_dict, model, cfg)
-    request = _hand_over(
-        state, model, state_dict, context, target, metadata, pg_collection, preprocess_common_state_dict_fn
+    state_dict = _to_checkpoint_layout(run, state_dict)
+    request = _hand_over(run, target, state_dict, metadata, preprocess_common_state_dict_fn)
+    _finalize(
+        run,
+        request,
+        [
+            lambda: ControlGroup().decide(publication.publish),
+            lambda: _tell_loggers(run, target),
+            lambda: _fire_callbacks(run, callback_manager),
+            lambda: _retain(target, do_async=run.is_async),
+        ],
     )
-
-    def publish() -> None:
-        ControlGroup().decide(publication.publish)
-
-    finalizers: list[Callable[[], None]] = [
-        publish,
-        lambda: _tell_loggers(state, target),
-        lambda: _fire_callbacks(callback_manager, state, model, optimizer),
-        lambda: _retain(target, do_async=ckpt_cfg.async_save),
-    ]
-    for finalizer in finalizers:
-        if ckpt_cfg.async_save:
-            request.add_finalize_fn(finalizer)
-        else:
-            finalizer()
-    if ckpt_cfg.async_save:
-        schedule_async_save(state, request)
+    if run.is_async:
         print_rank_0(
             f"  scheduled an async checkpoint save at iteration {target.step:7d} to {target.save_dir}"
         )
     loggers.on_checkpointing_end(global_state=state, is_async_finalization=False)
     _report_stall(request, time.perf_counter() - begin)
-    if not ckpt_cfg.async_save:
+    if not run.is_async:
         barrier_if_distributed()
 
 
-def _choose_target(state: Any, context: dict[str, Any] | None, non_persistent: bool) -> _Target:
-    ckpt_cfg, step = state.cfg.checkpoint, state.train_state.step
+def _choose_target(run: _Run, non_persistent: bool) -> _Target:
+    ckpt_cfg, context, step = run.ckpt_cfg, run.context, run.state.train_state.step
     if not non_persistent:
         keep = ckpt_cfg.most_recent_k
         return _Target(CheckpointType.GLOBAL, ckpt_cfg.save, step, None if keep is None or keep < 0 else keep)
@@ -198,39 +210,35 @@ def _choose_target(state: Any, context: dict[str, Any] | None, non_persistent: b
     raise ValueError(f"Invalid non_persistent_ckpt_type: {kind!r}. Must be 'local' or 'global'.")
 
 
-def _announce(target: _Target, ckpt_cfg: Any) -> None:
-    label = "torch" if target.is_local else ckpt_cfg.ckpt_format
+def _announce(run: _Run, target: _Target) -> None:
+    ckpt_format = run.ckpt_cfg.ckpt_format
+    label = "torch" if target.is_local else ckpt_format
     print_rank_0(f"saving checkpoint at iteration {target.step:7d} to {target.save_dir} in {label} format")
-    if ckpt_cfg.async_save and not target.is_local and ckpt_cfg.ckpt_format not in _ASYNC_FORMATS:
+    if run.is_async and not target.is_local and ckpt_format not in _ASYNC_FORMATS:
         raise NotImplementedError(
-            f"async_save is not available for ckpt_format {ckpt_cfg.ckpt_format!r}; use {_ASYNC_FORMATS}"
+            f"async_save is not available for ckpt_format {ckpt_format!r}; use {_ASYNC_FORMATS}"
         )
 
 
-def _save_beside(
-    state: Any, model: list[Any], optimizer: Any, iterator: Any, target: _Target, pg_collection: Any
-) -> None:
+def _save_beside(run: _Run, target: _Target) -> None:
     """What is stored next to the checkpoint rather than in it."""
-    path = getattr(state.cfg.dataset, "dataloader_save", None)
-    save_root = state.cfg.checkpoint.save
-    if path is None and save_root and hasattr(getattr(iterator, "iterable", None), "save_state"):
+    path = getattr(run.cfg.dataset, "dataloader_save", None)
+    save_root = run.ckpt_cfg.save
+    if path is None and save_root and hasattr(getattr(run.iterator, "iterable", None), "save_state"):
         path = os.path.join(save_root, _DATALOADER_STATE_SUBDIR)
-    maybe_save_dataloader_state(model, iterator, target.step, path, pg_collection=pg_collection)
+    maybe_save_dataloader_state(run.model, run.iterator, target.step, path, pg_collection=run.pg_collection)
     if target.is_local:
-        save_layer_wise_optimizer(optimizer, target.save_dir, pg_collection)
+        save_layer_wise_optimizer(run.optimizer, target.save_dir, run.pg_collection)
 
 
-def _collect(
-    state: Any,
-    model: list[Any],
-    optimizer: Any | None,
-    scheduler: Any | None,
-    iterator: Any | None,
-    metadata: dict[str, Any],
-    pg_collection: Any,
-    module_name: str | None,
-) -> dict[str, Any]:
-    cfg, ckpt_cfg = state.cfg, state.cfg.checkpoint
+def _content_metadata(run: _Run) -> dict[str, Any]:
+    metadata = _build_sharded_state_dict_metadata(uses_distributed_optimizer(run.cfg), run.ckpt_cfg)
+    metadata["dp_cp_group"] = run.pg_collection.dp_cp
+    return metadata
+
+
+def _collect(run: _Run, metadata: dict[str, Any]) -> dict[str, Any]:
+    ckpt_cfg = run.ckpt_cfg
     if "distrib_optim_sharding_type" in metadata:
         print_rank_0(
             f"Storing distributed optimizer sharded state of type {metadata['distrib_optim_sharding_type']}"
@@ -238,51 +246,48 @@ def _collect(
     rng_state = None
     if ckpt_cfg.save_rng:
         rng_state = get_rng_state(
-            data_parallel_random_init=cfg.rng.data_parallel_random_init,
+            data_parallel_random_init=run.cfg.rng.data_parallel_random_init,
             ckpt_format=ckpt_cfg.ckpt_format,
-            pg_collection=pg_collection,
-            module_name=module_name,
+            pg_collection=run.pg_collection,
+            module_name=run.module_name,
         )
     rerun_state = megatron.get_rerun_state_machine().state_dict(
-        data_iterator=iterator, ckpt_format=ckpt_cfg.ckpt_format
+        data_iterator=run.iterator, ckpt_format=ckpt_cfg.ckpt_format
     )
     return generate_state_dict(
         ckpt_cfg,
-        model,
-        optimizer,
-        scheduler,
+        run.model,
+        run.optimizer,
+        run.scheduler,
         rng_state,
-        iteration=state.train_state.step,
+        iteration=run.state.train_state.step,
         optim_sd_kwargs={"metadata": metadata},
         model_sd_kwargs={"metadata": metadata},
         rerun_state=rerun_state,
-        pg_collection=pg_collection,
+        pg_collection=run.pg_collection,
     )
 
 
-def _to_checkpoint_layout(state_dict: dict[str, Any], model: list[Any], cfg: Any) -> dict[str, Any]:
+def _to_checkpoint_layout(run: _Run, state_dict: dict[str, Any]) -> dict[str, Any]:
     """GLU rows contiguous, as every checkpoint has them, and adapters only, if that is what is trained."""
-    routed, shared = _get_model_glu_interleave_sizes(model, cfg)
+    routed, shared = _get_model_glu_interleave_sizes(run.model, run.cfg)
     if routed is not None or shared is not None:
         print_rank_0(f"[GLU Interleaving] De-interleaving for the checkpoint (sizes {routed}, {shared})")
-        use_megatron_fsdp = bool(getattr(cfg.ddp, "use_megatron_fsdp", False))
+        use_megatron_fsdp = bool(getattr(run.cfg.ddp, "use_megatron_fsdp", False))
         for section in sorted(filter(_is_model_section, state_dict)):
             state_dict[section] = _process_state_dict_for_model_glu_interleaving(
                 state_dict[section], routed, shared, interleave=False, use_megatron_fsdp=use_megatron_fsdp
             )
-    if cfg.peft is not None:
-        state_dict = apply_peft_adapter_filter_to_state_dict(state_dict, cfg.peft)
+    if run.cfg.peft is not None:
+        state_dict = apply_peft_adapter_filter_to_state_dict(state_dict, run.cfg.peft)
     return state_dict
 
 
 def _hand_over(
-    state: Any,
-    model: list[Any],
-    state_dict: dict[str, Any],
-    context: dict[str, Any] | None,
+    run: _Run,
     target: _Target,
+    state_dict: dict[str, Any],
     metadata: dict[str, Any],
-    pg_collection: Any,
     preprocess_common: Callable[[dict[str, Any]], dict[str, Any]] | None,
 ) -> Any:
     """Give the state dict to the door of its format.
@@ -291,13 +296,13 @@ def _hand_over(
         With ``async_save`` the request to schedule. Otherwise the data is durable everywhere, and the
         SaveReport is returned where the format has one.
     """
-    ckpt_cfg = state.cfg.checkpoint
+    ckpt_cfg = run.ckpt_cfg
     if target.is_local:
-        assert context is not None
-        return save_local(state, state_dict, context, target.step, pg_collection)
+        assert run.context is not None
+        return save_local(run.state, state_dict, run.context, target.step, run.pg_collection)
     if ckpt_cfg.ckpt_format == "fsdp_dtensor":
-        return save_fsdp_dtensor(state.cfg, model, state_dict, target.checkpoint_name)
-    strategy, validate = _save_strategy(ckpt_cfg, model, context, pg_collection)
+        return save_fsdp_dtensor(run.cfg, run.model, state_dict, target.checkpoint_name)
+    strategy, validate = _save_strategy(run)
     job = megatron_core.start_save(
         state_dict,
         target.checkpoint_name,
@@ -305,33 +310,31 @@ def _hand_over(
         validate_access_integrity=validate,
         preprocess_common_before_consistency_check=preprocess_common,
         content_metadata=megatron.clean_metadata_for_serialization(metadata),
-        snapshot=ckpt_cfg.async_save,
+        snapshot=run.is_async,
     )
     result: SaveHandle | SaveReport
-    if ckpt_cfg.async_save:
+    if run.is_async:
         result = SaveHandle(job)
     else:
         job.write()
         result = job.commit()
-    dist_cfg = state.cfg.dist
-    if model and not (dist_cfg and getattr(dist_cfg, "use_decentralized_pg", False)):
-        megatron.save_sharded_modelopt_state(model, target.checkpoint_name, (ckpt_cfg.ckpt_format, 1))
+    if run.model and not getattr(run.cfg.dist, "use_decentralized_pg", False):
+        megatron.save_sharded_modelopt_state(run.model, target.checkpoint_name, (ckpt_cfg.ckpt_format, 1))
     return result
 
 
-def _save_strategy(
-    ckpt_cfg: Any, model: list[Any], context: dict[str, Any] | None, pg_collection: Any
-) -> tuple[Any, bool]:
+def _save_strategy(run: _Run) -> tuple[Any, bool]:
     """The strategy, kept in the context between saves, and whether the sharding still needs validation."""
+    ckpt_cfg, context, dp_cp = run.ckpt_cfg, run.context, run.pg_collection.dp_cp
     if context is not None and "save_strategy" in context:
         return context["save_strategy"], not ckpt_cfg.ckpt_assume_constant_structure
     strategy: Any = megatron_core.FastSaveStrategy(thread_count=ckpt_cfg.storage_writers_per_rank)
     validate = True
-    if ckpt_cfg.fully_parallel_save and not isinstance(pg_collection.dp_cp, megatron.SoloGroup):
+    if ckpt_cfg.fully_parallel_save and not isinstance(dp_cp, megatron.SoloGroup):
         strategy = megatron.FullyParallelSaveStrategyWrapper(
-            strategy, pg_collection.dp_cp, ckpt_cfg.ckpt_assume_constant_structure
+            strategy, dp_cp, ckpt_cfg.ckpt_assume_constant_structure
         )
-    elif not ckpt_cfg.fully_parallel_save and len(model) == 1 and hasattr(model[0], "mimo_config"):
+    elif not ckpt_cfg.fully_parallel_save and len(run.model) == 1 and hasattr(run.model[0], "mimo_config"):
         # Modules of a multi-module model live on disjoint ranks; no rank sees the whole sharding.
         validate = False
     if context is not None:
@@ -339,17 +342,30 @@ def _save_strategy(
     return strategy, validate
 
 
-def _tell_loggers(state: Any, target: _Target) -> None:
+def _finalize(run: _Run, request: Any, finalizers: Sequence[Callable[[], None]]) -> None:
+    """Run the finalizers now that the data is durable, or leave them to the request that is scheduled."""
+    if not run.is_async:
+        for finalizer in finalizers:
+            finalizer()
+        return
+    for finalizer in finalizers:
+        request.add_finalize_fn(finalizer)
+    schedule_async_save(run.state, request)
+
+
+def _tell_loggers(run: _Run, target: _Target) -> None:
     if not target.is_local and is_last_rank():
-        loggers.on_save_checkpoint_success(state, target.checkpoint_name, target.save_dir, target.step)
+        loggers.on_save_checkpoint_success(run.state, target.checkpoint_name, target.save_dir, target.step)
 
 
-def _fire_callbacks(manager: Any | None, state: Any, model: list[Any], optimizer: Any | None) -> None:
+def _fire_callbacks(run: _Run, manager: Any | None) -> None:
     if should_fire(manager, "on_checkpoint_save"):
         assert manager is not None
         manager.fire(
             "on_checkpoint_save",
-            CallbackContext(state=state, model=model, user_state=manager.user_state, optimizer=optimizer),
+            CallbackContext(
+                state=run.state, model=run.model, user_state=manager.user_state, optimizer=run.optimizer
+            ),
         )
 
 
