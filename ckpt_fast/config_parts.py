@@ -7,6 +7,8 @@ import importlib.util
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ckpt_fast.config_yaml import SECRET
+
 
 @dataclass(kw_only=True)
 class TokenizerConfig:
@@ -73,7 +75,8 @@ class LoggerConfig:
     comet_project: str | None = None
     comet_experiment_name: str | None = None
     comet_workspace: str | None = None
-    comet_api_key: str | None = field(default=None, repr=False)
+    comet_api_key: str | None = field(default=None, repr=False, metadata={SECRET: True})
+    """Never written to a checkpoint or shown; ``COMET_API_KEY`` in the environment serves as well."""
     comet_tags: list[str] | None = None
 
     def finalize(self) -> None:

@@ -29,6 +29,9 @@ from ckpt_fast.pipeline.commit import write_file_atomic
 
 logger = logging.getLogger(__name__)
 
+# In a dataclass field's metadata: the value is not to be written anywhere.
+SECRET = "ckpt_fast_secret"
+
 _TYPE, _REPR = "_type_", "_repr_"
 _REPR_LIMIT = 200
 _T = TypeVar("_T")
@@ -37,7 +40,7 @@ _T = TypeVar("_T")
 def to_dict(config: Any) -> dict[str, Any]:
     """``config`` (a dataclass, or an object that describes itself) as nested dicts; leaves as they are.
 
-    Fields whose names begin with an underscore are left out.
+    Secrets, and fields whose names begin with an underscore, are left out.
     """
     described: dict[str, Any] = _describe(config, _keep, ())
     return described
@@ -133,7 +136,8 @@ def _items(value: Any) -> dict[Any, Any] | None:
             own = getattr(value, method)()
             return own if isinstance(own, dict) else None
     if dataclasses.is_dataclass(value):
-        names = [item.name for item in dataclasses.fields(value) if not item.name.startswith("_")]
+        shown = [item for item in dataclasses.fields(value) if not item.metadata.get(SECRET)]
+        names = [item.name for item in shown if not item.name.startswith("_")]
         # A field that was deleted, or declared with init=False and never set, has no value to write.
         return {TARGET: _class_name(value)} | {n: getattr(value, n) for n in names if hasattr(value, n)}
     return value if isinstance(value, dict) else None

@@ -228,5 +228,7 @@ def test_logger_config_names_missing_packages():
         LoggerConfig(wandb_project="x").finalize()
 
 
-def test_secrets_stay_out_of_reprs():
-    assert "s3cret" not in repr(LoggerConfig(comet_api_key="s3cret"))
+def test_secrets_stay_where_they_are(tmp_path):
+    cfg = ConfigContainer(logger=LoggerConfig(comet_api_key="s3cret"))
+    cfg.to_yaml(str(tmp_path / "run_config.yaml"))
+    assert "s3cret" not in repr(cfg) + str(cfg.to_dict()) + (tmp_path / "run_config.yaml").read_text()
