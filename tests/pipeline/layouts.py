@@ -74,7 +74,8 @@ def raw_bytes(tensor: torch.Tensor) -> bytes:
     """The tensor's elements in row-major order; equal bytes are equal tensors, NaNs included."""
     if not tensor.numel():
         return b""
-    return bytes(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    flat = tensor.clone(memory_format=torch.contiguous_format).reshape(-1)
+    return bytes(flat.view(torch.uint8).numpy().tobytes())
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:

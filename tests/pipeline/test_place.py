@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Boxes as runs of bytes, against numpy's slicing."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ckpt_fast.pipeline.place import Box, is_addressable, runs
+from ckpt_fast.pipeline.types import Extent
+from tests.pipeline.layouts import Region, boxes, shapes
+
+
+@st.composite
+def regions_of_pieces(draw: st.DrawFn) -> tuple[tuple[int, ...], Region]:
+    sizes = draw(shapes)
+    return sizes, draw(boxes(sizes).filter(lambda region: 0 not in region.sizes))
+
+
+def piece_of(sizes: tuple[int, ...]) -> np.ndarray:
+    return np.arange(math.prod(sizes), dtype=np.int32).reshape(sizes)
+
+
+@given(regions_of_pieces())
+def test_runs_are_the_region_in_row_major_order(case: tuple[tuple[int, ...], Region]) -> None:
+    sizes, region = case
+    piece = piece_of(sizes)
+    box = Box(sizes, region.offsets, region.sizes, 4)
+    offsets = list(box.run_offsets())
+    assert len(offsets) * box.run_nbytes == math.prod(region.sizes) * 4
+    flat = piece.tobytes()
+    joined = b"".join(flat[offset : offset + box.run_nbytes] for offset in offsets)
+    assert joined == np.ascontiguousarray(piece[region_slices(region)]).tobytes()
+    assert box.is_whole == (sizes == region.sizes)
+
+
+@given(regions_of_pieces())
+def test_runs_do_not_touch(case: tuple[tuple[int, ...], Region]) -> None:
+    """Two runs that touched could have been one."""
+    sizes, region = case
+    box = Box(sizes, region.offsets, region.sizes, 4)
+    starts = set(box.run_offsets())
+    assert not starts & {start + box.run_nbytes for start in starts}
+
+
+@given(regions_of_pieces())
+def test_rows_hold_the_region_and_little_else(case: tuple[tuple[int, ...], Region]) -> None:
+    sizes, region = case
+    piece = piece_of(sizes)
+    offset, rows = Box(sizes, region.offsets, region.sizes, 4).rows()
+    nbytes = math.prod(rows.sizes) * 4
+    read = np.frombuffer(piece.tobytes()[offset : offset + nbytes], np.int32).reshape(rows.sizes)
+    inside = tuple(slice(a, a + n) for a, n in zip(rows.start, rows.shape, strict=True))
+    np.testing.assert_array_equal(read[inside], piece[region_slices(region)])
+    if sizes:
+        assert rows.sizes[0] == region.sizes[0], "rows nobody asked for"
+
+
+@given(regions_of_pieces(), st.integers(0, 3), st.booleans())
+def test_copying_runs_fills_any_destination_they_fit(
+    case: tuple[tuple[int, ...], Region], pad: int, swap: bool
+) -> None:
+    sizes, region = case
+    piece = piece_of(sizes)
+    padded = [n + pad for n in region.sizes]
+    destination = torch.full(padded[::-1] if swap else padded, -1, dtype=torch.int32)
+    if swap:
+        destination = destination.permute(*reversed(range(len(sizes)))) if sizes else destination
+    for dimension, size in enumerate(region.sizes):
+        destination = destination.narrow(dimension, pad // 2, size)
+    box = Box(sizes, region.offsets, region.sizes, 4)
+    expected = piece[region_slices(region)]
+    if not box.fits_runs(destination):
+        assert not destination.is_contiguous()
+        return
+    source = piece.tobytes()
+    for extent, address in runs(box, Extent("file", 1000, len(source)), destination):
+        begin = extent.offset - 1000
+        ctypes.memmove(address, source[begin : begin + extent.nbytes], extent.nbytes)
+    np.testing.assert_array_equal(destination.numpy(), expected)
+
+
+def region_slices(region: Region) -> tuple[slice, ...]:
+    return tuple(slice(a, a + n) for a, n in zip(region.offsets, region.sizes, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("tensor", "expected"),
+    [
+        (torch.zeros(2, 3), True),
+        (torch.zeros(2, 3).t(), True),
+        (torch.zeros(2, dtype=torch.complex64).conj(), False),
+        (torch.zeros(2, dtype=torch.complex64).conj().imag, False),
+        (torch.zeros(2, 3).to_sparse(), False),
+        (torch.zeros(2, device="meta"), False),
+    ],
+    ids=["plain", "transposed", "conj", "negative", "sparse", "meta"],
+)
+def test_addressable(tensor: torch.Tensor, expected: bool) -> None:
+    assert is_addressable(tensor) is expected
