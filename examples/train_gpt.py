@@ -45,7 +45,12 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 
-from ckpt_fast.checkpointing import load_checkpoint, maybe_finalize_async_save, save_checkpoint
+from ckpt_fast.checkpointing import (
+    init_checkpointing_context,
+    load_checkpoint,
+    maybe_finalize_async_save,
+    save_checkpoint,
+)
 from ckpt_fast.config import CheckpointConfig, ConfigContainer, RNGConfig
 from ckpt_fast.pipeline.save import last_report
 from ckpt_fast.pipeline.types import SaveReport
@@ -297,6 +302,7 @@ def build_state(args: argparse.Namespace, model: list[DistributedDataParallel]) 
             save_interval=args.save_interval,
             async_save=args.async_save,
             async_strategy="mcore",
+            ckpt_assume_constant_structure=True,  # plan the first save, reuse its plan for the others
         ),
     )
     state.initialize_async_checkpoint_worker()
@@ -308,10 +314,11 @@ def train(args: argparse.Namespace, device: torch.device, log: RunLog) -> None:
     model = build_model(args, device)
     optimizer, scheduler = build_optimizer(args, model)
     state = build_state(args, model)
+    context = init_checkpointing_context(state.cfg.checkpoint)
     text = ByteText(args.text, args.seq_length, args.seed)
     saves = SaveLog(log)
     if args.load:
-        load_checkpoint(state, model, optimizer, scheduler)
+        load_checkpoint(state, model, optimizer, scheduler, checkpointing_context=context)
     position = state.train_state
     log.write(f"starting at step {position.step}", start=position.step)
 
@@ -330,7 +337,14 @@ def train(args: argparse.Namespace, device: torch.device, log: RunLog) -> None:
         )
         maybe_finalize_async_save(state, state.cfg.checkpoint)
         if args.save and position.step % args.save_interval == 0:
-            save_checkpoint(state, model, optimizer, scheduler, num_floating_point_operations_so_far=0)
+            save_checkpoint(
+                state,
+                model,
+                optimizer,
+                scheduler,
+                num_floating_point_operations_so_far=0,
+                checkpointing_context=context,
+            )
         saves.poll()
     maybe_finalize_async_save(state, state.cfg.checkpoint, blocking=True, terminate=True)
     saves.poll()
