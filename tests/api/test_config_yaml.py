@@ -188,7 +188,7 @@ def test_any_object_can_be_written(tmp_path, caplog):
         torch.tanh,
         torch.nn.Linear,
     ],
-    ids=repr,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_values_come_back(value, tmp_path):
     path = str(tmp_path / "c.yaml")
