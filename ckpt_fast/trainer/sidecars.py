@@ -54,6 +54,14 @@ _HF_TOKENIZERS = ("HuggingFaceTokenizer", "MultimodalTokenizer")
 # --- Data loader -----------------------------------------------------------------------------------------
 
 
+def can_save_position(train_iterator: Any) -> bool:
+    """Whether the iterator, or each of a list of them, can give its position."""
+    iterators = _iterators(train_iterator)
+    return bool(iterators) and all(
+        hasattr(getattr(each, "iterable", None), "save_state") for each in iterators
+    )
+
+
 def maybe_save_dataloader_state(
     model: list[MegatronModule] | MegatronModule,
     train_iterator: Any,
@@ -83,8 +91,7 @@ def maybe_save_dataloader_state(
     iterators = _iterators(train_iterator)
     if not iterators or not dataloader_save_path:
         return
-    iterables: list[Any] = [getattr(each, "iterable", None) for each in iterators]
-    if not all(hasattr(iterable, "save_state") for iterable in iterables):
+    if not can_save_position(train_iterator):
         raise RuntimeError(
             f"Could not find a save_state in the train dataloader {type(train_iterator).__name__}; give its "
             "iterable a save_state method or unset dataset.dataloader_save"
@@ -95,7 +102,7 @@ def maybe_save_dataloader_state(
     print_rank_0(f"saving dataloader checkpoint at iteration {iteration} to {dataloader_save_path}")
     data_parallel = _DataParallel(groups.dp)
     path = _dataloader_file(dataloader_save_path, iteration, data_parallel.rank)
-    data = data_parallel.agree(lambda: _serialise([iterable.save_state() for iterable in iterables]))
+    data = data_parallel.agree(lambda: _serialise([each.iterable.save_state() for each in iterators]))
     data_parallel.decide(lambda: _prepare_directory(os.path.dirname(path)))
     data_parallel.agree(lambda: write_file(path, data))
 
