@@ -30,7 +30,7 @@ from ckpt_fast.trainer.publish import Publication
 from ckpt_fast.trainer.ranks import barrier_if_distributed, is_last_rank, print_rank_0
 from ckpt_fast.trainer.retention import cleanup_old_non_persistent_checkpoint
 from ckpt_fast.trainer.rng import get_rng_state
-from ckpt_fast.trainer.sidecars import maybe_save_dataloader_state
+from ckpt_fast.trainer.sidecars import can_save_position, maybe_save_dataloader_state
 from ckpt_fast.trainer.state_dict import (
     _build_sharded_state_dict_metadata,
     _is_model_section,
@@ -224,11 +224,17 @@ def _save_beside(run: _Run, target: _Target) -> None:
     """What is stored next to the checkpoint rather than in it."""
     path = getattr(run.cfg.dataset, "dataloader_save", None)
     save_root = run.ckpt_cfg.save
-    if path is None and save_root and hasattr(getattr(run.iterator, "iterable", None), "save_state"):
+    if path is None and save_root and can_save_position(run.iterator):
         path = os.path.join(save_root, _DATALOADER_STATE_SUBDIR)
-    maybe_save_dataloader_state(run.model, run.iterator, target.step, path, pg_collection=run.pg_collection)
-    if target.is_local:
-        save_layer_wise_optimizer(run.optimizer, target.save_dir, run.pg_collection)
+
+    def save_beside() -> None:
+        maybe_save_dataloader_state(
+            run.model, run.iterator, target.step, path, pg_collection=run.pg_collection
+        )
+        if target.is_local:
+            save_layer_wise_optimizer(run.optimizer, target.save_dir, run.pg_collection)
+
+    ControlGroup().agree(save_beside)
 
 
 def _content_metadata(run: _Run) -> dict[str, Any]:
