@@ -110,6 +110,8 @@ class Run:
         self._checkpoint = checkpoint
 
     def __enter__(self) -> Run:
+        # Fills what torch.empty returns: padding in optimizer buckets is part of a checkpoint, too.
+        torch.use_deterministic_algorithms(True)
         with megatron_on_cpu():
             parallel_state.initialize_model_parallel(tensor_model_parallel_size=self.setup.tp)
             megatron_random.initialize_rng_tracker(force_reset=True)
@@ -135,6 +137,7 @@ class Run:
         return self
 
     def __exit__(self, *_: object) -> None:
+        torch.use_deterministic_algorithms(False)
         parallel_state.destroy_model_parallel()
         megatron_random.initialize_rng_tracker(force_reset=True)
 
@@ -173,7 +176,7 @@ class Run:
 
     def save(self, **options: Any) -> None:
         """``save_checkpoint`` of this run; options are its keyword arguments."""
-        self.state.train_state.floating_point_operations_so_far = FLOPS
+        self.state.train_state.floating_point_operations_so_far = float(FLOPS)
         with self._whatever_megatron_needs():
             save_checkpoint(self.state, self.model, self.optimizer, self.scheduler, FLOPS, **options)
 

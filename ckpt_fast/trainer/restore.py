@@ -99,7 +99,11 @@ def restore_optimizer(
                 _restore_step_counts(optimizer)
         if scheduler is not None:
             key = "lr_scheduler" if "lr_scheduler" in state_dict else "opt_param_scheduler"
-            scheduler.load_state_dict(state_dict[key])
+            saved = state_dict[key]
+            if hasattr(scheduler, "num_steps"):
+                # Megatron-Core's adds the saved steps to those it has taken.
+                scheduler.num_steps = 0
+            scheduler.load_state_dict(saved)
     except KeyError as error:
         print_rank_0(
             f"Unable to load the optimizer from the checkpoint: {error} is missing. Set load_optim=False or "

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One run saved by every writer, and what each reader makes of it. These functions run on the ranks."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+
+from ckpt_fast import megatron
+from ckpt_fast.doors import megatron_core
+from ckpt_fast.trainer.trackers import publish_trackers, snapshot_train_state, write_train_state
+from tests.models import FLOPS, Run, Setup, differences, identical, megatron_on_cpu, other
+
+STEP = 2
+# Which code wrote a checkpoint: save_checkpoint, stock dist_checkpointing, stock with FastSaveStrategy.
+WRITERS = ("ours", "stock", "strategy")
+
+
+def iteration(root: str | Path, writer: str) -> str:
+    """The directory of the only checkpoint that ``writer`` wrote."""
+    return os.path.join(root, writer, f"iter_{STEP:07d}")
+
+
+def save_with_all(rank: int, setup: Setup, root: str, writers: tuple[str, ...] = WRITERS) -> None:
+    """Train and save the same state with each writer; keep beside it what readers must find."""
+    with Run(setup, save=os.path.join(root, "ours")) as run:
+        run.train(STEP)
+        run.state.train_state.floating_point_operations_so_far = float(FLOPS)
+        with megatron_on_cpu():
+            values = values_of(run.sharded_state_dict())
+        torch.save({"values": values, "run": run.fingerprint()}, os.path.join(root, f"expected_{rank}.pt"))
+        if "ours" in writers:
+            run.save()
+        if "stock" in writers:
+            save_with_stock(run, os.path.join(root, "stock"), None)
+        if "strategy" in writers:
+            save_with_stock(run, os.path.join(root, "strategy"), megatron_core.FastSaveStrategy())
+
+
+def save_with_stock(run: Run, root: str, strategy: Any) -> None:
+    """What a trainer does around ``dist_checkpointing.save``; ``strategy`` None is the stock one."""
+    directory = os.path.join(root, f"iter_{run.state.train_state.step:07d}")
+    os.makedirs(directory, exist_ok=True)
+    torch.distributed.barrier()
+    strategy = strategy or megatron.TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
+    if run.setup.parallel_save:
+        group = megatron.get_pg_collection(run.model).dp_cp
+        strategy = megatron.FullyParallelSaveStrategyWrapper(strategy, group)
+    with megatron_on_cpu():
+        dist_checkpointing.save(
+            run.sharded_state_dict(), directory, strategy, content_metadata=run.content_metadata()
+        )
+    if torch.distributed.get_rank() == 0:
+        run.state.cfg.to_yaml(os.path.join(directory, "run_config.yaml"))
+        train_state = snapshot_train_state(run.state.train_state, FLOPS)
+        write_train_state(os.path.join(directory, "train_state.pt"), train_state)
+        publish_trackers(root, run.state.train_state.step, train_state)
+    torch.distributed.barrier()
+
+
+def read_all(rank: int, setup: Setup, root: str) -> dict[tuple[str, str], list[str]]:
+    """Load what each writer wrote with each reader into another run: (writer, reader) to what differs.
+
+    Nothing of megatron-core or torch is replaced while loading.
+    """
+    expected = _expected(rank, root)["values"]
+    wrong = {}
+    with Run(other(setup)) as run:
+        for writer, (reader, load) in itertools.product(WRITERS, READERS.items()):
+            run.train(1)  # which leaves nothing of what was loaded before
+            with megatron_on_cpu():
+                scaffold = run.sharded_state_dict(is_loading=True)
+            assert not torch.overrides._get_current_function_mode_stack()
+            wrong[writer, reader] = _wrong(expected, load(scaffold, iteration(root, writer)))
+    return wrong
+
+
+READERS: dict[str, Callable[[dict[str, Any], str], dict[str, Any]]] = {
+    "stock": dist_checkpointing.load,
+    "strategy": lambda scaffold, path: dist_checkpointing.load(
+        scaffold, path, megatron_core.FastLoadStrategy()
+    ),
+    "door": megatron_core.load,
+}
+
+
+def resume_all(rank: int, setup: Setup, root: str) -> dict[str, list[str]]:
+    """Resume another run with ``load_checkpoint`` from what each writer wrote: writer to what differs."""
+    expected = _expected(rank, root)["run"]
+    wrong = {}
+    with Run(other(setup)) as run:
+        for writer in WRITERS:
+            run.train(1)
+            run.checkpoint.load = os.path.join(root, writer)
+            assert run.load() == (STEP, FLOPS)
+            wrong[writer] = differences(expected, run.fingerprint())
+    return wrong
+
+
+def _expected(rank: int, root: str) -> dict[str, Any]:
+    # Our own file of a moment ago: RNG states are tuples and arrays.
+    return torch.load(os.path.join(root, f"expected_{rank}.pt"), weights_only=False)  # type: ignore[no-any-return]
+
+
+class NotSaved:
+    """Stands for a value that a checkpoint does not hold: each run keeps its own."""
+
+
+def values_of(sharded_state_dict: Any) -> Any:
+    """The plain values of a sharded state dict, as loading it must give them back."""
+    if isinstance(sharded_state_dict, dict):
+        return {key: values_of(value) for key, value in sharded_state_dict.items()}
+    if isinstance(sharded_state_dict, list):
+        return [values_of(value) for value in sharded_state_dict]
+    if isinstance(sharded_state_dict, megatron.LocalNonpersistentObject):
+        return NotSaved
+    if isinstance(sharded_state_dict, (megatron.ShardedBase, megatron.ShardedTensorFactory)):
+        data = sharded_state_dict.data
+        return data.detach().clone() if isinstance(data, torch.Tensor) else data
+    return sharded_state_dict
+
+
+def _wrong(expected: Any, found: Any, name: str = "") -> list[str]:
+    """Names of the values of ``expected`` that ``found`` lacks or has otherwise."""
+    if isinstance(expected, (dict, list)) and type(expected) is type(found):
+        keys = expected if isinstance(expected, dict) else range(len(expected))
+        if isinstance(expected, dict) or len(expected) == len(found):
+            return [
+                wrong for key in keys for wrong in _wrong(expected[key], _item(found, key), f"{name}.{key}")
+            ]
+    return [] if expected is NotSaved or identical(expected, found) else [name]
+
+
+def _item(container: Any, key: Any) -> Any:
+    return container.get(key, NotSaved) if isinstance(container, dict) else container[key]

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints of ours and of stock megatron-core, each read by the other, to the last bit."""
+
+from __future__ import annotations
+
+import io
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from tests.helpers import run_ranks
+from tests.interop import saved
+from tests.models import Setup, identical
+
+LAYOUTS = {
+    "1-rank": (1, Setup()),
+    "1-rank-distributed": (1, Setup(distributed=True, bf16=True)),
+    "dp2": (2, Setup(bf16=True)),
+    "dp2-distributed": (2, Setup(distributed=True, bf16=True)),
+    "dp2-reshardable": (2, Setup(distributed=True, reshardable=True, parallel_save=False)),
+    "tp2": (2, Setup(tp=2, parallel_save=False)),
+    "tp2-distributed": (2, Setup(tp=2, distributed=True)),
+    "tp2-reshardable": (2, Setup(tp=2, distributed=True, reshardable=True, bf16=True)),
+}
+
+
+class Saved(NamedTuple):
+    """Arguments for functions of ``saved``, in their order behind the rank."""
+
+    ranks: int
+    setup: Setup
+    root: str
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def checkpoints(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    """The same state, saved by every writer, in every layout."""
+    ranks, setup = LAYOUTS[request.param]
+    root = str(tmp_path_factory.mktemp(request.param))
+    run_ranks(saved.save_with_all, ranks, setup, root)
+    return Saved(ranks, setup, root)
+
+
+def test_every_reader_gets_every_bit_from_every_writer(checkpoints: Saved) -> None:
+    expected = {(writer, reader): [] for writer in saved.WRITERS for reader in saved.READERS}
+    assert run_ranks(saved.read_all, *checkpoints) == [expected] * checkpoints.ranks
+
+
+def test_load_checkpoint_resumes_from_every_writer(checkpoints: Saved) -> None:
+    expected = {writer: [] for writer in saved.WRITERS}
+    assert run_ranks(saved.resume_all, *checkpoints) == [expected] * checkpoints.ranks
+
+
+@pytest.mark.parametrize("writer", ["ours", "strategy"])
+def test_plain_dcp_reads_the_same_from_all(checkpoints: Saved, writer: str) -> None:
+    expected = read_with_dcp(saved.iteration(checkpoints.root, "stock"))
+    found = read_with_dcp(saved.iteration(checkpoints.root, writer))
+
+    assert len(expected) > 10
+    assert expected.keys() == found.keys()
+    assert [key for key in expected if not identical(expected[key], found[key])] == []
+
+
+def read_with_dcp(directory: str) -> dict[str, Any]:
+    """Every tensor and object of a checkpoint, by torch alone; without the common state, kept elsewhere."""
+    reader = dcp.FileSystemReader(directory)
+    state: dict[str, Any] = {}
+    for fqn, entry in reader.read_metadata().state_dict_metadata.items():
+        if isinstance(entry, TensorStorageMetadata):
+            state[fqn] = torch.empty(entry.size, dtype=entry.properties.dtype)
+        elif not fqn.startswith("common_state"):
+            state[fqn] = io.BytesIO()
+    dcp.load(state, storage_reader=reader, no_dist=True)
+    return state
+
+
+def test_plain_dcp_sees_all_parts_of_the_optimizer(checkpoints: Saved) -> None:
+    """The comparisons above compare what they claim to: weights, both moments and master weights."""
+    _, setup, root = checkpoints
+    state = read_with_dcp(saved.iteration(root, "ours"))
+    name = "decoder.layers.mlp.linear_fc1.weight"
+    assert state[name].dtype is setup.dtype
+    if setup.distributed and not setup.reshardable:
+        return  # by bucket, not by name
+    for part in ("exp_avg", "exp_avg_sq", *(("param",) if setup.distributed else ())):
+        moment = state[f"optimizer.state.{part}.{name}"]
+        assert (moment.dtype, moment.shape) == (torch.float32, state[name].shape)
+        assert moment.count_nonzero() > 0
