@@ -61,25 +61,28 @@ def write_ninja_file(path: Path, extensions: list[str], nvcc: str | None) -> Non
 
     includes = [f"-isystem {sysconfig.get_path('include')}", f"-isystem {pybind11.get_include()}"]
     host = ["-fPIC", "-fvisibility=hidden", "-pthread", *os.environ.get("CXXFLAGS", "").split()]
-    common = ["-std=c++17", "-O3", "-DNDEBUG", *includes]
+    common = ["-std=c++17", "-O3", "-DNDEBUG"]
     with path.open("w") as file:
         ninja = Writer(file, width=110)
         ninja.variable("cxx", os.environ.get("CXX", "c++"))
         ninja.variable("cxxflags", [*common, "-Wall", "-Wextra", *host])
         ninja.variable("ldflags", ["-pthread", *os.environ.get("LDFLAGS", "").split()])
+        to_object = "$includes -MMD -MF $out.d -c $in -o $out"
         deps = {"depfile": "$out.d", "deps": "gcc"}
-        ninja.rule("compile", "$cxx $cxxflags -MMD -MF $out.d -c $in -o $out", "compile $in", **deps)
+        ninja.rule("compile", f"$cxx $cxxflags {to_object}", "compile $in", **deps)
         ninja.rule("link", "$cxx -shared $in -o $out $ldflags", "link $out")
         if nvcc:
             ninja.variable("nvcc", nvcc)
             ninja.variable("cudaflags", [*common, f"-Xcompiler={','.join(host)}", *gencode_flags(nvcc)])
-            ninja.rule("compile_cuda", "$nvcc $cudaflags -MMD -MF $out.d -c $in -o $out", "nvcc $in", **deps)
+            ninja.rule("compile_cuda", f"$nvcc $cudaflags {to_object}", "nvcc $in", **deps)
             ninja.rule("link_cuda", "$nvcc -shared -cudart=static $in -o $out", "link $out")
         for name in extensions:
             suffix = "_cuda" if name == CUDA else ""
             objects = [f"{name}/{source}.o" for source in SOURCES[name]]
             for source, output in zip(SOURCES[name], objects, strict=True):
-                ninja.build(output, f"compile{suffix}", str(ROOT / source))
+                # Only modules see Python and pybind11, whose folder changes with every isolated build.
+                seen = {"includes": includes} if source.startswith("csrc/python/") else None
+                ninja.build(output, f"compile{suffix}", str(ROOT / source), variables=seen)
             ninja.build(f"{name}.so", f"link{suffix}", objects)
 
 

@@ -15,6 +15,9 @@ namespace {
 constexpr int64_t kCachesNbytes = 8 << 20;
 constexpr int64_t kShortestRun = 1 << 10;
 
+// A core keeps too few lines in flight to saturate memory while it also stores.
+constexpr size_t kPrefetchAhead = 2048;
+
 #if defined(__x86_64__)
 // SSE2 is part of x86-64, and four stores fill a cache line as one 512-bit store does.
 void copy_streaming(uint8_t* to, const uint8_t* from, size_t nbytes) {
@@ -24,6 +27,7 @@ void copy_streaming(uint8_t* to, const uint8_t* from, size_t nbytes) {
   from += head;
   nbytes -= head;
   for (; nbytes >= 64; nbytes -= 64, to += 64, from += 64) {
+    _mm_prefetch(reinterpret_cast<const char*>(from + kPrefetchAhead), _MM_HINT_T0);
     const auto* lines = reinterpret_cast<const __m128i*>(from);
     auto* stores = reinterpret_cast<__m128i*>(to);
     const __m128i a = _mm_loadu_si128(lines);

@@ -91,8 +91,8 @@ WriteResult WriteJob::run() {
   // one can fill its buffer meanwhile.
   const bool direct = !chunks_.empty() && output_of(chunks_.front().file).direct();
   parallel_for(
-      chunks_.size(), direct ? 2 * request_.threads : request_.threads, [this](size_t i) { write_chunk(chunks_[i]); },
-      [this] { digests_.abandon(); });
+      chunks_.size(), direct ? 2 * request_.threads : request_.threads,
+      [this](size_t i) { write_chunk(chunks_[i]); }, [this] { digests_.abandon(); });
   WriteResult result{digests_.crcs(), {}};
   for (const OpenFile& file : open_files_) result.file_crcs.push_back(file.crc);
   return result;
