@@ -16,7 +16,7 @@ PYTHON ?= python3
 PYTHON_B ?= $(shell for python in python3.12 "$$(pyenv prefix 3.12 2>/dev/null)/bin/python" $(PYTHON); do \
 	"$$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null && echo "$$python" && break; \
 	done)
-PYTEST ?= -n 2
+PYTEST ?= -n 2 -m "not slow"
 
 A := .venv
 B := .venv-b
@@ -49,7 +49,7 @@ demo: $(A)/.installed ## train, be killed, resume, compare
 
 .PHONY: bench
 bench: $(A)/.installed ## benchmarks against the stock writers and readers
-	@$(A)/bin/python -m benchmarks
+	@for script in benchmarks/bench_*.py; do $(A)/bin/python $$script; done
 
 .PHONY: check
 check: $(A)/.requirements format-check-cpp ## linters, formatters and types

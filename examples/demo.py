@@ -72,8 +72,11 @@ class Run:
                 command, stdout=output, stderr=subprocess.STDOUT, env=environment
             )
 
-    def follow(self, on_record: Callable[[Record], bool] = lambda record: False) -> None:
+    def follow(self, on_record: Callable[[Record], bool] = lambda record: False) -> bool:
         """Show and collect records until the run ends, or until ``on_record`` says True to one of them.
+
+        Returns:
+            Whether ``on_record`` said so.
 
         Raises:
             SystemExit: the run failed or took too long; its output has been shown.
@@ -84,13 +87,14 @@ class Run:
             ended = self._process.poll() is not None  # before reading, so that no last line is missed
             for record in self._new_records():
                 if on_record(record):
-                    return
+                    return True
             if time.monotonic() > deadline:
                 self.kill()
                 self._fail(f"did not end within {RUN_TIMEOUT_S:.0f} s")
             time.sleep(0.005)
         if self._process.returncode != 0:
             self._fail(f"ended with status {self._process.returncode}")
+        return False
 
     def kill(self) -> None:
         """SIGKILL to the launcher and every rank; returns when none of them runs any more."""
@@ -156,19 +160,23 @@ def is_running(pid: int) -> bool:
 
 
 def kill_inside_a_step(run: Run, args: argparse.Namespace, seconds_per_step: float) -> None:
-    """Let ``run`` make at least two saves, then kill it at a random moment of a random step."""
+    """Let ``run`` make two saves, then kill it at a random moment of a random step.
+
+    A save in the background may need longer: then the kill waits until a first one is durable.
+    """
     chance = random.Random(args.seed)
-    steps = range(2 * args.save_interval + 1, args.train_iters)
+    steps = range(2 * args.save_interval + 1, args.train_iters - 1)
     last_step = chance.choice([step for step in steps if step % args.save_interval])
 
     def kill(record: Record) -> bool:
-        if record.get("step") != last_step:
+        if record.get("step", 0) < last_step or not run.select("saved"):
             return False
         time.sleep(chance.uniform(0.2, 0.8) * seconds_per_step)
         run.kill()
         return True
 
-    run.follow(kill)
+    if not run.follow(kill):
+        raise SystemExit("demo: the run ended before it could be killed; use more --train-iters")
 
 
 def train_three_times(args: argparse.Namespace) -> tuple[Run, Run, Run]:

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
@@ -19,6 +18,7 @@ import demo  # noqa: E402
 import stock_reader  # noqa: E402
 
 SMALL = (
+    "--use-distributed-optimizer",
     "--num-layers=2",
     "--hidden-size=64",
     "--ffn-hidden-size=128",
@@ -27,16 +27,10 @@ SMALL = (
 )
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        pytest.param(("--bf16", "--use-distributed-optimizer"), id="bf16-distributed-optimizer"),
-        pytest.param(("--tensor-model-parallel-size=2", "--async-save"), id="fp32-tensor-parallel-async"),
-    ],
-)
-def test_killed_run_resumes_bit_identically(tmp_path: Path, options: tuple[str, ...]) -> None:
+def test_killed_run_resumes_bit_identically(tmp_path: Path) -> None:
+    """Saving in the background, as opposed to ``make demo``, and with bf16 parameters."""
     command = [sys.executable, EXAMPLES / "demo.py", f"--directory={tmp_path / 'run'}"]
-    command += ["--train-iters=9", "--save-interval=3", "--", *SMALL, *options]
+    command += ["--train-iters=9", "--save-interval=3", "--", *SMALL, "--bf16", "--async-save"]
     env = {**os.environ, "PYTHONWARNINGS": "ignore"}
     result = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False, env=env)
 
@@ -46,9 +40,8 @@ def test_killed_run_resumes_bit_identically(tmp_path: Path, options: tuple[str, 
     )
     table = {name.strip(): value.strip() for name, value in table.items()}
     assert table["identical"] == "yes"
-    # Step 6 is durable before step 7 starts, unless it is saved in the background.
-    expected = ("6, then 3 steps", "3, then 6 steps") if "--async-save" in options else "6, then 3 steps"
-    assert table["resumed step"].startswith(expected)
+    # The save of step 6 may or may not have become durable before the kill.
+    assert table["resumed step"].startswith(("6, then 3 steps", "3, then 6 steps"))
     assert {"steps", "stall per save", "GB/s", "files written"} <= table.keys()
 
 
