@@ -22,13 +22,12 @@ from torch.distributed.checkpoint.metadata import Metadata
 from ckpt_fast import settings
 from ckpt_fast.errors import (
     CheckpointCorruptError,
-    CheckpointError,
     CheckpointMismatchError,
     CheckpointNotFoundError,
     UnsafeCheckpointError,
 )
 from ckpt_fast.pipeline.commit import METADATA_FILE, SIDECAR_FILE
-from ckpt_fast.pipeline.encode import SIDECAR_VERSION
+from ckpt_fast.pipeline.encode import LAYOUT_ATTRIBUTE, SIDECAR_VERSION, file_record
 from ckpt_fast.pipeline.types import FileRecord
 
 _DCP = "torch.distributed.checkpoint"
@@ -54,6 +53,9 @@ _ALLOWED = {
 _RETIRED = "megatron.core.dist_checkpointing.strategies.torch"  # before 0.16
 # What torch.save's format before zip archives begins with: a pickled magic number.
 _LEGACY_MAGIC = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)
+# The attribute that marks our layout as it stands, last of all, in the pickle.
+_OWN_MARK = b"\x8c\x09" + LAYOUT_ATTRIBUTE.encode() + b"\x94"
+_OWN_MARK_WITHIN = 128
 _REMEDY = (
     "If you trust where the checkpoint comes from, set CKPT_FAST_ALLOW_PICKLE=1: loading may then run code "
     "that the checkpoint names."
@@ -69,25 +71,31 @@ def read_metadata(directory: str, prefix: str = "") -> Metadata:
 
     Raises:
         CheckpointNotFoundError: the directory or the file is missing.
-        CheckpointCorruptError: the file cannot be parsed.
+        CheckpointCorruptError: the file cannot be parsed, or is not the one its sidecar names.
         UnsafeCheckpointError: it names something other than torch DCP's data classes.
     """
-    path = os.path.join(directory, prefix + METADATA_FILE)
+    name = prefix + METADATA_FILE
+    path = os.path.join(directory, name)
     try:
         with open(path, "rb") as file:
-            metadata = _MetadataUnpickler(file).load()
+            content = file.read()
     except FileNotFoundError as error:
-        missing = f"it has no {prefix}{METADATA_FILE} file"
+        missing = f"it has no {name} file"
         if not os.path.isdir(directory):
             missing = "the directory does not exist"
         raise CheckpointNotFoundError(
             f"{directory} is not a complete checkpoint: {missing}. A save that was interrupted leaves such a "
             "directory behind; load an earlier iteration."
         ) from error
+    # Only our own .metadata must be the one the sidecar names; a stock writer may have replaced it.
+    if has_own_mark(content) and settings.verify_on_load() and _differs_from_sidecar(directory, name, content):
+        raise CheckpointCorruptError(
+            f"{path} is damaged: it is not what {SIDECAR_FILE} says was written. Load an earlier iteration."
+        )
+    try:
+        metadata = _MetadataUnpickler(io.BytesIO(content)).load()
     except UnsafeCheckpointError as error:
         raise UnsafeCheckpointError(f"{path}: {error}") from error
-    except (OSError, CheckpointError):
-        raise
     except Exception as error:
         raise CheckpointCorruptError(
             f"{path} cannot be parsed ({type(error).__name__}: {error}). The file is damaged; load an "
@@ -96,6 +104,16 @@ def read_metadata(directory: str, prefix: str = "") -> Metadata:
     if not isinstance(metadata, Metadata):
         raise CheckpointCorruptError(f"{path} holds a {type(metadata).__name__}, not checkpoint metadata")
     return metadata
+
+
+def has_own_mark(content: bytes) -> bool:
+    """Whether ckpt_fast wrote this ``.metadata``; only then does the sidecar beside it belong to it."""
+    return _OWN_MARK in content[-_OWN_MARK_WITHIN:]
+
+
+def _differs_from_sidecar(directory: str, name: str, content: bytes) -> bool:
+    named = [file for file in read_sidecar(directory) or () if file.path == name]
+    return bool(named) and named != [file_record(name, content)]
 
 
 class _MetadataUnpickler(pickle.Unpickler):

@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import math
+import os
 from collections import defaultdict
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
@@ -26,6 +28,7 @@ from ckpt_fast.pipeline.read import ByteArena, ReadProgram
 from ckpt_fast.pipeline.types import Extent
 
 _FOREIGN_TAIL_NBYTES = 1024
+_LARGEST_FILE = 1 << 62
 
 
 class Piece(NamedTuple):
@@ -83,24 +86,27 @@ class CheckpointIndex:
         self._pieces: dict[str, dict[tuple[int, ...], _Item]] = defaultdict(dict)
         self._objects: dict[str, _Item] = {}
         self._tensors: dict[str, SavedTensor] = {}
-        for index, info in (self.metadata.storage_data or {}).items():
-            item = _Item(
-                Extent(info.relative_path, info.offset, info.length),
-                tuple(getattr(info, "transform_descriptors", None) or ()),
-            )
-            if isinstance(self.metadata.state_dict_metadata.get(index.fqn), TensorStorageMetadata):
-                self._pieces[index.fqn][tuple(index.offset or ())] = item
-            else:
-                self._objects[index.fqn] = item
+        with self._contradictions_are_damage():
+            for index, info in (self.metadata.storage_data or {}).items():
+                item = _Item(_extent(info), tuple(getattr(info, "transform_descriptors", None) or ()))
+                if isinstance(self.metadata.state_dict_metadata.get(index.fqn), TensorStorageMetadata):
+                    self._pieces[index.fqn][tuple(index.offset or ())] = item
+                else:
+                    self._objects[index.fqn] = item
 
     def tensor(self, fqn: str) -> SavedTensor:
         """The saved tensor of this name.
 
         Raises:
             CheckpointMismatchError: there is none.
+            CheckpointCorruptError: what the metadata says of it makes no sense.
         """
         if fqn not in self._tensors:
-            self._tensors[fqn] = self._assemble(fqn)
+            entry = self.metadata.state_dict_metadata.get(fqn)
+            if not isinstance(entry, TensorStorageMetadata):
+                raise CheckpointMismatchError(missing_keys_message(self.directory, [fqn], self.metadata))
+            with self._contradictions_are_damage():
+                self._tensors[fqn] = self._assemble(fqn, entry)
         return self._tensors[fqn]
 
     def piece(self, fqn: str, offsets: tuple[int, ...]) -> tuple[SavedTensor, Piece]:
@@ -130,18 +136,29 @@ class CheckpointIndex:
             raise CheckpointMismatchError(missing_keys_message(self.directory, [fqn], self.metadata))
         return self._objects[fqn]
 
-    def _assemble(self, fqn: str) -> SavedTensor:
-        entry = self.metadata.state_dict_metadata.get(fqn)
-        if not isinstance(entry, TensorStorageMetadata):
-            raise CheckpointMismatchError(missing_keys_message(self.directory, [fqn], self.metadata))
+    def _assemble(self, fqn: str, entry: TensorStorageMetadata) -> SavedTensor:
+        shape, dtype = _whole_numbers(entry.size), entry.properties.dtype
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"{fqn} has no dtype")
         items, pieces = self._pieces[fqn], []
         for chunk in entry.chunks:
-            offsets = tuple(chunk.offsets)
+            offsets, sizes = _whole_numbers(chunk.offsets), _whole_numbers(chunk.sizes)
+            if not len(offsets) == len(sizes) == len(shape):
+                raise ValueError(f"a piece of {fqn} has another number of dimensions")
             # A whole tensor may be stored without an offset.
             item = items.get(offsets) or (items.get(()) if not any(offsets) else None)
             if item is not None:
-                pieces.append(Piece(offsets, tuple(chunk.sizes), item.extent, item.transforms))
-        return SavedTensor(fqn, entry.properties.dtype, tuple(entry.size), pieces)
+                pieces.append(Piece(offsets, sizes, item.extent, item.transforms))
+        return SavedTensor(fqn, dtype, shape, pieces)
+
+    @contextmanager
+    def _contradictions_are_damage(self) -> Iterator[None]:
+        try:
+            yield
+        except (AttributeError, TypeError, ValueError) as error:
+            raise CheckpointCorruptError(
+                f"{self.directory}/.metadata makes no sense ({error}); load an earlier iteration"
+            ) from error
 
     def locate(self, wanted: Iterable[tuple[torch.dtype, Piece]]) -> dict[Extent, RawData | None]:
         """Where the raw data of each piece lies; None for items only ``torch.load`` can read.
@@ -198,6 +215,23 @@ def missing_keys_message(directory: str, keys: list[str], metadata: Metadata) ->
         f"the checkpoint {directory} has no {shown}.{hint} Load it into the model it was saved from, or "
         "choose a dist_ckpt_strictness that tolerates missing keys."
     )
+
+
+def _extent(info: Any) -> Extent:
+    """An item's place as the metadata gives it; ValueError if it can be none in this directory."""
+    path, (offset, nbytes) = info.relative_path, _whole_numbers((info.offset, info.length))
+    if not isinstance(path, str) or os.path.isabs(path) or ".." in path.split("/") or "\0" in path:
+        raise ValueError(f"{path!r} is no file of the checkpoint")
+    if offset + nbytes > _LARGEST_FILE:
+        raise ValueError(f"{path} cannot have {nbytes} bytes at {offset}")
+    return Extent(path, offset, nbytes)
+
+
+def _whole_numbers(values: Iterable[Any]) -> tuple[int, ...]:
+    checked = tuple(values)
+    if any(type(value) is not int or value < 0 for value in checked):
+        raise ValueError(f"{checked} are no sizes")
+    return checked
 
 
 def _own_raw_data(dtype: torch.dtype, piece: Piece) -> RawData | None:

@@ -223,6 +223,11 @@ class _Reader:
         where = f"{part.tensor.fqn} in {self._index.directory}/{part.piece.item.path}"
         payload = undo_transforms(arena.content(handle), part.piece.transforms)
         tensor = decode_object(payload, where, self._verify)
+        if not isinstance(tensor, torch.Tensor) or tuple(tensor.shape) != part.piece.sizes:
+            raise CheckpointCorruptError(
+                f"{where} is not the tensor of shape {part.piece.sizes} that .metadata says; load an earlier "
+                "iteration"
+            )
         for dimension, (start, size) in enumerate(zip(part.box.start, part.box.shape, strict=True)):
             tensor = tensor.narrow(dimension, start, size)
         part.destination.copy_(tensor)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import struct
@@ -11,6 +12,9 @@ from array import array
 from ckpt_fast import native, settings
 from ckpt_fast.errors import CheckpointCorruptError, CheckpointNotFoundError
 from ckpt_fast.pipeline.types import Extent
+
+# Reserving so much for nothing does no harm; .metadata may be damaged and name any length.
+_TRUSTED_NBYTES = 1 << 20
 
 
 class ReadProgram:
@@ -85,12 +89,29 @@ class ByteArena:
         self._nbytes: list[int] = []
 
     def add(self, extent: Extent) -> int:
-        """Schedule ``extent``; returns the handle for ``content`` after the program has run."""
+        """Schedule ``extent``; returns the handle for ``content`` after the program has run.
+
+        Raises:
+            CheckpointCorruptError: the file ends before the extent does.
+        """
+        if extent.nbytes > _TRUSTED_NBYTES:
+            self._require_in_file(extent)
         block = ctypes.create_string_buffer(max(extent.nbytes, 1))
         self._blocks.append(block)
         self._nbytes.append(extent.nbytes)
         self._program.add(extent, ctypes.addressof(block))
         return len(self._blocks) - 1
+
+    def _require_in_file(self, extent: Extent) -> None:
+        """Do not reserve memory for a length that is itself damaged."""
+        path = os.path.join(self._program.directory, extent.path)
+        with contextlib.suppress(OSError):  # then reading fails, and says so better
+            nbytes = os.stat(path).st_size
+            if extent.offset + extent.nbytes > nbytes:
+                raise CheckpointCorruptError(
+                    f"{path} should have {extent.nbytes} bytes at {extent.offset}, but the file ends at "
+                    f"{nbytes}. The checkpoint is damaged; load an earlier iteration."
+                )
 
     def content(self, handle: int) -> bytes:
         """The bytes read."""
