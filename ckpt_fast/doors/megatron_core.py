@@ -72,7 +72,15 @@ class FastSaveStrategy(megatron.TorchDistSaveShardedStrategy):  # type: ignore[m
 
 
 class FastLoadStrategy(megatron.TorchDistLoadShardedStrategy):  # type: ignore[misc]
-    """Megatron-Core load strategy on the ckpt_fast pipeline: tensors by offset, no code from pickles."""
+    """Megatron-Core load strategy on the ckpt_fast pipeline: tensors by offset, no code from pickles.
+
+    Args:
+        verify: compare the CRC-32 of every item that is read whole; None follows ``CKPT_FAST_VERIFY``.
+    """
+
+    def __init__(self, verify: bool | None = None) -> None:
+        super().__init__()
+        self._verify = verify
 
     def load(
         self,
@@ -83,7 +91,7 @@ class FastLoadStrategy(megatron.TorchDistLoadShardedStrategy):  # type: ignore[m
         """Local. A dict of the same nesting with every sharded entry replaced by its loaded value."""
         index = CheckpointIndex(os.fspath(checkpoint_dir))
         self.cached_global_metadata = index.metadata
-        return load_sharded(sharded_state_dict, index)
+        return load_sharded(sharded_state_dict, index, self._verify)
 
     def load_tensors_metadata(
         self, checkpoint_dir: str | os.PathLike[str], metadata: Any = None
@@ -244,13 +252,15 @@ def _check_keys(
     return result
 
 
-def load_sharded(sharded_state_dict: dict[str, Any], index: CheckpointIndex) -> dict[str, Any]:
+def load_sharded(
+    sharded_state_dict: dict[str, Any], index: CheckpointIndex, verify: bool | None = None
+) -> dict[str, Any]:
     """Local. The same nesting with every ShardedTensor and ShardedObject replaced by its loaded value."""
     entries = list(megatron.nested_values(sharded_state_dict))
     tensors = [entry for entry in entries if isinstance(entry, megatron.ShardedTensor)]
-    load_tensors(index, list(_requests(tensors, index)))
+    load_tensors(index, list(_requests(tensors, index)), verify)
     keys = {entry.unique_key for entry in entries if isinstance(entry, megatron.ShardedObject)}
-    values = {key: iter(value) for key, value in load_objects(index, sorted(keys)).items()}
+    values = {key: iter(value) for key, value in load_objects(index, sorted(keys), verify).items()}
 
     def loaded(entry: Any) -> Any:
         if isinstance(entry, megatron.ShardedTensor):

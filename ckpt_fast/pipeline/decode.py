@@ -88,7 +88,8 @@ def read_metadata(directory: str, prefix: str = "") -> Metadata:
             "directory behind; load an earlier iteration."
         ) from error
     # Only our own .metadata must be the one the sidecar names; a stock writer may have replaced it.
-    if has_own_mark(content) and settings.verify_on_load() and _differs_from_sidecar(directory, name, content):
+    checked = settings.verify_on_load() and has_own_mark(content)
+    if checked and _differs_from_sidecar(directory, name, content):
         raise CheckpointCorruptError(
             f"{path} is damaged: it is not what {SIDECAR_FILE} says was written. Load an earlier iteration."
         )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckpt_fast import megatron
 from ckpt_fast.async_queue import AsyncCallsQueue
+from ckpt_fast.trainer.publish import save_errors_tolerated
 from ckpt_fast.trainer.ranks import get_rank_safe, print_rank_0
 
 if TYPE_CHECKING:
@@ -54,6 +55,9 @@ def maybe_finalize_async_save(
         ckpt_cfg: with ``async_save`` off there is nothing to do.
         blocking: wait for all saves in flight.
         terminate: close the queue afterwards.
+
+    Raises:
+        AsyncSaveError: on every rank, if a save failed, unless ``on_save_error`` is "warn".
     """
     if not ckpt_cfg.async_save:
         return
@@ -62,7 +66,8 @@ def maybe_finalize_async_save(
         return
     if blocking and not is_empty_async_queue(global_state):
         print_rank_0("Unfinalized async checkpoint saves. Finalizing them synchronously now.")
-    queue.maybe_finalize_async_calls(blocking)
+    with save_errors_tolerated(ckpt_cfg):
+        queue.maybe_finalize_async_calls(blocking)
     if terminate:
         queue.close()
 

@@ -3,20 +3,27 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from ckpt_fast import megatron
 from ckpt_fast.doors import megatron_core
-from ckpt_fast.errors import CheckpointMismatchError, CheckpointNotFoundError
+from ckpt_fast.errors import (
+    CheckpointCorruptError,
+    CheckpointError,
+    CheckpointMismatchError,
+    CheckpointNotFoundError,
+)
 from ckpt_fast.trainer import experiment_loggers as loggers
 from ckpt_fast.trainer.contexts import CheckpointType
 from ckpt_fast.trainer.load_base import _load_base_checkpoint, load_strategy
 from ckpt_fast.trainer.load_plan import build_scaffold, find_run_config, is_mimo, is_peft_resume, make_plan
-from ckpt_fast.trainer.locate import _has_global_non_persistent_checkpoint
+from ckpt_fast.trainer.locate import _has_global_non_persistent_checkpoint, older_checkpoints
 from ckpt_fast.trainer.paths import checkpoint_exists, is_hf_checkpoint_dir
 from ckpt_fast.trainer.ranks import barrier_if_distributed, is_last_rank, on_rank_0, print_rank_0
 from ckpt_fast.trainer.restore import (
@@ -61,7 +68,9 @@ def load_checkpoint(
         opt_param_scheduler: learning-rate scheduler to load into, or None.
         strict: model keys must match, except ``_extra_state``.
         checkpointing_context: kept by the caller between saves and loads.
-        skip_load_to_model_and_opt: load everything else (iteration, scheduler, RNG) only.
+        skip_load_to_model_and_opt: load everything else (iteration, scheduler, RNG) and leave model and
+            optimizer alone. Where tensors can only be filled in place (torch FSDP2, fsdp_dtensor, local
+            checkpoints), they are, and only the modules' ``load_state_dict`` is skipped.
         pg_collection: process groups; the model's own when None.
         module_name: namespace of the RNG state in a multi-module model.
 
@@ -70,6 +79,8 @@ def load_checkpoint(
 
     Raises:
         FileNotFoundError: ``pretrained_checkpoint`` is set and does not exist.
+        CheckpointCorruptError, CheckpointNotFoundError: the checkpoint is damaged or incomplete, and there is
+            no older one that is whole, or ``on_corrupt`` is "raise".
         CheckpointError: on every rank, naming rank, path, cause and remedy.
     """
     ckpt_cfg = state.cfg.checkpoint
@@ -82,18 +93,44 @@ def load_checkpoint(
             )
         load_dir = pretrained
         ckpt_cfg.finetune = True
-    return _load_checkpoint_from_path(
-        load_dir,
-        state,
-        model,
-        optimizer,
-        opt_param_scheduler,
-        strict,
-        checkpointing_context,
-        skip_load_to_model_and_opt=skip_load_to_model_and_opt,
-        pg_collection=pg_collection,
-        module_name=module_name,
-    )
+
+    def load_from(path: str | None) -> tuple[int, int]:
+        return _load_checkpoint_from_path(
+            path,
+            state,
+            model,
+            optimizer,
+            opt_param_scheduler,
+            strict,
+            checkpointing_context,
+            skip_load_to_model_and_opt=skip_load_to_model_and_opt,
+            pg_collection=pg_collection,
+            module_name=module_name,
+        )
+
+    try:
+        return load_from(load_dir)
+    except (CheckpointCorruptError, CheckpointNotFoundError) as error:
+        return _load_older(load_from, load_dir, ckpt_cfg, error)
+
+
+def _load_older(
+    load_from: Callable[[str], tuple[int, int]], load_dir: str | None, ckpt_cfg: Any, error: CheckpointError
+) -> tuple[int, int]:
+    """Go back, iteration by iteration, to the newest checkpoint that is whole. Collective.
+
+    Raises:
+        CheckpointError: ``error`` itself, where the user asked for one certain checkpoint or for no fall-back
+            (``on_corrupt``), and when no older checkpoint can be loaded.
+    """
+    wanted = getattr(ckpt_cfg, "on_corrupt", "fallback")
+    for path in older_checkpoints(load_dir, ckpt_cfg.ckpt_step) if wanted == "fallback" else []:
+        print_rank_0(f"WARNING: {error}\nWARNING: falling back to {path} (on_corrupt='fallback')")
+        try:
+            return load_from(path)
+        except (CheckpointCorruptError, CheckpointNotFoundError) as older:
+            print_rank_0(f"WARNING: {older}")
+    raise error
 
 
 def _has_resume_checkpoint(load_dir: str | None, ckpt_cfg: Any) -> bool:
@@ -152,6 +189,9 @@ def _load_checkpoint_from_path(
         plan, state, model, optimizer, opt_param_scheduler, pg_collection, module_name, checkpoint_name
     )
     adapters_only = is_peft_resume(cfg, load_dir)
+    left_alone = skip_load_to_model_and_opt and _can_leave_alone(cfg, ckpt_type)
+    if left_alone:
+        scaffold, ckpt_cfg = _without_model_and_optimizer(scaffold, ckpt_cfg)
     if adapters_only:
         scaffold = apply_peft_adapter_filter_to_state_dict(scaffold, cfg.peft)
     state_dict, checkpoint_name, release, ckpt_type = load_base(
@@ -172,11 +212,25 @@ def _load_checkpoint_from_path(
         optimizer,
         opt_param_scheduler,
         skip=skip_load_to_model_and_opt,
+        left_alone=left_alone,
         layer_wise_path=find_layer_wise_state(optimizer, ckpt_type, checkpointing_context, pg_collection),
     )
     restore_rerun_and_rng(plan, state_dict, cfg, pg_collection)
     _announce_loaded(state, load_dir, checkpoint_name, ckpt_type, pg_collection)
     return state.train_state.step, state.train_state.floating_point_operations_so_far
+
+
+def _can_leave_alone(cfg: Any, ckpt_type: Any) -> bool:
+    """Whether nothing is restored by filling the scaffold: torch FSDP2 relies on that."""
+    return ckpt_type is CheckpointType.GLOBAL and not getattr(cfg.dist, "use_torch_fsdp2", False)
+
+
+def _without_model_and_optimizer(scaffold: dict[str, Any], ckpt_cfg: Any) -> tuple[dict[str, Any], Any]:
+    """The scaffold without what it would fill in place, and a config that does not miss it."""
+    ckpt_cfg = copy.copy(ckpt_cfg)
+    ckpt_cfg.dist_ckpt_strictness = "assume_ok_unexpected"
+    kept = {key: part for key, part in scaffold.items() if key != "optimizer" and not _is_model_section(key)}
+    return kept, ckpt_cfg
 
 
 def _require_supported(load_dir: str | None, ckpt_cfg: Any) -> None:

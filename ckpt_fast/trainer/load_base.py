@@ -17,6 +17,7 @@ from ckpt_fast import megatron
 from ckpt_fast.doors import megatron_core
 from ckpt_fast.errors import CheckpointNotFoundError
 from ckpt_fast.pipeline.group import ControlGroup
+from ckpt_fast.pipeline.verify import require_complete
 from ckpt_fast.trainer.contexts import CheckpointType
 from ckpt_fast.trainer.fsdp import load_fsdp_dtensor_checkpoint
 from ckpt_fast.trainer.local import load_local
@@ -140,7 +141,7 @@ def _load_global(
     override: str | None = None,
 ) -> LoadedBase:
     path = override or get_checkpoint_name(load_dir, iteration or 0, release)
-    found = on_rank_0(lambda: _require_format(path, ckpt_cfg.ckpt_format))
+    found = on_rank_0(lambda: _require_sound(path, ckpt_cfg.ckpt_format))
     if found == "torch_dist":
         return _load_global_dist_base_checkpoint(
             load_dir,
@@ -169,7 +170,8 @@ def _load_global(
     raise NotImplementedError(f"Checkpoint format {found} not supported")
 
 
-def _require_format(path: str, configured: str) -> str:
+def _require_sound(path: str, configured: str) -> str:
+    """The format of the checkpoint, whose files are all there."""
     if not os.path.isdir(path) and "://" not in path:
         raise CheckpointNotFoundError(
             f"the tracker names {path}, which does not exist. Was it deleted or moved? Set ckpt_step to an "
@@ -180,6 +182,8 @@ def _require_format(path: str, configured: str) -> str:
         raise AssertionError(
             f"{path} is a {found} checkpoint, but checkpoint.ckpt_format is {configured}; set it to {found!r}"
         )
+    if found != "hf" and "://" not in path:
+        require_complete(path)
     return found
 
 
@@ -261,7 +265,9 @@ def _load_global_dist_base_checkpoint(
     if sharded_state_dict is None:
         raise RuntimeError("loading a distributed checkpoint needs a sharded state dict, which was not given")
     name = checkpoint_path_override or get_checkpoint_name(load_dir, iteration or 0, release)
-    strategy = load_strategy(ckpt_cfg.fully_parallel_load, pg_collection)
+    strategy = load_strategy(
+        ckpt_cfg.fully_parallel_load, pg_collection, getattr(ckpt_cfg, "verify_on_load", None)
+    )
     if checkpointing_context is not None:
         checkpointing_context["load_strategy"] = strategy
     state_dict = megatron_core.load(
@@ -276,13 +282,13 @@ def _load_global_dist_base_checkpoint(
     return state_dict, name, release, CheckpointType.GLOBAL
 
 
-def load_strategy(fully_parallel: bool, pg_collection: Any) -> Any:
+def load_strategy(fully_parallel: bool, pg_collection: Any, verify: bool | None = None) -> Any:
     """Our load strategy, sharing the reads among data-parallel ranks where a GPU can exchange them.
 
     Without one every rank reads what it needs: the exchange of Megatron-Core goes through GPU memory, and a
     second read of the same bytes comes from the page cache.
     """
-    strategy = megatron_core.FastLoadStrategy()
+    strategy = megatron_core.FastLoadStrategy(verify)
     if fully_parallel and torch.cuda.is_available():
         return megatron.FullyParallelLoadStrategyWrapper(strategy, pg_collection.dp_cp)
     return strategy

@@ -8,6 +8,8 @@ local.
 from __future__ import annotations
 
 import logging
+import os
+import re
 from typing import TYPE_CHECKING, Any, Literal
 
 from ckpt_fast import megatron
@@ -120,6 +122,26 @@ def _resolve_source(load_dir: str | None, step: int | None) -> tuple[str, Any]:
     if file_exists(tracker):
         return "megatron_lm", tracker
     return "known", _NOTHING_FOUND
+
+
+def older_checkpoints(load_dir: str | None, ckpt_step: int | None) -> list[str]:
+    """Checkpoints to fall back to when that of the tracker is damaged, newest first. Collective.
+
+    None where the user named one certain checkpoint: by ``ckpt_step``, or as ``load_dir`` itself.
+    """
+    if load_dir is None or ckpt_step is not None:
+        return []
+    iteration, release = _resolve_checkpoint_iteration(load_dir, None)
+    if release or iteration < 0:
+        return []
+    return on_rank_0(lambda: _sealed_before(load_dir, iteration))
+
+
+def _sealed_before(load_dir: str, iteration: int) -> list[str]:
+    names = os.listdir(load_dir) if os.path.isdir(load_dir) else []
+    iterations = sorted((int(name[5:]) for name in names if re.fullmatch(r"iter_\d{7,}", name)), reverse=True)
+    directories = [get_checkpoint_name(load_dir, each) for each in iterations if each < iteration]
+    return [each for each in directories if megatron.check_is_distributed_checkpoint(each)]
 
 
 # --- Non-persistent checkpoints --------------------------------------------------------------------------

@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
+from ckpt_fast.errors import CheckpointError
 from ckpt_fast.trainer.experiment_loggers import append_to_progress_log
 from ckpt_fast.trainer.paths import get_checkpoint_train_state_filename
 from ckpt_fast.trainer.ranks import get_rank_safe, print_rank_0
@@ -16,6 +19,20 @@ from ckpt_fast.trainer.trackers import (
     write_run_config,
     write_train_state,
 )
+
+
+@contextlib.contextmanager
+def save_errors_tolerated(ckpt_cfg: Any) -> Iterator[None]:
+    """Within it a save that fails ends with a warning, if ``on_save_error`` is "warn".
+
+    Every rank sees the same failure, so all of them go on together.
+    """
+    try:
+        yield
+    except CheckpointError as error:
+        if getattr(ckpt_cfg, "on_save_error", "raise") != "warn":
+            raise
+        print_rank_0(f"WARNING: {error}\nWARNING: training goes on without it (on_save_error='warn')")
 
 
 class Publication:

@@ -26,7 +26,7 @@ from ckpt_fast.trainer.glu import (
 from ckpt_fast.trainer.local import save_layer_wise_optimizer, save_local
 from ckpt_fast.trainer.locate import _NON_PERSISTENT_CKPT_SUBDIR
 from ckpt_fast.trainer.paths import get_checkpoint_name
-from ckpt_fast.trainer.publish import Publication
+from ckpt_fast.trainer.publish import Publication, save_errors_tolerated
 from ckpt_fast.trainer.ranks import barrier_if_distributed, is_last_rank, print_rank_0
 from ckpt_fast.trainer.retention import cleanup_old_non_persistent_checkpoint
 from ckpt_fast.trainer.rng import get_rng_state
@@ -128,7 +128,8 @@ def save_checkpoint(
 
     Raises:
         CheckpointWriteError, CheckpointError: on every rank, naming rank, path and cause. The checkpoint is
-            not published then; trackers and the previous checkpoint are untouched.
+            not published then; trackers and the previous checkpoint are untouched. ``on_save_error="warn"``
+            makes it a warning.
         ValueError: ``non_persistent_ckpt_type`` is neither "local" nor "global".
         NotImplementedError: ``async_save`` with a format that cannot be saved in the background.
     """
@@ -146,44 +147,45 @@ def save_checkpoint(
     if run.is_async and not is_empty_async_queue(state):
         print_rank_0("WARNING: Starting a checkpoint save before previous has finished.")
     loggers.on_checkpointing_start(state)
-    target = _choose_target(run, non_persistent_ckpt)
-    _announce(run, target)
-    _save_beside(run, target)
+    with save_errors_tolerated(run.ckpt_cfg):
+        target = _choose_target(run, non_persistent_ckpt)
+        _announce(run, target)
+        _save_beside(run, target)
 
-    metadata = _content_metadata(run)
-    state_dict, publication = ControlGroup().agree(
-        lambda: (
-            _collect(run, metadata) if prebuilt_state_dict is None else prebuilt_state_dict,
-            Publication(
-                state,
-                target.checkpoint_name,
-                target.save_dir,
-                num_floating_point_operations_so_far,
-                success_suffix=_rank_suffix(run.pg_collection, tensor_rank, pipeline_rank),
-                is_local=target.is_local,
-            ),
+        metadata = _content_metadata(run)
+        state_dict, publication = ControlGroup().agree(
+            lambda: (
+                _collect(run, metadata) if prebuilt_state_dict is None else prebuilt_state_dict,
+                Publication(
+                    state,
+                    target.checkpoint_name,
+                    target.save_dir,
+                    num_floating_point_operations_so_far,
+                    success_suffix=_rank_suffix(run.pg_collection, tensor_rank, pipeline_rank),
+                    is_local=target.is_local,
+                ),
+            )
         )
-    )
-    if prebuilt_state_dict is not None:
-        print_rank_0("Using pre-built state dict (low-memory save)")
-    state_dict = _to_checkpoint_layout(run, state_dict)
-    request = _hand_over(run, target, state_dict, metadata, preprocess_common_state_dict_fn)
-    _finalize(
-        run,
-        request,
-        [
-            lambda: ControlGroup().decide(publication.publish),
-            lambda: _tell_loggers(run, target),
-            lambda: _fire_callbacks(run, callback_manager),
-            lambda: _retain(target, do_async=run.is_async),
-        ],
-    )
-    if run.is_async:
-        print_rank_0(
-            f"  scheduled an async checkpoint save at iteration {target.step:7d} to {target.save_dir}"
+        if prebuilt_state_dict is not None:
+            print_rank_0("Using pre-built state dict (low-memory save)")
+        state_dict = _to_checkpoint_layout(run, state_dict)
+        request = _hand_over(run, target, state_dict, metadata, preprocess_common_state_dict_fn)
+        _finalize(
+            run,
+            request,
+            [
+                lambda: ControlGroup().decide(publication.publish),
+                lambda: _tell_loggers(run, target),
+                lambda: _fire_callbacks(run, callback_manager),
+                lambda: _retain(target, do_async=run.is_async),
+            ],
         )
+        if run.is_async:
+            print_rank_0(
+                f"  scheduled an async checkpoint save at iteration {target.step:7d} to {target.save_dir}"
+            )
+        _report_stall(request, time.perf_counter() - begin)
     loggers.on_checkpointing_end(global_state=state, is_async_finalization=False)
-    _report_stall(request, time.perf_counter() - begin)
     if not run.is_async:
         barrier_if_distributed()
 
