@@ -102,9 +102,8 @@ def save_fsdp_dtensor_checkpoint(
 def _create_fsdp_dtensor_storage_writer(checkpoint_path: str) -> Any:
     """torch DCP's writer for a path, or multi-storage-client's where that is enabled."""
     if megatron.MultiStorageClientFeature.is_enabled():
-        from multistorageclient.contrib.torch.filesystem import MultiStorageFileSystemWriter
-
-        return MultiStorageFileSystemWriter(checkpoint_path)
+        filesystem, _ = megatron.safe_import("multistorageclient.contrib.torch.filesystem")
+        return filesystem.MultiStorageFileSystemWriter(checkpoint_path)
     return FileSystemWriter(checkpoint_path)
 
 
