@@ -235,7 +235,8 @@ class Run:
 def _optimizer_parts(prefix: str, adam: torch.optim.Optimizer) -> dict[str, Any]:
     parts: dict[str, Any] = {}
     for number, group in enumerate(adam.param_groups):
-        parts[f"{prefix}.{number}.lr"] = (group["lr"], group["weight_decay"])
+        # The scheduler's doing: it sets these wherever it is loaded or stepped.
+        parts[f"scheduler.{prefix}.{number}"] = (group["lr"], group["weight_decay"])
         for index, parameter in enumerate(group["params"]):
             parts[f"{prefix}.{number}.{index}.main"] = parameter.detach().clone()
             for name, value in adam.state[parameter].items():

@@ -83,10 +83,12 @@ def restore_optimizer(
     scheduler: Any | None,
     *,
     skip: bool,
+    left_alone: bool,
     layer_wise_path: str | None,
 ) -> None:
     if not plan.optimizer:
-        _reload_model_params(state_dict, cfg, optimizer)
+        if not left_alone:
+            _reload_model_params(state_dict, cfg, optimizer)
         return
     try:
         if not skip and optimizer is not None and not getattr(optimizer, "is_stub_optimizer", False):

@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ``load_checkpoint`` restores under which configuration, and which checkpoint it takes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ckpt_fast.checkpointing import _load_model_weights_from_checkpoint
+from ckpt_fast.doors import megatron_core
+from tests.helpers import RankError, run_ranks
+from tests.models import FLOPS, Run, Setup, differences, other
+from tests.trainer import runs
+from tests.trainer.runs import ALL, Loaded
+
+SETUP = Setup(bf16=True, distributed=True)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Checkpoints of iterations 1 and 2 of one rank."""
+    root = str(tmp_path_factory.mktemp("load") / "run")
+    run_ranks(runs.save_steps, 1, SETUP, root, 2, {})
+    return root
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A checkpoint without optimizer, scheduler and RNG."""
+    root = str(tmp_path_factory.mktemp("bare") / "run")
+    run_ranks(runs.save_steps, 1, SETUP, root, 1, {"save_optim": False, "save_rng": False})
+    return root
+
+
+def load(root: str, step: int = 2, options: dict[str, Any] | None = None, **config: Any) -> Loaded:
+    (loaded,) = run_ranks(runs.load, 1, SETUP, root, step, {"load": root, **config}, options or {})
+    return loaded
+
+
+def test_everything_is_restored(root: str) -> None:
+    assert load(root) == Loaded((2, FLOPS), restored=ALL, kept=set())
+
+
+@pytest.mark.parametrize("options", [{"checkpointing_context": {}}, {"strict": False}])
+def test_everything_is_restored_with_other_arguments(root: str, options: dict[str, Any]) -> None:
+    assert load(root, options=options).restored == ALL
+
+
+@pytest.mark.parametrize("config", [{"save_optim": False, "save_rng": False}, {"fully_parallel_load": True}])
+def test_save_options_do_not_limit_a_load(root: str, config: dict[str, Any]) -> None:
+    assert load(root, **config).restored == ALL
+
+
+@pytest.mark.parametrize(
+    "strictness", ["log_unexpected", "log_all", "raise_unexpected", "raise_all", "return_all", "ignore_all"]
+)
+def test_every_strictness_loads_what_fits(root: str, strictness: str) -> None:
+    # "missing" are the train state's neighbours that a scaffold never asks for: there are none here.
+    assert load(root, dist_ckpt_strictness=strictness).restored == ALL
+
+
+def test_an_explicit_step_wins_over_the_tracker(root: str) -> None:
+    assert load(root, step=1, ckpt_step=1) == Loaded((1, FLOPS), restored=ALL, kept=set())
+
+
+@pytest.mark.parametrize("trailing", ["", "/"])
+def test_one_iteration_directory(root: str, trailing: str) -> None:
+    directory = os.path.join(root, "iter_0000001") + trailing
+    assert load(root, step=1, load=directory, ckpt_step=2).restored == ALL
+
+
+def test_megatron_lm_tracker_alone(root: str, tmp_path: Path) -> None:
+    shutil.copytree(root, tmp_path / "run")
+    (tmp_path / "run/latest_train_state.pt").unlink()
+    (tmp_path / "run/latest_checkpointed_iteration.txt").write_text("1")
+    assert load(root, step=1, load=str(tmp_path / "run")).restored == ALL
+
+
+def test_release_starts_at_step_zero(root: str, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    shutil.copytree(Path(root) / "iter_0000002", tmp_path / "run/release")
+    (tmp_path / "run/latest_checkpointed_iteration.txt").write_text("release")
+    loaded = load(root, load=str(tmp_path / "run"))
+    assert loaded.result == (0, FLOPS)
+    assert loaded.restored == {"model"}
+    assert loaded.kept == {"scheduler", "rng"}
+
+
+def test_nothing_to_load_changes_nothing(tmp_path: Path, root: str) -> None:
+    assert load(root, load=str(tmp_path)) == Loaded((0, 0), restored=set(), kept=ALL)
+    assert load(root, load=None) == Loaded((0, 0), restored=set(), kept=ALL)
+
+
+def test_nothing_to_load_can_end_the_run(tmp_path: Path, root: str) -> None:
+    with pytest.raises(RankError) as caught:
+        load(root, load=str(tmp_path), exit_on_missing_checkpoint=True)
+    assert caught.value.errors == {0: "SystemExit"}
+    assert str(tmp_path) in str(caught.value) or "exit" in str(caught.value)
+
+
+def test_finetuning_takes_the_weights_alone(root: str) -> None:
+    loaded = load(root, finetune=True)
+    assert loaded.result[0] == 0
+    assert loaded.restored == {"model"}
+    assert loaded.kept == {"scheduler", "rng"}
+
+
+def test_without_load_optim_the_rest_is_restored(root: str) -> None:
+    loaded = load(root, load_optim=False)
+    assert loaded.result == (2, FLOPS)
+    assert loaded.restored == {"model", "rng", "train_state"}
+    assert loaded.kept == {"scheduler"}
+
+
+def test_without_load_rng_the_rest_is_restored(root: str) -> None:
+    loaded = load(root, load_rng=False)
+    assert loaded.restored == ALL - {"rng"}
+    assert loaded.kept == {"rng"}
+
+
+@pytest.mark.parametrize("strictness", ["assume_ok_unexpected", "raise_all"])
+def test_skipping_model_and_optimizer(root: str, strictness: str) -> None:
+    options = {"skip_load_to_model_and_opt": True}
+    loaded = load(root, options=options, dist_ckpt_strictness=strictness)
+    assert loaded == Loaded(
+        (2, FLOPS), restored={"scheduler", "rng", "train_state"}, kept={"model", "optimizer"}
+    )
+    kept = load(root, options=options, finetune=True).kept
+    assert kept == {"model", "optimizer", "scheduler", "rng"}
+
+
+def test_what_was_not_saved_stays_as_it_is(bare: str) -> None:
+    loaded = load(bare, step=1)
+    assert loaded.result == (1, FLOPS)
+    assert loaded.restored == {"model", "train_state"}
+    assert loaded.kept == {"scheduler", "rng"}
+
+
+def fresh_optimizer_follows_the_weights(rank: int, root: str, config: dict[str, Any]) -> list[float]:
+    """After a load without optimizer state, master weights are the loaded weights: nothing is undone."""
+    with Run(other(SETUP), load=root, **config) as run:
+        run.train(1)
+        run.load()
+        loaded = run.fingerprint()
+        run.optimizer.zero_grad()
+        # Copies the master weights into the model.
+        for member in run.optimizer.chained_optimizers:
+            member._copy_main_params_to_model_params()
+        run.model[0].start_param_sync(force_sync=True)
+        return differences(loaded, run.fingerprint())
+
+
+@pytest.mark.parametrize("config", [{"load_optim": False}, {"finetune": True}])
+def test_master_weights_follow_the_loaded_weights(root: str, config: dict[str, Any]) -> None:
+    assert run_ranks(fresh_optimizer_follows_the_weights, 1, root, config) == [[]]
+
+
+def test_pretrained_checkpoint_is_the_fallback(root: str, tmp_path: Path) -> None:
+    loaded = load(root, load=str(tmp_path), pretrained_checkpoint=root)
+    assert loaded.result[0] == 0
+    assert loaded.restored == {"model"}
+    # As soon as the run has a checkpoint of its own, that is resumed from.
+    shutil.copytree(root, tmp_path / "run")
+    assert load(root, load=str(tmp_path / "run"), pretrained_checkpoint="/nowhere").restored == ALL
+
+
+def test_recovery_checkpoint_goes_before_an_older_persistent_one(root: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(root, run / "non_persistent")
+    for name in ("iter_0000001", "latest_train_state.pt", "latest_checkpointed_iteration.txt"):
+        source = Path(root) / name
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, run / name)
+    (run / "latest_train_state.pt").unlink()
+    (run / "latest_checkpointed_iteration.txt").write_text("1")
+
+    assert load(root, step=1, load=str(run)).restored == ALL
+    config = {"load": str(run), "non_persistent_ckpt_type": "global"}
+    assert load(root, step=2, **config).restored == ALL
+    assert load(root, step=1, ckpt_step=1, **config).restored == ALL
+    # Not even a pretrained checkpoint is preferred to it.
+    shutil.rmtree(run / "iter_0000001")
+    (run / "latest_checkpointed_iteration.txt").unlink()
+    assert load(root, step=2, pretrained_checkpoint=root, **config).restored == ALL
+
+
+def load_weights_alone(rank: int, root: str, directory: str) -> tuple[set[str], list[str]]:
+    with Run(other(SETUP)) as run:
+        run.train(1)
+        before = run.fingerprint()
+        state_dict = _load_model_weights_from_checkpoint(directory, run.model, return_state_dict=True)
+        assert not differences(before, run.fingerprint(), "model")
+        assert _load_model_weights_from_checkpoint(directory, run.model) is None
+        wrong = differences(runs.saved_fingerprint(root, 2, rank), run.fingerprint())
+        changed = runs.parts(differences(before, run.fingerprint()))
+        assert set(state_dict) >= {"model"}
+        return changed, [name for name in wrong if name.startswith("model")]
+
+
+def test_loading_weights_alone(root: str) -> None:
+    assert run_ranks(load_weights_alone, 1, root, os.path.join(root, "iter_0000002")) == [({"model"}, [])]
+
+
+def keys_that_do_not_match(rank: int, directory: str) -> tuple[Any, Any]:
+    with Run(other(SETUP)) as run:
+        scaffold = {"model": run.sharded_state_dict(is_loading=True)["model"]}
+        scaffold["model"]["decoder.extra"] = scaffold["model"].pop("output_layer.weight")
+        scaffold["model"]["decoder.extra"].key = "decoder.extra"
+        _, missing, unexpected = megatron_core.load(scaffold, directory, strict="return_all")
+        return missing, unexpected
+
+
+def test_mismatching_keys_are_returned(root: str) -> None:
+    ((missing, unexpected),) = run_ranks(keys_that_do_not_match, 1, os.path.join(root, "iter_0000002"))
+    assert "output_layer.weight" in missing
+    assert "decoder.extra" in unexpected
+
+
+def test_checkpoint_of_megatron_lm(root: str, tmp_path: Path) -> None:
+    """No run_config.yaml and no train_state.pt: arguments and iteration are in the common state."""
+    (loaded,) = run_ranks(from_megatron_lm, 1, root, str(tmp_path))
+    assert loaded == ((7, 5), [])
+
+
+def from_megatron_lm(rank: int, root: str, directory: str) -> Any:
+    from argparse import Namespace
+
+    from tests.interop.saved import save_with_stock
+
+    with Run(SETUP) as run:
+        run.train(2)
+        expected = run.fingerprint()
+        run.state.train_state.step = 7
+        state_dict_of = run.sharded_state_dict
+        arguments = Namespace(
+            tensor_model_parallel_size=1, pipeline_model_parallel_size=1, consumed_train_samples=4
+        )
+        run.sharded_state_dict = lambda: {
+            **state_dict_of(),
+            "args": arguments,
+            "num_floating_point_operations_so_far": 5,
+        }
+        save_with_stock(run, directory, megatron_core.FastSaveStrategy())
+        for name in ("run_config.yaml", "train_state.pt"):
+            os.unlink(os.path.join(directory, "iter_0000007", name))
+        os.unlink(os.path.join(directory, "latest_train_state.pt"))
+    with Run(other(SETUP), load=directory) as run:
+        run.train(1)
+        result = run.load()
+        assert run.state.train_state.consumed_train_samples == 4
+        return result, differences(expected, run.fingerprint(), "train_state")
