@@ -15,6 +15,7 @@ Each rename is followed by an fsync of the directory, so the order holds after p
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 from collections.abc import Collection, Mapping
@@ -37,23 +38,28 @@ def write_file_atomic(path: str, data: bytes) -> None:
         data: the whole content.
 
     Raises:
-        CheckpointWriteError: with errno and path; ``path`` is unchanged then.
+        CheckpointWriteError: with errno and path; ``path`` is unchanged then, unless only the sync of its
+            directory failed: the text says so.
     """
     directory, name = os.path.split(path)
     temporary = os.path.join(directory, f".{name}.{secrets.token_hex(4)}{_PARTIAL_SUFFIX}")
+    state = "The previous content, if any, is untouched"
     try:
         with open(temporary, "xb") as file:
             file.write(data)
             file.flush()
             fsync(file.fileno())
         os.replace(temporary, path)
+        state = "It was replaced, but may not outlive a power failure"
         fsync_directory(directory)
-    except OSError as error:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
+        if not isinstance(error, OSError):
+            raise
         raise CheckpointWriteError(
-            f"cannot write {path}: {error.strerror or error}. The previous content, if any, is untouched; "
-            "check the directory's permissions and free space.",
+            f"cannot write {path}: {error.strerror or error}. {state}; check the directory's permissions and "
+            "free space.",
             error.errno,
             path,
         ) from error
@@ -85,8 +91,7 @@ def invalidate(directory: str, keep: Collection[str] = ()) -> None:
         CheckpointWriteError: the directory cannot be created or cleaned.
     """
     try:
-        os.makedirs(directory, exist_ok=True)
-        fsync_directory(os.path.dirname(os.path.abspath(directory)))
+        _make_directory(os.path.abspath(directory))
         names = set(os.listdir(directory))
         for seal in (SEAL_FILE, METADATA_FILE, SIDECAR_FILE):
             if seal in names:
@@ -103,6 +108,20 @@ def invalidate(directory: str, keep: Collection[str] = ()) -> None:
             error.errno,
             error.filename or directory,
         ) from error
+
+
+def _make_directory(path: str) -> None:
+    """Create a directory, and those above it that are missing, so that they outlive a power failure."""
+    parent = os.path.dirname(path)
+    if not os.path.isdir(path):
+        if not os.path.isdir(parent):
+            _make_directory(parent)
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(path)
+        if not os.path.isdir(path):
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
+    # Also when it was there: the process that made it may have ended before this.
+    fsync_directory(parent)
 
 
 def publish(directory: str, files: Mapping[str, bytes]) -> None:
