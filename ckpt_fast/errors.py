@@ -21,6 +21,10 @@ class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
     __str__ = Exception.__str__
 
 
+class UnknownFormatError(CheckpointNotFoundError, NotImplementedError):
+    """A directory is there, but what makes it a checkpoint of a known format is not."""
+
+
 class CheckpointCorruptError(CheckpointError):
     """Bytes on disk are not what was written: truncated, altered, or half a checkpoint."""
 

@@ -15,7 +15,7 @@ import torch
 
 from ckpt_fast import megatron
 from ckpt_fast.doors import megatron_core
-from ckpt_fast.errors import CheckpointNotFoundError
+from ckpt_fast.errors import CheckpointCorruptError, CheckpointNotFoundError
 from ckpt_fast.pipeline.group import ControlGroup
 from ckpt_fast.pipeline.verify import require_complete
 from ckpt_fast.trainer.contexts import CheckpointType
@@ -28,7 +28,7 @@ from ckpt_fast.trainer.locate import (
     _resolve_checkpoint_iteration,
     newest_global_non_persistent_checkpoint,
 )
-from ckpt_fast.trainer.paths import get_checkpoint_name
+from ckpt_fast.trainer.paths import file_exists, get_checkpoint_name, join_paths
 from ckpt_fast.trainer.ranks import barrier_if_distributed, on_rank_0, print_rank_0
 
 LoadedBase = tuple[dict[str, Any] | None, Any, bool, CheckpointType | None]
@@ -178,6 +178,11 @@ def _require_sound(path: str, configured: str) -> str:
             "iteration that is there."
         )
     found = _get_checkpoint_format(path)
+    if found == "fsdp_dtensor" and file_exists(join_paths(path, megatron_core.COMMON_FILE)):
+        raise CheckpointCorruptError(
+            f"{path} is a torch_dist checkpoint that lacks its metadata.json: the save was interrupted, or "
+            "the file was deleted. Load an earlier iteration."
+        )
     if found != configured:
         raise AssertionError(
             f"{path} is a {found} checkpoint, but checkpoint.ckpt_format is {configured}; set it to {found!r}"

@@ -13,7 +13,7 @@ import re
 from typing import TYPE_CHECKING, Any, Literal
 
 from ckpt_fast import megatron
-from ckpt_fast.errors import CheckpointNotFoundError
+from ckpt_fast.errors import CheckpointNotFoundError, UnknownFormatError
 from ckpt_fast.trainer.paths import (
     TRACKER_PREFIX,
     checkpoint_exists,
@@ -69,7 +69,7 @@ def _get_checkpoint_format(checkpoint_path: str) -> str:
     if is_hf_checkpoint_dir(checkpoint_path):
         print_rank_0(f"auto-detected a HuggingFace model in {checkpoint_path}")
         return "hf"
-    raise NotImplementedError(
+    raise UnknownFormatError(
         f"Unknown checkpoint format in {checkpoint_path}: it has neither metadata.json (torch_dist) nor "
         ".metadata (fsdp_dtensor) nor HuggingFace weights. An interrupted save leaves such a directory; "
         "load an older iteration."

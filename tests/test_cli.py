@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command ``ckpt-fast``."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+from ckpt_fast.cli import main
+from ckpt_fast.pipeline.save import save
+from ckpt_fast.pipeline.types import TensorShard
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> str:
+    weight = torch.arange(20_000, dtype=torch.float32).view(100, 200)
+    directory = str(tmp_path / "iter_0000001")
+    save([TensorShard("weight", weight, (0, 0), (100, 200))], directory)
+    return directory
+
+
+def test_verify_a_whole_checkpoint(checkpoint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", checkpoint]) == 0
+    assert capsys.readouterr().out == f"{checkpoint}: ok\n"
+
+
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata"])
+def test_verify_names_the_file_with_a_flipped_bit(
+    checkpoint: str, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = os.path.join(checkpoint, name)
+    content = bytearray(Path(path).read_bytes())
+    content[len(content) // 3] ^= 4
+    Path(path).write_bytes(content)
+    assert main(["verify", checkpoint]) == 1
+    assert f"{path} has CRC-32" in capsys.readouterr().err
+
+
+def test_verify_names_the_file_that_is_missing_or_short(
+    checkpoint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = os.path.join(checkpoint, "__0_0.distcp")
+    os.truncate(path, 1000)
+    assert main(["verify", checkpoint]) == 1
+    assert f"{path} has 1000 bytes instead of" in capsys.readouterr().err
+    os.unlink(path)
+    assert main(["verify", checkpoint]) == 1
+    assert f"{path} is missing" in capsys.readouterr().err
+
+
+def test_verify_what_is_no_checkpoint_of_ours(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stock = str(tmp_path / "stock")
+    dcp.save({"w": torch.ones(3)}, storage_writer=dcp.FileSystemWriter(stock), no_dist=True)
+    assert main(["verify", stock, str(tmp_path / "nowhere")]) == 1
+    errors = capsys.readouterr().err
+    assert "written by another library" in errors
+    assert "nowhere is not a complete checkpoint" in errors
+
+
+def test_info_lists_what_is_in_a_checkpoint(checkpoint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", checkpoint]) == 0
+    assert capsys.readouterr().out == "weight  float32 [100, 200] in 1 pieces\n"
+    assert main(["info", checkpoint + "_gone"]) == 1
+
+
+def test_info_tells_which_engine_is_in_use(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CKPT_FAST_NATIVE", "0")
+    assert main(["info"]) == 0
+    assert "engine: ckpt_fast.native.fallback" in capsys.readouterr().out
+
+
+def test_wrong_usage() -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["frobnicate"])
+    assert stopped.value.code == 2

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What happens when a save fails, or the newest checkpoint is damaged."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers import RankError, run_ranks
+from tests.models import FLOPS, Run, Setup
+from tests.trainer import runs
+from tests.trainer.runs import ALL, Loaded
+
+SETUP = Setup()
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Checkpoints of iterations 1, 2 and 3 of one rank."""
+    root = str(tmp_path_factory.mktemp("policies") / "run")
+    run_ranks(runs.save_steps, 1, SETUP, root, 3, {})
+    return root
+
+
+@pytest.fixture
+def root(saved: str, tmp_path: Path) -> str:
+    """A copy to damage, with the fingerprints beside it."""
+    for name in os.listdir(os.path.dirname(saved)):
+        if name.endswith(".pt"):
+            shutil.copy(os.path.join(os.path.dirname(saved), name), tmp_path)
+    shutil.copytree(saved, tmp_path / "run")
+    return str(tmp_path / "run")
+
+
+def load(root: str, step: int, **config: Any) -> Loaded:
+    (loaded,) = run_ranks(runs.load, 1, SETUP, root, step, {"load": root, **config}, {})
+    return loaded
+
+
+def flip_a_bit(path: str) -> None:
+    with open(path, "r+b") as file:
+        file.seek(os.path.getsize(path) // 2)
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 1]))
+
+
+DAMAGES = {
+    "bit": lambda directory: flip_a_bit(os.path.join(directory, "__0_0.distcp")),
+    "truncated": lambda directory: os.truncate(os.path.join(directory, "__0_0.distcp"), 5000),
+    "shard": lambda directory: os.unlink(os.path.join(directory, "__0_0.distcp")),
+    "seal": lambda directory: os.unlink(os.path.join(directory, "metadata.json")),
+    "metadata": lambda directory: (
+        os.unlink(os.path.join(directory, "metadata.json")),
+        os.unlink(os.path.join(directory, ".metadata")),
+    ),
+    "common": lambda directory: os.truncate(os.path.join(directory, "common.pt"), 100),
+    "directory": shutil.rmtree,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_passed_over(root: str, damage: str) -> None:
+    DAMAGES[damage](os.path.join(root, "iter_0000003"))
+    assert load(root, 2) == Loaded((2, FLOPS), restored=ALL, kept=set())
+
+
+def test_several_damaged_checkpoints_are_passed_over(root: str) -> None:
+    DAMAGES["bit"](os.path.join(root, "iter_0000003"))
+    DAMAGES["shard"](os.path.join(root, "iter_0000002"))
+    assert load(root, 1).result == (1, FLOPS)
+
+
+def test_nothing_whole_is_left(root: str) -> None:
+    for step in (1, 2, 3):
+        DAMAGES["truncated"](os.path.join(root, f"iter_{step:07d}"))
+    with pytest.raises(RankError, match=r"iter_0000003/__0_0\.distcp has 5000 bytes instead of"):
+        load(root, 1)
+
+
+def test_no_fall_back_where_none_is_wanted(root: str) -> None:
+    DAMAGES["bit"](os.path.join(root, "iter_0000003"))
+    with pytest.raises(RankError, match=r"CheckpointCorruptError.*iter_0000003") as raised:
+        load(root, 2, on_corrupt="raise")
+    assert raised.value.errors == {0: "CheckpointCorruptError"}
+
+
+def test_a_certain_checkpoint_is_not_replaced_by_another(root: str) -> None:
+    DAMAGES["truncated"](os.path.join(root, "iter_0000003"))
+    with pytest.raises(RankError, match="iter_0000003"):
+        load(root, 2, ckpt_step=3)
+    with pytest.raises(RankError, match="iter_0000003"):
+        load(root, 2, load=os.path.join(root, "iter_0000003"))
+
+
+def test_a_stale_sidecar_does_not_condemn_a_stock_checkpoint(root: str) -> None:
+    """A stock writer that overwrote our checkpoint left our sidecar behind."""
+    directory = os.path.join(root, "iter_0000003")
+    run_ranks(_overwrite_with_stock, 1, directory)
+    assert load(root, 3, on_corrupt="raise").result == (3, FLOPS)
+
+
+def _overwrite_with_stock(rank: int, directory: str) -> None:
+    from megatron.core import dist_checkpointing
+
+    from tests.models import megatron_on_cpu
+
+    with Run(SETUP) as run:
+        run.train(3)
+        with megatron_on_cpu():
+            dist_checkpointing.save(
+                run.sharded_state_dict(), directory, content_metadata=run.content_metadata()
+            )
+
+
+def _fail_to_save(rank: int, root: str, asynchronous: bool) -> tuple[int, bool]:
+    """Save step 1; let step 2 fail on the last rank only; go on; save step 3."""
+    with Run(SETUP, save=root, on_save_error="warn", async_save=asynchronous) as run:
+        run.state.initialize_async_checkpoint_worker()
+        for step in (1, 2, 3):
+            run.train(1)
+            if step == 2 and rank == 0:
+                # A directory where a data file should be.
+                os.makedirs(os.path.join(root, "iter_0000002", "__1_0.distcp", "in_the_way"))
+            run.save()
+            from ckpt_fast.checkpointing import maybe_finalize_async_save
+
+            maybe_finalize_async_save(run.state, run.checkpoint, blocking=True)
+            if step == 2:
+                tracker = Path(root, "latest_checkpointed_iteration.txt").read_text()
+                sealed = os.path.exists(os.path.join(root, "iter_0000002", "metadata.json"))
+    return int(tracker), sealed
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_training_goes_on_without_a_checkpoint_that_failed(tmp_path: Path, asynchronous: bool) -> None:
+    root = str(tmp_path / "run")
+    assert run_ranks(_fail_to_save, 2, root, asynchronous) == [(1, False), (1, False)]
+    assert Path(root, "latest_checkpointed_iteration.txt").read_text() == "3"
