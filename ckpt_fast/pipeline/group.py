@@ -81,7 +81,7 @@ class ControlGroup:
             return Outcome(self.global_rank, action())
         except CheckpointError as error:
             logger.debug("rank %d failed", self.global_rank, exc_info=True)
-            return Outcome(self.global_rank, error=error)
+            return Outcome(self.global_rank, error=_portable(error))
         except Exception as error:
             logger.exception("rank %d failed", self.global_rank)
             wrapped = CheckpointError(f"{type(error).__name__}: {error}")
@@ -118,6 +118,17 @@ def _device_of(group: dist.ProcessGroup | None) -> torch.device:
     if "cpu" in devices:
         return torch.device("cpu")
     return torch.device(devices[0], torch.get_device_module(devices[0]).current_device())
+
+
+def _portable(error: CheckpointError) -> CheckpointError:
+    """The error as one of the kinds in ``errors``, which any rank can rebuild from its text."""
+    kind = next(kind for kind in type(error).__mro__ if kind.__module__ == CheckpointError.__module__)
+    if isinstance(error, CheckpointWriteError):
+        portable: CheckpointError = CheckpointWriteError(str(error), error.errno, error.filename)
+    else:
+        portable = kind(str(error))
+    portable.__cause__ = error
+    return portable
 
 
 def _first_failure(outcomes: Sequence[Outcome[Any]]) -> Outcome[Any] | None:
