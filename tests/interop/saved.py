@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import os
 from collections.abc import Callable, Collection
@@ -10,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 from megatron.core import dist_checkpointing
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from ckpt_fast import megatron
 from ckpt_fast.doors import megatron_core
@@ -143,3 +146,16 @@ def _wrong(expected: Any, found: Any, name: str = "") -> list[str]:
 
 def _item(container: Any, key: Any) -> Any:
     return container.get(key, NotSaved) if isinstance(container, dict) else container[key]
+
+
+def read_with_dcp(directory: str) -> dict[str, Any]:
+    """Every tensor and object of a checkpoint, by torch alone; without the common state, kept elsewhere."""
+    reader = dcp.FileSystemReader(directory)
+    state: dict[str, Any] = {}
+    for fqn, entry in reader.read_metadata().state_dict_metadata.items():
+        if isinstance(entry, TensorStorageMetadata):
+            state[fqn] = torch.empty(entry.size, dtype=entry.properties.dtype)
+        elif not fqn.startswith("common_state"):
+            state[fqn] = io.BytesIO()
+    dcp.load(state, storage_reader=reader, no_dist=True)
+    return state

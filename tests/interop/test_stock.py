@@ -3,13 +3,10 @@
 
 from __future__ import annotations
 
-import io
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from tests.helpers import run_ranks
 from tests.interop import saved
@@ -56,31 +53,18 @@ def test_load_checkpoint_resumes_from_every_writer(checkpoints: Saved) -> None:
 
 @pytest.mark.parametrize("writer", ["ours", "strategy"])
 def test_plain_dcp_reads_the_same_from_all(checkpoints: Saved, writer: str) -> None:
-    expected = read_with_dcp(saved.iteration(checkpoints.root, "stock"))
-    found = read_with_dcp(saved.iteration(checkpoints.root, writer))
+    expected = saved.read_with_dcp(saved.iteration(checkpoints.root, "stock"))
+    found = saved.read_with_dcp(saved.iteration(checkpoints.root, writer))
 
     assert len(expected) > 10
     assert expected.keys() == found.keys()
     assert [key for key in expected if not identical(expected[key], found[key])] == []
 
 
-def read_with_dcp(directory: str) -> dict[str, Any]:
-    """Every tensor and object of a checkpoint, by torch alone; without the common state, kept elsewhere."""
-    reader = dcp.FileSystemReader(directory)
-    state: dict[str, Any] = {}
-    for fqn, entry in reader.read_metadata().state_dict_metadata.items():
-        if isinstance(entry, TensorStorageMetadata):
-            state[fqn] = torch.empty(entry.size, dtype=entry.properties.dtype)
-        elif not fqn.startswith("common_state"):
-            state[fqn] = io.BytesIO()
-    dcp.load(state, storage_reader=reader, no_dist=True)
-    return state
-
-
 def test_plain_dcp_sees_all_parts_of_the_optimizer(checkpoints: Saved) -> None:
     """The comparisons above compare what they claim to: weights, both moments and master weights."""
     _, setup, root = checkpoints
-    state = read_with_dcp(saved.iteration(root, "ours"))
+    state = saved.read_with_dcp(saved.iteration(root, "ours"))
     name = "decoder.layers.mlp.linear_fc1.weight"
     assert state[name].dtype is setup.dtype
     if setup.distributed and not setup.reshardable:

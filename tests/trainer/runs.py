@@ -38,7 +38,7 @@ def saved_fingerprint(root: str, step: int, rank: int) -> dict[str, Any]:
 def load(
     rank: int, setup: Setup, root: str, step: int, config: dict[str, Any], options: dict[str, Any]
 ) -> Loaded:
-    """Load into a run that has trained on its own, and compare it with what ``save_steps`` saved at ``step``.
+    """Load into a run that has trained on its own, and compare with what ``save_steps`` left of ``root``.
 
     ``config`` are fields of CheckpointConfig, ``options`` arguments of ``load_checkpoint``.
     """
