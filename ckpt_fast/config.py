@@ -201,6 +201,8 @@ class CheckpointConfig:
     """When a save fails: raise on every rank, or warn and train on with the previous checkpoint."""
     verify_on_load: bool | None = None
     """Compare checksums while loading; None follows ``CKPT_FAST_VERIFY`` (on)."""
+    host_buffer_bytes: int | None = None
+    """Host memory of one rank for staged state; None follows ``CKPT_FAST_HOST_BUFFER`` (no bound)."""
 
     def __post_init__(self) -> None:
         """Checks at construction; raises AssertionError."""
@@ -259,6 +261,8 @@ class CheckpointConfig:
         )
         if self.on_corrupt not in _ON_CORRUPT:
             raise ValueError(f"on_corrupt={self.on_corrupt!r}: use one of {', '.join(_ON_CORRUPT)}")
+        if self.host_buffer_bytes is not None and self.host_buffer_bytes < 1:
+            raise ValueError(f"host_buffer_bytes={self.host_buffer_bytes} is not a positive number of bytes")
         if self.on_save_error not in _ON_SAVE_ERROR:
             raise ValueError(f"on_save_error={self.on_save_error!r}: use one of {', '.join(_ON_SAVE_ERROR)}")
 

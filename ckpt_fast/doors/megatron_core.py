@@ -126,6 +126,7 @@ def start_save(
     preprocess_common_before_consistency_check: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
     content_metadata: dict[str, Any] | None = None,
     snapshot: bool = False,
+    host_buffer: int | None = None,
 ) -> Save:
     """Collective. Everything up to and including staging; the caller then runs ``write`` and ``commit``.
 
@@ -137,6 +138,7 @@ def start_save(
         preprocess_common_before_consistency_check: applied to the common state before ranks compare it.
         content_metadata: stored in the common state under ``content_metadata``.
         snapshot: the shards' memory may change as soon as this returns.
+        host_buffer: bound on the host memory staged into; see ``Save``.
 
     Raises:
         CheckpointError, CheckpointingException: nothing has been written.
@@ -163,6 +165,7 @@ def start_save(
         common_files={COMMON_FILE: _torch_bytes(common)} if group.is_coordinator else None,
         seal_files={commit.SEAL_FILE: json.dumps(_SEAL).encode()},
         snapshot=snapshot,
+        host_buffer=host_buffer,
     )
     job.stage()
     return job

@@ -319,6 +319,7 @@ def _hand_over(
         preprocess_common_before_consistency_check=preprocess_common,
         content_metadata=megatron.clean_metadata_for_serialization(metadata),
         snapshot=run.is_async,
+        host_buffer=getattr(ckpt_cfg, "host_buffer_bytes", None),
     )
     result: SaveHandle | SaveReport
     if run.is_async:
