@@ -82,9 +82,11 @@ def _layout_difference(run_config: dict[str, Any] | None, cfg: Any) -> str:
     if not saved_model or is_mimo(run_config, cfg):
         return ""
     names = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
-    ours = tuple(getattr(cfg.model, name) for name in names)
-    saved = tuple(saved_model[name] for name in names)
-    return "" if ours == saved else f"(TP, PP) mismatch after resume ({ours} vs {saved} from checkpoint)"
+    ours = tuple(getattr(cfg.model, name, None) for name in names)
+    saved = tuple(saved_model.get(name) for name in names)
+    if ours == saved or None in ours + saved:
+        return ""
+    return f"(TP, PP) mismatch after resume ({ours} vs {saved} from checkpoint)"
 
 
 def make_plan(
