@@ -22,7 +22,6 @@ namespace {
 constexpr mode_t kCreateMode = 0666;  // the umask takes away what the user does not grant
 
 int64_t align_down(int64_t value) { return value / kDirectAlignment * kDirectAlignment; }
-int64_t align_up(int64_t value) { return align_down(value + kDirectAlignment - 1); }
 
 int open_retrying(const std::string& path, int flags) {
   int fd;
@@ -155,12 +154,11 @@ InputFile::InputFile(std::string path, bool direct) : path_(std::move(path)) {
   size_ = S_ISREG(status.st_mode) ? status.st_size : std::numeric_limits<int64_t>::max();
 }
 
-void InputFile::read(void* data, int64_t nbytes, int64_t offset) {
-  auto* bytes = static_cast<uint8_t*>(data);
-  int64_t done = 0;
-  while (done < nbytes) {
-    const int64_t room = (direct_ ? align_up(nbytes) : nbytes) - done;
-    const ssize_t got = ::pread(file_.get(), bytes + done, static_cast<size_t>(room), offset + done);
+void InputFile::read(std::vector<iovec> parts, int64_t nbytes, int64_t offset) {
+  size_t first = 0;
+  for (int64_t done = 0; done < nbytes;) {
+    const auto count = static_cast<int>(std::min<size_t>(parts.size() - first, IOV_MAX));
+    const ssize_t got = ::preadv(file_.get(), parts.data() + first, count, offset + done);
     if (got < 0 && errno == EINTR) continue;
     if (got < 0 && errno == EINVAL && direct_) {
       clear_direct(file_.get());
@@ -169,9 +167,10 @@ void InputFile::read(void* data, int64_t nbytes, int64_t offset) {
     }
     if (got < 0) throw_read_error(nbytes, offset, path_, errno);
     if (got == 0) throw_file_ends(nbytes, offset, path_, offset + done);
-    done += got;
     // A short direct read may stop anywhere; the next one has to start aligned.
-    if (direct_ && done < nbytes && got >= kDirectAlignment) done = align_down(done);
+    const int64_t step = direct_ && got >= kDirectAlignment ? align_down(got) : got;
+    drop_front(&parts, &first, static_cast<size_t>(step));
+    done += step;
   }
 }
 

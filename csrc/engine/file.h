@@ -68,9 +68,9 @@ class InputFile {
   /// Bytes in a regular file; INT64_MAX for devices and pipes, which do not say.
   int64_t size() const { return size_; }
 
-  /// Reads all of a range. In direct mode `data` and `offset` are multiples of kDirectAlignment and `data`
-  /// has room for `nbytes` rounded up to one.
-  void read(void* data, int64_t nbytes, int64_t offset);
+  /// Reads a range of `nbytes` into `parts`, which have room for it. In direct mode there is one part; its
+  /// address and size and `offset` are multiples of kDirectAlignment.
+  void read(std::vector<iovec> parts, int64_t nbytes, int64_t offset);
 
   bool direct() const { return direct_; }
   const std::string& path() const { return path_; }

@@ -15,11 +15,8 @@ namespace {
 
 using std::to_string;
 
-// Reading this much for nothing costs less than another request to the device.
-constexpr int64_t kReadThrough = 64 << 10;
-
-// From this size on, a system call of its own is cheaper than a copy out of a shared buffer.
-constexpr int64_t kStraightNbytes = 256 << 10;
+// Buffered reads are checked when they are done; this much is still in the cache by then.
+constexpr int64_t kCacheHot = 1 << 20;
 
 [[noreturn]] void refuse(size_t row, const std::string& why) {
   throw std::invalid_argument("extent " + to_string(row) + ": " + why);
@@ -69,39 +66,42 @@ void count_digest_behind(ReadPlan* plan) {
   }
 }
 
-/// Cuts [begin, end), which extents first … last - 1 cover but for small gaps, into transfers that each fit
-/// a chunk buffer. The cuts fall on multiples of the chunk size, which keeps direct reads aligned.
-void cut_run(const ReadRequest& request, int64_t begin, int64_t end, size_t first, size_t last, bool straight,
-             ReadPlan* plan) {
+bool are_disjoint(const std::vector<Extent>& extents, size_t first, size_t last) {
+  int64_t end = 0;
+  for (size_t i = first; i < last; ++i) {
+    if (extents[i].nbytes > 0 && extents[i].offset < end) return false;
+    end = std::max(end, extents[i].end());
+  }
+  return true;
+}
+
+/// Cuts [begin, end), which extents first … last - 1 cover but for small gaps, into transfers. The cuts fall
+/// on multiples of `step`, which keeps direct reads aligned and lets each fit a chunk buffer.
+void cut_run(int64_t step, int64_t begin, int64_t end, size_t first, size_t last, ReadPlan* plan) {
   const std::vector<Extent>& extents = plan->extents;
   const auto file = static_cast<size_t>(extents[first].file);
   size_t from = first;
   while (begin < end) {
-    const int64_t cut = std::min(end, (begin / request.chunk_nbytes + 1) * request.chunk_nbytes);
+    const int64_t cut = std::min(end, (begin / step + 1) * step);
     while (from < last && extents[from].end() <= begin) ++from;
     size_t to = from;
     while (to < last && extents[to].offset < cut) ++to;
-    if (from < to) plan->transfers.push_back({file, begin, cut, from, to, straight});
+    if (from < to) plan->transfers.push_back({file, begin, cut, from, to, are_disjoint(extents, from, to)});
     begin = cut;
   }
 }
 
 void cut_transfers(const ReadRequest& request, ReadPlan* plan) {
   const std::vector<Extent>& extents = plan->extents;
-  const auto goes_straight = [&](const Extent& extent) {
-    return !request.direct && extent.nbytes >= kStraightNbytes;
-  };
+  const int64_t step = request.direct ? request.chunk_nbytes : std::min(request.chunk_nbytes, kCacheHot);
   for (size_t first = 0; first < extents.size();) {
-    const Extent& head = extents[first];
-    int64_t end = head.end();
+    int64_t end = extents[first].end();
     size_t last = first + 1;
-    const bool straight = goes_straight(head);
-    while (!straight && last < extents.size() && extents[last].file == head.file &&
-           extents[last].offset <= end + kReadThrough && !goes_straight(extents[last])) {
-      end = std::max(end, extents[last].end());
-      ++last;
+    while (last < extents.size() && extents[last].file == extents[first].file &&
+           extents[last].offset <= end + kReadThrough) {
+      end = std::max(end, extents[last++].end());
     }
-    cut_run(request, head.offset, end, first, last, straight, plan);
+    cut_run(step, extents[first].offset, end, first, last, plan);
     first = last;
   }
 }

@@ -33,15 +33,19 @@ struct Extent {
   int64_t end() const { return offset + nbytes; }
 };
 
-/// One transfer: a range of a file that is read at once and holds (parts of) extents first … last - 1.
+/// One transfer: a range of a file that is read at once and holds (parts of) extents first … last - 1, with
+/// gaps of at most kReadThrough bytes between them.
 struct Transfer {
   size_t file;
   int64_t begin;
   int64_t end;
   size_t first;
   size_t last;
-  bool straight;  // all of it belongs to one extent and goes to its destination without a detour
+  bool disjoint;  // no byte belongs to two extents
 };
+
+/// Reading this much for nothing costs less than another request to the device.
+constexpr int64_t kReadThrough = 64 << 10;
 
 struct ReadPlan {
   std::vector<Extent> extents;  // by file and offset; they may overlap

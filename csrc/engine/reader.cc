@@ -24,9 +24,6 @@ struct OpenFile {
   std::atomic<int64_t> transfers_left{0};
 };
 
-// Straight reads are checked in portions of this size, which are still in the cache when they are.
-constexpr int64_t kCacheHot = 256 << 10;
-
 class ReadJob {
  public:
   explicit ReadJob(const ReadRequest& request)
@@ -42,8 +39,10 @@ class ReadJob {
  private:
   InputFile& input_of(size_t file);
   void check_size(size_t file, const InputFile& input);
-  void read_straight(const Transfer& transfer, InputFile& input);
+  void read_in_place(const Transfer& transfer, InputFile& input);
   void read_through_buffer(const Transfer& transfer, InputFile& input);
+  template <typename Visit>
+  void for_each_part(const Transfer& transfer, Visit&& visit) const;
   void add(const Extent& extent, uint32_t crc, int64_t begin, int64_t end);
 
   const ReadRequest& request_;
@@ -58,8 +57,8 @@ std::vector<uint32_t> ReadJob::run() {
   parallel_for(plan_.transfers.size(), direct ? 2 * request_.threads : request_.threads, [this](size_t i) {
     const Transfer& transfer = plan_.transfers[i];
     InputFile& input = input_of(transfer.file);
-    if (transfer.straight) {
-      read_straight(transfer, input);
+    if (transfer.disjoint && !input.direct()) {
+      read_in_place(transfer, input);
     } else {
       read_through_buffer(transfer, input);
     }
@@ -94,29 +93,45 @@ void ReadJob::check_size(size_t file, const InputFile& input) {
   if (first != nullptr) throw_file_ends(first->nbytes, first->offset, input.path(), input.size());
 }
 
-void ReadJob::read_straight(const Transfer& transfer, InputFile& input) {
-  const Extent& extent = plan_.extents[transfer.first];
-  const int64_t step = extent.digest >= 0 ? kCacheHot : request_.chunk_nbytes;
-  for (int64_t begin = transfer.begin; begin < transfer.end; begin += step) {
-    const int64_t end = std::min(begin + step, transfer.end);
-    uint8_t* const destination = extent.destination + (begin - extent.offset);
-    input.read(destination, end - begin, begin);
-    if (extent.digest >= 0) add(extent, crc32(destination, static_cast<size_t>(end - begin)), begin, end);
-  }
+/// One scattering read puts every byte where it belongs, and what is between extents aside.
+void ReadJob::read_in_place(const Transfer& transfer, InputFile& input) {
+  uint8_t aside[kReadThrough];
+  std::vector<iovec> parts;
+  int64_t position = transfer.begin;
+  for_each_part(transfer, [&](const Extent& extent, int64_t begin, int64_t end) {
+    if (begin > position) parts.push_back({aside, static_cast<size_t>(begin - position)});
+    parts.push_back({extent.destination + (begin - extent.offset), static_cast<size_t>(end - begin)});
+    position = end;
+  });
+  input.read(std::move(parts), position - transfer.begin, transfer.begin);
+  for_each_part(transfer, [&](const Extent& extent, int64_t begin, int64_t end) {
+    if (extent.digest < 0) return;
+    const uint8_t* const bytes = extent.destination + (begin - extent.offset);
+    add(extent, crc32(bytes, static_cast<size_t>(end - begin)), begin, end);
+  });
 }
 
 void ReadJob::read_through_buffer(const Transfer& transfer, InputFile& input) {
   const int64_t base = transfer.begin / kDirectAlignment * kDirectAlignment;
   const Buffer buffer(static_cast<size_t>(request_.chunk_nbytes));
-  input.read(buffer.data(), transfer.end - base, base);
+  const int64_t wanted = transfer.end - base;
+  const int64_t whole = (wanted + kDirectAlignment - 1) / kDirectAlignment * kDirectAlignment;
+  input.read({{buffer.data(), static_cast<size_t>(whole)}}, wanted, base);
+  for_each_part(transfer, [&](const Extent& extent, int64_t begin, int64_t end) {
+    const uint32_t crc = copy_crc32(extent.destination + (begin - extent.offset),
+                                    buffer.data() + (begin - base), static_cast<size_t>(end - begin));
+    if (extent.digest >= 0) add(extent, crc, begin, end);
+  });
+}
+
+/// Calls visit(extent, begin, end) for each extent's part of the transfer, by offset.
+template <typename Visit>
+void ReadJob::for_each_part(const Transfer& transfer, Visit&& visit) const {
   for (size_t i = transfer.first; i < transfer.last; ++i) {
     const Extent& extent = plan_.extents[i];
     const int64_t begin = std::max(extent.offset, transfer.begin);
     const int64_t end = std::min(extent.end(), transfer.end);
-    if (begin >= end) continue;
-    const uint32_t crc = copy_crc32(extent.destination + (begin - extent.offset),
-                                    buffer.data() + (begin - base), static_cast<size_t>(end - begin));
-    if (extent.digest >= 0) add(extent, crc, begin, end);
+    if (begin < end) visit(extent, begin, end);
   }
 }
 

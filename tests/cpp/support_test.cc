@@ -81,9 +81,9 @@ void test_file() {
     std::memset(buffer.data(), 0, 12288);
     InputFile input(path, direct);
     CHECK(input.size() == 10000);
-    input.read(buffer.data(), 10000 - 4096, 4096);
+    input.read({{buffer.data(), 8192}}, 10000 - 4096, 4096);
     CHECK(std::memcmp(buffer.data(), content.data() + 4096, 10000 - 4096) == 0);
-    const auto beyond = [&] { input.read(buffer.data(), 8192, 4096); };
+    const auto beyond = [&] { input.read({{buffer.data(), 8192}}, 8192, 4096); };
     CHECK(text_of<SystemError>(beyond) == "read 8192 bytes at 4096 from " + path + ": file ends at 10000");
   }
 }
