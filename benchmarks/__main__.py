@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A selection that takes a few minutes, each benchmark in a process of its own: ``make bench``.
+
+    python -m benchmarks [DIRECTORY FOR REPORTS]
+
+A big process makes forks and page faults dearer for everyone in it, so that none inherits another's heap.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+_MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else tempfile.gettempdir()
+# Script and arguments, by the name of the report.
+RUNS = {
+    "save": ["bench_save.py"],
+    "save-memory": ["bench_save.py", "--path", _MEMORY],
+    "save-many": ["bench_save.py", "--many", "--gigabytes", "0.27", "--rounds", "3"],
+    "load": ["bench_load.py"],
+    "load-many": ["bench_load.py", "--many", "--gigabytes", "0.27", "--rounds", "3"],
+    "stall": ["bench_stall.py"],
+    "plan": ["bench_plan.py", "--rounds", "1"],
+}
+PARTS = ["bench_glu.py", "bench_parts.py"]
+
+
+def main() -> int:
+    """Run everything, in spite of failures; returns the number of those."""
+    results = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE / "results"
+    failed = 0
+    for name, (script, *arguments) in RUNS.items():
+        command = [str(HERE / script), *arguments, "--output", str(results / f"{name}.txt")]
+        failed += _run([sys.executable, "-W", "ignore", *command])
+    columns = "--benchmark-columns=min,median,max"
+    failed += _run([sys.executable, "-m", "pytest", "-W", "ignore", columns, *(str(HERE / p) for p in PARTS)])
+    return failed
+
+
+def _run(command: list[str]) -> bool:
+    print("\n$ " + " ".join(command), flush=True)
+    return subprocess.run(command, check=False).returncode != 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

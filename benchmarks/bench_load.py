@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loads into tensors that exist: warm (files in the page cache), cold (dropped from it), and slices of 1/8.
+
+    python benchmarks/bench_load.py --gigabytes 1 --rounds 5 --path DIR
+
+The limit of a warm load is a memcpy of the same bytes, that of a cold one a raw direct read. "Cold" is the
+page cache of this machine: a host, or a disk's own cache, may still hold the bytes. For slices, as loads with
+another parallelism need them, the bytes read are set against the bytes wanted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import harness
+import limits
+import machine
+import rivals
+import states
+
+from ckpt_fast import settings
+from ckpt_fast.doors import megatron_core
+
+FRAGMENTS, FRAGMENT = 8, 3
+# A device gives its best to many readers, whatever number of threads we use.
+READERS = 8
+
+
+class Files:
+    """Every rival's checkpoint of one state, written once."""
+
+    def __init__(self, state: states.State, present: Sequence[rivals.Rival], path: Path) -> None:
+        self.state, self.path = state, path
+        self.nbytes = states.total_nbytes(state)
+        self.into = states.empty_like(state)
+        self.threads = limits.Threads(settings.io_threads())
+        for rival in present:
+            rival.save(rival.wrap(state), self.of(rival))
+            rivals.sync_tree(self.of(rival))
+
+    def of(self, rival: rivals.Rival) -> Path:
+        return self.path / rival.name.replace(" ", "-").replace(",", "")
+
+
+def contestant(rival: rivals.Rival, files: Files, cold: bool) -> harness.Contestant:
+    """A rival's load of the whole state."""
+    wrapped: list[Any] = []
+
+    def before() -> None:
+        for tensor in files.into.values():
+            tensor.zero_()
+        wrapped[:] = [rival.wrap(files.into)]
+        if cold:
+            rivals.drop_from_page_cache(files.of(rival))
+
+    return harness.Contestant(
+        rival.name,
+        lambda: rival.load(files.of(rival), wrapped[0]),
+        before,
+        check=lambda: states.assert_equal(files.into, files.state),
+    )
+
+
+def warm_limits(files: Files) -> list[harness.Contestant]:
+    """memcpy of the same bytes, with as many threads as a load has, and with one."""
+    into, source = list(files.into.values()), list(files.state.values())
+    counts = dict.fromkeys([files.threads.count, 1])
+    return [
+        harness.Contestant(
+            f"limit: memcpy, {count} threads", limits.copier(into, source, limits.Threads(count))
+        )
+        for count in counts
+    ]
+
+
+def cold_limits(files: Files) -> list[harness.Contestant]:
+    """Direct reads of as many bytes."""
+    limits.write_direct(files.path / "raw", files.nbytes, files.threads)
+    return [
+        harness.Contestant(
+            f"limit: direct read, {count} threads",
+            partial(
+                limits.read_direct,
+                files.path / "raw",
+                files.nbytes,
+                limits.Threads(count),
+                files.threads.count,
+            ),
+        )
+        for count in dict.fromkeys([max(READERS, files.threads.count), files.threads.count])
+    ]
+
+
+def measure_slices(files: Files, present: Sequence[rivals.Rival], axis: int) -> list[str]:
+    """One of eight fragments of every tensor along ``axis``; vectors have only one axis."""
+    wanted = {
+        name: tensor.chunk(FRAGMENTS, min(axis, tensor.dim() - 1))[FRAGMENT]
+        for name, tensor in files.state.items()
+    }
+    into = states.empty_like(wanted)
+    load = {"ckpt_fast": megatron_core.load, "mcore": rivals.megatron.dist_checkpointing.load}
+    nbytes = states.total_nbytes(wanted)
+    lines = [f"a slice of 1/{FRAGMENTS} along axis {axis}, {nbytes / 1e6:.1f} MB wanted, warm"]
+    for rival in present:
+        if rival.name in load:
+            request = rivals.sharded(into, axis, FRAGMENTS, FRAGMENT)
+            before = machine.bytes_read()
+            # The other seven fragments, which the check of all ranks' requests would miss, are nobody's here.
+            load[rival.name](request, str(files.of(rival)), validate_access_integrity=False)
+            read = machine.bytes_read() - before
+            states.assert_equal(into, wanted)
+            lines.append(f"  {rival.name.ljust(12)} {read / 1e6:9.1f} MB read, {read / nbytes:6.3f} x wanted")
+    return lines
+
+
+def main() -> None:
+    options = harness.parse_arguments(__doc__)
+    rivals.start_process_group()
+    report = harness.Report(options)
+    present, absent = rivals.all_rivals()
+    words = [word for word in options.only.split(",") if word]
+    present = [rival for rival in present if not words or any(word in rival.name for word in words)]
+    files = Files(states.chosen(options), present, options.path)
+    what = f"{len(files.state)} tensors, {files.nbytes / 1e9:.2f} GB, {options.rounds} rounds"
+    for temperature, cold, raw in (("warm", False, warm_limits(files)), ("cold", True, cold_limits(files))):
+        contestants = [*raw, *(contestant(rival, files, cold) for rival in present)]
+        times = harness.measure(contestants, options.rounds)[harness.TOTAL]
+        title = f"{temperature} load, {what}"
+        report.add(harness.table(title, times, contestants, files.nbytes, "mcore", raw[0].name))
+    if not options.many:
+        for axis in (0, 1):
+            report.add(measure_slices(files, present, axis))
+    report.add(absent)
+    report.finish()
+
+
+if __name__ == "__main__":
+    main()

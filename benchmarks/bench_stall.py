@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Saves in the background: how long the trainer is blocked, and how long until the checkpoint is durable.
+
+    python benchmarks/bench_stall.py --gigabytes 1 --rounds 5 --path DIR
+
+Between the two the trainer works on: it updates every tensor in place once, and what that costs more than
+without a save is part of the price ("step"). Megatron-Core forks and leaves the copying of CPU tensors to the
+first write to each page, so it happens then; nvidia-resiliency-ext does the same.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import harness
+import limits
+import rivals
+import states
+import torch
+import torch.distributed.checkpoint as dcp
+
+from ckpt_fast import FastStorageWriter, megatron, settings
+from ckpt_fast.async_queue import AsyncCallsQueue
+from ckpt_fast.doors import megatron_core
+from ckpt_fast.pipeline.background import SaveHandle
+
+BLOCKED, STEP, DURABLE = "blocked", "step", "durable"
+Finish = Callable[[], None]
+
+
+class AsyncRival:
+    """A way to save in the background. ``start`` returns when training may go on, with what ends the save."""
+
+    name = ""
+
+    def available(self) -> str | None:
+        """Why it cannot take part; None if it can."""
+        return None
+
+    def wrap(self, state: states.State) -> Any:
+        """The state as its users have it at hand; not timed."""
+        return rivals.sharded(state)
+
+    def start(self, wrapped: Any, path: Path) -> Finish:
+        """Begin a save; the result blocks until it is durable."""
+        raise NotImplementedError
+
+
+class Fast(AsyncRival):
+    name = "ckpt_fast"
+
+    def __init__(self) -> None:
+        self._queue = AsyncCallsQueue()
+
+    def start(self, wrapped: Any, path: Path) -> Finish:
+        strategy = megatron_core.FastSaveStrategy()
+        job = megatron_core.start_save(wrapped, str(path), strategy, snapshot=True)
+        self._queue.schedule_async_request(SaveHandle(job))
+        return lambda: self._queue.maybe_finalize_async_calls(blocking=True) and None
+
+
+class FastSync(AsyncRival):
+    name = "ckpt_fast, synchronous"
+
+    def start(self, wrapped: Any, path: Path) -> Finish:
+        rivals.MegatronCoreDoor().save(wrapped, path)
+        return lambda: None
+
+
+class FastDcp(AsyncRival):
+    name = "ckpt_fast DCP"
+
+    def __init__(self) -> None:
+        self._writer: FastStorageWriter | None = None
+
+    def wrap(self, state: states.State) -> Any:
+        return state
+
+    def start(self, wrapped: Any, path: Path) -> Finish:
+        self._writer = self._writer or FastStorageWriter(path)
+        saved = dcp.async_save(wrapped, checkpoint_id=path, storage_writer=self._writer)
+        return lambda: saved.result() and None
+
+
+class MegatronCoreSync(AsyncRival):
+    name = "mcore, synchronous"
+
+    def start(self, wrapped: Any, path: Path) -> Finish:
+        rivals.MegatronCore().save(wrapped, path)
+        return lambda: None
+
+
+class MegatronCore(AsyncRival):
+    """Forks a process that writes at every save."""
+
+    name = "mcore async"
+
+    def __init__(self) -> None:
+        self._queue = megatron.MCoreAsyncCallsQueue()
+
+    def start(self, wrapped: Any, path: Path) -> Finish:
+        path.mkdir()
+        request = megatron.dist_checkpointing.save(wrapped, str(path), async_sharded_save=True)
+        self._queue.schedule_async_request(request)
+        return lambda: self._queue.maybe_finalize_async_calls(blocking=True) and None
+
+
+class Dcp(AsyncRival):
+    name = "DCP async_save"
+
+    def wrap(self, state: states.State) -> Any:
+        return state
+
+    def start(self, wrapped: Any, path: Path) -> Finish:
+        saved = dcp.async_save(wrapped, storage_writer=dcp.FileSystemWriter(path, thread_count=2))
+        return lambda: saved.result() and None
+
+
+class Nvrx(AsyncRival):
+    name = "nvrx async"
+
+    def __init__(self) -> None:
+        self._queue: Any = None
+
+    def available(self) -> str | None:
+        return None if megatron.NVRxFileSystemWriterAsync else "nvidia-resiliency-ext is not installed"
+
+    def wrap(self, state: states.State) -> Any:
+        return state
+
+    def start(self, wrapped: Any, path: Path) -> Finish:
+        from nvidia_resiliency_ext.checkpointing.async_ckpt.core import AsyncCallsQueue as NvrxQueue
+        from nvidia_resiliency_ext.checkpointing.async_ckpt.core import AsyncRequest
+
+        self._queue = self._queue or NvrxQueue(persistent=False)
+        writer = megatron.NVRxFileSystemWriterAsync(path, thread_count=2)
+        plan = megatron.save_state_dict_async_plan(wrapped, writer)
+        save, preload, arguments = writer.get_save_function_and_args()
+        finish = [lambda: megatron.save_state_dict_async_finalize(*plan)]
+        self._queue.schedule_async_request(AsyncRequest(save, arguments, finish, {}, preload))
+        return lambda: self._queue.maybe_finalize_async_calls(blocking=True) and None
+
+
+def contestant(rival: AsyncRival, state: states.State, path: Path) -> harness.Contestant:
+    """Start a save, train one step, wait for the save."""
+    wrapped: list[Any] = []
+
+    def before() -> None:
+        wrapped[:] = [rival.wrap(state)]
+
+    def run() -> dict[str, float]:
+        begin = time.perf_counter()
+        finish = rival.start(wrapped[0], path)
+        started = time.perf_counter()
+        train(state)
+        stepped = time.perf_counter()
+        finish()
+        return {
+            BLOCKED: started - begin,
+            STEP: stepped - started,
+            DURABLE: time.perf_counter() - begin,
+        }
+
+    def after() -> None:
+        wrapped.clear()
+        shutil.rmtree(path)
+
+    return harness.Contestant(rival.name, run, before, after)
+
+
+@torch.no_grad()
+def train(state: states.State) -> None:
+    """Update every tensor in place."""
+    for tensor in state.values():
+        tensor.view(torch.uint8).bitwise_not_()
+
+
+def undisturbed_step(state: states.State) -> harness.Contestant:
+    """The step without a save beside it."""
+
+    def run() -> dict[str, float]:
+        begin = time.perf_counter()
+        train(state)
+        return {STEP: time.perf_counter() - begin}
+
+    return harness.Contestant("limit: no save", run)
+
+
+def memcpy(state: states.State) -> harness.Contestant:
+    """A copy of all bytes into memory that is used again and again."""
+    source = list(state.values())
+    copies = list(states.empty_like(state).values())
+    move = limits.copier(copies, source, limits.Threads(settings.io_threads()))
+
+    def run() -> dict[str, float]:
+        begin = time.perf_counter()
+        move()
+        return {BLOCKED: time.perf_counter() - begin}
+
+    return harness.Contestant("limit: memcpy", run)
+
+
+def main() -> None:
+    options = harness.parse_arguments(__doc__)
+    rivals.start_process_group()
+    report = harness.Report(options)
+    state = states.chosen(options)
+    everyone = [Fast(), FastSync(), FastDcp(), MegatronCore(), MegatronCoreSync(), Dcp(), Nvrx()]
+    reasons = {rival.name: rival.available() for rival in everyone}
+    copy, step = memcpy(state), undisturbed_step(state)
+    contestants = [copy, step]
+    contestants += [
+        contestant(rival, state, options.path / "checkpoint") for rival in everyone if not reasons[rival.name]
+    ]
+    contestants = harness.selected(contestants, options.only)
+    times = harness.measure(contestants, options.rounds)
+    nbytes = states.total_nbytes(state)
+    what = f"{len(state)} tensors, {nbytes / 1e9:.2f} GB, {options.rounds} rounds"
+    for figure, title, reference, limit in (
+        (BLOCKED, "the trainer is blocked", MegatronCoreSync.name, copy.name),
+        (STEP, "the next step takes", None, step.name),
+        (DURABLE, "from the call until durable", MegatronCoreSync.name, None),
+    ):
+        report.add(harness.table(f"{title}, {what}", times[figure], contestants, nbytes, reference, limit))
+    report.add([f"not measured: {name} ({reason})" for name, reason in reasons.items() if reason])
+    report.finish()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Interleaved rounds: every contestant once a round, in a new order, so that a machine's moods hit all.
+
+A ratio is taken within a round and the median of the ratios is reported, which is why two contestants can be
+compared on a machine that is busy with other things, as long as it is equally busy with them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import atexit
+import gc
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import machine
+
+TOTAL = "total"
+Times = dict[str, dict[str, list[float]]]
+
+
+def _nothing() -> None: ...
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One thing to measure.
+
+    Attributes:
+        name: its row in the table.
+        run: what is timed. It may return seconds by figure, where one number is not all there is to say.
+        before: untimed preparation of every round.
+        after: untimed clean-up of every round.
+        check: raises if ``run`` did not do its job; called once, after the warm-up round.
+        nbytes: bytes that one run moves, where they differ from the table's.
+    """
+
+    name: str
+    run: Callable[[], Mapping[str, float] | None]
+    before: Callable[[], None] = _nothing
+    after: Callable[[], None] = _nothing
+    check: Callable[[], None] = _nothing
+    nbytes: int | None = None
+
+
+def measure(contestants: Sequence[Contestant], rounds: int, seed: int = 0) -> Times:
+    """Run ``rounds`` rounds after one that is not counted.
+
+    Returns:
+        Seconds by figure (``TOTAL`` is the whole run), contestant and round.
+    """
+    times: Times = defaultdict(lambda: defaultdict(list))
+    order, shuffle = list(contestants), random.Random(seed).shuffle
+    for number in range(rounds + 1):
+        shuffle(order)
+        for contestant in order:
+            figures = _run_once(contestant, is_warm_up=number == 0)
+            if number > 0:
+                for figure, seconds in figures.items():
+                    times[figure][contestant.name].append(seconds)
+        _progress(f"round {number} of {rounds}")
+    return times
+
+
+def _run_once(contestant: Contestant, is_warm_up: bool) -> dict[str, float]:
+    contestant.before()
+    # A collection that one contestant's garbage causes must not fall into the time of the next.
+    gc.collect()
+    begin = time.perf_counter()
+    figures = contestant.run()
+    seconds = time.perf_counter() - begin
+    try:
+        if is_warm_up:
+            contestant.check()
+    finally:
+        contestant.after()
+    return {TOTAL: seconds, **(figures or {})}
+
+
+def table(
+    title: str,
+    times: Mapping[str, Sequence[float]],
+    contestants: Sequence[Contestant],
+    nbytes: int,
+    reference: str | None = None,
+    limit: str | None = None,
+) -> list[str]:
+    """Lines of a table, fastest first.
+
+    Args:
+        title: what one run does.
+        times: seconds by contestant and round, one figure of ``measure``.
+        contestants: those measured.
+        nbytes: bytes that one run moves.
+        reference: how many times faster than this one, as the median of the rounds' ratios.
+        limit: how much of this one's rate, likewise.
+    """
+    sizes = {c.name: c.nbytes or nbytes for c in contestants}
+    columns = ["", "median ms", "min-max ms", "GB/s"]
+    columns += [f"faster than {reference}"] if reference in times else []
+    columns += ["of the limit"] if limit in times else []
+    rows = [columns]
+    for name in sorted(times, key=lambda name: median(times[name])):
+        mine = times[name]
+        row = [name, f"{median(mine) * 1e3:.1f}", f"{min(mine) * 1e3:.1f}-{max(mine) * 1e3:.1f}"]
+        row.append(f"{sizes[name] / median(mine) / 1e9:.2f}")
+        if reference in times:
+            ratios = [r / m for r, m in zip(times[reference], mine, strict=True)]
+            row.append(f"{median(ratios):.2f}x ({min(ratios):.2f}-{max(ratios):.2f})")
+        if limit in times:
+            scale = sizes[name] / sizes[limit]
+            row.append(f"{median(scale * x / m for x, m in zip(times[limit], mine, strict=True)):.2f}")
+        rows.append(row)
+    return [title, *_aligned(rows)]
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    first, *rest = widths
+    lines = []
+    for name, *cells in rows:
+        line = [name.ljust(first), *(cell.rjust(width) for cell, width in zip(cells, rest, strict=True))]
+        lines.append("  " + "  ".join(line))
+    return lines
+
+
+class Report:
+    """Collects a benchmark's tables; printed, and written to ``--output``, with what the machine was like."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self._path, self._output = options.path, options.output
+        self._load_at_begin = machine.load_average()
+        self._lines: list[str] = []
+
+    def add(self, lines: Sequence[str]) -> None:
+        """Append a table, or any other lines."""
+        self._lines += ["", *lines]
+
+    def finish(self) -> None:
+        """Print everything; the file, if one is wanted, gets the same."""
+        load = f"load average {self._load_at_begin} at the beginning, {machine.load_average()} at the end"
+        command = "python " + " ".join(sys.argv)
+        text = "\n".join([command, *machine.facts(self._path), load, *self._lines, ""])
+        print(text)
+        if self._output:
+            self._output.parent.mkdir(parents=True, exist_ok=True)
+            self._output.write_text(text)
+
+
+def parse_arguments(description: str | None, **defaults: object) -> argparse.Namespace:
+    """Options that all benchmarks share; ``defaults`` replaces their defaults.
+
+    ``path`` is a directory of this run's own below the one given, which disappears with the process.
+    """
+    parser = argparse.ArgumentParser(description=description and description.splitlines()[0])
+    parser.add_argument("--gigabytes", type=float, default=1.0, help="size of the state (1)")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds counted (5)")
+    parser.add_argument("--path", type=Path, default=Path(tempfile.gettempdir()), help="where to write files")
+    parser.add_argument(
+        "--only", default="", help="contestants whose names contain one of these words, by comma"
+    )
+    parser.add_argument("--many", action="store_true", help="10 000 tensors of 27 KB instead of a Llama")
+    parser.add_argument("--output", type=Path, help="write the report to this file as well")
+    parser.set_defaults(**defaults)
+    options = parser.parse_args()
+    options.path.mkdir(parents=True, exist_ok=True)
+    options.path = Path(tempfile.mkdtemp(prefix="ckpt_fast-bench-", dir=options.path))
+    atexit.register(shutil.rmtree, options.path, ignore_errors=True)
+    return options
+
+
+def selected(contestants: Sequence[Contestant], only: str) -> list[Contestant]:
+    """Those that ``--only`` names; limits are always measured."""
+    words = [word for word in only.split(",") if word]
+    return [
+        c
+        for c in contestants
+        if not words or c.name.startswith("limit") or any(word in c.name for word in words)
+    ]
+
+
+def _progress(text: str) -> None:
+    with suppress(OSError):
+        if sys.stderr.isatty():
+            print(text, end="\r", file=sys.stderr, flush=True)

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the hardware can do: the same bytes, moved by the fewest operations there are.
+
+Buffers that meet a device are on huge pages and page-aligned, as direct I/O from 4 KiB pages is split into
+one segment per page and loses a third of the bandwidth. Every call used here releases the GIL.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+CHUNK = 4 << 20
+_HUGE_PAGE = 2 << 20
+_MAX_VECTORS = 1024
+
+
+def huge_page_buffer(nbytes: int) -> memoryview:
+    """Zeroed, faulted-in memory that begins on a huge page, on huge pages where the system grants them."""
+    memory = mmap.mmap(-1, nbytes + _HUGE_PAGE)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    begin = -address % _HUGE_PAGE
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    view = memoryview(memory)[begin : begin + nbytes]
+    view[:] = bytes(nbytes)
+    return view
+
+
+class Threads:
+    """``count`` threads that share out chunks of work; started once, so that starting is never measured."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._pool = ThreadPoolExecutor(count)
+        self.buffers = [huge_page_buffer(CHUNK) for _ in range(count)]
+
+    def each(self, work: Callable[[int], None]) -> None:
+        """Call ``work(thread number)`` on every thread and wait for all."""
+        for done in [self._pool.submit(work, number) for number in range(self.count)]:
+            done.result()
+
+
+def write_direct(path: Path, nbytes: int, threads: Threads) -> None:
+    """Write and fsync one file per thread past the page cache, from a warm buffer."""
+
+    def write(number: int) -> None:
+        share = _share(nbytes, threads.count)
+        descriptor = os.open(f"{path}.{number}", os.O_WRONLY | os.O_CREAT | os.O_DIRECT, 0o600)
+        try:
+            os.posix_fallocate(descriptor, 0, share)
+            for offset in range(0, share, CHUNK):
+                _write_fully(descriptor, threads.buffers[number][: share - offset], offset)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    threads.each(write)
+
+
+def buffered_writer(path: Path, tensors: Sequence[torch.Tensor], threads: Threads) -> Callable[[], None]:
+    """A pwritev of the tensors' own memory, one file per thread: the limit of a file system in memory."""
+    shares = [_batches(parts) for parts in _parts(tensors, threads.count)]
+
+    def write(number: int) -> None:
+        descriptor, offset = os.open(f"{path}.{number}", os.O_WRONLY | os.O_CREAT, 0o600), 0
+        try:
+            for batch in shares[number]:
+                wanted, written = sum(map(len, batch)), os.pwritev(descriptor, batch, offset)
+                if written != wanted:
+                    raise OSError(f"{path}.{number}: wrote {written} of {wanted} bytes")
+                offset += wanted
+        finally:
+            os.close(descriptor)
+
+    return lambda: threads.each(write)
+
+
+def read_direct(path: Path, nbytes: int, threads: Threads, files: int) -> None:
+    """Read what ``write_direct`` has left with ``files`` threads, past the page cache into warm buffers."""
+
+    def read(number: int) -> None:
+        share = _share(nbytes, files)
+        descriptor = os.open(f"{path}.{number % files}", os.O_RDONLY | os.O_DIRECT)
+        readers = len(range(number % files, threads.count, files))
+        try:
+            for offset in range(number // files * CHUNK, share, readers * CHUNK):
+                os.preadv(descriptor, [threads.buffers[number]], offset)
+        finally:
+            os.close(descriptor)
+
+    threads.each(read)
+
+
+def copier(
+    destinations: Sequence[torch.Tensor], sources: Sequence[torch.Tensor], threads: Threads
+) -> Callable[[], None]:
+    """memcpy of tensors of equal sizes, chunk by chunk."""
+    shares = [
+        [(_address(d), _address(s), len(s)) for d, s in zip(theirs, mine, strict=True)]
+        for theirs, mine in zip(
+            _parts(destinations, threads.count), _parts(sources, threads.count), strict=True
+        )
+    ]
+
+    def move(number: int) -> None:
+        for part in shares[number]:
+            ctypes.memmove(*part)
+
+    # The addresses alone would not keep the memory.
+    owners = (*destinations, *sources)
+    return lambda: threads.each(move) if owners else None
+
+
+def _parts(tensors: Sequence[torch.Tensor], count: int) -> list[list[memoryview]]:
+    """The chunks of all tensors' memory, dealt out to ``count`` threads."""
+    parts: list[list[memoryview]] = [[] for _ in range(count)]
+    chunks = 0
+    for tensor in tensors:
+        memory = memoryview((ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
+        for begin in range(0, tensor.nbytes, CHUNK):
+            parts[chunks % count].append(memory[begin : begin + CHUNK])
+            chunks += 1
+    return parts
+
+
+def _batches(parts: Sequence[memoryview]) -> list[list[memoryview]]:
+    """Consecutive parts for one system call each: about a chunk of bytes, at most ``_MAX_VECTORS`` parts."""
+    batches: list[list[memoryview]] = []
+    filled = CHUNK
+    for part in parts:
+        if filled + len(part) > CHUNK or len(batches[-1]) == _MAX_VECTORS:
+            batches.append([])
+            filled = 0
+        batches[-1].append(part)
+        filled += len(part)
+    return batches
+
+
+def _address(view: memoryview) -> int:
+    return ctypes.addressof(ctypes.c_ubyte.from_buffer(view))
+
+
+def _share(nbytes: int, files: int) -> int:
+    """Bytes of one file: whole blocks, as direct I/O wants."""
+    return (nbytes // files + mmap.PAGESIZE - 1) // mmap.PAGESIZE * mmap.PAGESIZE
+
+
+def _write_fully(descriptor: int, view: memoryview, offset: int) -> int:
+    done = 0
+    while done < len(view):
+        done += os.pwrite(descriptor, view[done:], offset + done)
+    return done
