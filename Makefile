@@ -49,7 +49,8 @@ demo: $(A)/.installed ## train, be killed, resume, compare
 
 .PHONY: bench
 bench: $(A)/.installed ## benchmarks against the stock writers and readers
-	@for script in benchmarks/bench_*.py; do $(A)/bin/python $$script; done
+	@$(A)/bin/python -m pip install --quiet -r requirements/bench.txt
+	@PYTHONWARNINGS=ignore $(A)/bin/python -m benchmarks
 
 .PHONY: check
 check: $(A)/.requirements format-check-cpp ## linters, formatters and types
