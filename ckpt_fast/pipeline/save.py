@@ -8,7 +8,7 @@ import logging
 import os
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import torch.distributed as dist
@@ -138,8 +138,8 @@ class Save:
 
     def _write_wave(self, files: Sequence[FilePlan], staged: Staged) -> None:
         try:
-            if any(wave.done() and wave.exception() for wave in self._waves):
-                return  # the save has failed already
+            if self._has_failed():
+                return
             with self._timed("encode"):
                 program = WriteProgram(files, staged)
             with self._timed("write"):
@@ -148,12 +148,19 @@ class Save:
         finally:
             staged.release()
 
+    def _has_failed(self) -> bool:
+        return any(wave.done() and wave.exception() for wave in self._waves)
+
     def _write_common_files(self) -> None:
+        if self._has_failed():
+            return
         for name, content in self._common_files.items():
             commit.write_file_atomic(os.path.join(self.directory, name), content)
             self._record.files.append(file_record(name, content))
 
     def _finish_writing(self) -> RankRecord:
+        # A save that has failed must not go on writing: the next one may use the directory at once.
+        wait(self._waves)
         for wave in self._waves:
             wave.result()
         self.report.files = len(self._record.files)
