@@ -210,11 +210,28 @@ def differences(whole: Run, killed: Run, resumed: Run) -> list[str]:
     return found
 
 
+def summarize(args: argparse.Namespace, killed: Run, resumed: Run, checkpoints: Path) -> dict[str, str]:
+    """What happened, as rows of the table."""
+    saves = killed.select("saved") + resumed.select("saved")
+    stalls = [save["stall_s"] * 1e3 for save in saves]
+    speeds = [save["nbytes"] / save["seconds"] / 1e9 for save in saves]
+    files = sum(path.is_file() for path in checkpoints.rglob("*"))
+    start = resumed.select("start")[0]["start"]
+    return {
+        "steps": f"{args.train_iters} on {args.ranks} ranks, saved every {args.save_interval}",
+        "killed": f"SIGKILL inside step {killed.select('step')[-1]['step'] + 1}",
+        "resumed step": f"{start}, then {args.train_iters - start} steps to the end",
+        "stall per save": f"{statistics.median(stalls):.0f} ms (of {len(saves)}; worst {max(stalls):.0f} ms)",
+        "GB/s": f"{statistics.median(speeds):.2f} ({saves[0]['nbytes'] / 1e6:.1f} MB per save, durable)",
+        "files written": f"{files} in {len(list(checkpoints.glob('iter_*')))} checkpoints",
+    }
+
+
 def show_table(rows: dict[str, str]) -> None:
-    width = max(map(len, rows))
+    width = max(map(len, rows)) + 1
     print()
     for name, value in rows.items():
-        print(f"  {name:{width}}   {value}")
+        print(f"  {name + ':':{width}} {value}")
 
 
 def main() -> int:
@@ -233,19 +250,9 @@ def main() -> int:
     found += [f"item {name} is no sound ZIP archive" for name in damaged]
     found += [f"tensor {name} differs from the uninterrupted run's" for name in different]
 
-    saves = killed.select("saved") + resumed.select("saved")
-    start = resumed.select("start")[0]["start"]
     show_table(
-        {
-            "steps": f"{args.train_iters} on {args.ranks} ranks, saved every {args.save_interval}",
-            "killed": f"SIGKILL inside step {killed.select('step')[-1]['step'] + 1}",
-            "resumed step": f"{start}, then {len(resumed.select('step'))} steps to the end",
-            "stall per save": f"{statistics.median(save['stall_s'] for save in saves) * 1e3:.0f} ms"
-            f" (median of {len(saves)}; largest {max(save['stall_s'] for save in saves) * 1e3:.0f} ms)",
-            "GB/s": f"{statistics.median(save['nbytes'] / save['seconds'] for save in saves) / 1e9:.2f}"
-            f" ({saves[0]['nbytes'] / 1e6:.1f} MB per save, durable)",
-            "files written": f"{sum(path.is_file() for path in final[1].parent.rglob('*'))}"
-            f" ({len(list(final[1].iterdir()))} per checkpoint)",
+        summarize(args, killed, resumed, final[1].parent)
+        | {
             "items": f"{items - len(damaged)} of {items} are sound ZIP archives",
             "stock megatron-core": f"reads {tensors - len(different)} of {tensors} tensors identical",
             "time": f"{time.monotonic() - began:.0f} s",
