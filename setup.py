@@ -94,13 +94,15 @@ class NinjaBuild(build_ext):
         names = [extension.name for extension in self.extensions]
         if CUDA not in names:
             self.announce(f"ckpt_fast: building without CUDA: {reason}", level=logging.WARNING)
+            Path(self.get_ext_fullpath(CUDA)).unlink(missing_ok=True)  # of an earlier build
         # One folder per Python: interpreters side by side share a checkout but no object files.
         folder = ROOT / "build" / f"ninja-{sysconfig.get_config_var('SOABI')}"
         folder.mkdir(parents=True, exist_ok=True)
         write_ninja_file(folder / "build.ninja", names, nvcc if CUDA in names else None)
         from ninja import BIN_DIR
 
-        if subprocess.run([f"{BIN_DIR}/ninja", "-C", str(folder)], check=False).returncode != 0:
+        # BIN_DIR is empty where only PATH knows ninja, as in pip's isolated builds.
+        if subprocess.run([os.path.join(BIN_DIR, "ninja"), "-C", str(folder)], check=False).returncode != 0:
             hint = "; CKPT_FAST_CUDA=0 builds without its CUDA part" if CUDA in names else ""
             raise SystemExit(f"ckpt_fast: the native build failed, see above{hint}")
         for name in names:
