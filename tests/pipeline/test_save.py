@@ -226,7 +226,6 @@ def test_a_file_that_vanished_before_the_commit(tmp_path: Path) -> None:
     ("shards", "kind", "text"),
     [
         ([whole("w", torch.zeros(4, device="meta"))], CheckpointError, "rank 0: "),
-        ([whole("w", torch.zeros(4).to_sparse())], CheckpointError, "rank 0: "),
         ([TensorShard("w", torch.zeros(3), (0,), (4,))], CheckpointMismatchError, "3 of the 4 elements of w"),
         (
             [whole("w", torch.zeros(4)), ObjectShard("w", b"x")],
@@ -234,7 +233,7 @@ def test_a_file_that_vanished_before_the_commit(tmp_path: Path) -> None:
             "w is a tensor on one",
         ),
     ],
-    ids=["meta", "sparse", "incomplete", "one name twice"],
+    ids=["meta", "incomplete", "one name twice"],
 )
 def test_shards_that_cannot_be_saved(tmp_path: Path, shards: list[Any], kind: type, text: str) -> None:
     with pytest.raises(kind, match=text):

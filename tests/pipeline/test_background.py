@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Saves in flight: in order, of the values at the call, and failing on every rank or none."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from ckpt_fast import native
+from ckpt_fast.errors import AsyncSaveError, CheckpointWriteError
+from ckpt_fast.pipeline.background import SaveHandle, SaveQueue
+from ckpt_fast.pipeline.save import Save
+from ckpt_fast.pipeline.types import TensorShard
+from tests.helpers import run_ranks
+from tests.pipeline.layouts import same
+from tests.pipeline.test_commit import file_size_limit
+from tests.pipeline.test_save import FILES, assert_not_published, loaded, names
+
+pytestmark = pytest.mark.usefixtures("no_fsync")
+
+
+def handle(directory: Path | str, tensor: torch.Tensor, rows: int = 1, row: int = 0) -> SaveHandle:
+    """A staged save of one row of ``w``."""
+    shard = TensorShard("w", tensor.view(1, -1), (row, 0), (rows, tensor.numel()))
+    job = Save([shard], os.fspath(directory), snapshot=True, **FILES)
+    job.stage()
+    return SaveHandle(job)
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Writing waits until the event is set: a slow disk."""
+    opened = threading.Event()
+    implementation = native.engine()
+    original = implementation.write_files
+
+    def write_files(*arguments: Any) -> Any:
+        assert opened.wait(30)
+        return original(*arguments)
+
+    monkeypatch.setattr(implementation, "write_files", write_files)
+    return opened
+
+
+def test_training_goes_on_while_the_save_is_written(tmp_path: Path, gate: threading.Event) -> None:
+    tensor = torch.arange(1000)
+    queue = SaveQueue()
+    assert queue.schedule_async_request(handle(tmp_path, tensor)) == 0
+    tensor.fill_(-1)
+    assert queue.maybe_finalize_async_calls() == [] and queue.get_num_unfinalized_calls() == 1
+    assert_not_published(tmp_path)
+    gate.set()
+    assert queue.maybe_finalize_async_calls(blocking=True) == [0]
+    assert queue.get_num_unfinalized_calls() == 0
+    assert same(
+        loaded(tmp_path, "w", torch.zeros(1, 1000, dtype=torch.int64)), torch.arange(1000).view(1, -1)
+    )
+
+
+def test_saves_are_finalized_in_the_order_scheduled(tmp_path: Path, gate: threading.Event) -> None:
+    queue, finished = SaveQueue(), []
+    for number in range(3):
+        request = handle(tmp_path / str(number), torch.full((4,), float(number)))
+        request.add_finalize_fn(lambda n=number: finished.append(("first", n)))
+        request.add_finalize_fn(
+            lambda n=number: finished.append(("then", n, (tmp_path / str(n) / "metadata.json").exists()))
+        )
+        assert queue.schedule_async_request(request) == number
+    assert finished == []
+    gate.set()
+    assert queue.maybe_finalize_async_calls(blocking=True) == [0, 1, 2]
+    assert finished == [entry for n in range(3) for entry in (("first", n), ("then", n, True))]
+
+
+def test_finalizing_does_not_wait_unless_told_to(tmp_path: Path) -> None:
+    queue = SaveQueue()
+    queue.schedule_async_request(handle(tmp_path, torch.zeros(4)))
+    deadline = time.monotonic() + 20
+    while not (done := queue.maybe_finalize_async_calls()):
+        assert time.monotonic() < deadline
+    assert done == [0]
+
+
+def test_close_finalizes(tmp_path: Path) -> None:
+    queue = SaveQueue()
+    queue.schedule_async_request(handle(tmp_path, torch.zeros(4)))
+    queue.close()
+    assert (tmp_path / "metadata.json").exists() and queue.get_num_unfinalized_calls() == 0
+
+
+def test_abort_publishes_nothing_and_leaves_nobody_writing(tmp_path: Path) -> None:
+    queue, finished = SaveQueue(), []
+    for number in range(2):
+        request = handle(tmp_path / str(number), torch.zeros(4))
+        request.add_finalize_fn(lambda: finished.append(True))
+        queue.schedule_async_request(request)
+    queue.close(abort=True)
+    assert finished == [] and queue.get_num_unfinalized_calls() == 0
+    for number in range(2):
+        assert_not_published(tmp_path / str(number))
+    assert not [thread for thread in threading.enumerate() if thread.name == "ckpt_fast-write"]
+
+
+def test_finalizers_are_added_before_scheduling(tmp_path: Path) -> None:
+    queue, request = SaveQueue(), handle(tmp_path, torch.zeros(4))
+    queue.schedule_async_request(request)
+    with pytest.raises(RuntimeError, match="scheduled already"):
+        request.add_finalize_fn(lambda: None)
+    queue.close()
+
+
+def test_failure(tmp_path: Path) -> None:
+    queue, finished = SaveQueue(), []
+    with file_size_limit(1024):
+        request = handle(tmp_path / "bad", torch.zeros(40_000))
+        request.add_finalize_fn(lambda: finished.append(True))
+        queue.schedule_async_request(request)
+        queue.schedule_async_request(handle(tmp_path / "also bad", torch.zeros(40_000)))
+        request.wait()
+        with pytest.raises(AsyncSaveError) as caught:
+            queue.maybe_finalize_async_calls(blocking=True)
+    assert isinstance(caught.value.__cause__, CheckpointWriteError)
+    assert f"the save to {tmp_path}/bad in the background failed: rank 0: write" in str(caught.value)
+    assert finished == [], "the tracker would name a checkpoint that is none"
+    assert_not_published(tmp_path / "bad")
+    assert queue.get_num_unfinalized_calls() == 1, "the other save is still in flight"
+    with pytest.raises(AsyncSaveError, match="also bad"):
+        queue.close()
+    assert queue.get_num_unfinalized_calls() == 0
+    queue.schedule_async_request(handle(tmp_path / "good", torch.zeros(40_000)))
+    assert queue.maybe_finalize_async_calls(blocking=True) == [2]
+
+
+def test_failure_while_staging(tmp_path: Path) -> None:
+    queue = SaveQueue()
+    queue.schedule_async_request(handle(tmp_path, torch.zeros(4, device="meta")))
+    with pytest.raises(AsyncSaveError):
+        queue.maybe_finalize_async_calls(blocking=True)
+    assert_not_published(tmp_path)
+
+
+# Several ranks.
+
+
+def save_thrice(rank: int, directory: str, failing: int) -> list[Any]:
+    """Three saves in flight at once; in the second the disk of one rank is full."""
+    world, queue, seen = dist.get_world_size(), SaveQueue(), []
+    for number in range(3):
+        tensor = torch.full((30_000,), number * 10 + rank)
+        with file_size_limit(4096 if number == 1 and rank == failing else -1):
+            request = handle(f"{directory}/{number}", tensor, world, rank)
+            request.add_finalize_fn(lambda n=number: seen.append(n))
+            queue.schedule_async_request(request)
+            if number == 1:
+                request.wait()
+        tensor.fill_(-1)
+    for _ in range(2):
+        try:
+            queue.maybe_finalize_async_calls(blocking=True)
+        except AsyncSaveError as error:
+            seen.append(str(error))
+    assert queue.get_num_unfinalized_calls() == 0
+    return seen
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_failure_on_one_rank_fails_that_save_on_all(tmp_path: Path, failing: int) -> None:
+    first, second = run_ranks(save_thrice, 2, str(tmp_path), failing)
+    assert first == second
+    before, error, after = first
+    assert (before, after) == (0, 2)
+    assert error.startswith(f"the save to {tmp_path}/1 in the background failed: rank {failing}: ")
+    assert_not_published(tmp_path / "1")
+    for number in (0, 2):
+        expected = torch.stack([torch.full((30_000,), number * 10 + rank) for rank in range(2)])
+        assert same(loaded(tmp_path / str(number), "w", expected), expected)
+
+
+def one_rank_is_slow(rank: int, directory: str) -> list[int]:
+    queue = SaveQueue()
+    request = handle(directory, torch.full((4,), rank), dist.get_world_size(), rank)
+    if rank == 1:
+        write = request._job.write
+        request._job.write = lambda: (time.sleep(0.5), write())  # type: ignore[method-assign,return-value]
+    queue.schedule_async_request(request)
+    if rank == 0:
+        request.wait()
+    polls = []
+    while not polls or not polls[-1]:
+        polls.append(len(queue.maybe_finalize_async_calls()))
+        dist.barrier()
+    return polls
+
+
+def test_nobody_finalizes_before_the_slowest_rank_has_written(tmp_path: Path) -> None:
+    first, second = run_ranks(one_rank_is_slow, 2, str(tmp_path))
+    assert first == second and first[0] == 0 and first[-1] == 1
+    assert "metadata.json" in names(tmp_path)
