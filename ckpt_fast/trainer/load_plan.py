@@ -8,12 +8,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ckpt_fast import megatron
+from ckpt_fast.errors import CheckpointMismatchError
 from ckpt_fast.trainer.contexts import CheckpointType
+from ckpt_fast.trainer.glu import _get_model_glu_interleave_sizes
 from ckpt_fast.trainer.megatron_lm import _extract_megatron_lm_args_from_state_dict
 from ckpt_fast.trainer.paths import file_exists, get_checkpoint_run_config_filename
 from ckpt_fast.trainer.ranks import on_rank_0, print_rank_0
 from ckpt_fast.trainer.rng import get_rng_state
 from ckpt_fast.trainer.state_dict import (
+    OPTIMIZER_GLU_KEY,
     _build_sharded_state_dict_metadata,
     generate_state_dict,
     uses_distributed_optimizer,
@@ -95,8 +98,15 @@ def make_plan(
     release: bool,
     ckpt_type: Any,
     cfg: Any,
+    model: list[Any],
     optimizer: Any | None,
 ) -> LoadPlan:
+    """Decide what to restore.
+
+    Raises:
+        RuntimeError: TP or PP changed, and the optimizer's sharding does not allow it.
+        CheckpointMismatchError: the optimizer's GLU rows are in another order than this run's.
+    """
     ckpt_cfg = cfg.checkpoint
     saved = (run_config or {}).get("checkpoint") or {}
     difference = _layout_difference(run_config, cfg)
@@ -113,10 +123,28 @@ def make_plan(
         plan.metadata = _build_sharded_state_dict_metadata(uses_distributed_optimizer(cfg), ckpt_cfg)
         return plan
     plan.metadata = dict(megatron.load_content_metadata(preloaded_state_dict=common) or {})
-    if plan.optimizer and optimizer is not None and uses_distributed_optimizer(cfg):
-        _settle_sharding_type(plan.metadata, saved, difference)
+    if plan.optimizer and optimizer is not None:
+        _require_same_glu_layout(plan.metadata, list(_get_model_glu_interleave_sizes(model, cfg)))
+        if uses_distributed_optimizer(cfg):
+            _settle_sharding_type(plan.metadata, saved, difference)
     print_rank_0(f"sharded_state_dict metadata loaded from the checkpoint: {plan.metadata}")
     return plan
+
+
+def _require_same_glu_layout(metadata: dict[str, Any], current: list[int | None]) -> None:
+    """Model weights are stored contiguous, optimizer state as it was in memory: it fits that order only."""
+    saved = metadata.get(OPTIMIZER_GLU_KEY, [None, None])
+    if OPTIMIZER_GLU_KEY not in metadata and current != [None, None]:
+        print_rank_0(
+            "WARNING: the checkpoint does not say how the GLU rows of its optimizer state are interleaved; "
+            f"it is taken for this run's (routed, shared) sizes {tuple(current)}"
+        )
+    elif saved != current:
+        raise CheckpointMismatchError(
+            f"the optimizer state was saved with GLU interleave sizes (routed, shared) {tuple(saved)}, this "
+            f"run has {tuple(current)}: its rows would end up in the wrong places. Use the same sizes, or "
+            "load_optim=False: the weights load into either."
+        )
 
 
 def _settle_sharding_type(metadata: dict[str, Any], saved: dict[str, Any], difference: str) -> None:

@@ -32,6 +32,7 @@ from ckpt_fast.trainer.retention import cleanup_old_non_persistent_checkpoint
 from ckpt_fast.trainer.rng import get_rng_state
 from ckpt_fast.trainer.sidecars import can_save_position, maybe_save_dataloader_state
 from ckpt_fast.trainer.state_dict import (
+    OPTIMIZER_GLU_KEY,
     _build_sharded_state_dict_metadata,
     _is_model_section,
     apply_peft_adapter_filter_to_state_dict,
@@ -242,6 +243,9 @@ def _save_beside(run: _Run, target: _Target) -> None:
 def _content_metadata(run: _Run) -> dict[str, Any]:
     metadata = _build_sharded_state_dict_metadata(uses_distributed_optimizer(run.cfg), run.ckpt_cfg)
     metadata["dp_cp_group"] = run.pg_collection.dp_cp
+    sizes = _get_model_glu_interleave_sizes(run.model, run.cfg)
+    if sizes != (None, None):
+        metadata[OPTIMIZER_GLU_KEY] = list(sizes)
     return metadata
 
 
