@@ -19,6 +19,7 @@ from ckpt_fast.errors import (
     CheckpointMismatchError,
     CheckpointNotFoundError,
 )
+from ckpt_fast.pipeline.group import ControlGroup
 from ckpt_fast.trainer import experiment_loggers as loggers
 from ckpt_fast.trainer.contexts import CheckpointType
 from ckpt_fast.trainer.load_base import _load_base_checkpoint, load_strategy
@@ -183,7 +184,7 @@ def _load_checkpoint_from_path(
     if common is None:
         return 0, 0
     run_config = find_run_config(common, checkpoint_name, ckpt_type, cfg)
-    plan = make_plan(common, run_config, release, ckpt_type, cfg, optimizer)
+    plan = make_plan(common, run_config, release, ckpt_type, cfg, model, optimizer)
     plan.metadata["dp_cp_group"] = pg_collection.dp_cp
     scaffold = build_scaffold(
         plan, state, model, optimizer, opt_param_scheduler, pg_collection, module_name, checkpoint_name
@@ -291,7 +292,7 @@ def _load_model_weights_from_checkpoint(
         None; with ``return_state_dict`` the state dict, or for the two ``return_*`` strictness modes
         (state dict, missing keys, unexpected keys).
     """
-    common = megatron_core.load_common_state_dict(checkpoint_path)
+    common = ControlGroup().agree(lambda: megatron_core.load_common_state_dict(checkpoint_path))
     metadata = megatron.load_content_metadata(preloaded_state_dict=common)
     print_rank_0(f"sharded_state_dict metadata loaded from the checkpoint: {metadata}")
     megatron.restore_modelopt_state(model, common)
