@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -141,19 +142,23 @@ def start_save(
         host_buffer: bound on the host memory staged into; see ``Save``.
 
     Raises:
-        CheckpointError, CheckpointingException: nothing has been written.
+        CheckpointError: on every rank, naming the rank that failed; nothing has been written.
     """
     group = ControlGroup()
     if content_metadata is not None:
         sharded_state_dict[CONTENT_METADATA_KEY] = content_metadata
     distributed = dist.is_available() and dist.is_initialized()
-    sharded, common = group.agree(
-        lambda: megatron.save_preprocess(
-            sharded_state_dict,
-            validate_access_integrity and distributed,
-            preprocess_common_before_consistency_check,
-        )
-    )
+
+    def preprocess() -> tuple[dict[str, Any], dict[str, Any]]:
+        with _mismatches(f"nothing was saved to {checkpoint_dir}"):
+            result: tuple[dict[str, Any], dict[str, Any]] = megatron.save_preprocess(
+                sharded_state_dict,
+                validate_access_integrity and distributed,
+                preprocess_common_before_consistency_check,
+            )
+            return result
+
+    sharded, common = group.agree(preprocess)
     base = strategy
     if isinstance(strategy, megatron.FullyParallelSaveStrategyWrapper):
         strategy.apply_saving_parallelization(sharded)
@@ -215,7 +220,7 @@ def load(
         (state dict, missing keys, unexpected keys).
 
     Raises:
-        CheckpointError, CheckpointingException: on every rank, naming the rank that failed.
+        CheckpointError: on every rank, naming the rank that failed.
     """
     strategy = strategy or FastLoadStrategy()
     group = ControlGroup()
@@ -239,20 +244,38 @@ def load(
 def _check_keys(
     wanted: dict[str, Any], checkpoint_dir: str, strategy: Any, strict: Any, validate_access_integrity: bool
 ) -> tuple[dict[str, Any], set[str], set[str]]:
+    group = ControlGroup()
     validate = validate_access_integrity and dist.is_available() and dist.is_initialized()
     saved = None
     if megatron.StrictHandling.requires_explicit_ckpt_mismatch_check(strict):
-        saved = strategy.load_sharded_metadata(checkpoint_dir)
+        saved = group.agree(lambda: strategy.load_sharded_metadata(checkpoint_dir))
     local = everyone = None
     if validate:
         local, everyone = megatron.determine_global_metadata(wanted)
     elif megatron.StrictHandling.requires_global_app_metadata(strict):
         local = [entry.without_data() for entry in megatron.nested_values(wanted)]
         everyone = [local]
-    result: tuple[dict[str, Any], set[str], set[str]] = ControlGroup().agree(
-        lambda: megatron.validate_integrity_and_strict_load(wanted, strict, validate, local, everyone, saved)
-    )
-    return result
+
+    def check() -> tuple[dict[str, Any], set[str], set[str]]:
+        with _mismatches(f"{checkpoint_dir} does not fit what is asked of it"):
+            result: tuple[dict[str, Any], set[str], set[str]] = megatron.validate_integrity_and_strict_load(
+                wanted, strict, validate, local, everyone, saved
+            )
+            return result
+
+    return group.agree(check)
+
+
+@contextlib.contextmanager
+def _mismatches(consequence: str) -> Iterator[None]:
+    """Megatron-Core's complaints about keys and sharding, as an error of ours."""
+    try:
+        yield
+    except megatron.CheckpointingException as error:
+        raise CheckpointMismatchError(
+            f"{consequence}: {error}. Check that all ranks build the same model, with the configuration of "
+            "the checkpoint."
+        ) from error
 
 
 def load_sharded(
@@ -300,6 +323,21 @@ def _requests(tensors: Iterable[Any], index: CheckpointIndex) -> Iterator[Tensor
             yield TensorRequest(entry.key, destination, tuple(entry.global_offset))
 
 
+def is_sealed(checkpoint_dir: str) -> bool:
+    """Local. Whether the directory has the ``metadata.json`` that Megatron-Core writes last.
+
+    Raises:
+        CheckpointCorruptError: it has one that cannot be understood.
+    """
+    try:
+        return bool(megatron.check_is_distributed_checkpoint(checkpoint_dir))
+    except (ValueError, TypeError) as error:
+        path = os.path.join(checkpoint_dir, commit.SEAL_FILE)
+        raise CheckpointCorruptError(
+            f"{path} cannot be parsed ({error}): the file is damaged. Load an earlier iteration."
+        ) from error
+
+
 def load_common_state_dict(checkpoint_dir: str) -> dict[str, Any]:
     """Local. The part of a checkpoint that is not sharded, from ``common.pt`` or, since 0.19, the data files.
 
@@ -307,8 +345,8 @@ def load_common_state_dict(checkpoint_dir: str) -> dict[str, Any]:
         CheckpointNotFoundError: the directory is not a complete torch_dist checkpoint.
         CheckpointCorruptError, UnsafeCheckpointError: see ``decode_object``.
     """
-    if not megatron.check_is_distributed_checkpoint(checkpoint_dir):
-        state = "does not exist" if not os.path.isdir(checkpoint_dir) else "has no valid metadata.json"
+    if not is_sealed(checkpoint_dir):
+        state = "does not exist" if not os.path.isdir(checkpoint_dir) else "has no metadata.json"
         raise CheckpointNotFoundError(
             f"{checkpoint_dir} is not a complete torch_dist checkpoint: it {state}. An interrupted save "
             "leaves such a directory behind; load an earlier iteration."

@@ -12,8 +12,9 @@ import os
 import re
 from typing import TYPE_CHECKING, Any, Literal
 
-from ckpt_fast import megatron
+from ckpt_fast.doors.megatron_core import is_sealed
 from ckpt_fast.errors import CheckpointNotFoundError, UnknownFormatError
+from ckpt_fast.pipeline.commit import SEAL_FILE
 from ckpt_fast.trainer.paths import (
     TRACKER_PREFIX,
     checkpoint_exists,
@@ -51,7 +52,7 @@ _NOTHING_FOUND = -1
 def find_checkpoint_rank_0(checkpoints_path: str, iteration: int, release: bool = False) -> str | None:
     """The directory of an iteration if a complete torch_dist checkpoint is there, else None. Local."""
     directory = get_checkpoint_name(checkpoints_path, iteration, release)
-    return directory if megatron.check_is_distributed_checkpoint(directory) else None
+    return directory if is_sealed(directory) else None
 
 
 def _get_checkpoint_format(checkpoint_path: str) -> str:
@@ -59,9 +60,10 @@ def _get_checkpoint_format(checkpoint_path: str) -> str:
 
     Raises:
         NotImplementedError: it is none of these, or not complete.
+        CheckpointCorruptError: its ``metadata.json`` cannot be understood.
     """
     # torch_dist first: its directories contain a .metadata as well.
-    if megatron.check_is_distributed_checkpoint(checkpoint_path):
+    if is_sealed(checkpoint_path):
         print_rank_0(f"auto-detected the torch_dist checkpoint format in {checkpoint_path}")
         return "torch_dist"
     if file_exists(join_paths(checkpoint_path, ".metadata")):
@@ -141,7 +143,7 @@ def _sealed_before(load_dir: str, iteration: int) -> list[str]:
     names = os.listdir(load_dir) if os.path.isdir(load_dir) else []
     iterations = sorted((int(name[5:]) for name in names if re.fullmatch(r"iter_\d{7,}", name)), reverse=True)
     directories = [get_checkpoint_name(load_dir, each) for each in iterations if each < iteration]
-    return [each for each in directories if megatron.check_is_distributed_checkpoint(each)]
+    return [each for each in directories if file_exists(join_paths(each, SEAL_FILE))]
 
 
 # --- Non-persistent checkpoints --------------------------------------------------------------------------

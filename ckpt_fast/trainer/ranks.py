@@ -7,6 +7,7 @@ unless a launcher (RANK, SLURM_PROCID) says otherwise.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 from collections.abc import Callable
@@ -44,12 +45,18 @@ def is_last_rank() -> bool:
 def print_rank_0(message: object) -> None:
     """Print on rank 0 and flush, so that the line is in the log even if the job dies next."""
     if get_rank_safe() == 0:
-        print(message, flush=True)  # noqa: T201
+        _print(message)
 
 
 def print_rank_last(message: object) -> None:
     """Print on the last rank and flush."""
     if is_last_rank():
+        _print(message)
+
+
+def _print(message: object) -> None:
+    # A log on a full disk must not take a rank out of the collectives that follow.
+    with contextlib.suppress(OSError):
         print(message, flush=True)  # noqa: T201
 
 
