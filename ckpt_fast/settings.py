@@ -70,7 +70,7 @@ def _flag(name: str, default: bool) -> bool:
 
 
 def _positive(name: str, value: str) -> int:
-    if not value.isdigit() or int(value) < 1:
+    if not (value.isascii() and value.isdigit()) or int(value) < 1:
         raise ValueError(f"{name}={value!r} is not a positive whole number")
     return int(value)
 
