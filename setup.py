@@ -21,9 +21,6 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 ENGINE = "ckpt_fast.native._engine"
 CUDA = "ckpt_fast.native._cuda"
-HEADERS = sorted(glob("csrc/**/*.h", root_dir=ROOT, recursive=True)) + sorted(
-    glob("csrc/**/*.cuh", root_dir=ROOT, recursive=True)
-)
 SOURCES = {
     ENGINE: [*sorted(glob("csrc/engine/*.cc", root_dir=ROOT)), "csrc/python/engine_module.cc"],
     CUDA: [*sorted(glob("csrc/cuda/*.cu", root_dir=ROOT)), "csrc/python/cuda_module.cc"],
@@ -113,6 +110,6 @@ class NinjaBuild(build_ext):
 
 BUILT = [ENGINE, CUDA] if find_nvcc()[0] else [ENGINE]
 setup(
-    ext_modules=[Extension(name, SOURCES[name], depends=HEADERS) for name in BUILT],
+    ext_modules=[Extension(name, SOURCES[name]) for name in BUILT],
     cmdclass={"build_ext": NinjaBuild},
 )
