@@ -72,14 +72,14 @@ clean: ## remove what was built; the environments stay
 $(A)/.requirements: requirements/stack-a.txt requirements/dev.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "$(PYTHON) is missing or older than Python 3.10; choose one: make PYTHON=python3.11" >&2; exit 1; }
-	@test -x $(A)/bin/python || $(PYTHON) -m venv $(A)
+	@$(A)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(A)
 	$(A)/bin/python -m pip install --quiet -r $<
 	@touch $@
 
 $(B)/.requirements: requirements/stack-b.txt requirements/dev.txt
 	@test -n "$(PYTHON_B)" || \
 		{ echo "Stack B needs Python 3.12 and none was found; choose one: make PYTHON_B=/path/to/python3.12" >&2; exit 1; }
-	@test -x $(B)/bin/python || $(PYTHON_B) -m venv $(B)
+	@$(B)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON_B) -m venv $(B)
 	$(B)/bin/python -m pip install --quiet -r $<
 	@test -d $(B)/lib/python3.12/site-packages/nvidia_resiliency_ext-0.7.0.dist-info || \
 		$(B)/bin/python -m pip install --quiet --no-deps --only-binary=:all: --platform manylinux_2_39_$$(uname -m) \
