@@ -35,6 +35,8 @@ std::vector<Kernels> find_kernels() {
   std::vector<Kernels> found;
 #if defined(__x86_64__)
   found = x86_kernels();
+#elif defined(__aarch64__)
+  found = arm_kernels();
 #endif
   found.push_back({update_bytes, copy_portable, copy_portable, {}});
   return found;

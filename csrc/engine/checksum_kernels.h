@@ -32,6 +32,9 @@ const std::vector<Kernels>& available_kernels();
 #if defined(__x86_64__)
 /// Those with carry-less multiplication, fastest first.
 std::vector<Kernels> x86_kernels();
+#elif defined(__aarch64__)
+/// The one with CRC-32 instructions, if they are there.
+std::vector<Kernels> arm_kernels();
 #endif
 
 }  // namespace ckpt_fast::crc
