@@ -173,6 +173,16 @@ def torch_dcp_snippet(rank: int, code: str, directory: str) -> None:
     assert torch.equal(weight, torch.arange(12.0).view(3, 4))
 
 
+def test_table_of_the_demo() -> None:
+    """The sample has the rows that the demo prints."""
+    demo = (ROOT / "examples" / "demo.py").read_text()
+    (sample,) = [block for block in blocks(README, "") if "identical" in block]
+    shown = re.findall(r"^  ([\w/ -]+): ", sample, re.M)
+    positions = [demo.index(f'"{name}": ') for name in shown]
+    assert len(shown) > 5
+    assert positions == sorted(positions)
+
+
 # What the snippet of a door has in it, and no other.
 DOORS = {
     "ckpt_fast.checkpointing": documented_api_snippet,
