@@ -178,7 +178,7 @@ def test_table_of_the_demo() -> None:
     demo = (ROOT / "examples" / "demo.py").read_text()
     (sample,) = [block for block in blocks(README, "") if "identical" in block]
     shown = re.findall(r"^  ([\w/ -]+): ", sample, re.M)
-    positions = [demo.index(f'"{name}": ') for name in shown]
+    positions = [demo.rindex(f'"{name}": ') for name in shown]
     assert len(shown) > 5
     assert positions == sorted(positions)
 
