@@ -47,7 +47,8 @@ def write_files(
     ordered by (file, offset) and do not overlap. The bytes of all pieces with digest ``d >= 0``, taken in
     order, form stream ``d`` (all of it in one file); pieces with digest -1 belong to none. A patch stores
     the finished CRC-32 of its stream, 4 bytes little-endian, at a file offset that lies behind the stream's
-    last byte in the same file, over the bytes a piece put there.
+    last byte in the same file, over the bytes a piece put there. Past the page cache (``direct``), where a
+    thread spends its time waiting for the device, there are two threads for each of ``threads``.
 
     Returns:
         (CRC-32 of every stream, CRC-32 of every whole file).

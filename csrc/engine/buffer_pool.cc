@@ -38,20 +38,16 @@ uint8_t* map_buffer(size_t nbytes) {
 class Pool {
  public:
   uint8_t* take(size_t nbytes) {
-    std::vector<uint8_t*> stale;
-    uint8_t* taken = nullptr;
-    {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      if (nbytes != size_) {
-        stale.swap(idle_);
-        unmap(stale, size_);
-        size_ = nbytes;
-      } else if (!idle_.empty()) {
-        taken = idle_.back();
-        idle_.pop_back();
-      }
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (nbytes != size_) {
+      for (uint8_t* data : idle_) munmap(data, size_);
+      idle_.clear();
+      size_ = nbytes;
     }
-    return taken != nullptr ? taken : map_buffer(nbytes);
+    if (idle_.empty()) return map_buffer(nbytes);
+    uint8_t* const taken = idle_.back();
+    idle_.pop_back();
+    return taken;
   }
 
   void give_back(uint8_t* data, size_t nbytes) {
@@ -69,10 +65,6 @@ class Pool {
   }
 
  private:
-  static void unmap(const std::vector<uint8_t*>& buffers, size_t nbytes) {
-    for (uint8_t* data : buffers) munmap(data, nbytes);
-  }
-
   std::mutex mutex_;
   std::vector<uint8_t*> idle_;
   size_t size_ = 0;
