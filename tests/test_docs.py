@@ -7,7 +7,7 @@ import ast
 import importlib
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -236,63 +236,3 @@ def test_decisions_are_numbered_listed_and_complete() -> None:
         title = text.split("\n", 1)[0].removeprefix(f"# {path.name[:4]}. ")
         assert f"| {path.name[:4]} | [{title}]({path.name}) |" in index
         assert re.findall(r"^## (.*)$", text, re.M) == ["Context", "Decision", "Consequences"]
-
-
-# --- docs/architecture.md ---------------------------------------------------------------------------------
-
-LAYERS = ("checkpointing", "trainer", "doors", "pipeline", "native")
-OPTIONAL = {"megatron", "nvidia_resiliency_ext", "multistorageclient", "modelopt"}
-
-
-def imports(path: Path) -> Iterator[str]:
-    """Full names of all that a file of the package imports from anywhere."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
-
-
-def layer_of(parts: tuple[str, ...]) -> str:
-    return parts[1].removesuffix(".py") if len(parts) > 1 else ""
-
-
-def wrong_way(path: Path) -> list[str]:
-    """What a file imports against the direction that the page draws."""
-    parts = path.relative_to(ROOT).parts
-    layer = layer_of(parts)
-    found = []
-    for name in imports(path):
-        target = name.split(".")
-        if target[0] in OPTIONAL and layer != "megatron":
-            found.append(name)
-        if target[0] != "ckpt_fast" or len(target) < 2 or layer not in LAYERS:
-            continue
-        position = LAYERS.index(layer)
-        if target[1] in LAYERS[:position]:
-            found.append(name)
-        if layer in ("pipeline", "native") and target[1] not in (*LAYERS[position:], "errors", "settings"):
-            found.append(name)
-    return found
-
-
-def test_imports_point_one_way() -> None:
-    drawn = "  ─►  ".join(LAYERS)
-    assert drawn in (ROOT / "docs" / "architecture.md").read_text()
-    wrong = {str(path): wrong_way(path) for path in sorted((ROOT / "ckpt_fast").rglob("*.py"))}
-    assert {path: names for path, names in wrong.items() if names} == {}
-
-
-@pytest.mark.parametrize(
-    ("folder", "forbidden"),
-    [
-        ("engine", r"cuda|Python\.h|pybind11|torch|ATen|c10"),
-        ("cuda", r"Python\.h|pybind11|torch|ATen|c10"),
-        ("python", r"torch|ATen|c10"),
-    ],
-)
-def test_native_code_includes_one_way(folder: str, forbidden: str) -> None:
-    for path in sorted((ROOT / "csrc" / folder).iterdir()):
-        included = re.findall(r'^#include [<"]([^>"]+)[>"]', path.read_text(), re.M)
-        wrong = [name for name in included if re.search(forbidden, name)]
-        assert wrong == [], path.name
