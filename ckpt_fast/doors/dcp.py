@@ -14,37 +14,39 @@ import dataclasses
 import io
 import os
 import threading
+import time
 import uuid
 from typing import Any, NamedTuple
 
 import torch
-from torch.distributed._state_dict_utils import _copy_state_dict, _create_cpu_state_dict
 from torch.distributed.checkpoint.filesystem import _StorageInfo, _StoragePrefix
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import (
     LoadItemType,
     LoadPlan,
     LoadPlanner,
+    ReadItem,
     SavePlan,
     SavePlanner,
     WriteItem,
     WriteItemType,
 )
-from torch.distributed.checkpoint.staging import BlockingAsyncStager
+from torch.distributed.checkpoint.staging import AsyncStager
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from ckpt_fast.errors import CheckpointWriteError
+from ckpt_fast import settings
+from ckpt_fast.doors.dcp_snapshot import snapshots
+from ckpt_fast.errors import CheckpointMismatchError, CheckpointWriteError
 from ckpt_fast.pipeline import commit
 from ckpt_fast.pipeline.decode import decode_object, read_metadata
-from ckpt_fast.pipeline.encode import WriteProgram, encode_sidecar, file_record, pickle_metadata
+from ckpt_fast.pipeline.encode import encode_sidecar, file_record, pickle_metadata
 from ckpt_fast.pipeline.index import CheckpointIndex
 from ckpt_fast.pipeline.load import Part, load_parts, load_payloads
 from ckpt_fast.pipeline.place import Box
-from ckpt_fast.pipeline.plan import file_prefix, plan_save
-from ckpt_fast.pipeline.stage import stage
-from ckpt_fast.pipeline.types import FileRecord, ObjectShard, Shard, TensorShard
-from ckpt_fast.pipeline.write import write
+from ckpt_fast.pipeline.plan import file_prefix
+from ckpt_fast.pipeline.types import FileRecord, ObjectShard, RankRecord, SaveReport, Shard, TensorShard
+from ckpt_fast.pipeline.waves import Waves
 
 _Path = str | os.PathLike[str]
 
@@ -56,15 +58,40 @@ class _Written(NamedTuple):
     file: FileRecord
 
 
-class FastStorageWriter(BlockingAsyncStager, StorageWriter):
+@dataclasses.dataclass(frozen=True)
+class _Save:
+    """What one save was told: where to, under which name, on which rank, and whether ranks act together."""
+
+    path: str
+    save_id: str = dataclasses.field(default_factory=lambda: str(uuid.uuid4()))
+    rank: int | None = None
+    use_collectives: bool = True
+
+    @property
+    def lone_rank(self) -> int | None:
+        """The rank that saves without the others, with metadata of its own; None if they act together."""
+        return None if self.use_collectives else self.rank
+
+
+class FastStorageWriter(AsyncStager, StorageWriter):
     """Writes torch DCP checkpoints: parallel, checksummed, fsynced, published atomically.
+
+    Saves in the background may overlap: each goes to the directory it was started for, from its own copy of
+    the state dict. (With several ranks they need a process group each, as in torch.)
 
     Args:
         path: checkpoint directory; an older checkpoint in it is invalidated before anything is written.
         thread_count: files per rank.
         overwrite: False refuses a directory that holds a complete checkpoint.
-        cache_staged_state_dict: keep the host copy that ``dcp.async_save`` stages into for the next save.
+        cache_staged_state_dict: keep the host memory that ``dcp.async_save`` copies into, for the next save
+            of this process; False frees it once it is written.
+
+    Attributes:
+        report: of the newest save whose bytes this rank has written; None before.
     """
+
+    # ``stage`` returns when the copy is complete.
+    _synchronize_after_execute = False
 
     def __init__(
         self,
@@ -73,48 +100,46 @@ class FastStorageWriter(BlockingAsyncStager, StorageWriter):
         overwrite: bool = True,
         cache_staged_state_dict: bool = True,
     ) -> None:
-        super().__init__(cache_staged_state_dict=cache_staged_state_dict)
-        self._path = os.fspath(path)
+        super().__init__()
         self._thread_count = thread_count
         self._overwrite = overwrite
-        # Held from staging until the bytes are written: the host copy belongs to that save.
-        self._staging = threading.Lock()
-        self._staged_structure: list[Any] = []
-        self._rank: int | None = None
-        self._use_collectives = True
-        self._is_coordinator = True
-        self._save_id = str(uuid.uuid4())
+        self._keep_buffer = cache_staged_state_dict
+        self._latest = _Save(os.fspath(path))
+        # torch makes all calls for one save in one thread.
+        self._of_thread = threading.local()
+        self.report: SaveReport | None = None
 
     # --- the storage writer protocol, in the order of the calls ---------------------------------------
 
     def reset(self, checkpoint_id: _Path | None = None) -> None:
         """Begin a new save, to ``checkpoint_id`` if one is given."""
-        if checkpoint_id:
-            self._path = os.fspath(checkpoint_id)
-        self._save_id = str(uuid.uuid4())
+        path = os.fspath(checkpoint_id) if checkpoint_id else self._latest.path
+        self._latest = self._of_thread.announced = _Save(path)
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """Called on every rank; ``rank`` and ``use_collectives`` may be among the keywords."""
-        self._is_coordinator = is_coordinator
-        self._rank = kwargs.get("rank")
-        self._use_collectives = kwargs.get("use_collectives", True)
+        announced = self._announced()
+        self._of_thread.announced = None
+        self._of_thread.save = self._latest = dataclasses.replace(
+            announced, rank=kwargs.get("rank"), use_collectives=kwargs.get("use_collectives", True)
+        )
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """Without collectives every rank is its own coordinator, with files of its own."""
-        if self._use_collectives or self._rank is None:
+        """Without collectives every rank names its own files."""
+        lone_rank = self._save.lone_rank
+        if lone_rank is None:
             return plan
-        os.makedirs(self._path, exist_ok=True)
-        self._refuse_overwriting()
-        return dataclasses.replace(plan, storage_data=_StoragePrefix(file_prefix(self._rank)))
+        return dataclasses.replace(plan, storage_data=_StoragePrefix(file_prefix(lone_rank)))
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Coordinator only, before any rank writes: the older checkpoint ends here.
+        """Coordinator only (without collectives: every rank), before writing: the older checkpoint ends here.
 
         Raises:
             CheckpointWriteError: the directory cannot be prepared, or holds a checkpoint and must not.
         """
-        self._refuse_overwriting()
-        commit.invalidate(self._path)
+        save = self._save
+        self._refuse_overwriting(save)
+        commit.invalidate(save.path, rank=save.lone_rank)
         return [
             plan
             if plan.storage_data is not None
@@ -128,51 +153,49 @@ class FastStorageWriter(BlockingAsyncStager, StorageWriter):
         Raises:
             CheckpointWriteError: naming file, offset and cause.
         """
-        shards = [_shard(item, planner.resolve_data(item)) for item in plan.items]
-        files = plan_save(shards, plan.storage_data.prefix, self._thread_count)
-        staged = stage(files)
+        begin = time.perf_counter()
+        report = SaveReport(self._save.path)
+        waves = Waves(
+            report, plan.storage_data.prefix, self._thread_count, bound=settings.host_buffer_bytes()
+        )
         try:
-            records = write(WriteProgram(files, staged), self._path)
+            record = waves.run([_shard(item, planner.resolve_data(item)) for item in plan.items])
         finally:
-            staged.release()
-            if self._staging.locked():
-                self._staging.release()
-        index_of = {id(shard): item.index for shard, item in zip(shards, plan.items, strict=True)}
-        results = [
-            WriteResult(
-                index=index_of[id(item.shard)],
-                size_in_bytes=item.nbytes,
-                storage_data=_Written(_StorageInfo(file.path, item.offset, item.nbytes), record),
-            )
-            for file, record in zip(files, records, strict=True)
-            for item in file.items
-        ]
+            # The planners of torch and Megatron-Core keep what they were given under this name.
+            snapshot = snapshots.written(getattr(planner, "state_dict", {}).values())
+        report.seconds = report.stall_s = time.perf_counter() - begin
+        if snapshot is not None:
+            report.stall_s = snapshot.seconds
+            report.host_memory_allocated += snapshot.allocated_nbytes
+        self.report = report
         future: Future[list[WriteResult]] = Future()
-        future.set_result(results)
+        future.set_result(_results(plan, record))
         return future
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Coordinator only: publish the checkpoint, ``.metadata`` last."""
+        save = self._save
         written = [(result.index, result.storage_data) for rank in results for result in rank]
         metadata.storage_data = {index: data.info for index, data in written}
-        metadata.storage_meta = self.storage_meta()
+        metadata.storage_meta = StorageMeta(checkpoint_id=save.path, save_id=save.save_id)
         content = pickle_metadata(metadata)
-        name = commit.METADATA_FILE
-        if not self._use_collectives and self._rank is not None:
-            commit.publish(self._path, {f"__{self._rank}{name}": content})
+        if save.lone_rank is not None:
+            commit.publish(save.path, {commit.rank_metadata_file(save.lone_rank): content})
             return
+        name = commit.METADATA_FILE
         files = sorted({data.file for _, data in written})
         sidecar = encode_sidecar([*files, file_record(name, content)])
-        commit.publish(self._path, {commit.SIDECAR_FILE: sidecar, name: content})
+        commit.publish(save.path, {commit.SIDECAR_FILE: sidecar, name: content})
 
     def storage_meta(self) -> StorageMeta:
-        """What ``.metadata`` says of this save."""
-        return StorageMeta(checkpoint_id=self._path, save_id=self._save_id)
+        """What ``.metadata`` says of the save that is about to begin."""
+        announced = self._announced()
+        return StorageMeta(checkpoint_id=announced.path, save_id=announced.save_id)
 
     @property
     def checkpoint_id(self) -> str:
         """The directory written to."""
-        return self._path
+        return self._announced().path
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: _Path) -> bool:
@@ -184,34 +207,44 @@ class FastStorageWriter(BlockingAsyncStager, StorageWriter):
     def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """A copy of the state dict in host memory; training may go on as soon as this returns.
 
-        The memory is kept for the next call, unless the save before is still being written from it.
+        All of it is one host buffer, which later saves of this process use again. An error is raised by the
+        save, on all ranks.
         """
-        pinned = torch.cuda.is_available()
-        if not self.cache_staged_state_dict or not self._staging.acquire(blocking=False):
-            return _copy_state_dict(state_dict, _create_cpu_state_dict(state_dict, pin_memory=pinned))
-        structure = _structure(state_dict)
-        if self.state_dict_cache is None or structure != self._staged_structure:
-            self.state_dict_cache = _create_cpu_state_dict(state_dict, pin_memory=pinned)
-            self._staged_structure = structure
-        return _copy_state_dict(state_dict, self.state_dict_cache)
+        return snapshots.take(state_dict, self._keep_buffer)
 
-    def _refuse_overwriting(self) -> None:
-        if not self._overwrite and os.path.exists(os.path.join(self._path, commit.METADATA_FILE)):
+    def synchronize_staging(self) -> None:
+        """Nothing is left to wait for when ``stage`` has returned."""
+
+    def close(self) -> None:
+        """Nothing to release: host memory is the process's, see ``cache_staged_state_dict``."""
+
+    # --- -----------------------------------------------------------------------------------------------
+
+    @property
+    def _save(self) -> _Save:
+        """The save that this thread is at."""
+        return getattr(self._of_thread, "save", self._latest)
+
+    def _announced(self) -> _Save:
+        """The save that the next calls in this thread are for."""
+        return getattr(self._of_thread, "announced", None) or self._latest
+
+    def _refuse_overwriting(self, save: _Save) -> None:
+        if self._overwrite:
+            return
+        name = commit.METADATA_FILE if save.lone_rank is None else commit.rank_metadata_file(save.lone_rank)
+        if os.path.exists(os.path.join(save.path, name)):
             raise CheckpointWriteError(
-                f"{self._path} holds a checkpoint and overwrite is False; choose another directory",
-                filename=self._path,
+                f"{save.path} holds a checkpoint and overwrite is False; choose another directory",
+                filename=save.path,
             )
 
+    def __getstate__(self) -> dict[str, Any]:
+        # To the process that writes, with AsyncCheckpointerType.PROCESS.
+        return {name: value for name, value in self.__dict__.items() if name != "_of_thread"}
 
-def _structure(value: Any, path: tuple[Any, ...] = ()) -> list[Any]:
-    """Paths, shapes and dtypes of all tensors: a host copy fits another state dict if these are equal."""
-    if isinstance(value, torch.Tensor):
-        return [(path, tuple(value.shape), value.dtype, type(value))]
-    if isinstance(value, dict):
-        return [entry for key, child in value.items() for entry in _structure(child, (*path, key))]
-    if isinstance(value, (list, tuple)):
-        return [entry for key, child in enumerate(value) for entry in _structure(child, (*path, key))]
-    return [(path, type(value))]
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _of_thread=threading.local())
 
 
 def _shard(item: WriteItem, data: torch.Tensor | io.BytesIO) -> Shard:
@@ -220,7 +253,31 @@ def _shard(item: WriteItem, data: torch.Tensor | io.BytesIO) -> Shard:
         return ObjectShard(item.index.fqn, data.getvalue())
     assert isinstance(data, torch.Tensor) and item.tensor_data is not None
     chunk = item.tensor_data.chunk
+    if data.shape != chunk.sizes:
+        raise CheckpointMismatchError(
+            f"the save plan has a piece of {item.index.fqn} of shape {tuple(chunk.sizes)}, but the planner "
+            f"gave a tensor of shape {tuple(data.shape)} for it; what it would write could not be loaded"
+        )
     return TensorShard(item.index.fqn, data.detach(), tuple(chunk.offsets), tuple(item.tensor_data.size))
+
+
+def _results(plan: SavePlan, record: RankRecord) -> list[WriteResult]:
+    """What torch's coordinator needs to know of the items written."""
+    index_of = {_place(item): item.index for item in plan.items}
+    file_of = {file.path: file for file in record.files}
+    return [
+        WriteResult(
+            index=index_of[item.fqn, None if item.dtype is None else item.offsets],
+            size_in_bytes=item.extent.nbytes,
+            storage_data=_Written(_StorageInfo(*item.extent), file_of[item.extent.path]),
+        )
+        for item in record.items
+    ]
+
+
+def _place(item: WriteItem) -> tuple[str, tuple[int, ...] | None]:
+    chunk = item.tensor_data.chunk if item.tensor_data is not None else None
+    return item.index.fqn, tuple(chunk.offsets) if chunk is not None else None
 
 
 class FastStorageReader(StorageReader):
@@ -228,11 +285,14 @@ class FastStorageReader(StorageReader):
 
     Args:
         path: checkpoint directory, written by FastStorageWriter or by torch's own writer.
+        extension_registry: torch DCP's registry of stream transforms (compression), where torch's writer has
+            used some that torch itself does not know.
     """
 
-    def __init__(self, path: _Path) -> None:
+    def __init__(self, path: _Path, extension_registry: Any = None) -> None:
         super().__init__()
         self._path = os.fspath(path)
+        self._extensions = extension_registry
         self._index: CheckpointIndex | None = None
 
     def reset(self, checkpoint_id: _Path | None = None) -> None:
@@ -257,7 +317,7 @@ class FastStorageReader(StorageReader):
         self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
     ) -> None:
         """Called on every rank with the metadata to load by."""
-        self._index = CheckpointIndex(self._path, metadata)
+        self._index = CheckpointIndex(self._path, metadata, self._extensions)
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         """The plan as it is."""
@@ -302,11 +362,29 @@ class FastStorageReader(StorageReader):
         return _is_local_path(checkpoint_id)
 
 
-def _part(index: CheckpointIndex, item: Any, target: torch.Tensor) -> Part:
-    storage: MetadataIndex = item.storage_index
-    tensor, piece = index.piece(storage.fqn, tuple(storage.offset or (0,) * target.dim()))
-    box = Box(piece.sizes, tuple(item.storage_offsets), tuple(item.lengths), tensor.dtype.itemsize)
-    return Part(tensor, piece, box, target)
+def _part(index: CheckpointIndex, item: ReadItem, target: torch.Tensor) -> Part:
+    """The region of a saved piece that a planner wants in ``target``.
+
+    Raises:
+        CheckpointMismatchError: the region is not inside the piece, or not of the target's shape.
+    """
+    lengths, start = tuple(item.lengths), tuple(item.storage_offsets)
+    tensor, piece = index.piece(
+        item.storage_index.fqn, tuple(item.storage_index.offset or (0,) * len(lengths))
+    )
+    inside = len(lengths) == len(start) == len(piece.sizes) and all(
+        offset >= 0 and offset + length <= size
+        for offset, length, size in zip(start, lengths, piece.sizes, strict=True)
+    )
+    # The engine writes through addresses: nothing but this check stands between a planner's mistake and
+    # memory that belongs to somebody else.
+    if not inside or tuple(target.shape) != lengths:
+        raise CheckpointMismatchError(
+            f"{tensor.fqn} in {index.directory} is a piece of shape {piece.sizes}, of which the load plan "
+            f"wants {lengths} at {start} in a tensor of shape {tuple(target.shape)}. The planner and the "
+            "state dict disagree; load into tensors of the shapes that were saved."
+        )
+    return Part(tensor, piece, Box(piece.sizes, start, lengths, tensor.dtype.itemsize), target)
 
 
 def _is_local_path(checkpoint_id: _Path) -> bool:

@@ -42,6 +42,7 @@ _LOCAL_MAGIC, _CENTRAL_MAGIC, _DESCRIPTOR_MAGIC = 0x04034B50, 0x02014B50, 0x0807
 _END_MAGIC, _END64_MAGIC, _LOCATOR64_MAGIC = 0x06054B50, 0x06064B50, 0x07064B50
 
 _RAW_NAME = b"archive/data/0"
+_BYTEORDER = b"little"
 
 _UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
 
@@ -88,7 +89,7 @@ def tensor_archive(dtype: torch.dtype, shape: tuple[int, ...]) -> Archive:
     raw_nbytes = numel * dtype.itemsize
     members = [
         (b"archive/data.pkl", _pickle_of_tensor(dtype, shape, numel)),
-        (b"archive/byteorder", b"little"),
+        (b"archive/byteorder", _BYTEORDER),
         (b"archive/version", b"3\n"),
     ]
     head, directory = bytearray(), bytearray()
@@ -122,19 +123,24 @@ class RawMember(NamedTuple):
         nbytes: length of the raw data.
         crc32: CRC-32 of the raw data.
         pickle_crc32: CRC-32 of ``data.pkl``, which says what the bytes mean.
+        byteorder_crc32: CRC-32 of ``byteorder``, which says how each number is stored.
     """
 
     local_offset: int
     nbytes: int
     crc32: int
     pickle_crc32: int
+    byteorder_crc32: int
 
 
 def is_contiguous_tensor(member: RawMember, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
-    """Whether the raw data is one row-major tensor of this dtype and shape, and nothing else.
+    """Whether the raw data is one little-endian, row-major tensor of this dtype and shape, and nothing else.
 
-    ``torch.save`` keeps strides and views; the pickle of the plain case is known, so its checksum tells.
+    ``torch.save`` keeps strides, views and the machine's byte order; what the plain case has in the small
+    members is known, so their checksums tell.
     """
+    if member.byteorder_crc32 != zlib.crc32(_BYTEORDER):
+        return False
     try:
         content = _pickle_of_tensor(dtype, shape, math.prod(shape))
     except TypeError:
@@ -186,7 +192,7 @@ LOCAL_HEADER_NBYTES = _LOCAL.size
 
 def _scan_directory(tail: bytes, position: int, count: int) -> RawMember | None:
     found: RawMember | None = None
-    pickle_crc32 = 0
+    pickle_crc32 = byteorder_crc32 = 0
     for _ in range(count):
         if position + _CENTRAL.size > len(tail):
             return None
@@ -200,6 +206,8 @@ def _scan_directory(tail: bytes, position: int, count: int) -> RawMember | None:
         position += _CENTRAL.size + name_nbytes + extra_nbytes + comment_nbytes
         if name.endswith(b"/data.pkl"):
             pickle_crc32 = crc
+        if name.endswith(b"/byteorder"):
+            byteorder_crc32 = crc
         if b"/data/" not in name:
             continue
         if found is not None or method != 0:
@@ -207,8 +215,10 @@ def _scan_directory(tail: bytes, position: int, count: int) -> RawMember | None:
         widened = _widen(extra, entry[8], nbytes, local_offset)
         if widened is None:
             return None
-        found = RawMember(*widened, crc, 0)
-    return found._replace(pickle_crc32=pickle_crc32) if found else None
+        found = RawMember(*widened, crc, 0, 0)
+    if found is None:
+        return None
+    return found._replace(pickle_crc32=pickle_crc32, byteorder_crc32=byteorder_crc32)
 
 
 def _widen(extra: bytes, compressed: int, nbytes: int, local_offset: int) -> tuple[int, int] | None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import secrets
 from collections.abc import Collection, Mapping
 
@@ -28,6 +29,7 @@ SEAL_FILE = "metadata.json"
 SIDECAR_FILE = "ckpt_fast.json"
 DATA_SUFFIX = ".distcp"
 _PARTIAL_SUFFIX = ".partial"
+_RANK_METADATA = re.compile(r"__[0-9]+\.metadata")
 
 
 def write_file_atomic(path: str, data: bytes) -> None:
@@ -82,10 +84,15 @@ def fsync(descriptor: int) -> None:
         os.fsync(descriptor)
 
 
-def invalidate(directory: str, keep: Collection[str] = ()) -> None:
+def invalidate(directory: str, keep: Collection[str] = (), rank: int | None = None) -> None:
     """Empty ``directory`` of an earlier checkpoint's payload, its seal first; create it when missing.
 
     Only files that a checkpoint payload consists of are removed; foreign files and those in ``keep`` stay.
+
+    Args:
+        directory: the checkpoint.
+        keep: names that stay.
+        rank: given by a rank that saves without the others; of the data files it removes just its own.
 
     Raises:
         CheckpointWriteError: the directory cannot be created or cleaned.
@@ -93,13 +100,20 @@ def invalidate(directory: str, keep: Collection[str] = ()) -> None:
     try:
         _make_directory(os.path.abspath(directory))
         names = set(os.listdir(directory))
-        for seal in (SEAL_FILE, METADATA_FILE, SIDECAR_FILE):
-            if seal in names:
-                os.unlink(os.path.join(directory, seal))
+        own = "" if rank is None else f"__{rank}_"
+        seals = [SEAL_FILE, METADATA_FILE]
+        if rank is None:
+            seals += sorted(name for name in names if _RANK_METADATA.fullmatch(name))
+        else:
+            seals.append(rank_metadata_file(rank))
+        for seal in (*seals, SIDECAR_FILE):
+            if seal in names and _unlink(os.path.join(directory, seal)):
                 fsync_directory(directory)
         for name in names.difference(keep):
-            if name.endswith((DATA_SUFFIX, _PARTIAL_SUFFIX)) or name == "common.pt":
-                os.unlink(os.path.join(directory, name))
+            if (name.endswith(DATA_SUFFIX) and name.startswith(own)) or (
+                rank is None and (name.endswith(_PARTIAL_SUFFIX) or name == "common.pt")
+            ):
+                _unlink(os.path.join(directory, name))
     except OSError as error:
         raise CheckpointWriteError(
             f"cannot prepare the checkpoint directory {directory}: {error.strerror or error} "
@@ -108,6 +122,20 @@ def invalidate(directory: str, keep: Collection[str] = ()) -> None:
             error.errno,
             error.filename or directory,
         ) from error
+
+
+def rank_metadata_file(rank: int) -> str:
+    """The metadata of a rank that saves without the others, as torch DCP names it."""
+    return f"__{rank}{METADATA_FILE}"
+
+
+def _unlink(path: str) -> bool:
+    """Remove a file, unless another rank just did."""
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _make_directory(path: str) -> None:

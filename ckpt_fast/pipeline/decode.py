@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint._extension import ExtensionRegistry
 from torch.distributed.checkpoint.metadata import Metadata
 
 from ckpt_fast import settings
@@ -204,26 +203,46 @@ def decode_object(payload: bytes, where: str, verify: bool) -> Any:
         ) from error
 
 
-def undo_transforms(payload: bytes, descriptors: Sequence[str]) -> bytes:
+def undo_transforms(payload: bytes, descriptors: Sequence[str], extensions: Any = None) -> bytes:
     """An item as it was before torch DCP's stream transforms (compression) were applied.
 
+    Args:
+        payload: the item as it is in the file.
+        descriptors: the transforms, the one applied last first.
+        extensions: torch DCP's ``ExtensionRegistry`` with the transforms known here; None: torch's own.
+
     Raises:
-        CheckpointMismatchError: the installed torch does not know a transform.
+        CheckpointMismatchError: a transform is not known here.
+        CheckpointCorruptError: a transform cannot make sense of the item.
     """
     if not descriptors:
         return payload
     try:
-        extensions = ExtensionRegistry().from_descriptor_list(descriptors)
-    except ValueError as error:
+        extensions = _default_extensions() if extensions is None else extensions
+        transforms = extensions.from_descriptor_list(descriptors)
+    except (ImportError, ValueError) as error:
         raise CheckpointMismatchError(
             f"the checkpoint was written with the stream transforms {list(descriptors)}, which cannot be "
             f"undone here: {error}"
         ) from error
     stream: Any = io.BytesIO(payload)
-    for extension in extensions:
-        stream = extension.transform_from(stream)  # type: ignore[attr-defined]
-    content: bytes = stream.read(-1)
+    try:
+        for transform in transforms:
+            stream = transform.transform_from(stream)
+        content: bytes = stream.read(-1)
+    except Exception as error:
+        raise CheckpointCorruptError(
+            f"an item cannot be brought back through the stream transforms {list(descriptors)} "
+            f"({type(error).__name__}: {error}); load an earlier iteration"
+        ) from error
     return content
+
+
+def _default_extensions() -> Any:
+    # Not in torch 2.6, whose checkpoints have no transforms.
+    from torch.distributed.checkpoint._extension import ExtensionRegistry
+
+    return ExtensionRegistry()
 
 
 def _require_sound_archive(payload: bytes, where: str) -> None:

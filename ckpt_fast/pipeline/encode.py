@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -134,6 +135,7 @@ def encode_metadata(records: Iterable[ItemRecord], planner_data: Mapping[str, An
 def pickle_metadata(metadata: Metadata) -> bytes:
     """``metadata`` as the content of ``.metadata``, marked as describing archives of our layout."""
     setattr(metadata, LAYOUT_ATTRIBUTE, LAYOUT)
+    metadata.version = getattr(filesystem, "CURRENT_DCP_VERSION", None)
     buffer = io.BytesIO()
     pickler = pickle.Pickler(buffer, protocol=4)
     pickler.dispatch_table = {**copyreg.dispatch_table, TensorProperties: _reduce_properties}

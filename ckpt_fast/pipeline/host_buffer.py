@@ -7,11 +7,13 @@ next. With a GPU it is page-locked, once, for copies at the full speed of the bu
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import mmap
 import threading
-import warnings
+import time
+from collections import deque
 from typing import Any
 
 import torch
@@ -21,6 +23,9 @@ from ckpt_fast.errors import CheckpointError
 logger = logging.getLogger(__name__)
 
 _HUGE_PAGE = 2 << 20
+_MADV_WIPEONFORK = 18  # of Linux; Python has no name for it
+# Longer than any write of a buffer takes. A collective's default timeout is 30 minutes too.
+_PATIENCE_S = 1800.0
 
 
 class HostBuffer:
@@ -29,15 +34,17 @@ class HostBuffer:
     Attributes:
         nbytes: usable length.
         memory: the block as a uint8 tensor, [nbytes].
+        is_new: whether nothing has used it before.
     """
 
     def __init__(self, nbytes: int) -> None:
         """Map ``nbytes``; the pages themselves come with the first write.
 
         Raises:
-            CheckpointError: the system has no address space or no right to lock the pages.
+            CheckpointError: the system has no address space left.
         """
         self.nbytes = nbytes
+        self.is_new = True
         try:
             self._mapping = mmap.mmap(-1, nbytes + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except OSError as error:
@@ -45,14 +52,30 @@ class HostBuffer:
                 f"cannot reserve {nbytes} bytes of host memory for a snapshot: {error.strerror}. Bound it "
                 "with CKPT_FAST_HOST_BUFFER, or save without async_save."
             ) from error
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            self._mapping.madvise(mmap.MADV_HUGEPAGE)
+        # A data loader's worker, forked while this exists, gets zeros instead of sharing the pages. Sharing
+        # would cost the next snapshot a copy of every page, and the memory twice as long as the worker lives.
+        self._advise(_MADV_WIPEONFORK)
+        self._advise(getattr(mmap, "MADV_HUGEPAGE", None))
         base = ctypes.addressof(ctypes.c_char.from_buffer(self._mapping))
-        offset = -base % _HUGE_PAGE
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns of read-only buffers; this one is not
-            self.memory = torch.frombuffer(self._mapping, dtype=torch.uint8, count=nbytes, offset=offset)
+        self._start = -base % _HUGE_PAGE
+        self.memory = self.slot(0, nbytes)
         self._pinned = torch.cuda.is_available() and self._pin()
+
+    def slot(self, offset: int, nbytes: int) -> torch.Tensor:
+        """``nbytes`` from ``offset`` on as a uint8 tensor with a storage of its own.
+
+        ``torch.save`` stores a tensor's whole storage: a view of ``memory`` would drag all of it along. The
+        tensor keeps the memory alive, though not its content once the buffer is given back.
+        """
+        if not nbytes:
+            return torch.empty(0, dtype=torch.uint8)
+        return torch.frombuffer(self._mapping, dtype=torch.uint8, count=nbytes, offset=self._start + offset)
+
+    def _advise(self, advice: int | None) -> None:
+        # Kernels without huge pages, or older than the advice, refuse it: then it is not to be had.
+        if advice is not None:
+            with contextlib.suppress(OSError):
+                self._mapping.madvise(advice)
 
     def _pin(self) -> bool:
         code = _cuda_runtime().cudaHostRegister(self.memory.data_ptr(), self.nbytes, 0)
@@ -86,52 +109,73 @@ class HostBufferPool:
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._idle: list[HostBuffer] = []
+        # Filled at any moment, even by a destructor that runs while this thread holds the lock.
+        self._returned: deque[tuple[HostBuffer, bool]] = deque()
         self._used_nbytes = 0
-        self.allocated_nbytes = 0
 
-    def take(self, nbytes: int, bound: int | None = None) -> HostBuffer:
+    def take(
+        self, nbytes: int, bound: int | None = None, at_least: int = 0, wait_s: float = _PATIENCE_S
+    ) -> HostBuffer:
         """A buffer of at least ``nbytes``; waits for one to be given back rather than exceed ``bound``.
 
         Args:
             nbytes: more than 0. A single buffer may exceed the bound: a tensor is never cut.
-            bound: bytes that all buffers in use may have together; None: no bound. With a bound a new buffer
-                has at least half of it, so that two waves of any kind find room in two buffers.
+            bound: bytes that all buffers in use may have together; None: no bound.
+            at_least: length of the buffer if a new one is needed, so that all waves of a save fit into it.
+            wait_s: how long to wait, in seconds.
+
+        Raises:
+            CheckpointError: the memory cannot be had, or none was given back in time.
         """
+        deadline = time.monotonic() + wait_s
         with self._changed:
-            while bound is not None and self._used_nbytes and self._used_nbytes + nbytes > bound:
-                self._changed.wait()
-            buffer = self._reusable(nbytes, bound) or self._allocate(max(nbytes, (bound or 0) // 2))
+            while (buffer := self._find(nbytes, bound, at_least)) is None:
+                if not self._changed.wait(deadline - time.monotonic()):
+                    raise CheckpointError(
+                        f"{nbytes} bytes of host memory are needed, but other saves hold {self._used_nbytes} "
+                        f"of the {bound} that CKPT_FAST_HOST_BUFFER allows. Wait for the save before to end "
+                        "(and drop what it returned if it failed), or raise the bound."
+                    )
             self._used_nbytes += buffer.nbytes
             return buffer
 
-    def give_back(self, buffer: HostBuffer) -> None:
-        """Keep the buffer for the next save; the caller no longer touches it."""
+    def give_back(self, buffer: HostBuffer, keep: bool = True) -> None:
+        """Keep the buffer for the next save, or let it go; the caller no longer touches it."""
+        self._returned.append((buffer, keep))
         with self._changed:
-            self._used_nbytes -= buffer.nbytes
-            self._idle.append(buffer)
             self._changed.notify_all()
 
-    def _reusable(self, nbytes: int, bound: int | None) -> HostBuffer | None:
-        """The smallest idle buffer that is large enough and does not exceed the bound."""
+    def _find(self, nbytes: int, bound: int | None, at_least: int) -> HostBuffer | None:
+        """The smallest idle buffer that suffices, else a new one; None while the bound forbids both."""
+        self._collect()
+        room = None if bound is None or not self._used_nbytes else bound - self._used_nbytes
         fitting = [
             buffer
             for buffer in self._idle
-            if buffer.nbytes >= nbytes
-            and (bound is None or not self._used_nbytes or self._used_nbytes + buffer.nbytes <= bound)
+            if buffer.nbytes >= nbytes and (room is None or buffer.nbytes <= room)
         ]
-        if not fitting:
+        if fitting:
+            smallest = min(fitting, key=lambda buffer: buffer.nbytes)
+            self._idle.remove(smallest)
+            return smallest
+        wanted = max(nbytes, at_least)
+        if room is not None and wanted > room:
             return None
-        smallest = min(fitting, key=lambda buffer: buffer.nbytes)
-        self._idle.remove(smallest)
-        return smallest
-
-    def _allocate(self, nbytes: int) -> HostBuffer:
         # What is idle was too small: the state has grown, or its waves are cut differently now.
         for buffer in self._idle:
             buffer.close()
         self._idle.clear()
-        self.allocated_nbytes += nbytes
-        return HostBuffer(nbytes)
+        return HostBuffer(wanted)
+
+    def _collect(self) -> None:
+        while self._returned:
+            buffer, keep = self._returned.popleft()
+            self._used_nbytes -= buffer.nbytes
+            if keep:
+                buffer.is_new = False
+                self._idle.append(buffer)
+            else:
+                buffer.close()
 
 
 host_buffers = HostBufferPool()

@@ -74,13 +74,15 @@ class CheckpointIndex:
     Args:
         directory: the checkpoint.
         metadata: its ``.metadata``, where it has been read already.
+        extensions: torch DCP's registry of the stream transforms that items may need; None: torch's own.
 
     Raises:
         CheckpointNotFoundError, CheckpointCorruptError, UnsafeCheckpointError: see ``read_metadata``.
     """
 
-    def __init__(self, directory: str, metadata: Metadata | None = None) -> None:
+    def __init__(self, directory: str, metadata: Metadata | None = None, extensions: Any = None) -> None:
         self.directory = directory
+        self.extensions = extensions
         self.metadata: Metadata = metadata if metadata is not None else read_metadata(directory)
         self._own_layout = getattr(self.metadata, LAYOUT_ATTRIBUTE, None) == LAYOUT
         self._pieces: dict[str, dict[tuple[int, ...], _Item]] = defaultdict(dict)

@@ -104,7 +104,8 @@ def load_payloads(index: CheckpointIndex, fqns: Iterable[str]) -> dict[str, byte
     handles = {fqn: arena.add(index.object_extent(fqn)) for fqn in fqns}
     program.run()
     return {
-        fqn: undo_transforms(arena.content(h), index.object_transforms(fqn)) for fqn, h in handles.items()
+        fqn: undo_transforms(arena.content(handle), index.object_transforms(fqn), index.extensions)
+        for fqn, handle in handles.items()
     }
 
 
@@ -221,7 +222,7 @@ class _Reader:
         handle = arena.add(part.piece.item)
         program.run()
         where = f"{part.tensor.fqn} in {self._index.directory}/{part.piece.item.path}"
-        payload = undo_transforms(arena.content(handle), part.piece.transforms)
+        payload = undo_transforms(arena.content(handle), part.piece.transforms, self._index.extensions)
         tensor = decode_object(payload, where, self._verify)
         if not isinstance(tensor, torch.Tensor) or tuple(tensor.shape) != part.piece.sizes:
             raise CheckpointCorruptError(

@@ -75,6 +75,19 @@ def plan_save(shards: Sequence[Shard], prefix: str, writers: int, first: int = 0
     return files
 
 
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether the values are bytes in a storage of the tensor's own.
+
+    Others are sparse or quantized, or of a subclass that handles operators itself and stands for tensors
+    inside it, as DTensor does.
+    """
+    return (
+        tensor.layout == torch.strided
+        and not tensor.is_quantized
+        and type(tensor).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
+    )
+
+
 def file_prefix(rank: int) -> str:
     """How the data files of a rank begin; stock writers use the same."""
     return f"__{rank}_"
@@ -123,17 +136,19 @@ def _unplaced(shard: Shard) -> PlannedItem:
     if isinstance(shard, ObjectShard):
         return PlannedItem(shard, None, shard.payload, 0, 0)
     tensor = shard.tensor
+    if not is_plain(tensor):
+        return PlannedItem(shard, None, _torch_saved(tensor.detach().cpu()), 0, 0)
     try:
         archive = tensor_archive(tensor.dtype, tuple(tensor.shape))
     except TypeError:
-        return PlannedItem(shard, None, _torch_saved(tensor), 0, 0)
+        return PlannedItem(shard, None, _torch_saved(tensor.detach().cpu().contiguous()), 0, 0)
     return PlannedItem(shard, archive, None, 0, tensor.numel() * tensor.dtype.itemsize)
 
 
 def _torch_saved(tensor: torch.Tensor) -> bytes:
-    """The rare dtypes that are more than their bytes (quantized, complex32) are stored by torch itself."""
+    """What is more than its bytes (sparse and quantized tensors, complex32) is stored by torch itself."""
     buffer = io.BytesIO()
-    torch.save(tensor.detach().cpu().contiguous(), buffer)
+    torch.save(tensor, buffer)
     return buffer.getvalue()
 
 
@@ -142,12 +157,13 @@ def _balance(items: list[PlannedItem], writers: int) -> list[list[PlannedItem]]:
     buckets = min(writers, len(items))
     if buckets <= 1:
         return [items] if items else []
-    load = [(0, number) for number in range(buckets)]
+    # The count comes second, so that items without bytes do not all go to the same file.
+    load = [(0, 0, number) for number in range(buckets)]
     chosen: list[list[int]] = [[] for _ in range(buckets)]
     for index in sorted(range(len(items)), key=lambda i: -items[i].nbytes):
-        nbytes, number = load[0]
+        nbytes, count, number = load[0]
         chosen[number].append(index)
-        heapq.heapreplace(load, (nbytes + items[index].nbytes, number))
+        heapq.heapreplace(load, (nbytes + items[index].nbytes, count + 1, number))
     return [[items[index] for index in sorted(indices)] for indices in chosen]
 
 

@@ -3,12 +3,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -16,13 +14,11 @@ import torch.distributed as dist
 from ckpt_fast import settings
 from ckpt_fast.errors import CheckpointWriteError
 from ckpt_fast.pipeline import commit
-from ckpt_fast.pipeline.encode import WriteProgram, encode_metadata, encode_sidecar, file_record
+from ckpt_fast.pipeline.encode import encode_metadata, encode_sidecar, file_record
 from ckpt_fast.pipeline.group import ControlGroup, Outcome
-from ckpt_fast.pipeline.host_buffer import host_buffers
-from ckpt_fast.pipeline.plan import FilePlan, cut_waves, file_prefix, item_records, plan_save
-from ckpt_fast.pipeline.stage import Staged, copied_nbytes, stage
+from ckpt_fast.pipeline.plan import file_prefix
 from ckpt_fast.pipeline.types import FileRecord, RankRecord, SaveReport, Shard
-from ckpt_fast.pipeline.write import write
+from ckpt_fast.pipeline.waves import Waves
 
 logger = logging.getLogger(__name__)
 
@@ -75,16 +71,17 @@ class Save:
         self.report = SaveReport(self.directory)
         self._shards: Sequence[Shard] = shards
         self._group = ControlGroup(process_group)
-        self._writers = writers
         self._common_files = dict(common_files or {})
         self._keep_files = keep_files
         self._seal_files = dict(seal_files or {})
         self._planner_data = planner_data
-        self._snapshot = snapshot
-        self._bound = host_buffer if host_buffer is not None else settings.host_buffer_bytes()
-        self._record = RankRecord([], [])
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="ckpt_fast-write")
-        self._waves: list[Future[None]] = []
+        self._waves = Waves(
+            self.report,
+            file_prefix(self._group.global_rank),
+            writers,
+            snapshot=snapshot,
+            bound=host_buffer if host_buffer is not None else settings.host_buffer_bytes(),
+        )
         self._written: Outcome[RankRecord] | None = None
         self._started = time.perf_counter()
 
@@ -93,12 +90,11 @@ class Save:
 
         On return the shards' owners may change them, if ``snapshot`` is set.
         """
-        with self._timed("prepare"):
+        with self.report.timed("prepare"):
             self._group.decide(lambda: commit.invalidate(self.directory, self._keep_files))
-        outcome = self._group.attempt(self._stage_waves)
+        outcome = self._group.attempt(self._stage_shards)
         if outcome.error is not None:
             self._written = Outcome(outcome.rank, error=outcome.error)
-        self._writer.shutdown(wait=False)
         self._shards = ()
         self.report.stall_s = time.perf_counter() - self._started
 
@@ -111,7 +107,7 @@ class Save:
         """Collective. Publish the checkpoint if every rank has written its part, else raise on every rank."""
         global _last_report
         assert self._written is not None, "commit before write"
-        with self._timed("commit"):
+        with self.report.timed("commit"):
             outcomes = self._group.gather(self._written)
             self._group.decide(lambda: self._publish(outcomes), outcomes)
         self.report.seconds = time.perf_counter() - self._started
@@ -119,53 +115,22 @@ class Save:
         logger.debug("saved %s", self.report)
         return self.report
 
-    def _stage_waves(self) -> None:
-        sizes = [copied_nbytes(shard, self._snapshot) for shard in self._shards]
-        fits = self._bound is None or sum(sizes) <= self._bound
-        allocated = host_buffers.allocated_nbytes
-        number = 0
-        # Two waves share the bound: one is copied while the other is being written.
-        for wave in cut_waves(self._shards, sizes, None if fits else (self._bound or 0) // 2):
-            with self._timed("plan"):
-                files = plan_save(wave, file_prefix(self._group.global_rank), self._writers, number)
-                number += len(files)
-            with self._timed("stage"):
-                staged = stage(files, self._snapshot, None if fits else self._bound)
-            self._waves.append(self._writer.submit(self._write_wave, files, staged))
-        self.report.host_memory_allocated = host_buffers.allocated_nbytes - allocated
+    def _stage_shards(self) -> None:
+        self._waves.stage(self._shards)
         if self._group.is_coordinator:
-            self._waves.append(self._writer.submit(self._write_common_files))
-
-    def _write_wave(self, files: Sequence[FilePlan], staged: Staged) -> None:
-        try:
-            if self._has_failed():
-                return
-            with self._timed("encode"):
-                program = WriteProgram(files, staged)
-            with self._timed("write"):
-                self._record.files.extend(write(program, self.directory))
-            self._record.items.extend(item_records(files))
-        finally:
-            staged.release()
-
-    def _has_failed(self) -> bool:
-        return any(wave.done() and wave.exception() for wave in self._waves)
+            self._waves.then(self._write_common_files)
 
     def _write_common_files(self) -> None:
-        if self._has_failed():
-            return
         for name, content in self._common_files.items():
             commit.write_file_atomic(os.path.join(self.directory, name), content)
-            self._record.files.append(file_record(name, content))
 
     def _finish_writing(self) -> RankRecord:
-        # A save that has failed must not go on writing: the next one may use the directory at once.
-        wait(self._waves)
-        for wave in self._waves:
-            wave.result()
-        self.report.files = len(self._record.files)
-        self.report.nbytes = sum(file.nbytes for file in self._record.files)
-        return self._record
+        record = self._waves.finish()
+        if self._group.is_coordinator:
+            record.files.extend(file_record(name, data) for name, data in self._common_files.items())
+        self.report.files = len(record.files)
+        self.report.nbytes = sum(file.nbytes for file in record.files)
+        return record
 
     def _publish(self, outcomes: Sequence[Outcome[RankRecord]]) -> None:
         records = [outcome.value for outcome in outcomes if outcome.value is not None]
@@ -197,14 +162,6 @@ class Save:
                     "was not published; the save directory must be on a file system that all ranks share.",
                     filename=path,
                 )
-
-    @contextlib.contextmanager
-    def _timed(self, step: str) -> Iterator[None]:
-        begin = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.report.steps[step] = self.report.steps.get(step, 0.0) + time.perf_counter() - begin
 
 
 def save(shards: Sequence[Shard], directory: str, **options: Any) -> SaveReport:

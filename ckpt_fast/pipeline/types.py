@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -102,6 +105,15 @@ class SaveReport:
     seconds: float = 0.0
     host_memory_allocated: int = 0
     steps: dict[str, float] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def timed(self, step: str) -> Iterator[None]:
+        """Add the time that the block takes to the step's."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.steps[step] = self.steps.get(step, 0.0) + time.perf_counter() - begin
 
     @property
     def gb_per_s(self) -> float:

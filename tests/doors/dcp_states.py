@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""States to save with torch DCP, and how to compare what came back."""
+
+from __future__ import annotations
+
+import io
+import json
+import zlib
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint._extension import ExtensionRegistry, StreamTransformExtension
+
+from tests.pipeline.layouts import PLAIN_DTYPES, random_tensor, same
+
+
+def training_state(seed: int = 0) -> dict[str, Any]:
+    """A model and its optimizer after a step, and what trainers keep beside them."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(48, 96), nn.GELU(), nn.Linear(96, 5), nn.BatchNorm1d(5))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01 + seed)
+    model(torch.randn(4, 48)).sum().backward()
+    optimizer.step()
+    return {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "step": 17 + seed,
+        "trainer": {
+            "losses": [0.5, 0.25 + seed],
+            "name": f"run {seed}",
+            "betas": (0.9, seed),
+            "seen": {"wiki", "books"},
+            "nothing": None,
+            "generators": [torch.get_rng_state(), {"inner": torch.arange(3) + seed}],
+        },
+    }
+
+
+def odd_tensors(seed: int = 0) -> dict[str, torch.Tensor]:
+    """Every dtype, and the shapes, strides and views that are easy to get wrong."""
+    matrix = random_tensor((6, 10), torch.float32, seed)
+    wave = torch.complex(random_tensor((4, 5), torch.float32, seed), torch.full((4, 5), 2.0))
+    return {
+        **{f"plain.{dtype}": random_tensor((3, 7), dtype, seed) for dtype in PLAIN_DTYPES},
+        "scalar": torch.tensor(3.5 + seed),
+        "scalar.int": torch.tensor(-7 - seed),
+        "empty": torch.empty(0),
+        "empty.rows": torch.empty(0, 9, dtype=torch.bfloat16),
+        "empty.columns": torch.empty(4, 0, dtype=torch.int8),
+        "transposed": matrix.t(),
+        "strided": matrix[::2, 1::3],
+        "row": matrix[3],
+        "expanded": torch.tensor([[1.0 + seed], [2.0]]).expand(2, 300),
+        "channels_last": random_tensor((2, 3, 4, 5), torch.float16, seed).to(
+            memory_format=torch.channels_last
+        ),
+        "conjugate": wave.conj(),
+        "negative": wave.conj().imag,
+        "parameter": nn.Parameter(matrix * 2),
+        "large": random_tensor((300, 1000), torch.float32, seed),
+    }
+
+
+def blank(value: Any) -> Any:
+    """The same structure with other values: what a state dict to load into looks like."""
+    if isinstance(value, torch.Tensor):
+        return torch.zeros(value.shape, dtype=value.dtype)
+    if isinstance(value, dict):
+        return {key: blank(child) for key, child in value.items()}
+    if isinstance(value, list):
+        return [blank(child) for child in value]
+    return "to be loaded"
+
+
+def differences(expected: Any, found: Any, name: str = "") -> list[str]:
+    """Names of the values that are not the same to the last bit."""
+    if isinstance(expected, torch.Tensor):
+        equal = isinstance(found, torch.Tensor) and same(expected.detach(), found.detach())
+        return [] if equal else [name]
+    if isinstance(expected, dict):
+        if not isinstance(found, dict) or expected.keys() != found.keys():
+            return [name]
+        return [d for key in expected for d in differences(expected[key], found[key], f"{name}.{key}")]
+    if isinstance(expected, (list, tuple)):
+        if type(expected) is not type(found) or len(expected) != len(found):
+            return [name]
+        pairs = enumerate(zip(expected, found, strict=True))
+        return [d for number, (a, b) in pairs for d in differences(a, b, f"{name}.{number}")]
+    return [] if type(expected) is type(found) and expected == found else [name]
+
+
+def sidecar_lies(directory: Path) -> list[str]:
+    """Names for which the sidecar and the directory disagree."""
+    files = json.loads((directory / "ckpt_fast.json").read_text())["files"]
+    present = {path.name for path in directory.iterdir()} - {"ckpt_fast.json"}
+    wrong = sorted(present.symmetric_difference(files))
+    for name in present.intersection(files):
+        content = (directory / name).read_bytes()
+        if files[name] != {"nbytes": len(content), "crc32": f"{zlib.crc32(content):08x}"}:
+            wrong.append(name)
+    return wrong
+
+
+class Inverted(StreamTransformExtension):
+    """A stream transform for tests: every byte becomes its complement."""
+
+    table = bytes(255 - value for value in range(256))
+
+    @staticmethod
+    def registry_name() -> str:
+        return "test.inverted"
+
+    @staticmethod
+    def from_descriptor(version: str) -> Inverted:
+        assert version == "1"
+        return Inverted()
+
+    def get_descriptor(self) -> str:
+        return "test.inverted/1"
+
+    def transform_to(self, output: IO[bytes]) -> IO[bytes]:
+        return _InvertedSink(output)
+
+    def transform_from(self, input: IO[bytes]) -> IO[bytes]:
+        return io.BytesIO(input.read().translate(self.table))
+
+
+class _InvertedSink(io.BytesIO):
+    def __init__(self, output: IO[bytes]) -> None:
+        super().__init__()
+        self._output = output
+
+    def close(self) -> None:
+        if not self.closed:
+            self._output.write(self.getvalue().translate(Inverted.table))
+        super().close()
+
+
+def registry() -> ExtensionRegistry:
+    """What a reader needs to undo the transform."""
+    extensions = ExtensionRegistry()
+    extensions.register(Inverted)
+    return extensions
