@@ -17,15 +17,12 @@ from ckpt_fast.pipeline.group import ControlGroup
 from ckpt_fast.pipeline.types import SaveReport
 from ckpt_fast.trainer import experiment_loggers as loggers
 from ckpt_fast.trainer.async_save import is_empty_async_queue, schedule_async_save
-from ckpt_fast.trainer.contexts import CheckpointType
 from ckpt_fast.trainer.fsdp import save_fsdp_dtensor
 from ckpt_fast.trainer.glu import (
     _get_model_glu_interleave_sizes,
     _process_state_dict_for_model_glu_interleaving,
 )
 from ckpt_fast.trainer.local import save_layer_wise_optimizer, save_local
-from ckpt_fast.trainer.locate import _NON_PERSISTENT_CKPT_SUBDIR
-from ckpt_fast.trainer.paths import get_checkpoint_name
 from ckpt_fast.trainer.publish import Publication, save_errors_tolerated
 from ckpt_fast.trainer.ranks import barrier_if_distributed, is_last_rank, print_rank_0
 from ckpt_fast.trainer.retention import cleanup_old_non_persistent_checkpoint
@@ -39,6 +36,7 @@ from ckpt_fast.trainer.state_dict import (
     generate_state_dict,
     uses_distributed_optimizer,
 )
+from ckpt_fast.trainer.target import SaveTarget, choose_target
 
 _DATALOADER_STATE_SUBDIR = "energon"
 _ASYNC_FORMATS = ("torch_dist", "fsdp_dtensor")
@@ -68,24 +66,6 @@ class _Run:
     @property
     def is_async(self) -> bool:
         return bool(self.ckpt_cfg.async_save)
-
-
-@dataclass(frozen=True)
-class _Target:
-    """Where a save goes. ``keep`` is how many checkpoints retention leaves; None: all."""
-
-    ckpt_type: CheckpointType
-    save_dir: str
-    step: int
-    keep: int | None
-
-    @property
-    def checkpoint_name(self) -> str:
-        return get_checkpoint_name(self.save_dir, self.step, release=False)
-
-    @property
-    def is_local(self) -> bool:
-        return self.ckpt_type is CheckpointType.LOCAL
 
 
 def save_checkpoint(
@@ -132,7 +112,8 @@ def save_checkpoint(
             not published then; trackers and the previous checkpoint are untouched. ``on_save_error="warn"``
             makes it a warning.
         ValueError: ``non_persistent_ckpt_type`` is neither "local" nor "global".
-        NotImplementedError: ``async_save`` with a format that cannot be saved in the background.
+        NotImplementedError: ``async_save`` with a format that cannot be saved in the background, or
+            ``also_save_hf_checkpoint``.
     """
     begin = time.perf_counter()
     run = _Run(
@@ -149,7 +130,7 @@ def save_checkpoint(
         print_rank_0("WARNING: Starting a checkpoint save before previous has finished.")
     loggers.on_checkpointing_start(state)
     with save_errors_tolerated(run.ckpt_cfg):
-        target = _choose_target(run, non_persistent_ckpt)
+        target = choose_target(run.ckpt_cfg, run.context, state.train_state.step, non_persistent_ckpt)
         _announce(run, target)
         _save_beside(run, target)
 
@@ -191,29 +172,7 @@ def save_checkpoint(
         barrier_if_distributed()
 
 
-def _choose_target(run: _Run, non_persistent: bool) -> _Target:
-    ckpt_cfg, context, step = run.ckpt_cfg, run.context, run.state.train_state.step
-    if not non_persistent:
-        keep = ckpt_cfg.most_recent_k
-        return _Target(CheckpointType.GLOBAL, ckpt_cfg.save, step, None if keep is None or keep < 0 else keep)
-    kind = ckpt_cfg.non_persistent_ckpt_type
-    if kind == "local":
-        if not context or "local_checkpoint_manager" not in context:
-            raise ValueError(
-                "non_persistent_ckpt_type is 'local' but checkpointing_context has no "
-                "'local_checkpoint_manager': pass what init_checkpointing_context(cfg.checkpoint) returns"
-            )
-        return _Target(CheckpointType.LOCAL, context["local_checkpoint_manager"].local_ckpt_dir, step, None)
-    if kind == "global":
-        save_dir = ckpt_cfg.non_persistent_global_ckpt_dir or os.path.join(
-            ckpt_cfg.save, _NON_PERSISTENT_CKPT_SUBDIR
-        )
-        keep = ckpt_cfg.most_recent_k
-        return _Target(CheckpointType.GLOBAL, save_dir, step, 2 if keep is None or keep < 0 else max(1, keep))
-    raise ValueError(f"Invalid non_persistent_ckpt_type: {kind!r}. Must be 'local' or 'global'.")
-
-
-def _announce(run: _Run, target: _Target) -> None:
+def _announce(run: _Run, target: SaveTarget) -> None:
     ckpt_format = run.ckpt_cfg.ckpt_format
     label = "torch" if target.is_local else ckpt_format
     print_rank_0(f"saving checkpoint at iteration {target.step:7d} to {target.save_dir} in {label} format")
@@ -221,9 +180,14 @@ def _announce(run: _Run, target: _Target) -> None:
         raise NotImplementedError(
             f"async_save is not available for ckpt_format {ckpt_format!r}; use {_ASYNC_FORMATS}"
         )
+    if getattr(run.ckpt_cfg, "also_save_hf_checkpoint", False):
+        raise NotImplementedError(
+            "also_save_hf_checkpoint=True is not there: the export needs Megatron Bridge's AutoBridge. Turn "
+            "it off and export the saved checkpoint with Megatron Bridge."
+        )
 
 
-def _save_beside(run: _Run, target: _Target) -> None:
+def _save_beside(run: _Run, target: SaveTarget) -> None:
     """What is stored next to the checkpoint rather than in it."""
     path = getattr(run.cfg.dataset, "dataloader_save", None)
     save_root = run.ckpt_cfg.save
@@ -297,7 +261,7 @@ def _to_checkpoint_layout(run: _Run, state_dict: dict[str, Any]) -> dict[str, An
 
 def _hand_over(
     run: _Run,
-    target: _Target,
+    target: SaveTarget,
     state_dict: dict[str, Any],
     metadata: dict[str, Any],
     preprocess_common: Callable[[dict[str, Any]], dict[str, Any]] | None,
@@ -366,7 +330,7 @@ def _finalize(run: _Run, request: Any, finalizers: Sequence[Callable[[], None]])
     schedule_async_save(run.state, request)
 
 
-def _tell_loggers(run: _Run, target: _Target) -> None:
+def _tell_loggers(run: _Run, target: SaveTarget) -> None:
     if not target.is_local and is_last_rank():
         loggers.on_save_checkpoint_success(run.state, target.checkpoint_name, target.save_dir, target.step)
 
@@ -382,7 +346,7 @@ def _fire_callbacks(run: _Run, manager: Any | None) -> None:
         )
 
 
-def _retain(target: _Target, do_async: bool) -> None:
+def _retain(target: SaveTarget, do_async: bool) -> None:
     if not target.is_local and target.keep is not None:
         cleanup_old_non_persistent_checkpoint(
             target.save_dir, leave_ckpt_num=target.keep, do_async=do_async, max_iteration=target.step
