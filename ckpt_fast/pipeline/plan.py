@@ -105,7 +105,7 @@ def cut_waves(shards: Sequence[Shard], sizes: Sequence[int], limit: int | None) 
     waves: list[list[Shard]] = [[]]
     room = limit or 0
     for shard, nbytes in zip(shards, sizes, strict=True):
-        if limit is not None and nbytes > room and waves[-1]:
+        if limit is not None and nbytes > max(room, 0) and waves[-1]:
             waves.append([])
             room = limit
         waves[-1].append(shard)
