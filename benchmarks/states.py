@@ -93,14 +93,15 @@ class _Filler:
 
     def __init__(self, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
-        self._block = torch.randint(0, 256, (_RANDOM_BYTES,), dtype=torch.uint8, generator=generator)
+        block = torch.randint(0, 256, (_RANDOM_BYTES,), dtype=torch.uint8, generator=generator)
+        self._twice = torch.cat([block, block])
         self._shift = 0
 
     def __call__(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         tensor = torch.empty(shape, dtype=dtype)
         target = tensor.view(-1).view(torch.uint8)
         self._shift = (self._shift + 4099) % _RANDOM_BYTES
-        block = self._block.roll(self._shift)[: target.numel()]
+        block = self._twice[self._shift : self._shift + min(_RANDOM_BYTES, target.numel())]
         whole = target.numel() // block.numel() * block.numel()
         target[:whole].view(-1, block.numel()).copy_(block)
         target[whole:].copy_(block[: target.numel() - whole])
