@@ -54,8 +54,11 @@ py::object decode_path(const std::string& path) {
 
 void raise_os_error(const SystemError& error) {
   const py::object text = decode_path(error.what());
-  const py::object arguments = py::make_tuple(error.error_number(), text, decode_path(error.path()));
-  PyErr_SetObject(PyExc_OSError, arguments.ptr());
+  // An instance, as only OSError itself knows that ENOENT makes it a FileNotFoundError: Python 3.10 matches
+  // except clauses with the type given here.
+  const py::object os_error =
+      py::handle(PyExc_OSError)(error.error_number(), text, decode_path(error.path()));
+  PyErr_SetObject(py::type::handle_of(os_error).ptr(), os_error.ptr());
 }
 
 uint32_t crc32_of(uintptr_t address, size_t nbytes, uint32_t seed) {
