@@ -127,9 +127,9 @@ class Save:
     def _finish_writing(self) -> RankRecord:
         record = self._waves.finish()
         if self._group.is_coordinator:
-            record.files.extend(file_record(name, data) for name, data in self._common_files.items())
-        self.report.files = len(record.files)
-        self.report.nbytes = sum(file.nbytes for file in record.files)
+            common = [file_record(name, content) for name, content in self._common_files.items()]
+            record.files.extend(common)
+            self.report.count(common)
         return record
 
     def _publish(self, outcomes: Sequence[Outcome[RankRecord]]) -> None:

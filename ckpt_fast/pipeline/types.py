@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -114,6 +114,11 @@ class SaveReport:
             yield
         finally:
             self.steps[step] = self.steps.get(step, 0.0) + time.perf_counter() - begin
+
+    def count(self, files: Sequence[FileRecord]) -> None:
+        """Add files that this rank wrote."""
+        self.files += len(files)
+        self.nbytes += sum(file.nbytes for file in files)
 
     @property
     def gb_per_s(self) -> float:

@@ -102,5 +102,7 @@ class Waves:
         with self._report.timed("encode"):
             program = WriteProgram(files, staged)
         with self._report.timed("write"):
-            self._record.files.extend(write(program, self._report.directory))
+            written = write(program, self._report.directory)
+        self._record.files.extend(written)
+        self._report.count(written)
         self._record.items.extend(item_records(files))

@@ -201,6 +201,21 @@ def test_directory(files: int, tmp_path: Path) -> None:
     assert sidecar_lies(tmp_path) == []
 
 
+def test_report(tmp_path: Path) -> None:
+    writer = FastStorageWriter(tmp_path, thread_count=2)
+    assert writer.report is None
+    transposed = torch.randn(100, 50).t()
+    for step in (1, 2):
+        dcp.save({"w": torch.ones(100), "t": transposed}, storage_writer=writer)
+        report = writer.report
+        assert report is not None and (report.directory, report.files) == (str(tmp_path), 2)
+        assert report.nbytes == sum(path.stat().st_size for path in tmp_path.glob("*.distcp"))
+        assert 0 < report.stall_s == report.seconds
+        assert {"plan", "stage", "encode", "write"} <= report.steps.keys()
+        if step == 2:
+            assert report.host_memory_allocated == 0
+
+
 class Names(pickle.Unpickler):
     """Notes what a pickle names, and what state it gives to TensorProperties."""
 
