@@ -16,7 +16,6 @@ from ckpt_fast.doors import megatron_core
 from ckpt_fast.errors import (
     CheckpointCorruptError,
     CheckpointError,
-    CheckpointMismatchError,
     CheckpointNotFoundError,
 )
 from ckpt_fast.pipeline.group import ControlGroup
@@ -26,9 +25,16 @@ from ckpt_fast.trainer.load_base import _load_base_checkpoint, load_strategy
 from ckpt_fast.trainer.load_plan import build_scaffold, find_run_config, is_mimo, is_peft_resume, make_plan
 from ckpt_fast.trainer.locate import _has_global_non_persistent_checkpoint, older_checkpoints
 from ckpt_fast.trainer.paths import checkpoint_exists, is_hf_checkpoint_dir
-from ckpt_fast.trainer.ranks import barrier_if_distributed, is_last_rank, on_rank_0, print_rank_0
+from ckpt_fast.trainer.ranks import (
+    barrier_if_distributed,
+    is_last_rank,
+    on_all_ranks,
+    on_rank_0,
+    print_rank_0,
+)
 from ckpt_fast.trainer.restore import (
     find_layer_wise_state,
+    load_sections,
     restore_model,
     restore_optimizer,
     restore_rerun_and_rng,
@@ -37,7 +43,6 @@ from ckpt_fast.trainer.restore import (
 from ckpt_fast.trainer.state_dict import (
     _generate_model_state_dict,
     _is_model_section,
-    _load_model_state_dict,
     apply_peft_adapter_filter_to_state_dict,
     delete_extra_state,
 )
@@ -186,8 +191,10 @@ def _load_checkpoint_from_path(
     run_config = find_run_config(common, checkpoint_name, ckpt_type, cfg)
     plan = make_plan(common, run_config, release, ckpt_type, cfg, model, optimizer)
     plan.metadata["dp_cp_group"] = pg_collection.dp_cp
-    scaffold = build_scaffold(
-        plan, state, model, optimizer, opt_param_scheduler, pg_collection, module_name, checkpoint_name
+    scaffold = on_all_ranks(
+        lambda: build_scaffold(
+            plan, state, model, optimizer, opt_param_scheduler, pg_collection, module_name, checkpoint_name
+        )
     )
     adapters_only = is_peft_resume(cfg, load_dir)
     left_alone = skip_load_to_model_and_opt and _can_leave_alone(cfg, ckpt_type)
@@ -202,21 +209,25 @@ def _load_checkpoint_from_path(
         return 0, 0
 
     set_checkpoint_version(state_dict.get("checkpoint_version", 0))
-    restore_train_state(state, state_dict, checkpoint_name, release, ckpt_type)
-    if not skip_load_to_model_and_opt:
-        restore_model(model, state_dict, cfg, strict=strict and not adapters_only)
     print_rank_0(f" checkpoint version {get_checkpoint_version()}")
-    restore_optimizer(
-        plan,
-        state_dict,
-        cfg,
-        optimizer,
-        opt_param_scheduler,
-        skip=skip_load_to_model_and_opt,
-        left_alone=left_alone,
-        layer_wise_path=find_layer_wise_state(optimizer, ckpt_type, checkpointing_context, pg_collection),
-    )
-    restore_rerun_and_rng(plan, state_dict, cfg, pg_collection)
+    restore_train_state(state, state_dict, checkpoint_name, release, ckpt_type)
+
+    def restore() -> None:
+        if not skip_load_to_model_and_opt:
+            restore_model(model, state_dict, cfg, strict=strict and not adapters_only)
+        restore_optimizer(
+            plan,
+            state_dict,
+            cfg,
+            optimizer,
+            opt_param_scheduler,
+            skip=skip_load_to_model_and_opt,
+            left_alone=left_alone,
+            layer_wise_path=find_layer_wise_state(optimizer, ckpt_type, checkpointing_context, pg_collection),
+        )
+        restore_rerun_and_rng(plan, state_dict, cfg, pg_collection)
+
+    on_all_ranks(restore)
     _announce_loaded(state, load_dir, checkpoint_name, ckpt_type, pg_collection)
     return state.train_state.step, state.train_state.floating_point_operations_so_far
 
@@ -284,7 +295,8 @@ def _load_model_weights_from_checkpoint(
         checkpoint_path: the iteration directory of a torch_dist checkpoint.
         model: model chunks to load into.
         fully_parallel_load: share the reads among data-parallel ranks.
-        return_state_dict: do not load into the model; return the state dict.
+        return_state_dict: return the state dict instead of giving it to the model's ``load_state_dict``. Its
+            tensors are the model's own where the sharded state dict has them, and filled.
         dist_ckpt_strictness: how keys that do not match are treated.
         strict: model keys must match, except ``_extra_state``.
 
@@ -298,7 +310,9 @@ def _load_model_weights_from_checkpoint(
     megatron.restore_modelopt_state(model, common)
     model = megatron.unwrap_model(model)
     pg_collection = megatron.get_pg_collection(model)
-    scaffold = _generate_model_state_dict(model, {"metadata": metadata}, pg_collection=pg_collection)
+    scaffold = on_all_ranks(
+        lambda: _generate_model_state_dict(model, {"metadata": metadata}, pg_collection=pg_collection)
+    )
     loaded = megatron_core.load(
         scaffold,
         checkpoint_path,
@@ -310,13 +324,9 @@ def _load_model_weights_from_checkpoint(
         delete_extra_state(state_dict[section])
     if return_state_dict:
         return loaded
-    for number, chunk in enumerate(model):
-        section = "model" if len(model) == 1 else f"model{number}"
-        if section in state_dict:
-            _load_model_state_dict(chunk, state_dict[section], strict)
-    if len(model) == 1 and "model" not in state_dict:
-        raise CheckpointMismatchError(f"{checkpoint_path} has no model section")
-    del common, scaffold, loaded, state_dict
+    on_all_ranks(lambda: load_sections(model, state_dict, strict))
+    del common, scaffold, loaded
+    state_dict.clear()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

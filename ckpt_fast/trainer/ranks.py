@@ -15,6 +15,7 @@ from typing import TypeVar
 
 import torch
 
+from ckpt_fast.errors import CheckpointError
 from ckpt_fast.pipeline.group import ControlGroup
 
 T = TypeVar("T")
@@ -97,6 +98,38 @@ def on_rank_0(decide: Callable[[], T]) -> T:
     if failure is not None:
         raise failure
     return answer  # type: ignore[return-value]
+
+
+def on_all_ranks(action: Callable[[], T]) -> T:
+    """Let every rank do its own, and go on only if all could. Collective: all ranks call it.
+
+    Without it the healthy ranks would wait, in the next collective, for the one that failed.
+
+    Returns:
+        This rank's own result.
+
+    Raises:
+        BaseException: what ``action`` raised, on the rank where it did.
+        CheckpointError: on the others, naming that rank.
+    """
+    failure: BaseException | None = None
+
+    def attempt() -> T:
+        nonlocal failure
+        try:
+            return action()
+        except CheckpointError:
+            raise
+        except (Exception, SystemExit) as error:
+            failure = error
+            raise CheckpointError(f"{type(error).__name__}: {error}") from error
+
+    try:
+        return ControlGroup().agree(attempt)
+    except CheckpointError:
+        if failure is not None:
+            raise failure  # noqa: B904
+        raise
 
 
 def _picklable(error: BaseException) -> BaseException:

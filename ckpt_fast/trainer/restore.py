@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ckpt_fast import megatron
+from ckpt_fast.errors import CheckpointMismatchError
 from ckpt_fast.state import TrainState
 from ckpt_fast.trainer.contexts import CheckpointType
 from ckpt_fast.trainer.glu import (
@@ -55,11 +56,24 @@ def _loaded_train_state(state_dict: dict[str, Any], checkpoint_name: Any, ckpt_t
 
 def restore_model(model: list[Any], state_dict: dict[str, Any], cfg: Any, strict: bool) -> None:
     _interleave_glu(model, state_dict, cfg)
+    load_sections(model, state_dict, strict)
+
+
+def load_sections(model: list[Any], state_dict: dict[str, Any], strict: bool) -> None:
+    """Give each chunk its section; of several chunks, one may have none: a pipeline stage without layers.
+
+    Raises:
+        CheckpointMismatchError: a section does not fit its chunk, or the only chunk has none.
+    """
     if len(model) == 1:
+        if "model" not in state_dict:
+            raise CheckpointMismatchError(
+                f"the checkpoint has no model section, but {', '.join(state_dict)}. Load it into as many "
+                "model chunks as it was saved from."
+            )
         _load_model_state_dict(model[0], state_dict["model"], strict)
         return
     for number, chunk in enumerate(model):
-        # A pipeline stage without layers has no section.
         if f"model{number}" in state_dict:
             _load_model_state_dict(chunk, state_dict[f"model{number}"], strict)
 

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from ckpt_fast import megatron
 from ckpt_fast.checkpointing import _load_model_weights_from_checkpoint, maybe_finalize_async_save
 from ckpt_fast.doors import megatron_core
 from ckpt_fast.errors import CheckpointError
@@ -404,24 +405,24 @@ def test_save_directory_is_a_file(tmp_path: Path) -> None:
 
 
 def remove_the_directory_in_between(rank: int, root: str) -> tuple[str, str]:
-    """Between the staging and the writing of a save in the background."""
+    """Between the writing of the data and its publication."""
     with Run(SETUP, save=root) as run:
         run.train(1)
         job = megatron_core.start_save(
             run.sharded_state_dict(), root, megatron_core.FastSaveStrategy(), snapshot=True
         )
+        job.write()
         torch.distributed.barrier()
         if rank == 0:
             shutil.rmtree(root)
         torch.distributed.barrier()
-        job.write()
         return error_of(job.commit)
 
 
 def test_directory_is_removed_while_saving(tmp_path: Path) -> None:
     first, second = run_ranks(remove_the_directory_in_between, 2, str(tmp_path / "gone"))
     assert first == second
-    require(first, "CheckpointWriteError", "rank 0:", str(tmp_path / "gone"), "No such file")
+    require(first, "CheckpointWriteError", "rank 0:", str(tmp_path / "gone"), "is missing", "not published")
 
 
 def test_errors_keep_errno_and_path(tmp_path: Path) -> None:
@@ -431,3 +432,47 @@ def test_errors_keep_errno_and_path(tmp_path: Path) -> None:
     assert isinstance(caught.value, OSError)
     assert caught.value.errno == 20
     assert str(caught.value.filename).startswith(str(tmp_path / "file"))
+
+
+# --- one rank fails in what is not ours ------------------------------------------------------------------
+
+
+class OutOfOrderError(Exception):
+    """Raised by a module or optimizer of the program."""
+
+
+def break_down(*_: Any, **__: Any) -> Any:
+    raise OutOfOrderError("out of order")
+
+
+def fail_on_rank_1(rank: int, root: str, where: str) -> tuple[str, str]:
+    with Run(SETUP, save=root, load=root) as run:
+        run.train(1)
+        broken = {"save": run.optimizer, "scaffold": run.optimizer, "optimizer": run.optimizer}
+        owner = broken.get(where, megatron.unwrap_model(run.model)[0])
+        method = "sharded_state_dict" if where in ("save", "scaffold") else "load_state_dict"
+        if rank == 1:
+            setattr(owner, method, break_down)
+        return error_of(run.save if where == "save" else run.load)
+
+
+@pytest.mark.parametrize("where", ["save", "scaffold", "model", "optimizer"])
+def test_no_rank_waits_for_one_that_failed(root: Path, where: str) -> None:
+    healthy, failed = run_ranks(fail_on_rank_1, 2, str(root), where)
+    require(healthy, "CheckpointMismatchError" if where == "model" else "CheckpointError", "rank 1:")
+    assert "out of order" in healthy[1]
+    assert "out of order" in failed[1]
+    assert (root / "latest_checkpointed_iteration.txt").read_text() == "2"
+
+
+def fail_to_load_weights_on_rank_1(rank: int, path: str) -> tuple[str, str]:
+    with Run(SETUP) as run:
+        if rank == 1:
+            megatron.unwrap_model(run.model)[0].load_state_dict = break_down
+        return error_of(lambda: _load_model_weights_from_checkpoint(path, run.model, strict=False))
+
+
+def test_no_rank_waits_for_one_that_failed_to_load_weights(root: Path) -> None:
+    healthy, failed = run_ranks(fail_to_load_weights_on_rank_1, 2, str(root / "iter_0000002"))
+    require(healthy, "CheckpointError", "rank 1:", "OutOfOrderError: out of order")
+    require(failed, "OutOfOrderError", "out of order")
