@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The architecture, held: which way imports point, what the native code may include, how long things may be."""
+"""The architecture, held: which way imports point, what native code includes, how long things may be."""
 
 from __future__ import annotations
 
