@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -58,6 +60,40 @@ def parts(names: list[str]) -> set[str]:
     """Which parts of a run the names of a fingerprint belong to."""
     rng = ("random", "numpy", "torch", "tracker.")
     return {"rng" if name.startswith(rng) else name.partition(".")[0].rstrip("0123456789") for name in names}
+
+
+def tracked(root: str) -> tuple[int, int] | None:
+    """The iterations that the two trackers name; None without trackers."""
+    train_state = Path(root) / "latest_train_state.pt"
+    megatron_lm = Path(root) / "latest_checkpointed_iteration.txt"
+    if not train_state.exists() and not megatron_lm.exists():
+        return None
+    return int(torch.load(train_state, weights_only=True)["step"]), int(megatron_lm.read_text())
+
+
+def iterations(root: str) -> list[int]:
+    """The iterations that have a directory, in order."""
+    return sorted(int(path.name.removeprefix("iter_")) for path in Path(root).glob("iter_*"))
+
+
+def is_sealed(root: str, step: int) -> bool:
+    """Whether the checkpoint of an iteration is whole."""
+    return (Path(root) / f"iter_{step:07d}/metadata.json").exists()
+
+
+def error_of(action: Callable[[], Any]) -> tuple[str, str]:
+    """Kind and text of what ``action`` raises."""
+    try:
+        result = action()
+    except (Exception, SystemExit) as error:
+        return type(error).__name__, str(error)
+    return "no error", str(result)
+
+
+def require(error: tuple[str, str], kind: str, *fragments: str) -> None:
+    """Assert that an error is of a kind and that its text has all the fragments."""
+    assert error[0] == kind, error
+    assert [fragment for fragment in fragments if fragment not in error[1]] == [], error[1]
 
 
 def _expected(root: str, step: int, rank: int) -> str:

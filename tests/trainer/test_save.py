@@ -20,34 +20,9 @@ from tests.helpers import RankError, run_ranks
 from tests.interop.saved import read_with_dcp
 from tests.models import FLOPS, Run, Setup, differences, identical, other
 from tests.trainer import runs
-from tests.trainer.runs import ALL
+from tests.trainer.runs import iterations, tracked
 
 SETUP = Setup(bf16=True, distributed=True)
-
-
-def tracked(root: str) -> tuple[int, int] | None:
-    """The iterations that the two trackers name; None without trackers."""
-    train_state = Path(root) / "latest_train_state.pt"
-    megatron_lm = Path(root) / "latest_checkpointed_iteration.txt"
-    if not train_state.exists() and not megatron_lm.exists():
-        return None
-    return int(torch.load(train_state, weights_only=True)["step"]), int(megatron_lm.read_text())
-
-
-def iterations(root: str) -> list[int]:
-    """The iterations that have a directory, in order."""
-    return sorted(int(path.name.removeprefix("iter_")) for path in Path(root).glob("iter_*"))
-
-
-def is_sealed(root: str, step: int) -> bool:
-    return (Path(root) / f"iter_{step:07d}/metadata.json").exists()
-
-
-def finalize(run: Run, **options: Any) -> None:
-    maybe_finalize_async_save(run.state, run.checkpoint, **options)
-
-
-# --- synchronous -----------------------------------------------------------------------------------------
 
 
 def test_files_around_the_payload(tmp_path: Path) -> None:
@@ -285,92 +260,6 @@ def test_adapters_are_saved_and_resumed_alone(tmp_path: Path) -> None:
     # fp32 parameters are their own master weights: the optimizer brings them back.
     assert [name for name in wrong if not name.startswith("optimizer")] == []
     assert result == (2, FLOPS)
-
-
-# --- in the background -----------------------------------------------------------------------------------
-
-BACKGROUND = {"async_save": True, "async_strategy": "mcore"}
-
-
-def save_in_background(rank: int, root: str) -> list[str]:
-    fired: list[int] = []
-    manager = CallbackManager()
-    manager.register("on_checkpoint_save", lambda context: fired.append(context.state.train_state.step))
-    with Run(SETUP, save=root, most_recent_k=1, **BACKGROUND) as run:
-        run.state.initialize_async_checkpoint_worker()
-        run.train(1)
-        run.save(callback_manager=manager)
-        assert run.state.async_calls_queue.get_num_unfinalized_calls() == 1
-        expected = run.fingerprint()
-        assert tracked(root) is None
-        assert fired == []
-        assert not is_sealed(root, 1)
-        # Everything that training changes is changed while the save is in flight.
-        run.train(2)
-        finalize(run, blocking=True)
-        assert tracked(root) == (1, 1)
-        assert fired == [3]
-        assert run.state.async_calls_queue.get_num_unfinalized_calls() == 0
-
-        run.save()
-        run.train(1)
-        run.save()
-        # Two in flight; the first checkpoint stays until one of them takes its place.
-        assert (tracked(root), is_sealed(root, 1)) == ((1, 1), True)
-        torch.distributed.barrier()
-    with Run(other(SETUP), load=root) as loading:
-        loading.load()
-        wrong = differences(expected, loading.fingerprint())
-    finalize(run, blocking=True, terminate=True)
-    assert tracked(root) == (4, 4)
-    return wrong
-
-
-def test_background_save_is_of_the_moment_it_was_asked_for(tmp_path: Path) -> None:
-    assert run_ranks(save_in_background, 2, str(tmp_path)) == [[], []]
-    # Deleting goes on in a thread.
-    wait_until(lambda: iterations(str(tmp_path)) == [4])
-
-
-def wait_until(condition: Any) -> None:
-    import time
-
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-def finalize_without_blocking(rank: int, root: str) -> int:
-    with Run(SETUP, save=root, **BACKGROUND) as run:
-        run.state.initialize_async_checkpoint_worker()
-        run.train(1)
-        run.save()
-        polls = 0
-        while run.state.async_calls_queue.get_num_unfinalized_calls():
-            finalize(run)
-            polls += 1
-        assert tracked(root) == (1, 1)
-        return polls
-
-
-def test_finalizing_without_blocking_gets_there_on_all_ranks_at_once(tmp_path: Path) -> None:
-    polls = run_ranks(finalize_without_blocking, 2, str(tmp_path))
-    assert polls[0] == polls[1]
-
-
-def test_without_a_queue_the_save_is_made_at_once(tmp_path: Path) -> None:
-    root = str(tmp_path / "run")
-    run_ranks(runs.save_steps, 2, SETUP, root, 1, BACKGROUND)
-    assert tracked(root) == (1, 1)
-    loaded = run_ranks(runs.load, 2, SETUP, root, 1, {"load": root}, {})
-    assert [each.restored for each in loaded] == [ALL, ALL]
-
-
-def test_formats_that_cannot_be_saved_in_the_background(tmp_path: Path) -> None:
-    with pytest.raises(RankError, match="async_save is not available for ckpt_format 'torch'") as caught:
-        run_ranks(save_with, 1, str(tmp_path), {**BACKGROUND, "ckpt_format": "torch"}, {})
-    assert caught.value.errors == {0: "NotImplementedError"}
 
 
 # --- without torch.distributed ---------------------------------------------------------------------------

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Saves that are written while training goes on: what they hold, and when they show."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ckpt_fast.callbacks import CallbackManager
+from ckpt_fast.checkpointing import maybe_finalize_async_save
+from tests.helpers import RankError, run_ranks
+from tests.models import Run, Setup, differences, other
+from tests.trainer import runs
+from tests.trainer.runs import ALL, is_sealed, iterations, tracked
+
+SETUP = Setup(bf16=True, distributed=True)
+BACKGROUND = {"async_save": True, "async_strategy": "mcore"}
+
+
+def finalize(run: Run, **options: Any) -> None:
+    maybe_finalize_async_save(run.state, run.checkpoint, **options)
+
+
+def save_in_background(rank: int, root: str) -> list[str]:
+    fired: list[int] = []
+    manager = CallbackManager()
+    manager.register("on_checkpoint_save", lambda context: fired.append(context.state.train_state.step))
+    with Run(SETUP, save=root, most_recent_k=1, **BACKGROUND) as run:
+        run.state.initialize_async_checkpoint_worker()
+        run.train(1)
+        run.save(callback_manager=manager)
+        assert run.state.async_calls_queue.get_num_unfinalized_calls() == 1
+        expected = run.fingerprint()
+        assert tracked(root) is None
+        assert fired == []
+        assert not is_sealed(root, 1)
+        # Everything that training changes is changed while the save is in flight.
+        run.train(2)
+        finalize(run, blocking=True)
+        assert tracked(root) == (1, 1)
+        assert fired == [3]
+        assert run.state.async_calls_queue.get_num_unfinalized_calls() == 0
+
+        run.save()
+        run.train(1)
+        run.save()
+        # Two in flight; the first checkpoint stays until one of them takes its place.
+        assert (tracked(root), is_sealed(root, 1)) == ((1, 1), True)
+        torch.distributed.barrier()
+    with Run(other(SETUP), load=root) as loading:
+        loading.load()
+        wrong = differences(expected, loading.fingerprint())
+    finalize(run, blocking=True, terminate=True)
+    assert tracked(root) == (4, 4)
+    return wrong
+
+
+def test_background_save_is_of_the_moment_it_was_asked_for(tmp_path: Path) -> None:
+    assert run_ranks(save_in_background, 2, str(tmp_path)) == [[], []]
+    # Deleting goes on in a thread.
+    wait_until(lambda: iterations(str(tmp_path)) == [4])
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def finalize_without_blocking(rank: int, root: str) -> int:
+    with Run(SETUP, save=root, **BACKGROUND) as run:
+        run.state.initialize_async_checkpoint_worker()
+        run.train(1)
+        run.save()
+        polls = 0
+        while run.state.async_calls_queue.get_num_unfinalized_calls():
+            finalize(run)
+            polls += 1
+        assert tracked(root) == (1, 1)
+        return polls
+
+
+def test_finalizing_without_blocking_gets_there_on_all_ranks_at_once(tmp_path: Path) -> None:
+    polls = run_ranks(finalize_without_blocking, 2, str(tmp_path))
+    assert polls[0] == polls[1]
+
+
+def test_without_a_queue_the_save_is_made_at_once(tmp_path: Path) -> None:
+    root = str(tmp_path / "run")
+    run_ranks(runs.save_steps, 2, SETUP, root, 1, BACKGROUND)
+    assert tracked(root) == (1, 1)
+    loaded = run_ranks(runs.load, 2, SETUP, root, 1, {"load": root}, {})
+    assert [each.restored for each in loaded] == [ALL, ALL]
+
+
+def test_formats_that_cannot_be_saved_in_the_background(tmp_path: Path) -> None:
+    with pytest.raises(RankError, match="async_save is not available for ckpt_format 'torch'") as caught:
+        run_ranks(runs.save_steps, 1, SETUP, str(tmp_path), 1, {**BACKGROUND, "ckpt_format": "torch"})
+    assert caught.value.errors == {0: "NotImplementedError"}
