@@ -88,6 +88,7 @@ class CheckpointIndex:
         self._pieces: dict[str, dict[tuple[int, ...], _Item]] = defaultdict(dict)
         self._objects: dict[str, _Item] = {}
         self._tensors: dict[str, SavedTensor] = {}
+        self._pieces_at: dict[str, dict[tuple[int, ...], Piece]] = {}
         with self._contradictions_are_damage():
             for index, info in (self.metadata.storage_data or {}).items():
                 item = _Item(_extent(info), tuple(getattr(info, "transform_descriptors", None) or ()))
@@ -114,12 +115,15 @@ class CheckpointIndex:
     def piece(self, fqn: str, offsets: tuple[int, ...]) -> tuple[SavedTensor, Piece]:
         """The saved tensor and its piece that starts at ``offsets``; errors as of ``tensor``."""
         tensor = self.tensor(fqn)
-        for piece in tensor.pieces:
-            if piece.offsets == offsets:
-                return tensor, piece
-        raise CheckpointCorruptError(
-            f"{self.directory} has no piece of {fqn} at {offsets}; load an earlier iteration"
-        )
+        if fqn not in self._pieces_at:
+            # Of pieces that start at the same place all but one are empty, or all.
+            by_size = sorted(tensor.pieces, key=lambda piece: math.prod(piece.sizes))
+            self._pieces_at[fqn] = {piece.offsets: piece for piece in by_size}
+        if offsets not in self._pieces_at[fqn]:
+            raise CheckpointCorruptError(
+                f"{self.directory} has no piece of {fqn} at {offsets}; load an earlier iteration"
+            )
+        return tensor, self._pieces_at[fqn][offsets]
 
     def object_extent(self, fqn: str) -> Extent:
         """The item of a saved object.

@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The storage writer of the torch DCP door, for ``dcp.save`` and ``dcp.async_save``."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import os
+import threading
+import time
+import uuid
+from typing import Any, NamedTuple
+
+import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo, _StoragePrefix
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
+from torch.distributed.checkpoint.staging import AsyncStager
+from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
+from torch.futures import Future
+
+from ckpt_fast import settings
+from ckpt_fast.doors.dcp_reader import StrPath, is_local_path
+from ckpt_fast.doors.dcp_snapshot import snapshots
+from ckpt_fast.errors import CheckpointMismatchError, CheckpointWriteError
+from ckpt_fast.pipeline import commit
+from ckpt_fast.pipeline.encode import encode_sidecar, file_record, pickle_metadata
+from ckpt_fast.pipeline.plan import file_prefix
+from ckpt_fast.pipeline.types import FileRecord, ObjectShard, RankRecord, SaveReport, Shard, TensorShard
+from ckpt_fast.pipeline.waves import Waves
+
+
+class _Written(NamedTuple):
+    """Travels to the coordinator as a write result's storage data: the item, and its file for the sidecar."""
+
+    info: _StorageInfo
+    file: FileRecord
+
+
+@dataclasses.dataclass(frozen=True)
+class _Save:
+    """What one save was told: where to, under which name, on which rank, and whether ranks act together."""
+
+    path: str
+    save_id: str = dataclasses.field(default_factory=lambda: str(uuid.uuid4()))
+    rank: int | None = None
+    use_collectives: bool = True
+
+    @property
+    def lone_rank(self) -> int | None:
+        """The rank that saves without the others, with metadata of its own; None if they act together."""
+        return None if self.use_collectives else self.rank
+
+
+class FastStorageWriter(AsyncStager, StorageWriter):
+    """Writes torch DCP checkpoints: parallel, checksummed, fsynced, published atomically.
+
+    Saves in the background may overlap: each goes to the directory it was started for, from its own copy of
+    the state dict. (With several ranks they need a process group each, as in torch.)
+
+    Args:
+        path: checkpoint directory; an older checkpoint in it is invalidated before anything is written.
+        thread_count: files per rank.
+        overwrite: False refuses a directory that holds a complete checkpoint.
+        cache_staged_state_dict: keep the host memory that ``dcp.async_save`` copies into, for the next save
+            of this process; False frees it once it is written.
+
+    Attributes:
+        report: of the newest save whose bytes this rank has written; None before.
+    """
+
+    # ``stage`` returns when the copy is complete.
+    _synchronize_after_execute = False
+
+    def __init__(
+        self,
+        path: StrPath,
+        thread_count: int = 1,
+        overwrite: bool = True,
+        cache_staged_state_dict: bool = True,
+    ) -> None:
+        super().__init__()
+        self._thread_count = thread_count
+        self._overwrite = overwrite
+        self._keep_buffer = cache_staged_state_dict
+        self._latest = _Save(os.fspath(path))
+        # torch makes all calls for one save in one thread.
+        self._of_thread = threading.local()
+        self.report: SaveReport | None = None
+
+    # --- the storage writer protocol, in the order of the calls ---------------------------------------
+
+    def reset(self, checkpoint_id: StrPath | None = None) -> None:
+        """Begin a new save, to ``checkpoint_id`` if one is given."""
+        path = os.fspath(checkpoint_id) if checkpoint_id else self._latest.path
+        self._latest = self._of_thread.announced = _Save(path)
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Called on every rank; ``rank`` and ``use_collectives`` may be among the keywords."""
+        announced = self._announced()
+        self._of_thread.announced = None
+        self._of_thread.save = self._latest = dataclasses.replace(
+            announced, rank=kwargs.get("rank"), use_collectives=kwargs.get("use_collectives", True)
+        )
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        """Without collectives every rank names its own files."""
+        lone_rank = self._save.lone_rank
+        if lone_rank is None:
+            return plan
+        return dataclasses.replace(plan, storage_data=_StoragePrefix(file_prefix(lone_rank)))
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """Coordinator only (without collectives: every rank), before writing: the older checkpoint ends here.
+
+        Raises:
+            CheckpointWriteError: the directory cannot be prepared, or holds a checkpoint and must not.
+        """
+        save = self._save
+        self._refuse_overwriting(save)
+        commit.invalidate(save.path, rank=save.lone_rank)
+        return [
+            plan
+            if plan.storage_data is not None
+            else dataclasses.replace(plan, storage_data=_StoragePrefix(file_prefix(rank)))
+            for rank, plan in enumerate(plans)
+        ]
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Write this rank's items; on return they are durable.
+
+        Raises:
+            CheckpointWriteError: naming file, offset and cause.
+        """
+        begin = time.perf_counter()
+        report = SaveReport(self._save.path)
+        waves = Waves(
+            report, plan.storage_data.prefix, self._thread_count, bound=settings.host_buffer_bytes()
+        )
+        try:
+            record = waves.run([_shard(item, planner.resolve_data(item)) for item in plan.items])
+        finally:
+            # The planners of torch and Megatron-Core keep what they were given under this name.
+            snapshot = snapshots.written(getattr(planner, "state_dict", {}).values())
+        report.seconds = report.stall_s = time.perf_counter() - begin
+        if snapshot is not None:
+            report.stall_s = snapshot.seconds
+            report.host_memory_allocated += snapshot.allocated_nbytes
+        self.report = report
+        future: Future[list[WriteResult]] = Future()
+        future.set_result(_results(plan, record))
+        return future
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Coordinator only: publish the checkpoint, ``.metadata`` last."""
+        save = self._save
+        written = [(result.index, result.storage_data) for rank in results for result in rank]
+        metadata.storage_data = {index: data.info for index, data in written}
+        metadata.storage_meta = StorageMeta(checkpoint_id=save.path, save_id=save.save_id)
+        content = pickle_metadata(metadata)
+        if save.lone_rank is not None:
+            commit.publish(save.path, {commit.rank_metadata_file(save.lone_rank): content})
+            return
+        name = commit.METADATA_FILE
+        files = sorted({data.file for _, data in written})
+        sidecar = encode_sidecar([*files, file_record(name, content)])
+        commit.publish(save.path, {commit.SIDECAR_FILE: sidecar, name: content})
+
+    def storage_meta(self) -> StorageMeta:
+        """What ``.metadata`` says of the save that is about to begin."""
+        announced = self._announced()
+        return StorageMeta(checkpoint_id=announced.path, save_id=announced.save_id)
+
+    @property
+    def checkpoint_id(self) -> str:
+        """The directory written to."""
+        return self._announced().path
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: StrPath) -> bool:
+        """Whether this writer can write there: to a local path."""
+        return is_local_path(checkpoint_id)
+
+    # --- the async stager protocol ---------------------------------------------------------------------
+
+    def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """A copy of the state dict in host memory; training may go on as soon as this returns.
+
+        All of it is one host buffer, which later saves of this process use again. An error is raised by the
+        save, on all ranks.
+        """
+        return snapshots.take(state_dict, self._keep_buffer)
+
+    def synchronize_staging(self) -> None:
+        """Nothing is left to wait for when ``stage`` has returned."""
+
+    def close(self) -> None:
+        """Nothing to release: host memory is the process's, see ``cache_staged_state_dict``."""
+
+    # --- -----------------------------------------------------------------------------------------------
+
+    @property
+    def _save(self) -> _Save:
+        """The save that this thread is at."""
+        return getattr(self._of_thread, "save", self._latest)
+
+    def _announced(self) -> _Save:
+        """The save that the next calls in this thread are for."""
+        return getattr(self._of_thread, "announced", None) or self._latest
+
+    def _refuse_overwriting(self, save: _Save) -> None:
+        if self._overwrite:
+            return
+        name = commit.METADATA_FILE if save.lone_rank is None else commit.rank_metadata_file(save.lone_rank)
+        if os.path.exists(os.path.join(save.path, name)):
+            raise CheckpointWriteError(
+                f"{save.path} holds a checkpoint and overwrite is False; choose another directory",
+                filename=save.path,
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # To the process that writes, with AsyncCheckpointerType.PROCESS.
+        return {name: value for name, value in self.__dict__.items() if name != "_of_thread"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _of_thread=threading.local())
+
+
+def _shard(item: WriteItem, data: torch.Tensor | io.BytesIO) -> Shard:
+    if item.type == WriteItemType.BYTE_IO:
+        assert isinstance(data, io.BytesIO)
+        return ObjectShard(item.index.fqn, data.getvalue())
+    assert isinstance(data, torch.Tensor) and item.tensor_data is not None
+    chunk = item.tensor_data.chunk
+    if data.shape != chunk.sizes:
+        raise CheckpointMismatchError(
+            f"the save plan has a piece of {item.index.fqn} of shape {tuple(chunk.sizes)}, but the planner "
+            f"gave a tensor of shape {tuple(data.shape)} for it; what it would write could not be loaded"
+        )
+    return TensorShard(item.index.fqn, data.detach(), tuple(chunk.offsets), tuple(item.tensor_data.size))
+
+
+def _results(plan: SavePlan, record: RankRecord) -> list[WriteResult]:
+    """What torch's coordinator needs to know of the items written."""
+    index_of = {_place(item): item.index for item in plan.items}
+    file_of = {file.path: file for file in record.files}
+    return [
+        WriteResult(
+            index=index_of[item.fqn, None if item.dtype is None else item.offsets],
+            size_in_bytes=item.extent.nbytes,
+            storage_data=_Written(_StorageInfo(*item.extent), file_of[item.extent.path]),
+        )
+        for item in record.items
+    ]
+
+
+def _place(item: WriteItem) -> tuple[str, tuple[int, ...] | None]:
+    chunk = item.tensor_data.chunk if item.tensor_data is not None else None
+    return item.index.fqn, tuple(chunk.offsets) if chunk is not None else None
