@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Local checkpoints: each rank's own files, for recovery of the same run on the same layout."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ckpt_fast import megatron
+from ckpt_fast.checkpointing import init_checkpointing_context, maybe_finalize_async_save
+from tests.helpers import run_ranks
+from tests.models import FLOPS, Run, Setup, differences, megatron_on_cpu, other
+from tests.trainer.runs import iterations, tracked
+
+pytestmark = pytest.mark.skipif(not megatron.HAVE_RESIL, reason="needs nvidia-resiliency-ext")
+
+
+def save_and_recover(rank: int, setup: Setup, root: str, local: str, is_async: bool) -> dict[str, Any]:
+    """A persistent checkpoint of step 1, a local one of step 2; a new run recovers from the newer one."""
+    config = {
+        "non_persistent_ckpt_type": "local",
+        "non_persistent_local_ckpt_dir": local,
+        "async_save": is_async,
+        "async_strategy": "mcore",
+    }
+    # nvidia-resiliency-ext and the state dict it takes wait for a GPU, whether there is one or not.
+    with megatron_on_cpu(), Run(setup, save=root, **config) as run:
+        context = init_checkpointing_context(run.checkpoint)
+        run.state.initialize_async_checkpoint_worker()
+        run.train(1)
+        run.save(checkpointing_context=context)
+        run.train(1)
+        run.save(checkpointing_context=context, non_persistent_ckpt=True)
+        expected = run.fingerprint()
+        run.train(1)
+        maybe_finalize_async_save(run.state, run.checkpoint, blocking=True)
+    with megatron_on_cpu(), Run(other(setup), save=root, load=root, **config) as run:
+        run.train(1)
+        result = run.load(checkpointing_context=init_checkpointing_context(run.checkpoint))
+        wrong = differences(expected, run.fingerprint())
+    return {"result": result, "wrong": wrong, "persistent": (iterations(root), tracked(root))}
+
+
+@pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize(
+    "setup",
+    [Setup(bf16=True, distributed=True), Setup(tp=2)],
+    ids=["dp2-distributed", "tp2"],
+)
+def test_recovery_from_local_files(tmp_path: Path, setup: Setup, is_async: bool) -> None:
+    root, local = str(tmp_path / "root"), str(tmp_path / "local")
+    for found in run_ranks(save_and_recover, 2, setup, root, local, is_async):
+        assert found == {"result": (2, FLOPS), "wrong": [], "persistent": ([1], (1, 1))}
+    files = [name for _, _, names in os.walk(local) for name in names]
+    assert len(files) == 2, files
