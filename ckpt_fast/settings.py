@@ -45,8 +45,8 @@ def fsync_enabled() -> bool:
 def host_buffer_bytes() -> int | None:
     """``CKPT_FAST_HOST_BUFFER`` (no bound): host memory of one rank for staged state. K, M, G may follow.
 
-    Used for snapshots (saves in the background) and for state that is not contiguous CPU memory. What does not
-    fit is staged in waves; ``dcp.async_save``, which cannot wait for a wave, refuses it.
+    Used for snapshots (saves in the background) and for state that is not contiguous CPU memory. What does
+    not fit is staged in waves; ``dcp.async_save``, which cannot wait for a wave, refuses it.
     """
     return _size("CKPT_FAST_HOST_BUFFER", 0) or None
 
