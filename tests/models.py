@@ -59,6 +59,7 @@ class Setup:
     """What distinguishes one run from another."""
 
     tp: int = 1
+    pp: int = 1
     distributed: bool = False  # the optimizer
     reshardable: bool = False  # its state, fully
     bf16: bool = False
@@ -117,7 +118,7 @@ class Run:
         # Fills what torch.empty returns: padding in optimizer buckets is part of a checkpoint, too.
         torch.use_deterministic_algorithms(True)
         with megatron_on_cpu():
-            parallel_state.initialize_model_parallel(tensor_model_parallel_size=self.setup.tp)
+            parallel_state.initialize_model_parallel(self.setup.tp, self.setup.pp)
             megatron_random.initialize_rng_tracker(force_reset=True)
             seed_everything(self.setup.seed)
             self.model = _build_model(self.setup)
@@ -162,7 +163,7 @@ class Run:
         text = torch.randint(VOCABULARY, (BATCH, SEQUENCE + 1), generator=generator)
         self.model[0].zero_grad_buffer()
         self.optimizer.zero_grad()
-        (losses,) = get_forward_backward_func()(
+        losses = get_forward_backward_func()(
             forward_step_func=_forward_step,
             data_iterator=iter([(text[:, :-1].contiguous(), text[:, 1:].contiguous())]),
             model=self.model,
@@ -176,7 +177,8 @@ class Run:
         self.scheduler.step(increment=samples)
         position.step += 1
         position.consumed_train_samples += samples
-        return float(losses["loss"])
+        # The last stage of a pipeline alone has a loss.
+        return float(losses[0]["loss"]) if losses else 0.0
 
     def save(self, **options: Any) -> None:
         """``save_checkpoint`` of this run; options are its keyword arguments."""
@@ -302,6 +304,7 @@ def _build_model(setup: Setup) -> list[DistributedDataParallel]:
         ffn_hidden_size=2 * setup.hidden,
         num_attention_heads=2,
         tensor_model_parallel_size=setup.tp,
+        pipeline_model_parallel_size=setup.pp,
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
         add_bias_linear=False,
@@ -322,6 +325,8 @@ def _build_model(setup: Setup) -> list[DistributedDataParallel]:
         vocab_size=VOCABULARY,
         max_sequence_length=SEQUENCE,
         position_embedding_type="rope",
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
     )
     ddp = DistributedDataParallelConfig(use_distributed_optimizer=setup.distributed, grad_reduce_in_fp32=True)
     return [DistributedDataParallel(config, ddp, Float16Module(config, gpt) if setup.bf16 else gpt)]

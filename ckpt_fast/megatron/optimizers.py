@@ -12,14 +12,15 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 
 def give_adam_its_state(optimizer: Any) -> None:
-    """Let a distributed optimizer around torch's Adam, which is still without state, have zeros for it.
+    """Let torch's Adam, where it is still without state, have zeros for it.
 
-    torch's Adam makes its state in the first step; Megatron-Core's ``sharded_state_dict`` takes it for
-    granted, also where it is asked for the scaffold of a load. (Transformer Engine's and Apex's Adam keep the
-    step elsewhere and do not need this.) Parameters are not touched.
+    It would make them in the first step. Megatron-Core takes them for granted in the sharded state dict of a
+    distributed optimizer, and of any optimizer in the scaffold of a load; and what is saved before the first
+    step has to have what that scaffold asks for. (Transformer Engine's and Apex's Adam keep the step
+    elsewhere.) Parameters are not touched.
     """
-    for distributed in _around_torch_adam(optimizer):
-        adam = distributed.optimizer
+    for member in _around_torch_adam(optimizer):
+        adam = member.optimizer
         if adam.state:
             continue
         for group in adam.param_groups:
@@ -33,15 +34,24 @@ def give_adam_its_state(optimizer: Any) -> None:
 
 @contextlib.contextmanager
 def keep_adam_steps(optimizer: Any) -> Iterator[None]:
-    """Let a distributed optimizer around torch's Adam load a fully reshardable state.
+    """Let an optimizer around torch's Adam load states that come without a step.
 
-    Megatron-Core leaves the step out of what it loads per parameter, having restored it from the parameter
-    groups just before, and then misses it where Adam's own state has one. In here it finds the restored one.
+    Megatron-Core leaves the step out of what it loads per parameter into a distributed optimizer, having
+    restored it from the parameter groups just before, and then misses it where Adam's own state has one. In
+    here it finds the restored one. Of the other optimizers it does not save a step of 0; in here they get it.
     """
     with contextlib.ExitStack() as stack:
-        for distributed in _around_torch_adam(optimizer):
-            stack.enter_context(_step_supplied(distributed))
+        for member in _around_torch_adam(optimizer):
+            if isinstance(member, DistributedOptimizer):
+                stack.enter_context(_step_supplied(member))
+            else:
+                stack.callback(member.optimizer.register_load_state_dict_pre_hook(_start_at_step_0).remove)
         yield
+
+
+def _start_at_step_0(_: Any, state_dict: dict[str, Any]) -> None:
+    for state in state_dict["state"].values():
+        state.setdefault("step", torch.zeros((), dtype=torch.float32))
 
 
 @contextlib.contextmanager
@@ -61,9 +71,10 @@ def _step_supplied(distributed: Any) -> Iterator[None]:
 
 
 def _around_torch_adam(optimizer: Any) -> Iterator[Any]:
-    """The distributed optimizers among the members that keep the step in the state of torch's Adam."""
+    """The members of a Megatron-Core optimizer that keep the step in the state of torch's Adam."""
     for member in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if not isinstance(member, DistributedOptimizer) or getattr(member, "is_stub_optimizer", False):
-            continue
-        if isinstance(member.optimizer, (torch.optim.Adam, torch.optim.AdamW)):
+        adam = getattr(member, "optimizer", None)
+        if isinstance(adam, (torch.optim.Adam, torch.optim.AdamW)) and not getattr(
+            member, "is_stub_optimizer", False
+        ):
             yield member

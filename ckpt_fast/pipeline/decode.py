@@ -27,6 +27,7 @@ from ckpt_fast.errors import (
 )
 from ckpt_fast.pipeline.commit import METADATA_FILE, SIDECAR_FILE
 from ckpt_fast.pipeline.encode import LAYOUT_ATTRIBUTE, SIDECAR_VERSION, file_record
+from ckpt_fast.pipeline.garbage import without_collections
 from ckpt_fast.pipeline.types import FileRecord
 
 _DCP = "torch.distributed.checkpoint"
@@ -61,6 +62,7 @@ _REMEDY = (
 )
 
 
+@without_collections
 def read_metadata(directory: str, prefix: str = "") -> Metadata:
     """The parsed ``.metadata`` of a checkpoint.
 

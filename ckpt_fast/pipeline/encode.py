@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from ckpt_fast.errors import CheckpointMismatchError
+from ckpt_fast.pipeline.garbage import without_collections
 from ckpt_fast.pipeline.plan import FilePlan
 from ckpt_fast.pipeline.stage import Staged
 from ckpt_fast.pipeline.types import FileRecord, ItemRecord
@@ -93,6 +94,7 @@ class WriteProgram:
         self._add_piece(file, offset, len(content), address, -1)
 
 
+@without_collections
 def encode_metadata(records: Iterable[ItemRecord], planner_data: Mapping[str, Any] | None = None) -> bytes:
     """The ``.metadata`` file: readable by torch DCP of any version from 2.6 on, naming no class of ours.
 
@@ -106,23 +108,25 @@ def encode_metadata(records: Iterable[ItemRecord], planner_data: Mapping[str, An
     """
     tensors: dict[str, Any] = {}
     storage: dict[Any, Any] = {}
+    shared = _SharedParts()
     for record in records:
-        entry = _entry(tensors, record)
+        entry = _entry(tensors, record, shared)
         if record.dtype is None:
             index = MetadataIndex(record.fqn)
         else:
             if 0 in record.sizes and (entry.chunks or 0 not in record.global_shape):
                 continue  # where there are more ranks than rows, pieces are empty and may share an offset
-            offsets = torch.Size(record.offsets)
-            index = MetadataIndex(record.fqn, offsets, len(entry.chunks))
-            entry.chunks.append(ChunkStorageMetadata(offsets, torch.Size(record.sizes)))
-        if index in storage:
+            chunk = shared.chunk(record.offsets, record.sizes)
+            index = MetadataIndex(record.fqn, chunk.offsets, len(entry.chunks))
+            entry.chunks.append(chunk)
+        info = _StorageInfo(*record.extent)
+        other = storage.setdefault(index, info)
+        if other is not info:
             raise CheckpointMismatchError(
                 f"{record.fqn} at {record.offsets or 'no offset'} is written by two ranks, in "
-                f"{storage[index].relative_path} and {record.extent.path}. Each piece needs exactly one main "
+                f"{other.relative_path} and {record.extent.path}. Each piece needs exactly one main "
                 "replica: check replica_id of the sharded state dict."
             )
-        storage[index] = _StorageInfo(*record.extent)
     _require_complete(tensors)
     metadata = Metadata(
         state_dict_metadata=tensors,
@@ -143,15 +147,46 @@ def pickle_metadata(metadata: Metadata) -> bytes:
     return buffer.getvalue()
 
 
-def _entry(tensors: dict[str, Any], record: ItemRecord) -> Any:
+class _SharedParts:
+    """One object for equal parts of the metadata: a pickle holds each once, so it is shorter and read sooner.
+
+    Most tensors of a checkpoint have one of few shapes, and a rank's pieces few places.
+    """
+
+    def __init__(self) -> None:
+        self._sizes: dict[tuple[int, ...], torch.Size] = {}
+        self._chunks: dict[tuple[tuple[int, ...], tuple[int, ...]], ChunkStorageMetadata] = {}
+        self._properties: dict[torch.dtype, TensorProperties] = {}
+
+    def size(self, values: tuple[int, ...]) -> torch.Size:
+        size = self._sizes.get(values)
+        if size is None:
+            size = self._sizes[values] = torch.Size(values)
+        return size
+
+    def chunk(self, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> ChunkStorageMetadata:
+        chunk = self._chunks.get((offsets, sizes))
+        if chunk is None:
+            chunk = ChunkStorageMetadata(self.size(offsets), self.size(sizes))
+            self._chunks[offsets, sizes] = chunk
+        return chunk
+
+    def properties(self, dtype: torch.dtype) -> TensorProperties:
+        properties = self._properties.get(dtype)
+        if properties is None:
+            properties = self._properties[dtype] = TensorProperties(dtype=dtype)
+        return properties
+
+
+def _entry(tensors: dict[str, Any], record: ItemRecord, shared: _SharedParts) -> Any:
     """The metadata entry of the record's tensor or object, new or known from an earlier record."""
     entry = tensors.get(record.fqn)
     if entry is None:
         if record.dtype is None:
             entry = BytesStorageMetadata()
         else:
-            properties = TensorProperties(dtype=record.dtype)
-            entry = TensorStorageMetadata(properties, torch.Size(record.global_shape), [])
+            properties, size = shared.properties(record.dtype), shared.size(record.global_shape)
+            entry = TensorStorageMetadata(properties, size, [])
         tensors[record.fqn] = entry
     elif isinstance(entry, BytesStorageMetadata) != (record.dtype is None):
         raise CheckpointMismatchError(
@@ -172,6 +207,12 @@ def _entry(tensors: dict[str, Any], record: ItemRecord) -> Any:
 def _require_complete(tensors: Mapping[str, Any]) -> None:
     for fqn, entry in tensors.items():
         if not isinstance(entry, TensorStorageMetadata):
+            continue
+        if (
+            len(entry.chunks) == 1
+            and entry.chunks[0].sizes == entry.size
+            and not any(entry.chunks[0].offsets)
+        ):
             continue
         shape = tuple(entry.size)
         wanted, written = math.prod(shape), sum(chunk.sizes.numel() for chunk in entry.chunks)

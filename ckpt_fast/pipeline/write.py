@@ -41,8 +41,8 @@ def write(program: WriteProgram, directory: str) -> list[FileRecord]:
         fsync_directory(directory)
     except OSError as error:
         raise CheckpointWriteError(
-            f"{error.strerror}. The checkpoint in {directory} was not published and the previous one is "
-            "untouched; free space or fix the file system, then save again.",
+            f"{error.strerror}. The checkpoint in {directory} is incomplete and was not published; those in "
+            "other directories are untouched. Free space or fix the file system, then save again.",
             error.errno,
             error.filename or directory,
         ) from error

@@ -191,8 +191,6 @@ def build_scaffold(
         rerun_state = megatron.get_rerun_state_machine().state_dict(
             data_iterator=None, ckpt_format=ckpt_cfg.ckpt_format, force=True
         )
-    if plan.optimizer:
-        megatron.give_adam_its_state(optimizer)
     with contextlib.ExitStack() as stack:
         if ckpt_cfg.finetune and model and hasattr(model[0], "hide_loss_modules"):
             for chunk in model:

@@ -94,6 +94,7 @@ def _generate_model_state_dict(
 def _optimizer_state_dict(
     optimizer: Any, state_dict: dict[str, Any], ckpt_format: str, kwargs: dict[str, Any] | None
 ) -> Any:
+    megatron.give_adam_its_state(optimizer)
     if ckpt_format == "torch_dist":
         return optimizer.sharded_state_dict(state_dict, **(kwargs or {}))
     if ckpt_format == "fsdp_dtensor":

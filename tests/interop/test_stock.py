@@ -18,6 +18,7 @@ LAYOUTS = {
     "dp2": (2, Setup(bf16=True)),
     "dp2-distributed": (2, Setup(distributed=True, bf16=True)),
     "dp2-reshardable": (2, Setup(distributed=True, reshardable=True, parallel_save=False)),
+    "pp2-distributed": (2, Setup(pp=2, layers=2, distributed=True, bf16=True)),
     "tp2": (2, Setup(tp=2, parallel_save=False)),
     "tp2-distributed": (2, Setup(tp=2, distributed=True)),
     "tp2-reshardable": (2, Setup(tp=2, distributed=True, reshardable=True, bf16=True)),
