@@ -33,7 +33,7 @@ def chunk_bytes() -> int:
 
 
 def direct_io() -> bool:
-    """``CKPT_FAST_DIRECT`` (1): write past the page cache (O_DIRECT) where the file system can."""
+    """``CKPT_FAST_DIRECT`` (1): write, and read what is not cached, past the page cache (O_DIRECT)."""
     return _flag("CKPT_FAST_DIRECT", default=True)
 
 

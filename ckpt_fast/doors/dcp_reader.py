@@ -15,6 +15,7 @@ from torch.futures import Future
 
 from ckpt_fast.errors import CheckpointMismatchError
 from ckpt_fast.pipeline.decode import decode_object, read_metadata
+from ckpt_fast.pipeline.garbage import without_collections
 from ckpt_fast.pipeline.index import CheckpointIndex
 from ckpt_fast.pipeline.load import Part, load_parts, load_payloads
 from ckpt_fast.pipeline.place import Box
@@ -84,14 +85,20 @@ class FastStorageReader(StorageReader):
             # torch's planner unpickles without restriction; what is not plain data must not reach it.
             decode_object(payload, f"{item.storage_index.fqn} in {self._path}", verify=True)
             planner.load_bytes(item, io.BytesIO(payload))
-        tensors = [item for item in plan.items if item.type != LoadItemType.BYTE_IO]
-        targets = [planner.resolve_tensor(item).detach() for item in tensors]
-        load_parts(self._index, [_part(self._index, i, t) for i, t in zip(tensors, targets, strict=True)])
-        for item, target in zip(tensors, targets, strict=True):
-            planner.commit_tensor(item, target)
+        self._read_tensors([item for item in plan.items if item.type != LoadItemType.BYTE_IO], planner)
         future: Future[None] = Future()
         future.set_result(None)
         return future
+
+    @without_collections
+    def _read_tensors(self, items: list[ReadItem], planner: LoadPlanner) -> None:
+        assert self._index is not None
+        targets = [planner.resolve_tensor(item).detach() for item in items]
+        load_parts(
+            self._index, [_part(self._index, item, to) for item, to in zip(items, targets, strict=True)]
+        )
+        for item, target in zip(items, targets, strict=True):
+            planner.commit_tensor(item, target)
 
     @property
     def checkpoint_id(self) -> str:

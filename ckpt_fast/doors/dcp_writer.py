@@ -25,6 +25,7 @@ from ckpt_fast.doors.dcp_snapshot import snapshots
 from ckpt_fast.errors import CheckpointMismatchError, CheckpointWriteError
 from ckpt_fast.pipeline import commit
 from ckpt_fast.pipeline.encode import encode_sidecar, file_record, pickle_metadata
+from ckpt_fast.pipeline.garbage import without_collections
 from ckpt_fast.pipeline.plan import file_prefix
 from ckpt_fast.pipeline.types import FileRecord, ObjectShard, RankRecord, SaveReport, Shard, TensorShard
 from ckpt_fast.pipeline.waves import Waves
@@ -138,7 +139,7 @@ class FastStorageWriter(AsyncStager, StorageWriter):
             report, plan.storage_data.prefix, self._thread_count, bound=settings.host_buffer_bytes()
         )
         try:
-            record = waves.run([_shard(item, planner.resolve_data(item)) for item in plan.items])
+            record = waves.run(_shards(plan, planner))
         finally:
             # The planners of torch and Megatron-Core keep what they were given under this name.
             snapshot = snapshots.written(getattr(planner, "state_dict", {}).values())
@@ -151,6 +152,7 @@ class FastStorageWriter(AsyncStager, StorageWriter):
         future.set_result(_results(plan, record))
         return future
 
+    @without_collections
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Coordinator only: publish the checkpoint, ``.metadata`` last."""
         save = self._save
@@ -226,6 +228,11 @@ class FastStorageWriter(AsyncStager, StorageWriter):
         self.__dict__.update(state, _of_thread=threading.local())
 
 
+@without_collections
+def _shards(plan: SavePlan, planner: SavePlanner) -> list[Shard]:
+    return [_shard(item, planner.resolve_data(item)) for item in plan.items]
+
+
 def _shard(item: WriteItem, data: torch.Tensor | io.BytesIO) -> Shard:
     if item.type == WriteItemType.BYTE_IO:
         assert isinstance(data, io.BytesIO)
@@ -240,6 +247,7 @@ def _shard(item: WriteItem, data: torch.Tensor | io.BytesIO) -> Shard:
     return TensorShard(item.index.fqn, data.detach(), tuple(chunk.offsets), tuple(item.tensor_data.size))
 
 
+@without_collections
 def _results(plan: SavePlan, record: RankRecord) -> list[WriteResult]:
     """What torch's coordinator needs to know of the items written."""
     index_of = {_place(item): item.index for item in plan.items}

@@ -46,6 +46,7 @@ class WriteProgram:
     Owns the constant bytes (heads, tails, ready-made items); the raw data belongs to ``Staged.owners``.
     """
 
+    @without_collections
     def __init__(self, files: Sequence[FilePlan], staged: Staged) -> None:
         self.paths = [file.path for file in files]
         self.file_nbytes = array("q", [file.nbytes for file in files])
@@ -136,6 +137,7 @@ def encode_metadata(records: Iterable[ItemRecord], planner_data: Mapping[str, An
     return pickle_metadata(metadata)
 
 
+@without_collections
 def pickle_metadata(metadata: Metadata) -> bytes:
     """``metadata`` as the content of ``.metadata``, marked as describing archives of our layout."""
     setattr(metadata, LAYOUT_ATTRIBUTE, LAYOUT)

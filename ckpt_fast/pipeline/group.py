@@ -9,6 +9,7 @@ the same.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
@@ -30,6 +31,15 @@ class Outcome(Generic[T]):
     value: T | None = None
     error: CheckpointError | None = None
     others: int = 0
+
+
+def ranks_on_this_node() -> int:
+    """How many ranks share this machine, as the launcher says or the number of its GPUs suggests."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return 1
+    launched = os.environ.get("LOCAL_WORLD_SIZE", "")
+    count = int(launched) if launched.isdigit() else torch.cuda.device_count()
+    return min(max(count, 1), dist.get_world_size())
 
 
 class ControlGroup:

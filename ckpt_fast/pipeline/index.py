@@ -24,6 +24,7 @@ from ckpt_fast.pipeline.archive import (
 )
 from ckpt_fast.pipeline.decode import read_metadata
 from ckpt_fast.pipeline.encode import LAYOUT, LAYOUT_ATTRIBUTE
+from ckpt_fast.pipeline.garbage import without_collections
 from ckpt_fast.pipeline.read import ByteArena, ReadProgram
 from ckpt_fast.pipeline.types import Extent
 
@@ -80,10 +81,12 @@ class CheckpointIndex:
         CheckpointNotFoundError, CheckpointCorruptError, UnsafeCheckpointError: see ``read_metadata``.
     """
 
+    @without_collections
     def __init__(self, directory: str, metadata: Metadata | None = None, extensions: Any = None) -> None:
         self.directory = directory
         self.extensions = extensions
         self.metadata: Metadata = metadata if metadata is not None else read_metadata(directory)
+        self.nbytes = 0  # of all items
         self._own_layout = getattr(self.metadata, LAYOUT_ATTRIBUTE, None) == LAYOUT
         self._pieces: dict[str, dict[tuple[int, ...], _Item]] = defaultdict(dict)
         self._objects: dict[str, _Item] = {}
@@ -92,6 +95,7 @@ class CheckpointIndex:
         with self._contradictions_are_damage():
             for index, info in (self.metadata.storage_data or {}).items():
                 item = _Item(_extent(info), tuple(getattr(info, "transform_descriptors", None) or ()))
+                self.nbytes += item.extent.nbytes
                 if isinstance(self.metadata.state_dict_metadata.get(index.fqn), TensorStorageMetadata):
                     self._pieces[index.fqn][tuple(index.offset or ())] = item
                 else:
@@ -114,16 +118,25 @@ class CheckpointIndex:
 
     def piece(self, fqn: str, offsets: tuple[int, ...]) -> tuple[SavedTensor, Piece]:
         """The saved tensor and its piece that starts at ``offsets``; errors as of ``tensor``."""
+        tensor, piece = self._tensor_and_piece(fqn, offsets)
+        if piece is None:
+            raise CheckpointCorruptError(
+                f"{self.directory} has no piece of {fqn} at {offsets}; load an earlier iteration"
+            )
+        return tensor, piece
+
+    def exact_piece(self, fqn: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Piece | None:
+        """The piece that is just this region, if there is one; errors as of ``tensor``."""
+        _, piece = self._tensor_and_piece(fqn, offsets)
+        return piece if piece is not None and piece.sizes == sizes else None
+
+    def _tensor_and_piece(self, fqn: str, offsets: tuple[int, ...]) -> tuple[SavedTensor, Piece | None]:
         tensor = self.tensor(fqn)
         if fqn not in self._pieces_at:
             # Of pieces that start at the same place all but one are empty, or all.
             by_size = sorted(tensor.pieces, key=lambda piece: math.prod(piece.sizes))
             self._pieces_at[fqn] = {piece.offsets: piece for piece in by_size}
-        if offsets not in self._pieces_at[fqn]:
-            raise CheckpointCorruptError(
-                f"{self.directory} has no piece of {fqn} at {offsets}; load an earlier iteration"
-            )
-        return tensor, self._pieces_at[fqn][offsets]
+        return tensor, self._pieces_at[fqn].get(offsets)
 
     def object_extent(self, fqn: str) -> Extent:
         """The item of a saved object.

@@ -15,10 +15,15 @@ import torch
 from ckpt_fast import settings
 from ckpt_fast.errors import CheckpointCorruptError, CheckpointMismatchError
 from ckpt_fast.pipeline.decode import decode_object, undo_transforms
+from ckpt_fast.pipeline.garbage import without_collections
+from ckpt_fast.pipeline.group import ranks_on_this_node
 from ckpt_fast.pipeline.index import CheckpointIndex, Piece, RawData, SavedTensor
 from ckpt_fast.pipeline.place import Box, is_addressable, runs
 from ckpt_fast.pipeline.read import ByteArena, ReadProgram
 from ckpt_fast.pipeline.types import Extent, TensorRequest
+
+# Less is read before it matters how.
+_MIN_DIRECT_NBYTES = 32 << 20
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +57,7 @@ class _Check(NamedTuple):
     crc_handle: int | None
 
 
+@without_collections
 def load_tensors(
     index: CheckpointIndex, requests: Sequence[TensorRequest], verify: bool | None = None
 ) -> LoadReport:
@@ -67,10 +73,11 @@ def load_tensors(
         CheckpointCorruptError: a checksum differs, a file is short, or pieces of a region are missing.
             Destinations then hold undefined values.
     """
-    parts = [part for request in requests for part in _overlaps(index.tensor(request.fqn), request)]
+    parts = [part for request in requests for part in _parts(index, request)]
     return load_parts(index, parts, verify)
 
 
+@without_collections
 def load_parts(index: CheckpointIndex, parts: Sequence[Part], verify: bool | None = None) -> LoadReport:
     """``load_tensors`` for callers that know the pieces already."""
     begin = time.perf_counter()
@@ -109,8 +116,17 @@ def load_payloads(index: CheckpointIndex, fqns: Iterable[str]) -> dict[str, byte
     }
 
 
-def _overlaps(tensor: SavedTensor, request: TensorRequest) -> list[Part]:
-    wanted = tuple(request.destination.shape)
+def _parts(index: CheckpointIndex, request: TensorRequest) -> list[Part]:
+    tensor, wanted = index.tensor(request.fqn), tuple(request.destination.shape)
+    # Loaded as it was saved, a tensor may have thousands of pieces of which one is wanted.
+    piece = index.exact_piece(request.fqn, request.offsets, wanted)
+    if piece is not None:
+        box = Box(piece.sizes, (0,) * len(wanted), wanted, tensor.dtype.itemsize)
+        return [Part(tensor, piece, box, request.destination)]
+    return _overlaps(tensor, wanted, request)
+
+
+def _overlaps(tensor: SavedTensor, wanted: tuple[int, ...], request: TensorRequest) -> list[Part]:
     if len(wanted) != len(tensor.shape) or any(
         offset < 0 or offset + size > limit
         for offset, size, limit in zip(request.offsets, wanted, tensor.shape, strict=True)
@@ -163,7 +179,7 @@ class _Reader:
                 stock.append(part)
             else:
                 self._schedule(part, raw)
-        digests = self._program.run()
+        digests = self._program.run(self._passes_by_cache())
         self._report.nbytes += self._program.nbytes
         self._compare(digests)
         with torch.no_grad():
@@ -171,6 +187,20 @@ class _Reader:
                 destination.copy_(source)
             for part in stock:
                 self._read_with_torch(part)
+
+    def _passes_by_cache(self) -> bool:
+        """Whether to read from the device past the page cache, which is faster for bytes that are not in it.
+
+        They are not in it afterwards either. So ranks of one machine do so only if together they want no more
+        than there is: if the same bytes are for several of them, the first brings them for all.
+        """
+        nbytes = self._program.nbytes
+        return (
+            settings.direct_io()
+            and nbytes >= _MIN_DIRECT_NBYTES
+            and nbytes * ranks_on_this_node() <= self._index.nbytes
+            and self._program.is_cold()
+        )
 
     def _schedule(self, part: Part, raw: RawData) -> None:
         box, destination = part.box, part.destination

@@ -45,7 +45,6 @@ class Box:
             self.outer -= 1
             if self.shape[self.outer] != self.sizes[self.outer]:
                 break
-        self._strides = [math.prod(self.sizes[d + 1 :]) for d in range(len(self.sizes))]
 
     @property
     def is_whole(self) -> bool:
@@ -62,9 +61,10 @@ class Box:
 
     def run_offsets(self) -> Iterator[int]:
         """Byte offset in the piece of every run, in row-major order of the region."""
+        strides = self._strides()
+        start = sum(s * n for s, n in zip(self.start, strides, strict=True))
         for outer in self._outer_positions():
-            position = [*outer, *[0] * (len(self.shape) - self.outer)]
-            yield self._offset([s + p for s, p in zip(self.start, position, strict=True)])
+            yield (start + sum(p * n for p, n in zip(outer, strides, strict=False))) * self.itemsize
 
     def destination_offsets(self, destination: torch.Tensor) -> Iterator[int]:
         """Byte offset from the destination's first element of every run, in the same order."""
@@ -86,14 +86,15 @@ class Box:
         if not self.sizes:
             return 0, self
         rows = (self.shape[0], *self.sizes[1:])
-        offset = self.start[0] * self._strides[0] * self.itemsize
+        offset = self.start[0] * self._strides()[0] * self.itemsize
         return offset, Box(rows, (0, *self.start[1:]), self.shape, self.itemsize)
 
     def _outer_positions(self) -> Iterator[tuple[int, ...]]:
         return itertools.product(*(range(n) for n in self.shape[: self.outer]))
 
-    def _offset(self, position: Sequence[int]) -> int:
-        return sum(p * s for p, s in zip(position, self._strides, strict=True)) * self.itemsize
+    def _strides(self) -> list[int]:
+        """Elements from one index to the next, per dimension of the piece."""
+        return [math.prod(self.sizes[d + 1 :]) for d in range(len(self.sizes))]
 
 
 def runs(box: Box, raw: Extent, destination: torch.Tensor) -> Iterator[tuple[Extent, int]]:
@@ -104,6 +105,9 @@ def runs(box: Box, raw: Extent, destination: torch.Tensor) -> Iterator[tuple[Ext
         raw: where the piece's raw data lies.
         destination: addressable tensor of the region's shape and the piece's dtype.
     """
+    if box.is_whole and destination.is_contiguous():
+        yield raw, destination.data_ptr()
+        return
     base, nbytes = destination.data_ptr(), box.run_nbytes
     for source, target in zip(box.run_offsets(), box.destination_offsets(destination), strict=True):
         yield Extent(raw.path, raw.offset + source, nbytes), base + target

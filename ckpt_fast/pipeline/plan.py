@@ -12,6 +12,7 @@ import torch
 
 from ckpt_fast.pipeline.archive import ALIGNMENT, PAGE, Archive, item_nbytes, tensor_archive
 from ckpt_fast.pipeline.commit import DATA_SUFFIX
+from ckpt_fast.pipeline.garbage import without_collections
 from ckpt_fast.pipeline.types import Extent, ItemRecord, ObjectShard, Shard, TensorShard
 
 # From this size on, raw data starts on a page: it can be mapped, or read past the page cache without copying.
@@ -51,6 +52,7 @@ class FilePlan(NamedTuple):
     items: list[PlannedItem]
 
 
+@without_collections
 def plan_save(shards: Sequence[Shard], prefix: str, writers: int, first: int = 0) -> list[FilePlan]:
     """Lay this rank's shards out in at most ``writers`` files of about equal size.
 
@@ -113,6 +115,7 @@ def cut_waves(shards: Sequence[Shard], sizes: Sequence[int], limit: int | None) 
     return waves
 
 
+@without_collections
 def item_records(files: Sequence[FilePlan]) -> list[ItemRecord]:
     """What ``.metadata`` must know of the planned items; no data needed."""
     records = []

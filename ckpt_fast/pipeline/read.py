@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import heapq
 import os
 import struct
 from array import array
@@ -15,6 +16,11 @@ from ckpt_fast.pipeline.types import Extent
 
 # Reserving so much for nothing does no harm; .metadata may be damaged and name any length.
 _TRUSTED_NBYTES = 1 << 20
+# Many small reads share a block of this length.
+_BLOCK_NBYTES = 64 << 10
+# Of this many extents the page cache is asked.
+_SAMPLES = 16
+_U32 = struct.Struct("<I")
 
 
 class ReadProgram:
@@ -47,8 +53,29 @@ class ReadProgram:
         self._digest_count += 1
         return self._digest_count - 1
 
-    def run(self) -> list[int]:
+    def is_cold(self) -> bool:
+        """Whether the device would have to be asked for most of this, as the page cache says of samples."""
+        if not hasattr(os, "RWF_NOWAIT"):
+            return False
+        paths = list(self._paths)
+        largest = heapq.nlargest(_SAMPLES, range(len(self._nbytes)), key=self._nbytes.__getitem__)
+        try:
+            missing = sum(
+                not _is_cached(
+                    os.path.join(self.directory, paths[self._file[row]]),
+                    self._offset[row] + self._nbytes[row] // 2,
+                )
+                for row in largest
+            )
+        except OSError:  # reading will fail as well and say why, or does not know the question
+            return False
+        return 2 * missing > len(largest)
+
+    def run(self, direct: bool = False) -> list[int]:
         """Read everything; returns the CRC-32 of every stream.
+
+        Args:
+            direct: past the page cache, where the file system can.
 
         Raises:
             CheckpointNotFoundError: a data file is missing.
@@ -67,7 +94,7 @@ class ReadProgram:
                 self._digest_count,
                 settings.io_threads(),
                 settings.chunk_bytes(),
-                False,
+                direct,
             )
         except FileNotFoundError as error:
             raise CheckpointNotFoundError(
@@ -80,13 +107,25 @@ class ReadProgram:
             ) from error
 
 
+def _is_cached(path: str, offset: int) -> bool:
+    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.preadv(file, [bytearray(1)], offset, os.RWF_NOWAIT)
+        return True
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(file)
+
+
 class ByteArena:
     """Memory for small reads whose content Python looks at: extents in, ``bytes`` out."""
 
     def __init__(self, program: ReadProgram) -> None:
         self._program = program
         self._blocks: list[ctypes.Array[ctypes.c_char]] = []
-        self._nbytes: list[int] = []
+        self._free = 0  # bytes left at the end of the last block
+        self._places: list[tuple[int, int, int]] = []  # (block, position, nbytes), by handle
 
     def add(self, extent: Extent) -> int:
         """Schedule ``extent``; returns the handle for ``content`` after the program has run.
@@ -94,13 +133,18 @@ class ByteArena:
         Raises:
             CheckpointCorruptError: the file ends before the extent does.
         """
-        if extent.nbytes > _TRUSTED_NBYTES:
+        nbytes = extent.nbytes
+        if nbytes > _TRUSTED_NBYTES:
             self._require_in_file(extent)
-        block = ctypes.create_string_buffer(max(extent.nbytes, 1))
-        self._blocks.append(block)
-        self._nbytes.append(extent.nbytes)
-        self._program.add(extent, ctypes.addressof(block))
-        return len(self._blocks) - 1
+        if nbytes > self._free or not self._blocks:
+            self._free = max(nbytes, _BLOCK_NBYTES)
+            self._blocks.append(ctypes.create_string_buffer(self._free))
+        block = self._blocks[-1]
+        position = len(block) - self._free
+        self._free -= nbytes
+        self._places.append((len(self._blocks) - 1, position, nbytes))
+        self._program.add(extent, ctypes.addressof(block) + position)
+        return len(self._places) - 1
 
     def _require_in_file(self, extent: Extent) -> None:
         """Do not reserve memory for a length that is itself damaged."""
@@ -115,8 +159,10 @@ class ByteArena:
 
     def content(self, handle: int) -> bytes:
         """The bytes read."""
-        return self._blocks[handle].raw[: self._nbytes[handle]]
+        block, position, nbytes = self._places[handle]
+        return bytes(memoryview(self._blocks[block])[position : position + nbytes])
 
     def crc32(self, handle: int) -> int:
         """The bytes read, as a little-endian 32-bit number."""
-        return int(struct.unpack_from("<I", self._blocks[handle].raw)[0])
+        block, position, _ = self._places[handle]
+        return int(_U32.unpack_from(self._blocks[block], position)[0])

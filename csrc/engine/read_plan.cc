@@ -18,6 +18,11 @@ using std::to_string;
 // Buffered reads are checked when they are done; this much is still in the cache by then.
 constexpr int64_t kCacheHot = 1 << 20;
 
+// Reading so much for nothing costs no more than the system call that leaves it out.
+constexpr int64_t kFreeGap = 2 << 10;
+// Longer gaps are read if they are at most this part of the bytes before them.
+constexpr int64_t kGapShare = 16;
+
 [[noreturn]] void refuse(size_t row, const std::string& why) {
   throw std::invalid_argument("extent " + to_string(row) + ": " + why);
 }
@@ -91,6 +96,9 @@ void cut_run(int64_t step, int64_t begin, int64_t end, size_t first, size_t last
   }
 }
 
+/// The longest gap that is worth reading behind `nbytes` wanted bytes.
+int64_t longest_gap(int64_t nbytes) { return std::clamp(nbytes / kGapShare, kFreeGap, kLongestGap); }
+
 void cut_transfers(const ReadRequest& request, ReadPlan* plan) {
   const std::vector<Extent>& extents = plan->extents;
   const int64_t step = request.direct ? request.chunk_nbytes : std::min(request.chunk_nbytes, kCacheHot);
@@ -98,7 +106,7 @@ void cut_transfers(const ReadRequest& request, ReadPlan* plan) {
     int64_t end = extents[first].end();
     size_t last = first + 1;
     while (last < extents.size() && extents[last].file == extents[first].file &&
-           extents[last].offset <= end + kReadThrough) {
+           extents[last].offset <= end + longest_gap(extents[last - 1].nbytes)) {
       end = std::max(end, extents[last++].end());
     }
     cut_run(step, extents[first].offset, end, first, last, plan);

@@ -34,7 +34,7 @@ struct Extent {
 };
 
 /// One transfer: a range of a file that is read at once and holds (parts of) extents first … last - 1, with
-/// gaps of at most kReadThrough bytes between them.
+/// short gaps between them.
 struct Transfer {
   size_t file;
   int64_t begin;
@@ -44,8 +44,8 @@ struct Transfer {
   bool disjoint;  // no byte belongs to two extents
 };
 
-/// Reading this much for nothing costs less than another request to the device.
-constexpr int64_t kReadThrough = 64 << 10;
+/// The longest gap that is read rather than left out.
+constexpr int64_t kLongestGap = 64 << 10;
 
 struct ReadPlan {
   std::vector<Extent> extents;  // by file and offset; they may overlap

@@ -95,7 +95,7 @@ void ReadJob::check_size(size_t file, const InputFile& input) {
 
 /// One scattering read puts every byte where it belongs, and what is between extents aside.
 void ReadJob::read_in_place(const Transfer& transfer, InputFile& input) {
-  uint8_t aside[kReadThrough];
+  uint8_t aside[kLongestGap];
   std::vector<iovec> parts;
   int64_t position = transfer.begin;
   for_each_part(transfer, [&](const Extent& extent, int64_t begin, int64_t end) {

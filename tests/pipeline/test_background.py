@@ -122,8 +122,10 @@ def test_failure(tmp_path: Path) -> None:
         request = handle(tmp_path / "bad", torch.zeros(40_000))
         request.add_finalize_fn(lambda: finished.append(True))
         queue.schedule_async_request(request)
-        queue.schedule_async_request(handle(tmp_path / "also bad", torch.zeros(40_000)))
-        request.wait()
+        also_bad = handle(tmp_path / "also bad", torch.zeros(40_000))
+        queue.schedule_async_request(also_bad)
+        for failing in (request, also_bad):
+            failing.wait()  # the limit is the whole process's, until here
         with pytest.raises(AsyncSaveError) as caught:
             queue.maybe_finalize_async_calls(blocking=True)
     assert isinstance(caught.value.__cause__, CheckpointWriteError)
