@@ -23,7 +23,8 @@ _MAX_VECTORS = 1024
 
 def huge_page_buffer(nbytes: int) -> memoryview:
     """Zeroed, faulted-in memory that begins on a huge page, on huge pages where the system grants them."""
-    memory = mmap.mmap(-1, nbytes + _HUGE_PAGE)
+    # Shared anonymous memory, the default of mmap, is a file in memory and gets no huge pages.
+    memory = mmap.mmap(-1, nbytes + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
     begin = -address % _HUGE_PAGE
     memory.madvise(mmap.MADV_HUGEPAGE)

@@ -61,7 +61,7 @@ class FastStorageWriter(AsyncStager, StorageWriter):
 
     Args:
         path: checkpoint directory; an older checkpoint in it is invalidated before anything is written.
-        thread_count: files per rank.
+        thread_count: files per rank; None: as many as are fastest there.
         overwrite: False refuses a directory that holds a complete checkpoint.
         cache_staged_state_dict: keep the host memory that ``dcp.async_save`` copies into, for the next save
             of this process; False frees it once it is written.
@@ -76,7 +76,7 @@ class FastStorageWriter(AsyncStager, StorageWriter):
     def __init__(
         self,
         path: StrPath,
-        thread_count: int = 1,
+        thread_count: int | None = None,
         overwrite: bool = True,
         cache_staged_state_dict: bool = True,
     ) -> None:

@@ -47,13 +47,22 @@ class FastSaveStrategy(megatron.TorchDistSaveShardedStrategy):  # type: ignore[m
 
     Args:
         backend, version: as Megatron-Core passes them; always "torch_dist", 1 on disk.
-        thread_count: files per rank.
+        thread_count: files per rank; None: as many as are fastest there.
     """
 
     def __init__(
-        self, backend: str = "torch_dist", version: int = 1, *, thread_count: int = 1, **options: Any
+        self,
+        backend: str = "torch_dist",
+        version: int = 1,
+        *,
+        thread_count: int | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(backend, version, thread_count=thread_count, **options)
+        # Megatron-Core's own writer, which saves in the background, needs a number.
+        super().__init__(
+            backend, version, thread_count=1 if thread_count is None else thread_count, **options
+        )
+        self.writers = thread_count
 
     def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | os.PathLike[str]) -> None:
         """Collective. Save the sharded part; Megatron-Core itself writes ``metadata.json`` afterwards."""
@@ -65,7 +74,7 @@ class FastSaveStrategy(megatron.TorchDistSaveShardedStrategy):  # type: ignore[m
         save(
             shards_of(sharded_state_dict),
             os.fspath(checkpoint_dir),
-            writers=self.thread_count,
+            writers=self.writers,
             # Versions before 0.19 wrote the file already, and read nothing else.
             keep_files=() if common else (COMMON_FILE,),
             common_files={COMMON_FILE: _torch_bytes(common[0].data)} if common else None,
@@ -166,7 +175,7 @@ def start_save(
     job = Save(
         group.agree(lambda: shards_of(sharded)),
         checkpoint_dir,
-        writers=base.thread_count,
+        writers=base.writers,
         common_files={COMMON_FILE: _torch_bytes(common)} if group.is_coordinator else None,
         seal_files={commit.SEAL_FILE: json.dumps(_SEAL).encode()},
         snapshot=snapshot,

@@ -43,7 +43,7 @@ class Save:
         shards: what this rank saves. No two ranks save the same piece.
         directory: the checkpoint directory, the same on every rank; an older checkpoint in it is invalidated.
         process_group: the ranks that save together; None means all.
-        writers: files (and so streams to the file system) per rank.
+        writers: files (and so streams to the file system) per rank; None: as many as are fastest there.
         common_files: name to content, written durably by the coordinator before anything is published.
         keep_files: names that the caller has already put into the directory.
         seal_files: name to content, published after ``.metadata`` in the order given; the last is the seal.
@@ -59,7 +59,7 @@ class Save:
         directory: str,
         *,
         process_group: dist.ProcessGroup | None = None,
-        writers: int = 1,
+        writers: int | None = None,
         common_files: Mapping[str, bytes] | None = None,
         keep_files: Collection[str] = (),
         seal_files: Mapping[str, bytes] | None = None,

@@ -10,7 +10,7 @@ from ckpt_fast.pipeline.encode import WriteProgram
 from ckpt_fast.pipeline.plan import FilePlan, cut_waves, item_records, plan_save
 from ckpt_fast.pipeline.stage import Staged, copied_nbytes, stage
 from ckpt_fast.pipeline.types import RankRecord, SaveReport, Shard
-from ckpt_fast.pipeline.write import write
+from ckpt_fast.pipeline.write import automatic_writers, write
 
 
 class Waves:
@@ -22,7 +22,7 @@ class Waves:
     Args:
         report: of the save; ``report.directory`` is where the files go, and must exist.
         prefix: start of the file names, different on every rank.
-        writers: files (and so streams to the file system) per wave.
+        writers: files (and so streams to the file system) per wave; None: as many as are fastest there.
         snapshot: copy CPU tensors while staging, so that they may change during the write.
         bound: bytes of host buffers that this and other saves may use together; None: no bound.
     """
@@ -31,7 +31,7 @@ class Waves:
         self,
         report: SaveReport,
         prefix: str,
-        writers: int = 1,
+        writers: int | None = None,
         *,
         snapshot: bool = False,
         bound: int | None = None,
@@ -56,10 +56,11 @@ class Waves:
         if self._bound is not None and sum(sizes) > self._bound:
             # Two waves share the bound: one is copied while the other is being written.
             limit = self._bound // 2
+        writers = self._writers if self._writers is not None else automatic_writers(self._report.directory)
         number = 0
         for wave in cut_waves(shards, sizes, limit):
             with self._report.timed("plan"):
-                files = plan_save(wave, self._prefix, self._writers, number)
+                files = plan_save(wave, self._prefix, writers, number)
                 number += len(files)
             with self._report.timed("stage"):
                 staged = stage(files, self._snapshot, self._bound, limit or 0)

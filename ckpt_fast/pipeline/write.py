@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 from ckpt_fast import native, settings
@@ -10,6 +11,28 @@ from ckpt_fast.errors import CheckpointWriteError
 from ckpt_fast.pipeline.commit import fsync_directory
 from ckpt_fast.pipeline.encode import WriteProgram
 from ckpt_fast.pipeline.types import FileRecord
+
+
+def automatic_writers(directory: str) -> int:
+    """How many files a rank's save to ``directory`` goes fastest to.
+
+    A device's queue is kept full by direct writes to one file, and one is easiest to handle. Through the page
+    cache, the writers of one file wait for each other.
+    """
+    direct = settings.direct_io() and _file_system(directory) not in ("tmpfs", "ramfs")
+    return 1 if direct else settings.io_threads()
+
+
+def _file_system(directory: str) -> str:
+    """Type of the file system that the directory is on, "" where that is not known."""
+    path, found = os.path.realpath(directory), ("", "")
+    with contextlib.suppress(OSError), open("/proc/self/mounts") as mounts:
+        for line in mounts:
+            _, point, kind = line.split(" ")[:3]
+            prefix = point.rstrip("/")
+            if (path == prefix or path.startswith(prefix + "/")) and len(prefix) >= len(found[0]):
+                found = (prefix, kind)
+    return found[1]
 
 
 def write(program: WriteProgram, directory: str) -> list[FileRecord]:

@@ -87,11 +87,11 @@ std::vector<Chunk> WriteJob::cut_chunks() {
 }
 
 WriteResult WriteJob::run() {
-  // A direct write leaves the processor to others until it is done: with two threads for each one granted,
-  // one can fill its buffer meanwhile.
+  // A direct write leaves the processor to others until it is done: of three threads for each one granted
+  // one can fill its buffer while two wait, which keeps the device's queue from running empty.
   const bool direct = !chunks_.empty() && output_of(chunks_.front().file).direct();
   parallel_for(
-      chunks_.size(), direct ? 2 * request_.threads : request_.threads,
+      chunks_.size(), direct ? 3 * request_.threads : request_.threads,
       [this](size_t i) { write_chunk(chunks_[i]); }, [this] { digests_.abandon(); });
   WriteResult result{digests_.crcs(), {}};
   for (const OpenFile& file : open_files_) result.file_crcs.push_back(file.crc);
