@@ -53,8 +53,8 @@ def contestant(rival: rivals.Rival, files: Files, cold: bool) -> harness.Contest
         for tensor in files.into.values():
             tensor.zero_()
         wrapped[:] = [rival.wrap(files.into)]
-        if cold:
-            rivals.drop_from_page_cache(files.of(rival))
+        bring_to_temperature = rivals.drop_from_page_cache if cold else rivals.bring_into_page_cache
+        bring_to_temperature(files.of(rival))
 
     return harness.Contestant(
         rival.name,

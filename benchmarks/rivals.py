@@ -213,6 +213,15 @@ def sync_tree(path: Path) -> None:
             os.close(descriptor)
 
 
+def bring_into_page_cache(path: Path) -> None:
+    """Read every file below ``path``, so that no later read is one of the device."""
+    for file in path.rglob("*"):
+        if file.is_file():
+            with open(file, "rb", buffering=0) as stream:
+                while stream.read(16 << 20):
+                    pass
+
+
 def drop_from_page_cache(path: Path) -> None:
     """Make the next read of every file below ``path`` a read of the device. The files are synced already."""
     for file in path.rglob("*"):

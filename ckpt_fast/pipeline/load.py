@@ -224,8 +224,7 @@ class _Reader:
             destination = landing
         digest = self._expect(part, raw) if part.box.is_whole and self._verify else -1
         self._report.unverified += digest < 0
-        for extent, address in runs(box, raw.extent, destination):
-            self._program.add(extent, address, digest)
+        self._program.add_runs(raw.extent.path, runs(box, raw.extent, destination), digest)
 
     def _expect(self, part: Part, raw: RawData) -> int:
         digest = self._program.new_digest()

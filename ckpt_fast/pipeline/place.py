@@ -3,16 +3,17 @@
 
 from __future__ import annotations
 
-import itertools
+import ctypes
 import math
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Sequence
 
 import torch
 
-from ckpt_fast.pipeline.types import Extent
+from ckpt_fast.pipeline.types import Extent, Runs
 
-# Shorter runs cost more in bookkeeping than in bandwidth; the rows around them are read and cut in memory.
-_MIN_RUN_NBYTES = 512
+# A system call for each shorter run takes longer than to read the rows around them and cut them in memory.
+_MIN_RUN_NBYTES = 256
 
 
 def is_addressable(tensor: torch.Tensor) -> bool:
@@ -59,18 +60,16 @@ class Box:
     def has_long_runs(self) -> bool:
         return self.is_whole or self.run_nbytes >= _MIN_RUN_NBYTES
 
-    def run_offsets(self) -> Iterator[int]:
-        """Byte offset in the piece of every run, in row-major order of the region."""
-        strides = self._strides()
-        start = sum(s * n for s, n in zip(self.start, strides, strict=True))
-        for outer in self._outer_positions():
-            yield (start + sum(p * n for p, n in zip(outer, strides, strict=False))) * self.itemsize
+    def run_offsets(self, base: int = 0) -> array[int]:
+        """``base`` plus the byte offset in the piece of every run, in row-major order of the region."""
+        strides = [stride * self.itemsize for stride in self._strides()]
+        start = sum(index * stride for index, stride in zip(self.start, strides, strict=True))
+        return _positions(base + start, self.shape[: self.outer], strides)
 
-    def destination_offsets(self, destination: torch.Tensor) -> Iterator[int]:
-        """Byte offset from the destination's first element of every run, in the same order."""
-        strides = destination.stride()
-        for outer in self._outer_positions():
-            yield sum(p * s for p, s in zip(outer, strides, strict=False)) * self.itemsize
+    def destination_addresses(self, destination: torch.Tensor) -> array[int]:
+        """Where in the destination's memory every run begins, in the same order."""
+        strides = [stride * self.itemsize for stride in destination.stride()]
+        return _positions(destination.data_ptr(), self.shape[: self.outer], strides)
 
     def fits_runs(self, destination: torch.Tensor) -> bool:
         """Whether each run is contiguous in the destination too."""
@@ -89,16 +88,13 @@ class Box:
         offset = self.start[0] * self._strides()[0] * self.itemsize
         return offset, Box(rows, (0, *self.start[1:]), self.shape, self.itemsize)
 
-    def _outer_positions(self) -> Iterator[tuple[int, ...]]:
-        return itertools.product(*(range(n) for n in self.shape[: self.outer]))
-
     def _strides(self) -> list[int]:
         """Elements from one index to the next, per dimension of the piece."""
         return [math.prod(self.sizes[d + 1 :]) for d in range(len(self.sizes))]
 
 
-def runs(box: Box, raw: Extent, destination: torch.Tensor) -> Iterator[tuple[Extent, int]]:
-    """(extent of the file, address) of every run of ``box``.
+def runs(box: Box, raw: Extent, destination: torch.Tensor) -> Runs:
+    """Every run of ``box``: where in the file, where in memory.
 
     Args:
         box: the region, whose runs fit the destination.
@@ -106,8 +102,16 @@ def runs(box: Box, raw: Extent, destination: torch.Tensor) -> Iterator[tuple[Ext
         destination: addressable tensor of the region's shape and the piece's dtype.
     """
     if box.is_whole and destination.is_contiguous():
-        yield raw, destination.data_ptr()
-        return
-    base, nbytes = destination.data_ptr(), box.run_nbytes
-    for source, target in zip(box.run_offsets(), box.destination_offsets(destination), strict=True):
-        yield Extent(raw.path, raw.offset + source, nbytes), base + target
+        return Runs(array("q", [raw.offset]), array("q", [destination.data_ptr()]), raw.nbytes)
+    return Runs(box.run_offsets(raw.offset), box.destination_addresses(destination), box.run_nbytes)
+
+
+def _positions(start: int, counts: Sequence[int], strides: Sequence[int]) -> array[int]:
+    """``start`` plus every combination of a multiple of each stride, below the count; row-major.
+
+    There can be millions, which is too much work for a loop in Python.
+    """
+    positions = torch.tensor([start])
+    for count, stride in zip(counts, strides, strict=False):
+        positions = (positions.unsqueeze(1) + torch.arange(count) * stride).flatten()
+    return array("q", ctypes.string_at(positions.data_ptr(), positions.nbytes))

@@ -6,13 +6,14 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import heapq
+import mmap
 import os
 import struct
 from array import array
 
 from ckpt_fast import native, settings
 from ckpt_fast.errors import CheckpointCorruptError, CheckpointNotFoundError
-from ckpt_fast.pipeline.types import Extent
+from ckpt_fast.pipeline.types import Extent, Runs
 
 # Reserving so much for nothing does no harm; .metadata may be damaged and name any length.
 _TRUSTED_NBYTES = 1 << 20
@@ -48,6 +49,16 @@ class ReadProgram:
         self._digest.append(digest)
         self.nbytes += extent.nbytes
 
+    def add_runs(self, path: str, runs: Runs, digest: int = -1) -> None:
+        """``add`` for every run of a file."""
+        file, count = self._paths.setdefault(path, len(self._paths)), len(runs.offsets)
+        self._file.extend(array("q", [file]) * count)
+        self._offset.extend(runs.offsets)
+        self._nbytes.extend(array("q", [runs.nbytes]) * count)
+        self._address.extend(runs.addresses)
+        self._digest.extend(array("q", [digest]) * count)
+        self.nbytes += count * runs.nbytes
+
     def new_digest(self) -> int:
         """A new stream whose CRC-32 ``run`` returns."""
         self._digest_count += 1
@@ -55,10 +66,9 @@ class ReadProgram:
 
     def is_cold(self) -> bool:
         """Whether the device would have to be asked for most of this, as the page cache says of samples."""
-        if not hasattr(os, "RWF_NOWAIT"):
-            return False
         paths = list(self._paths)
-        largest = heapq.nlargest(_SAMPLES, range(len(self._nbytes)), key=self._nbytes.__getitem__)
+        pages = [row for row, nbytes in enumerate(self._nbytes) if nbytes >= mmap.PAGESIZE]
+        largest = heapq.nlargest(_SAMPLES, pages, key=self._nbytes.__getitem__)
         try:
             missing = sum(
                 not _is_cached(
@@ -67,7 +77,7 @@ class ReadProgram:
                 )
                 for row in largest
             )
-        except OSError:  # reading will fail as well and say why, or does not know the question
+        except (OSError, ValueError):  # reading will fail as well, and say why
             return False
         return 2 * missing > len(largest)
 
@@ -108,12 +118,21 @@ class ReadProgram:
 
 
 def _is_cached(path: str, offset: int) -> bool:
+    """Whether the page cache has the page at ``offset``.
+
+    To the owner of the file, and to those who may write to it, the kernel tells; to others it says yes.
+    Unlike a read that does not wait, the question brings no page in.
+    """
     file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        os.preadv(file, [bytearray(1)], offset, os.RWF_NOWAIT)
-        return True
-    except BlockingIOError:
-        return False
+        begin = offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+        with mmap.mmap(file, mmap.PAGESIZE, access=mmap.ACCESS_COPY, offset=begin) as page:
+            at, resident = ctypes.c_char.from_buffer(page), ctypes.c_ubyte()
+            asked = ctypes.CDLL(None, use_errno=True).mincore(
+                ctypes.c_void_p(ctypes.addressof(at)), ctypes.c_size_t(mmap.PAGESIZE), ctypes.byref(resident)
+            )
+            del at  # or the mapping could not be closed
+            return asked != 0 or bool(resident.value & 1)
     finally:
         os.close(file)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -51,6 +52,14 @@ class Extent(NamedTuple):
 
     path: str
     offset: int
+    nbytes: int
+
+
+class Runs(NamedTuple):
+    """Byte ranges of one length in one file, and where in memory each belongs."""
+
+    offsets: array[int]
+    addresses: array[int]
     nbytes: int
 
 

@@ -18,10 +18,14 @@ using std::to_string;
 // Buffered reads are checked when they are done; this much is still in the cache by then.
 constexpr int64_t kCacheHot = 1 << 20;
 
-// Reading so much for nothing costs no more than the system call that leaves it out.
-constexpr int64_t kFreeGap = 2 << 10;
-// Longer gaps are read if they are at most this part of the bytes before them.
+// Reading so much for nothing costs less than the system call that leaves it out.
+constexpr int64_t kFreeGap = 512;
+// Longer gaps are read as long as they are together at most this part of the bytes wanted around them.
 constexpr int64_t kGapShare = 16;
+
+// Transfers that are shorter on average than this part of a chunk come sooner through the page cache, which
+// reads each page once and reads ahead.
+constexpr int64_t kDirectShare = 32;
 
 [[noreturn]] void refuse(size_t row, const std::string& why) {
   throw std::invalid_argument("extent " + to_string(row) + ": " + why);
@@ -96,22 +100,45 @@ void cut_run(int64_t step, int64_t begin, int64_t end, size_t first, size_t last
   }
 }
 
-/// The longest gap that is worth reading behind `nbytes` wanted bytes.
-int64_t longest_gap(int64_t nbytes) { return std::clamp(nbytes / kGapShare, kFreeGap, kLongestGap); }
+/// A run of extents that are read together, gaps included.
+class Run {
+ public:
+  explicit Run(const Extent& first) : file_(first.file), end_(first.end()), wanted_(first.nbytes) {}
+
+  int64_t end() const { return end_; }
+
+  /// Takes the extent in if that reads little for nothing.
+  bool take(const Extent& next) {
+    const int64_t gap = std::max<int64_t>(next.offset - end_, 0);
+    if (next.file != file_ || gap > kLongestGap) return false;
+    if (gap > kFreeGap && unwanted_ + gap > wanted_ / kGapShare) return false;
+    if (gap > kFreeGap) unwanted_ += gap;
+    wanted_ += std::max<int64_t>(next.end() - std::max(next.offset, end_), 0);
+    end_ = std::max(end_, next.end());
+    return true;
+  }
+
+ private:
+  int64_t file_;
+  int64_t end_;
+  int64_t wanted_;
+  int64_t unwanted_ = 0;  // but for free gaps
+};
 
 void cut_transfers(const ReadRequest& request, ReadPlan* plan) {
   const std::vector<Extent>& extents = plan->extents;
   const int64_t step = request.direct ? request.chunk_nbytes : std::min(request.chunk_nbytes, kCacheHot);
   for (size_t first = 0; first < extents.size();) {
-    int64_t end = extents[first].end();
+    Run run(extents[first]);
     size_t last = first + 1;
-    while (last < extents.size() && extents[last].file == extents[first].file &&
-           extents[last].offset <= end + longest_gap(extents[last - 1].nbytes)) {
-      end = std::max(end, extents[last++].end());
-    }
-    cut_run(step, extents[first].offset, end, first, last, plan);
+    while (last < extents.size() && run.take(extents[last])) ++last;
+    cut_run(step, extents[first].offset, run.end(), first, last, plan);
     first = last;
   }
+  int64_t nbytes = 0;
+  for (const Transfer& transfer : plan->transfers) nbytes += transfer.end - transfer.begin;
+  const auto count = static_cast<int64_t>(plan->transfers.size());
+  plan->direct = request.direct && nbytes >= request.chunk_nbytes / kDirectShare * count;
 }
 
 }  // namespace

@@ -51,6 +51,7 @@ struct ReadPlan {
   std::vector<Extent> extents;  // by file and offset; they may overlap
   std::vector<Transfer> transfers;
   std::vector<int64_t> stream_nbytes;
+  bool direct = false;  // asked for, and worth it
 };
 
 /// Throws std::invalid_argument naming the first row that breaks the contract of read_extents.

@@ -52,9 +52,10 @@ class ReadJob {
 };
 
 std::vector<uint32_t> ReadJob::run() {
-  // As in the writer: a thread can copy out of its buffer while another waits for the device.
+  // As in the writer: a thread can copy out of its buffer while others wait for the device, which likes even
+  // more requests at a time when it reads.
   const bool direct = !plan_.transfers.empty() && input_of(plan_.transfers.front().file).direct();
-  parallel_for(plan_.transfers.size(), direct ? 2 * request_.threads : request_.threads, [this](size_t i) {
+  parallel_for(plan_.transfers.size(), direct ? 4 * request_.threads : request_.threads, [this](size_t i) {
     const Transfer& transfer = plan_.transfers[i];
     InputFile& input = input_of(transfer.file);
     if (transfer.disjoint && !input.direct()) {
@@ -72,7 +73,7 @@ InputFile& ReadJob::input_of(size_t file) {
   OpenFile& state = open_files_[file];
   const std::lock_guard<std::mutex> lock(state.opening);
   if (!state.input) {
-    auto input = std::make_unique<InputFile>(request_.paths[file], request_.direct);
+    auto input = std::make_unique<InputFile>(request_.paths[file], plan_.direct);
     check_size(file, *input);
     state.input = std::move(input);
   }

@@ -114,9 +114,15 @@ def bytes_read() -> int:
     return int(dict(line.split(": ") for line in lines)["rchar"])
 
 
+@pytest.mark.parametrize("cold", [False, True])
 @pytest.mark.parametrize("axis", [0, 1])
-def test_an_eighth_reads_an_eighth(checkpoint: tuple[Path, torch.Tensor], axis: int) -> None:
+def test_an_eighth_reads_an_eighth(
+    checkpoint: tuple[Path, torch.Tensor], axis: int, cold: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     directory, tensor = checkpoint
+    if cold:
+        monkeypatch.setattr(load_module, "_MIN_DIRECT_NBYTES", 0)
+        forget(directory)
     index = CheckpointIndex(str(directory))
     wanted = tensor.chunk(8, axis)[3]
     into = torch.zeros_like(wanted).contiguous()

@@ -80,9 +80,9 @@ def test_copying_runs_fills_any_destination_they_fit(
         assert not destination.is_contiguous()
         return
     source = piece.tobytes()
-    for extent, address in runs(box, Extent("file", 1000, len(source)), destination):
-        begin = extent.offset - 1000
-        ctypes.memmove(address, source[begin : begin + extent.nbytes], extent.nbytes)
+    offsets, addresses, nbytes = runs(box, Extent("file", 1000, len(source)), destination)
+    for offset, address in zip(offsets, addresses, strict=True):
+        ctypes.memmove(address, source[offset - 1000 : offset - 1000 + nbytes], nbytes)
     np.testing.assert_array_equal(destination.numpy(), expected)
 
 
