@@ -35,6 +35,7 @@ def main() -> int:
     for name, (script, *arguments) in RUNS.items():
         command = [str(HERE / script), *arguments, "--output", str(results / f"{name}.txt")]
         failed += _run([sys.executable, "-W", "ignore", *command])
+    failed += _run([sys.executable, str(HERE / "plot.py"), str(results)])
     columns = "--benchmark-columns=min,median,max"
     failed += _run([sys.executable, "-m", "pytest", "-W", "ignore", columns, *(str(HERE / p) for p in PARTS)])
     return failed

@@ -128,7 +128,8 @@ def main() -> None:
         contestants, lines = coordinators(ranks, count, options.only)
         times = harness.measure(contestants, options.rounds)[harness.TOTAL]
         title = f"{ranks} ranks with {count} shards each, on the coordinator, {options.rounds} rounds"
-        report.add([*harness.table(title, times, contestants, 0, "mcore"), *lines])
+        report.add(harness.table(title, times, contestants, 0, "mcore"))
+        report.add(lines)
     report.finish()
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import atexit
 import gc
+import json
 import random
 import shutil
 import sys
@@ -21,6 +22,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 import machine
 
@@ -93,8 +95,8 @@ def table(
     nbytes: int,
     reference: str | None = None,
     limit: str | None = None,
-) -> list[str]:
-    """Lines of a table, fastest first.
+) -> Table:
+    """A table, fastest first.
 
     Args:
         title: what one run does.
@@ -120,7 +122,21 @@ def table(
             scale = sizes[name] / sizes[limit]
             row.append(f"{median(scale * x / m for x, m in zip(times[limit], mine, strict=True)):.2f}")
         rows.append(row)
-    return [title, *_aligned(rows)]
+    return Table(title, {name: sizes[name] for name in times}, times, reference, limit, _aligned(rows))
+
+
+class Table(NamedTuple):
+    """What ``table`` makes: the measurements, and how they are printed.
+
+    ``nbytes`` and ``seconds`` are by contestant; ``reference`` and ``limit`` are contestants' names.
+    """
+
+    title: str
+    nbytes: dict[str, int]
+    seconds: Mapping[str, Sequence[float]]
+    reference: str | None
+    limit: str | None
+    rows: list[str]
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -140,20 +156,37 @@ class Report:
         self._path, self._output = options.path, options.output
         self._load_at_begin = machine.load_average()
         self._lines: list[str] = []
+        self._tables: list[Table] = []
 
-    def add(self, lines: Sequence[str]) -> None:
+    def add(self, part: Table | Sequence[str]) -> None:
         """Append a table, or any other lines."""
-        self._lines += ["", *lines]
+        if isinstance(part, Table):
+            self._tables.append(part)
+            part = [part.title, *part.rows]
+        self._lines += ["", *part]
 
     def finish(self) -> None:
-        """Print everything; the file, if one is wanted, gets the same."""
+        """Print everything. The file, if one is wanted, gets the same, and a JSON file beside it all times."""
         load = f"load average {self._load_at_begin} at the beginning, {machine.load_average()} at the end"
-        command = "python " + " ".join(sys.argv)
-        text = "\n".join([command, *machine.facts(self._path), load, *self._lines, ""])
+        about = [_command(), *machine.facts(self._path), load]
+        text = "\n".join([*about, *self._lines, ""])
         print(text)
         if self._output:
+            tables = [{k: v for k, v in part._asdict().items() if k != "rows"} for part in self._tables]
             self._output.parent.mkdir(parents=True, exist_ok=True)
             self._output.write_text(text)
+            self._output.with_suffix(".json").write_text(
+                json.dumps({"about": about, "tables": tables}, indent=1) + "\n"
+            )
+
+
+def _command() -> str:
+    """The command line, without where its report goes."""
+    words = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    if "--output" in words:
+        at = words.index("--output")
+        del words[at : at + 2]
+    return "python benchmarks/" + " ".join(words)
 
 
 def parse_arguments(description: str | None, **defaults: object) -> argparse.Namespace:

@@ -23,7 +23,7 @@ def facts(path: Path) -> list[str]:
     lines = [
         time.strftime("%Y-%m-%d %H:%M:%S") + f", ckpt_fast {_revision()}, {_engine()}",
         f"{_cpu_model()}, {os.cpu_count()} cores, {_memory_gb():.0f} GB, {settings.io_threads()} I/O threads",
-        f"{file_system(path)} at {path}, Linux {platform.release()}, Python {platform.python_version()}",
+        f"{file_system(path)}, Linux {platform.release()}, Python {platform.python_version()}",
         ", ".join(f"{name} {_version(name)}" for name in _PACKAGES),
         f"torch on {torch.get_num_threads()} threads",
     ]

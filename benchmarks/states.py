@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Mapping
 
 import torch
 
@@ -42,6 +43,16 @@ def llama_like(gigabytes: float, seed: int = 0) -> State:
     for layer in range(layers):
         for name, shape in _layer_shapes(hidden).items():
             shapes[f"decoder.layers.{layer}.{name}"] = shape
+    return _all_copies(shapes, seed)
+
+
+def wide_layer(gigabytes: float, seed: int = 0) -> State:
+    """Weights and Adam state of one Llama layer, wider than those of ``llama_like``: 2304 at 1 GB."""
+    hidden = math.sqrt(gigabytes * 1e9 / _BYTES_PER_PARAMETER / _LAYER)
+    return _all_copies(_layer_shapes(max(round(hidden / _HIDDEN_STEP), 1) * _HIDDEN_STEP), seed)
+
+
+def _all_copies(shapes: Mapping[str, tuple[int, ...]], seed: int) -> State:
     fill = _Filler(seed)
     return {
         f"{copy}.{name}": fill(shape, dtype)

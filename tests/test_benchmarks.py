@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -36,6 +37,8 @@ def run_script(script: str, path: Path, *arguments: str) -> str:
     output = run([str(BENCHMARKS / script), *TINY, *where, *arguments])
     assert list(work.iterdir()) == []
     assert report.read_text() in output
+    for table in json.loads(report.with_suffix(".json").read_text())["tables"]:
+        assert table["title"] in output and set(table["nbytes"]) == set(table["seconds"])
     return report.read_text()
 
 
@@ -50,6 +53,14 @@ def test_load(tmp_path: Path) -> None:
     report = run_script("bench_load.py", tmp_path)
     for title in ("warm load", "cold load", "along axis 0", "along axis 1"):
         assert title in report
+
+
+def test_plot(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    run_script("bench_save.py", tmp_path)
+    run([str(BENCHMARKS / "plot.py"), str(tmp_path)])
+    picture = (tmp_path / "throughput.svg").read_text()
+    assert "durable save" in picture and "ckpt_fast DCP" in picture
 
 
 def test_stall(tmp_path: Path) -> None:

@@ -121,9 +121,12 @@ def _part(index: CheckpointIndex, item: ReadItem, target: torch.Tensor) -> Part:
     tensor, piece = index.piece(
         item.storage_index.fqn, tuple(item.storage_index.offset or (0,) * len(lengths))
     )
-    inside = len(lengths) == len(start) == len(piece.sizes) and all(
-        offset >= 0 and offset + length <= size
-        for offset, length, size in zip(start, lengths, piece.sizes, strict=True)
+    inside = (lengths == piece.sizes and not any(start)) or (
+        len(lengths) == len(start) == len(piece.sizes)
+        and all(
+            offset >= 0 and offset + length <= size
+            for offset, length, size in zip(start, lengths, piece.sizes, strict=True)
+        )
     )
     # The engine writes through addresses: nothing but this check stands between a planner's mistake and
     # memory that belongs to somebody else.

@@ -24,7 +24,7 @@ from ckpt_fast.doors.dcp_reader import StrPath, is_local_path
 from ckpt_fast.doors.dcp_snapshot import snapshots
 from ckpt_fast.errors import CheckpointMismatchError, CheckpointWriteError
 from ckpt_fast.pipeline import commit
-from ckpt_fast.pipeline.encode import encode_sidecar, file_record, pickle_metadata
+from ckpt_fast.pipeline.encode import encode_sidecar, file_record, pickle_metadata, share_parts
 from ckpt_fast.pipeline.garbage import without_collections
 from ckpt_fast.pipeline.plan import file_prefix
 from ckpt_fast.pipeline.types import FileRecord, ObjectShard, RankRecord, SaveReport, Shard, TensorShard
@@ -159,6 +159,7 @@ class FastStorageWriter(AsyncStager, StorageWriter):
         written = [(result.index, result.storage_data) for rank in results for result in rank]
         metadata.storage_data = {index: data.info for index, data in written}
         metadata.storage_meta = StorageMeta(checkpoint_id=save.path, save_id=save.save_id)
+        share_parts(metadata)
         content = pickle_metadata(metadata)
         if save.lone_rank is not None:
             commit.publish(save.path, {commit.rank_metadata_file(save.lone_rank): content})

@@ -158,7 +158,7 @@ class _SharedParts:
     def __init__(self) -> None:
         self._sizes: dict[tuple[int, ...], torch.Size] = {}
         self._chunks: dict[tuple[tuple[int, ...], tuple[int, ...]], ChunkStorageMetadata] = {}
-        self._properties: dict[torch.dtype, TensorProperties] = {}
+        self._properties: dict[tuple[Any, ...], TensorProperties] = {}
 
     def size(self, values: tuple[int, ...]) -> torch.Size:
         size = self._sizes.get(values)
@@ -173,11 +173,19 @@ class _SharedParts:
             self._chunks[offsets, sizes] = chunk
         return chunk
 
-    def properties(self, dtype: torch.dtype) -> TensorProperties:
-        properties = self._properties.get(dtype)
-        if properties is None:
-            properties = self._properties[dtype] = TensorProperties(dtype=dtype)
-        return properties
+    def properties(self, properties: TensorProperties) -> TensorProperties:
+        fields = (properties.dtype, properties.layout, properties.requires_grad, properties.pin_memory)
+        return self._properties.setdefault((*fields, properties.memory_format), properties)
+
+
+def share_parts(metadata: Metadata) -> None:
+    """Let equal parts of the metadata of somebody else's plan be one object each."""
+    shared = _SharedParts()
+    for entry in metadata.state_dict_metadata.values():
+        if isinstance(entry, TensorStorageMetadata):
+            entry.properties = shared.properties(entry.properties)
+            entry.size = shared.size(tuple(entry.size))
+            entry.chunks = [shared.chunk(tuple(c.offsets), tuple(c.sizes)) for c in entry.chunks]
 
 
 def _entry(tensors: dict[str, Any], record: ItemRecord, shared: _SharedParts) -> Any:
@@ -187,7 +195,8 @@ def _entry(tensors: dict[str, Any], record: ItemRecord, shared: _SharedParts) ->
         if record.dtype is None:
             entry = BytesStorageMetadata()
         else:
-            properties, size = shared.properties(record.dtype), shared.size(record.global_shape)
+            properties = shared.properties(TensorProperties(dtype=record.dtype))
+            size = shared.size(record.global_shape)
             entry = TensorStorageMetadata(properties, size, [])
         tensors[record.fqn] = entry
     elif isinstance(entry, BytesStorageMetadata) != (record.dtype is None):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections import defaultdict
@@ -108,13 +109,14 @@ class CheckpointIndex:
             CheckpointMismatchError: there is none.
             CheckpointCorruptError: what the metadata says of it makes no sense.
         """
-        if fqn not in self._tensors:
+        tensor = self._tensors.get(fqn)
+        if tensor is None:
             entry = self.metadata.state_dict_metadata.get(fqn)
             if not isinstance(entry, TensorStorageMetadata):
                 raise CheckpointMismatchError(missing_keys_message(self.directory, [fqn], self.metadata))
             with self._contradictions_are_damage():
-                self._tensors[fqn] = self._assemble(fqn, entry)
-        return self._tensors[fqn]
+                tensor = self._tensors[fqn] = self._assemble(fqn, entry)
+        return tensor
 
     def piece(self, fqn: str, offsets: tuple[int, ...]) -> tuple[SavedTensor, Piece]:
         """The saved tensor and its piece that starts at ``offsets``; errors as of ``tensor``."""
@@ -132,6 +134,9 @@ class CheckpointIndex:
 
     def _tensor_and_piece(self, fqn: str, offsets: tuple[int, ...]) -> tuple[SavedTensor, Piece | None]:
         tensor = self.tensor(fqn)
+        if len(tensor.pieces) == 1:
+            (piece,) = tensor.pieces
+            return tensor, piece if piece.offsets == offsets else None
         if fqn not in self._pieces_at:
             # Of pieces that start at the same place all but one are empty, or all.
             by_size = sorted(tensor.pieces, key=lambda piece: math.prod(piece.sizes))
@@ -239,17 +244,23 @@ def missing_keys_message(directory: str, keys: list[str], metadata: Metadata) ->
 def _extent(info: Any) -> Extent:
     """An item's place as the metadata gives it; ValueError if it can be none in this directory."""
     path, (offset, nbytes) = info.relative_path, _whole_numbers((info.offset, info.length))
-    if not isinstance(path, str) or os.path.isabs(path) or ".." in path.split("/") or "\0" in path:
-        raise ValueError(f"{path!r} is no file of the checkpoint")
+    _require_inside(path)
     if offset + nbytes > _LARGEST_FILE:
         raise ValueError(f"{path} cannot have {nbytes} bytes at {offset}")
     return Extent(path, offset, nbytes)
 
 
+@functools.lru_cache(maxsize=1024)
+def _require_inside(path: object) -> None:
+    if not isinstance(path, str) or os.path.isabs(path) or ".." in path.split("/") or "\0" in path:
+        raise ValueError(f"{path!r} is no file of the checkpoint")
+
+
 def _whole_numbers(values: Iterable[Any]) -> tuple[int, ...]:
     checked = tuple(values)
-    if any(type(value) is not int or value < 0 for value in checked):
-        raise ValueError(f"{checked} are no sizes")
+    for value in checked:
+        if type(value) is not int or value < 0:
+            raise ValueError(f"{checked} are no sizes")
     return checked
 
 

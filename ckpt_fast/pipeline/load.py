@@ -224,7 +224,10 @@ class _Reader:
             destination = landing
         digest = self._expect(part, raw) if part.box.is_whole and self._verify else -1
         self._report.unverified += digest < 0
-        self._program.add_runs(raw.extent.path, runs(box, raw.extent, destination), digest)
+        if box.is_whole and destination.is_contiguous():
+            self._program.add(raw.extent, destination.data_ptr(), digest)
+        else:
+            self._program.add_runs(raw.extent.path, runs(box, raw.extent, destination), digest)
 
     def _expect(self, part: Part, raw: RawData) -> int:
         digest = self._program.new_digest()

@@ -16,6 +16,7 @@ import torch
 from ckpt_fast import native, settings
 from ckpt_fast.errors import CheckpointError
 from ckpt_fast.pipeline.archive import ALIGNMENT
+from ckpt_fast.pipeline.garbage import without_collections
 from ckpt_fast.pipeline.host_buffer import HostBuffer, host_buffers
 from ckpt_fast.pipeline.plan import FilePlan, PlannedItem, is_plain
 from ckpt_fast.pipeline.types import Shard, TensorShard
@@ -63,6 +64,7 @@ def copied_nbytes(shard: Shard, snapshot: bool) -> int:
     return _slot_nbytes(shard.tensor) if needs_copy(shard.tensor, snapshot) else 0
 
 
+@without_collections
 def stage(
     files: Sequence[FilePlan], snapshot: bool = False, bound: int | None = None, at_least: int = 0
 ) -> Staged:
@@ -80,7 +82,8 @@ def stage(
         CheckpointError: the host memory cannot be had.
     """
     tensors = [_tensor_of(item) for file in files for item in file.items]
-    copied = [t for t in tensors if t is not None and needs_copy(t, snapshot)]
+    is_copied = [tensor is not None and needs_copy(tensor, snapshot) for tensor in tensors]
+    copied = [t for t, wanted in zip(tensors, is_copied, strict=True) if wanted and t is not None]
     nbytes = sum(_slot_nbytes(tensor) for tensor in copied)
     staged = Staged(buffer=host_buffers.take(nbytes, bound, at_least) if nbytes else None)
     try:
@@ -88,10 +91,10 @@ def stage(
         if staged.buffer is not None:
             staged.allocated_nbytes = staged.buffer.nbytes if staged.buffer.is_new else 0
             copies = iter(_copy(copied, staged.buffer))
-        for tensor in tensors:
+        for tensor, wanted in zip(tensors, is_copied, strict=True):
             if tensor is None:
                 staged.addresses.append(0)
-            elif needs_copy(tensor, snapshot):
+            elif wanted:
                 staged.addresses.append(next(copies))
             else:
                 staged.addresses.append(tensor.data_ptr())

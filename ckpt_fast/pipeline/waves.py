@@ -51,14 +51,17 @@ class Waves:
         With a bound smaller than the state this waits for the writes of all but the last waves. After an
         error, ``finish`` is still to be called.
         """
-        sizes = [copied_nbytes(shard, self._snapshot) for shard in shards]
+        waves: Sequence[Sequence[Shard]] = [shards]
         limit = None
-        if self._bound is not None and sum(sizes) > self._bound:
-            # Two waves share the bound: one is copied while the other is being written.
-            limit = self._bound // 2
+        if self._bound is not None:
+            sizes = [copied_nbytes(shard, self._snapshot) for shard in shards]
+            if sum(sizes) > self._bound:
+                # Two waves share the bound: one is copied while the other is being written.
+                limit = self._bound // 2
+                waves = cut_waves(shards, sizes, limit)
         writers = self._writers if self._writers is not None else automatic_writers(self._report.directory)
         number = 0
-        for wave in cut_waves(shards, sizes, limit):
+        for wave in waves:
             with self._report.timed("plan"):
                 files = plan_save(wave, self._prefix, writers, number)
                 number += len(files)

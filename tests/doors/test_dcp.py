@@ -243,7 +243,8 @@ def test_metadata_is_what_every_torch_reads(tmp_path: Path) -> None:
     names = Names((tmp_path / ".metadata").open("rb"))
     unpickled = names.load()
     assert {name.partition(".")[0] for name in names.names} == {"torch"}
-    assert len(names.properties) > 5 and {len(properties) for properties in names.properties} == {5}
+    # One for all tensors of a dtype: the file is shorter and read sooner.
+    assert len(names.properties) == 3 and {len(properties) for properties in names.properties} == {5}
     assert {type(info) for info in unpickled.storage_data.values()} == {_StorageInfo}
     assert unpickled.storage_data == metadata.storage_data
     assert unpickled.planner_data["trainer.losses"] == ("trainer", "losses")
