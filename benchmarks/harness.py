@@ -166,7 +166,7 @@ class Report:
         self._lines += ["", *part]
 
     def finish(self) -> None:
-        """Print everything. The file, if one is wanted, gets the same; all times are in a JSON file beside."""
+        """Print everything. A file, if wanted, gets the same; all times are in a JSON file beside it."""
         load = f"load average {self._load_at_begin} at the beginning, {machine.load_average()} at the end"
         about = [_command(), *machine.facts(self._path), load]
         text = "\n".join([*about, *self._lines, ""])
