@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import heapq
 import mmap
 import os
@@ -12,11 +13,13 @@ import struct
 from array import array
 
 from ckpt_fast import native, settings
-from ckpt_fast.errors import CheckpointCorruptError, CheckpointNotFoundError
+from ckpt_fast.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
 from ckpt_fast.pipeline.types import Extent, Runs
 
 # Reserving so much for nothing does no harm; .metadata may be damaged and name any length.
 _TRUSTED_NBYTES = 1 << 20
+# What a file, not this process, is to blame for.
+_DAMAGE = (errno.EIO, errno.EISDIR, errno.ENOTDIR, errno.EBADMSG, errno.EUCLEAN, errno.ENODATA)
 # Many small reads share a block of this length.
 _BLOCK_NBYTES = 64 << 10
 # Of this many extents the page cache is asked.
@@ -89,7 +92,8 @@ class ReadProgram:
 
         Raises:
             CheckpointNotFoundError: a data file is missing.
-            CheckpointCorruptError: a data file ends early or cannot be read.
+            CheckpointCorruptError: a data file ends early, or the device cannot read it.
+            CheckpointError: the process may not read it, or has no resources left to.
         """
         if not len(self._file):
             return [0] * self._digest_count
@@ -112,8 +116,14 @@ class ReadProgram:
                 "earlier iteration."
             ) from error
         except OSError as error:
-            raise CheckpointCorruptError(
-                f"{error.strerror}. The checkpoint in {self.directory} is damaged; load an earlier iteration."
+            if error.errno in _DAMAGE:
+                raise CheckpointCorruptError(
+                    f"{error.strerror}. The checkpoint in {self.directory} is damaged; load an earlier "
+                    "iteration."
+                ) from error
+            raise CheckpointError(
+                f"{error.strerror}. That says nothing about the checkpoint in {self.directory}: remove the "
+                "cause and load again."
             ) from error
 
 

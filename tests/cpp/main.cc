@@ -6,6 +6,7 @@
 #include <iterator>
 
 #include "check.h"
+#include "interruptions.h"
 
 TemporaryDirectory::TemporaryDirectory() {
   const char* const base = std::getenv("TMPDIR");
@@ -36,6 +37,12 @@ int main() {
   test_file();
   test_writer();
   test_reader();
+  {
+    const Interruptions interruptions;
+    test_writer();
+    test_reader();
+    CHECK(interruptions.count() > 1000);
+  }
   test_permute();
   std::puts("engine tests passed");
   return 0;

@@ -202,3 +202,46 @@ def test_unreadable_data_file(checkpoint: Path) -> None:
     path.mkdir()
     with pytest.raises(CheckpointError, match="Is a directory"):
         load_is_right(str(checkpoint))
+
+
+def test_a_hole_in_the_data_file(checkpoint: Path) -> None:
+    """A block that never reached the disk reads as zeros."""
+    path = data_file(checkpoint)
+    content = bytearray(path.read_bytes())
+    begin = content.index(WIDE.numpy().tobytes())
+    content[begin : begin + 64] = bytes(64)
+    path.write_bytes(content)
+    with pytest.raises(CheckpointCorruptError, match=rf"wide in {path} .* has CRC-32"):
+        load_is_right(str(checkpoint))
+
+
+def test_data_file_with_other_content(checkpoint: Path) -> None:
+    """Of the right length, as after files of two checkpoints have been mixed."""
+    path = data_file(checkpoint)
+    path.write_bytes(os.urandom(path.stat().st_size))
+    with pytest.raises(CheckpointCorruptError, match=path.name):
+        load_is_right(str(checkpoint))
+
+
+def test_a_shard_is_missing(ours: Path) -> None:
+    metadata = dcp.FileSystemReader(ours).read_metadata()
+    lost = next(index for index in metadata.storage_data if index.fqn == "flat" and index.offset == (20,))
+    del metadata.storage_data[lost]
+    index = CheckpointIndex(str(ours), metadata)
+    with pytest.raises(CheckpointCorruptError, match=r"has only 20 of the 40 elements of flat"):
+        load_tensors(index, [TensorRequest("flat", torch.zeros_like(FLAT), (0,))])
+
+
+def test_no_descriptor_left(checkpoint: Path) -> None:
+    """The checkpoint is not to blame, and nobody should load an older one for it."""
+    index = CheckpointIndex(str(checkpoint))
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    in_use = max(map(int, os.listdir("/proc/self/fd")))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(3, in_use), limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"Too many open files.*remove the cause") as caught:
+            load_tensors(index, [TensorRequest("wide", torch.zeros_like(WIDE), (0, 0))])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert not isinstance(caught.value, CheckpointCorruptError)
+    assert load_is_right(str(checkpoint))
