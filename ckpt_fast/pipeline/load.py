@@ -14,9 +14,11 @@ import torch
 
 from ckpt_fast import settings
 from ckpt_fast.errors import CheckpointCorruptError, CheckpointMismatchError
+from ckpt_fast.pipeline.archive import ALIGNMENT
 from ckpt_fast.pipeline.decode import decode_object, undo_transforms
 from ckpt_fast.pipeline.garbage import without_collections
 from ckpt_fast.pipeline.group import ranks_on_this_node
+from ckpt_fast.pipeline.host_buffer import HostBuffer, host_buffers
 from ckpt_fast.pipeline.index import CheckpointIndex, Piece, RawData, SavedTensor
 from ckpt_fast.pipeline.place import Box, is_addressable, runs
 from ckpt_fast.pipeline.read import ByteArena, ReadProgram
@@ -24,6 +26,8 @@ from ckpt_fast.pipeline.types import Extent, TensorRequest
 
 # Less is read before it matters how.
 _MIN_DIRECT_NBYTES = 32 << 20
+# Host memory for what cannot be read in place; more would only delay the copies.
+_LANDING_NBYTES = 512 << 20
 
 logger = logging.getLogger(__name__)
 
@@ -161,91 +165,74 @@ def _overlaps(tensor: SavedTensor, wanted: tuple[int, ...], request: TensorReque
     return parts
 
 
+def _landing_nbytes(part: Part) -> int:
+    """Host memory that a part needs besides its destination, which the engine cannot read it into."""
+    if not part.box.has_long_runs:
+        return math.prod(part.box.rows()[1].sizes) * part.box.itemsize
+    if (
+        is_addressable(part.destination)
+        and part.destination.dtype == part.tensor.dtype
+        and part.box.fits_runs(part.destination)
+    ):
+        return 0
+    return math.prod(part.box.shape) * part.box.itemsize
+
+
+def _cut_waves(parts: Sequence[Part], limit: int) -> list[list[tuple[Part, int]]]:
+    """Parts with their landing sizes, of which each wave has at most ``limit`` bytes (or is one part)."""
+    waves: list[list[tuple[Part, int]]] = [[]]
+    room = limit
+    for part in parts:
+        nbytes = -(-_landing_nbytes(part) // ALIGNMENT) * ALIGNMENT
+        if nbytes > room and waves[-1]:
+            waves.append([])
+            room = limit
+        waves[-1].append((part, nbytes))
+        room -= nbytes
+    return waves
+
+
 class _Reader:
-    """One pass over the files for a list of parts."""
+    """A list of parts on its way to the destinations.
+
+    What cannot be read in place (other dtypes, other devices, strided memory) lands in a host buffer first.
+    It goes in waves, so that the buffer is small whatever the parts are together.
+    """
 
     def __init__(self, index: CheckpointIndex, report: LoadReport, verify: bool) -> None:
         self._index, self._report, self._verify = index, report, verify
-        self._program = ReadProgram(index.directory)
-        self._arena = ByteArena(self._program)
-        self._checks: list[_Check] = []
-        self._copies: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def read(self, parts: Sequence[Part], located: dict[Extent, RawData | None]) -> None:
-        stock = []
-        for part in parts:
-            raw = located.get(part.piece.item)
-            if raw is None:
-                stock.append(part)
-            else:
-                self._schedule(part, raw)
-        digests = self._program.run(self._passes_by_cache())
-        self._report.nbytes += self._program.nbytes
-        self._compare(digests)
+        stock = [part for part in parts if located.get(part.piece.item) is None]
+        plain = [part for part in parts if located.get(part.piece.item) is not None]
+        may_be_direct = self._may_be_direct(plain)
+        bound = settings.host_buffer_bytes()
+        limit = _LANDING_NBYTES if bound is None else min(bound, _LANDING_NBYTES)
+        waves = _cut_waves(plain, limit)
+        nbytes = max(sum(landing for _, landing in wave) for wave in waves)
+        buffer = host_buffers.take(nbytes, bound) if nbytes else None
+        try:
+            for wave in waves:
+                _Wave(self._index, self._report, self._verify, buffer).read(wave, located, may_be_direct)
+        finally:
+            if buffer is not None:
+                host_buffers.give_back(buffer, keep=False)
         with torch.no_grad():
-            for destination, source in self._copies:
-                destination.copy_(source)
             for part in stock:
                 self._read_with_torch(part)
 
-    def _passes_by_cache(self) -> bool:
-        """Whether to read from the device past the page cache, which is faster for bytes that are not in it.
+    def _may_be_direct(self, parts: Sequence[Part]) -> bool:
+        """Whether to read from the device past the page cache, if the bytes are not in it: that is faster.
 
         They are not in it afterwards either. So ranks of one machine do so only if together they want no more
         than there is: if the same bytes are for several of them, the first brings them for all.
         """
-        nbytes = self._program.nbytes
+        nbytes = sum(math.prod(part.box.shape) * part.box.itemsize for part in parts)
         return (
             settings.direct_io()
             and nbytes >= _MIN_DIRECT_NBYTES
             and nbytes * ranks_on_this_node() <= self._index.nbytes
-            and self._program.is_cold()
         )
-
-    def _schedule(self, part: Part, raw: RawData) -> None:
-        box, destination = part.box, part.destination
-        if not box.has_long_runs:
-            offset, box = box.rows()
-            nbytes = math.prod(box.sizes) * box.itemsize
-            raw = raw._replace(extent=Extent(raw.extent.path, raw.extent.offset + offset, nbytes))
-            rows = torch.empty(box.sizes, dtype=part.tensor.dtype)
-            region = rows
-            for dimension, (start, size) in enumerate(zip(box.start, box.shape, strict=True)):
-                region = region.narrow(dimension, start, size)
-            self._copies.append((destination, region))
-            box, destination = Box(box.sizes, (0,) * len(box.sizes), box.sizes, box.itemsize), rows
-        elif (
-            not is_addressable(destination)
-            or destination.dtype != part.tensor.dtype
-            or not box.fits_runs(destination)
-        ):
-            landing = torch.empty(box.shape, dtype=part.tensor.dtype)
-            self._copies.append((destination, landing))
-            destination = landing
-        digest = self._expect(part, raw) if part.box.is_whole and self._verify else -1
-        self._report.unverified += digest < 0
-        if box.is_whole and destination.is_contiguous():
-            self._program.add(raw.extent, destination.data_ptr(), digest)
-        else:
-            self._program.add_runs(raw.extent.path, runs(box, raw.extent, destination), digest)
-
-    def _expect(self, part: Part, raw: RawData) -> int:
-        digest = self._program.new_digest()
-        handle = self._arena.add(raw.crc_extent) if raw.crc_extent is not None else None
-        self._checks.append(_Check(part, digest, raw.crc32, handle))
-        return digest
-
-    def _compare(self, digests: Sequence[int]) -> None:
-        for part, digest, crc32, handle in self._checks:
-            expected = self._arena.crc32(handle) if handle is not None else crc32
-            if digests[digest] != expected:
-                item = part.piece.item
-                raise CheckpointCorruptError(
-                    f"{part.tensor.fqn} in {self._index.directory}/{item.path} (bytes {item.offset} to "
-                    f"{item.offset + item.nbytes}) has CRC-32 {digests[digest]:08x} instead of "
-                    f"{expected:08x}: the file is damaged. Load an earlier iteration."
-                )
-        self._report.verified += len(self._checks)
 
     def _read_with_torch(self, part: Part) -> None:
         """Items that are not one stored tensor: whatever ``torch.load`` makes of them."""
@@ -267,3 +254,87 @@ class _Reader:
         self._report.nbytes += len(payload)
         self._report.verified += self._verify
         self._report.unverified += not self._verify
+
+
+class _Wave:
+    """One pass over the files."""
+
+    def __init__(
+        self, index: CheckpointIndex, report: LoadReport, verify: bool, buffer: HostBuffer | None
+    ) -> None:
+        self._index, self._report, self._verify = index, report, verify
+        self._buffer, self._landed = buffer, 0
+        self._program = ReadProgram(index.directory)
+        self._arena = ByteArena(self._program)
+        self._checks: list[_Check] = []
+        self._copies: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def read(
+        self,
+        parts: Sequence[tuple[Part, int]],
+        located: dict[Extent, RawData | None],
+        may_be_direct: bool,
+    ) -> None:
+        for part, landing_nbytes in parts:
+            raw = located[part.piece.item]
+            assert raw is not None
+            self._schedule(part, raw, landing_nbytes)
+        digests = self._program.run(may_be_direct and self._program.is_cold())
+        self._report.nbytes += self._program.nbytes
+        self._compare(digests)
+        with torch.no_grad():
+            for destination, source in self._copies:
+                destination.copy_(source, non_blocking=True)
+        # The buffer is somebody else's next.
+        for device in {destination.device for destination, _ in self._copies if destination.is_cuda}:
+            torch.cuda.current_stream(device).synchronize()
+
+    def _schedule(self, part: Part, raw: RawData, landing_nbytes: int) -> None:
+        box, destination = part.box, part.destination
+        if not box.has_long_runs:
+            offset, rows = box.rows()
+            nbytes = math.prod(rows.sizes) * box.itemsize
+            raw = raw._replace(extent=Extent(raw.extent.path, raw.extent.offset + offset, nbytes))
+            landing = self._land(rows.sizes, part.tensor.dtype, landing_nbytes)
+            region = landing
+            for dimension, (start, size) in enumerate(zip(rows.start, rows.shape, strict=True)):
+                region = region.narrow(dimension, start, size)
+            self._copies.append((destination, region))
+            box, destination = Box(rows.sizes, (0,) * len(rows.sizes), rows.sizes, box.itemsize), landing
+        elif landing_nbytes:
+            landing = self._land(box.shape, part.tensor.dtype, landing_nbytes)
+            self._copies.append((destination, landing))
+            destination = landing
+        digest = self._expect(part, raw) if part.box.is_whole and self._verify else -1
+        self._report.unverified += digest < 0
+        if box.is_whole and destination.is_contiguous():
+            self._program.add(raw.extent, destination.data_ptr(), digest)
+        else:
+            self._program.add_runs(raw.extent.path, runs(box, raw.extent, destination), digest)
+
+    def _land(self, shape: Sequence[int], dtype: torch.dtype, nbytes: int) -> torch.Tensor:
+        """Memory of the host buffer for a tensor; ``nbytes`` of it are taken."""
+        if self._buffer is None:
+            return torch.empty(tuple(shape), dtype=dtype)
+        used = math.prod(shape) * dtype.itemsize
+        memory = self._buffer.memory[self._landed : self._landed + used]
+        self._landed += nbytes
+        return memory.view(dtype).view(tuple(shape))
+
+    def _expect(self, part: Part, raw: RawData) -> int:
+        digest = self._program.new_digest()
+        handle = self._arena.add(raw.crc_extent) if raw.crc_extent is not None else None
+        self._checks.append(_Check(part, digest, raw.crc32, handle))
+        return digest
+
+    def _compare(self, digests: Sequence[int]) -> None:
+        for part, digest, crc32, handle in self._checks:
+            expected = self._arena.crc32(handle) if handle is not None else crc32
+            if digests[digest] != expected:
+                item = part.piece.item
+                raise CheckpointCorruptError(
+                    f"{part.tensor.fqn} in {self._index.directory}/{item.path} (bytes {item.offset} to "
+                    f"{item.offset + item.nbytes}) has CRC-32 {digests[digest]:08x} instead of "
+                    f"{expected:08x}: the file is damaged. Load an earlier iteration."
+                )
+        self._report.verified += len(self._checks)

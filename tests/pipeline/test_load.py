@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckpt_fast.errors import CheckpointMismatchError
+from ckpt_fast.pipeline import load as load_module
 from ckpt_fast.pipeline.index import CheckpointIndex
 from ckpt_fast.pipeline.load import LoadReport, load_objects, load_tensors
 from ckpt_fast.pipeline.save import save
@@ -305,3 +306,27 @@ def test_a_piece_with_a_transposed_layout_is_saved_by_value(tmp_path: Path) -> N
     into = torch.empty(5, 12)
     load(tmp_path, "w", into)
     assert torch.equal(into, turned)
+
+
+@pytest.mark.parametrize("limit", [1, 3000, 1 << 20])
+def test_what_is_not_read_in_place_lands_in_waves(
+    tmp_path: Path, limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a buffer for one tensor, for some, and for all of them; in between some that need none."""
+    monkeypatch.setattr(load_module, "_LANDING_NBYTES", limit)
+    taken, take = [], load_module.host_buffers.take
+    monkeypatch.setattr(
+        load_module.host_buffers, "take", lambda nbytes, *rest: taken.append(nbytes) or take(nbytes, *rest)
+    )
+    tensors = {f"w{n}": torch.randn(n + 1, 40) for n in range(12)}
+    save_tensors(tmp_path, tensors)
+    into = {
+        name: torch.empty_like(tensor, dtype=torch.float64 if number % 3 else torch.float32)
+        for number, (name, tensor) in enumerate(tensors.items())
+    }
+    requests = [TensorRequest(name, tensor, (0, 0)) for name, tensor in into.items()]
+    report = load_tensors(CheckpointIndex(str(tmp_path)), requests)
+    assert all(torch.equal(into[name].float(), tensors[name]) for name in tensors)
+    assert report.verified == len(tensors)
+    largest = 12 * 40 * 4
+    assert len(taken) == 1 and taken[0] <= max(limit, largest)
