@@ -51,6 +51,17 @@ def host_buffer_bytes() -> int | None:
     return _size("CKPT_FAST_HOST_BUFFER", 0) or None
 
 
+def write_retries() -> int:
+    """``CKPT_FAST_RETRIES`` (2): how often a write that failed for a reason that may pass is made again."""
+    value = os.environ.get("CKPT_FAST_RETRIES", "2")
+    return 0 if value == "0" else _positive("CKPT_FAST_RETRIES", value)
+
+
+def metrics_file() -> str | None:
+    """``CKPT_FAST_METRICS`` (none): file to which every save appends a line of JSON, one for each rank."""
+    return os.environ.get("CKPT_FAST_METRICS") or None
+
+
 def verify_on_load() -> bool:
     """``CKPT_FAST_VERIFY`` (1): compare the CRC-32 of every item that is read whole."""
     return _flag("CKPT_FAST_VERIFY", default=True)

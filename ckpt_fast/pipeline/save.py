@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from ckpt_fast import settings
 from ckpt_fast.errors import CheckpointWriteError
-from ckpt_fast.pipeline import commit
+from ckpt_fast.pipeline import commit, metrics
 from ckpt_fast.pipeline.encode import encode_metadata, encode_sidecar, file_record
 from ckpt_fast.pipeline.group import ControlGroup, Outcome
 from ckpt_fast.pipeline.plan import file_prefix
@@ -75,6 +75,7 @@ class Save:
         self._keep_files = keep_files
         self._seal_files = dict(seal_files or {})
         self._planner_data = planner_data
+        self._snapshot = snapshot
         self._waves = Waves(
             self.report,
             file_prefix(self._group.global_rank),
@@ -111,7 +112,10 @@ class Save:
             outcomes = self._group.gather(self._written)
             self._group.decide(lambda: self._publish(outcomes), outcomes)
         self.report.seconds = time.perf_counter() - self._started
+        if not self._snapshot:
+            self.report.stall_s = self.report.seconds
         _last_report = self.report
+        metrics.publish(self.report, self._group.global_rank)
         logger.debug("saved %s", self.report)
         return self.report
 
@@ -169,6 +173,4 @@ def save(shards: Sequence[Shard], directory: str, **options: Any) -> SaveReport:
     job = Save(shards, directory, **options)
     job.stage()
     job.write()
-    report = job.commit()
-    report.stall_s = report.seconds
-    return report
+    return job.commit()

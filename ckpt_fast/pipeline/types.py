@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import torch
 
+from ckpt_fast.pipeline import metrics
+
 
 class TensorShard(NamedTuple):
     """A rank's piece of a tensor, to be saved.
@@ -120,7 +122,8 @@ class SaveReport:
         """Add the time that the block takes to the step's."""
         begin = time.perf_counter()
         try:
-            yield
+            with metrics.range_of(step):
+                yield
         finally:
             self.steps[step] = self.steps.get(step, 0.0) + time.perf_counter() - begin
 

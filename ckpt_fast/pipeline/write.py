@@ -4,13 +4,22 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import logging
 import os
+import time
 
 from ckpt_fast import native, settings
 from ckpt_fast.errors import CheckpointWriteError
 from ckpt_fast.pipeline.commit import fsync_directory
 from ckpt_fast.pipeline.encode import WriteProgram
 from ckpt_fast.pipeline.types import FileRecord
+
+logger = logging.getLogger(__name__)
+
+# Network file systems and paths to a device fail so while they fail over.
+_MAY_PASS = (errno.EIO, errno.EAGAIN, errno.ENOBUFS, errno.ESTALE, errno.ETIMEDOUT)
+_FIRST_DELAY_S = 0.5
 
 
 def automatic_writers(directory: str) -> int:
@@ -38,9 +47,26 @@ def _file_system(directory: str) -> str:
 def write(program: WriteProgram, directory: str) -> list[FileRecord]:
     """Write the program's files into ``directory``; on return they are durable.
 
+    After an error that may pass, the files are written again from the beginning, ``CKPT_FAST_RETRIES`` times:
+    what the page cache holds after a failed sync is worth nothing, but the buffers still have every byte.
+
     Raises:
         CheckpointWriteError: naming file, offset and cause. The files are incomplete then.
     """
+    retries = settings.write_retries()
+    for attempt in range(retries + 1):
+        try:
+            return _write_once(program, directory)
+        except CheckpointWriteError as error:
+            if error.errno not in _MAY_PASS or attempt == retries:
+                raise
+            delay = _FIRST_DELAY_S * 4**attempt
+            logger.warning("%s Writing again in %.1f s.", error, delay)
+            time.sleep(delay)
+    raise AssertionError("unreachable")
+
+
+def _write_once(program: WriteProgram, directory: str) -> list[FileRecord]:
     if not program.paths:
         return []
     try:

@@ -40,7 +40,10 @@ def copy_run(start: str) -> str:
 @pytest.mark.parametrize(
     ("kind", "implementation"), [*((kind, "engine") for kind in SAVES), ("foreground", "fallback")]
 )
-def test_every_call_fails(tmp_path: Path, kind: str, implementation: native.Implementation) -> None:
+def test_every_call_fails(
+    tmp_path: Path, kind: str, implementation: native.Implementation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CKPT_FAST_RETRIES", "0")
     with native.using(implementation):
         start = before_the_save(str(tmp_path), kind)
         counted, iteration, root = Faults(None, fail), SAVES[kind][0], copy_run(start)
