@@ -23,6 +23,7 @@ from ckpt_fast import megatron
 from ckpt_fast.errors import CheckpointCorruptError, CheckpointMismatchError, CheckpointNotFoundError
 from ckpt_fast.pipeline import commit
 from ckpt_fast.pipeline.decode import decode_object
+from ckpt_fast.pipeline.garbage import without_collections
 from ckpt_fast.pipeline.group import ControlGroup
 from ckpt_fast.pipeline.index import CheckpointIndex
 from ckpt_fast.pipeline.load import load_objects, load_tensors
@@ -127,6 +128,7 @@ class FastLoadStrategy(megatron.TorchDistLoadShardedStrategy):  # type: ignore[m
         return {**objects, **self.load_tensors_metadata(checkpoint_dir, metadata)}
 
 
+@without_collections
 def start_save(
     sharded_state_dict: dict[str, Any],
     checkpoint_dir: str,
@@ -207,6 +209,7 @@ def shards_of(sharded_state_dict: dict[str, Any]) -> list[Shard]:
     return shards
 
 
+@without_collections
 def load(
     sharded_state_dict: dict[str, Any],
     checkpoint_dir: str,
