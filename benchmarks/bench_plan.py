@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.storage import WriteResult
 
 from ckpt_fast import megatron
-from ckpt_fast.doors.megatron_core import shards_of
+from ckpt_fast.doors.sharded_state import shards_of
 from ckpt_fast.pipeline.encode import encode_metadata
 from ckpt_fast.pipeline.group import Outcome
 from ckpt_fast.pipeline.plan import file_prefix, item_records, plan_save

@@ -9,31 +9,26 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import os
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from ckpt_fast import megatron
-from ckpt_fast.errors import CheckpointCorruptError, CheckpointMismatchError, CheckpointNotFoundError
+from ckpt_fast.doors.common_state import COMMON_FILE, COMMON_STATE_KEY, load_common_state_dict
+from ckpt_fast.doors.sharded_state import load_sharded, shards_of, torch_bytes
+from ckpt_fast.doors.stock_queue import as_request
+from ckpt_fast.errors import CheckpointMismatchError
 from ckpt_fast.pipeline import commit
-from ckpt_fast.pipeline.decode import decode_object
 from ckpt_fast.pipeline.garbage import without_collections
 from ckpt_fast.pipeline.group import ControlGroup
 from ckpt_fast.pipeline.index import CheckpointIndex
-from ckpt_fast.pipeline.load import load_objects, load_tensors
-from ckpt_fast.pipeline.save import Save, save
-from ckpt_fast.pipeline.types import ObjectShard, Shard, TensorRequest, TensorShard
+from ckpt_fast.pipeline.save import Save
 
-COMMON_FILE = "common.pt"
 CONTENT_METADATA_KEY = "content_metadata"
-# Megatron-Core from 0.19 on keeps the common state in a data file, under this name.
-_COMMON_STATE_KEY = "common_state/shard_0_1"
 # All four keys: versions before 0.19 want each of them and accept no other.
 _SEAL = {
     "sharded_backend": "torch_dist",
@@ -59,7 +54,7 @@ class FastSaveStrategy(megatron.TorchDistSaveShardedStrategy):  # type: ignore[m
         thread_count: int | None = None,
         **options: Any,
     ) -> None:
-        # Megatron-Core's own writer, which saves in the background, needs a number.
+        # Megatron-Core's attribute is a number.
         super().__init__(
             backend, version, thread_count=1 if thread_count is None else thread_count, **options
         )
@@ -67,19 +62,48 @@ class FastSaveStrategy(megatron.TorchDistSaveShardedStrategy):  # type: ignore[m
 
     def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | os.PathLike[str]) -> None:
         """Collective. Save the sharded part; Megatron-Core itself writes ``metadata.json`` afterwards."""
+        job = self._staged(sharded_state_dict, checkpoint_dir, snapshot=False)
+        job.write()
+        job.commit()
+
+    def async_save(
+        self,
+        sharded_state_dict: dict[str, Any],
+        checkpoint_dir: str | os.PathLike[str],
+        async_strategy: str = "mcore",
+    ) -> Any:
+        """Collective. Copy the state and begin to write it; training may go on when this returns.
+
+        Args:
+            sharded_state_dict: as for ``save``.
+            checkpoint_dir: the same on every rank.
+            async_strategy: "mcore" or "nvrx", the package whose queue will get the request.
+
+        Returns:
+            That package's ``AsyncRequest``, to which Megatron-Core adds the writing of ``metadata.json``.
+        """
+        _, request_class = megatron.get_async_strategy(async_strategy, "AsyncRequest")
+        return as_request(self._staged(sharded_state_dict, checkpoint_dir, snapshot=True), request_class)
+
+    def _staged(
+        self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | os.PathLike[str], snapshot: bool
+    ) -> Save:
         common = [
             entry
             for entry in megatron.nested_values(sharded_state_dict)
-            if isinstance(entry, megatron.ShardedObject) and entry.unique_key == _COMMON_STATE_KEY
+            if isinstance(entry, megatron.ShardedObject) and entry.unique_key == COMMON_STATE_KEY
         ]
-        save(
+        job = Save(
             shards_of(sharded_state_dict),
             os.fspath(checkpoint_dir),
             writers=self.writers,
             # Versions before 0.19 wrote the file already, and read nothing else.
             keep_files=() if common else (COMMON_FILE,),
-            common_files={COMMON_FILE: _torch_bytes(common[0].data)} if common else None,
+            common_files={COMMON_FILE: torch_bytes(common[0].data)} if common else None,
+            snapshot=snapshot,
         )
+        job.stage()
+        return job
 
 
 class FastLoadStrategy(megatron.TorchDistLoadShardedStrategy):  # type: ignore[misc]
@@ -123,7 +147,7 @@ class FastLoadStrategy(megatron.TorchDistLoadShardedStrategy):  # type: ignore[m
         objects = {
             fqn: megatron.ShardedObject.empty_from_unique_key(fqn)
             for fqn, entry in metadata.state_dict_metadata.items()
-            if not hasattr(entry, "chunks") and fqn != _COMMON_STATE_KEY
+            if not hasattr(entry, "chunks") and fqn != COMMON_STATE_KEY
         }
         return {**objects, **self.load_tensors_metadata(checkpoint_dir, metadata)}
 
@@ -178,35 +202,13 @@ def start_save(
         group.agree(lambda: shards_of(sharded)),
         checkpoint_dir,
         writers=base.writers,
-        common_files={COMMON_FILE: _torch_bytes(common)} if group.is_coordinator else None,
+        common_files={COMMON_FILE: torch_bytes(common)} if group.is_coordinator else None,
         seal_files={commit.SEAL_FILE: json.dumps(_SEAL).encode()},
         snapshot=snapshot,
         host_buffer=host_buffer,
     )
     job.stage()
     return job
-
-
-def shards_of(sharded_state_dict: dict[str, Any]) -> list[Shard]:
-    """The pieces this rank saves: main replicas only, objects of one key together.
-
-    Raises:
-        CheckpointMismatchError: a sharded tensor has no data, or is of a kind the files cannot hold.
-    """
-    shards: list[Shard] = []
-    objects: dict[str, list[Any]] = defaultdict(list)
-    for entry in megatron.nested_values(sharded_state_dict):
-        if not megatron.is_main_replica(entry.replica_id):
-            continue
-        if isinstance(entry, megatron.ShardedObject):
-            objects[entry.unique_key].append(entry.data)
-            continue
-        if entry.data is None:
-            raise CheckpointMismatchError(f"{entry.key} is to be saved but has no data on this rank")
-        data = entry.data.detach()[(None,) * entry.prepend_axis_num]
-        shards.append(TensorShard(entry.key, data, tuple(entry.global_offset), tuple(entry.global_shape)))
-    shards.extend(ObjectShard(key, _torch_bytes(values)) for key, values in objects.items())
-    return shards
 
 
 @without_collections
@@ -288,102 +290,3 @@ def _mismatches(consequence: str) -> Iterator[None]:
             f"{consequence}: {error}. Check that all ranks build the same model, with the configuration of "
             "the checkpoint."
         ) from error
-
-
-def load_sharded(
-    sharded_state_dict: dict[str, Any], index: CheckpointIndex, verify: bool | None = None
-) -> dict[str, Any]:
-    """Local. The same nesting with every ShardedTensor and ShardedObject replaced by its loaded value."""
-    entries = list(megatron.nested_values(sharded_state_dict))
-    tensors = [entry for entry in entries if isinstance(entry, megatron.ShardedTensor)]
-    load_tensors(index, list(_requests(tensors, index)), verify)
-    keys = {entry.unique_key for entry in entries if isinstance(entry, megatron.ShardedObject)}
-    values = {key: iter(value) for key, value in load_objects(index, sorted(keys), verify).items()}
-
-    def loaded(entry: Any) -> Any:
-        if isinstance(entry, megatron.ShardedTensor):
-            return entry.data
-        try:
-            return next(values[entry.unique_key])
-        except StopIteration:
-            raise CheckpointMismatchError(
-                f"{entry.unique_key} is asked for more often than {index.directory} has it"
-            ) from None
-
-    result: dict[str, Any] = megatron.dict_list_map_outplace(loaded, sharded_state_dict)
-    return result
-
-
-def _requests(tensors: Iterable[Any], index: CheckpointIndex) -> Iterator[TensorRequest]:
-    for entry in tensors:
-        saved = index.tensor(entry.key).shape
-        entry.init_data("cpu", torch.zeros if entry.allow_shape_mismatch else torch.empty)
-        entry.data = entry.data.detach()
-        destination = entry.data[(None,) * entry.prepend_axis_num]
-        if entry.allow_shape_mismatch:
-            # Padding that only one side has stays zero.
-            entry.data.zero_()
-            for axis, (offset, limit) in enumerate(zip(entry.global_offset, saved, strict=True)):
-                size = min(destination.shape[axis], max(limit - offset, 0))
-                destination = destination.narrow(axis, 0, size)
-        elif saved != tuple(entry.global_shape):
-            raise CheckpointMismatchError(
-                f"{entry.key} has shape {saved} in {index.directory} but {tuple(entry.global_shape)} in this "
-                "model. Use the configuration the checkpoint was saved with."
-            )
-        if destination.numel():
-            yield TensorRequest(entry.key, destination, tuple(entry.global_offset))
-
-
-def is_sealed(checkpoint_dir: str) -> bool:
-    """Local. Whether the directory has the ``metadata.json`` that Megatron-Core writes last.
-
-    Raises:
-        CheckpointCorruptError: it has one that cannot be understood.
-    """
-    try:
-        return bool(megatron.check_is_distributed_checkpoint(checkpoint_dir))
-    except (ValueError, TypeError) as error:
-        path = os.path.join(checkpoint_dir, commit.SEAL_FILE)
-        raise CheckpointCorruptError(
-            f"{path} cannot be parsed ({error}): the file is damaged. Load an earlier iteration."
-        ) from error
-
-
-def load_common_state_dict(checkpoint_dir: str) -> dict[str, Any]:
-    """Local. The part of a checkpoint that is not sharded, from ``common.pt`` or, since 0.19, the data files.
-
-    Raises:
-        CheckpointNotFoundError: the directory is not a complete torch_dist checkpoint.
-        CheckpointCorruptError, UnsafeCheckpointError: see ``decode_object``.
-    """
-    if not is_sealed(checkpoint_dir):
-        state = "does not exist" if not os.path.isdir(checkpoint_dir) else "has no metadata.json"
-        raise CheckpointNotFoundError(
-            f"{checkpoint_dir} is not a complete torch_dist checkpoint: it {state}. An interrupted save "
-            "leaves such a directory behind; load an earlier iteration."
-        )
-    path = os.path.join(checkpoint_dir, COMMON_FILE)
-    try:
-        with open(path, "rb") as file:
-            return _require_dict(decode_object(file.read(), path, verify=True), path)
-    except FileNotFoundError:
-        index = CheckpointIndex(checkpoint_dir)
-        if _COMMON_STATE_KEY not in index.metadata.state_dict_metadata:
-            raise CheckpointNotFoundError(
-                f"{path} is missing; the checkpoint is incomplete. Load an earlier iteration."
-            ) from None
-        values = load_objects(index, [_COMMON_STATE_KEY])[_COMMON_STATE_KEY]
-        return _require_dict(values[0], f"{_COMMON_STATE_KEY} in {checkpoint_dir}")
-
-
-def _require_dict(value: Any, where: str) -> dict[str, Any]:
-    if not isinstance(value, Mapping):
-        raise CheckpointCorruptError(f"{where} holds a {type(value).__name__}, not a state dict")
-    return dict(value)
-
-
-def _torch_bytes(value: Any) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    return buffer.getvalue()

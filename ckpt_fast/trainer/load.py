@@ -13,6 +13,7 @@ import torch
 
 from ckpt_fast import megatron
 from ckpt_fast.doors import megatron_core
+from ckpt_fast.doors.common_state import load_common_state_dict
 from ckpt_fast.errors import (
     CheckpointCorruptError,
     CheckpointError,
@@ -304,7 +305,7 @@ def _load_model_weights_from_checkpoint(
         None; with ``return_state_dict`` the state dict, or for the two ``return_*`` strictness modes
         (state dict, missing keys, unexpected keys).
     """
-    common = ControlGroup().agree(lambda: megatron_core.load_common_state_dict(checkpoint_path))
+    common = ControlGroup().agree(lambda: load_common_state_dict(checkpoint_path))
     metadata = megatron.load_content_metadata(preloaded_state_dict=common)
     print_rank_0(f"sharded_state_dict metadata loaded from the checkpoint: {metadata}")
     megatron.restore_modelopt_state(model, common)

@@ -15,6 +15,7 @@ import torch
 
 from ckpt_fast import megatron
 from ckpt_fast.doors import megatron_core
+from ckpt_fast.doors.common_state import COMMON_FILE, load_common_state_dict
 from ckpt_fast.errors import CheckpointCorruptError, CheckpointNotFoundError
 from ckpt_fast.pipeline.group import ControlGroup
 from ckpt_fast.pipeline.verify import require_complete
@@ -178,7 +179,7 @@ def _require_sound(path: str, configured: str) -> str:
             "iteration that is there."
         )
     found = _get_checkpoint_format(path)
-    if found == "fsdp_dtensor" and file_exists(join_paths(path, megatron_core.COMMON_FILE)):
+    if found == "fsdp_dtensor" and file_exists(join_paths(path, COMMON_FILE)):
         raise CheckpointCorruptError(
             f"{path} is a torch_dist checkpoint that lacks its metadata.json: the save was interrupted, or "
             "the file was deleted. Load an earlier iteration."
@@ -265,7 +266,7 @@ def _load_global_dist_base_checkpoint(
     """
     if rank0:
         name = checkpoint_path_override or get_checkpoint_name(load_dir, iteration or 0, release)
-        state_dict = ControlGroup().agree(lambda: megatron_core.load_common_state_dict(name))
+        state_dict = ControlGroup().agree(lambda: load_common_state_dict(name))
         return state_dict, name, release, CheckpointType.GLOBAL
     if sharded_state_dict is None:
         raise RuntimeError("loading a distributed checkpoint needs a sharded state dict, which was not given")

@@ -12,7 +12,7 @@ import os
 import re
 from typing import TYPE_CHECKING, Any, Literal
 
-from ckpt_fast.doors.megatron_core import is_sealed
+from ckpt_fast.doors.common_state import is_sealed
 from ckpt_fast.errors import CheckpointNotFoundError, UnknownFormatError
 from ckpt_fast.pipeline.commit import SEAL_FILE
 from ckpt_fast.trainer.paths import (

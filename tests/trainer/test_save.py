@@ -15,7 +15,7 @@ import yaml
 from ckpt_fast import megatron
 from ckpt_fast.callbacks import CallbackContext, CallbackManager
 from ckpt_fast.checkpointing import load_checkpoint, maybe_finalize_async_save, save_checkpoint
-from ckpt_fast.doors import megatron_core
+from ckpt_fast.doors.common_state import load_common_state_dict
 from tests.helpers import RankError, run_ranks
 from tests.interop.saved import read_with_dcp
 from tests.models import FLOPS, Run, Setup, differences, identical, other
@@ -214,7 +214,7 @@ def save_with_preprocessing(rank: int, root: str) -> tuple[set[str], set[str]]:
     with Run(Setup(), save=root) as run:
         run.train(1)
         run.save(preprocess_common_state_dict_fn=forget)
-    on_disk = megatron_core.load_common_state_dict(os.path.join(root, "iter_0000001"))
+    on_disk = load_common_state_dict(os.path.join(root, "iter_0000001"))
     return compared[0], set(on_disk)
 
 

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What of a Megatron-Core checkpoint is not sharded, and whether there is one at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from ckpt_fast import megatron
+from ckpt_fast.errors import CheckpointCorruptError, CheckpointNotFoundError
+from ckpt_fast.pipeline import commit
+from ckpt_fast.pipeline.decode import decode_object
+from ckpt_fast.pipeline.index import CheckpointIndex
+from ckpt_fast.pipeline.load import load_objects
+
+COMMON_FILE = "common.pt"
+# Megatron-Core from 0.19 on keeps the common state in a data file, under this name.
+COMMON_STATE_KEY = "common_state/shard_0_1"
+
+
+def is_sealed(checkpoint_dir: str) -> bool:
+    """Local. Whether the directory has the ``metadata.json`` that Megatron-Core writes last.
+
+    Raises:
+        CheckpointCorruptError: it has one that cannot be understood.
+    """
+    try:
+        return bool(megatron.check_is_distributed_checkpoint(checkpoint_dir))
+    except (ValueError, TypeError) as error:
+        path = os.path.join(checkpoint_dir, commit.SEAL_FILE)
+        raise CheckpointCorruptError(
+            f"{path} cannot be parsed ({error}): the file is damaged. Load an earlier iteration."
+        ) from error
+
+
+def load_common_state_dict(checkpoint_dir: str) -> dict[str, Any]:
+    """Local. The part of a checkpoint that is not sharded, from ``common.pt`` or, since 0.19, the data files.
+
+    Raises:
+        CheckpointNotFoundError: the directory is not a complete torch_dist checkpoint.
+        CheckpointCorruptError, UnsafeCheckpointError: see ``decode_object``.
+    """
+    if not is_sealed(checkpoint_dir):
+        state = "does not exist" if not os.path.isdir(checkpoint_dir) else "has no metadata.json"
+        raise CheckpointNotFoundError(
+            f"{checkpoint_dir} is not a complete torch_dist checkpoint: it {state}. An interrupted save "
+            "leaves such a directory behind; load an earlier iteration."
+        )
+    path = os.path.join(checkpoint_dir, COMMON_FILE)
+    try:
+        with open(path, "rb") as file:
+            return _require_dict(decode_object(file.read(), path, verify=True), path)
+    except FileNotFoundError:
+        index = CheckpointIndex(checkpoint_dir)
+        if COMMON_STATE_KEY not in index.metadata.state_dict_metadata:
+            raise CheckpointNotFoundError(
+                f"{path} is missing; the checkpoint is incomplete. Load an earlier iteration."
+            ) from None
+        values = load_objects(index, [COMMON_STATE_KEY])[COMMON_STATE_KEY]
+        return _require_dict(values[0], f"{COMMON_STATE_KEY} in {checkpoint_dir}")
+
+
+def _require_dict(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise CheckpointCorruptError(f"{where} holds a {type(value).__name__}, not a state dict")
+    return dict(value)

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Megatron-Core's sharded state dicts as the pipeline's shards, and as requests for them."""
+
+from __future__ import annotations
+
+import io
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+
+from ckpt_fast import megatron
+from ckpt_fast.errors import CheckpointMismatchError
+from ckpt_fast.pipeline.index import CheckpointIndex
+from ckpt_fast.pipeline.load import load_objects, load_tensors
+from ckpt_fast.pipeline.types import ObjectShard, Shard, TensorRequest, TensorShard
+
+
+def shards_of(sharded_state_dict: dict[str, Any]) -> list[Shard]:
+    """The pieces this rank saves: main replicas only, objects of one key together.
+
+    Raises:
+        CheckpointMismatchError: a sharded tensor has no data, or is of a kind the files cannot hold.
+    """
+    shards: list[Shard] = []
+    objects: dict[str, list[Any]] = defaultdict(list)
+    for entry in megatron.nested_values(sharded_state_dict):
+        if not megatron.is_main_replica(entry.replica_id):
+            continue
+        if isinstance(entry, megatron.ShardedObject):
+            objects[entry.unique_key].append(entry.data)
+            continue
+        if entry.data is None:
+            raise CheckpointMismatchError(f"{entry.key} is to be saved but has no data on this rank")
+        data = entry.data.detach()[(None,) * entry.prepend_axis_num]
+        shards.append(TensorShard(entry.key, data, tuple(entry.global_offset), tuple(entry.global_shape)))
+    shards.extend(ObjectShard(key, torch_bytes(values)) for key, values in objects.items())
+    return shards
+
+
+def load_sharded(
+    sharded_state_dict: dict[str, Any], index: CheckpointIndex, verify: bool | None = None
+) -> dict[str, Any]:
+    """Local. The same nesting with every ShardedTensor and ShardedObject replaced by its loaded value."""
+    entries = list(megatron.nested_values(sharded_state_dict))
+    tensors = [entry for entry in entries if isinstance(entry, megatron.ShardedTensor)]
+    load_tensors(index, list(_requests(tensors, index)), verify)
+    keys = {entry.unique_key for entry in entries if isinstance(entry, megatron.ShardedObject)}
+    values = {key: iter(value) for key, value in load_objects(index, sorted(keys), verify).items()}
+
+    def loaded(entry: Any) -> Any:
+        if isinstance(entry, megatron.ShardedTensor):
+            return entry.data
+        try:
+            return next(values[entry.unique_key])
+        except StopIteration:
+            raise CheckpointMismatchError(
+                f"{entry.unique_key} is asked for more often than {index.directory} has it"
+            ) from None
+
+    result: dict[str, Any] = megatron.dict_list_map_outplace(loaded, sharded_state_dict)
+    return result
+
+
+def _requests(tensors: Iterable[Any], index: CheckpointIndex) -> Iterator[TensorRequest]:
+    for entry in tensors:
+        saved = index.tensor(entry.key).shape
+        entry.init_data("cpu", torch.zeros if entry.allow_shape_mismatch else torch.empty)
+        entry.data = entry.data.detach()
+        destination = entry.data[(None,) * entry.prepend_axis_num]
+        if entry.allow_shape_mismatch:
+            # Padding that only one side has stays zero.
+            entry.data.zero_()
+            for axis, (offset, limit) in enumerate(zip(entry.global_offset, saved, strict=True)):
+                size = min(destination.shape[axis], max(limit - offset, 0))
+                destination = destination.narrow(axis, 0, size)
+        elif saved != tuple(entry.global_shape):
+            raise CheckpointMismatchError(
+                f"{entry.key} has shape {saved} in {index.directory} but {tuple(entry.global_shape)} in this "
+                "model. Use the configuration the checkpoint was saved with."
+            )
+        if destination.numel():
+            yield TensorRequest(entry.key, destination, tuple(entry.global_offset))
+
+
+def torch_bytes(value: Any) -> bytes:
+    """``torch.save`` in memory."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()

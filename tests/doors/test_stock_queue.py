@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Megatron-Core's own save in the background, with our strategy and the queues of the stock packages."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import ShardedTensor
+
+from ckpt_fast import FastLoadStrategy, FastSaveStrategy, megatron, native
+from ckpt_fast.async_queue import AsyncCallsQueue
+from ckpt_fast.doors import megatron_core
+from ckpt_fast.doors.stock_queue import wait_until_written
+from ckpt_fast.errors import AsyncSaveError
+from tests.helpers import run_ranks
+from tests.models import megatron_on_cpu
+
+ROWS = 300
+
+
+def make_queue(kind: str) -> tuple[Any, str]:
+    """(queue, name of the package whose requests it takes)."""
+    if kind == "ours":
+        return AsyncCallsQueue(), "mcore"
+    package, persistent = kind.split("-")
+    _, queue_class = megatron.get_async_strategy(package, "AsyncCallsQueue")
+    options = {"persistent": persistent == "persistent"}
+    if "cpu_shm_mode" in inspect.signature(queue_class.__init__).parameters:
+        options["cpu_shm_mode"] = True  # without it the worker of nvidia-resiliency-ext 0.7 wants a GPU
+    return queue_class(**options), package
+
+
+def start_save(state: dict[str, Any], directory: str, package: str) -> Any:
+    """``dist_checkpointing.save`` of either generation; the request it returns."""
+    save, options = dist_checkpointing.save, {}
+    strategy = FastSaveStrategy()
+    if "async_strategy" in inspect.signature(save).parameters:
+        options["async_strategy"] = package
+    elif package != "mcore":
+        # Megatron-Core 0.16 knows no other package, but hands through what the strategy returns.
+        own = strategy.async_save
+        strategy.async_save = lambda *arguments: own(*arguments, package)
+    return save(state, directory, strategy, async_sharded_save=True, **options)
+
+
+def sharded(rank: int, world_size: int, tensor: torch.Tensor) -> dict[str, Any]:
+    return {
+        "w": ShardedTensor.from_rank_offsets("w", tensor, (0, rank, world_size)),
+        "iteration": 7,
+    }
+
+
+def save_change_finalize(rank: int, kind: str, directory: str, world_size: int) -> list[int]:
+    """Three saves; what they saved changes as soon as the call has returned."""
+    published, flags = [], []
+    with megatron_on_cpu():
+        queue, package = make_queue(kind)
+        for number in range(3):
+            path = os.path.join(directory, str(number))
+            os.makedirs(path, exist_ok=True)
+            tensor = torch.full((ROWS, 50), float(10 * number + rank))
+            request = start_save(sharded(rank, world_size, tensor), path, package)
+            tensor.fill_(-1)
+            request.add_finalize_fn(lambda n=number: published.append(n))
+            flags.append(request.async_fn_args[0])
+            queue.schedule_async_request(request)
+        queue.maybe_finalize_async_calls(blocking=True)
+        queue.close()
+    assert not any(map(os.path.exists, flags)), "what connects the processes is left behind"
+    return published
+
+
+def load_stock(rank: int, directory: str, world_size: int) -> list[float]:
+    """What stock Megatron-Core finds in the three checkpoints, in this rank's part."""
+    values = []
+    for number in range(3):
+        into = sharded(rank, world_size, torch.zeros(ROWS, 50))
+        with megatron_on_cpu():
+            loaded = dist_checkpointing.load(into, os.path.join(directory, str(number)))
+        assert loaded["iteration"] == 7
+        values += torch.unique(loaded["w"]).tolist()
+    return values
+
+
+KINDS = ["ours", "mcore-temporal", "nvrx-temporal", "nvrx-persistent"]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_stock_queues_publish_what_we_write(tmp_path: Path, kind: str, world_size: int) -> None:
+    if kind.startswith("nvrx"):
+        pytest.importorskip("nvidia_resiliency_ext.checkpointing.async_ckpt.core")
+    published = run_ranks(
+        save_change_finalize, world_size, kind, str(tmp_path), world_size, fresh=True, timeout_s=200
+    )
+    assert published == [[0, 1, 2]] * world_size
+    values = run_ranks(load_stock, world_size, str(tmp_path), world_size)
+    assert values == [[rank, 10 + rank, 20 + rank] for rank in range(world_size)]
+    into = sharded(0, 1, torch.zeros(ROWS * world_size, 50))
+    loaded = megatron_core.load(into, str(tmp_path / "2"), strategy=FastLoadStrategy())
+    assert torch.unique(loaded["w"]).tolist() == [20.0 + rank for rank in range(world_size)]
+
+
+def test_no_rank_publishes_what_another_did_not_write(tmp_path: Path) -> None:
+    """Megatron-Core's metadata.json would come next."""
+    answers = run_ranks(save_on_a_full_disk, 2, str(tmp_path), fresh=True)
+    assert answers[0] == answers[1]
+    assert answers[0].startswith("AsyncSaveError") and "rank 1" in answers[0]
+    assert not (tmp_path / "metadata.json").exists() and not (tmp_path / ".metadata").exists()
+
+
+def save_on_a_full_disk(rank: int, directory: str) -> str:
+    write_files = native.write_files
+
+    def failing(*arguments: Any) -> Any:
+        raise OSError(28, "write 4096 bytes at 0: No space left on device", arguments[0][0])
+
+    if rank == 1:
+        native.write_files = failing
+    try:
+        with megatron_on_cpu():
+            queue, package = make_queue("mcore-temporal")
+            request = start_save(sharded(rank, 2, torch.ones(ROWS, 50)), directory, package)
+            queue.schedule_async_request(request)
+            queue.maybe_finalize_async_calls(blocking=True)
+    except AsyncSaveError as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        native.write_files = write_files
+    return "published"
+
+
+def test_waiting_ends_with_the_writer(tmp_path: Path) -> None:
+    """A queue's worker must not outlive a trainer that was killed."""
+    flag = tmp_path / "flag"
+    flag.write_bytes(b"\0")
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    wait_until_written(str(flag), gone.pid)
+    wait_until_written(str(tmp_path / "no flag"), os.getpid())
+    flag.write_bytes(b"\1")
+    wait_until_written(str(flag), os.getpid())
