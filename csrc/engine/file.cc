@@ -147,7 +147,7 @@ void OutputFile::close() {
 
 InputFile::InputFile(std::string path, bool direct) : path_(std::move(path)) {
   file_ = open_file(path_, O_RDONLY, &direct);
-  direct_ = direct && !is_in_memory(file_.get());
+  direct_ = opened_direct_ = direct && !is_in_memory(file_.get());
   if (!direct_) clear_direct(file_.get());
   struct stat status;
   if (::fstat(file_.get(), &status) != 0) throw_file_error("stat", path_, errno);
@@ -156,13 +156,15 @@ InputFile::InputFile(std::string path, bool direct) : path_(std::move(path)) {
 
 void InputFile::read(std::vector<iovec> parts, int64_t nbytes, int64_t offset) {
   size_t first = 0;
+  bool may_be_unaligned = opened_direct_;
   for (int64_t done = 0; done < nbytes;) {
     const auto count = static_cast<int>(std::min<size_t>(parts.size() - first, IOV_MAX));
     const ssize_t got = ::preadv(file_.get(), parts.data() + first, count, offset + done);
     if (got < 0 && errno == EINTR) continue;
-    if (got < 0 && errno == EINVAL && direct_) {
+    if (got < 0 && errno == EINVAL && may_be_unaligned) {
+      // Whether or not another thread has already come to the same conclusion: this read was a direct one.
       clear_direct(file_.get());
-      direct_ = false;
+      direct_ = may_be_unaligned = false;
       continue;
     }
     if (got < 0) throw_read_error(nbytes, offset, path_, errno);

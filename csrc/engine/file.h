@@ -79,6 +79,7 @@ class InputFile {
   std::string path_;
   Descriptor file_;
   int64_t size_ = 0;
+  bool opened_direct_ = false;
   std::atomic<bool> direct_{false};
 };
 
