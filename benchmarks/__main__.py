@@ -19,6 +19,7 @@ _MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else tempfile.gettempdir()
 RUNS = {
     "save": ["bench_save.py"],
     "save-memory": ["bench_save.py", "--path", _MEMORY],
+    "save-page-cache": ["bench_save.py", "--page-cache"],
     "save-many": ["bench_save.py", "--many", "--gigabytes", "0.27", "--rounds", "3"],
     "load": ["bench_load.py"],
     "load-many": ["bench_load.py", "--many", "--gigabytes", "0.27", "--rounds", "3"],

@@ -22,6 +22,7 @@ import limits
 import machine
 import rivals
 import states
+import torch
 
 from ckpt_fast import settings
 from ckpt_fast.doors import megatron_core
@@ -69,14 +70,27 @@ def contestant(rival: rivals.Rival, files: Files, cold: bool) -> harness.Contest
 
 
 def warm_limits(files: Files) -> list[harness.Contestant]:
-    """memcpy of the same bytes, with as many threads as a load has, and with one."""
+    """memcpy of the same bytes, with as many threads as a load has and with one; reads of cached bytes."""
     into, source = list(files.into.values()), list(files.state.values())
     counts = dict.fromkeys([files.threads.count, 1])
+    limits.buffered_writer(files.path / "warm", source, files.threads)()
+    fresh: list[Any] = []
+
+    def map_fresh() -> None:
+        fresh[:] = [torch.empty_like(tensor) for tensor in into]
+
+    def copy_to_fresh() -> None:
+        limits.copier(fresh, source, files.threads)()
+
     return [
-        harness.Contestant(
-            f"limit: memcpy, {count} threads", limits.copier(into, source, limits.Threads(count))
-        )
-        for count in counts
+        *(
+            harness.Contestant(
+                f"limit: memcpy, {count} threads", limits.copier(into, source, limits.Threads(count))
+            )
+            for count in counts
+        ),
+        harness.Contestant("limit: memcpy to new memory", copy_to_fresh, map_fresh, fresh.clear),
+        harness.Contestant("limit: preadv", limits.buffered_reader(files.path / "warm", into, files.threads)),
     ]
 
 

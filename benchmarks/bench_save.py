@@ -5,10 +5,12 @@
 
 Rivals that do not sync are synced within their time. The limit is a raw direct write of the same number of
 bytes with the same number of threads; on a file system in memory (--path /dev/shm/x) it is a plain pwrite.
+With --page-cache nobody syncs: what is measured is the way into the page cache.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ import states
 from ckpt_fast import settings
 
 
-def contestant(rival: rivals.Rival, state: states.State, path: Path) -> harness.Contestant:
+def contestant(rival: rivals.Rival, state: states.State, path: Path, sync: bool) -> harness.Contestant:
     """A rival's save to a fresh directory, removed afterwards."""
     wrapped: list[Any] = []
 
@@ -31,7 +33,7 @@ def contestant(rival: rivals.Rival, state: states.State, path: Path) -> harness.
 
     def run() -> None:
         rival.save(wrapped[0], path)
-        if not rival.durable:
+        if sync and not rival.durable:
             rivals.sync_tree(path)
 
     def after() -> None:
@@ -41,38 +43,52 @@ def contestant(rival: rivals.Rival, state: states.State, path: Path) -> harness.
     return harness.Contestant(rival.name, run, before, after)
 
 
-def limit(state: states.State, path: Path) -> harness.Contestant:
-    """The fewest operations that bring as many bytes to the file system."""
+def limit_of(state: states.State, path: Path, sync: bool) -> list[harness.Contestant]:
+    """The fewest operations that bring as many bytes to the file system; the first is the limit."""
     threads = limits.Threads(settings.io_threads())
     nbytes = states.total_nbytes(state)
-    if machine.file_system(path) == "tmpfs":
-        name, run = "limit: pwrite", limits.buffered_writer(path / "raw", list(state.values()), threads)
+    tensors = list(state.values())
+    if machine.file_system(path) == "tmpfs" or not sync:
+        runs = {"limit: pwrite": limits.buffered_writer(path / "raw", tensors, threads)}
     else:
-        name, run = (
-            "limit: direct write + fsync",
-            lambda: limits.write_direct(path / "raw", nbytes, threads),
-        )
+        runs = {
+            "limit: direct write + fsync": lambda: limits.write_direct(path / "raw", nbytes, threads),
+            "limit: pwrite + fsync": limits.buffered_writer(path / "raw", tensors, threads, sync=True),
+        }
 
     def remove() -> None:
         for file in path.glob("raw.*"):
             file.unlink()
 
-    return harness.Contestant(name, run, after=remove)
+    return [harness.Contestant(name, run, after=remove) for name, run in runs.items()]
 
 
 def main() -> None:
     options = harness.parse_arguments(__doc__)
+    sync = not options.page_cache
+    if not sync:
+        os.environ.update(CKPT_FAST_FSYNC="0", CKPT_FAST_DIRECT="0")
     rivals.start_process_group()
     report = harness.Report(options)
     state = states.chosen(options)
-    present, absent = rivals.all_rivals()
-    raw = limit(state, options.path)
-    contestants = [raw, *(contestant(rival, state, options.path / "checkpoint") for rival in present)]
+    present, absent = rivals.all_rivals(sync)
+    raw = limit_of(state, options.path, sync)
+    contestants = [*raw, *(contestant(r, state, options.path / "checkpoint", sync) for r in present)]
     contestants = harness.selected(contestants, options.only)
     times = harness.measure(contestants, options.rounds)
     nbytes = states.total_nbytes(state)
-    title = f"durable save, {len(state)} tensors, {nbytes / 1e9:.2f} GB, {options.rounds} rounds"
-    report.add(harness.table(title, times[harness.TOTAL], contestants, nbytes, "mcore", raw.name))
+    what = "durable save" if sync else "save to the page cache"
+    title = f"{what}, {len(state)} tensors, {nbytes / 1e9:.2f} GB, {options.rounds} rounds"
+    report.add(
+        harness.table(
+            title,
+            times[harness.TOTAL],
+            contestants,
+            nbytes,
+            "mcore" if sync else "DCP, 1 thread",
+            raw[0].name,
+        )
+    )
     report.add(absent)
     report.finish()
 

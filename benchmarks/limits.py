@@ -64,8 +64,10 @@ def write_direct(path: Path, nbytes: int, threads: Threads) -> None:
     threads.each(write)
 
 
-def buffered_writer(path: Path, tensors: Sequence[torch.Tensor], threads: Threads) -> Callable[[], None]:
-    """A pwritev of the tensors' own memory, one file per thread: the limit of a file system in memory."""
+def buffered_writer(
+    path: Path, tensors: Sequence[torch.Tensor], threads: Threads, sync: bool = False
+) -> Callable[[], None]:
+    """A pwritev of the tensors' own memory, one file per thread, through the page cache."""
     shares = [_batches(parts) for parts in _parts(tensors, threads.count)]
 
     def write(number: int) -> None:
@@ -76,10 +78,30 @@ def buffered_writer(path: Path, tensors: Sequence[torch.Tensor], threads: Thread
                 if written != wanted:
                     raise OSError(f"{path}.{number}: wrote {written} of {wanted} bytes")
                 offset += wanted
+            if sync:
+                os.fsync(descriptor)
         finally:
             os.close(descriptor)
 
     return lambda: threads.each(write)
+
+
+def buffered_reader(path: Path, tensors: Sequence[torch.Tensor], threads: Threads) -> Callable[[], None]:
+    """A preadv of what ``buffered_writer`` has left back into the tensors' memory."""
+    shares = [_batches(parts) for parts in _parts(tensors, threads.count)]
+
+    def read(number: int) -> None:
+        descriptor, offset = os.open(f"{path}.{number}", os.O_RDONLY), 0
+        try:
+            for batch in shares[number]:
+                wanted, got = sum(map(len, batch)), os.preadv(descriptor, batch, offset)
+                if got != wanted:
+                    raise OSError(f"{path}.{number}: read {got} of {wanted} bytes")
+                offset += wanted
+        finally:
+            os.close(descriptor)
+
+    return lambda: threads.each(read)
 
 
 def read_direct(path: Path, nbytes: int, threads: Threads, files: int) -> None:
