@@ -33,6 +33,10 @@ class RankError(AssertionError):
         self.errors = errors
 
 
+class NoGroupError(Exception):
+    """The ranks did not find each other, so that nothing has been called."""
+
+
 def run_ranks(
     function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120.0, fresh: bool = False
 ) -> list[Any]:
@@ -52,6 +56,18 @@ def run_ranks(
         RankError: a rank raised, or ended.
         TimeoutError: the ranks did not come to an end.
     """
+    try:
+        return _run(function, world_size, args, timeout_s, fresh)
+    except RankError as error:
+        # Once in thousands of rendezvous gloo meets a socket that is just being closed.
+        if NoGroupError.__name__ not in error.errors.values():
+            raise
+        return _run(function, world_size, args, timeout_s, fresh)
+
+
+def _run(
+    function: Callable[..., Any], world_size: int, args: Sequence[Any], timeout_s: float, fresh: bool
+) -> list[Any]:
     if fresh:
         ranks = _Ranks(world_size)
         try:
@@ -184,13 +200,16 @@ def _in_group(
     import torch.distributed as dist
 
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{rendezvous}",
-        rank=rank,
-        world_size=world_size,
-        timeout=timedelta(seconds=timeout_s),
-    )
+    try:
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{rendezvous}",
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=timeout_s),
+        )
+    except Exception as error:
+        raise NoGroupError(str(error)) from error
     try:
         return function(rank, *args)
     finally:
