@@ -8,12 +8,13 @@ requests in another process, need a GPU, and wait for ever once that process has
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 from ckpt_fast.errors import AsyncSaveError, CheckpointError
 from ckpt_fast.pipeline.background import SaveHandle, SaveQueue
 from ckpt_fast.pipeline.group import ControlGroup
+from ckpt_fast.pipeline.types import SaveReport
+from ckpt_fast.pipeline.worker import Worker
 
 
 class AsyncCallsQueue(SaveQueue):
@@ -39,38 +40,59 @@ class RequestHandle(SaveHandle):
     def __init__(self, request: Any) -> None:
         # Not SaveHandle's: there is no job of the pipeline behind this save.
         self._request = request.freeze()
-        self._error: BaseException | None = None
-        self._thread: threading.Thread | None = None
-        self.finalize_fns = list(request.finalize_fns)
+        self._failure: BaseException | None = None
+        self._worker = Worker("ckpt_fast-request")
+        self.report = SaveReport(f"a request of {type(request).__module__}")
+        self.finalize_fns = [self._agree, *request.finalize_fns]
+        self._deadline = None
+        self._outcome = None
+
+    @property
+    def ranks(self) -> int:
+        """All ranks."""
+        return ControlGroup().size
 
     def start(self) -> None:
-        """Stage now, write in a thread that outlives a normal exit."""
+        """Stage now, write in a thread."""
         arguments = list(self._request.async_fn_args or ())
         if self._request.preload_fn is not None:
             # By convention what was staged takes the place of the second argument.
             arguments[1] = self._request.preload_fn()
-        self._thread = threading.Thread(target=self._write, args=(arguments,), name="ckpt_fast-request")
-        self._thread.start()
+        self._worker.submit(lambda: self._write(arguments))
+        self._worker.close()
+        super().start()
 
-    def finalize(self) -> None:
-        """Collective. Run the finalizers in order, if every rank has written.
+    def progress(self) -> tuple[int, int]:
+        """Not known of a foreign request: (0, 0)."""
+        return 0, 0
 
-        Raises:
-            AsyncSaveError: on every rank, if one failed; no finalizer has run then.
-        """
+    def is_written(self) -> bool:
+        """Whether the request's function has returned, or raised."""
+        return self._worker.is_done
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Block until it has; returns whether that was within ``timeout_s``."""
+        return self._worker.wait(timeout_s)
+
+    def cancel(self) -> None:
+        """The function cannot be stopped; its finalizers will not run."""
+        self._failure = self._failure or CheckpointError("it was cancelled")
+
+    def _agree(self) -> None:
         try:
-            ControlGroup().agree(self._raise_error)
+            ControlGroup().agree(self._raise_failure)
         except CheckpointError as error:
             raise AsyncSaveError(f"a save in the background failed: {error}") from error
-        super().finalize()
 
     def _write(self, arguments: list[Any]) -> None:
         try:
             if self._request.async_fn is not None:
                 self._request.async_fn(*arguments, **(self._request.async_fn_kwargs or {}))
         except BaseException as error:
-            self._error = error
+            self._failure = error
 
-    def _raise_error(self) -> None:
-        if self._error is not None:
-            raise CheckpointError(f"{type(self._error).__name__}: {self._error}") from self._error
+    def _raise_failure(self) -> None:
+        if not self.wait(max(self._remaining_s(), 0.0)):
+            raise CheckpointError("it did not end within the time that CKPT_FAST_TIMEOUT allows")
+        if self._failure is not None:
+            raise CheckpointError(f"{type(self._failure).__name__}: {self._failure}") from self._failure

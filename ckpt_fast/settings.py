@@ -57,6 +57,16 @@ def write_retries() -> int:
     return 0 if value == "0" else _positive("CKPT_FAST_RETRIES", value)
 
 
+def space_check() -> bool:
+    """``CKPT_FAST_SPACE_CHECK`` (1): refuse a save that the file system reports too little free space for."""
+    return _flag("CKPT_FAST_SPACE_CHECK", default=True)
+
+
+def timeout_s() -> float:
+    """``CKPT_FAST_TIMEOUT`` (1800): seconds after which a save in the background counts as failed."""
+    return float(_positive("CKPT_FAST_TIMEOUT", os.environ.get("CKPT_FAST_TIMEOUT", "1800")))
+
+
 def metrics_file() -> str | None:
     """``CKPT_FAST_METRICS`` (none): file to which every save appends a line of JSON, one for each rank."""
     return os.environ.get("CKPT_FAST_METRICS") or None

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from ckpt_fast import megatron
 from ckpt_fast.doors.common_state import COMMON_FILE, COMMON_STATE_KEY, load_common_state_dict
 from ckpt_fast.doors.sharded_state import load_sharded, shards_of, torch_bytes
-from ckpt_fast.doors.stock_queue import as_request
+from ckpt_fast.doors.stock_queue import Flag, as_request
 from ckpt_fast.errors import CheckpointMismatchError
 from ckpt_fast.pipeline import commit
 from ckpt_fast.pipeline.garbage import without_collections
@@ -62,7 +62,7 @@ class FastSaveStrategy(megatron.TorchDistSaveShardedStrategy):  # type: ignore[m
 
     def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | os.PathLike[str]) -> None:
         """Collective. Save the sharded part; Megatron-Core itself writes ``metadata.json`` afterwards."""
-        job = self._staged(sharded_state_dict, checkpoint_dir, snapshot=False)
+        job = self._staged(sharded_state_dict, checkpoint_dir)
         job.write()
         job.commit()
 
@@ -83,10 +83,17 @@ class FastSaveStrategy(megatron.TorchDistSaveShardedStrategy):  # type: ignore[m
             That package's ``AsyncRequest``, to which Megatron-Core adds the writing of ``metadata.json``.
         """
         _, request_class = megatron.get_async_strategy(async_strategy, "AsyncRequest")
-        return as_request(self._staged(sharded_state_dict, checkpoint_dir, snapshot=True), request_class)
+        flag = Flag()
+        try:
+            job = self._staged(sharded_state_dict, checkpoint_dir, snapshot=True, when_written=flag.set)
+        except BaseException:
+            flag.set()
+            flag.remove()
+            raise
+        return as_request(job, flag, request_class)
 
     def _staged(
-        self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | os.PathLike[str], snapshot: bool
+        self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | os.PathLike[str], **options: Any
     ) -> Save:
         common = [
             entry
@@ -100,7 +107,7 @@ class FastSaveStrategy(megatron.TorchDistSaveShardedStrategy):  # type: ignore[m
             # Versions before 0.19 wrote the file already, and read nothing else.
             keep_files=() if common else (COMMON_FILE,),
             common_files={COMMON_FILE: torch_bytes(common[0].data)} if common else None,
-            snapshot=snapshot,
+            **options,
         )
         job.stage()
         return job

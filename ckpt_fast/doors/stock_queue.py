@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,23 +23,48 @@ _POLL_S = 0.01
 _SHARED_MEMORY = "/dev/shm"
 
 
-def as_request(job: Save, request_class: Callable[..., Any]) -> Any:
-    """Begin to write a staged save; returns the request that ends when it is written.
+class Flag:
+    """A byte in a file in memory, set once a save is written. The file goes with ``remove``."""
+
+    def __init__(self) -> None:
+        home = _SHARED_MEMORY if os.access(_SHARED_MEMORY, os.W_OK) else None
+        self._descriptor, self.path = tempfile.mkstemp(prefix="ckpt_fast-written-", dir=home)
+        os.write(self._descriptor, b"\0")
+
+    def set(self) -> None:
+        """Call it once."""
+        os.pwrite(self._descriptor, b"\1", 0)
+        os.close(self._descriptor)
+
+    def remove(self) -> None:
+        """Whoever still waits for the flag stops."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.path)
+
+
+def as_request(job: Save, flag: Flag, request_class: Callable[..., Any]) -> Any:
+    """The request that ends when a staged save is written.
 
     Args:
-        job: a save whose ``stage`` has returned, with ``snapshot``.
+        job: a save whose ``stage`` has returned, with ``snapshot`` and with ``flag.set`` as ``when_written``.
+        flag: of this save.
         request_class: ``AsyncRequest`` of the package whose queue will get it: each takes only its own.
 
     Returns:
         A request whose one finalizer is collective: it publishes the save, or raises AsyncSaveError on every
         rank if a rank failed. What its owner appends runs behind that.
     """
-    handle = _FlaggedHandle(job)
+    handle = SaveHandle(job)
     handle.start()
+
+    def finalize() -> None:
+        flag.remove()
+        handle.finalize()
+
     return request_class(
         async_fn=wait_until_written,
-        async_fn_args=(handle.flag, os.getpid()),
-        finalize_fns=[handle.finalize],
+        async_fn_args=(flag.path, os.getpid()),
+        finalize_fns=[finalize],
         async_fn_kwargs={},
     )
 
@@ -59,34 +83,6 @@ def wait_until_written(flag: str, writer: int) -> None:
         except FileNotFoundError:
             return
         time.sleep(_POLL_S)
-
-
-class _FlaggedHandle(SaveHandle):
-    """A save handle that says in a file when it is written."""
-
-    def __init__(self, job: Save) -> None:
-        super().__init__(job)
-        home = _SHARED_MEMORY if os.access(_SHARED_MEMORY, os.W_OK) else None
-        self._flag, self.flag = tempfile.mkstemp(prefix="ckpt_fast-written-", dir=home)
-        os.write(self._flag, b"\0")
-
-    def start(self) -> None:
-        self._thread = threading.Thread(target=self._write, name="ckpt_fast-write")
-        self._thread.start()
-
-    def _write(self) -> None:
-        try:
-            self._job.write()
-        finally:
-            os.pwrite(self._flag, b"\1", 0)
-            os.close(self._flag)
-
-    def finalize(self) -> None:
-        """Collective. Wait for the write, and commit."""
-        self.wait()
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self.flag)
-        super().finalize()
 
 
 def _is_alive(process: int) -> bool:

@@ -19,6 +19,7 @@ from ckpt_fast import settings
 
 if TYPE_CHECKING:
     from ckpt_fast.native._engine import (
+        WriteProgress,
         copy_crc32,
         copy_extents,
         cpu_features,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "WriteProgress",
     "copy_crc32",
     "copy_extents",
     "cpu_features",

@@ -24,6 +24,16 @@ def copy_extents(destination: array[int], source: array[int], nbytes: array[int]
     Rows do not overlap. Large copies bypass the caches.
     """
 
+class WriteProgress:
+    """How another thread watches a call of ``write_files``, and ends it early."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes handed to the file system so far, over all calls that were given this object."""
+
+    def stop(self) -> None:
+        """Calls in progress, and later ones, fail with errno ECANCELED before their next chunk."""
+
 def write_files(
     paths: Sequence[str],
     file_nbytes: array[int],
@@ -40,6 +50,7 @@ def write_files(
     chunk_bytes: int,
     direct: bool,
     fsync: bool,
+    progress: WriteProgress | None = None,
 ) -> tuple[list[int], list[int]]:
     """Create (or truncate) files and fill them from memory, in parallel; return when they are written.
 
@@ -48,7 +59,7 @@ def write_files(
     order, form stream ``d`` (all of it in one file); pieces with digest -1 belong to none. A patch stores
     the finished CRC-32 of its stream, 4 bytes little-endian, at a file offset that lies behind the stream's
     last byte in the same file, over the bytes a piece put there. Past the page cache (``direct``), where a
-    thread spends its time waiting for the device, there are two threads for each of ``threads``.
+    thread spends its time waiting for the device, there are three threads for each of ``threads``.
 
     Returns:
         (CRC-32 of every stream, CRC-32 of every whole file).

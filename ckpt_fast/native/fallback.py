@@ -11,6 +11,7 @@ import ctypes
 import errno
 import os
 import stat
+import threading
 import zlib
 from array import array
 from collections.abc import Sequence
@@ -59,6 +60,29 @@ def copy_extents(destination: array[int], source: array[int], nbytes: array[int]
         ctypes.memmove(to, at, count)
 
 
+class WriteProgress:
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._nbytes = 0
+        self._stopped = False
+
+    @property
+    def nbytes(self) -> int:
+        return self._nbytes
+
+    def stop(self) -> None:
+        self._stopped = True
+
+    def add(self, nbytes: int) -> None:
+        with self._lock:
+            self._nbytes += nbytes
+
+    def check(self, path: str, offset: int, nbytes: int) -> None:
+        if self._stopped:
+            with _named(f"write {nbytes} bytes at {offset} to", path):
+                raise OSError(errno.ECANCELED, os.strerror(errno.ECANCELED))
+
+
 def write_files(
     paths: Sequence[str],
     file_nbytes: array[int],
@@ -75,6 +99,7 @@ def write_files(
     chunk_bytes: int,
     direct: bool,
     fsync: bool,
+    progress: WriteProgress | None = None,
 ) -> tuple[list[int], list[int]]:
     checks.check_job(threads, chunk_bytes, digest_count)
     planned = checks.plan_files(paths, file_nbytes)
@@ -84,7 +109,10 @@ def write_files(
 
     stream_crcs = [0] * digest_count
     with ThreadPoolExecutor(threads) as pool:
-        written = [pool.submit(_write_file, file, chunk_bytes, fsync, stream_crcs) for file in planned]
+        written = [
+            pool.submit(_write_file, file, chunk_bytes, fsync, stream_crcs, progress or WriteProgress())
+            for file in planned
+        ]
         try:
             return stream_crcs, [future.result() for future in written]
         finally:
@@ -166,17 +194,25 @@ def _multiply(a: int, b: int) -> int:
     return product
 
 
-def _write_file(file: checks.PlannedFile, chunk_bytes: int, fsync: bool, stream_crcs: list[int]) -> int:
+def _write_file(
+    file: checks.PlannedFile,
+    chunk_bytes: int,
+    fsync: bool,
+    stream_crcs: list[int],
+    progress: WriteProgress,
+) -> int:
     """Write one file, put its streams' CRCs into ``stream_crcs`` and return its own."""
     fd = _open(file.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     try:
         crc, pieces, patches = 0, list(reversed(file.pieces)), list(reversed(file.patches))
         for begin in range(0, file.nbytes, chunk_bytes):
+            progress.check(file.path, begin, min(chunk_bytes, file.nbytes - begin))
             image = bytearray(min(chunk_bytes, file.nbytes - begin))
             _copy_pieces(image, begin, pieces, stream_crcs)
             _apply_patches(image, begin, patches, stream_crcs)
             crc = zlib.crc32(image, crc)
             _write_fully(fd, image, begin, file.path)
+            progress.add(len(image))
         if fsync:
             with _named("fsync", file.path):
                 os.fsync(fd)

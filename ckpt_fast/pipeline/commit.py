@@ -100,7 +100,7 @@ def invalidate(directory: str, keep: Collection[str] = (), rank: int | None = No
     try:
         _make_directory(os.path.abspath(directory))
         names = set(os.listdir(directory))
-        own = "" if rank is None else f"__{rank}_"
+        own = f"__{rank}_"
         seals = [SEAL_FILE, METADATA_FILE]
         if rank is None:
             seals += sorted(name for name in names if _RANK_METADATA.fullmatch(name))
@@ -110,9 +110,7 @@ def invalidate(directory: str, keep: Collection[str] = (), rank: int | None = No
             if seal in names and _unlink(os.path.join(directory, seal)):
                 fsync_directory(directory)
         for name in names.difference(keep):
-            if (name.endswith(DATA_SUFFIX) and name.startswith(own)) or (
-                rank is None and (name.endswith(_PARTIAL_SUFFIX) or name == "common.pt")
-            ):
+            if is_payload(name) if rank is None else name.startswith(own) and name.endswith(DATA_SUFFIX):
                 _unlink(os.path.join(directory, name))
     except OSError as error:
         raise CheckpointWriteError(
@@ -122,6 +120,11 @@ def invalidate(directory: str, keep: Collection[str] = (), rank: int | None = No
             error.errno,
             error.filename or directory,
         ) from error
+
+
+def is_payload(name: str) -> bool:
+    """Whether a file of this name is one that a checkpoint consists of, seals and metadata aside."""
+    return name.endswith((DATA_SUFFIX, _PARTIAL_SUFFIX)) or name == "common.pt"
 
 
 def rank_metadata_file(rank: int) -> str:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -17,7 +17,8 @@ from ckpt_fast.pipeline import commit, metrics
 from ckpt_fast.pipeline.encode import encode_metadata, encode_sidecar, file_record
 from ckpt_fast.pipeline.group import ControlGroup, Outcome
 from ckpt_fast.pipeline.plan import file_prefix
-from ckpt_fast.pipeline.types import FileRecord, RankRecord, SaveReport, Shard
+from ckpt_fast.pipeline.space import require_space
+from ckpt_fast.pipeline.types import FileRecord, RankRecord, SaveReport, Shard, shard_nbytes
 from ckpt_fast.pipeline.waves import Waves
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ class Save:
         seal_files: name to content, published after ``.metadata`` in the order given; the last is the seal.
         planner_data: torch DCP's name to path mapping, None for Megatron-Core.
         snapshot: copy CPU tensors while staging, so that training may go on during ``write``.
+        when_written: called in the writing thread once this rank has written its last byte, or has failed.
         host_buffer: bound on the host buffers in use, in bytes; None follows ``CKPT_FAST_HOST_BUFFER``.
             With a bound smaller than the state ``stage`` waits for the writes of all but the last waves.
     """
@@ -65,6 +67,7 @@ class Save:
         seal_files: Mapping[str, bytes] | None = None,
         planner_data: Mapping[str, Any] | None = None,
         snapshot: bool = False,
+        when_written: Callable[[], None] | None = None,
         host_buffer: int | None = None,
     ) -> None:
         self.directory = os.fspath(directory)
@@ -76,6 +79,7 @@ class Save:
         self._seal_files = dict(seal_files or {})
         self._planner_data = planner_data
         self._snapshot = snapshot
+        self._when_written = when_written
         self._waves = Waves(
             self.report,
             file_prefix(self._group.global_rank),
@@ -83,6 +87,7 @@ class Save:
             snapshot=snapshot,
             bound=host_buffer if host_buffer is not None else settings.host_buffer_bytes(),
         )
+        self._nbytes = sum(shard_nbytes(shard) for shard in shards)
         self._written: Outcome[RankRecord] | None = None
         self._started = time.perf_counter()
 
@@ -92,16 +97,43 @@ class Save:
         On return the shards' owners may change them, if ``snapshot`` is set.
         """
         with self.report.timed("prepare"):
-            self._group.decide(lambda: commit.invalidate(self.directory, self._keep_files))
+            sizes = self._group.gather(self._nbytes)
+            self._group.decide(lambda: self._prepare(sum(sizes)))
         outcome = self._group.attempt(self._stage_shards)
         if outcome.error is not None:
             self._written = Outcome(outcome.rank, error=outcome.error)
         self._shards = ()
         self.report.stall_s = time.perf_counter() - self._started
 
-    def write(self) -> None:
-        """Local. Return when this rank's files are written; ``commit`` raises what went wrong, everywhere."""
-        outcome = self._group.attempt(self._finish_writing)
+    @property
+    def ranks(self) -> int:
+        """How many ranks save together."""
+        return self._group.size
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """Bytes that this rank has handed to the file system, and those it will have in the end, roughly."""
+        return min(self._waves.written_nbytes, self._nbytes), self._nbytes
+
+    def is_written(self) -> bool:
+        """Whether this rank has nothing left to write (or has failed)."""
+        return self._waves.is_done
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Wait until this rank has nothing left to write; returns whether that was in time."""
+        return self._waves.wait(timeout_s)
+
+    def cancel(self) -> None:
+        """Local. Stop writing soon. ``commit`` will raise on every rank, and nothing is published."""
+        self._waves.cancel()
+
+    def write(self, timeout_s: float | None = None) -> None:
+        """Local. Return when this rank's files are written; ``commit`` raises what went wrong, everywhere.
+
+        Args:
+            timeout_s: longer than this counts as a failure.
+        """
+        outcome = self._group.attempt(lambda: self._finish_writing(timeout_s))
         self._written = self._written or outcome
 
     def commit(self) -> SaveReport:
@@ -119,17 +151,26 @@ class Save:
         logger.debug("saved %s", self.report)
         return self.report
 
+    def _prepare(self, nbytes: int) -> None:
+        require_space(self.directory, nbytes)
+        commit.invalidate(self.directory, self._keep_files)
+
     def _stage_shards(self) -> None:
-        self._waves.stage(self._shards)
-        if self._group.is_coordinator:
-            self._waves.then(self._write_common_files)
+        try:
+            self._waves.stage(self._shards)
+            if self._group.is_coordinator:
+                self._waves.then(self._write_common_files)
+        finally:
+            if self._when_written is not None:
+                self._waves.at_end(self._when_written)
+            self._waves.close()
 
     def _write_common_files(self) -> None:
         for name, content in self._common_files.items():
             commit.write_file_atomic(os.path.join(self.directory, name), content)
 
-    def _finish_writing(self) -> RankRecord:
-        record = self._waves.finish()
+    def _finish_writing(self, timeout_s: float | None) -> RankRecord:
+        record = self._waves.finish(timeout_s)
         if self._group.is_coordinator:
             common = [file_record(name, content) for name, content in self._common_files.items()]
             record.files.extend(common)

@@ -30,12 +30,14 @@ class Staged:
         addresses: one entry per item, in plan order; 0 for items without raw data.
         owners: tensors that own memory read in place.
         buffer: host buffer that holds the copies, until ``release``.
+        copied_nbytes: bytes copied into it.
         allocated_nbytes: host memory that was new for it.
     """
 
     addresses: list[int] = field(default_factory=list)
     owners: list[torch.Tensor] = field(default_factory=list)
     buffer: HostBuffer | None = None
+    copied_nbytes: int = 0
     allocated_nbytes: int = 0
 
     def release(self) -> None:
@@ -89,6 +91,7 @@ def stage(
     try:
         copies: Iterator[int] = iter(())
         if staged.buffer is not None:
+            staged.copied_nbytes = sum(_nbytes(tensor) for tensor in copied)
             staged.allocated_nbytes = staged.buffer.nbytes if staged.buffer.is_new else 0
             copies = iter(_copy(copied, staged.buffer))
         for tensor, wanted in zip(tensors, is_copied, strict=True):

@@ -104,7 +104,9 @@ class SaveReport:
         nbytes: bytes this rank wrote.
         files: files this rank wrote.
         stall_s: how long training waited.
-        seconds: from the call until the checkpoint was durable.
+        written_s: from the call until this rank's bytes were durable.
+        seconds: from the call until the checkpoint was published.
+        staged_nbytes: bytes copied to host memory; 0 if all were written from where they were.
         host_memory_allocated: bytes of host buffers that were new in this save; later saves use them again.
         steps: seconds spent in each step of the pipeline, by name.
     """
@@ -113,7 +115,9 @@ class SaveReport:
     nbytes: int = 0
     files: int = 0
     stall_s: float = 0.0
+    written_s: float = 0.0
     seconds: float = 0.0
+    staged_nbytes: int = 0
     host_memory_allocated: int = 0
     steps: dict[str, float] = field(default_factory=dict)
 
@@ -134,14 +138,34 @@ class SaveReport:
 
     @property
     def gb_per_s(self) -> float:
-        """This rank's bytes over the whole duration, in 10^9 bytes per second."""
-        return self.nbytes / self.seconds / 1e9 if self.seconds else 0.0
+        """This rank's bytes over the time until they were durable, in 10^9 bytes per second."""
+        return self.nbytes / self.written_s / 1e9 if self.written_s else 0.0
+
+    @property
+    def staged_gb_per_s(self) -> float:
+        """How fast bytes were copied to host memory, in 10^9 bytes per second."""
+        seconds = self.steps.get("stage", 0.0)
+        return self.staged_nbytes / seconds / 1e9 if seconds else 0.0
 
     def __str__(self) -> str:
-        new_memory = ""
-        if self.host_memory_allocated:
-            new_memory = f", {self.host_memory_allocated / 1e6:.1f} MB of host buffers allocated for it"
-        return (
-            f"{self.nbytes / 1e6:.1f} MB in {self.files} files from this rank, durable after "
-            f"{self.seconds:.3f} s ({self.gb_per_s:.2f} GB/s){new_memory}"
+        facts = [f"stall {self.stall_s:.3f} s"]
+        if self.staged_nbytes:
+            facts.append(f"{_readable(self.staged_nbytes)} staged at {self.staged_gb_per_s:.1f} GB/s")
+        facts.append(
+            f"{_readable(self.nbytes)} of this rank durable after {self.written_s:.3f} s at "
+            f"{self.gb_per_s:.2f} GB/s"
         )
+        if self.host_memory_allocated:
+            facts.append(f"{_readable(self.host_memory_allocated)} of host buffers allocated for it")
+        return ", ".join(facts)
+
+
+def shard_nbytes(shard: Shard) -> int:
+    """Bytes of a shard's values."""
+    if isinstance(shard, TensorShard):
+        return shard.tensor.numel() * shard.tensor.dtype.itemsize
+    return len(shard.payload)
+
+
+def _readable(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"

@@ -3,13 +3,18 @@
 
 from __future__ import annotations
 
+import errno
+import functools
+import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 
+from ckpt_fast import native
+from ckpt_fast.errors import CheckpointError, CheckpointWriteError
 from ckpt_fast.pipeline.encode import WriteProgram
 from ckpt_fast.pipeline.plan import FilePlan, cut_waves, item_records, plan_save
 from ckpt_fast.pipeline.stage import Staged, copied_nbytes, stage
 from ckpt_fast.pipeline.types import RankRecord, SaveReport, Shard
+from ckpt_fast.pipeline.worker import Worker
 from ckpt_fast.pipeline.write import automatic_writers, write
 
 
@@ -42,8 +47,11 @@ class Waves:
         self._snapshot = snapshot
         self._bound = bound
         self._record = RankRecord([], [])
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="ckpt_fast-write")
-        self._actions: list[Future[None]] = []
+        self._begun = time.perf_counter()
+        self._progress = native.WriteProgress()
+        self._cancelled = False
+        self._error: BaseException | None = None
+        self._worker = Worker("ckpt_fast-write")
 
     def stage(self, shards: Sequence[Shard]) -> None:
         """Plan, bring the bytes to host memory and begin to write them.
@@ -67,21 +75,63 @@ class Waves:
                 number += len(files)
             with self._report.timed("stage"):
                 staged = stage(files, self._snapshot, self._bound, limit or 0)
+            self._report.staged_nbytes += staged.copied_nbytes
             self._report.host_memory_allocated += staged.allocated_nbytes
-            self._actions.append(self._thread.submit(self._write_wave, files, staged))
+            self._worker.submit(functools.partial(self._write_wave, files, staged))
 
     def then(self, action: Callable[[], None]) -> None:
         """Run ``action`` in the writing thread, once all that has been staged so far is written."""
-        self._actions.append(self._thread.submit(self._unless_failed, action))
+        self._worker.submit(lambda: self._unless_failed(action))
 
-    def finish(self) -> RankRecord:
+    def at_end(self, action: Callable[[], None]) -> None:
+        """Run ``action`` in the writing thread behind all that has been staged, even after a failure."""
+        self._worker.submit(action)
+
+    def close(self) -> None:
+        """All is staged: the thread ends once it has written the rest. May be called again."""
+        if not self._worker.is_closed:
+            self._worker.submit(self._note_end)
+            self._worker.close()
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the thread has ended."""
+        return self._worker.is_done
+
+    @property
+    def written_nbytes(self) -> int:
+        """Bytes handed to the file system so far; more than there are if some had to be written again."""
+        return self._progress.nbytes
+
+    def cancel(self) -> None:
+        """Stop writing; ``finish`` will raise, even if everything is written already."""
+        self._cancelled = True
+        self._progress.stop()
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Wait for the thread; returns whether it ended in time."""
+        return self._worker.wait(timeout_s)
+
+    def finish(self, timeout_s: float | None = None) -> RankRecord:
         """Wait until everything is written; raises what went wrong first.
 
-        In either case nothing is written any more: the next save may use the directory at once.
+        Unless that is the time, nothing is written any more: the next save may use the directory at once.
+
+        Raises:
+            CheckpointError: it is not written within ``timeout_s``, or was cancelled.
         """
-        self._thread.shutdown()
-        for action in self._actions:
-            action.result()
+        self.close()
+        if not self._worker.wait(timeout_s):
+            self.cancel()
+            raise CheckpointError(
+                f"writing to {self._report.directory} did not end within the {timeout_s:.0f} s that "
+                f"CKPT_FAST_TIMEOUT allows ({self.written_nbytes} bytes were written). The file system may "
+                "hang: look at it, or allow more time."
+            )
+        if self._error is not None and not (self._cancelled and _is_cancellation(self._error)):
+            raise self._error
+        if self._cancelled:
+            raise CheckpointError(f"the save to {self._report.directory} was cancelled")
         return self._record
 
     def run(self, shards: Sequence[Shard]) -> RankRecord:
@@ -89,7 +139,8 @@ class Waves:
         try:
             self.stage(shards)
         finally:
-            self._thread.shutdown()
+            self.close()
+            self.wait()
         return self.finish()
 
     def _write_wave(self, files: Sequence[FilePlan], staged: Staged) -> None:
@@ -99,14 +150,25 @@ class Waves:
             staged.release()
 
     def _unless_failed(self, action: Callable[[], None]) -> None:
-        if not any(earlier.done() and earlier.exception() for earlier in self._actions):
+        if self._error is not None:
+            return
+        try:
             action()
+        except BaseException as error:
+            self._error = error
+
+    def _note_end(self) -> None:
+        self._report.written_s = time.perf_counter() - self._begun
 
     def _write(self, files: Sequence[FilePlan], staged: Staged) -> None:
         with self._report.timed("encode"):
             program = WriteProgram(files, staged)
         with self._report.timed("write"):
-            written = write(program, self._report.directory)
+            written = write(program, self._report.directory, self._progress)
         self._record.files.extend(written)
         self._report.count(written)
         self._record.items.extend(item_records(files))
+
+
+def _is_cancellation(error: BaseException) -> bool:
+    return isinstance(error, CheckpointWriteError) and error.errno == errno.ECANCELED

@@ -44,11 +44,18 @@ def _file_system(directory: str) -> str:
     return found[1]
 
 
-def write(program: WriteProgram, directory: str) -> list[FileRecord]:
+def write(
+    program: WriteProgram, directory: str, progress: native.WriteProgress | None = None
+) -> list[FileRecord]:
     """Write the program's files into ``directory``; on return they are durable.
 
     After an error that may pass, the files are written again from the beginning, ``CKPT_FAST_RETRIES`` times:
     what the page cache holds after a failed sync is worth nothing, but the buffers still have every byte.
+
+    Args:
+        program: what is written.
+        directory: the checkpoint.
+        progress: to watch the write, and to stop it.
 
     Raises:
         CheckpointWriteError: naming file, offset and cause. The files are incomplete then.
@@ -56,7 +63,7 @@ def write(program: WriteProgram, directory: str) -> list[FileRecord]:
     retries = settings.write_retries()
     for attempt in range(retries + 1):
         try:
-            return _write_once(program, directory)
+            return _write_once(program, directory, progress)
         except CheckpointWriteError as error:
             if error.errno not in _MAY_PASS or attempt == retries:
                 raise
@@ -66,7 +73,9 @@ def write(program: WriteProgram, directory: str) -> list[FileRecord]:
     raise AssertionError("unreachable")
 
 
-def _write_once(program: WriteProgram, directory: str) -> list[FileRecord]:
+def _write_once(
+    program: WriteProgram, directory: str, progress: native.WriteProgress | None
+) -> list[FileRecord]:
     if not program.paths:
         return []
     try:
@@ -86,6 +95,7 @@ def _write_once(program: WriteProgram, directory: str) -> list[FileRecord]:
             settings.chunk_bytes(),
             settings.direct_io(),
             settings.fsync_enabled(),
+            progress=progress,
         )
         fsync_directory(directory)
     except OSError as error:

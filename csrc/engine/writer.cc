@@ -3,12 +3,14 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cerrno>
 #include <memory>
 #include <mutex>
 
 #include "buffer_pool.h"
 #include "checksum.h"
 #include "chunk_image.h"
+#include "error.h"
 #include "file.h"
 #include "parallel.h"
 #include "stream_digests.h"
@@ -115,6 +117,10 @@ void WriteJob::finish_file(size_t file) {
 }
 
 void WriteJob::write_chunk(const Chunk& chunk) {
+  WriteProgress* progress = request_.progress;
+  if (progress != nullptr && progress->stopped()) {
+    throw_write_error(chunk.nbytes(), chunk.begin, plan_.files[chunk.file].path, ECANCELED);
+  }
   OutputFile& output = output_of(chunk.file);
   if (chunk.nbytes() > 0) {
     const Buffer buffer(static_cast<size_t>(request_.chunk_nbytes));
@@ -122,6 +128,7 @@ void WriteJob::write_chunk(const Chunk& chunk) {
     fill(chunk, &image);
     if (!apply_patches(chunk, &image)) return;
     output.write(image.parts(), chunk.nbytes(), chunk.begin);
+    if (progress != nullptr) progress->add(chunk.nbytes());
     const int64_t behind = plan_.files[chunk.file].nbytes - chunk.end;
     open_files_[chunk.file].crc ^= crc32_shift(image.crc(), static_cast<uint64_t>(behind));
   }

@@ -88,14 +88,16 @@ py::tuple write_files_from(const py::sequence& paths, const py::buffer& file_nby
                            const py::buffer& piece_nbytes, const py::buffer& piece_address,
                            const py::buffer& piece_digest, const py::buffer& patch_file,
                            const py::buffer& patch_offset, const py::buffer& patch_digest,
-                           int64_t digest_count, int threads, int64_t chunk_bytes, bool direct, bool fsync) {
+                           int64_t digest_count, int threads, int64_t chunk_bytes, bool direct, bool fsync,
+                           WriteProgress* progress) {
   const ColumnArgument columns[] = {
       {file_nbytes, "file_nbytes"},   {piece_file, "piece_file"},       {piece_offset, "piece_offset"},
       {piece_nbytes, "piece_nbytes"}, {piece_address, "piece_address"}, {piece_digest, "piece_digest"},
       {patch_file, "patch_file"},     {patch_offset, "patch_offset"},   {patch_digest, "patch_digest"}};
   const WriteRequest request{encode_paths(paths), columns[0], columns[1],  columns[2], columns[3],
                              columns[4],          columns[5], columns[6],  columns[7], columns[8],
-                             digest_count,        threads,    chunk_bytes, direct,     fsync};
+                             digest_count,        threads,    chunk_bytes, direct,     fsync,
+                             progress};
   WriteResult result;
   {
     const py::gil_scoped_release no_gil;
@@ -139,10 +141,15 @@ PYBIND11_MODULE(_engine, m) {
         py::arg("seed") = 0, no_gil);
   m.def("copy_extents", copy_extents_at, py::arg("destination"), py::arg("source"), py::arg("nbytes"),
         py::arg("threads"));
+  py::class_<WriteProgress>(m, "WriteProgress")
+      .def(py::init<>())
+      .def_property_readonly("nbytes", &WriteProgress::nbytes)
+      .def("stop", &WriteProgress::stop);
   m.def("write_files", write_files_from, py::arg("paths"), py::arg("file_nbytes"), py::arg("piece_file"),
         py::arg("piece_offset"), py::arg("piece_nbytes"), py::arg("piece_address"), py::arg("piece_digest"),
         py::arg("patch_file"), py::arg("patch_offset"), py::arg("patch_digest"), py::arg("digest_count"),
-        py::arg("threads"), py::arg("chunk_bytes"), py::arg("direct"), py::arg("fsync"));
+        py::arg("threads"), py::arg("chunk_bytes"), py::arg("direct"), py::arg("fsync"),
+        py::arg("progress") = nullptr);
   m.def("read_extents", read_extents_into, py::arg("paths"), py::arg("extent_file"), py::arg("extent_offset"),
         py::arg("extent_nbytes"), py::arg("extent_address"), py::arg("extent_digest"),
         py::arg("digest_count"), py::arg("threads"), py::arg("chunk_bytes"), py::arg("direct"));

@@ -37,7 +37,7 @@ class Faults:
             "replace": os.replace,
             "unlink": os.unlink,
             "fsync": lambda _: None,
-            "write_files": lambda *arguments: write_files(*arguments[:-1], False),
+            "write_files": lambda *arguments, **options: write_files(*arguments[:-1], False, **options),
         }
         with contextlib.ExitStack() as stack:
             for name, original in originals.items():
@@ -49,26 +49,26 @@ class Faults:
         def call(*arguments: Any, **options: Any) -> Any:
             number, self.count = self.count, self.count + 1
             if number == self._at:
-                return self._fault(name, original, *arguments)
+                return self._fault(name, original, *arguments, **options)
             return original(*arguments, **options)
 
         return call
 
 
-def fail(_name: str, _original: Callable[..., Any], *_arguments: Any) -> NoReturn:
+def fail(_name: str, _original: Callable[..., Any], *_arguments: Any, **_options: Any) -> NoReturn:
     """The call does nothing and reports that the disk is broken."""
     raise OSError(errno.EIO, os.strerror(errno.EIO), "somewhere")
 
 
-def die(_name: str, _original: Callable[..., Any], *_arguments: Any) -> NoReturn:
+def die(_name: str, _original: Callable[..., Any], *_arguments: Any, **_options: Any) -> NoReturn:
     """The process ends before the call."""
     os._exit(0)
 
 
-def tear(name: str, original: Callable[..., Any], *arguments: Any) -> NoReturn:
+def tear(name: str, original: Callable[..., Any], *arguments: Any, **options: Any) -> NoReturn:
     """The process ends in the middle of the call: data files are half written."""
     if name == "write_files":
-        original(*arguments)
+        original(*arguments, **options)
         for path in arguments[0]:
             os.truncate(path, os.path.getsize(path) // 2)
     os._exit(0)

@@ -124,8 +124,12 @@ def test_write_beyond_the_file_size_limit(native_impl, tmp_path, direct) -> None
     with file_size_limit(8 * 4096), pytest.raises(OSError) as caught:
         case.write(threads=1, direct=direct)
     path = case.paths()[0]
-    expected = f"write 4096 bytes at 32768 to {path}: File too large"
-    assert (caught.value.errno, caught.value.strerror, caught.value.filename) == (errno.EFBIG, expected, path)
+    assert (caught.value.errno, caught.value.filename) == (errno.EFBIG, path)
+    found = re.fullmatch(
+        rf"write 4096 bytes at (\d+) to {re.escape(path)}: File too large", caught.value.strerror
+    )
+    # Past the page cache several chunks are on their way at once, and any of them may be the first to fail.
+    assert found and int(found[1]) in ((32768, 36864, 40960) if direct else (32768,))
 
 
 @pytest.mark.timeout(60)

@@ -41,9 +41,9 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     implementation = native.engine()
     original = implementation.write_files
 
-    def write_files(*arguments: Any) -> Any:
+    def write_files(*arguments: Any, **options: Any) -> Any:
         assert opened.wait(30)
-        return original(*arguments)
+        return original(*arguments, **options)
 
     monkeypatch.setattr(implementation, "write_files", write_files)
     return opened
@@ -187,10 +187,10 @@ def test_a_failure_on_one_rank_fails_that_save_on_all(tmp_path: Path, failing: i
 
 def one_rank_is_slow(rank: int, directory: str) -> list[int]:
     queue = SaveQueue()
-    request = handle(directory, torch.full((4,), rank), dist.get_world_size(), rank)
+    original = native.write_files
     if rank == 1:
-        write = request._job.write
-        request._job.write = lambda: (time.sleep(0.5), write())  # type: ignore[method-assign,return-value]
+        native.engine().write_files = lambda *a, **k: (time.sleep(0.5), original(*a, **k))[1]
+    request = handle(directory, torch.full((4,), rank), dist.get_world_size(), rank)
     queue.schedule_async_request(request)
     if rank == 0:
         request.wait()
@@ -198,6 +198,7 @@ def one_rank_is_slow(rank: int, directory: str) -> list[int]:
     while not polls or not polls[-1]:
         polls.append(len(queue.maybe_finalize_async_calls()))
         dist.barrier()
+    native.engine().write_files = original
     return polls
 
 

@@ -27,9 +27,9 @@ def fail_writes(monkeypatch: pytest.MonkeyPatch, code: int, times: int) -> list[
     made: list[int] = []
     write_files = native.write_files
 
-    def failing(*arguments: Any) -> Any:
+    def failing(*arguments: Any, **options: Any) -> Any:
         made.append(len(made))
-        result = write_files(*arguments)
+        result = write_files(*arguments, **options)
         if len(made) <= times:
             for path in arguments[0]:
                 os.truncate(path, os.path.getsize(path) // 2)

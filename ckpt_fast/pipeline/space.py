@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether a checkpoint will fit, asked before anything is removed or written."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+
+from ckpt_fast import settings
+from ckpt_fast.errors import CheckpointWriteError
+from ckpt_fast.pipeline.commit import is_payload
+
+# Headers, padding and metadata, next to the values.
+_OVERHEAD = 1.01
+
+
+def require_space(directory: str, nbytes: int) -> None:
+    """Refuse a save that the file system has no room for; one that is replaced counts as free.
+
+    File systems that don't say how large they are (object stores), or that have quotas, can't be asked; there
+    the write itself fails when it comes to that.
+
+    Args:
+        directory: the checkpoint; need not exist.
+        nbytes: values that all ranks will write.
+
+    Raises:
+        CheckpointWriteError: errno ENOSPC, with both sizes.
+    """
+    if not settings.space_check():
+        return
+    existing = os.path.abspath(directory)
+    while not os.path.isdir(existing) and existing != os.path.dirname(existing):
+        existing = os.path.dirname(existing)
+    try:
+        status = os.statvfs(existing)
+    except OSError:
+        return  # preparing the directory says better what is wrong with it
+    if not status.f_blocks:
+        return
+    free = status.f_bavail * status.f_frsize + _replaced_nbytes(directory)
+    needed = int(nbytes * _OVERHEAD)
+    if free < needed:
+        raise CheckpointWriteError(
+            f"cannot save to {directory}: the checkpoint takes about {needed / 1e9:.2f} GB, but its file "
+            f"system has {free / 1e9:.2f} GB free. Nothing was written and no checkpoint was touched. Free "
+            "space, or keep fewer checkpoints; CKPT_FAST_SPACE_CHECK=0 tries regardless.",
+            errno.ENOSPC,
+            directory,
+        )
+
+
+def _replaced_nbytes(directory: str) -> int:
+    nbytes = 0
+    with contextlib.suppress(OSError), os.scandir(directory) as entries:
+        for entry in entries:
+            if is_payload(entry.name):
+                nbytes += entry.stat().st_size
+    return nbytes
