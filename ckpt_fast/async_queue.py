@@ -62,6 +62,9 @@ class RequestHandle(SaveHandle):
         self._worker.close()
         super().start()
 
+    def wait_staged(self) -> None:
+        """Nothing: the request owns its bytes since ``start``."""
+
     def progress(self) -> tuple[int, int]:
         """Not known of a foreign request: (0, 0)."""
         return 0, 0

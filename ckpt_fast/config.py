@@ -25,6 +25,7 @@ __all__ = [
 ]
 
 _ON_CORRUPT = ("fallback", "raise")
+_ON_SAVE_IN_PROGRESS = ("wait", "skip", "queue")
 _ON_SAVE_ERROR = ("raise", "warn")
 _C = TypeVar("_C", bound="ConfigContainer")
 
@@ -199,6 +200,9 @@ class CheckpointConfig:
     """When the newest checkpoint is damaged: load the newest sound one and say so, or raise."""
     on_save_error: Literal["raise", "warn"] = "raise"
     """When a save fails: raise on every rank, or warn and train on with the previous checkpoint."""
+    on_save_in_progress: Literal["wait", "skip", "queue"] = "wait"
+    """When a save is due while the one before is still being written: let training wait for that one, skip
+    the new one with a warning, or take another copy of the state and write it afterwards."""
     verify_on_load: bool | None = None
     """Compare checksums while loading; None follows ``CKPT_FAST_VERIFY`` (on)."""
     host_buffer_bytes: int | None = None
@@ -263,6 +267,11 @@ class CheckpointConfig:
             raise ValueError(f"on_corrupt={self.on_corrupt!r}: use one of {', '.join(_ON_CORRUPT)}")
         if self.host_buffer_bytes is not None and self.host_buffer_bytes < 1:
             raise ValueError(f"host_buffer_bytes={self.host_buffer_bytes} is not a positive number of bytes")
+        if self.on_save_in_progress not in _ON_SAVE_IN_PROGRESS:
+            raise ValueError(
+                f"on_save_in_progress={self.on_save_in_progress!r}: use one of "
+                f"{', '.join(_ON_SAVE_IN_PROGRESS)}"
+            )
         if self.on_save_error not in _ON_SAVE_ERROR:
             raise ValueError(f"on_save_error={self.on_save_error!r}: use one of {', '.join(_ON_SAVE_ERROR)}")
 

@@ -7,6 +7,9 @@ Variables are read at call time, so a test or a launcher may change them between
 from __future__ import annotations
 
 import os
+from typing import Literal, cast, get_args
+
+StagingMode = Literal["auto", "blocking", "overlapped", "device"]
 
 _SUFFIXES = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
@@ -49,6 +52,14 @@ def host_buffer_bytes() -> int | None:
     not fit is staged in waves; ``dcp.async_save``, which cannot wait for a wave, refuses it.
     """
     return _size("CKPT_FAST_HOST_BUFFER", 0) or None
+
+
+def staging_mode() -> StagingMode:
+    """``CKPT_FAST_STAGING`` (auto): how GPU tensors of a background save are copied, see ``device_copy``."""
+    value = os.environ.get("CKPT_FAST_STAGING", "auto")
+    if value not in get_args(StagingMode):
+        raise ValueError(f"CKPT_FAST_STAGING={value!r}: use one of {', '.join(get_args(StagingMode))}")
+    return cast(StagingMode, value)
 
 
 def write_retries() -> int:

@@ -23,6 +23,7 @@ from ckpt_fast.doors.sharded_state import load_sharded, shards_of, torch_bytes
 from ckpt_fast.doors.stock_queue import Flag, as_request
 from ckpt_fast.errors import CheckpointMismatchError
 from ckpt_fast.pipeline import commit
+from ckpt_fast.pipeline.device_copy import StagingPolicy
 from ckpt_fast.pipeline.garbage import without_collections
 from ckpt_fast.pipeline.group import ControlGroup
 from ckpt_fast.pipeline.index import CheckpointIndex
@@ -169,6 +170,7 @@ def start_save(
     preprocess_common_before_consistency_check: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
     content_metadata: dict[str, Any] | None = None,
     snapshot: bool = False,
+    staging: StagingPolicy | None = None,
     host_buffer: int | None = None,
 ) -> Save:
     """Collective. Everything up to and including staging; the caller then runs ``write`` and ``commit``.
@@ -180,7 +182,8 @@ def start_save(
         validate_access_integrity: check that all ranks together save every element exactly once.
         preprocess_common_before_consistency_check: applied to the common state before ranks compare it.
         content_metadata: stored in the common state under ``content_metadata``.
-        snapshot: the shards' memory may change as soon as this returns.
+        snapshot: the shards' memory may change as soon as this returns, as far as ``staging`` allows.
+        staging: how tensors on GPUs are copied then; see ``Save``.
         host_buffer: bound on the host memory staged into; see ``Save``.
 
     Raises:
@@ -212,6 +215,7 @@ def start_save(
         common_files={COMMON_FILE: torch_bytes(common)} if group.is_coordinator else None,
         seal_files={commit.SEAL_FILE: json.dumps(_SEAL).encode()},
         snapshot=snapshot,
+        staging=staging,
         host_buffer=host_buffer,
     )
     job.stage()

@@ -9,6 +9,22 @@ from array import array
 def device_count() -> int:
     """GPUs that the driver shows; 0 when there is no driver."""
 
+def copy_to_host(
+    destination: array[int], source: array[int], nbytes: array[int], device: int, stream: int
+) -> None:
+    """Copy contiguous device memory to host memory, one entry of each column per copy; enqueued.
+
+    Returns at once if the host memory is page-locked. The caller keeps both sides alive until the stream has
+    passed the work.
+
+    Raises:
+        ValueError: the columns differ in length, or a size is negative; nothing was enqueued.
+        RuntimeError: CUDA refused a copy.
+    """
+
+def gather(destination: array[int], source: array[int], nbytes: array[int], device: int, stream: int) -> None:
+    """As ``copy_to_host``, by kernels, hundreds of copies in one launch, to memory the device can write."""
+
 def permute_rows(
     destination: int,
     source: int,

@@ -64,7 +64,12 @@ class SaveHandle:
         _in_flight.append(self)
 
     def wait_staged(self) -> None:
-        """Return once what training does next can no longer reach the checkpoint."""
+        """Return once what this thread does next can no longer reach the checkpoint.
+
+        Copies from a GPU may be on their way when a save returns (see ``CKPT_FAST_STAGING``). This lets its
+        work behind them wait, not the host.
+        """
+        self._job.wait_staged()
 
     def progress(self) -> tuple[int, int]:
         """Bytes handed to the file system so far, and bytes in all, of this rank."""
@@ -146,6 +151,15 @@ class SaveHandle:
             raise AsyncSaveError(
                 f"the save to {self._job.directory} in the background failed: {error}"
             ) from error
+
+
+def wait_staged() -> None:
+    """``SaveHandle.wait_staged`` of every save in flight: call it before you change tensors being saved.
+
+    The step of an optimizer given to ``save_checkpoint`` does so by itself.
+    """
+    for handle in list(_in_flight):
+        handle.wait_staged()
 
 
 class SaveQueue:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from ckpt_fast import settings
 from ckpt_fast.errors import CheckpointWriteError
 from ckpt_fast.pipeline import commit, metrics
+from ckpt_fast.pipeline.device_copy import BLOCKING, StagingPolicy
 from ckpt_fast.pipeline.encode import encode_metadata, encode_sidecar, file_record
 from ckpt_fast.pipeline.group import ControlGroup, Outcome
 from ckpt_fast.pipeline.plan import file_prefix
@@ -50,6 +51,7 @@ class Save:
         seal_files: name to content, published after ``.metadata`` in the order given; the last is the seal.
         planner_data: torch DCP's name to path mapping, None for Megatron-Core.
         snapshot: copy CPU tensors while staging, so that training may go on during ``write``.
+        staging: how tensors on GPUs are copied for a snapshot; None follows ``CKPT_FAST_STAGING``.
         when_written: called in the writing thread once this rank has written its last byte, or has failed.
         host_buffer: bound on the host buffers in use, in bytes; None follows ``CKPT_FAST_HOST_BUFFER``.
             With a bound smaller than the state ``stage`` waits for the writes of all but the last waves.
@@ -67,6 +69,7 @@ class Save:
         seal_files: Mapping[str, bytes] | None = None,
         planner_data: Mapping[str, Any] | None = None,
         snapshot: bool = False,
+        staging: StagingPolicy | None = None,
         when_written: Callable[[], None] | None = None,
         host_buffer: int | None = None,
     ) -> None:
@@ -86,6 +89,7 @@ class Save:
             writers,
             snapshot=snapshot,
             bound=host_buffer if host_buffer is not None else settings.host_buffer_bytes(),
+            policy=(staging or StagingPolicy.chosen()) if snapshot else BLOCKING,
         )
         self._nbytes = sum(shard_nbytes(shard) for shard in shards)
         self._written: Outcome[RankRecord] | None = None
@@ -122,6 +126,10 @@ class Save:
     def wait(self, timeout_s: float | None = None) -> bool:
         """Wait until this rank has nothing left to write; returns whether that was in time."""
         return self._waves.wait(timeout_s)
+
+    def wait_staged(self) -> None:
+        """Local. What the calling thread does to the shards from now on no longer reaches the checkpoint."""
+        self._waves.order_behind_copies()
 
     def cancel(self) -> None:
         """Local. Stop writing soon. ``commit`` will raise on every rank, and nothing is published."""

@@ -2,21 +2,25 @@
 """Stage: every shard's bytes at an address in host memory.
 
 Contiguous CPU tensors are read where they are, unless a snapshot is wanted. Everything else is copied into a
-host buffer: from the GPU in one batch of asynchronous copies, from the CPU by the engine's threads.
+host buffer: from the GPU in a batch of asynchronous copies, from the CPU by the engine's threads.
 """
 
 from __future__ import annotations
 
+import contextlib
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, compress
 
 import torch
 
 from ckpt_fast import native, settings
 from ckpt_fast.errors import CheckpointError
 from ckpt_fast.pipeline.archive import ALIGNMENT
+from ckpt_fast.pipeline.device_copy import BLOCKING, DeviceCopies, StagingPolicy, choose_gathered
 from ckpt_fast.pipeline.garbage import without_collections
+from ckpt_fast.pipeline.gpu import is_on_gpu
 from ckpt_fast.pipeline.host_buffer import HostBuffer, host_buffers
 from ckpt_fast.pipeline.plan import FilePlan, PlannedItem, is_plain
 from ckpt_fast.pipeline.types import Shard, TensorShard
@@ -30,6 +34,7 @@ class Staged:
         addresses: one entry per item, in plan order; 0 for items without raw data.
         owners: tensors that own memory read in place.
         buffer: host buffer that holds the copies, until ``release``.
+        device_copies: those from GPUs, which may be on their way.
         copied_nbytes: bytes copied into it.
         allocated_nbytes: host memory that was new for it.
     """
@@ -37,11 +42,19 @@ class Staged:
     addresses: list[int] = field(default_factory=list)
     owners: list[torch.Tensor] = field(default_factory=list)
     buffer: HostBuffer | None = None
+    device_copies: DeviceCopies = field(default_factory=DeviceCopies)
     copied_nbytes: int = 0
     allocated_nbytes: int = 0
 
+    def wait(self) -> None:
+        """Wait until every byte is at its address."""
+        self.device_copies.wait()
+
     def release(self) -> None:
-        """The bytes are written: give the memory back."""
+        """The bytes are written, or never will be: give the memory back."""
+        # A device that has failed copies no more; whoever waited for it has the error.
+        with contextlib.suppress(RuntimeError):
+            self.wait()
         self.owners.clear()
         if self.buffer is not None:
             host_buffers.give_back(self.buffer)
@@ -68,17 +81,22 @@ def copied_nbytes(shard: Shard, snapshot: bool) -> int:
 
 @without_collections
 def stage(
-    files: Sequence[FilePlan], snapshot: bool = False, bound: int | None = None, at_least: int = 0
+    files: Sequence[FilePlan],
+    snapshot: bool = False,
+    bound: int | None = None,
+    at_least: int = 0,
+    policy: StagingPolicy = BLOCKING,
 ) -> Staged:
-    """Make the raw bytes of every planned item readable by the engine.
+    """Make the raw bytes of every planned item readable by the engine, once ``wait`` has returned.
 
-    On return all copies are complete: with ``snapshot`` the tensors may change at once.
+    On return the tensors may change, if there is a snapshot, as far as ``policy`` allows.
 
     Args:
         files: the plan.
         snapshot: copy contiguous CPU tensors too.
         bound: bytes of host buffers that may be in use; waits for other saves' buffers if need be.
         at_least: length of a host buffer that is allocated here, for later waves of the same save.
+        policy: whether this waits for copies from GPUs.
 
     Raises:
         CheckpointError: the host memory cannot be had.
@@ -93,7 +111,7 @@ def stage(
         if staged.buffer is not None:
             staged.copied_nbytes = sum(_nbytes(tensor) for tensor in copied)
             staged.allocated_nbytes = staged.buffer.nbytes if staged.buffer.is_new else 0
-            copies = iter(_copy(copied, staged.buffer))
+            copies = iter(_copy(copied, staged.buffer, staged.device_copies, policy))
         for tensor, wanted in zip(tensors, is_copied, strict=True):
             if tensor is None:
                 staged.addresses.append(0)
@@ -133,14 +151,15 @@ def copy_to_host(
             "bound, or save synchronously: that goes through a smaller buffer in waves."
         )
     buffer = host_buffers.take(nbytes, bound, wait_s=0.0)
+    device_copies = DeviceCopies()
     try:
         base = buffer.memory.data_ptr()
         return buffer, [
             _as(tensor, buffer.slot(address - base, _nbytes(tensor)))
-            for tensor, address in zip(tensors, _copy(tensors, buffer), strict=True)
+            for tensor, address in zip(tensors, _copy(tensors, buffer, device_copies), strict=True)
         ]
     except BaseException:
-        host_buffers.give_back(buffer)
+        Staged(buffer=buffer, device_copies=device_copies).release()
         raise
 
 
@@ -151,29 +170,59 @@ def _tensor_of(item: PlannedItem) -> torch.Tensor | None:
     return item.shard.tensor.detach()
 
 
-def _copy(tensors: Sequence[torch.Tensor], buffer: HostBuffer) -> list[int]:
-    """Copy the tensors, one behind the other, into the buffer; returns where, once all is there."""
-    addresses = []
-    destinations, sources, sizes = array("q"), array("q"), array("q")
-    devices: set[torch.device] = set()
+def _copy(
+    tensors: Sequence[torch.Tensor],
+    buffer: HostBuffer,
+    device_copies: DeviceCopies,
+    policy: StagingPolicy = BLOCKING,
+) -> list[int]:
+    """Copy the tensors into the buffer; returns the address of each.
+
+    Those from GPUs may be on their way, as ``device_copies`` knows (after an error too).
+    """
+    by_device: dict[torch.device, list[int]] = {}
+    for number, tensor in enumerate(tensors):
+        if is_on_gpu(tensor):
+            by_device.setdefault(tensor.device, []).append(number)
+    gathered: dict[torch.device, list[int]] = {
+        device: list(compress(numbers, choose_gathered([tensors[i] for i in numbers])))
+        for device, numbers in by_device.items()
+    }
+    first = [number for numbers in gathered.values() for number in numbers]
+    offsets = _offsets(tensors, first)
+    slots = [buffer.memory[at : at + _nbytes(tensor)] for tensor, at in zip(tensors, offsets, strict=True)]
+    for device, numbers in by_device.items():
+        order = gathered[device] + sorted(set(numbers).difference(gathered[device]))
+        device_copies.enqueue(
+            [tensors[i] for i in order], [slots[i] for i in order], len(gathered[device]), policy
+        )
+    on_gpu = {number for numbers in by_device.values() for number in numbers}
+    on_cpu = [number for number in range(len(tensors)) if number not in on_gpu]
+    _copy_on_cpu([tensors[i] for i in on_cpu], [slots[i] for i in on_cpu])
     base = buffer.memory.data_ptr()
-    offset = 0
-    for tensor in tensors:
-        addresses.append(base + offset)
+    return [base + offset for offset in offsets]
+
+
+def _offsets(tensors: Sequence[torch.Tensor], first: Sequence[int]) -> list[int]:
+    """Where each tensor goes, one behind the other: those numbered in ``first``, then the others in order."""
+    chosen = set(first)
+    offsets, position = [0] * len(tensors), 0
+    for number in chain(first, (i for i in range(len(tensors)) if i not in chosen)):
+        offsets[number] = position
+        position += _slot_nbytes(tensors[number])
+    return offsets
+
+
+def _copy_on_cpu(tensors: Sequence[torch.Tensor], slots: Sequence[torch.Tensor]) -> None:
+    destinations, sources, sizes = array("q"), array("q"), array("q")
+    for tensor, slot in zip(tensors, slots, strict=True):
         if needs_copy(tensor, snapshot=False):
-            slot = buffer.memory[offset : offset + _nbytes(tensor)]
-            _as(tensor, slot).copy_(tensor, non_blocking=True)
-            devices.add(tensor.device)
+            _as(tensor, slot).copy_(tensor)
         else:
-            destinations.append(base + offset)
+            destinations.append(slot.data_ptr())
             sources.append(tensor.data_ptr())
-            sizes.append(_nbytes(tensor))
-        offset += _slot_nbytes(tensor)
+            sizes.append(slot.numel())
     native.copy_extents(destinations, sources, sizes, settings.io_threads())
-    for device in devices:
-        if device.type == "cuda":
-            torch.cuda.current_stream(device).synchronize()
-    return addresses
 
 
 def _as(tensor: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:

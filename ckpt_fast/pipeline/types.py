@@ -144,7 +144,7 @@ class SaveReport:
     @property
     def staged_gb_per_s(self) -> float:
         """How fast bytes were copied to host memory, in 10^9 bytes per second."""
-        seconds = self.steps.get("stage", 0.0)
+        seconds = self.steps.get("stage", 0.0) + self.steps.get("drain", 0.0)
         return self.staged_nbytes / seconds / 1e9 if seconds else 0.0
 
     def __str__(self) -> str:

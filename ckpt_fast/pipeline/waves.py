@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 from ckpt_fast import native
 from ckpt_fast.errors import CheckpointError, CheckpointWriteError
+from ckpt_fast.pipeline.device_copy import BLOCKING, DeviceCopies, StagingPolicy
 from ckpt_fast.pipeline.encode import WriteProgram
 from ckpt_fast.pipeline.plan import FilePlan, cut_waves, item_records, plan_save
 from ckpt_fast.pipeline.stage import Staged, copied_nbytes, stage
@@ -30,6 +31,7 @@ class Waves:
         writers: files (and so streams to the file system) per wave; None: as many as are fastest there.
         snapshot: copy CPU tensors while staging, so that they may change during the write.
         bound: bytes of host buffers that this and other saves may use together; None: no bound.
+        policy: how tensors on GPUs are copied.
     """
 
     def __init__(
@@ -40,12 +42,15 @@ class Waves:
         *,
         snapshot: bool = False,
         bound: int | None = None,
+        policy: StagingPolicy = BLOCKING,
     ) -> None:
         self._report = report
         self._prefix = prefix
         self._writers = writers
         self._snapshot = snapshot
         self._bound = bound
+        self._policy = policy
+        self._device_copies: list[DeviceCopies] = []
         self._record = RankRecord([], [])
         self._begun = time.perf_counter()
         self._progress = native.WriteProgress()
@@ -74,7 +79,8 @@ class Waves:
                 files = plan_save(wave, self._prefix, writers, number)
                 number += len(files)
             with self._report.timed("stage"):
-                staged = stage(files, self._snapshot, self._bound, limit or 0)
+                staged = stage(files, self._snapshot, self._bound, limit or 0, self._policy)
+            self._device_copies.append(staged.device_copies)
             self._report.staged_nbytes += staged.copied_nbytes
             self._report.host_memory_allocated += staged.allocated_nbytes
             self._worker.submit(functools.partial(self._write_wave, files, staged))
@@ -92,6 +98,11 @@ class Waves:
         if not self._worker.is_closed:
             self._worker.submit(self._note_end)
             self._worker.close()
+
+    def order_behind_copies(self) -> None:
+        """What the calling thread enqueues on GPUs from now on comes after the copies of what is staged."""
+        for copies in self._device_copies:
+            copies.order_behind()
 
     @property
     def is_done(self) -> bool:
@@ -161,6 +172,8 @@ class Waves:
         self._report.written_s = time.perf_counter() - self._begun
 
     def _write(self, files: Sequence[FilePlan], staged: Staged) -> None:
+        with self._report.timed("drain"):
+            staged.wait()
         with self._report.timed("encode"):
             program = WriteProgram(files, staged)
         with self._report.timed("write"):

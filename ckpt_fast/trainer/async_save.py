@@ -42,6 +42,32 @@ def schedule_async_save(global_state: GlobalState, async_request: Any) -> None:
     queue.close()
 
 
+def make_room(global_state: GlobalState, ckpt_cfg: CheckpointConfig) -> bool:
+    """Whether a new save may begin, as ``on_save_in_progress`` says. Collective.
+
+    Raises:
+        AsyncSaveError: on every rank, if a save before failed, unless ``on_save_error`` is "warn".
+    """
+    policy = getattr(ckpt_cfg, "on_save_in_progress", "wait")
+    if policy == "queue" or is_empty_async_queue(global_state):
+        return True
+    maybe_finalize_async_save(global_state, ckpt_cfg)
+    if is_empty_async_queue(global_state):
+        return True
+    if policy == "skip":
+        print_rank_0(
+            "WARNING: no checkpoint is saved now: the one before is still being written "
+            "(on_save_in_progress='skip')"
+        )
+        return False
+    print_rank_0(
+        "WARNING: training waits for the checkpoint before, which is still being written: saves are asked "
+        "for faster than the file system takes them (on_save_in_progress='wait')"
+    )
+    maybe_finalize_async_save(global_state, ckpt_cfg, blocking=True)
+    return True
+
+
 def maybe_finalize_async_save(
     global_state: GlobalState,
     ckpt_cfg: CheckpointConfig,

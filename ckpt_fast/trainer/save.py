@@ -16,7 +16,7 @@ from ckpt_fast.pipeline.background import SaveHandle
 from ckpt_fast.pipeline.group import ControlGroup
 from ckpt_fast.pipeline.types import SaveReport
 from ckpt_fast.trainer import experiment_loggers as loggers
-from ckpt_fast.trainer.async_save import is_empty_async_queue, schedule_async_save
+from ckpt_fast.trainer.async_save import make_room, schedule_async_save
 from ckpt_fast.trainer.fsdp import save_fsdp_dtensor
 from ckpt_fast.trainer.glu import (
     _get_model_glu_interleave_sizes,
@@ -28,6 +28,7 @@ from ckpt_fast.trainer.ranks import barrier_if_distributed, is_last_rank, print_
 from ckpt_fast.trainer.retention import cleanup_old_non_persistent_checkpoint
 from ckpt_fast.trainer.rng import get_rng_state
 from ckpt_fast.trainer.sidecars import can_save_position, maybe_save_dataloader_state
+from ckpt_fast.trainer.staging import staging_policy
 from ckpt_fast.trainer.state_dict import (
     OPTIMIZER_GLU_KEY,
     _build_sharded_state_dict_metadata,
@@ -126,8 +127,8 @@ def save_checkpoint(
         pg_collection or megatron.get_pg_collection(megatron.unwrap_model(model)),
         module_name,
     )
-    if run.is_async and not is_empty_async_queue(state):
-        print_rank_0("WARNING: Starting a checkpoint save before previous has finished.")
+    if run.is_async and not make_room(state, run.ckpt_cfg):
+        return
     loggers.on_checkpointing_start(state)
     with save_errors_tolerated(run.ckpt_cfg):
         target = choose_target(run.ckpt_cfg, run.context, state.train_state.step, non_persistent_ckpt)
@@ -157,6 +158,7 @@ def save_checkpoint(
             request,
             [
                 lambda: ControlGroup().decide(publication.publish),
+                lambda: _report(request, begin),
                 lambda: _tell_loggers(run, target),
                 lambda: _fire_callbacks(run, callback_manager),
                 lambda: _retain(target, do_async=run.is_async),
@@ -166,7 +168,9 @@ def save_checkpoint(
             print_rank_0(
                 f"  scheduled an async checkpoint save at iteration {target.step:7d} to {target.save_dir}"
             )
-        _report_stall(request, time.perf_counter() - begin)
+        if isinstance(request, SaveHandle):
+            request.report.stall_s = time.perf_counter() - begin
+            print_rank_0(f"  training waited {request.report.stall_s:.3f} s for it; it is being written")
     loggers.on_checkpointing_end(global_state=state, is_async_finalization=False)
     if not run.is_async:
         barrier_if_distributed()
@@ -287,6 +291,7 @@ def _hand_over(
         preprocess_common_before_consistency_check=preprocess_common,
         content_metadata=megatron.clean_metadata_for_serialization(metadata),
         snapshot=run.is_async,
+        staging=staging_policy(run.model, run.optimizer) if run.is_async else None,
         host_buffer=getattr(ckpt_cfg, "host_buffer_bytes", None),
     )
     result: SaveHandle | SaveReport
@@ -353,15 +358,13 @@ def _retain(target: SaveTarget, do_async: bool) -> None:
         )
 
 
-def _report_stall(request: Any, stall_s: float) -> None:
+def _report(request: Any, begin: float) -> None:
+    """One line for a save that is published: how long training waited, and how fast bytes moved."""
     report = request.report if isinstance(request, SaveHandle) else request
-    if not isinstance(report, SaveReport):
-        return
-    report.stall_s = stall_s
-    if isinstance(request, SaveHandle):
-        print_rank_0(f"  training waited {stall_s:.3f} s for this checkpoint; it is being written")
-    else:
-        print_rank_0(f"  training waited {stall_s:.3f} s for this checkpoint; {report}")
+    if isinstance(report, SaveReport):
+        if report is request:
+            report.stall_s = time.perf_counter() - begin
+        print_rank_0(f"  {report}")
 
 
 def _rank_suffix(pg_collection: Any, tensor_rank: int | None, pipeline_rank: int | None) -> str:

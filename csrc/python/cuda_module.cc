@@ -7,8 +7,10 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
+#include "../cuda/copier.h"
 #include "../cuda/device.h"
 #include "../cuda/glu.h"
 
@@ -63,10 +65,40 @@ void permute_rows_many(const py::buffer& destination, const py::buffer& source, 
   cuda::permute_rows(works.data(), works.size(), interleave, device, as_stream(stream));
 }
 
+std::vector<cuda::Copy> as_copies(const py::buffer& destination, const py::buffer& source,
+                                  const py::buffer& nbytes) {
+  Column destinations(destination, "destination"), sources(source, "source"), sizes(nbytes, "nbytes");
+  if (sources.size() != destinations.size() || sizes.size() != destinations.size()) {
+    throw std::invalid_argument("destination, source and nbytes differ in length");
+  }
+  std::vector<cuda::Copy> copies;
+  copies.reserve(sizes.size());
+  for (std::size_t i = 0; i < sizes.size(); ++i) {
+    copies.push_back(
+        {static_cast<std::uintptr_t>(destinations[i]), static_cast<std::uintptr_t>(sources[i]), sizes[i]});
+  }
+  return copies;
+}
+
+using Move = void (*)(const cuda::Copy*, std::size_t, int, cuda::Stream);
+
+template <Move move>
+void enqueue(const py::buffer& destination, const py::buffer& source, const py::buffer& nbytes, int device,
+             std::uintptr_t stream) {
+  std::vector<cuda::Copy> copies = as_copies(destination, source, nbytes);
+  py::gil_scoped_release release;
+  move(copies.data(), copies.size(), device, as_stream(stream));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, module) {
   module.def("device_count", &cuda::device_count);
+  for (auto [name, function] : {std::pair{"copy_to_host", &enqueue<cuda::copy_to_host>},
+                                std::pair{"gather", &enqueue<cuda::gather>}}) {
+    module.def(name, function, py::arg("destination"), py::arg("source"), py::arg("nbytes"),
+               py::arg("device"), py::arg("stream"));
+  }
   module.def("permute_rows", &permute_rows, py::arg("destination"), py::arg("source"), py::arg("rows"),
              py::arg("row_nbytes"), py::arg("block"), py::arg("interleave"), py::arg("device"),
              py::arg("stream"));

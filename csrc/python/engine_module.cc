@@ -94,10 +94,10 @@ py::tuple write_files_from(const py::sequence& paths, const py::buffer& file_nby
       {file_nbytes, "file_nbytes"},   {piece_file, "piece_file"},       {piece_offset, "piece_offset"},
       {piece_nbytes, "piece_nbytes"}, {piece_address, "piece_address"}, {piece_digest, "piece_digest"},
       {patch_file, "patch_file"},     {patch_offset, "patch_offset"},   {patch_digest, "patch_digest"}};
-  const WriteRequest request{encode_paths(paths), columns[0], columns[1],  columns[2], columns[3],
-                             columns[4],          columns[5], columns[6],  columns[7], columns[8],
-                             digest_count,        threads,    chunk_bytes, direct,     fsync,
-                             progress};
+  const WriteRequest request{encode_paths(paths), columns[0], columns[1],   columns[2],
+                             columns[3],          columns[4], columns[5],   columns[6],
+                             columns[7],          columns[8], digest_count, threads,
+                             chunk_bytes,         direct,     fsync,        progress};
   WriteResult result;
   {
     const py::gil_scoped_release no_gil;

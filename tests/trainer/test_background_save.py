@@ -30,7 +30,7 @@ def save_in_background(rank: int, root: str) -> list[str]:
     fired: list[int] = []
     manager = CallbackManager()
     manager.register("on_checkpoint_save", lambda context: fired.append(context.state.train_state.step))
-    with Run(SETUP, save=root, most_recent_k=1, **BACKGROUND) as run:
+    with Run(SETUP, save=root, most_recent_k=1, on_save_in_progress="queue", **BACKGROUND) as run:
         run.state.initialize_async_checkpoint_worker()
         run.train(1)
         run.save(callback_manager=manager)

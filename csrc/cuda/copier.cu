@@ -1,0 +1,56 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "copier.h"
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+#include "check.h"
+#include "gather_copy.h"
+
+namespace ckpt_fast::cuda {
+namespace {
+
+__global__ void __launch_bounds__(kGatherThreads) gather_kernel(const __grid_constant__ GatherBatch batch) {
+  copy_one<uint4>(batch.copies[blockIdx.x], threadIdx.x);
+}
+
+void require_sizes(const Copy* copies, std::size_t count) {
+  for (std::size_t i = 0; i < count; ++i) {
+    if (copies[i].nbytes < 0)
+      throw std::invalid_argument("copy " + std::to_string(i) + " has a negative size");
+  }
+}
+
+}  // namespace
+
+void copy_to_host(const Copy* copies, std::size_t count, int device, Stream stream) {
+  require_sizes(copies, count);
+  DeviceGuard guard(device);
+  for (std::size_t i = 0; i < count; ++i) {
+    const Copy& copy = copies[i];
+    if (copy.nbytes == 0) continue;
+    check(
+        cudaMemcpyAsync(reinterpret_cast<void*>(copy.destination), reinterpret_cast<const void*>(copy.source),
+                        static_cast<std::size_t>(copy.nbytes), cudaMemcpyDeviceToHost, stream),
+        "copy " + std::to_string(copy.nbytes) + " bytes of device " + std::to_string(device) +
+            " to the host");
+  }
+}
+
+void gather(const Copy* copies, std::size_t count, int device, Stream stream) {
+  require_sizes(copies, count);
+  DeviceGuard guard(device);
+  for (std::size_t first = 0; first < count; first += GatherBatch::kCapacity) {
+    GatherBatch batch;
+    batch.count = std::min<std::size_t>(count - first, GatherBatch::kCapacity);
+    std::copy(copies + first, copies + first + batch.count, batch.copies);
+    void* arguments[] = {&batch};
+    check(cudaLaunchKernel(reinterpret_cast<const void*>(&gather_kernel),
+                           dim3(static_cast<unsigned int>(batch.count)), dim3(kGatherThreads), arguments, 0,
+                           stream),
+          "gather " + std::to_string(batch.count) + " tensors on device " + std::to_string(device));
+  }
+}
+
+}  // namespace ckpt_fast::cuda
