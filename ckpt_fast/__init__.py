@@ -13,8 +13,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ckpt_fast.doors.dcp import FastStorageReader, FastStorageWriter
     from ckpt_fast.doors.megatron_core import FastLoadStrategy, FastSaveStrategy
+    from ckpt_fast.pipeline.background import wait_staged
+    from ckpt_fast.pipeline.host_buffer import reserve_host_memory
 
-__all__ = ["FastLoadStrategy", "FastSaveStrategy", "FastStorageReader", "FastStorageWriter"]
+__all__ = [
+    "FastLoadStrategy",
+    "FastSaveStrategy",
+    "FastStorageReader",
+    "FastStorageWriter",
+    "reserve_host_memory",
+    "wait_staged",
+]
 
 # Imported on first use: who saves with torch DCP need not wait for Megatron's import.
 _HOMES = {
@@ -22,6 +31,8 @@ _HOMES = {
     "FastStorageWriter": "ckpt_fast.doors.dcp",
     "FastLoadStrategy": "ckpt_fast.doors.megatron_core",
     "FastSaveStrategy": "ckpt_fast.doors.megatron_core",
+    "reserve_host_memory": "ckpt_fast.pipeline.host_buffer",
+    "wait_staged": "ckpt_fast.pipeline.background",
 }
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
@@ -13,7 +14,7 @@ import torch.distributed as dist
 
 from ckpt_fast import settings
 from ckpt_fast.errors import CheckpointWriteError
-from ckpt_fast.pipeline import commit, metrics
+from ckpt_fast.pipeline import commit, metrics, progress
 from ckpt_fast.pipeline.device_copy import BLOCKING, StagingPolicy
 from ckpt_fast.pipeline.encode import encode_metadata, encode_sidecar, file_record
 from ckpt_fast.pipeline.group import ControlGroup, Outcome
@@ -141,7 +142,9 @@ class Save:
         Args:
             timeout_s: longer than this counts as a failure.
         """
-        outcome = self._group.attempt(lambda: self._finish_writing(timeout_s))
+        watched = self._group.is_coordinator and not self.is_written()
+        with progress.shown(self.directory, lambda: self.progress) if watched else contextlib.nullcontext():
+            outcome = self._group.attempt(lambda: self._finish_writing(timeout_s))
         self._written = self._written or outcome
 
     def commit(self) -> SaveReport:

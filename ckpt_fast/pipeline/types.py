@@ -150,13 +150,13 @@ class SaveReport:
     def __str__(self) -> str:
         facts = [f"stall {self.stall_s:.3f} s"]
         if self.staged_nbytes:
-            facts.append(f"{_readable(self.staged_nbytes)} staged at {self.staged_gb_per_s:.1f} GB/s")
+            facts.append(f"{readable(self.staged_nbytes)} staged at {self.staged_gb_per_s:.1f} GB/s")
         facts.append(
-            f"{_readable(self.nbytes)} of this rank durable after {self.written_s:.3f} s at "
+            f"{readable(self.nbytes)} of this rank durable after {self.written_s:.3f} s at "
             f"{self.gb_per_s:.2f} GB/s"
         )
         if self.host_memory_allocated:
-            facts.append(f"{_readable(self.host_memory_allocated)} of host buffers allocated for it")
+            facts.append(f"{readable(self.host_memory_allocated)} of host buffers allocated for it")
         return ", ".join(facts)
 
 
@@ -167,5 +167,6 @@ def shard_nbytes(shard: Shard) -> int:
     return len(shard.payload)
 
 
-def _readable(nbytes: int) -> str:
+def readable(nbytes: int) -> str:
+    """A size for people, in powers of ten."""
     return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"

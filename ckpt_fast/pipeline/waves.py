@@ -8,7 +8,7 @@ import functools
 import time
 from collections.abc import Callable, Sequence
 
-from ckpt_fast import native
+from ckpt_fast import native, settings
 from ckpt_fast.errors import CheckpointError, CheckpointWriteError
 from ckpt_fast.pipeline.device_copy import BLOCKING, DeviceCopies, StagingPolicy
 from ckpt_fast.pipeline.encode import WriteProgram
@@ -135,9 +135,9 @@ class Waves:
         if not self._worker.wait(timeout_s):
             self.cancel()
             raise CheckpointError(
-                f"writing to {self._report.directory} did not end within the {timeout_s:.0f} s that "
-                f"CKPT_FAST_TIMEOUT allows ({self.written_nbytes} bytes were written). The file system may "
-                "hang: look at it, or allow more time."
+                f"writing to {self._report.directory} did not end within the {settings.timeout_s():.0f} s "
+                f"that CKPT_FAST_TIMEOUT allows ({self.written_nbytes} bytes were written). The file system "
+                "may hang: look at it, or allow more time."
             )
         if self._error is not None and not (self._cancelled and _is_cancellation(self._error)):
             raise self._error

@@ -80,7 +80,12 @@ class WriteCase:
         return [str(self.directory / f"file{i}") for i in range(len(self.images))]
 
     def write(
-        self, threads: int = 2, chunk_bytes: int = 4096, direct: bool = False, fsync: bool = False
+        self,
+        threads: int = 2,
+        chunk_bytes: int = 4096,
+        direct: bool = False,
+        fsync: bool = False,
+        progress: native.WriteProgress | None = None,
     ) -> tuple[list[int], list[int]]:
         pieces = [column(*values) for values in zip(*self.pieces, strict=True)] or [column()] * 5
         patches = [column(*values) for values in zip(*self.patches, strict=True)] or [column()] * 3
@@ -94,6 +99,7 @@ class WriteCase:
             chunk_bytes,
             direct,
             fsync,
+            progress,
         )
 
     def digest_count(self) -> int:

@@ -176,3 +176,15 @@ def test_name_that_is_not_utf8(native_impl, tmp_path) -> None:
 def test_columns_of_the_wrong_type(wrong) -> None:
     with native.using("engine"), pytest.raises(TypeError, match="piece_file is not a one-dimensional buffer"):
         native.write_files(**{**GOOD, "piece_file": wrong})
+
+
+def test_progress_counts_and_stops(native_impl, tmp_path) -> None:
+    case = big_case(tmp_path)
+    progress = native.WriteProgress()
+    assert progress.nbytes == 0
+    case.write(progress=progress)
+    assert progress.nbytes == sum(map(len, case.images))
+    progress.stop()
+    with pytest.raises(OSError, match=r"write 4096 bytes at 0 to .*: Operation canceled") as caught:
+        case.write(threads=1, progress=progress)
+    assert (caught.value.errno, caught.value.filename) == (errno.ECANCELED, case.paths()[0])

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 import time
@@ -206,3 +207,113 @@ def test_nobody_finalizes_before_the_slowest_rank_has_written(tmp_path: Path) ->
     first, second = run_ranks(one_rank_is_slow, 2, str(tmp_path))
     assert first == second and first[0] == 0 and first[-1] == 1
     assert "metadata.json" in names(tmp_path)
+
+
+# Watching, stopping and limiting a save.
+
+
+def test_progress(tmp_path: Path, gate: threading.Event) -> None:
+    request = handle(tmp_path, torch.zeros(30_000))
+    queue = SaveQueue()
+    queue.schedule_async_request(request)
+    assert request.progress() == (0, 120_000) and not request.is_written()
+    with pytest.raises(RuntimeError, match="not finalized yet"):
+        request.result()
+    gate.set()
+    request.wait()
+    assert request.progress() == (120_000, 120_000) and request.is_written()
+    queue.close()
+    assert request.result() is request.report and request.error is None
+    assert 0 < request.report.written_s <= request.report.seconds
+
+
+@pytest.mark.parametrize("when", ["before the write", "after the write"])
+def test_cancel(tmp_path: Path, gate: threading.Event, when: str) -> None:
+    request = handle(tmp_path, torch.zeros(30_000))
+    queue = SaveQueue()
+    queue.schedule_async_request(request)
+    if when == "after the write":
+        gate.set()
+        request.wait()
+    request.cancel()
+    gate.set()
+    with pytest.raises(AsyncSaveError, match=f"rank 0: the save to {tmp_path} was cancelled"):
+        queue.maybe_finalize_async_calls(blocking=True)
+    with pytest.raises(AsyncSaveError, match="was cancelled"):
+        request.result()
+    assert isinstance(request.error, AsyncSaveError)
+    assert_not_published(tmp_path)
+
+
+@pytest.mark.parametrize("blocking", [False, True])
+def test_a_file_system_that_hangs_fails_the_save_in_time(
+    tmp_path: Path, gate: threading.Event, monkeypatch: pytest.MonkeyPatch, blocking: bool
+) -> None:
+    monkeypatch.setenv("CKPT_FAST_TIMEOUT", "1")
+    queue, begin = SaveQueue(), time.monotonic()
+    request = handle(tmp_path, torch.zeros(30_000))
+    queue.schedule_async_request(request)
+    assert queue.maybe_finalize_async_calls() == []
+    with pytest.raises(
+        AsyncSaveError, match=r"rank 0: writing to .* did not end within the 1 s that CKPT_FAST_T"
+    ):
+        while time.monotonic() < begin + 20:
+            queue.maybe_finalize_async_calls(blocking)
+    assert 0.9 < time.monotonic() - begin < 10
+    assert queue.get_num_unfinalized_calls() == 0
+    gate.set()
+    assert request.wait(20)
+    assert_not_published(tmp_path)
+
+
+def one_rank_hangs(rank: int, directory: str) -> str:
+    os.environ["CKPT_FAST_TIMEOUT"] = "1"
+    opened = threading.Event()
+    original = native.write_files
+    if rank == 1:
+        native.engine().write_files = lambda *a, **k: (opened.wait(30), original(*a, **k))[1]
+    queue = SaveQueue()
+    queue.schedule_async_request(handle(directory, torch.full((4,), rank), dist.get_world_size(), rank))
+    try:
+        queue.maybe_finalize_async_calls(blocking=True)
+    except AsyncSaveError as error:
+        return str(error)
+    finally:
+        opened.set()
+        native.engine().write_files = original
+        del os.environ["CKPT_FAST_TIMEOUT"]
+    return "published"
+
+
+def test_a_rank_that_hangs_fails_the_save_on_all(tmp_path: Path) -> None:
+    first, second = run_ranks(one_rank_hangs, 2, str(tmp_path))
+    assert first == second
+    assert first.startswith(
+        f"the save to {tmp_path} in the background failed: rank 1: writing to {tmp_path} did"
+    )
+    assert_not_published(tmp_path)
+
+
+def test_a_thousand_saves_leak_nothing(tmp_path: Path) -> None:
+    queue, tensor = SaveQueue(), torch.zeros(50_000)
+
+    def save_often(count: int) -> None:
+        for _ in range(count):
+            queue.schedule_async_request(handle(tmp_path, tensor))
+            queue.maybe_finalize_async_calls(blocking=True)
+
+    def resources() -> tuple[int, int]:
+        return len(os.listdir("/proc/self/fd")), threading.active_count()
+
+    save_often(100)
+    before, memory = resources(), resident_nbytes()
+    save_often(900)
+    descriptors, threads = resources()
+    assert descriptors <= before[0] and threads <= before[1]
+    # A leaked buffer of each save would be 180 MB.
+    assert resident_nbytes() - memory < 20 << 20
+
+
+def resident_nbytes() -> int:
+    gc.collect()
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

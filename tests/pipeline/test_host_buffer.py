@@ -196,3 +196,18 @@ def test_many_threads() -> None:
         for future in [executor.submit(saves, seed) for seed in range(6)]:
             future.result(timeout=60)
     assert used == 0 and 0 < peak <= bound
+
+
+def test_reserved_memory_is_there_for_the_next_save() -> None:
+    pool = HostBufferPool()
+    pool.reserve(3 * HUGE_PAGE + 5).join()
+    buffer = pool.take(2 * HUGE_PAGE, bound=3 * HUGE_PAGE + 5)
+    assert buffer.nbytes == 3 * HUGE_PAGE + 5 and not buffer.is_new
+    assert not buffer.memory.any(), "touched with zeros"
+
+
+def test_memory_that_cannot_be_reserved_is_not_missed_yet(caplog: pytest.LogCaptureFixture) -> None:
+    pool = HostBufferPool()
+    pool.reserve(1 << 60).join()
+    assert "no host memory was reserved" in caplog.text
+    assert pool.take(100, bound=100).nbytes == 100

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The row permutation's device code, compiled for the CPU and run thread by thread: needs no GPU."""
+"""The kernels' device code, compiled for the CPU and run thread by thread: needs no GPU."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from pathlib import Path
 
 import pytest
 
-SOURCE = Path(__file__).with_name("glu_tile_test.cc")
 COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 
 
 @pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
-def test_device_code_on_the_cpu(tmp_path: Path) -> None:
-    program = tmp_path / "glu_tile_test"
+@pytest.mark.parametrize("source", ["glu_tile_test.cc", "gather_copy_test.cc"])
+def test_device_code_on_the_cpu(tmp_path: Path, source: str) -> None:
+    program = tmp_path / "device_code_test"
     # Units are read as wider integers than the bytes they are, as on the device.
     flags = ["-std=c++17", "-O1", "-g", "-fno-strict-aliasing", "-fsanitize=address,undefined"]
-    subprocess.run([str(COMPILER), *flags, str(SOURCE), "-o", str(program)], check=True, timeout=120)
+    path = Path(__file__).with_name(source)
+    subprocess.run([str(COMPILER), *flags, str(path), "-o", str(program)], check=True, timeout=120)
     done = subprocess.run([str(program)], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

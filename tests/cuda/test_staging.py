@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Snapshots of tensors on a GPU: the values at the call, in every mode, however many and of any kind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import ckpt_fast
+from ckpt_fast import native
+from ckpt_fast.pipeline.background import SaveHandle, SaveQueue
+from ckpt_fast.pipeline.device_copy import SMALL_NBYTES, StagingPolicy
+from ckpt_fast.pipeline.index import CheckpointIndex
+from ckpt_fast.pipeline.load import load_tensors
+from ckpt_fast.pipeline.save import Save
+from ckpt_fast.pipeline.types import TensorRequest
+from tests.pipeline.layouts import same, whole
+from tests.pipeline.test_save import FILES
+
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("no_fsync")]
+
+
+def tensors() -> dict[str, torch.Tensor]:
+    generator = torch.Generator("cuda").manual_seed(1)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device="cuda", generator=generator)
+
+    small = {f"small{i}": random(1 + i % 1000) for i in range(3000)}
+    odd = {
+        "unaligned": random(1001)[1:],
+        "bytes": random(77).to(torch.uint8)[3:],
+        "bfloat16": random(333).bfloat16(),
+        "transposed": random(300, 500).t(),
+        "strided": random(900, 900)[::2, 1::3],
+        "conjugate": torch.complex(random(50, 50), random(50, 50)).conj(),
+        "scalar": random(1).squeeze(),
+        "empty": random(0, 3),
+        "at the limit": random(SMALL_NBYTES // 4),
+        "large": random(5_000_000),
+    }
+    return small | odd
+
+
+def save_and_change(
+    directory: Path, state: dict[str, torch.Tensor], policy: StagingPolicy
+) -> dict[str, torch.Tensor]:
+    """Save in the background, change everything at once, return what the file has."""
+    queue = SaveQueue()
+    # The GPU has work to do that the copies must come after, and then some.
+    for tensor in state.values():
+        tensor.mul_(2)
+    shards = [whole(fqn, tensor) for fqn, tensor in state.items()]
+    job = Save(shards, str(directory), snapshot=True, staging=policy, **FILES)
+    job.stage()
+    queue.schedule_async_request(SaveHandle(job))
+    if policy.mode == "overlapped":
+        ckpt_fast.wait_staged()
+    for tensor in state.values():
+        tensor.zero_()
+    queue.maybe_finalize_async_calls(blocking=True)
+    found = {fqn: torch.ones_like(tensor) for fqn, tensor in state.items()}
+    load_tensors(
+        CheckpointIndex(str(directory)),
+        [TensorRequest(fqn, tensor, (0,) * tensor.dim()) for fqn, tensor in found.items()],
+    )
+    return found
+
+
+@pytest.mark.parametrize("mode", ["auto", "blocking", "overlapped", "device"])
+def test_values_of_the_call(tmp_path: Path, mode: str) -> None:
+    state = tensors()
+    expected = {fqn: tensor.clone().mul_(2) for fqn, tensor in state.items()}
+    for number in range(3):  # in memory that was used before
+        found = save_and_change(tmp_path / str(number), state, StagingPolicy(mode))  # type: ignore[arg-type]
+        wrong = [fqn for fqn, tensor in expected.items() if not same(found[fqn].cpu(), tensor.cpu())]
+        assert not wrong, wrong[:5]
+        for fqn, tensor in expected.items():
+            state[fqn].copy_(tensor).div_(2)
+
+
+def test_the_optimizer_waits_by_itself(tmp_path: Path) -> None:
+    from ckpt_fast.trainer.staging import staging_policy
+
+    model = torch.nn.Linear(3000, 3000, device="cuda")
+    adam = torch.optim.AdamW(model.parameters(), lr=1.0)
+    member = type("Member", (), {"optimizer": adam})()
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    for number in range(5):
+        adam.step()
+        state = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        expected = {name: tensor.clone() for name, tensor in state.items()}
+        policy = staging_policy([model], member)
+        job = Save(
+            [whole(fqn, tensor) for fqn, tensor in state.items()],
+            str(tmp_path / str(number)),
+            snapshot=True,
+            staging=policy,
+            **FILES,
+        )
+        job.stage()
+        queue = SaveQueue()
+        queue.schedule_async_request(SaveHandle(job))
+        adam.step()
+        queue.maybe_finalize_async_calls(blocking=True)
+        for fqn, tensor in expected.items():
+            into = torch.zeros_like(tensor)
+            request = TensorRequest(fqn, into, (0,) * into.dim())
+            load_tensors(CheckpointIndex(str(tmp_path / str(number))), [request])
+            assert torch.equal(into, tensor), (number, fqn)
+
+
+def test_memory_that_is_freed_and_used_again_meanwhile(tmp_path: Path) -> None:
+    """The last reference to a tensor goes while its copy is on its way; others get its memory."""
+    queue = SaveQueue()
+    state = {f"w{i}": torch.full((1_000_000,), float(i), device="cuda") for i in range(20)}
+    shards = [whole(fqn, tensor) for fqn, tensor in state.items()]
+    job = Save(shards, str(tmp_path), snapshot=True, staging=StagingPolicy("overlapped"), **FILES)
+    job.stage()
+    del shards
+    state.clear()
+    rubbish = [torch.full((1_000_000,), -1.0, device="cuda") for _ in range(40)]
+    queue.schedule_async_request(SaveHandle(job))
+    queue.maybe_finalize_async_calls(blocking=True)
+    for number in range(20):
+        into = torch.zeros(1_000_000)
+        load_tensors(CheckpointIndex(str(tmp_path)), [TensorRequest(f"w{number}", into, (0,))])
+        assert torch.equal(into, torch.full_like(into, float(number)))
+    assert len(rubbish) == 40
+
+
+def test_what_cannot_be_copied_is_an_error() -> None:
+    from array import array
+
+    kernels = native.cuda()
+    assert kernels is not None
+    column = array("q", [0])
+    for function in (kernels.copy_to_host, kernels.gather):
+        with pytest.raises(ValueError, match="differ in length"):
+            function(column, column, array("q"), 0, 0)
+        with pytest.raises(ValueError, match="copy 0 has a negative size"):
+            function(column, column, array("q", [-1]), 0, 0)
