@@ -26,16 +26,22 @@ RUNS = {
     "stall": ["bench_stall.py"],
     "plan": ["bench_plan.py", "--rounds", "1"],
 }
+# The same with two ranks.
+ON_TWO_RANKS = {"stall-2-ranks": ["bench_stall.py"]}
 PARTS = ["bench_glu.py", "bench_parts.py"]
+
+
+_TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 
 def main() -> int:
     """Run everything, in spite of failures; returns the number of those."""
     results = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE / "results"
     failed = 0
-    for name, (script, *arguments) in RUNS.items():
+    for name, (script, *arguments) in (RUNS | ON_TWO_RANKS).items():
+        launcher = _TORCHRUN if name in ON_TWO_RANKS else []
         command = [str(HERE / script), *arguments, "--output", str(results / f"{name}.txt")]
-        failed += _run([sys.executable, "-W", "ignore", *command])
+        failed += _run([sys.executable, "-W", "ignore", *launcher, *command])
     failed += _run([sys.executable, str(HERE / "plot.py"), str(results)])
     columns = "--benchmark-columns=min,median,max"
     failed += _run([sys.executable, "-m", "pytest", "-W", "ignore", columns, *(str(HERE / p) for p in PARTS)])

@@ -2,6 +2,9 @@
 """Saves in the background: how long the trainer is blocked, and how long until the checkpoint is durable.
 
     python benchmarks/bench_stall.py --gigabytes 1 --rounds 5 --path DIR
+    torchrun --nproc-per-node 2 benchmarks/bench_stall.py
+
+With several ranks each has its part of the state, and a time is that of the slowest.
 
 Between the two the trainer works on: it updates every tensor in place once, and what that costs more than
 without a save is part of the price ("step"). Megatron-Core forks and leaves the copying of CPU tensors to the
@@ -21,6 +24,7 @@ import limits
 import rivals
 import states
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 from ckpt_fast import FastStorageWriter, megatron, settings
@@ -103,7 +107,7 @@ class MegatronCore(AsyncRival):
         self._queue = megatron.MCoreAsyncCallsQueue()
 
     def start(self, wrapped: Any, path: Path) -> Finish:
-        path.mkdir()
+        path.mkdir(exist_ok=True)
         request = megatron.dist_checkpointing.save(wrapped, str(path), async_sharded_save=True)
         self._queue.schedule_async_request(request)
         return lambda: self._queue.maybe_finalize_async_calls(blocking=True) and None
@@ -153,23 +157,31 @@ def contestant(rival: AsyncRival, state: states.State, path: Path) -> harness.Co
         wrapped[:] = [rival.wrap(state)]
 
     def run() -> dict[str, float]:
+        dist.barrier()
         begin = time.perf_counter()
         finish = rival.start(wrapped[0], path)
         started = time.perf_counter()
         train(state)
         stepped = time.perf_counter()
         finish()
-        return {
-            BLOCKED: started - begin,
-            STEP: stepped - started,
-            DURABLE: time.perf_counter() - begin,
-        }
+        return slowest(
+            {BLOCKED: started - begin, STEP: stepped - started, DURABLE: time.perf_counter() - begin}
+        )
 
     def after() -> None:
         wrapped.clear()
-        shutil.rmtree(path)
+        dist.barrier()
+        shutil.rmtree(path, ignore_errors=True)
+        dist.barrier()
 
     return harness.Contestant(rival.name, run, before, after)
+
+
+def slowest(seconds: dict[str, float]) -> dict[str, float]:
+    """Each figure of the rank that took longest for it."""
+    figures = torch.tensor(list(seconds.values()))
+    dist.all_reduce(figures, dist.ReduceOp.MAX)
+    return dict(zip(seconds, figures.tolist(), strict=True))
 
 
 @torch.no_grad()
@@ -183,9 +195,10 @@ def undisturbed_step(state: states.State) -> harness.Contestant:
     """The step without a save beside it."""
 
     def run() -> dict[str, float]:
+        dist.barrier()
         begin = time.perf_counter()
         train(state)
-        return {STEP: time.perf_counter() - begin}
+        return slowest({STEP: time.perf_counter() - begin})
 
     return harness.Contestant("limit: no save", run)
 
@@ -197,9 +210,10 @@ def memcpy(state: states.State) -> harness.Contestant:
     move = limits.copier(copies, source, limits.Threads(settings.io_threads()))
 
     def run() -> dict[str, float]:
+        dist.barrier()
         begin = time.perf_counter()
         move()
-        return {BLOCKED: time.perf_counter() - begin}
+        return slowest({BLOCKED: time.perf_counter() - begin})
 
     return harness.Contestant("limit: memcpy", run)
 
@@ -208,18 +222,22 @@ def main() -> None:
     options = harness.parse_arguments(__doc__)
     rivals.start_process_group()
     report = harness.Report(options)
-    state = states.chosen(options)
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    options.gigabytes /= ranks
+    state = {f"{name}.{rank}": tensor for name, tensor in states.chosen(options).items()}
+    shared = [options.path]
+    dist.broadcast_object_list(shared)
     everyone = [Fast(), FastSync(), FastDcp(), MegatronCore(), MegatronCoreSync(), Dcp(), Nvrx()]
     reasons = {rival.name: rival.available() for rival in everyone}
     copy, step = memcpy(state), undisturbed_step(state)
     contestants = [copy, step]
     contestants += [
-        contestant(rival, state, options.path / "checkpoint") for rival in everyone if not reasons[rival.name]
+        contestant(rival, state, shared[0] / "checkpoint") for rival in everyone if not reasons[rival.name]
     ]
     contestants = harness.selected(contestants, options.only)
     times = harness.measure(contestants, options.rounds)
-    nbytes = states.total_nbytes(state)
-    what = f"{len(state)} tensors, {nbytes / 1e9:.2f} GB, {options.rounds} rounds"
+    nbytes = ranks * states.total_nbytes(state)
+    what = f"{ranks} ranks, {ranks * len(state)} tensors, {nbytes / 1e9:.2f} GB, {options.rounds} rounds"
     for figure, title, reference, limit in (
         (BLOCKED, "the trainer is blocked", MegatronCoreSync.name, copy.name),
         (STEP, "the next step takes", None, step.name),
@@ -227,7 +245,8 @@ def main() -> None:
     ):
         report.add(harness.table(f"{title}, {what}", times[figure], contestants, nbytes, reference, limit))
     report.add([f"not measured: {name} ({reason})" for name, reason in reasons.items() if reason])
-    report.finish()
+    if rank == 0:
+        report.finish()
 
 
 if __name__ == "__main__":

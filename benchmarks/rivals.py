@@ -25,12 +25,15 @@ from ckpt_fast.doors import megatron_core
 
 
 def start_process_group() -> None:
-    """One rank; without a GPU, the CUDA calls of stock Megatron-Core become harmless."""
+    """One rank, or torchrun's; without a GPU, stock Megatron-Core's CUDA calls become harmless."""
     if not torch.cuda.is_available():
         torch.cuda.synchronize = lambda device=None: None  # type: ignore[assignment]
         torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment, return-value]
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    if dist.is_torchelastic_launched():
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     atexit.register(dist.destroy_process_group)
 
 

@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 import io
-import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,7 +28,8 @@ class Terminal(io.StringIO):
 @pytest.fixture
 def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
     found = Terminal()
-    monkeypatch.setattr(sys, "stderr", found)
+    # pytest puts its own into the module sys after the fixtures.
+    monkeypatch.setattr(progress, "sys", SimpleNamespace(stderr=found))
     monkeypatch.setattr(progress, "_AFTER_S", 0.05)
     monkeypatch.setattr(progress, "_EVERY_S", 0.01)
     return found
