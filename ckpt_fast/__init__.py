@@ -3,6 +3,7 @@
 
 The documented API is in ``ckpt_fast.checkpointing``. The classes here are for programs that already save with
 torch DCP or Megatron-Core: pass them where those take a storage writer, a reader or a strategy.
+``resume_dataloader`` goes with ``load_checkpoint``: it puts the data loader where the checkpoint left it.
 """
 
 from __future__ import annotations
@@ -13,8 +14,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ckpt_fast.doors.dcp import FastStorageReader, FastStorageWriter
     from ckpt_fast.doors.megatron_core import FastLoadStrategy, FastSaveStrategy
+    from ckpt_fast.trainer.sidecars import resume_dataloader
 
-__all__ = ["FastLoadStrategy", "FastSaveStrategy", "FastStorageReader", "FastStorageWriter"]
+__all__ = [
+    "FastLoadStrategy",
+    "FastSaveStrategy",
+    "FastStorageReader",
+    "FastStorageWriter",
+    "resume_dataloader",
+]
 
 # Imported on first use: who saves with torch DCP need not wait for Megatron's import.
 _HOMES = {
@@ -22,6 +30,7 @@ _HOMES = {
     "FastStorageWriter": "ckpt_fast.doors.dcp",
     "FastLoadStrategy": "ckpt_fast.doors.megatron_core",
     "FastSaveStrategy": "ckpt_fast.doors.megatron_core",
+    "resume_dataloader": "ckpt_fast.trainer.sidecars",
 }
 
 

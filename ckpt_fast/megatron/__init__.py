@@ -69,6 +69,7 @@ from megatron.core.timers import Timers
 from megatron.core.transformer import MegatronModule
 from megatron.core.utils import StragglerDetector, get_model_config, get_pg_rank, get_pg_size, unwrap_model
 
+from ckpt_fast.megatron.bridge import import_auto_bridge
 from ckpt_fast.megatron.fsdp import (
     HAVE_MEGATRON_FSDP,
     MegatronFSDP,
@@ -164,6 +165,7 @@ __all__ = [
     "handle_mla_down_proj_in_state_dict",
     "handle_mtp_in_state_dict",
     "handle_swiglu_in_state_dict",
+    "import_auto_bridge",
     "import_local_checkpointing",
     "import_tensor_aware_state_dict",
     "is_graph_safe_cuda_rng_tracker",

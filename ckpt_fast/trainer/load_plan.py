@@ -4,17 +4,21 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
 from ckpt_fast import megatron
 from ckpt_fast.errors import CheckpointMismatchError
+from ckpt_fast.pipeline.group import ControlGroup
+from ckpt_fast.pipeline.index import CheckpointIndex
 from ckpt_fast.trainer.contexts import CheckpointType
 from ckpt_fast.trainer.glu import _get_model_glu_interleave_sizes
+from ckpt_fast.trainer.locate import _get_global_non_persistent_checkpoint_dirs
 from ckpt_fast.trainer.megatron_lm import _extract_megatron_lm_args_from_state_dict
 from ckpt_fast.trainer.paths import file_exists, get_checkpoint_run_config_filename
 from ckpt_fast.trainer.ranks import on_rank_0, print_rank_0
-from ckpt_fast.trainer.rng import get_rng_state
+from ckpt_fast.trainer.rng import RNG_KEY, get_rng_state, has_rng_state
 from ckpt_fast.trainer.state_dict import (
     OPTIMIZER_GLU_KEY,
     _build_sharded_state_dict_metadata,
@@ -209,18 +213,60 @@ def build_scaffold(
         )
     if rng_state is None:
         # save_rng inserts the key even where nothing is to be loaded.
-        scaffold.pop("rng_state", None)
+        scaffold.pop(RNG_KEY, None)
     if is_fsdp:
         scaffold["_model"] = model
     return scaffold
 
 
-def is_peft_resume(cfg: Any, load_dir: str | None) -> bool:
+def drop_unsaved_rng(
+    plan: LoadPlan,
+    scaffold: dict[str, Any],
+    common: dict[str, Any],
+    run_config: dict[str, Any] | None,
+    checkpoint_name: Any,
+) -> None:
+    """Do without RNG states that the checkpoint does not hold for every rank of this run. Collective.
+
+    With expert parallelism states are stored by data-parallel rank too, so that a run with another number of
+    ranks finds none under its own names; in a multi-module model they bear the module's name.
+    """
+    wanted = scaffold.get(RNG_KEY)
+    named_otherwise = isinstance(wanted, megatron.ShardedObject) and (
+        len(wanted.global_shape) > 2
+        or wanted.key != RNG_KEY
+        or ((run_config or {}).get("model") or {}).get("expert_model_parallel_size") != 1
+    )
+    ranks = ControlGroup()
+    # Reading the names costs what reading .metadata costs: only where they can differ.
+    if ranks.all_true(not named_otherwise):
+        return
+    saved = on_rank_0(lambda: _saved_rng_names(checkpoint_name))
+    if ranks.all_true(wanted is None or wanted.unique_key in saved):
+        return
+    scaffold.pop(RNG_KEY, None)
+    if not has_rng_state(common):
+        plan.rng = False
+        print_rank_0(
+            f"WARNING: {checkpoint_name} has no RNG states for the ranks of this run: it was saved with "
+            "another number of data-parallel ranks and expert parallelism, or without them. Every rank keeps "
+            "the state it was seeded with."
+        )
+
+
+def _saved_rng_names(checkpoint_name: str) -> set[str]:
+    entries = CheckpointIndex(checkpoint_name).metadata.state_dict_metadata
+    return {name for name in entries if name.startswith(RNG_KEY)}
+
+
+def is_peft_resume(cfg: Any, load_dir: str | None, checkpoint_name: Any, ckpt_type: Any) -> bool:
     """Whether the checkpoint holds adapters only: a PEFT run's own, not its base model."""
     ckpt_cfg = cfg.checkpoint
-    return (
-        cfg.peft is not None
-        and load_dir is not None
-        and load_dir != ckpt_cfg.pretrained_checkpoint
-        and not ckpt_cfg.finetune
-    )
+    if cfg.peft is None or ckpt_cfg.finetune:
+        return False
+    if ckpt_type is CheckpointType.LOCAL:
+        return True
+    recovery_roots = _get_global_non_persistent_checkpoint_dirs(load_dir, ckpt_cfg)
+    if ckpt_cfg.non_persistent_ckpt_type == "global" and os.path.dirname(checkpoint_name) in recovery_roots:
+        return True
+    return load_dir is not None and load_dir == ckpt_cfg.load and load_dir != ckpt_cfg.pretrained_checkpoint

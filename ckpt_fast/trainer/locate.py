@@ -202,6 +202,13 @@ def _has_global_non_persistent_checkpoint(load_dir: str | None, ckpt_cfg: Checkp
     return on_rank_0(lambda: any(checkpoint_exists(root) for root in roots))
 
 
+def has_local_checkpoint(ckpt_cfg: CheckpointConfig, checkpointing_context: dict[str, Any] | None) -> bool:
+    """Whether there is a temporary checkpoint of type "local" to resume from. Collective."""
+    if ckpt_cfg.non_persistent_ckpt_type != "local":
+        return False
+    return _get_non_persistent_iteration("", "local", checkpointing_context) != _NOTHING_FOUND
+
+
 def newest_global_non_persistent_checkpoint(
     load_dir: str | None, ckpt_cfg: CheckpointConfig
 ) -> tuple[str, int]:

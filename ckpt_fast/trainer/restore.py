@@ -102,7 +102,7 @@ def restore_optimizer(
 ) -> None:
     if not plan.optimizer:
         if not left_alone:
-            _reload_model_params(state_dict, cfg, optimizer)
+            reload_model_params(state_dict, cfg, optimizer)
         return
     try:
         if not skip and optimizer is not None and not getattr(optimizer, "is_stub_optimizer", False):
@@ -145,12 +145,16 @@ def _restore_step_counts(optimizer: Any) -> None:
                     state["step"] = torch.full_like(state["step"], float(group["step"]))
 
 
-def _reload_model_params(state_dict: dict[str, Any], cfg: Any, optimizer: Any | None) -> None:
-    """Without restored optimizer state its master parameters follow the loaded weights."""
+def reload_model_params(state_dict: dict[str, Any] | None, cfg: Any, optimizer: Any | None) -> None:
+    """Without restored optimizer state its master parameters follow the loaded weights.
+
+    Args:
+        state_dict: the loaded checkpoint, for ``load_main_params_from_ckpt``; None where there is none.
+    """
     mixed_precision = getattr(cfg.model, "fp16", False) or getattr(cfg.model, "bf16", False)
     if not mixed_precision or optimizer is None or getattr(cfg.ddp, "use_megatron_fsdp", False):
         return
-    if cfg.checkpoint.load_main_params_from_ckpt:
+    if state_dict is not None and cfg.checkpoint.load_main_params_from_ckpt:
         optimizer.reload_model_params(state_dict=state_dict)
     else:
         optimizer.reload_model_params()

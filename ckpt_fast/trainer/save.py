@@ -22,6 +22,7 @@ from ckpt_fast.trainer.glu import (
     _get_model_glu_interleave_sizes,
     _process_state_dict_for_model_glu_interleaving,
 )
+from ckpt_fast.trainer.hugging_face import require_export, save_hf_copy
 from ckpt_fast.trainer.local import save_layer_wise_optimizer, save_local
 from ckpt_fast.trainer.publish import Publication, save_errors_tolerated
 from ckpt_fast.trainer.ranks import barrier_if_distributed, is_last_rank, print_rank_0
@@ -113,7 +114,8 @@ def save_checkpoint(
             makes it a warning.
         ValueError: ``non_persistent_ckpt_type`` is neither "local" nor "global".
         NotImplementedError: ``async_save`` with a format that cannot be saved in the background, or
-            ``also_save_hf_checkpoint``.
+            ``also_save_hf_checkpoint`` of a model that Megatron Bridge cannot export.
+        UnavailableError: ``also_save_hf_checkpoint`` without Megatron Bridge.
     """
     begin = time.perf_counter()
     run = _Run(
@@ -151,6 +153,8 @@ def save_checkpoint(
         if prebuilt_state_dict is not None:
             print_rank_0("Using pre-built state dict (low-memory save)")
         state_dict = _to_checkpoint_layout(run, state_dict)
+        if target.is_local:
+            state_dict["train_state_metadata"] = publication.train_state
         request = _hand_over(run, target, state_dict, metadata, preprocess_common_state_dict_fn)
         _finalize(
             run,
@@ -180,11 +184,8 @@ def _announce(run: _Run, target: SaveTarget) -> None:
         raise NotImplementedError(
             f"async_save is not available for ckpt_format {ckpt_format!r}; use {_ASYNC_FORMATS}"
         )
-    if getattr(run.ckpt_cfg, "also_save_hf_checkpoint", False):
-        raise NotImplementedError(
-            "also_save_hf_checkpoint=True is not there: the export needs Megatron Bridge's AutoBridge. Turn "
-            "it off and export the saved checkpoint with Megatron Bridge."
-        )
+    if not target.is_local:
+        require_export(run.cfg, run.model)
 
 
 def _save_beside(run: _Run, target: SaveTarget) -> None:
@@ -202,6 +203,8 @@ def _save_beside(run: _Run, target: SaveTarget) -> None:
             save_layer_wise_optimizer(run.optimizer, target.save_dir, run.pg_collection)
 
     ControlGroup().agree(save_beside)
+    if not target.is_local:
+        save_hf_copy(run.cfg, run.model, target.checkpoint_name)
 
 
 def _content_metadata(run: _Run) -> dict[str, Any]:
