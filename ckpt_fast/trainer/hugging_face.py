@@ -10,6 +10,7 @@ from typing import Any
 
 from ckpt_fast import megatron
 from ckpt_fast.config_checks import hf_source
+from ckpt_fast.pipeline.group import ControlGroup
 from ckpt_fast.trainer.paths import ensure_directory_exists, sync_files
 from ckpt_fast.trainer.ranks import (
     barrier_if_distributed,
@@ -41,7 +42,7 @@ def save_hf_copy(cfg: Any, model: list[Any], checkpoint_name: str) -> None:
     With PEFT the adapters are exported. A failed export leaves no directory behind.
 
     Raises:
-        Exception: what Bridge raised, on the rank where it did; CheckpointError on the others.
+        CheckpointError: on every rank, naming the one where Bridge failed.
     """
     if not _is_wanted(cfg, model):
         return
@@ -59,7 +60,7 @@ def save_hf_copy(cfg: Any, model: list[Any], checkpoint_name: str) -> None:
 
     on_rank_0(prepare)
     try:
-        on_all_ranks(export)
+        ControlGroup().agree(export)
     except BaseException:
         on_rank_0(lambda: shutil.rmtree(directory, ignore_errors=True))
         raise

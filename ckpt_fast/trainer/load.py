@@ -216,7 +216,7 @@ def _load_checkpoint_from_path(
             plan, state, model, optimizer, opt_param_scheduler, pg_collection, module_name, checkpoint_name
         )
     )
-    drop_unsaved_rng(plan, scaffold, common, run_config, checkpoint_name)
+    drop_unsaved_rng(plan, scaffold, common, run_config, checkpoint_name, ckpt_type)
     adapters_only = is_peft_resume(cfg, load_dir, checkpoint_name, ckpt_type)
     left_alone = skip_load_to_model_and_opt and _can_leave_alone(cfg, ckpt_type)
     if left_alone:

@@ -225,12 +225,15 @@ def drop_unsaved_rng(
     common: dict[str, Any],
     run_config: dict[str, Any] | None,
     checkpoint_name: Any,
+    ckpt_type: Any,
 ) -> None:
     """Do without RNG states that the checkpoint does not hold for every rank of this run. Collective.
 
     With expert parallelism states are stored by data-parallel rank too, so that a run with another number of
     ranks finds none under its own names; in a multi-module model they bear the module's name.
     """
+    if ckpt_type is not CheckpointType.GLOBAL:
+        return
     wanted = scaffold.get(RNG_KEY)
     named_otherwise = isinstance(wanted, megatron.ShardedObject) and (
         len(wanted.global_shape) > 2

@@ -168,15 +168,3 @@ def test_optimizer_state_of_another_glu_layout_is_refused(tmp_path: Path, size: 
     with pytest.raises(RankError, match=r"interleave sizes \(routed, shared\) \(2, None\), this run has"):
         run_ranks(_load_interleaved, 1, root, size, True)
     run_ranks(_load_interleaved, 1, root, size, False)
-
-
-def _save_with_export(rank: int, root: str) -> None:
-    with Run(SETUP, save=root, also_save_hf_checkpoint=True) as run:
-        run.save()
-
-
-def test_an_export_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    root = tmp_path / "run"
-    with pytest.raises(RankError, match="also_save_hf_checkpoint=True is not there"):
-        run_ranks(_save_with_export, 1, str(root))
-    assert not root.exists()
