@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The resume matrix: what each way to start from a checkpoint restores, and what it leaves as it was."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from argparse import Namespace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from ckpt_fast import megatron
+from ckpt_fast.checkpointing import init_checkpointing_context
+from ckpt_fast.trainer.load import _load_checkpoint_from_path
+from tests.helpers import run_ranks
+from tests.interop.saved import save_with_stock
+from tests.models import FLOPS, Run, Setup, differences, megatron_on_cpu, other
+from tests.trainer import runs
+from tests.trainer.runs import ALL, Loaded
+
+SETUP = Setup(bf16=True, distributed=True, reshardable=True, layers=2)
+ADAPTER = SimpleNamespace(adapter_key_filter=lambda key: isinstance(key, str) and "linear_proj" in key)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row: how a run is started, and what of it is then as saved and as before.
+
+    ``restored`` is None where the fingerprints of another layout cannot be compared: the tests of resharding
+    compare whole tensors.
+    """
+
+    kept: set[str]
+    restored: set[str] | None = None
+    source: str = "run"
+    ranks: int = 1
+    setup: Setup = SETUP
+    step: int = 2
+    result: tuple[int, float] | None = (2, FLOPS)
+    config: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+CASES = {
+    "plain": Case(kept=set(), restored=ALL),
+    "tensor parallelism changed": Case(kept={"rng"}, ranks=2, setup=replace(SETUP, tp=2)),
+    "pipeline parallelism changed": Case(kept={"rng"}, ranks=2, setup=replace(SETUP, pp=2)),
+    "data parallelism changed": Case(kept=set(), ranks=2),
+    "finetuning": Case(kept={"scheduler", "rng"}, restored={"model"}, result=None, config={"finetune": True}),
+    "pretrained": Case(
+        kept={"scheduler", "rng"},
+        restored={"model"},
+        result=None,
+        config={"load": "/nowhere", "pretrained_checkpoint": "run"},
+    ),
+    "release": Case(kept={"scheduler", "rng"}, restored={"model"}, source="release", result=(0, FLOPS)),
+    "optimizer omitted": Case(
+        kept={"scheduler"}, restored={"model", "rng", "train_state"}, source="without optimizer"
+    ),
+    "optimizer not wanted": Case(
+        kept={"scheduler"}, restored={"model", "rng", "train_state"}, config={"load_optim": False}
+    ),
+    "RNG omitted": Case(kept={"rng"}, restored=ALL - {"rng"}, source="without RNG"),
+    "RNG not wanted": Case(kept={"rng"}, restored=ALL - {"rng"}, config={"load_rng": False}),
+    "recovery": Case(
+        kept=set(), restored=ALL, config={"load": None, "save": "run", "non_persistent_ckpt_type": "global"}
+    ),
+    "skip_load_to_model_and_opt": Case(
+        kept={"model", "optimizer"},
+        restored={"scheduler", "rng", "train_state"},
+        options={"skip_load_to_model_and_opt": True},
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Roots of one run's checkpoints, by the names that cases use."""
+    root = tmp_path_factory.mktemp("matrix")
+    run_ranks(save_sources, 1, str(root))
+    shutil.copytree(root / "run/iter_0000002", root / "release/release")
+    (root / "release/latest_checkpointed_iteration.txt").write_text("release")
+    return root
+
+
+def save_sources(rank: int, root: str) -> None:
+    config = {"non_persistent_ckpt_type": "global"}
+    runs.save_steps(rank, SETUP, os.path.join(root, "run"), 2, config)
+    runs.save_steps(rank, SETUP, os.path.join(root, "without optimizer"), 2, {"save_optim": False})
+    runs.save_steps(rank, SETUP, os.path.join(root, "without RNG"), 2, {"save_rng": False})
+    with Run(SETUP, save=os.path.join(root, "run"), load=os.path.join(root, "run"), **config) as run:
+        run.load()
+        run.save(non_persistent_ckpt=True)
+
+
+def start(rank: int, case: Case, root: str) -> Loaded:
+    """Start a run as the case says; data-parallel ranks all compare with what the one rank saved."""
+    named = {
+        name: os.path.join(root, value) if value in ("run",) else value for name, value in case.config.items()
+    }
+    config = {"load": os.path.join(root, case.source), **named}
+    source = "run" if case.source == "release" else case.source
+    with Run(other(case.setup), **config) as run:
+        run.train(3)
+        before = run.fingerprint()
+        result = run.load(**case.options)
+        after = run.fingerprint()
+    saved = runs.saved_fingerprint(os.path.join(root, source), case.step, 0)
+    return Loaded(
+        result, ALL - runs.parts(differences(saved, after)), ALL - runs.parts(differences(before, after))
+    )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_resume(checkpoints: Path, name: str) -> None:
+    case = CASES[name]
+    for loaded in run_ranks(start, case.ranks, case, str(checkpoints)):
+        assert loaded.kept == case.kept
+        assert case.restored is None or loaded.restored == case.restored
+        assert loaded.result == case.result or (case.result is None and loaded.result[0] == 0)
+
+
+# --- Adapters --------------------------------------------------------------------------------------------
+
+
+def tune(rank: int, root: str) -> dict[str, Any]:
+    """Start from a base model, save adapters for recovery only, and recover them on top of the base."""
+    base, own = os.path.join(root, "run"), os.path.join(root, "adapters")
+    config = {"save": own, "pretrained_checkpoint": base, "non_persistent_ckpt_type": "global"}
+    found: dict[str, Any] = {}
+    with Run(other(SETUP), **config) as run:
+        run.state.cfg.peft = ADAPTER
+        run.load()
+        found["finetune"] = run.checkpoint.finetune
+        run.train(3)
+        run.save(non_persistent_ckpt=True)
+        tuned = run.fingerprint()
+    with Run(other(SETUP), **config, ckpt_step=99) as run:
+        run.state.cfg.peft = ADAPTER
+        # As a training program loads the base: before the adapters, and as the start of something new.
+        run.checkpoint.finetune = True
+        _load_checkpoint_from_path(
+            base, run.state, run.model, None, None, checkpointing_context={}, ignore_ckpt_step=True
+        )
+        saved = runs.saved_fingerprint(base, 2, rank)
+        found["base"] = [name for name in differences(saved, run.fingerprint()) if name.startswith("model.")]
+        run.checkpoint.finetune, run.checkpoint.ckpt_step = False, None
+        found["result"] = run.load()
+        after = run.fingerprint()
+        adapters = {name for name in after if "linear_proj" in name}
+        found["adapters"] = [
+            name for name in differences(tuned, after) if name in adapters or name.startswith("optimizer")
+        ]
+        found["the rest"] = [
+            name for name in differences(saved, after) if name.startswith("model.") and name not in adapters
+        ]
+    return found
+
+
+def test_resume_adapters_from_recovery_without_load(checkpoints: Path) -> None:
+    """``load`` is None: that the recovery checkpoint holds adapters only follows from where it lies."""
+    (found,) = run_ranks(tune, 1, str(checkpoints))
+    assert found == {
+        "finetune": True,
+        "base": [],
+        "result": (3, FLOPS),
+        "adapters": [],
+        "the rest": [],
+    }
+
+
+# --- Local recovery --------------------------------------------------------------------------------------
+
+
+def recover_locally(rank: int, root: str, local: str) -> dict[str, Any]:
+    """Nothing in ``load``, a pretrained model, and a local checkpoint of the run: that is resumed."""
+    config = {
+        "load": os.path.join(local, "empty"),
+        "pretrained_checkpoint": os.path.join(root, "run"),
+        "non_persistent_ckpt_type": "local",
+        "non_persistent_local_ckpt_dir": local,
+    }
+    found: dict[str, Any] = {}
+    with megatron_on_cpu(), Run(SETUP, **config) as run:
+        context = init_checkpointing_context(run.checkpoint)
+        found["first start"] = run.load(checkpointing_context=context)[0], run.checkpoint.finetune
+        run.train(4)
+        run.save(checkpointing_context=context, non_persistent_ckpt=True)
+        run.state.train_state.floating_point_operations_so_far = -1.0
+        expected = run.fingerprint()
+    with megatron_on_cpu(), Run(other(SETUP), **config) as run:
+        context = init_checkpointing_context(run.checkpoint)
+        result = run.load(checkpointing_context=context)
+        found["second start"] = result, run.checkpoint.finetune
+        found["wrong"] = differences(expected, run.fingerprint(), "train_state")
+    return found
+
+
+@pytest.mark.skipif(not megatron.HAVE_RESIL, reason="needs nvidia-resiliency-ext")
+def test_resume_locally_rather_than_from_the_pretrained_model(checkpoints: Path, tmp_path: Path) -> None:
+    for found in run_ranks(recover_locally, 2, str(checkpoints), str(tmp_path)):
+        assert found == {"first start": (0, True), "second start": ((4, FLOPS), False), "wrong": []}
+
+
+# --- Older checkpoints -----------------------------------------------------------------------------------
+
+
+def save_legacy(run: Run, root: str, content: dict[str, Any] | None, arguments: dict[str, Any]) -> None:
+    """As Megatron-LM did: arguments and counters in the state dict, and its tracker only."""
+    run.state.train_state.step = 7
+    state_dict_of = run.sharded_state_dict
+    facts = {"args": Namespace(**arguments), "num_floating_point_operations_so_far": 5}
+    run.sharded_state_dict = lambda: {**state_dict_of(), **facts}  # type: ignore[method-assign]
+    build_with = run.content_metadata() if content is None else content
+    run.content_metadata = lambda: build_with  # type: ignore[method-assign]
+    save_with_stock(run, root, None)
+    directory = os.path.join(root, "iter_0000007")
+    for name in ("run_config.yaml", "train_state.pt"):
+        os.unlink(os.path.join(directory, name))
+    os.unlink(os.path.join(root, "latest_train_state.pt"))
+
+
+def load_legacy(
+    rank: int, setup: Setup, root: str, content: dict[str, Any] | None, arguments: dict[str, Any]
+) -> Any:
+    with Run(setup) as run:
+        run.train(2)
+        save_legacy(run, root, content, arguments)
+        expected = run.fingerprint()
+    with Run(other(setup), load=root) as run:
+        run.train(1)
+        result = run.load()
+        return (
+            result,
+            run.state.train_state.consumed_train_samples,
+            differences(expected, run.fingerprint(), "train_state"),
+        )
+
+
+ARGUMENTS = {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1, "consumed_train_samples": 4}
+
+
+@pytest.mark.parametrize(
+    "setup, content, arguments, wrong",
+    [
+        pytest.param(SETUP, None, ARGUMENTS, set(), id="Megatron-LM"),
+        pytest.param(Setup(layers=2), {}, ARGUMENTS, set(), id="without content metadata"),
+        pytest.param(
+            replace(SETUP, reshardable=False),
+            {"distrib_optim_sharding_type": "dp_zero_gather_scatter"},
+            ARGUMENTS,
+            set(),
+            id="gathered optimizer",
+        ),
+        pytest.param(
+            replace(SETUP, reshardable=False),
+            {"distrib_optim_sharding_type": "fully_sharded_model_space"},
+            {**ARGUMENTS, "ckpt_fully_parallel_save": True},
+            set(),
+            id="optimizer in model space",
+        ),
+        pytest.param(
+            SETUP, None, {**ARGUMENTS, "no_save_optim": True}, {"optimizer", "scheduler"}, id="no_save_optim"
+        ),
+        pytest.param(SETUP, None, {**ARGUMENTS, "no_save_rng": True}, {"rng"}, id="no_save_rng"),
+    ],
+)
+def test_resume_what_stock_megatron_core_saved_for_megatron_lm(
+    tmp_path: Path, setup: Setup, content: Any, arguments: dict[str, Any], wrong: set[str]
+) -> None:
+    ((result, consumed, different),) = run_ranks(load_legacy, 1, setup, str(tmp_path), content, arguments)
+    assert (result, consumed) == ((7, 5), 4)
+    assert runs.parts(different) == wrong
