@@ -102,7 +102,7 @@ from ckpt_fast.megatron.nvrx import (
     save_state_dict_async_finalize,
     save_state_dict_async_plan,
 )
-from ckpt_fast.megatron.optimizers import give_adam_its_state, keep_adam_steps
+from ckpt_fast.megatron.optimizers import fit_to_members, give_adam_its_state, keep_adam_steps
 from ckpt_fast.megatron.optional import UnavailableError, safe_import
 from ckpt_fast.megatron.storage import object_storage
 
@@ -149,6 +149,7 @@ __all__ = [
     "dict_list_map_outplace",
     "dist_checkpointing",
     "extract_sharded_base",
+    "fit_to_members",
     "force_all_tensors_to_non_fp8",
     "gather_uneven_dtensor_to_full_tensor",
     "get_async_strategy",

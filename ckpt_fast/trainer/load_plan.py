@@ -96,6 +96,15 @@ def _layout_difference(run_config: dict[str, Any] | None, cfg: Any) -> str:
     return f"(TP, PP) mismatch after resume ({ours} vs {saved} from checkpoint)"
 
 
+def _expert_difference(run_config: dict[str, Any] | None, cfg: Any) -> str:
+    """The same for the expert parallelism of a model with experts."""
+    name = "expert_model_parallel_size"
+    ours, saved = getattr(cfg.model, name, None), ((run_config or {}).get("model") or {}).get(name)
+    if not getattr(cfg.model, "num_moe_experts", None) or ours == saved or None in (ours, saved):
+        return ""
+    return f"EP mismatch after resume ({ours} vs {saved} from checkpoint)"
+
+
 def make_plan(
     common: dict[str, Any],
     run_config: dict[str, Any] | None,
@@ -108,7 +117,7 @@ def make_plan(
     """Decide what to restore.
 
     Raises:
-        RuntimeError: TP or PP changed, and the optimizer's sharding does not allow it.
+        RuntimeError: TP, PP or EP changed, and the optimizer's sharding does not allow it.
         CheckpointMismatchError: the optimizer's GLU rows are in another order than this run's.
     """
     ckpt_cfg = cfg.checkpoint
@@ -130,7 +139,8 @@ def make_plan(
     if plan.optimizer and optimizer is not None:
         _require_same_glu_layout(plan.metadata, list(_get_model_glu_interleave_sizes(model, cfg)))
         if uses_distributed_optimizer(cfg):
-            _settle_sharding_type(plan.metadata, saved, difference)
+            experts = _expert_difference(run_config, cfg)
+            _settle_sharding_type(plan.metadata, saved, difference or experts)
     print_rank_0(f"sharded_state_dict metadata loaded from the checkpoint: {plan.metadata}")
     return plan
 
@@ -155,7 +165,7 @@ def _settle_sharding_type(metadata: dict[str, Any], saved: dict[str, Any], diffe
     """Fill in the optimizer's sharding type where an old checkpoint lacks it; check that it allows the load.
 
     Raises:
-        RuntimeError: TP or PP changed, and the checkpoint's sharding does not allow it.
+        RuntimeError: TP, PP or EP changed, and the checkpoint's sharding does not allow it.
     """
     if "distrib_optim_sharding_type" not in metadata:
         metadata["distrib_optim_sharding_type"] = (
@@ -165,7 +175,7 @@ def _settle_sharding_type(metadata: dict[str, Any], saved: dict[str, Any], diffe
     if difference and kind not in megatron.DistributedOptimizer.checkpoint_fully_reshardable_formats:
         raise RuntimeError(
             f"{difference}: not supported for the distributed optimizer's sharding type {kind!r}. Save with "
-            "dist_ckpt_optim_fully_reshardable=True to be able to change TP or PP, or load with "
+            "dist_ckpt_optim_fully_reshardable=True to be able to change TP, PP or EP, or load with "
             "load_optim=False."
         )
 

@@ -111,7 +111,7 @@ def restore_optimizer(
             else:
                 # Local checkpoints copy into leaf parameters.
                 with torch.no_grad(), megatron.keep_adam_steps(optimizer):
-                    optimizer.load_state_dict(state_dict["optimizer"])
+                    optimizer.load_state_dict(megatron.fit_to_members(optimizer, state_dict["optimizer"]))
                 _restore_step_counts(optimizer)
         if scheduler is not None:
             key = "lr_scheduler" if "lr_scheduler" in state_dict else "opt_param_scheduler"

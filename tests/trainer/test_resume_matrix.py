@@ -257,13 +257,6 @@ ARGUMENTS = {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1,
             id="gathered optimizer",
         ),
         pytest.param(
-            replace(SETUP, reshardable=False),
-            {"distrib_optim_sharding_type": "fully_sharded_model_space"},
-            {**ARGUMENTS, "ckpt_fully_parallel_save": True},
-            set(),
-            id="optimizer in model space",
-        ),
-        pytest.param(
             SETUP, None, {**ARGUMENTS, "no_save_optim": True}, {"optimizer", "scheduler"}, id="no_save_optim"
         ),
         pytest.param(SETUP, None, {**ARGUMENTS, "no_save_rng": True}, {"rng"}, id="no_save_rng"),
