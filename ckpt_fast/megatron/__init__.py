@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import torch
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 
 # The vocabulary of a sharded state dict and its checks: identical in every supported version.
@@ -59,7 +60,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.rerun_state_machine import get_rerun_state_machine
+from megatron.core.rerun_state_machine import Call, Caller, get_rerun_state_machine
 from megatron.core.tensor_parallel import (
     convert_cuda_rng_state,
     get_cuda_rng_tracker,
@@ -199,6 +200,10 @@ __all__ = [
     "validate_integrity_and_strict_load",
 ]
 
+
+# Two tuples without behaviour, in every checkpoint of a step that is to be run again. Megatron-Core tells
+# torch's restricted unpickler of the other classes that its state dicts hold, and forgets these.
+torch.serialization.add_safe_globals([Call, Caller])
 
 # 0.17 added async_strategy, 0.19 verify_integrity and process_group, and 0.17 dropped common_strategy.
 SAVE_PARAMETERS = frozenset(inspect.signature(dist_checkpointing.save).parameters)

@@ -26,7 +26,7 @@ from ckpt_fast.trainer.hugging_face import load_hf_pretrained
 from ckpt_fast.trainer.load_base import _load_base_checkpoint, load_strategy
 from ckpt_fast.trainer.load_plan import (
     build_scaffold,
-    drop_unsaved_rng,
+    drop_states_of_other_ranks,
     find_run_config,
     is_mimo,
     is_peft_resume,
@@ -216,7 +216,7 @@ def _load_checkpoint_from_path(
             plan, state, model, optimizer, opt_param_scheduler, pg_collection, module_name, checkpoint_name
         )
     )
-    drop_unsaved_rng(plan, scaffold, common, run_config, checkpoint_name, ckpt_type)
+    drop_states_of_other_ranks(plan, scaffold, common, run_config, checkpoint_name, ckpt_type)
     adapters_only = is_peft_resume(cfg, load_dir, checkpoint_name, ckpt_type)
     left_alone = skip_load_to_model_and_opt and _can_leave_alone(cfg, ckpt_type)
     if left_alone:

@@ -21,6 +21,7 @@ from ckpt_fast.trainer.ranks import on_rank_0, print_rank_0
 from ckpt_fast.trainer.rng import RNG_KEY, get_rng_state, has_rng_state
 from ckpt_fast.trainer.state_dict import (
     OPTIMIZER_GLU_KEY,
+    RERUN_KEY,
     _build_sharded_state_dict_metadata,
     generate_state_dict,
     uses_distributed_optimizer,
@@ -126,7 +127,7 @@ def make_plan(
     resume = not release and not ckpt_cfg.finetune
     plan = LoadPlan()
     plan.rng = resume and ckpt_cfg.load_rng and not difference and saved.get("save_rng", True)
-    plan.rerun = resume and not difference and "rerun_state_machine" in common
+    plan.rerun = resume and not difference and RERUN_KEY in common
     plan.optimizer = plan.scheduler = resume and ckpt_cfg.load_optim and saved.get("save_optim", True)
     if resume and difference:
         print_rank_0(f"{difference}: RNG and rerun state will be ignored")
@@ -229,7 +230,7 @@ def build_scaffold(
     return scaffold
 
 
-def drop_unsaved_rng(
+def drop_states_of_other_ranks(
     plan: LoadPlan,
     scaffold: dict[str, Any],
     common: dict[str, Any],
@@ -237,39 +238,58 @@ def drop_unsaved_rng(
     checkpoint_name: Any,
     ckpt_type: Any,
 ) -> None:
-    """Do without RNG states that the checkpoint does not hold for every rank of this run. Collective.
+    """Do without RNG and rerun states that are not there for every rank of this run. Collective.
 
-    With expert parallelism states are stored by data-parallel rank too, so that a run with another number of
-    ranks finds none under its own names; in a multi-module model they bear the module's name.
+    Rerun states are stored by rank, and with expert parallelism RNG states by data-parallel rank, so that a
+    run of another size finds none under its own names. In a multi-module model they bear the module's name.
     """
     if ckpt_type is not CheckpointType.GLOBAL:
         return
-    wanted = scaffold.get(RNG_KEY)
-    named_otherwise = isinstance(wanted, megatron.ShardedObject) and (
-        len(wanted.global_shape) > 2
-        or wanted.key != RNG_KEY
-        or ((run_config or {}).get("model") or {}).get("expert_model_parallel_size") != 1
+    wanted = {key: _sharded_objects(scaffold.get(key)) for key in (RNG_KEY, RERUN_KEY)}
+    saved_model = (run_config or {}).get("model") or {}
+    may_differ = bool(wanted[RERUN_KEY]) or any(
+        len(each.global_shape) > 2
+        or each.key != RNG_KEY
+        or saved_model.get("expert_model_parallel_size") != 1
+        for each in wanted[RNG_KEY]
     )
     ranks = ControlGroup()
     # Reading the names costs what reading .metadata costs: only where they can differ.
-    if ranks.all_true(not named_otherwise):
+    if ranks.all_true(not may_differ):
         return
-    saved = on_rank_0(lambda: _saved_rng_names(checkpoint_name))
-    if ranks.all_true(wanted is None or wanted.unique_key in saved):
-        return
-    scaffold.pop(RNG_KEY, None)
-    if not has_rng_state(common):
-        plan.rng = False
-        print_rank_0(
-            f"WARNING: {checkpoint_name} has no RNG states for the ranks of this run: it was saved with "
-            "another number of data-parallel ranks and expert parallelism, or without them. Every rank keeps "
-            "the state it was seeded with."
-        )
+    saved = on_rank_0(lambda: _saved_names(checkpoint_name, (RNG_KEY, RERUN_KEY)))
+    for key, objects in wanted.items():
+        if ranks.all_true(all(each.unique_key in saved for each in objects)):
+            continue
+        scaffold.pop(key, None)
+        if key == RERUN_KEY:
+            plan.rerun = False
+        elif not has_rng_state(common):
+            plan.rng = False
+        print_rank_0(_DROPPED[key].format(checkpoint_name))
 
 
-def _saved_rng_names(checkpoint_name: str) -> set[str]:
+_DROPPED = {
+    RNG_KEY: (
+        "WARNING: {} has no RNG states for the ranks of this run: it was saved with another number of "
+        "data-parallel ranks and expert parallelism, or without them. Every rank keeps the state it was "
+        "seeded with."
+    ),
+    RERUN_KEY: (
+        "WARNING: {} has no rerun states for the ranks of this run: it was saved by another number of ranks. "
+        "A step that was to be run again is not."
+    ),
+}
+
+
+def _sharded_objects(part: Any) -> list[Any]:
+    values = megatron.nested_values(part) if isinstance(part, dict) else [part]
+    return [each for each in values if isinstance(each, megatron.ShardedObject)]
+
+
+def _saved_names(checkpoint_name: str, beginnings: tuple[str, ...]) -> set[str]:
     entries = CheckpointIndex(checkpoint_name).metadata.state_dict_metadata
-    return {name for name in entries if name.startswith(RNG_KEY)}
+    return {name for name in entries if name.startswith(beginnings)}
 
 
 def is_peft_resume(cfg: Any, load_dir: str | None, checkpoint_name: Any, ckpt_type: Any) -> bool:

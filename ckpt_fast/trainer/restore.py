@@ -22,7 +22,7 @@ from ckpt_fast.trainer.megatron_lm import _get_train_state_from_state_dict
 from ckpt_fast.trainer.paths import file_exists, get_checkpoint_train_state_filename
 from ckpt_fast.trainer.ranks import on_rank_0, print_rank_0
 from ckpt_fast.trainer.rng import restore_rng_state
-from ckpt_fast.trainer.state_dict import _is_model_section, _load_model_state_dict
+from ckpt_fast.trainer.state_dict import RERUN_KEY, _is_model_section, _load_model_state_dict
 from ckpt_fast.trainer.trackers import read_train_state
 
 
@@ -170,9 +170,9 @@ def find_layer_wise_state(
 
 
 def restore_rerun_and_rng(plan: LoadPlan, state_dict: dict[str, Any], cfg: Any, pg_collection: Any) -> None:
-    if plan.rerun and "rerun_state_machine" in state_dict:
+    if plan.rerun and RERUN_KEY in state_dict:
         try:
-            megatron.get_rerun_state_machine().load_state_dict(state_dict["rerun_state_machine"])
+            megatron.get_rerun_state_machine().load_state_dict(state_dict[RERUN_KEY])
         except Exception as error:
             print_rank_0(f"Unable to restore the rerun state machine: {error}. Exiting ...")
             sys.exit(1)

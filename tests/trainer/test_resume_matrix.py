@@ -3,15 +3,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from argparse import Namespace
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from megatron.core import rerun_state_machine
+from megatron.core.rerun_state_machine import Call, Caller, RerunMode, RerunState, RerunStateMachine
 
 from ckpt_fast import megatron
 from ckpt_fast.checkpointing import init_checkpointing_context
@@ -204,6 +208,56 @@ def recover_locally(rank: int, root: str, local: str) -> dict[str, Any]:
 def test_resume_locally_rather_than_from_the_pretrained_model(checkpoints: Path, tmp_path: Path) -> None:
     for found in run_ranks(recover_locally, 2, str(checkpoints), str(tmp_path)):
         assert found == {"first start": (0, True), "second start": ((4, FLOPS), False), "wrong": []}
+
+
+# --- Rerun state -----------------------------------------------------------------------------------------
+
+
+# Of three fields in some versions, of two in others.
+CALLER = Caller(*("loss", 0, 0)[: len(Caller._fields)])
+
+
+@contextlib.contextmanager
+def rerun_machine() -> Iterator[RerunStateMachine]:
+    """Megatron's rerun state machine, validating results as training programs let it."""
+    machine = RerunStateMachine(mode=RerunMode.VALIDATE_RESULTS)
+    before = rerun_state_machine._GLOBAL_RERUN_STATE_MACHINE
+    rerun_state_machine._GLOBAL_RERUN_STATE_MACHINE = machine
+    try:
+        yield machine
+    finally:
+        rerun_state_machine._GLOBAL_RERUN_STATE_MACHINE = before
+
+
+def save_in_a_rerun(rank: int, root: str) -> None:
+    """A result was suspicious: the step is to be run again on other hardware, from this checkpoint."""
+    with rerun_machine() as machine, Run(SETUP, save=root) as run:
+        run.train(2)
+        machine.state = RerunState.WILL_RERUN_FROM_CHECKPOINT
+        machine.current_iteration = 2
+        machine.failed_validation_call = Call(caller=CALLER, sequence=1)
+        machine.initial_result = 4.5 + rank
+        machine.suspicious_node = f"node{rank}"
+        run.save()
+
+
+def load_in_a_rerun(rank: int, root: str, setup: Setup) -> Any:
+    with rerun_machine() as machine, Run(other(setup), load=root) as run:
+        run.train(1)
+        result = run.load()
+        return result[0], machine.state.name, machine.initial_result, machine.suspicious_node
+
+
+def test_resume_a_step_that_is_to_be_run_again(tmp_path: Path) -> None:
+    """Each rank has its own rerun state; ranks in another number, or of another layout, go without."""
+    root = str(tmp_path)
+    run_ranks(save_in_a_rerun, 2, root)
+    assert run_ranks(load_in_a_rerun, 2, root, SETUP) == [
+        (2, "WILL_RERUN_FROM_CHECKPOINT", 4.5 + rank, f"node{rank}") for rank in range(2)
+    ]
+    nothing = (2, "NOT_RUNNING_YET", None, None)
+    assert run_ranks(load_in_a_rerun, 1, root, SETUP) == [nothing]
+    assert run_ranks(load_in_a_rerun, 2, root, replace(SETUP, tp=2)) == [nothing] * 2
 
 
 # --- Older checkpoints -----------------------------------------------------------------------------------
