@@ -69,6 +69,28 @@ def test_a_damaged_checkpoint_is_passed_over(root: str, damage: str) -> None:
     assert load(root, 2) == Loaded((2, FLOPS), restored=ALL, kept=set())
 
 
+def fall_back(rank: int, roots: list[str]) -> list[tuple[int, float]]:
+    results = []
+    for root in roots:
+        with Run(SETUP, load=root) as run:
+            results.append(run.load())
+    return results
+
+
+def test_ranks_fall_back_together(saved: str, tmp_path: Path) -> None:
+    """Whatever is wrong with the newest checkpoint, half-written directories included, no rank waits."""
+    roots = []
+    for name, damage in DAMAGES.items():
+        roots.append(shutil.copytree(saved, tmp_path / name))
+        damage(str(tmp_path / name / "iter_0000003"))
+    # An interrupted save, newer than what the tracker names, of which nothing may be believed.
+    unfinished = shutil.copytree(saved, tmp_path / "unfinished")
+    shutil.copytree(unfinished / "iter_0000003", unfinished / "iter_0000004")
+    (unfinished / "iter_0000004/metadata.json").unlink()
+    results = run_ranks(fall_back, 2, [str(root) for root in [*roots, unfinished]])
+    assert results == [[(2, FLOPS)] * len(roots) + [(3, FLOPS)]] * 2
+
+
 def test_several_damaged_checkpoints_are_passed_over(root: str) -> None:
     DAMAGES["bit"](os.path.join(root, "iter_0000003"))
     DAMAGES["shard"](os.path.join(root, "iter_0000002"))

@@ -105,3 +105,34 @@ def test_parallel_sizes_change(tmp_path: Path, kind: str) -> None:
 @pytest.mark.parametrize("kind", ON_FOUR_RANKS)
 def test_parallel_sizes_change_on_four_ranks(tmp_path: Path, kind: str) -> None:
     assert_nothing_moves(ON_FOUR_RANKS[kind], tmp_path)
+
+
+def load_elsewhere(rank: int, setup: Setup, root: str) -> tuple[str, str]:
+    with Run(setup, load=root) as run:
+        run.train(1)
+        return runs.error_of(run.load)
+
+
+@pytest.mark.parametrize(
+    "setup, kind, fragments",
+    [
+        (
+            replace(EXPERTS, reshardable=False),
+            "RuntimeError",
+            ("EP mismatch", "(2 vs 1", "dp_reshardable", "dist_ckpt_optim_fully_reshardable"),
+        ),
+        (
+            replace(EXPERTS, distributed=False, reshardable=False),
+            "CheckpointMismatchError",
+            ("expert_model_parallel_size", "load_optim=False"),
+        ),
+    ],
+    ids=["distributed", "replicated"],
+)
+def test_optimizers_that_do_not_follow_the_experts_say_so(
+    tmp_path: Path, setup: Setup, kind: str, fragments: tuple[str, ...]
+) -> None:
+    root = str(tmp_path / "run")
+    run_ranks(runs.save_steps, 1, setup, root, 1, {})
+    for error in run_ranks(load_elsewhere, 2, replace(setup, ep=2), root):
+        runs.require(error, kind, *fragments)

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from megatron.core import rerun_state_machine
 from megatron.core.rerun_state_machine import Call, Caller, RerunMode, RerunState, RerunStateMachine
 
@@ -263,18 +264,26 @@ def test_resume_a_step_that_is_to_be_run_again(tmp_path: Path) -> None:
 # --- Older checkpoints -----------------------------------------------------------------------------------
 
 
+GATHERED = {"distrib_optim_sharding_type": "dp_zero_gather_scatter"}
+
+
 def save_legacy(run: Run, root: str, content: dict[str, Any] | None, arguments: dict[str, Any]) -> None:
     """As Megatron-LM did: arguments and counters in the state dict, and its tracker only."""
     run.state.train_state.step = 7
     state_dict_of = run.sharded_state_dict
     facts = {"args": Namespace(**arguments), "num_floating_point_operations_so_far": 5}
     run.sharded_state_dict = lambda: {**state_dict_of(), **facts}  # type: ignore[method-assign]
-    build_with = run.content_metadata() if content is None else content
-    run.content_metadata = lambda: build_with  # type: ignore[method-assign]
+    if content is not None:
+        run.content_metadata = lambda: content  # type: ignore[method-assign]
     save_with_stock(run, root, None)
     directory = os.path.join(root, "iter_0000007")
     for name in ("run_config.yaml", "train_state.pt"):
         os.unlink(os.path.join(directory, name))
+    if content == GATHERED and os.path.exists(os.path.join(directory, "common.pt")):
+        # As it was once stored: there is content metadata, but no sharding type in it.
+        common = torch.load(os.path.join(directory, "common.pt"), weights_only=False)
+        del common["content_metadata"]["distrib_optim_sharding_type"]
+        torch.save(common, os.path.join(directory, "common.pt"))
     os.unlink(os.path.join(root, "latest_train_state.pt"))
 
 
@@ -305,7 +314,7 @@ ARGUMENTS = {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1,
         pytest.param(Setup(layers=2), {}, ARGUMENTS, set(), id="without content metadata"),
         pytest.param(
             replace(SETUP, reshardable=False),
-            {"distrib_optim_sharding_type": "dp_zero_gather_scatter"},
+            GATHERED,
             ARGUMENTS,
             set(),
             id="gathered optimizer",
@@ -322,3 +331,20 @@ def test_resume_what_stock_megatron_core_saved_for_megatron_lm(
     ((result, consumed, different),) = run_ranks(load_legacy, 1, setup, str(tmp_path), content, arguments)
     assert (result, consumed) == ((7, 5), 4)
     assert runs.parts(different) == wrong
+
+
+def save_without_sharding_type(rank: int, root: str) -> None:
+    with Run(replace(SETUP, reshardable=False)) as run:
+        run.train(1)
+        save_legacy(run, root, GATHERED, ARGUMENTS)
+
+
+def load_into_another_layout(rank: int, root: str) -> tuple[str, str]:
+    with Run(replace(SETUP, tp=2), load=root) as run:
+        return runs.error_of(run.load)
+
+
+def test_resume_into_another_layout_without_a_sharding_type(tmp_path: Path) -> None:
+    run_ranks(save_without_sharding_type, 1, str(tmp_path))
+    for error in run_ranks(load_into_another_layout, 2, str(tmp_path)):
+        runs.require(error, "RuntimeError", "(2, 1) vs (1, 1)", "dp_zero_gather_scatter", "load_optim=False")
