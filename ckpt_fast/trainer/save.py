@@ -24,9 +24,13 @@ from ckpt_fast.trainer.glu import (
 )
 from ckpt_fast.trainer.hugging_face import require_export, save_hf_copy
 from ckpt_fast.trainer.local import save_layer_wise_optimizer, save_local
+from ckpt_fast.trainer.locate import _get_global_non_persistent_checkpoint_dirs
 from ckpt_fast.trainer.publish import Publication, save_errors_tolerated
 from ckpt_fast.trainer.ranks import barrier_if_distributed, is_last_rank, print_rank_0
-from ckpt_fast.trainer.retention import cleanup_old_non_persistent_checkpoint
+from ckpt_fast.trainer.retention import (
+    cleanup_old_dataloader_states,
+    cleanup_old_non_persistent_checkpoint,
+)
 from ckpt_fast.trainer.rng import get_rng_state
 from ckpt_fast.trainer.sidecars import can_save_position, maybe_save_dataloader_state
 from ckpt_fast.trainer.state_dict import (
@@ -163,7 +167,7 @@ def save_checkpoint(
                 lambda: ControlGroup().decide(publication.publish),
                 lambda: _tell_loggers(run, target),
                 lambda: _fire_callbacks(run, callback_manager),
-                lambda: _retain(target, do_async=run.is_async),
+                lambda: _retain(run, target),
             ],
         )
         if run.is_async:
@@ -190,10 +194,7 @@ def _announce(run: _Run, target: SaveTarget) -> None:
 
 def _save_beside(run: _Run, target: SaveTarget) -> None:
     """What is stored next to the checkpoint rather than in it."""
-    path = getattr(run.cfg.dataset, "dataloader_save", None)
-    save_root = run.ckpt_cfg.save
-    if path is None and save_root and can_save_position(run.iterator):
-        path = os.path.join(save_root, _DATALOADER_STATE_SUBDIR)
+    path = _dataloader_path(run)
 
     def save_beside() -> None:
         maybe_save_dataloader_state(
@@ -205,6 +206,14 @@ def _save_beside(run: _Run, target: SaveTarget) -> None:
     ControlGroup().agree(save_beside)
     if not target.is_local:
         save_hf_copy(run.cfg, run.model, target.checkpoint_name)
+
+
+def _dataloader_path(run: _Run) -> str | None:
+    """Root of the data loader's states; None or "" where none are saved."""
+    path: str | None = getattr(run.cfg.dataset, "dataloader_save", None)
+    if path is None and run.ckpt_cfg.save and can_save_position(run.iterator):
+        return os.path.join(run.ckpt_cfg.save, _DATALOADER_STATE_SUBDIR)
+    return path
 
 
 def _content_metadata(run: _Run) -> dict[str, Any]:
@@ -349,11 +358,16 @@ def _fire_callbacks(run: _Run, manager: Any | None) -> None:
         )
 
 
-def _retain(target: SaveTarget, do_async: bool) -> None:
+def _retain(run: _Run, target: SaveTarget) -> None:
     if not target.is_local and target.keep is not None:
         cleanup_old_non_persistent_checkpoint(
-            target.save_dir, leave_ckpt_num=target.keep, do_async=do_async, max_iteration=target.step
+            target.save_dir, leave_ckpt_num=target.keep, do_async=run.is_async, max_iteration=target.step
         )
+    states = _dataloader_path(run)
+    # A directory that the user chose is the user's to clean.
+    if states and not getattr(run.cfg.dataset, "dataloader_save", None):
+        roots = (run.ckpt_cfg.save, *_get_global_non_persistent_checkpoint_dirs(None, run.ckpt_cfg))
+        cleanup_old_dataloader_states(states, roots, target.step)
 
 
 def _report_stall(request: Any, stall_s: float) -> None:

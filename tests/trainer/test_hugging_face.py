@@ -150,7 +150,7 @@ def test_hf_directories_that_cannot_be_loaded(tmp_path: Path) -> None:
 
 
 def save_with_copies(rank: int, site: str) -> dict[str, Any]:
-    """Save synchronously, in the background, with adapters, locally not at all, and with a failure."""
+    """Save the model and adapters, then what cannot be exported, and with a rank that fails."""
     config = {"also_save_hf_checkpoint": True, "hf_source_path": "org/model", "hf_trust_remote_code": True}
     with installed(site), Run(SETUP, save="run", hf_save_every_n_ranks=2, **config) as run:
         run.train(1)
