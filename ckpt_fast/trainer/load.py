@@ -143,7 +143,7 @@ def _load_older(
             (``on_corrupt``), and when no older checkpoint can be loaded.
     """
     wanted = getattr(ckpt_cfg, "on_corrupt", "fallback")
-    for path in older_checkpoints(load_dir, ckpt_cfg.ckpt_step) if wanted == "fallback" else []:
+    for path in older_checkpoints(load_dir, ckpt_cfg) if wanted == "fallback" else []:
         print_rank_0(f"WARNING: {error}\nWARNING: falling back to {path} (on_corrupt='fallback')")
         try:
             return load_from(path)
@@ -187,8 +187,7 @@ def _load_checkpoint_from_path(
     model = megatron.unwrap_model(model)
     pg_collection = pg_collection or megatron.get_pg_collection(model)
     if _is_hf_source(load_dir, ckpt_cfg):
-        assert load_dir is not None
-        return load_hf_pretrained(load_dir, state, model, optimizer, skip=skip_load_to_model_and_opt)
+        return load_hf_pretrained(str(load_dir), state, model, optimizer, skip=skip_load_to_model_and_opt)
     if ignore_ckpt_step:
         ckpt_cfg = _without_recovery(ckpt_cfg)
 
@@ -217,7 +216,7 @@ def _load_checkpoint_from_path(
         )
     )
     drop_states_of_other_ranks(plan, scaffold, common, run_config, checkpoint_name, ckpt_type)
-    adapters_only = is_peft_resume(cfg, load_dir, checkpoint_name, ckpt_type)
+    adapters_only = is_peft_resume(cfg, checkpoint_name, ckpt_type)
     left_alone = skip_load_to_model_and_opt and _can_leave_alone(cfg, ckpt_type)
     if left_alone:
         scaffold, ckpt_cfg = _without_model_and_optimizer(scaffold, ckpt_cfg)
@@ -228,9 +227,7 @@ def _load_checkpoint_from_path(
     )
     if state_dict is None:
         return 0, 0
-
-    set_checkpoint_version(state_dict.get("checkpoint_version", 0))
-    print_rank_0(f" checkpoint version {get_checkpoint_version()}")
+    _note_version(state_dict)
     restore_train_state(state, state_dict, checkpoint_name, release, ckpt_type)
 
     def restore() -> None:
@@ -251,6 +248,11 @@ def _load_checkpoint_from_path(
     on_all_ranks(restore)
     _announce_loaded(state, load_dir, checkpoint_name, ckpt_type, pg_collection)
     return state.train_state.step, state.train_state.floating_point_operations_so_far
+
+
+def _note_version(state_dict: dict[str, Any]) -> None:
+    set_checkpoint_version(state_dict.get("checkpoint_version", 0))
+    print_rank_0(f" checkpoint version {get_checkpoint_version()}")
 
 
 def _can_leave_alone(cfg: Any, ckpt_type: Any) -> bool:

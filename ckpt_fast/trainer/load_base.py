@@ -25,6 +25,7 @@ from ckpt_fast.trainer.local import load_local
 from ckpt_fast.trainer.locate import (
     _DIRECT_ITERATION_DIR_SENTINEL,
     _get_checkpoint_format,
+    _get_global_non_persistent_checkpoint_dirs,
     _get_non_persistent_iteration,
     _resolve_checkpoint_iteration,
     newest_global_non_persistent_checkpoint,
@@ -86,7 +87,10 @@ def _load_base_checkpoint(
     }
     if iteration == _DIRECT_ITERATION_DIR_SENTINEL:
         assert load_dir is not None
-        _record_dataloader_state_dir(checkpointing_context, os.path.dirname(load_dir.rstrip("/")))
+        root = os.path.dirname(load_dir.rstrip("/"))
+        if root in _get_global_non_persistent_checkpoint_dirs(ckpt_cfg.load, ckpt_cfg):
+            root = _root_of_recovery(root, ckpt_cfg.load, ckpt_cfg) or root
+        _record_dataloader_state_dir(checkpointing_context, root)
         return _load_global(load_dir, ckpt_cfg, None, False, override=load_dir, **options)
     if step is None:
         recovery_dir, recovery = _newest_recovery(load_dir, ckpt_cfg, checkpointing_context)

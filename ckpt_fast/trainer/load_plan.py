@@ -292,14 +292,15 @@ def _saved_names(checkpoint_name: str, beginnings: tuple[str, ...]) -> set[str]:
     return {name for name in entries if name.startswith(beginnings)}
 
 
-def is_peft_resume(cfg: Any, load_dir: str | None, checkpoint_name: Any, ckpt_type: Any) -> bool:
+def is_peft_resume(cfg: Any, checkpoint_name: Any, ckpt_type: Any) -> bool:
     """Whether the checkpoint holds adapters only: a PEFT run's own, not its base model."""
     ckpt_cfg = cfg.checkpoint
     if cfg.peft is None or ckpt_cfg.finetune:
         return False
     if ckpt_type is CheckpointType.LOCAL:
         return True
-    recovery_roots = _get_global_non_persistent_checkpoint_dirs(load_dir, ckpt_cfg)
-    if ckpt_cfg.non_persistent_ckpt_type == "global" and os.path.dirname(checkpoint_name) in recovery_roots:
-        return True
-    return load_dir is not None and load_dir == ckpt_cfg.load and load_dir != ckpt_cfg.pretrained_checkpoint
+    own = [ckpt_cfg.load, *_get_global_non_persistent_checkpoint_dirs(ckpt_cfg.load, ckpt_cfg)]
+    # A directory may have been named as a root or as the checkpoint itself.
+    places = {str(checkpoint_name).rstrip("/"), os.path.dirname(str(checkpoint_name).rstrip("/"))}
+    pretrained = (ckpt_cfg.pretrained_checkpoint or "").rstrip("/")
+    return pretrained not in places and any(root and root.rstrip("/") in places for root in own)

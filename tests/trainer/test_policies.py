@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -89,6 +92,36 @@ def test_ranks_fall_back_together(saved: str, tmp_path: Path) -> None:
     (unfinished / "iter_0000004/metadata.json").unlink()
     results = run_ranks(fall_back, 2, [str(root) for root in [*roots, unfinished]])
     assert results == [[(2, FLOPS)] * len(roots) + [(3, FLOPS)]] * 2
+
+
+def test_a_damaged_recovery_checkpoint_is_passed_over(saved: str, tmp_path: Path) -> None:
+    """For the recovery checkpoint before it, or for the persistent one, whichever is newer."""
+    root = tmp_path / "run"
+    shutil.copytree(saved, root / "non_persistent")
+    shutil.copytree(os.path.join(saved, "iter_0000002"), root / "iter_0000002")
+    shutil.copytree(os.path.join(saved, "iter_0000001"), root / "iter_0000001")
+    config = {"save": str(root), "non_persistent_ckpt_type": "global"}
+    DAMAGES["shard"](str(root / "non_persistent/iter_0000003"))
+    for name, tracked, expected in (
+        ("no persistent one", None, "non_persistent/iter_0000002"),
+        ("an older one", "1", "non_persistent/iter_0000002"),
+        ("one as new", "2", "non_persistent/iter_0000002"),
+    ):
+        if tracked:
+            (root / "latest_checkpointed_iteration.txt").write_text(tracked)
+        ((result, used),) = run_ranks(load_and_tell, 1, {"load": str(root), **config})
+        assert (result, used) == ((2, FLOPS), str(root / expected)), name
+    DAMAGES["shard"](str(root / "non_persistent/iter_0000002"))
+    ((result, used),) = run_ranks(load_and_tell, 1, {"load": str(root), **config})
+    assert (result, used) == ((2, FLOPS), str(root / "iter_0000002"))
+
+
+def load_and_tell(rank: int, config: dict[str, Any]) -> tuple[Any, str]:
+    """The result of a load, and the directory it fell back to."""
+    printed = io.StringIO()
+    with Run(SETUP, **config) as run, contextlib.redirect_stdout(printed):
+        result = run.load()
+    return result, re.findall(r"falling back to (\S+)", printed.getvalue())[-1]
 
 
 def test_several_damaged_checkpoints_are_passed_over(root: str) -> None:
