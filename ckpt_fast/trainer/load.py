@@ -204,7 +204,7 @@ def _load_checkpoint_from_path(
             pg_collection=pg_collection,
         )
 
-    common, checkpoint_name, release, ckpt_type = load_base(rank0=True)
+    common, checkpoint_name, release, ckpt_type = load_base(True)
     if common is None:
         return 0, 0
     run_config = find_run_config(common, checkpoint_name, ckpt_type, cfg)
@@ -222,9 +222,7 @@ def _load_checkpoint_from_path(
         scaffold, ckpt_cfg = _without_model_and_optimizer(scaffold, ckpt_cfg)
     if adapters_only:
         scaffold = apply_peft_adapter_filter_to_state_dict(scaffold, cfg.peft)
-    state_dict, checkpoint_name, release, ckpt_type = load_base(
-        rank0=False, scaffold=scaffold, is_mimo=is_mimo(run_config, cfg)
-    )
+    state_dict, checkpoint_name, release, ckpt_type = load_base(False, scaffold, is_mimo(run_config, cfg))
     if state_dict is None:
         return 0, 0
     _note_version(state_dict)

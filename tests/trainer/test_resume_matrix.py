@@ -167,7 +167,9 @@ def tune(rank: int, root: str) -> dict[str, Any]:
             name for name in differences(tuned, after) if name in adapters or name.startswith("optimizer")
         ]
         found["the rest"] = [
-            name for name in differences(saved, after) if name.startswith("model.") and name not in adapters
+            name
+            for name in differences(saved, recovered)
+            if name.startswith("model.") and name not in adapters
         ]
     return found
 
