@@ -72,11 +72,16 @@ def merge_in_place(sharded_state_dict: dict[str, Any]) -> dict[str, Any]:
     copy of all gated layers, while the pieces, if they are views, have filled the first.
     """
 
+    def has_data(entry: Any) -> bool:
+        return isinstance(entry, megatron.ShardedTensorFactory) and isinstance(entry.data, torch.Tensor)
+
     def in_place(entry: Any) -> Any:
-        if not isinstance(entry, megatron.ShardedTensorFactory) or not isinstance(entry.data, torch.Tensor):
+        if not has_data(entry):
             return entry
         return dataclasses.replace(entry, merge_fn=functools.partial(_merge, entry.merge_fn, entry.data))
 
+    if not any(map(has_data, megatron.nested_values(sharded_state_dict))):
+        return sharded_state_dict
     result: dict[str, Any] = megatron.dict_list_map_outplace(in_place, sharded_state_dict)
     return result
 
