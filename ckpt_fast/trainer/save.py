@@ -165,7 +165,7 @@ def save_checkpoint(
             request,
             [
                 lambda: ControlGroup().decide(publication.publish),
-                lambda: _tell_loggers(run, target),
+                _logger_finalizer(run, target),
                 lambda: _fire_callbacks(run, callback_manager),
                 lambda: _retain(run, target),
             ],
@@ -342,9 +342,17 @@ def _finalize(run: _Run, request: Any, finalizers: Sequence[Callable[[], None]])
     schedule_async_save(run.state, request)
 
 
-def _tell_loggers(run: _Run, target: SaveTarget) -> None:
-    if not target.is_local and is_last_rank():
-        loggers.on_save_checkpoint_success(run.state, target.checkpoint_name, target.save_dir, target.step)
+def _logger_finalizer(run: _Run, target: SaveTarget) -> Callable[[], None]:
+    """What tells the experiment loggers of the save, with the settings as they are now."""
+    to_mlflow = bool(getattr(run.cfg.logger, "mlflow_log_artifacts", True))
+
+    def tell() -> None:
+        if not target.is_local and is_last_rank():
+            loggers.on_save_checkpoint_success(
+                run.state, target.checkpoint_name, target.save_dir, target.step, to_mlflow
+            )
+
+    return tell
 
 
 def _fire_callbacks(run: _Run, manager: Any | None) -> None:
