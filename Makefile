@@ -43,6 +43,10 @@ test-stacks: ## the same on both stacks
 	@$(MAKE) --no-print-directory test
 	@$(MAKE) --no-print-directory test-b
 
+.PHONY: test-slow
+test-slow: $(A)/.installed ## the tests that take minutes: kills at random moments, four ranks, long runs
+	@$(A)/bin/python -m pytest -n 2 -m slow
+
 .PHONY: demo
 demo: $(A)/.installed ## train, be killed, resume, compare
 	@PYTHONWARNINGS=ignore $(A)/bin/python examples/demo.py

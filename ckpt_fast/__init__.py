@@ -3,6 +3,7 @@
 
 The documented API is in ``ckpt_fast.checkpointing``. The classes here are for programs that already save with
 torch DCP or Megatron-Core: pass them where those take a storage writer, a reader or a strategy.
+``resume_dataloader`` goes with ``load_checkpoint``: it puts the data loader where the checkpoint left it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from ckpt_fast.doors.megatron_core import FastLoadStrategy, FastSaveStrategy
     from ckpt_fast.pipeline.background import wait_staged
     from ckpt_fast.pipeline.host_buffer import reserve_host_memory
+    from ckpt_fast.trainer.sidecars import resume_dataloader
 
 __all__ = [
     "FastLoadStrategy",
@@ -22,6 +24,7 @@ __all__ = [
     "FastStorageReader",
     "FastStorageWriter",
     "reserve_host_memory",
+    "resume_dataloader",
     "wait_staged",
 ]
 
@@ -32,6 +35,7 @@ _HOMES = {
     "FastLoadStrategy": "ckpt_fast.doors.megatron_core",
     "FastSaveStrategy": "ckpt_fast.doors.megatron_core",
     "reserve_host_memory": "ckpt_fast.pipeline.host_buffer",
+    "resume_dataloader": "ckpt_fast.trainer.sidecars",
     "wait_staged": "ckpt_fast.pipeline.background",
 }
 

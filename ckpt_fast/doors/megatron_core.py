@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from ckpt_fast import megatron
 from ckpt_fast.doors.common_state import COMMON_FILE, COMMON_STATE_KEY, load_common_state_dict
-from ckpt_fast.doors.sharded_state import load_sharded, shards_of, torch_bytes
+from ckpt_fast.doors.sharded_state import load_sharded, merge_in_place, shards_of, torch_bytes
 from ckpt_fast.doors.stock_queue import Flag, as_request
 from ckpt_fast.errors import CheckpointMismatchError
 from ckpt_fast.pipeline import commit
@@ -252,7 +252,7 @@ def load(
     strict = megatron.parse_strict_flag(strict)
     megatron.force_all_tensors_to_non_fp8(sharded_state_dict)
     state_dict = group.agree(lambda: load_common_state_dict(checkpoint_dir))
-    wanted, nonpersistent, factories = megatron.load_preprocess(sharded_state_dict)
+    wanted, nonpersistent, factories = megatron.load_preprocess(merge_in_place(sharded_state_dict))
     megatron.merge(state_dict, nonpersistent)
     wanted, _ = megatron.extract_sharded_base(wanted)
     wanted, missing, unexpected = _check_keys(

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import io
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -61,6 +63,50 @@ def load_sharded(
 
     result: dict[str, Any] = megatron.dict_list_map_outplace(loaded, sharded_state_dict)
     return result
+
+
+def merge_in_place(sharded_state_dict: dict[str, Any]) -> dict[str, Any]:
+    """The same nesting with factories that leave alone what was read into the tensors they were made for.
+
+    Megatron-Core's factories cut a tensor in pieces, and merge the loaded pieces into a new one: a second
+    copy of all gated layers, while the pieces, if they are views, have filled the first.
+    """
+
+    def has_data(entry: Any) -> bool:
+        return isinstance(entry, megatron.ShardedTensorFactory) and isinstance(entry.data, torch.Tensor)
+
+    def in_place(entry: Any) -> Any:
+        if not has_data(entry):
+            return entry
+        return dataclasses.replace(entry, merge_fn=functools.partial(_merge, entry.merge_fn, entry.data))
+
+    if not any(map(has_data, megatron.nested_values(sharded_state_dict))):
+        return sharded_state_dict
+    result: dict[str, Any] = megatron.dict_list_map_outplace(in_place, sharded_state_dict)
+    return result
+
+
+def _merge(merge_fn: Callable[[Any], Any], whole: torch.Tensor, pieces: Any) -> Any:
+    values = list(megatron.nested_values(pieces)) if isinstance(pieces, (dict, list)) else [pieces]
+    return whole.detach() if _make_up(whole, values) else merge_fn(pieces)
+
+
+def _make_up(whole: torch.Tensor, pieces: list[Any]) -> bool:
+    """Whether the pieces are views of a tensor that leave nothing of it out."""
+    if not all(isinstance(piece, torch.Tensor) and piece.is_contiguous() for piece in pieces):
+        return False
+    if not whole.is_contiguous() or any(
+        (piece.dtype, piece.device, piece.untyped_storage().data_ptr())
+        != (whole.dtype, whole.device, whole.untyped_storage().data_ptr())
+        for piece in pieces
+    ):
+        return False
+    end = whole.data_ptr()
+    for piece in sorted((piece for piece in pieces if piece.numel()), key=torch.Tensor.data_ptr):
+        if piece.data_ptr() != end:
+            return False
+        end += piece.nbytes
+    return end == whole.data_ptr() + whole.nbytes
 
 
 def _requests(tensors: Iterable[Any], index: CheckpointIndex) -> Iterator[TensorRequest]:

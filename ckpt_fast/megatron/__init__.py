@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import torch
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 
 # The vocabulary of a sharded state dict and its checks: identical in every supported version.
@@ -59,7 +60,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.rerun_state_machine import get_rerun_state_machine
+from megatron.core.rerun_state_machine import Call, Caller, get_rerun_state_machine
 from megatron.core.tensor_parallel import (
     convert_cuda_rng_state,
     get_cuda_rng_tracker,
@@ -69,6 +70,7 @@ from megatron.core.timers import Timers
 from megatron.core.transformer import MegatronModule
 from megatron.core.utils import StragglerDetector, get_model_config, get_pg_rank, get_pg_size, unwrap_model
 
+from ckpt_fast.megatron.bridge import import_auto_bridge
 from ckpt_fast.megatron.fsdp import (
     HAVE_MEGATRON_FSDP,
     MegatronFSDP,
@@ -101,7 +103,7 @@ from ckpt_fast.megatron.nvrx import (
     save_state_dict_async_finalize,
     save_state_dict_async_plan,
 )
-from ckpt_fast.megatron.optimizers import give_adam_its_state, keep_adam_steps
+from ckpt_fast.megatron.optimizers import fit_to_members, give_adam_its_state, keep_adam_steps
 from ckpt_fast.megatron.optional import UnavailableError, safe_import
 from ckpt_fast.megatron.storage import object_storage
 
@@ -148,6 +150,7 @@ __all__ = [
     "dict_list_map_outplace",
     "dist_checkpointing",
     "extract_sharded_base",
+    "fit_to_members",
     "force_all_tensors_to_non_fp8",
     "gather_uneven_dtensor_to_full_tensor",
     "get_async_strategy",
@@ -164,6 +167,7 @@ __all__ = [
     "handle_mla_down_proj_in_state_dict",
     "handle_mtp_in_state_dict",
     "handle_swiglu_in_state_dict",
+    "import_auto_bridge",
     "import_local_checkpointing",
     "import_tensor_aware_state_dict",
     "is_graph_safe_cuda_rng_tracker",
@@ -196,6 +200,10 @@ __all__ = [
     "validate_integrity_and_strict_load",
 ]
 
+
+# Two tuples without behaviour, in every checkpoint of a step that is to be run again. Megatron-Core tells
+# torch's restricted unpickler of the other classes that its state dicts hold, and forgets these.
+torch.serialization.add_safe_globals([Call, Caller])
 
 # 0.17 added async_strategy, 0.19 verify_integrity and process_group, and 0.17 dropped common_strategy.
 SAVE_PARAMETERS = frozenset(inspect.signature(dist_checkpointing.save).parameters)

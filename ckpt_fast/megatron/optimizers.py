@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+from ckpt_fast.errors import CheckpointMismatchError
+
 
 def give_adam_its_state(optimizer: Any) -> None:
     """Let torch's Adam, where it is still without state, have zeros for it.
@@ -21,7 +23,8 @@ def give_adam_its_state(optimizer: Any) -> None:
     """
     for member in _around_torch_adam(optimizer):
         adam = member.optimizer
-        if adam.state:
+        # Who merely looks at the state of a parameter leaves an empty one behind.
+        if any(adam.state.values()):
             continue
         for group in adam.param_groups:
             for parameter in group["params"]:
@@ -47,6 +50,46 @@ def keep_adam_steps(optimizer: Any) -> Iterator[None]:
             else:
                 stack.callback(member.optimizer.register_load_state_dict_pre_hook(_start_at_step_0).remove)
         yield
+
+
+def fit_to_members(optimizer: Any, saved: dict[Any, Any]) -> dict[Any, Any]:
+    """The loaded state of a chain of distributed optimizers, in as many parts as this run's chain has.
+
+    Megatron-Core gives experts an optimizer of their own once they are parallel, and stores what is not
+    tensors (parameter groups, the kind of sharding) per optimizer. The tensors bear the parameters' names and
+    fit either chain.
+
+    Args:
+        optimizer: of this run.
+        saved: "optimizer" of the loaded state dict; not modified.
+
+    Raises:
+        CheckpointMismatchError: the chains differ, and this optimizer's state does not fit another one.
+    """
+    members = getattr(optimizer, "chained_optimizers", [optimizer])
+    parts = {key: part for key, part in saved.items() if isinstance(key, int)}
+    whole = {key: part for key, part in saved.items() if not isinstance(key, int)}
+    if not (parts and whole):
+        return saved
+    if not all(isinstance(member, DistributedOptimizer) for member in members):
+        raise CheckpointMismatchError(
+            "the optimizer was saved with another expert parallelism, with which Megatron-Core divides it "
+            "otherwise. Use the same expert_model_parallel_size, a distributed optimizer saved with "
+            "dist_ckpt_optim_fully_reshardable=True, or load_optim=False."
+        )
+    if len(members) == 1:
+        first = parts[min(parts)]
+        saved_groups = [group for part in parts.values() for group in part["optimizer"]["param_groups"]]
+        return {**first, **whole, "optimizer": _with_groups(first, saved_groups)}
+    groups = whole["optimizer"]["param_groups"]
+    return {key: {**whole, **part, "optimizer": _with_groups(whole, groups)} for key, part in parts.items()}
+
+
+def _with_groups(part: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:
+    """The "optimizer" of a part with parameter groups for experts and others alike."""
+    both = [{**group, "is_expert_parallel": kind} for group in groups for kind in (False, True)]
+    # A group that was saved goes before one that is made up, which goes by what is found last.
+    return {**part["optimizer"], "param_groups": [*both, *groups]}
 
 
 def _start_at_step_0(_: Any, state_dict: dict[str, Any]) -> None:

@@ -42,7 +42,9 @@ _FT_MIN_ITERATIONS = 16
 # --- Experiment loggers ----------------------------------------------------------------------------------
 
 
-def on_save_checkpoint_success(state: Any, checkpoint_path: str, save_dir: str, step: int) -> None:
+def on_save_checkpoint_success(
+    state: Any, checkpoint_path: str, save_dir: str, step: int, to_mlflow: bool = True
+) -> None:
     """Tell the run's experiment loggers that a checkpoint is complete. For the last rank.
 
     Args:
@@ -50,9 +52,10 @@ def on_save_checkpoint_success(state: Any, checkpoint_path: str, save_dir: str, 
         checkpoint_path: the iteration's directory.
         save_dir: the root it is in.
         step: its iteration, which may be behind ``state.train_state.step``.
+        to_mlflow: upload the files to MLflow, if it is used (``logger.mlflow_log_artifacts``).
     """
     _try("W&B", lambda: _saved_to_wandb(checkpoint_path, save_dir, step, state.wandb_logger))
-    if getattr(getattr(state.cfg, "logger", None), "mlflow_log_artifacts", True):
+    if to_mlflow:
         _try("MLflow", lambda: _saved_to_mlflow(checkpoint_path, save_dir, state.mlflow_logger))
     _try("Comet", lambda: _saved_to_comet(checkpoint_path, step, state.comet_logger))
 

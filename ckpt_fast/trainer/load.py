@@ -22,9 +22,21 @@ from ckpt_fast.errors import (
 from ckpt_fast.pipeline.group import ControlGroup
 from ckpt_fast.trainer import experiment_loggers as loggers
 from ckpt_fast.trainer.contexts import CheckpointType
+from ckpt_fast.trainer.hugging_face import load_hf_pretrained
 from ckpt_fast.trainer.load_base import _load_base_checkpoint, load_strategy
-from ckpt_fast.trainer.load_plan import build_scaffold, find_run_config, is_mimo, is_peft_resume, make_plan
-from ckpt_fast.trainer.locate import _has_global_non_persistent_checkpoint, older_checkpoints
+from ckpt_fast.trainer.load_plan import (
+    build_scaffold,
+    drop_states_of_other_ranks,
+    find_run_config,
+    is_mimo,
+    is_peft_resume,
+    make_plan,
+)
+from ckpt_fast.trainer.locate import (
+    _has_global_non_persistent_checkpoint,
+    has_local_checkpoint,
+    older_checkpoints,
+)
 from ckpt_fast.trainer.paths import checkpoint_exists, is_hf_checkpoint_dir
 from ckpt_fast.trainer.ranks import (
     barrier_if_distributed,
@@ -92,7 +104,7 @@ def load_checkpoint(
     """
     ckpt_cfg = state.cfg.checkpoint
     load_dir, pretrained = ckpt_cfg.load, ckpt_cfg.pretrained_checkpoint
-    if pretrained is not None and not _has_resume_checkpoint(load_dir, ckpt_cfg):
+    if pretrained is not None and not _has_resume_checkpoint(load_dir, ckpt_cfg, checkpointing_context):
         if not on_rank_0(lambda: checkpoint_exists(pretrained) or is_hf_checkpoint_dir(pretrained)):
             raise CheckpointNotFoundError(
                 f"there is no checkpoint in load={load_dir!r}, and pretrained_checkpoint={pretrained!r} does "
@@ -131,7 +143,7 @@ def _load_older(
             (``on_corrupt``), and when no older checkpoint can be loaded.
     """
     wanted = getattr(ckpt_cfg, "on_corrupt", "fallback")
-    for path in older_checkpoints(load_dir, ckpt_cfg.ckpt_step) if wanted == "fallback" else []:
+    for path in older_checkpoints(load_dir, ckpt_cfg) if wanted == "fallback" else []:
         print_rank_0(f"WARNING: {error}\nWARNING: falling back to {path} (on_corrupt='fallback')")
         try:
             return load_from(path)
@@ -140,10 +152,13 @@ def _load_older(
     raise error
 
 
-def _has_resume_checkpoint(load_dir: str | None, ckpt_cfg: Any) -> bool:
-    return on_rank_0(
-        lambda: checkpoint_exists(load_dir) or is_hf_checkpoint_dir(load_dir)
-    ) or _has_global_non_persistent_checkpoint(load_dir, ckpt_cfg)
+def _has_resume_checkpoint(load_dir: str | None, ckpt_cfg: Any, context: dict[str, Any] | None) -> bool:
+    """Whether the run has a checkpoint of its own, persistent or for recovery. Collective."""
+    if on_rank_0(lambda: checkpoint_exists(load_dir) or is_hf_checkpoint_dir(load_dir)):
+        return True
+    return _has_global_non_persistent_checkpoint(load_dir, ckpt_cfg) or has_local_checkpoint(
+        ckpt_cfg, context
+    )
 
 
 def _load_checkpoint_from_path(
@@ -171,7 +186,10 @@ def _load_checkpoint_from_path(
     ckpt_cfg = cfg.checkpoint
     model = megatron.unwrap_model(model)
     pg_collection = pg_collection or megatron.get_pg_collection(model)
-    _require_supported(load_dir, ckpt_cfg)
+    if _is_hf_source(load_dir, ckpt_cfg):
+        return load_hf_pretrained(str(load_dir), state, model, optimizer, skip=skip_load_to_model_and_opt)
+    if ignore_ckpt_step:
+        ckpt_cfg = _without_recovery(ckpt_cfg)
 
     def load_base(rank0: bool, scaffold: dict[str, Any] | None = None, is_mimo: bool = False) -> Any:
         return _load_base_checkpoint(
@@ -186,7 +204,7 @@ def _load_checkpoint_from_path(
             pg_collection=pg_collection,
         )
 
-    common, checkpoint_name, release, ckpt_type = load_base(rank0=True)
+    common, checkpoint_name, release, ckpt_type = load_base(True)
     if common is None:
         return 0, 0
     run_config = find_run_config(common, checkpoint_name, ckpt_type, cfg)
@@ -197,20 +215,17 @@ def _load_checkpoint_from_path(
             plan, state, model, optimizer, opt_param_scheduler, pg_collection, module_name, checkpoint_name
         )
     )
-    adapters_only = is_peft_resume(cfg, load_dir)
+    drop_states_of_other_ranks(plan, scaffold, common, run_config, checkpoint_name, ckpt_type)
+    adapters_only = is_peft_resume(cfg, checkpoint_name, ckpt_type)
     left_alone = skip_load_to_model_and_opt and _can_leave_alone(cfg, ckpt_type)
     if left_alone:
         scaffold, ckpt_cfg = _without_model_and_optimizer(scaffold, ckpt_cfg)
     if adapters_only:
         scaffold = apply_peft_adapter_filter_to_state_dict(scaffold, cfg.peft)
-    state_dict, checkpoint_name, release, ckpt_type = load_base(
-        rank0=False, scaffold=scaffold, is_mimo=is_mimo(run_config, cfg)
-    )
+    state_dict, checkpoint_name, release, ckpt_type = load_base(False, scaffold, is_mimo(run_config, cfg))
     if state_dict is None:
         return 0, 0
-
-    set_checkpoint_version(state_dict.get("checkpoint_version", 0))
-    print_rank_0(f" checkpoint version {get_checkpoint_version()}")
+    _note_version(state_dict)
     restore_train_state(state, state_dict, checkpoint_name, release, ckpt_type)
 
     def restore() -> None:
@@ -233,6 +248,11 @@ def _load_checkpoint_from_path(
     return state.train_state.step, state.train_state.floating_point_operations_so_far
 
 
+def _note_version(state_dict: dict[str, Any]) -> None:
+    set_checkpoint_version(state_dict.get("checkpoint_version", 0))
+    print_rank_0(f" checkpoint version {get_checkpoint_version()}")
+
+
 def _can_leave_alone(cfg: Any, ckpt_type: Any) -> bool:
     """Whether nothing is restored by filling the scaffold: torch FSDP2 relies on that."""
     return ckpt_type is CheckpointType.GLOBAL and not getattr(cfg.dist, "use_torch_fsdp2", False)
@@ -246,21 +266,32 @@ def _without_model_and_optimizer(scaffold: dict[str, Any], ckpt_cfg: Any) -> tup
     return kept, ckpt_cfg
 
 
-def _require_supported(load_dir: str | None, ckpt_cfg: Any) -> None:
+def _without_recovery(ckpt_cfg: Any) -> Any:
+    """Base weights of a PEFT run are not in its recovery checkpoints, which hold adapters."""
+    ckpt_cfg = copy.copy(ckpt_cfg)
+    ckpt_cfg.non_persistent_ckpt_type = None
+    return ckpt_cfg
+
+
+def _is_hf_source(load_dir: str | None, ckpt_cfg: Any) -> bool:
+    """Whether there are Hugging Face weights to start from. Collective.
+
+    Raises:
+        NotImplementedError: the configured format is not one that can be loaded.
+        ValueError: the run is to be resumed from Hugging Face weights.
+    """
     if ckpt_cfg.ckpt_format not in _FORMATS:
         raise NotImplementedError(
             f"checkpoint format {ckpt_cfg.ckpt_format!r} is not supported; use one of {_FORMATS}"
         )
-    if on_rank_0(lambda: is_hf_checkpoint_dir(load_dir)):
-        if load_dir == ckpt_cfg.load:
-            raise ValueError(
-                f"checkpoint.load does not support HuggingFace-format directories ({load_dir}); convert it, "
-                "or give it as checkpoint.pretrained_checkpoint"
-            )
-        raise NotImplementedError(
-            f"loading HuggingFace weights from {load_dir} needs Megatron Bridge's AutoBridge; convert the "
-            "model to a torch_dist checkpoint first"
+    if not on_rank_0(lambda: is_hf_checkpoint_dir(load_dir)):
+        return False
+    if load_dir == ckpt_cfg.load:
+        raise ValueError(
+            f"checkpoint.load does not support HuggingFace-format directories ({load_dir}); convert it, "
+            "or give it as checkpoint.pretrained_checkpoint"
         )
+    return True
 
 
 def _announce_loaded(

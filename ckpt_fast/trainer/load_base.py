@@ -25,6 +25,7 @@ from ckpt_fast.trainer.local import load_local
 from ckpt_fast.trainer.locate import (
     _DIRECT_ITERATION_DIR_SENTINEL,
     _get_checkpoint_format,
+    _get_global_non_persistent_checkpoint_dirs,
     _get_non_persistent_iteration,
     _resolve_checkpoint_iteration,
     newest_global_non_persistent_checkpoint,
@@ -71,7 +72,7 @@ def _load_base_checkpoint(
     Raises:
         SystemExit: nothing to load, and ``exit_on_missing_checkpoint``.
         AssertionError: the checkpoint is of another format than configured.
-        NotImplementedError: it is of no known format.
+        NotImplementedError: it is of no known format, or Hugging Face weights.
     """
     _record_dataloader_state_dir(checkpointing_context, None)
     step = None if ignore_ckpt_step else ckpt_cfg.ckpt_step
@@ -86,7 +87,10 @@ def _load_base_checkpoint(
     }
     if iteration == _DIRECT_ITERATION_DIR_SENTINEL:
         assert load_dir is not None
-        _record_dataloader_state_dir(checkpointing_context, os.path.dirname(load_dir.rstrip("/")))
+        root = os.path.dirname(load_dir.rstrip("/"))
+        if root in _get_global_non_persistent_checkpoint_dirs(ckpt_cfg.load, ckpt_cfg):
+            root = _root_of_recovery(root, ckpt_cfg.load, ckpt_cfg) or root
+        _record_dataloader_state_dir(checkpointing_context, root)
         return _load_global(load_dir, ckpt_cfg, None, False, override=load_dir, **options)
     if step is None:
         recovery_dir, recovery = _newest_recovery(load_dir, ckpt_cfg, checkpointing_context)
@@ -102,6 +106,7 @@ def _load_base_checkpoint(
                 recovery,
                 checkpointing_context,
                 cfg,
+                is_megatron_mimo=is_megatron_mimo,
                 pg_collection=pg_collection,
             )
         if recovery != -1:
@@ -156,23 +161,21 @@ def _load_global(
             is_megatron_mimo=is_megatron_mimo,
             pg_collection=pg_collection,
         )
-    if found == "fsdp_dtensor":
-        return load_fsdp_dtensor_checkpoint(
-            load_dir,
-            ckpt_cfg,
-            rank0,
-            sharded_state_dict,
-            iteration,
-            release,
-            checkpoint_path_override=override,
-            checkpointing_context=checkpointing_context,
-            cfg=cfg,
-        )
-    raise NotImplementedError(f"Checkpoint format {found} not supported")
+    return load_fsdp_dtensor_checkpoint(
+        load_dir,
+        ckpt_cfg,
+        rank0,
+        sharded_state_dict,
+        iteration,
+        release,
+        checkpoint_path_override=override,
+        checkpointing_context=checkpointing_context,
+        cfg=cfg,
+    )
 
 
 def _require_sound(path: str, configured: str) -> str:
-    """The format of the checkpoint, whose files are all there."""
+    """The format of the checkpoint, "torch_dist" or "fsdp_dtensor", whose files are all there."""
     if not os.path.isdir(path) and "://" not in path:
         raise CheckpointNotFoundError(
             f"the tracker names {path}, which does not exist. Was it deleted or moved? Set ckpt_step to an "
@@ -184,11 +187,16 @@ def _require_sound(path: str, configured: str) -> str:
             f"{path} is a torch_dist checkpoint that lacks its metadata.json: the save was interrupted, or "
             "the file was deleted. Load an earlier iteration."
         )
+    if found == "hf":
+        raise NotImplementedError(
+            f"Checkpoint format hf not supported: {path} holds Hugging Face weights and no training state. "
+            "Give the directory as checkpoint.pretrained_checkpoint to start from them."
+        )
     if found != configured:
         raise AssertionError(
             f"{path} is a {found} checkpoint, but checkpoint.ckpt_format is {configured}; set it to {found!r}"
         )
-    if found != "hf" and "://" not in path:
+    if "://" not in path:
         require_complete(path)
     return found
 
@@ -208,6 +216,7 @@ def _load_non_persistent_base_checkpoint(
     checkpointing_context: dict[str, Any] | None = None,
     cfg: Any | None = None,
     *,
+    is_megatron_mimo: bool = False,
     pg_collection: Any,
 ) -> LoadedBase:
     """Load a recovery checkpoint of type "global" or "local". Collective; arguments as of the base loader.
@@ -227,7 +236,7 @@ def _load_non_persistent_base_checkpoint(
             rank0=rank0,
             sharded_state_dict=sharded_state_dict,
             checkpointing_context=checkpointing_context,
-            is_megatron_mimo=False,
+            is_megatron_mimo=is_megatron_mimo,
             cfg=cfg,
             pg_collection=pg_collection,
         )

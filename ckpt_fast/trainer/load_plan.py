@@ -4,19 +4,24 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
 from ckpt_fast import megatron
 from ckpt_fast.errors import CheckpointMismatchError
+from ckpt_fast.pipeline.group import ControlGroup
+from ckpt_fast.pipeline.index import CheckpointIndex
 from ckpt_fast.trainer.contexts import CheckpointType
 from ckpt_fast.trainer.glu import _get_model_glu_interleave_sizes
+from ckpt_fast.trainer.locate import _get_global_non_persistent_checkpoint_dirs
 from ckpt_fast.trainer.megatron_lm import _extract_megatron_lm_args_from_state_dict
 from ckpt_fast.trainer.paths import file_exists, get_checkpoint_run_config_filename
 from ckpt_fast.trainer.ranks import on_rank_0, print_rank_0
-from ckpt_fast.trainer.rng import get_rng_state
+from ckpt_fast.trainer.rng import RNG_KEY, get_rng_state, has_rng_state
 from ckpt_fast.trainer.state_dict import (
     OPTIMIZER_GLU_KEY,
+    RERUN_KEY,
     _build_sharded_state_dict_metadata,
     generate_state_dict,
     uses_distributed_optimizer,
@@ -92,6 +97,15 @@ def _layout_difference(run_config: dict[str, Any] | None, cfg: Any) -> str:
     return f"(TP, PP) mismatch after resume ({ours} vs {saved} from checkpoint)"
 
 
+def _expert_difference(run_config: dict[str, Any] | None, cfg: Any) -> str:
+    """The same for the expert parallelism of a model with experts."""
+    name = "expert_model_parallel_size"
+    ours, saved = getattr(cfg.model, name, None), ((run_config or {}).get("model") or {}).get(name)
+    if not getattr(cfg.model, "num_moe_experts", None) or ours == saved or None in (ours, saved):
+        return ""
+    return f"EP mismatch after resume ({ours} vs {saved} from checkpoint)"
+
+
 def make_plan(
     common: dict[str, Any],
     run_config: dict[str, Any] | None,
@@ -104,7 +118,7 @@ def make_plan(
     """Decide what to restore.
 
     Raises:
-        RuntimeError: TP or PP changed, and the optimizer's sharding does not allow it.
+        RuntimeError: TP, PP or EP changed, and the optimizer's sharding does not allow it.
         CheckpointMismatchError: the optimizer's GLU rows are in another order than this run's.
     """
     ckpt_cfg = cfg.checkpoint
@@ -113,7 +127,7 @@ def make_plan(
     resume = not release and not ckpt_cfg.finetune
     plan = LoadPlan()
     plan.rng = resume and ckpt_cfg.load_rng and not difference and saved.get("save_rng", True)
-    plan.rerun = resume and not difference and "rerun_state_machine" in common
+    plan.rerun = resume and not difference and RERUN_KEY in common
     plan.optimizer = plan.scheduler = resume and ckpt_cfg.load_optim and saved.get("save_optim", True)
     if resume and difference:
         print_rank_0(f"{difference}: RNG and rerun state will be ignored")
@@ -126,7 +140,8 @@ def make_plan(
     if plan.optimizer and optimizer is not None:
         _require_same_glu_layout(plan.metadata, list(_get_model_glu_interleave_sizes(model, cfg)))
         if uses_distributed_optimizer(cfg):
-            _settle_sharding_type(plan.metadata, saved, difference)
+            experts = _expert_difference(run_config, cfg)
+            _settle_sharding_type(plan.metadata, saved, difference or experts)
     print_rank_0(f"sharded_state_dict metadata loaded from the checkpoint: {plan.metadata}")
     return plan
 
@@ -151,7 +166,7 @@ def _settle_sharding_type(metadata: dict[str, Any], saved: dict[str, Any], diffe
     """Fill in the optimizer's sharding type where an old checkpoint lacks it; check that it allows the load.
 
     Raises:
-        RuntimeError: TP or PP changed, and the checkpoint's sharding does not allow it.
+        RuntimeError: TP, PP or EP changed, and the checkpoint's sharding does not allow it.
     """
     if "distrib_optim_sharding_type" not in metadata:
         metadata["distrib_optim_sharding_type"] = (
@@ -161,7 +176,7 @@ def _settle_sharding_type(metadata: dict[str, Any], saved: dict[str, Any], diffe
     if difference and kind not in megatron.DistributedOptimizer.checkpoint_fully_reshardable_formats:
         raise RuntimeError(
             f"{difference}: not supported for the distributed optimizer's sharding type {kind!r}. Save with "
-            "dist_ckpt_optim_fully_reshardable=True to be able to change TP or PP, or load with "
+            "dist_ckpt_optim_fully_reshardable=True to be able to change TP, PP or EP, or load with "
             "load_optim=False."
         )
 
@@ -209,18 +224,83 @@ def build_scaffold(
         )
     if rng_state is None:
         # save_rng inserts the key even where nothing is to be loaded.
-        scaffold.pop("rng_state", None)
+        scaffold.pop(RNG_KEY, None)
     if is_fsdp:
         scaffold["_model"] = model
     return scaffold
 
 
-def is_peft_resume(cfg: Any, load_dir: str | None) -> bool:
+def drop_states_of_other_ranks(
+    plan: LoadPlan,
+    scaffold: dict[str, Any],
+    common: dict[str, Any],
+    run_config: dict[str, Any] | None,
+    checkpoint_name: Any,
+    ckpt_type: Any,
+) -> None:
+    """Do without RNG and rerun states that are not there for every rank of this run. Collective.
+
+    Rerun states are stored by rank, and with expert parallelism RNG states by data-parallel rank, so that a
+    run of another size finds none under its own names. In a multi-module model they bear the module's name.
+    """
+    if ckpt_type is not CheckpointType.GLOBAL:
+        return
+    wanted = {key: _sharded_objects(scaffold.get(key)) for key in (RNG_KEY, RERUN_KEY)}
+    saved_model = (run_config or {}).get("model") or {}
+    may_differ = bool(wanted[RERUN_KEY]) or any(
+        len(each.global_shape) > 2
+        or each.key != RNG_KEY
+        or saved_model.get("expert_model_parallel_size") != 1
+        for each in wanted[RNG_KEY]
+    )
+    ranks = ControlGroup()
+    # Reading the names costs what reading .metadata costs: only where they can differ.
+    if ranks.all_true(not may_differ):
+        return
+    saved = on_rank_0(lambda: _saved_names(checkpoint_name, (RNG_KEY, RERUN_KEY)))
+    for key, objects in wanted.items():
+        if ranks.all_true(all(each.unique_key in saved for each in objects)):
+            continue
+        scaffold.pop(key, None)
+        if key == RERUN_KEY:
+            plan.rerun = False
+        elif not has_rng_state(common):
+            plan.rng = False
+        print_rank_0(_DROPPED[key].format(checkpoint_name))
+
+
+_DROPPED = {
+    RNG_KEY: (
+        "WARNING: {} has no RNG states for the ranks of this run: it was saved with another number of "
+        "data-parallel ranks and expert parallelism, or without them. Every rank keeps the state it was "
+        "seeded with."
+    ),
+    RERUN_KEY: (
+        "WARNING: {} has no rerun states for the ranks of this run: it was saved by another number of ranks. "
+        "A step that was to be run again is not."
+    ),
+}
+
+
+def _sharded_objects(part: Any) -> list[Any]:
+    values = megatron.nested_values(part) if isinstance(part, dict) else [part]
+    return [each for each in values if isinstance(each, megatron.ShardedObject)]
+
+
+def _saved_names(checkpoint_name: str, beginnings: tuple[str, ...]) -> set[str]:
+    entries = CheckpointIndex(checkpoint_name).metadata.state_dict_metadata
+    return {name for name in entries if name.startswith(beginnings)}
+
+
+def is_peft_resume(cfg: Any, checkpoint_name: Any, ckpt_type: Any) -> bool:
     """Whether the checkpoint holds adapters only: a PEFT run's own, not its base model."""
     ckpt_cfg = cfg.checkpoint
-    return (
-        cfg.peft is not None
-        and load_dir is not None
-        and load_dir != ckpt_cfg.pretrained_checkpoint
-        and not ckpt_cfg.finetune
-    )
+    if cfg.peft is None or ckpt_cfg.finetune:
+        return False
+    if ckpt_type is CheckpointType.LOCAL:
+        return True
+    own = [ckpt_cfg.load, *_get_global_non_persistent_checkpoint_dirs(ckpt_cfg.load, ckpt_cfg)]
+    # A directory may have been named as a root or as the checkpoint itself.
+    places = {str(checkpoint_name).rstrip("/"), os.path.dirname(str(checkpoint_name).rstrip("/"))}
+    pretrained = (ckpt_cfg.pretrained_checkpoint or "").rstrip("/")
+    return pretrained not in places and any(root and root.rstrip("/") in places for root in own)

@@ -16,6 +16,9 @@ def save_local(
 ) -> Any:
     """Collective. Save through the context's local checkpoint manager.
 
+    Args:
+        state_dict: holds the train state as well (``train_state_metadata``): there are no files beside it.
+
     Returns:
         The manager's request with ``async_save``, else None: every rank has written then.
 
@@ -25,7 +28,6 @@ def save_local(
     ckpt_cfg = state.cfg.checkpoint
     print_rank_0("WARNING: Local checkpointing does not support nvidia_modelopt.")
     tensor_aware_state_dict = megatron.import_tensor_aware_state_dict()
-    state_dict["train_state_metadata"] = state.train_state.state_dict()
     cached = context.get("local_checkpoint_cache") if ckpt_cfg.ckpt_assume_constant_structure else None
     local_state_dict, context["local_checkpoint_cache"] = tensor_aware_state_dict.from_state_dict(
         state_dict,

@@ -126,26 +126,6 @@ def _resolve_source(load_dir: str | None, step: int | None) -> tuple[str, Any]:
     return "known", _NOTHING_FOUND
 
 
-def older_checkpoints(load_dir: str | None, ckpt_step: int | None) -> list[str]:
-    """Checkpoints to fall back to when that of the tracker is damaged, newest first. Collective.
-
-    None where the user named one certain checkpoint: by ``ckpt_step``, or as ``load_dir`` itself.
-    """
-    if load_dir is None or ckpt_step is not None:
-        return []
-    iteration, release = _resolve_checkpoint_iteration(load_dir, None)
-    if release or iteration < 0:
-        return []
-    return on_rank_0(lambda: _sealed_before(load_dir, iteration))
-
-
-def _sealed_before(load_dir: str, iteration: int) -> list[str]:
-    names = os.listdir(load_dir) if os.path.isdir(load_dir) else []
-    iterations = sorted((int(name[5:]) for name in names if re.fullmatch(r"iter_\d{7,}", name)), reverse=True)
-    directories = [get_checkpoint_name(load_dir, each) for each in iterations if each < iteration]
-    return [each for each in directories if file_exists(join_paths(each, SEAL_FILE))]
-
-
 # --- Non-persistent checkpoints --------------------------------------------------------------------------
 
 
@@ -202,6 +182,13 @@ def _has_global_non_persistent_checkpoint(load_dir: str | None, ckpt_cfg: Checkp
     return on_rank_0(lambda: any(checkpoint_exists(root) for root in roots))
 
 
+def has_local_checkpoint(ckpt_cfg: CheckpointConfig, checkpointing_context: dict[str, Any] | None) -> bool:
+    """Whether there is a temporary checkpoint of type "local" to resume from. Collective."""
+    if ckpt_cfg.non_persistent_ckpt_type != "local":
+        return False
+    return _get_non_persistent_iteration("", "local", checkpointing_context) != _NOTHING_FOUND
+
+
 def newest_global_non_persistent_checkpoint(
     load_dir: str | None, ckpt_cfg: CheckpointConfig
 ) -> tuple[str, int]:
@@ -215,3 +202,41 @@ def newest_global_non_persistent_checkpoint(
         if iteration > newest[1]:
             newest = (root, iteration)
     return newest
+
+
+# --- When the newest is damaged ---------------------------------------------------------------------------
+
+
+def older_checkpoints(load_dir: str | None, ckpt_cfg: CheckpointConfig) -> list[str]:
+    """Checkpoints to fall back to when the one that is chosen is damaged, newest first. Collective.
+
+    They are those of the run, persistent or for recovery, that are not newer than what their tracker names.
+    None where the user named one certain checkpoint: by ``ckpt_step``, or as ``load_dir`` itself.
+    """
+    if ckpt_cfg.ckpt_step is not None:
+        return []
+    iteration, release = _resolve_checkpoint_iteration(load_dir, None)
+    if release or iteration == _DIRECT_ITERATION_DIR_SENTINEL:
+        return []
+    newest = {} if load_dir is None else {load_dir: iteration}
+    chosen = (load_dir, iteration)
+    if ckpt_cfg.non_persistent_ckpt_type == "global":
+        for root in _get_global_non_persistent_checkpoint_dirs(load_dir, ckpt_cfg):
+            newest[root] = _get_non_persistent_iteration(root, "global")
+        recovery = newest_global_non_persistent_checkpoint(load_dir, ckpt_cfg)
+        if recovery[1] >= iteration:
+            chosen = recovery
+    return on_rank_0(lambda: _sealed(newest, chosen))
+
+
+def _sealed(newest: dict[str, int], chosen: tuple[str | None, int]) -> list[str]:
+    """Complete checkpoints of several roots up to the iterations given, without the one ``chosen``."""
+    found = []
+    for root, last in newest.items():
+        names = os.listdir(root) if os.path.isdir(root) else []
+        for name in names:
+            iteration = int(name[5:]) if re.fullmatch(r"iter_\d{7,}", name) else last + 1
+            is_sealed_one = file_exists(join_paths(root, name, SEAL_FILE))
+            if iteration <= last and (root, iteration) != chosen and is_sealed_one:
+                found.append((iteration, join_paths(root, name)))
+    return [path for _, path in sorted(found, reverse=True)]

@@ -10,7 +10,7 @@ from typing import IO, Any
 import yaml
 
 from ckpt_fast.megatron import object_storage
-from ckpt_fast.pipeline.commit import write_file_atomic
+from ckpt_fast.pipeline.commit import fsync, fsync_directory, write_file_atomic
 
 TRAIN_STATE_FILE = "train_state.pt"
 TRACKER_PREFIX = "latest"
@@ -66,6 +66,15 @@ def write_file(path: str, data: bytes) -> None:
         return
     with msc.open(path, "wb") as stream:
         stream.write(data)
+
+
+def sync_files(directory: str) -> None:
+    """Make every file below a local directory durable: a tracker may name the checkpoint then."""
+    for parent, _, names in os.walk(directory):
+        for name in names:
+            with open(os.path.join(parent, name), "rb") as file:
+                fsync(file.fileno())
+        fsync_directory(parent)
 
 
 def ensure_directory_exists(filename: str, check_parent: bool = True) -> None:

@@ -45,6 +45,9 @@ class Publication:
         num_floating_point_operations_so_far: stored with the train state.
         success_suffix: end of the success line.
         is_local: a local checkpoint has neither iteration files nor trackers.
+
+    Attributes:
+        train_state: what ``train_state.pt`` will hold.
     """
 
     def __init__(
@@ -60,7 +63,7 @@ class Publication:
         self._step = int(state.train_state.step)
         self._checkpoint_name, self._save_dir = checkpoint_name, save_dir
         self._suffix, self._is_local = success_suffix, is_local
-        self._train_state = snapshot_train_state(state.train_state, num_floating_point_operations_so_far)
+        self.train_state = snapshot_train_state(state.train_state, num_floating_point_operations_so_far)
         # Rank 0 alone writes it.
         self._run_config = snapshot_run_config(state.cfg) if get_rank_safe() == 0 and not is_local else b""
 
@@ -77,8 +80,8 @@ class Publication:
             return
         write_run_config(self._checkpoint_name, self._run_config)
         self._save_tokenizer()
-        write_train_state(get_checkpoint_train_state_filename(self._checkpoint_name), self._train_state)
-        publish_trackers(self._save_dir, self._step, self._train_state)
+        write_train_state(get_checkpoint_train_state_filename(self._checkpoint_name), self.train_state)
+        publish_trackers(self._save_dir, self._step, self.train_state)
         where = f"{ckpt_cfg.save} {self._suffix}"
         print_rank_0(f"  successfully saved checkpoint from iteration {self._step:7d} to {where}")
         self._log_progress("Saved async checkpoint")

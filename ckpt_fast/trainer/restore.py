@@ -22,7 +22,7 @@ from ckpt_fast.trainer.megatron_lm import _get_train_state_from_state_dict
 from ckpt_fast.trainer.paths import file_exists, get_checkpoint_train_state_filename
 from ckpt_fast.trainer.ranks import on_rank_0, print_rank_0
 from ckpt_fast.trainer.rng import restore_rng_state
-from ckpt_fast.trainer.state_dict import _is_model_section, _load_model_state_dict
+from ckpt_fast.trainer.state_dict import RERUN_KEY, _is_model_section, _load_model_state_dict
 from ckpt_fast.trainer.trackers import read_train_state
 
 
@@ -102,7 +102,7 @@ def restore_optimizer(
 ) -> None:
     if not plan.optimizer:
         if not left_alone:
-            _reload_model_params(state_dict, cfg, optimizer)
+            reload_model_params(state_dict, cfg, optimizer)
         return
     try:
         if not skip and optimizer is not None and not getattr(optimizer, "is_stub_optimizer", False):
@@ -111,7 +111,7 @@ def restore_optimizer(
             else:
                 # Local checkpoints copy into leaf parameters.
                 with torch.no_grad(), megatron.keep_adam_steps(optimizer):
-                    optimizer.load_state_dict(state_dict["optimizer"])
+                    optimizer.load_state_dict(megatron.fit_to_members(optimizer, state_dict["optimizer"]))
                 _restore_step_counts(optimizer)
         if scheduler is not None:
             key = "lr_scheduler" if "lr_scheduler" in state_dict else "opt_param_scheduler"
@@ -145,12 +145,16 @@ def _restore_step_counts(optimizer: Any) -> None:
                     state["step"] = torch.full_like(state["step"], float(group["step"]))
 
 
-def _reload_model_params(state_dict: dict[str, Any], cfg: Any, optimizer: Any | None) -> None:
-    """Without restored optimizer state its master parameters follow the loaded weights."""
+def reload_model_params(state_dict: dict[str, Any] | None, cfg: Any, optimizer: Any | None) -> None:
+    """Without restored optimizer state its master parameters follow the loaded weights.
+
+    Args:
+        state_dict: the loaded checkpoint, for ``load_main_params_from_ckpt``; None where there is none.
+    """
     mixed_precision = getattr(cfg.model, "fp16", False) or getattr(cfg.model, "bf16", False)
     if not mixed_precision or optimizer is None or getattr(cfg.ddp, "use_megatron_fsdp", False):
         return
-    if cfg.checkpoint.load_main_params_from_ckpt:
+    if state_dict is not None and cfg.checkpoint.load_main_params_from_ckpt:
         optimizer.reload_model_params(state_dict=state_dict)
     else:
         optimizer.reload_model_params()
@@ -166,9 +170,9 @@ def find_layer_wise_state(
 
 
 def restore_rerun_and_rng(plan: LoadPlan, state_dict: dict[str, Any], cfg: Any, pg_collection: Any) -> None:
-    if plan.rerun and "rerun_state_machine" in state_dict:
+    if plan.rerun and RERUN_KEY in state_dict:
         try:
-            megatron.get_rerun_state_machine().load_state_dict(state_dict["rerun_state_machine"])
+            megatron.get_rerun_state_machine().load_state_dict(state_dict[RERUN_KEY])
         except Exception as error:
             print_rank_0(f"Unable to restore the rerun state machine: {error}. Exiting ...")
             sys.exit(1)

@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,6 +79,28 @@ def cleanup_old_non_persistent_checkpoint(
         _remove_checkpoints(paths)
     elif paths:
         threading.Thread(target=_remove_checkpoints, args=(paths,)).start()
+
+
+def cleanup_old_dataloader_states(states_dir: str, checkpoint_roots: Sequence[str], newest: int) -> None:
+    """Delete the data loader states whose checkpoints are gone. Rank 0 acts, others return.
+
+    Those of iterations after ``newest`` stay, and the two newest of the others: they may belong to local
+    checkpoints, which are in no shared directory.
+
+    Args:
+        states_dir: has a directory ``iter_*`` for each save.
+        checkpoint_roots: where the checkpoints are.
+        newest: the last published iteration.
+    """
+    if get_rank_safe() != 0:
+        return
+    try:
+        old = [each for each in _list_checkpoints(states_dir) if each.iteration <= newest][:-2]
+        needed = {each.iteration for root in checkpoint_roots for each in _list_checkpoints(root)}
+    except Exception:
+        logger.exception("cannot tell which data loader states in %s are old: none is deleted", states_dir)
+        return
+    _remove_checkpoints([each.path for each in old if each.iteration not in needed])
 
 
 def _choose(

@@ -16,7 +16,7 @@ from ckpt_fast.trainer.ranks import is_distributed, print_rank_0
 
 logger = logging.getLogger(__name__)
 
-_RNG_KEY = "rng_state"
+RNG_KEY = "rng_state"
 
 
 def get_rng_state(
@@ -50,12 +50,17 @@ def get_rng_state(
     if megatron.get_pg_size(getattr(pg_collection, "ep", None)) > 1:
         axes, replica = [pp, tp, dp_cp], 0
     return megatron.ShardedObject(
-        f"{_RNG_KEY}.{module_name}" if module_name else _RNG_KEY,
+        f"{RNG_KEY}.{module_name}" if module_name else RNG_KEY,
         states,
         global_shape=tuple(axis.size() for axis in axes),
         global_offset=tuple(axis.rank() for axis in axes),
         replica_id=replica,
     )
+
+
+def has_rng_state(state_dict: dict[str, Any]) -> bool:
+    """Whether there are states in it in one of the forms that ``restore_rng_state`` takes."""
+    return bool(state_dict.get(RNG_KEY)) or "random_rng_state" in state_dict
 
 
 def restore_rng_state(
@@ -78,7 +83,7 @@ def restore_rng_state(
     Raises:
         KeyError: a state is missing.
     """
-    states = state_dict.get(_RNG_KEY)
+    states = state_dict.get(RNG_KEY)
     if states is None:
         _restore(state_dict)
         return
@@ -87,7 +92,7 @@ def restore_rng_state(
     # Gathered over dp_cp, so indexed by it: the rank in dp alone is another one with context parallelism.
     index = pg_collection.dp_cp.rank() if data_parallel_random_init else 0
     if not states:
-        raise KeyError(_RNG_KEY)
+        raise KeyError(RNG_KEY)
     if data_parallel_random_init and len(states) != pg_collection.dp_cp.size():
         print_rank_0(
             f"WARNING: the checkpoint has RNG states of {len(states)} data-parallel ranks, this run has "

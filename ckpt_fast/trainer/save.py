@@ -22,10 +22,15 @@ from ckpt_fast.trainer.glu import (
     _get_model_glu_interleave_sizes,
     _process_state_dict_for_model_glu_interleaving,
 )
+from ckpt_fast.trainer.hugging_face import require_export, save_hf_copy
 from ckpt_fast.trainer.local import save_layer_wise_optimizer, save_local
+from ckpt_fast.trainer.locate import _get_global_non_persistent_checkpoint_dirs
 from ckpt_fast.trainer.publish import Publication, save_errors_tolerated
 from ckpt_fast.trainer.ranks import barrier_if_distributed, is_last_rank, print_rank_0
-from ckpt_fast.trainer.retention import cleanup_old_non_persistent_checkpoint
+from ckpt_fast.trainer.retention import (
+    cleanup_old_dataloader_states,
+    cleanup_old_non_persistent_checkpoint,
+)
 from ckpt_fast.trainer.rng import get_rng_state
 from ckpt_fast.trainer.sidecars import can_save_position, maybe_save_dataloader_state
 from ckpt_fast.trainer.staging import staging_policy
@@ -114,7 +119,8 @@ def save_checkpoint(
             makes it a warning.
         ValueError: ``non_persistent_ckpt_type`` is neither "local" nor "global".
         NotImplementedError: ``async_save`` with a format that cannot be saved in the background, or
-            ``also_save_hf_checkpoint``.
+            ``also_save_hf_checkpoint`` of a model that Megatron Bridge cannot export.
+        UnavailableError: ``also_save_hf_checkpoint`` without Megatron Bridge.
     """
     begin = time.perf_counter()
     run = _Run(
@@ -152,6 +158,8 @@ def save_checkpoint(
         if prebuilt_state_dict is not None:
             print_rank_0("Using pre-built state dict (low-memory save)")
         state_dict = _to_checkpoint_layout(run, state_dict)
+        if target.is_local:
+            state_dict["train_state_metadata"] = publication.train_state
         request = _hand_over(run, target, state_dict, metadata, preprocess_common_state_dict_fn)
         _finalize(
             run,
@@ -159,9 +167,9 @@ def save_checkpoint(
             [
                 lambda: ControlGroup().decide(publication.publish),
                 lambda: _report(request, begin),
-                lambda: _tell_loggers(run, target),
+                _logger_finalizer(run, target),
                 lambda: _fire_callbacks(run, callback_manager),
-                lambda: _retain(target, do_async=run.is_async),
+                lambda: _retain(run, target),
             ],
         )
         if run.is_async:
@@ -184,19 +192,13 @@ def _announce(run: _Run, target: SaveTarget) -> None:
         raise NotImplementedError(
             f"async_save is not available for ckpt_format {ckpt_format!r}; use {_ASYNC_FORMATS}"
         )
-    if getattr(run.ckpt_cfg, "also_save_hf_checkpoint", False):
-        raise NotImplementedError(
-            "also_save_hf_checkpoint=True is not there: the export needs Megatron Bridge's AutoBridge. Turn "
-            "it off and export the saved checkpoint with Megatron Bridge."
-        )
+    if not target.is_local:
+        require_export(run.cfg, run.model)
 
 
 def _save_beside(run: _Run, target: SaveTarget) -> None:
     """What is stored next to the checkpoint rather than in it."""
-    path = getattr(run.cfg.dataset, "dataloader_save", None)
-    save_root = run.ckpt_cfg.save
-    if path is None and save_root and can_save_position(run.iterator):
-        path = os.path.join(save_root, _DATALOADER_STATE_SUBDIR)
+    path = _dataloader_path(run)
 
     def save_beside() -> None:
         maybe_save_dataloader_state(
@@ -206,6 +208,16 @@ def _save_beside(run: _Run, target: SaveTarget) -> None:
             save_layer_wise_optimizer(run.optimizer, target.save_dir, run.pg_collection)
 
     ControlGroup().agree(save_beside)
+    if not target.is_local:
+        save_hf_copy(run.cfg, run.model, target.checkpoint_name)
+
+
+def _dataloader_path(run: _Run) -> str | None:
+    """Root of the data loader's states; None or "" where none are saved."""
+    path: str | None = getattr(run.cfg.dataset, "dataloader_save", None)
+    if path is None and run.ckpt_cfg.save and can_save_position(run.iterator):
+        return os.path.join(run.ckpt_cfg.save, _DATALOADER_STATE_SUBDIR)
+    return path
 
 
 def _content_metadata(run: _Run) -> dict[str, Any]:
@@ -335,9 +347,17 @@ def _finalize(run: _Run, request: Any, finalizers: Sequence[Callable[[], None]])
     schedule_async_save(run.state, request)
 
 
-def _tell_loggers(run: _Run, target: SaveTarget) -> None:
-    if not target.is_local and is_last_rank():
-        loggers.on_save_checkpoint_success(run.state, target.checkpoint_name, target.save_dir, target.step)
+def _logger_finalizer(run: _Run, target: SaveTarget) -> Callable[[], None]:
+    """What tells the experiment loggers of the save, with the settings as they are now."""
+    to_mlflow = bool(getattr(run.cfg.logger, "mlflow_log_artifacts", True))
+
+    def tell() -> None:
+        if not target.is_local and is_last_rank():
+            loggers.on_save_checkpoint_success(
+                run.state, target.checkpoint_name, target.save_dir, target.step, to_mlflow
+            )
+
+    return tell
 
 
 def _fire_callbacks(run: _Run, manager: Any | None) -> None:
@@ -351,11 +371,16 @@ def _fire_callbacks(run: _Run, manager: Any | None) -> None:
         )
 
 
-def _retain(target: SaveTarget, do_async: bool) -> None:
+def _retain(run: _Run, target: SaveTarget) -> None:
     if not target.is_local and target.keep is not None:
         cleanup_old_non_persistent_checkpoint(
-            target.save_dir, leave_ckpt_num=target.keep, do_async=do_async, max_iteration=target.step
+            target.save_dir, leave_ckpt_num=target.keep, do_async=run.is_async, max_iteration=target.step
         )
+    states = _dataloader_path(run)
+    # A directory that the user chose is the user's to clean.
+    if states and not getattr(run.cfg.dataset, "dataloader_save", None):
+        roots = (run.ckpt_cfg.save, *_get_global_non_persistent_checkpoint_dirs(None, run.ckpt_cfg))
+        cleanup_old_dataloader_states(states, roots, target.step)
 
 
 def _report(request: Any, begin: float) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from ckpt_fast.megatron import SoloGroup, get_pg_collection, object_storage
-from ckpt_fast.pipeline.commit import fsync, fsync_directory
+from ckpt_fast.pipeline.commit import fsync_directory
 from ckpt_fast.pipeline.group import ControlGroup
 from ckpt_fast.trainer.inert_load import inert_load
 from ckpt_fast.trainer.paths import (
@@ -23,9 +23,10 @@ from ckpt_fast.trainer.paths import (
     get_checkpoint_name,
     join_paths,
     open_file,
+    sync_files,
     write_file,
 )
-from ckpt_fast.trainer.ranks import get_rank_safe, is_distributed, print_rank_0
+from ckpt_fast.trainer.ranks import get_rank_safe, is_distributed, on_all_ranks, on_rank_0, print_rank_0
 
 if TYPE_CHECKING:
     from ckpt_fast.config import TokenizerConfig
@@ -123,16 +124,20 @@ def maybe_load_dataloader_state(
         RuntimeError: states were saved, but by fewer data-parallel ranks than there are now.
         RefusedPickleError: the file holds more than plain data; nothing of it has been run.
     """
-    iterables: list[Any] = [getattr(each, "iterable", None) for each in _iterators(train_iterator)]
-    if not iterables or not all(hasattr(iterable, "restore_state") for iterable in iterables):
-        return
     if not dataloader_load_path or not file_exists(dataloader_load_path):
         return
-    path = _dataloader_file(dataloader_load_path, iteration, _rank_in(pg_collection.dp))
-    directory = os.path.dirname(path)
+    directory = get_checkpoint_name(dataloader_load_path, iteration)
     if not file_exists(directory):
         print_rank_0(f"no dataloader state in {directory}: the data starts from its beginning")
         return
+    _restore_dataloader(train_iterator, iteration, dataloader_load_path, pg_collection)
+
+
+def _restore_dataloader(train_iterator: Any, iteration: int, root: str, pg_collection: Any) -> None:
+    iterables: list[Any] = [getattr(each, "iterable", None) for each in _iterators(train_iterator)]
+    if not iterables or not all(hasattr(iterable, "restore_state") for iterable in iterables):
+        return
+    path = _dataloader_file(root, iteration, _rank_in(pg_collection.dp))
     if not file_exists(path):
         raise RuntimeError(
             f"{path} does not exist: the dataloader state was saved with a smaller data-parallel size. "
@@ -146,6 +151,42 @@ def maybe_load_dataloader_state(
         states = [loaded[_STATE]] * len(iterables)
     for iterable, state in zip(iterables, states, strict=True):
         iterable.restore_state(state)
+
+
+def resume_dataloader(
+    state: Any,
+    train_iterator: Any,
+    checkpointing_context: dict[str, Any] | None = None,
+    *,
+    pg_collection: ProcessGroupCollection | None = None,
+) -> None:
+    """Put the data loader where the loaded checkpoint left it; called after ``load_checkpoint``. Collective.
+
+    Args:
+        state: GlobalState; nothing happens at step 0, where no run was resumed.
+        train_iterator: as for ``save_checkpoint``.
+        checkpointing_context: what ``load_checkpoint`` was given: it holds where the state lies, unless
+            ``dataset.dataloader_load`` names another root ("" restores nothing).
+        pg_collection: process groups; Megatron's own when None.
+
+    Raises:
+        RuntimeError: states were saved, but by fewer data-parallel ranks than there are now.
+        RefusedPickleError: a file holds more than plain data; nothing of it has been run.
+        CheckpointError: on the ranks that could read, naming the one that could not.
+    """
+    step = int(state.train_state.step)
+    root = getattr(state.cfg.dataset, "dataloader_load", None)
+    if root is None:
+        root = (checkpointing_context or {}).get("dataloader_state_dir")
+    if step <= 0 or not root:
+        return
+    # Rank 0 looks for the directory: the others would start their data anew where they do not see it yet.
+    directory = get_checkpoint_name(root, step)
+    if not on_rank_0(lambda: file_exists(directory)):
+        print_rank_0(f"no dataloader state in {directory}: the data starts from its beginning")
+        return
+    groups = pg_collection if pg_collection is not None else get_pg_collection([])
+    on_all_ranks(lambda: _restore_dataloader(train_iterator, step, root, groups))
 
 
 def _iterators(train_iterator: Any) -> list[Any]:
@@ -228,7 +269,7 @@ def save_tokenizer_assets(tokenizer: Any, tokenizer_config: TokenizerConfig, che
         else:
             ensure_directory_exists(directory, check_parent=False)
             _collect(tokenizer, tokenizer_config, directory)
-            _sync_files(directory)
+            sync_files(directory)
     except Exception:
         logger.exception("cannot save the tokenizer to %s: the checkpoint is without it", directory)
 
@@ -264,12 +305,3 @@ def _upload(local: str, directory: str) -> None:
         if os.path.isfile(source):
             with open(source, "rb") as reader:
                 write_file(join_paths(directory, name), reader.read())
-
-
-def _sync_files(directory: str) -> None:
-    """Make the files durable before a tracker names the checkpoint."""
-    for parent, _, names in os.walk(directory):
-        for name in names:
-            with open(os.path.join(parent, name), "rb") as file:
-                fsync(file.fileno())
-        fsync_directory(parent)

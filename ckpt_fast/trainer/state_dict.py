@@ -14,6 +14,7 @@ from ckpt_fast.errors import CheckpointMismatchError
 
 _CHECKPOINT_FORMAT_VERSION = 3.0
 _EXTRA_STATE = "_extra_state"
+RERUN_KEY = "rerun_state_machine"
 # In the content metadata: (routed, shared) interleave sizes of the optimizer state, where there are any.
 OPTIMIZER_GLU_KEY = "optimizer_glu_interleave_sizes"
 
@@ -65,7 +66,7 @@ def generate_state_dict(
         if opt_param_scheduler is not None:
             state_dict["opt_param_scheduler"] = opt_param_scheduler.state_dict()
     if rerun_state is not None:
-        state_dict["rerun_state_machine"] = rerun_state
+        state_dict[RERUN_KEY] = rerun_state
     if ckpt_cfg.save_rng or (loading and rng_state is not None):
         state_dict["rng_state"] = rng_state
     return state_dict

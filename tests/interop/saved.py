@@ -57,7 +57,7 @@ def save_with_stock(run: Run, root: str, strategy: Any) -> None:
         strategy = megatron.FullyParallelSaveStrategyWrapper(strategy, group)
     with megatron_on_cpu():
         dist_checkpointing.save(
-            run.sharded_state_dict(), directory, strategy, content_metadata=run.content_metadata()
+            run.sharded_state_dict(), directory, strategy, content_metadata=run.content_metadata() or None
         )
     if torch.distributed.get_rank() == 0:
         run.state.cfg.to_yaml(os.path.join(directory, "run_config.yaml"))

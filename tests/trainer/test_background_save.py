@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -103,3 +104,31 @@ def test_formats_that_cannot_be_saved_in_the_background(tmp_path: Path) -> None:
     with pytest.raises(RankError, match="async_save is not available for ckpt_format 'torch'") as caught:
         run_ranks(runs.save_steps, 1, SETUP, str(tmp_path), 1, {**BACKGROUND, "ckpt_format": "torch"})
     assert caught.value.errors == {0: "NotImplementedError"}
+
+
+class Uploads:
+    """In the place of MLflow: what was uploaded."""
+
+    def __init__(self) -> None:
+        self.paths: list[str] = []
+
+    def log_artifacts(self, path: str, artifact_path: str) -> None:
+        self.paths.append(os.path.basename(path))
+
+
+def change_settings_in_flight(rank: int, root: str) -> list[str]:
+    uploads = Uploads()
+    with Run(SETUP, save=root, **BACKGROUND) as run:
+        run.state.initialize_async_checkpoint_worker()
+        run.state._mlflow_logger = uploads
+        for wanted in (True, False):
+            run.train(1)
+            run.state.cfg.logger.mlflow_log_artifacts = wanted
+            run.save()
+            run.state.cfg.logger.mlflow_log_artifacts = not wanted
+            finalize(run, blocking=True)
+    return uploads.paths
+
+
+def test_loggers_are_told_as_it_was_set_when_the_save_began(tmp_path: Path) -> None:
+    assert run_ranks(change_settings_in_flight, 1, str(tmp_path)) == [["iter_0000001"]]

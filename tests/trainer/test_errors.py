@@ -11,15 +11,20 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.rerun_state_machine import RerunMode
 
+from ckpt_fast import megatron
 from ckpt_fast.checkpointing import _load_model_weights_from_checkpoint
 from ckpt_fast.doors import megatron_core
+from ckpt_fast.trainer.load_plan import LoadPlan
+from ckpt_fast.trainer.restore import restore_rerun_and_rng
 from tests.helpers import run_ranks
 from tests.models import Run, Setup
 from tests.trainer import runs
 from tests.trainer.runs import error_of, require
 
 SETUP = Setup(bf16=True, distributed=True)
+EXIT_1 = ("SystemExit", "1")
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +78,35 @@ def test_trackers_that_cannot_be_understood(root: Path) -> None:
     require(error, "RuntimeError", f"{root}/latest_train_state.pt")
     (root / "latest_train_state.pt").unlink()
     (root / "latest_checkpointed_iteration.txt").write_text("soon")
-    assert load_on_two(load=str(root))[0] == "SystemExit"
+    assert load_on_two(load=str(root)) == EXIT_1
+
+
+def test_every_exit_has_a_status_that_job_scripts_see(root: Path, tmp_path: Path) -> None:
+    assert load_on_two(load=str(tmp_path / "nothing"), exit_on_missing_checkpoint=True) == EXIT_1
+    assert run_ranks(load_without_rng_states, 2, str(root)) == [EXIT_1, EXIT_1]
+    assert run_ranks(load_a_rerun_state_that_does_not_fit, 2, str(root)) == [EXIT_1, EXIT_1]
+
+
+def load_without_rng_states(rank: int, root: str) -> tuple[str, str]:
+    """The checkpoint's own says less than one that was promised."""
+    with Run(SETUP, load=root) as run:
+        plan = LoadPlan(rng=True)
+        groups = megatron.get_pg_collection(run.model)
+        state_dict = {"rng_state": [{"random_rng_state": None}]}
+        return error_of(lambda: restore_rerun_and_rng(plan, state_dict, run.state.cfg, groups))
+
+
+def load_a_rerun_state_that_does_not_fit(rank: int, root: str) -> tuple[str, str]:
+    machine = megatron.get_rerun_state_machine()
+    mode, machine.mode = machine.mode, RerunMode.VALIDATE_RESULTS
+    try:
+        with Run(SETUP, load=root) as run:
+            plan = LoadPlan(rerun=True)
+            groups = megatron.get_pg_collection(run.model)
+            state_dict = {"rerun_state_machine": "nonsense"}
+            return error_of(lambda: restore_rerun_and_rng(plan, state_dict, run.state.cfg, groups))
+    finally:
+        machine.mode = mode
 
 
 def load_weights(rank: int, path: str) -> tuple[str, str]:
@@ -187,6 +220,11 @@ def test_unknown_format_in_the_configuration(root: Path) -> None:
 
 def test_format_on_disk_is_another(root: Path) -> None:
     error = load_on_two(load=str(root), ckpt_format="fsdp_dtensor")
+    require(error, "AssertionError", "torch_dist", "fsdp_dtensor", f"{root}/iter_0000002", "ckpt_format")
+
+
+def test_format_of_one_iterations_directory_is_another(root: Path) -> None:
+    error = load_on_two(load=str(root / "iter_0000002"), ckpt_format="fsdp_dtensor")
     require(error, "AssertionError", "torch_dist", "fsdp_dtensor", f"{root}/iter_0000002", "ckpt_format")
 
 

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from ckpt_fast.config import ConfigContainer, LoggerConfig
+from ckpt_fast.config import ConfigContainer
 from ckpt_fast.state import FaultToleranceState
 from ckpt_fast.trainer.experiment_loggers import (
     append_to_progress_log,
@@ -95,8 +95,7 @@ def test_mlflow(paths):
 
 def test_mlflow_may_be_told_not_to_upload(paths):
     mlflow = Recorder()
-    logger = LoggerConfig(mlflow_log_artifacts=False)
-    on_save_checkpoint_success(state(mlflow=mlflow, logger=logger), *paths, 7)
+    on_save_checkpoint_success(state(mlflow=mlflow), *paths, 7, to_mlflow=False)
     assert mlflow.calls == []
 
 

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from ckpt_fast.checkpointing import _load_model_weights_from_checkpoint
+from ckpt_fast.checkpointing import _load_base_checkpoint, _load_model_weights_from_checkpoint
 from ckpt_fast.doors import megatron_core
+from ckpt_fast.megatron import ShardedObject, ShardedTensor, get_pg_collection
 from tests.helpers import RankError, run_ranks
 from tests.models import FLOPS, Run, Setup, differences, other
 from tests.trainer import runs
@@ -56,7 +58,16 @@ def test_save_options_do_not_limit_a_load(root: str, config: dict[str, Any]) -> 
 
 
 @pytest.mark.parametrize(
-    "strictness", ["log_unexpected", "log_all", "raise_unexpected", "raise_all", "return_all", "ignore_all"]
+    "strictness",
+    [
+        "log_unexpected",
+        "log_all",
+        "raise_unexpected",
+        "raise_all",
+        "return_unexpected",
+        "return_all",
+        "ignore_all",
+    ],
 )
 def test_every_strictness_loads_what_fits(root: str, strictness: str) -> None:
     # "missing" are the train state's neighbours that a scaffold never asks for: there are none here.
@@ -80,16 +91,6 @@ def test_megatron_lm_tracker_alone(root: str, tmp_path: Path) -> None:
     assert load(root, step=1, load=str(tmp_path / "run")).restored == ALL
 
 
-def test_release_starts_at_step_zero(root: str, tmp_path: Path) -> None:
-    (tmp_path / "run").mkdir()
-    shutil.copytree(Path(root) / "iter_0000002", tmp_path / "run/release")
-    (tmp_path / "run/latest_checkpointed_iteration.txt").write_text("release")
-    loaded = load(root, load=str(tmp_path / "run"))
-    assert loaded.result == (0, FLOPS)
-    assert loaded.restored == {"model"}
-    assert loaded.kept == {"scheduler", "rng"}
-
-
 def test_nothing_to_load_changes_nothing(tmp_path: Path, root: str) -> None:
     assert load(root, load=str(tmp_path)) == Loaded((0, 0), restored=set(), kept=ALL)
     assert load(root, load=None) == Loaded((0, 0), restored=set(), kept=ALL)
@@ -100,26 +101,6 @@ def test_nothing_to_load_can_end_the_run(tmp_path: Path, root: str) -> None:
         load(root, load=str(tmp_path), exit_on_missing_checkpoint=True)
     assert caught.value.errors == {0: "SystemExit"}
     assert str(tmp_path) in str(caught.value) or "exit" in str(caught.value)
-
-
-def test_finetuning_takes_the_weights_alone(root: str) -> None:
-    loaded = load(root, finetune=True)
-    assert loaded.result[0] == 0
-    assert loaded.restored == {"model"}
-    assert loaded.kept == {"scheduler", "rng"}
-
-
-def test_without_load_optim_the_rest_is_restored(root: str) -> None:
-    loaded = load(root, load_optim=False)
-    assert loaded.result == (2, FLOPS)
-    assert loaded.restored == {"model", "rng", "train_state"}
-    assert loaded.kept == {"scheduler"}
-
-
-def test_without_load_rng_the_rest_is_restored(root: str) -> None:
-    loaded = load(root, load_rng=False)
-    assert loaded.restored == ALL - {"rng"}
-    assert loaded.kept == {"rng"}
 
 
 @pytest.mark.parametrize("strictness", ["assume_ok_unexpected", "raise_all"])
@@ -219,36 +200,88 @@ def test_mismatching_keys_are_returned(root: str) -> None:
     assert "decoder.extra" in unexpected
 
 
-def test_checkpoint_of_megatron_lm(root: str, tmp_path: Path) -> None:
-    """No run_config.yaml and no train_state.pt: arguments and iteration are in the common state."""
-    (loaded,) = run_ranks(from_megatron_lm, 1, root, str(tmp_path))
-    assert loaded == ((7, 5), [])
+def weights_with_every_strictness(rank: int, directory: str) -> list[Any]:
+    """What is returned, and whether the weights are those of the checkpoint, with and without asking."""
+    found = []
+    with Run(other(SETUP)) as run:
+        for strictness in ("assume_ok_unexpected", "return_unexpected", "return_all"):
+            run.train(1)
+            before = run.fingerprint()
+            options = {"dist_ckpt_strictness": strictness}
+            returned = _load_model_weights_from_checkpoint(
+                directory, run.model, return_state_dict=True, **options
+            )
+            state_dict = returned[0] if isinstance(returned, tuple) else returned
+            assert not differences(before, run.fingerprint(), "model")
+            nothing = _load_model_weights_from_checkpoint(directory, run.model, **options)
+            found.append((type(returned).__name__, "model" in state_dict, nothing))
+    return found
 
 
-def from_megatron_lm(rank: int, root: str, directory: str) -> Any:
-    from argparse import Namespace
+def test_weights_alone_with_mismatches_returned(root: str) -> None:
+    """Megatron-Core returns a tuple then; without ``return_state_dict`` it must not reach the model."""
+    directory = os.path.join(root, "iter_0000002")
+    (found,) = run_ranks(weights_with_every_strictness, 1, directory)
+    assert found == [("dict", True, None), ("tuple", True, None), ("tuple", True, None)]
 
-    from tests.interop.saved import save_with_stock
 
-    with Run(SETUP) as run:
-        run.train(2)
-        expected = run.fingerprint()
-        run.state.train_state.step = 7
-        state_dict_of = run.sharded_state_dict
-        arguments = Namespace(
-            tensor_model_parallel_size=1, pipeline_model_parallel_size=1, consumed_train_samples=4
-        )
-        run.sharded_state_dict = lambda: {
-            **state_dict_of(),
-            "args": arguments,
-            "num_floating_point_operations_so_far": 5,
+def load_modules_apart(rank: int, sources: list[str], is_mimo: bool) -> list[tuple[str, str]]:
+    """Rank 0 does not ask for a tensor that rank 1 has a replica of: modules may be on ranks of their own."""
+    errors = []
+    config = {"non_persistent_ckpt_type": "global", "fully_parallel_save": False}
+    with Run(other(SETUP), **config) as run:
+        for source in sources:
+            scaffold = {"model": run.sharded_state_dict(is_loading=True)["model"]}
+            if rank == 0:
+                del scaffold["model"]["output_layer.weight"]
+            errors.append(
+                runs.error_of(
+                    lambda source=source, scaffold=scaffold: _load_base_checkpoint(
+                        source,
+                        run.checkpoint,
+                        sharded_state_dict=scaffold,
+                        is_megatron_mimo=is_mimo,
+                        pg_collection=get_pg_collection(run.model),
+                    )[1]
+                )
+            )
+    return errors
+
+
+def test_modules_on_ranks_of_their_own_load_from_every_source(root: str, tmp_path: Path) -> None:
+    """A root, one iteration's directory, and a recovery checkpoint."""
+    shutil.copytree(root, tmp_path / "run/non_persistent")
+    iteration = "iter_0000002"
+    sources = [root, os.path.join(root, iteration), str(tmp_path / "run")]
+    loaded = [os.path.join(root, iteration)] * 2 + [str(tmp_path / "run/non_persistent" / iteration)]
+    for errors in run_ranks(load_modules_apart, 2, sources, True):
+        assert errors == [("no error", path) for path in loaded]
+    for errors in run_ranks(load_modules_apart, 2, sources, False):
+        assert [kind for kind, _ in errors] == ["CheckpointMismatchError"] * 3
+
+
+class WithExtraState(torch.nn.Linear):
+    """A module whose checkpoint holds extra state, as Transformer Engine's do."""
+
+    def sharded_state_dict(self, prefix: str = "", **_: Any) -> dict[str, Any]:
+        name = f"layers.{self.out_features}"
+        return {
+            "weight": ShardedTensor.from_rank_offsets(f"{name}.weight", self.weight),
+            "_extra_state": ShardedObject(f"{name}._extra_state", {"scale": 1.0}, (1,), (0,)),
         }
-        save_with_stock(run, directory, megatron_core.FastSaveStrategy())
-        for name in ("run_config.yaml", "train_state.pt"):
-            os.unlink(os.path.join(directory, "iter_0000007", name))
-        os.unlink(os.path.join(directory, "latest_train_state.pt"))
-    with Run(other(SETUP), load=directory) as run:
-        run.train(1)
-        result = run.load()
-        assert run.state.train_state.consumed_train_samples == 4
-        return result, differences(expected, run.fingerprint(), "train_state")
+
+
+def test_extra_state_of_every_chunk_is_left_out_of_weights_alone(tmp_path: Path) -> None:
+    chunks = [WithExtraState(3, 4, bias=False), WithExtraState(3, 5, bias=False)]
+    content = {f"model{number}": chunk.sharded_state_dict() for number, chunk in enumerate(chunks)}
+    job = megatron_core.start_save(content, str(tmp_path), megatron_core.FastSaveStrategy())
+    job.write()
+    job.commit()
+    loaded = [WithExtraState(3, 4, bias=False), WithExtraState(3, 5, bias=False)]
+    state_dict = _load_model_weights_from_checkpoint(str(tmp_path), loaded, return_state_dict=True)
+    assert {key: set(part) for key, part in state_dict.items() if key.startswith("model")} == {
+        "model0": {"weight"},
+        "model1": {"weight"},
+    }
+    _load_model_weights_from_checkpoint(str(tmp_path), loaded)
+    assert [torch.equal(a.weight, b.weight) for a, b in zip(chunks, loaded, strict=True)] == [True, True]

@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -67,6 +70,58 @@ DAMAGES = {
 def test_a_damaged_checkpoint_is_passed_over(root: str, damage: str) -> None:
     DAMAGES[damage](os.path.join(root, "iter_0000003"))
     assert load(root, 2) == Loaded((2, FLOPS), restored=ALL, kept=set())
+
+
+def fall_back(rank: int, roots: list[str]) -> list[tuple[int, float]]:
+    results = []
+    for root in roots:
+        with Run(SETUP, load=root) as run:
+            results.append(run.load())
+    return results
+
+
+def test_ranks_fall_back_together(saved: str, tmp_path: Path) -> None:
+    """Whatever is wrong with the newest checkpoint, half-written directories included, no rank waits."""
+    roots = []
+    for name, damage in DAMAGES.items():
+        roots.append(shutil.copytree(saved, tmp_path / name))
+        damage(str(tmp_path / name / "iter_0000003"))
+    # An interrupted save, newer than what the tracker names, of which nothing may be believed.
+    unfinished = shutil.copytree(saved, tmp_path / "unfinished")
+    shutil.copytree(unfinished / "iter_0000003", unfinished / "iter_0000004")
+    (unfinished / "iter_0000004/metadata.json").unlink()
+    results = run_ranks(fall_back, 2, [str(root) for root in [*roots, unfinished]])
+    assert results == [[(2, FLOPS)] * len(roots) + [(3, FLOPS)]] * 2
+
+
+def test_a_damaged_recovery_checkpoint_is_passed_over(saved: str, tmp_path: Path) -> None:
+    """For the recovery checkpoint before it, or for the persistent one, whichever is newer."""
+    root = tmp_path / "run"
+    shutil.copytree(saved, root / "non_persistent")
+    shutil.copytree(os.path.join(saved, "iter_0000002"), root / "iter_0000002")
+    shutil.copytree(os.path.join(saved, "iter_0000001"), root / "iter_0000001")
+    config = {"save": str(root), "non_persistent_ckpt_type": "global"}
+    DAMAGES["shard"](str(root / "non_persistent/iter_0000003"))
+    for name, tracked, expected in (
+        ("no persistent one", None, "non_persistent/iter_0000002"),
+        ("an older one", "1", "non_persistent/iter_0000002"),
+        ("one as new", "2", "non_persistent/iter_0000002"),
+    ):
+        if tracked:
+            (root / "latest_checkpointed_iteration.txt").write_text(tracked)
+        ((result, used),) = run_ranks(load_and_tell, 1, {"load": str(root), **config})
+        assert (result, used) == ((2, FLOPS), str(root / expected)), name
+    DAMAGES["shard"](str(root / "non_persistent/iter_0000002"))
+    ((result, used),) = run_ranks(load_and_tell, 1, {"load": str(root), **config})
+    assert (result, used) == ((2, FLOPS), str(root / "iter_0000002"))
+
+
+def load_and_tell(rank: int, config: dict[str, Any]) -> tuple[Any, str]:
+    """The result of a load, and the directory it fell back to."""
+    printed = io.StringIO()
+    with Run(SETUP, **config) as run, contextlib.redirect_stdout(printed):
+        result = run.load()
+    return result, re.findall(r"falling back to (\S+)", printed.getvalue())[-1]
 
 
 def test_several_damaged_checkpoints_are_passed_over(root: str) -> None:
@@ -168,15 +223,3 @@ def test_optimizer_state_of_another_glu_layout_is_refused(tmp_path: Path, size: 
     with pytest.raises(RankError, match=r"interleave sizes \(routed, shared\) \(2, None\), this run has"):
         run_ranks(_load_interleaved, 1, root, size, True)
     run_ranks(_load_interleaved, 1, root, size, False)
-
-
-def _save_with_export(rank: int, root: str) -> None:
-    with Run(SETUP, save=root, also_save_hf_checkpoint=True) as run:
-        run.save()
-
-
-def test_an_export_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    root = tmp_path / "run"
-    with pytest.raises(RankError, match="also_save_hf_checkpoint=True is not there"):
-        run_ranks(_save_with_export, 1, str(root))
-    assert not root.exists()

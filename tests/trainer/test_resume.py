@@ -3,20 +3,18 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from ckpt_fast.checkpointing import maybe_finalize_async_save
 from tests.helpers import RankError, run_ranks
-from tests.interop.saved import read_with_dcp
-from tests.models import FLOPS, Run, Setup, differences, identical, other, seed_everything
+from tests.models import FLOPS, Run, Setup, differences, other, seed_everything
 from tests.trainer import runs
 from tests.trainer.runs import ALL
+from tests.trainer.test_resharding import load_and_save
 
 DISTRIBUTED = Setup(bf16=True, distributed=True, layers=2)
 RESHARDABLE = Setup(bf16=True, distributed=True, reshardable=True, layers=2)
@@ -61,40 +59,6 @@ def test_a_run_returns_to_where_it_saved(tmp_path: Path, ranks: int, setup: Setu
     for found in run_ranks(save_go_on_and_return, ranks, setup, str(tmp_path), is_async):
         assert found.pop("moved") > 20
         assert found == {"result": (2, FLOPS), "wrong": [], "loss": True, "future": []}
-
-
-def load_and_save(rank: int, setup: Setup, source: str, target: str) -> set[str]:
-    """Load and save again without training; the parts that the load left as they were."""
-    with Run(other(setup), load=source, save=target) as run:
-        run.train(3)
-        before = run.fingerprint()
-        assert run.load() == (2, FLOPS)
-        run.save()
-        return ALL - runs.parts(differences(before, run.fingerprint()))
-
-
-def test_parallel_sizes_change(tmp_path: Path) -> None:
-    """From layout to layout, by load and save, no bit of a weight, a moment or a master weight moves."""
-    layouts = {
-        "first": (1, RESHARDABLE),
-        "tp2": (2, replace(RESHARDABLE, tp=2)),
-        "pp2": (2, replace(RESHARDABLE, pp=2)),
-        "dp2": (2, RESHARDABLE),
-    }
-    roots = [str(tmp_path / name) for name in layouts]
-    run_ranks(runs.save_steps, 1, RESHARDABLE, roots[0], 2, {})
-    kept = [
-        run_ranks(load_and_save, ranks, setup, source, target)
-        for (ranks, setup), source, target in zip(list(layouts.values())[1:], roots, roots[1:], strict=False)
-    ]
-    # RNG states belong to (pipeline, tensor) ranks, which these layouts do not share.
-    assert kept == [[{"rng"}] * 2] * 3
-
-    states = [read_with_dcp(os.path.join(root, "iter_0000002")) for root in roots]
-    names = [name for name in states[0] if isinstance(states[0][name], torch.Tensor)]
-    assert len(names) > 30
-    for state in states[1:]:
-        assert [name for name in names if not identical(states[0][name], state[name])] == []
 
 
 @pytest.mark.parametrize("setup", [DISTRIBUTED, RESHARDABLE, Setup()], ids=["dp", "full", "replicated"])

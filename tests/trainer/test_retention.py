@@ -7,14 +7,17 @@ import logging
 import os
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from ckpt_fast.state import TrainState
 from ckpt_fast.trainer import retention
+from ckpt_fast.trainer.retention import cleanup_old_dataloader_states
 from ckpt_fast.trainer.retention import cleanup_old_non_persistent_checkpoint as cleanup
 from tests.helpers import run_ranks
+from tests.models import Run, Setup
 
 
 @pytest.fixture(autouse=True)
@@ -242,3 +245,31 @@ def test_only_rank_0_deletes(tmp_path, active, expected):
         checkpoint(tmp_path, iteration)
     run_ranks(cleanup_on, 2, active, str(tmp_path))
     assert left(tmp_path) == expected
+
+
+def test_dataloader_states_go_with_their_checkpoints(tmp_path):
+    """Recovery checkpoints come and go; the states beside them must not pile up."""
+    states = tmp_path / "run/energon"
+    for iteration in range(1, 10):
+        (states / f"iter_{iteration:07d}").mkdir(parents=True)
+    (states / "notes").mkdir()
+    (tmp_path / "run/iter_0000002").mkdir()
+    (tmp_path / "run/non_persistent/iter_0000004").mkdir(parents=True)
+    roots = [str(tmp_path / "run"), str(tmp_path / "run/non_persistent")]
+    cleanup_old_dataloader_states(str(states), roots, newest=8)
+    left = sorted(path.name for path in states.iterdir())
+    assert left == [f"iter_{iteration:07d}" for iteration in (2, 4, 7, 8, 9)] + ["notes"]
+    cleanup_old_dataloader_states(str(tmp_path / "nothing"), roots, newest=8)
+
+
+def save_recovery_checkpoints(rank, root):
+    loader = SimpleNamespace(iterable=SimpleNamespace(save_state=lambda: {"position": 1}))
+    with Run(Setup(), save=root, non_persistent_ckpt_type="global", most_recent_k=1) as run:
+        for _ in range(5):
+            run.train(1)
+            run.save(train_data_iterator=loader, non_persistent_ckpt=True)
+
+
+def test_recovery_checkpoints_take_their_dataloader_states_along(tmp_path):
+    run_ranks(save_recovery_checkpoints, 1, str(tmp_path))
+    assert sorted(path.name for path in (tmp_path / "energon").iterdir()) == ["iter_0000004", "iter_0000005"]

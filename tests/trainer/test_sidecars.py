@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import ckpt_fast
 from ckpt_fast.config import TokenizerConfig
 from ckpt_fast.errors import CheckpointError
 from ckpt_fast.megatron import SoloGroup
@@ -18,9 +19,12 @@ from ckpt_fast.trainer.inert_load import RefusedPickleError
 from ckpt_fast.trainer.sidecars import (
     maybe_load_dataloader_state,
     maybe_save_dataloader_state,
+    resume_dataloader,
     save_tokenizer_assets,
 )
 from tests.helpers import run_ranks
+from tests.models import Run, Setup
+from tests.trainer.runs import error_of, require
 
 
 class Loader:
@@ -202,6 +206,56 @@ def test_a_directory_that_cannot_be_made_fails_both(tmp_path):
     blocked.write_text("")
     answers = run_ranks(save_on_two, 2, str(blocked), None, timeout_s=60)
     assert all("Not a directory" in text for text in answers)
+
+
+def resume_with_data(rank, root):
+    """Save twice, resume from a root, one directory and a recovery checkpoint, and from step 0."""
+    setup, found = Setup(), {}
+    with Run(setup, save=root, non_persistent_ckpt_type="global") as run:
+        for step in (1, 2):
+            run.train(1)
+            loader = Loader(position=100 * step + rank)
+            run.save(train_data_iterator=iterator(loader), non_persistent_ckpt=step == 2)
+    sources = {
+        "recovery": {"load": root, "save": root, "non_persistent_ckpt_type": "global"},
+        "root": {"load": root},
+        "directory": {"load": os.path.join(root, "iter_0000001")},
+        "nothing": {"load": os.path.join(root, "nothing")},
+    }
+    for name, config in sources.items():
+        with Run(setup, **config) as run:
+            context, loader = {}, Loader(position=-1)
+            run.load(checkpointing_context=context)
+            resume_dataloader(run.state, iterator(loader), context)
+            found[name] = loader.position
+    with Run(setup, load=root) as run:
+        run.load(checkpointing_context=context)
+        for name, path in (("elsewhere", os.path.join(root, "other")), ("switched off", "")):
+            loader = Loader(position=-1)
+            run.state.cfg.dataset = SimpleNamespace(dataloader_load=path)
+            resume_dataloader(run.state, iterator(loader), context)
+            found[name] = loader.position
+        run.state.cfg.dataset = None
+        if rank == 1:
+            os.unlink(file_of(os.path.join(root, "energon"), 1, 1))
+        dist.barrier()
+        found["lost on rank 1"] = error_of(lambda: resume_dataloader(run.state, iterator(loader), context))
+    return found
+
+
+def test_the_data_goes_on_where_the_loaded_checkpoint_left_it(tmp_path):
+    assert ckpt_fast.resume_dataloader is resume_dataloader
+    for rank, found in enumerate(run_ranks(resume_with_data, 2, str(tmp_path / "run"))):
+        lost = found.pop("lost on rank 1")
+        assert found == {
+            "recovery": 200 + rank,
+            "root": 100 + rank,
+            "directory": 100 + rank,
+            "nothing": -1,
+            "elsewhere": -1,
+            "switched off": -1,
+        }
+        require(lost, ["CheckpointError", "RuntimeError"][rank], "dprank001", "data-parallel size")
 
 
 # --- Tokenizer -------------------------------------------------------------------------------------------
