@@ -42,6 +42,7 @@ from ckpt_fast.config import CheckpointConfig, ConfigContainer, RNGConfig
 from ckpt_fast.state import GlobalState
 from ckpt_fast.trainer.rng import get_rng_state
 from ckpt_fast.trainer.state_dict import _build_sharded_state_dict_metadata, generate_state_dict
+from tests import glu_models
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
@@ -67,6 +68,8 @@ class Setup:
     hidden: int = 16
     layers: int = 1
     seed: int = 1234
+    experts: int = 0  # of a mixture, with a shared expert beside them
+    glu: tuple[int | None, int | None] = (None, None)  # interleave sizes of routed and dense, shared MLPs
 
     @property
     def dtype(self) -> torch.dtype:
@@ -153,8 +156,9 @@ class Run:
 
     def train(self, steps: int = 1) -> list[float]:
         """Train with data that depends on the step and the data-parallel rank; returns the losses."""
+        step = glu_models.step_blindly if self.setup.experts and self.setup.tp > 1 else Run._step
         with megatron_on_cpu():
-            return [self._step() for _ in range(steps)]
+            return [step(self) for _ in range(steps)]
 
     def _step(self) -> float:
         position = self.state.train_state
@@ -310,6 +314,7 @@ def _build_model(setup: Setup) -> list[DistributedDataParallel]:
         add_bias_linear=False,
         hidden_dropout=0.1,
         attention_dropout=0.1,
+        num_moe_experts=setup.experts or None,
         bf16=setup.bf16,
         params_dtype=setup.dtype,
         pipeline_dtype=setup.dtype,
@@ -318,16 +323,19 @@ def _build_model(setup: Setup) -> list[DistributedDataParallel]:
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         finalize_model_grads_func=finalize_model_grads,
+        **(glu_models.mixture() if setup.experts else {}),
     )
     gpt = GPTModel(
         config,
-        get_gpt_layer_local_spec(),
+        get_gpt_layer_local_spec(num_experts=setup.experts or None),
         vocab_size=VOCABULARY,
         max_sequence_length=SEQUENCE,
         position_embedding_type="rope",
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),
     )
+    if setup.glu != (None, None):
+        glu_models.interleave(gpt, setup.glu)
     ddp = DistributedDataParallelConfig(use_distributed_optimizer=setup.distributed, grad_reduce_in_fp32=True)
     return [DistributedDataParallel(config, ddp, Float16Module(config, gpt) if setup.bf16 else gpt)]
 

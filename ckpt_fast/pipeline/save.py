@@ -48,6 +48,7 @@ class Save:
         keep_files: names that the caller has already put into the directory.
         seal_files: name to content, published after ``.metadata`` in the order given; the last is the seal.
         planner_data: torch DCP's name to path mapping, None for Megatron-Core.
+        sidecar_notes: entries of the sidecar besides its own.
         snapshot: copy CPU tensors while staging, so that training may go on during ``write``.
         host_buffer: bound on the host buffers in use, in bytes; None follows ``CKPT_FAST_HOST_BUFFER``.
             With a bound smaller than the state ``stage`` waits for the writes of all but the last waves.
@@ -64,6 +65,7 @@ class Save:
         keep_files: Collection[str] = (),
         seal_files: Mapping[str, bytes] | None = None,
         planner_data: Mapping[str, Any] | None = None,
+        sidecar_notes: Mapping[str, Any] | None = None,
         snapshot: bool = False,
         host_buffer: int | None = None,
     ) -> None:
@@ -75,6 +77,7 @@ class Save:
         self._keep_files = keep_files
         self._seal_files = dict(seal_files or {})
         self._planner_data = planner_data
+        self._sidecar_notes = dict(sidecar_notes or {})
         self._snapshot = snapshot
         self._waves = Waves(
             self.report,
@@ -145,7 +148,7 @@ class Save:
         commit.publish(
             self.directory,
             {
-                commit.SIDECAR_FILE: encode_sidecar(files),
+                commit.SIDECAR_FILE: encode_sidecar(files, self._sidecar_notes),
                 commit.METADATA_FILE: metadata,
                 **self._seal_files,
             },
