@@ -145,7 +145,7 @@ class Reshaped:
         if self.shape == self.sizes:
             self.tensor.copy_(source.reshape(self.tensor.shape), non_blocking=non_blocking)
             return
-        whole = self.tensor.reshape(self.sizes)  # a copy
+        whole = self.tensor.clone(memory_format=torch.contiguous_format).view(self.sizes)
         region = whole
         for dimension, (start, size) in enumerate(zip(self.start, self.shape, strict=True)):
             region = region.narrow(dimension, start, size)
