@@ -47,8 +47,8 @@ def save_and_recover(rank: int, setup: Setup, root: str, local: str, is_async: b
 @pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
 @pytest.mark.parametrize(
     "setup",
-    [Setup(bf16=True, distributed=True, glu=(4, 2)), Setup(tp=2)],
-    ids=["dp2-distributed-interleaved", "tp2"],
+    [Setup(bf16=True, distributed=True), Setup(tp=2, glu=(4, 2))],
+    ids=["dp2-distributed", "tp2-interleaved"],
 )
 def test_recovery_from_local_files(
     tmp_path: Path, setup: Setup, is_async: bool, monkeypatch: pytest.MonkeyPatch
