@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from ckpt_fast.pipeline import strided
+from ckpt_fast.pipeline.device_rows import copy_across
 from ckpt_fast.pipeline.types import Extent, Runs
 
 # A system call for each shorter run takes longer than to read the rows around them and cut them in memory.
@@ -143,7 +144,7 @@ class Reshaped:
     def copy_(self, source: torch.Tensor, non_blocking: bool = False) -> None:
         """Like a tensor's, but for a part of the elements all of them are moved."""
         if self.shape == self.sizes:
-            self.tensor.copy_(source.reshape(self.tensor.shape), non_blocking=non_blocking)
+            copy_across(self.tensor, source.reshape(self.tensor.shape), non_blocking)
             return
         whole = self.tensor.clone(memory_format=torch.contiguous_format).view(self.sizes)
         region = whole

@@ -18,6 +18,7 @@ from ckpt_fast import native, settings
 from ckpt_fast.errors import CheckpointError
 from ckpt_fast.pipeline import strided
 from ckpt_fast.pipeline.archive import ALIGNMENT
+from ckpt_fast.pipeline.device_rows import copy_across
 from ckpt_fast.pipeline.garbage import without_collections
 from ckpt_fast.pipeline.host_buffer import HostBuffer, host_buffers
 from ckpt_fast.pipeline.plan import FilePlan, PlannedItem, is_plain
@@ -166,7 +167,7 @@ def _copy(tensors: Sequence[torch.Tensor], buffer: HostBuffer) -> list[int]:
         addresses.append(base + offset)
         if needs_copy(tensor, snapshot=False):
             slot = buffer.memory[offset : offset + _nbytes(tensor)]
-            _as(tensor, slot).copy_(tensor, non_blocking=True)
+            copy_across(_as(tensor, slot), tensor)
             devices.add(tensor.device)
         else:
             starts, nbytes = _runs(tensor)

@@ -7,6 +7,7 @@ import ctypes
 import math
 from array import array
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -29,6 +30,29 @@ def run_addresses(tensor: torch.Tensor) -> torch.Tensor:
 def has_long_runs(tensor: torch.Tensor) -> bool:
     """Whether the memory of a strided tensor is worth moving run by run."""
     return tensor.layout == torch.strided and run_nbytes(tensor) >= _MIN_RUN_NBYTES
+
+
+class Rows(NamedTuple):
+    """Runs that begin ``pitch`` bytes apart."""
+
+    address: int
+    pitch: int
+    nbytes: int
+    number: int
+
+
+def as_rows(tensor: torch.Tensor) -> list[Rows] | None:
+    """The runs of a tensor as at most two series; None if there are more."""
+    outer = _outer_dimensions(tensor)
+    if outer > 2 or (outer == 2 and tensor.shape[0] > 2):
+        return None
+    nbytes = run_nbytes(tensor)
+    if outer == 0:
+        return [Rows(tensor.data_ptr(), nbytes, nbytes, 1)]
+    series = tensor.unbind(0) if outer == 2 else [tensor]
+    return [
+        Rows(each.data_ptr(), each.stride(0) * each.dtype.itemsize, nbytes, each.shape[0]) for each in series
+    ]
 
 
 def positions(start: int, counts: Sequence[int], strides: Sequence[int]) -> torch.Tensor:
