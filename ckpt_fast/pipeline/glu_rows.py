@@ -7,14 +7,22 @@ Dim 0 of a gated ``linear_fc1`` weight or bias holds F gate rows W and F up rows
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import operator
-from collections.abc import Callable
+from array import array
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 
 import torch
 
 from ckpt_fast import native, settings
 from ckpt_fast.errors import CheckpointMismatchError
+
+# By device, stream and direction: the arguments of each permutation, and the tensors that must stay alive.
+_Waiting = dict[tuple[int, int, bool], list[tuple[tuple[int, ...], tuple[torch.Tensor, ...]]]]
+_waiting: ContextVar[_Waiting | None] = ContextVar("waiting", default=None)
 
 
 class GluRowsError(CheckpointMismatchError, RuntimeError):
@@ -50,8 +58,33 @@ def permute_rows(tensor: torch.Tensor, interleave_size: int, interleave: bool, n
     permuted = torch.empty_like(data)
     rows = data.shape[0]
     row_nbytes = data.numel() // rows * data.element_size()
+    waiting = _waiting.get()
+    if waiting is not None and data.is_cuda:
+        stream = torch.cuda.current_stream(data.device).cuda_stream
+        row = (permuted.data_ptr(), data.data_ptr(), rows, row_nbytes, block)
+        waiting[data.device.index, stream, interleave].append((row, (permuted, data)))
+        return permuted
     permute(permuted.data_ptr(), data.data_ptr(), rows, row_nbytes, block, interleave)
     return permuted
+
+
+@contextlib.contextmanager
+def together_on_gpus() -> Iterator[None]:
+    """What ``permute_rows`` is asked for in here is done at the end, if it is on a GPU: many in one launch.
+
+    Until then the results are undefined.
+    """
+    waiting: _Waiting = defaultdict(list)
+    token = _waiting.set(waiting)
+    try:
+        yield
+    finally:
+        _waiting.reset(token)
+    for (device, stream, interleave), rows in waiting.items():
+        cuda = native.cuda()
+        assert cuda is not None
+        columns = [array("q", column) for column in zip(*(row for row, _ in rows), strict=True)]
+        cuda.permute_rows_many(*columns, interleave, device, stream)
 
 
 def contiguous_view(

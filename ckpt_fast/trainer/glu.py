@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from ckpt_fast import megatron
 from ckpt_fast.doors.glu_factory import require_whole_pairs
-from ckpt_fast.pipeline.glu_rows import permute_rows
+from ckpt_fast.pipeline.glu_rows import permute_rows, together_on_gpus
 from ckpt_fast.trainer.ranks import print_rank_0
 
 
@@ -116,19 +116,19 @@ def _process_state_dict_for_glu_interleaving(
     permute = _permute_megatron_fsdp if use_megatron_fsdp else permute_value
     processed: dict[str, Any] = {}
     count = 0
-    # Sorted, so that the collectives of Megatron FSDP meet their like on the other ranks.
-    for key in sorted(model_state_dict):
-        value = model_state_dict[key]
-        if _is_swiglu_fc1_checkpoint_key(
-            key,
-            include_routed_experts=include_routed_experts,
-            include_shared_experts=include_shared_experts,
-            include_dense=include_dense,
-        ):
-            processed[key] = permute(key, value, interleave_size, interleave)
-            count += processed[key] is not value
-        else:
-            processed[key] = value
+    # Megatron FSDP cuts each result at once.
+    with contextlib.nullcontext() if use_megatron_fsdp else together_on_gpus():
+        # Sorted, so that the collectives of Megatron FSDP meet their like on the other ranks.
+        for key in sorted(model_state_dict):
+            value = processed[key] = model_state_dict[key]
+            if _is_swiglu_fc1_checkpoint_key(
+                key,
+                include_routed_experts=include_routed_experts,
+                include_shared_experts=include_shared_experts,
+                include_dense=include_dense,
+            ):
+                processed[key] = permute(key, value, interleave_size, interleave)
+                count += processed[key] is not value
     if count:
         verb = "interleaved" if interleave else "de-interleaved"
         print_rank_0(f"GLU rows: {verb} {count} fc1 weights and biases (interleave size {interleave_size})")

@@ -11,7 +11,11 @@ import pytest
 import torch
 
 from ckpt_fast import native
-from ckpt_fast.trainer.glu import _deinterleave_glu_tensor, _interleave_glu_tensor
+from ckpt_fast.trainer.glu import (
+    _deinterleave_glu_tensor,
+    _interleave_glu_tensor,
+    _process_state_dict_for_glu_interleaving,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -155,3 +159,14 @@ def test_more_than_2_to_the_31_elements(offset: int) -> None:
     blocks = destination.view(rows // 64, 2, 32, width)
     for half in (0, 1):
         assert torch.equal(blocks[:, half], halves[half])
+
+
+def test_a_layer_of_experts_is_one_launch() -> None:
+    names = [f"decoder.layers.0.mlp.experts.linear_fc1.weight{number}" for number in range(64)]
+    state = {name: random_bytes(256 * 64, seed).view(256, 64) for seed, name in enumerate(names)}
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        result = _process_state_dict_for_glu_interleaving(state, 32)
+        torch.cuda.synchronize()
+    kernels_run = [event for event in profile.events() if "permute_rows_kernel" in event.name]
+    assert len(kernels_run) == 1
+    assert all(torch.equal(result[name], by_views(state[name], 32, True)) for name in names)
