@@ -4,9 +4,11 @@
     python benchmarks/bench_glu.py --rounds 5 --path DIR
 
 Alone: the fc1 weights that one rank holds of an 8B model, of a 70B model on 8 tensor-parallel ranks, and of
-64 experts. The limit is a parallel copy of the same bytes into memory of the same kind: new for functions that
-return a tensor, used before for those that fill one. In a save and a load: an fc1 with its master weight and
-moments; the limit is the same without interleaving. ``--gigabytes`` scales the width of the rows, 1 is true.
+64 experts. The limit is a parallel copy of the same bytes into memory of the same kind: new for functions
+that return a tensor, used before for those that fill one.
+
+In a save and a load: an fc1 with its master weight and moments. The limit is the same without interleaving; a
+load pays there for Megatron-Core's merging of the two halves. ``--gigabytes`` scales the width of the rows.
 """
 
 from __future__ import annotations
