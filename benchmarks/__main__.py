@@ -25,10 +25,11 @@ RUNS = {
     "load-many": ["bench_load.py", "--many", "--gigabytes", "0.27", "--rounds", "3"],
     "stall": ["bench_stall.py"],
     "plan": ["bench_plan.py", "--rounds", "1"],
+    "glu": ["bench_glu.py"],
 }
 # The same with two ranks.
 ON_TWO_RANKS = {"stall-2-ranks": ["bench_stall.py"]}
-PARTS = ["bench_glu.py", "bench_parts.py"]
+PARTS = ["bench_parts.py"]
 
 
 _TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]

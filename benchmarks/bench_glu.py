@@ -1,74 +1,247 @@
 # SPDX-License-Identifier: Apache-2.0
-"""De-interleaving one fc1 weight, [14336, 4096] bf16, against torch and against a plain copy of its bytes.
+"""GLU rows put in the checkpoint's order: alone, against torch and a plain copy, and in a save and a load.
 
-    pytest benchmarks/bench_glu.py
+    python benchmarks/bench_glu.py --rounds 5 --path DIR
 
-Groups are a device and an interleave size; a group's members move the same 117 MB. The plain copy is the
-limit: no permutation is faster than moving the bytes once. ``GB/s`` counts each byte once.
+Alone: the fc1 weights that one rank holds of an 8B model, of a 70B model on 8 tensor-parallel ranks, and of
+64 experts. The limit is a parallel copy of the same bytes into memory of the same kind: new for functions
+that return a tensor, used before for those that fill one.
+
+In a save and a load: an fc1 with its master weight and moments. The limit is the same without interleaving; a
+load pays there for Megatron-Core's merging of the two halves. ``--gigabytes`` scales the width of the rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from array import array
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-import pytest
+import harness
+import rivals
 import torch
+from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 
-from ckpt_fast import native, settings
-from ckpt_fast.trainer.glu import _deinterleave_glu_tensor
-
-ROWS, WIDTH = 14336, 4096
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-
-
-def torch_fresh(weight: torch.Tensor, _: torch.Tensor, k: int) -> None:
-    """What torch users write: the rival of ``documented_function``."""
-    weight.view(-1, 2, k, WIDTH).transpose(0, 1).reshape(ROWS, WIDTH)
-
-
-def documented_function(weight: torch.Tensor, _: torch.Tensor, k: int) -> None:
-    _deinterleave_glu_tensor(weight, k)
-
-
-def torch_into_reused_output(weight: torch.Tensor, output: torch.Tensor, k: int) -> None:
-    """Without the price of fresh memory: the rival of ``native_into_reused_output``."""
-    output.view(2, -1, k, WIDTH).copy_(weight.view(-1, 2, k, WIDTH).transpose(0, 1))
-
-
-def native_into_reused_output(weight: torch.Tensor, output: torch.Tensor, k: int) -> None:
-    where = (output.data_ptr(), weight.data_ptr(), ROWS, WIDTH * weight.element_size(), k, False)
-    if weight.is_cuda:
-        kernels: Any = native.cuda()
-        kernels.permute_rows(*where, weight.device.index, torch.cuda.current_stream().cuda_stream)
-    else:
-        native.permute_rows(*where, settings.io_threads())
-
-
-def plain_copy(weight: torch.Tensor, output: torch.Tensor, k: int) -> None:
-    output.copy_(weight)
-
-
-@pytest.mark.parametrize("k", [1, 32])
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(
-    "move",
-    [torch_fresh, documented_function, torch_into_reused_output, native_into_reused_output, plain_copy],
+from ckpt_fast import megatron, native, settings
+from ckpt_fast.doors import megatron_core
+from ckpt_fast.doors.glu_factory import interleaved
+from ckpt_fast.pipeline import strided
+from ckpt_fast.pipeline.glu_rows import contiguous_view
+from ckpt_fast.trainer.glu import (
+    _deinterleave_glu_tensor,
+    _interleave_glu_tensor,
+    _process_state_dict_for_glu_interleaving,
 )
-def test_deinterleave(
-    benchmark: Any, move: Callable[[torch.Tensor, torch.Tensor, int], None], device: str, k: int
-) -> None:
-    if move is native_into_reused_output and device == "cuda" and native.cuda() is None:
-        pytest.skip("the CUDA part is not built")
-    weight = torch.arange(ROWS * WIDTH, device=device).to(torch.bfloat16).view(ROWS, WIDTH)
-    output = torch.zeros_like(weight)
 
-    def measured() -> None:
-        move(weight, output, k)
-        if device == "cuda":
+SIZES = (1, 8, 32, 128)
+# Weights of one rank: how many, of how many rows, how wide.
+WEIGHTS = {
+    "8B, dense": (1, 28672, 4096),
+    "70B, dense, 1 of 8 tensor-parallel ranks": (1, 7168, 8192),
+    "a layer of 64 experts": (64, 2816, 2048),
+}
+ROWS, WIDTH = 14336, 4096
+STATES = {
+    "weight": torch.bfloat16,
+    "master": torch.float32,
+    "exp_avg": torch.float32,
+    "exp_avg_sq": torch.float32,
+}
+Tensors = list[torch.Tensor]
+
+
+def parallel_copy(outputs: Tensors, weights: Tensors) -> None:
+    """Every byte once, on as many threads as a save has."""
+    if weights[0].is_cuda:
+        for output, weight in zip(outputs, weights, strict=True):
+            output.copy_(weight)
+        return
+    columns = [[t.data_ptr() for t in outputs], [t.data_ptr() for t in weights], [t.nbytes for t in weights]]
+    native.copy_extents(*(array("q", column) for column in columns), settings.io_threads())
+
+
+def copy_to_new(weights: Tensors) -> None:
+    parallel_copy([torch.empty_like(weight) for weight in weights], weights)
+
+
+def documented_function(k: int, weights: Tensors) -> None:
+    """What the documented API offers for a whole state dict."""
+    names = [f"mlp.experts.linear_fc1.weight{number}" for number in range(len(weights))]
+    with contextlib.redirect_stdout(None):  # a line for the user
+        _process_state_dict_for_glu_interleaving(dict(zip(names, weights, strict=True)), k, interleave=False)
+
+
+def transpose(k: int, weights: Tensors) -> None:
+    for weight in weights:
+        weight.view(-1, 2, k, weight.shape[1]).transpose(0, 1).contiguous().view(weight.shape)
+
+
+def chunk_and_stack(k: int, weights: Tensors) -> None:
+    for weight in weights:
+        torch.stack([half.squeeze(1) for half in weight.view(-1, 2, k, weight.shape[1]).chunk(2, 1)])
+
+
+def views_of(weight: torch.Tensor, k: int) -> Tensors:
+    """Its gate and its up rows, as a save sees them."""
+    half = weight.shape[0] // 2
+    return [view for first in (0, half) if (view := contiguous_view(weight, k, first, half)) is not None]
+
+
+def staged(k: int, outputs: Tensors, weights: Tensors) -> None:
+    """The way a save takes: runs of k rows, gathered as they are copied."""
+    if weights[0].is_cuda:
+        _permute_on_gpu(k, outputs, weights)
+        return
+    to, origin, sizes = array("q"), array("q"), array("q")
+    for output, weight in zip(outputs, weights, strict=True):
+        address = output.data_ptr()
+        for view in views_of(weight, k):
+            nbytes, runs = strided.run_nbytes(view), strided.column(strided.run_addresses(view))
+            to.extend(range(address, address + len(runs) * nbytes, nbytes))
+            origin.extend(runs)
+            sizes.extend(array("q", [nbytes]) * len(runs))
+            address += len(runs) * nbytes
+    native.copy_extents(to, origin, sizes, settings.io_threads())
+
+
+def _permute_on_gpu(k: int, outputs: Tensors, weights: Tensors) -> None:
+    kernels: Any = native.cuda()
+    columns = [
+        [t.data_ptr() for t in outputs],
+        [t.data_ptr() for t in weights],
+        [t.shape[0] for t in weights],
+        [t.nbytes // t.shape[0] for t in weights],
+        [k] * len(weights),
+    ]
+    stream = torch.cuda.current_stream().cuda_stream
+    kernels.permute_rows_many(*(array("q", c) for c in columns), False, weights[0].device.index, stream)
+
+
+def torch_into_used(k: int, outputs: Tensors, weights: Tensors) -> None:
+    for output, weight in zip(outputs, weights, strict=True):
+        width = weight.shape[1]
+        output.view(2, -1, k, width).copy_(weight.view(-1, 2, k, width).transpose(0, 1))
+
+
+def on_device(run: Callable[..., None], *arguments: Any) -> Callable[[], None]:
+    """The call, and on a GPU the wait for it."""
+
+    def call() -> None:
+        run(*arguments)
+        if torch.cuda.is_available():
             torch.cuda.synchronize()
 
-    benchmark.group = f"{device}, interleave size {k}"
-    benchmark.pedantic(measured, rounds=30, warmup_rounds=5)
-    if benchmark.stats is not None:
-        benchmark.extra_info["GB/s"] = round(weight.nbytes / benchmark.stats.stats.median / 1e9, 1)
+    return call
+
+
+def alone(report: harness.Report, title: str, weights: Tensors, rounds: int) -> None:
+    """Both tables of one set of weights."""
+    nbytes = sum(weight.nbytes for weight in weights)
+    outputs = [torch.zeros_like(weight) for weight in weights]
+    kinds: dict[str, tuple[Callable[[], None], Mapping[str, Callable[..., None]], Sequence[Any]]] = {
+        "into new memory": (
+            on_device(copy_to_new, weights),
+            {
+                "ckpt_fast": documented_function,
+                "transpose, contiguous": transpose,
+                "chunk, stack": chunk_and_stack,
+            },
+            (weights,),
+        ),
+        "into used memory": (
+            on_device(parallel_copy, outputs, weights),
+            {"ckpt_fast": staged, "torch copy_": torch_into_used},
+            (outputs, weights),
+        ),
+    }
+    for kind, (limit, functions, arguments) in kinds.items():
+        contestants = [harness.Contestant("limit: copy", limit)]
+        for k in SIZES:
+            for name, function in functions.items():
+                contestants.append(harness.Contestant(f"{name}, k={k}", on_device(function, k, *arguments)))
+        times = harness.measure(contestants, rounds)[harness.TOTAL]
+        what = f"{title}, {kind}, {nbytes / 1e6:.0f} MB on {weights[0].device.type}, {rounds} rounds"
+        report.add(harness.table(what, times, contestants, nbytes, None, "limit: copy"))
+
+
+def described(tensors: Mapping[str, torch.Tensor], k: int | None) -> dict[str, Any]:
+    """The entries of a state dict, as Megatron-Core's MLP has them."""
+    entries = {}
+    for name, tensor in tensors.items():
+        sharded = megatron.ShardedTensor.from_rank_offsets(f"{name}.linear_fc1.weight", tensor)
+        factory = apply_swiglu_sharded_factory(sharded, ())
+        entries[name] = factory if k is None else interleaved(factory, k)
+    return entries
+
+
+def save(entries: dict[str, Any], path: Path) -> None:
+    path.mkdir(exist_ok=True)
+    job = megatron_core.start_save(entries, str(path), megatron_core.FastSaveStrategy())
+    job.write()
+    job.commit()
+
+
+def inside(report: harness.Report, scale: float, rounds: int, path: Path) -> None:
+    """A save and a load with interleaving, by views and by copies, and without."""
+    shape = (ROWS, max(16, int(WIDTH * scale)))
+    generator = torch.Generator().manual_seed(0)
+    tensors = {name: torch.randn(shape, generator=generator).to(dtype) for name, dtype in STATES.items()}
+    into = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+    nbytes = sum(tensor.nbytes for tensor in tensors.values())
+    limit = "limit: without interleaving"
+
+    def copies_first(k: int) -> None:
+        copies = {name: _deinterleave_glu_tensor(tensor, k) for name, tensor in tensors.items()}
+        save(described(copies, None), path / "save")
+
+    def copies_afterwards(k: int) -> None:
+        loaded = megatron_core.load(described(into, None), str(path / "load"))
+        for name, tensor in into.items():
+            tensor.copy_(_interleave_glu_tensor(loaded[name], k))
+
+    def load(k: int | None) -> None:
+        loaded = megatron_core.load(described(into, k), str(path / "load"))
+        for name, tensor in into.items():
+            if loaded[name] is not tensor:  # merged by Megatron-Core
+                tensor.copy_(loaded[name])
+
+    saves = [harness.Contestant(limit, lambda: save(described(tensors, None), path / "save"))]
+    loads = [harness.Contestant(limit, partial(load, None))]
+    for k in SIZES:
+        saves += [
+            harness.Contestant(f"ckpt_fast, k={k}", partial(_save_interleaved, tensors, k, path / "save")),
+            harness.Contestant(f"by copies, k={k}", partial(copies_first, k)),
+        ]
+        loads += [
+            harness.Contestant(f"ckpt_fast, k={k}", partial(load, k)),
+            harness.Contestant(f"by copies, k={k}", partial(copies_afterwards, k)),
+        ]
+    save(described(tensors, None), path / "load")
+    rivals.bring_into_page_cache(path / "load")
+    for what, contestants in (("durable save", saves), ("warm load", loads)):
+        times = harness.measure(contestants, rounds)[harness.TOTAL]
+        title = f"{what} of fc1 with its Adam state, {nbytes / 1e6:.0f} MB, {rounds} rounds"
+        report.add(harness.table(title, times, contestants, nbytes, None, limit))
+
+
+def _save_interleaved(tensors: Mapping[str, torch.Tensor], k: int, path: Path) -> None:
+    save(described(tensors, k), path)
+
+
+def main() -> None:
+    options = harness.parse_arguments(__doc__)
+    report = harness.Report(options)
+    for device in ["cpu", *(["cuda"] if native.cuda() is not None else [])]:
+        for title, (count, rows, full_width) in WEIGHTS.items():
+            width = max(16, int(full_width * options.gigabytes))
+            weights = [torch.zeros(rows, width, dtype=torch.bfloat16, device=device) for _ in range(count)]
+            alone(report, title, weights, options.rounds)
+    inside(report, options.gigabytes, options.rounds, options.path)
+    report.finish()
+
+
+if __name__ == "__main__":
+    main()

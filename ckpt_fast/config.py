@@ -27,6 +27,7 @@ __all__ = [
 _ON_CORRUPT = ("fallback", "raise")
 _ON_SAVE_IN_PROGRESS = ("wait", "skip", "queue")
 _ON_SAVE_ERROR = ("raise", "warn")
+_GLU_ROWS = ("recorded", "contiguous", "interleaved")
 _C = TypeVar("_C", bound="ConfigContainer")
 
 
@@ -205,6 +206,9 @@ class CheckpointConfig:
     the new one with a warning, or take another copy of the state and write it afterwards."""
     verify_on_load: bool | None = None
     """Compare checksums while loading; None follows ``CKPT_FAST_VERIFY`` (on)."""
+    load_glu_rows: Literal["recorded", "contiguous", "interleaved"] = "recorded"
+    """Order of the GLU rows in a torch_dist checkpoint: as it says ("contiguous" if it does not), or against
+    what it says. "interleaved" is for checkpoints that have them in the memory order of this very run."""
     host_buffer_bytes: int | None = None
     """Host memory of one rank for staged state; None follows ``CKPT_FAST_HOST_BUFFER`` (no bound)."""
 
@@ -274,6 +278,8 @@ class CheckpointConfig:
             )
         if self.on_save_error not in _ON_SAVE_ERROR:
             raise ValueError(f"on_save_error={self.on_save_error!r}: use one of {', '.join(_ON_SAVE_ERROR)}")
+        if self.load_glu_rows not in _GLU_ROWS:
+            raise ValueError(f"load_glu_rows={self.load_glu_rows!r}: use one of {', '.join(_GLU_ROWS)}")
 
     def _check_hf_copy(self) -> None:
         if not self.also_save_hf_checkpoint:

@@ -43,6 +43,7 @@ from ckpt_fast.config import CheckpointConfig, ConfigContainer, RNGConfig
 from ckpt_fast.state import GlobalState
 from ckpt_fast.trainer.rng import get_rng_state
 from ckpt_fast.trainer.state_dict import _build_sharded_state_dict_metadata, generate_state_dict
+from tests import glu_models
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
@@ -65,7 +66,7 @@ class Setup:
     tp: int = 1
     pp: int = 1
     ep: int = 1
-    experts: int = 0  # 0: dense layers
+    experts: int = 0  # of a mixture, with a shared expert beside them; 0: dense layers
     distributed: bool = False  # the optimizer
     reshardable: bool = False  # its state, fully
     bf16: bool = False
@@ -73,6 +74,7 @@ class Setup:
     hidden: int = 16
     layers: int = 1
     seed: int = 1234
+    glu: tuple[int | None, int | None] = (None, None)  # interleave sizes of routed and dense, shared MLPs
 
     @property
     def dtype(self) -> torch.dtype:
@@ -161,8 +163,9 @@ class Run:
 
     def train(self, steps: int = 1) -> list[float]:
         """Train with data that depends on the step and the data-parallel rank; returns the losses."""
+        step = glu_models.step_blindly if self.setup.experts and self.setup.tp > 1 else Run._step
         with megatron_on_cpu():
-            return [self._step() for _ in range(steps)]
+            return [step(self) for _ in range(steps)]
 
     def _step(self) -> float:
         position = self.state.train_state
@@ -306,17 +309,7 @@ def seed_everything(seed: int) -> None:
 
 
 def _build_model(setup: Setup) -> list[DistributedDataParallel]:
-    experts: dict[str, Any] = {}
-    if setup.experts:
-        experts = {
-            "num_moe_experts": setup.experts,
-            "moe_router_topk": 2,
-            "moe_token_dispatcher_type": "allgather",
-            "moe_aux_loss_coeff": 0.0,
-            "expert_model_parallel_size": setup.ep,
-        }
     config = TransformerConfig(
-        **experts,
         num_layers=setup.layers,
         hidden_size=setup.hidden,
         ffn_hidden_size=2 * setup.hidden,
@@ -328,6 +321,7 @@ def _build_model(setup: Setup) -> list[DistributedDataParallel]:
         add_bias_linear=False,
         hidden_dropout=0.1,
         attention_dropout=0.1,
+        num_moe_experts=setup.experts or None,
         bf16=setup.bf16,
         params_dtype=setup.dtype,
         pipeline_dtype=setup.dtype,
@@ -336,6 +330,7 @@ def _build_model(setup: Setup) -> list[DistributedDataParallel]:
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         finalize_model_grads_func=finalize_model_grads,
+        **(glu_models.mixture(setup.ep) if setup.experts else {}),
     )
     gpt = GPTModel(
         config,
@@ -346,6 +341,8 @@ def _build_model(setup: Setup) -> list[DistributedDataParallel]:
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),
     )
+    if setup.glu != (None, None):
+        glu_models.interleave(gpt, setup.glu)
     ddp = DistributedDataParallelConfig(use_distributed_optimizer=setup.distributed, grad_reduce_in_fp32=True)
     return [DistributedDataParallel(config, ddp, Float16Module(config, gpt) if setup.bf16 else gpt)]
 

@@ -84,8 +84,10 @@ def test_parts(implementation: str) -> None:
     )
 
 
-def test_glu() -> None:
-    run(["-m", "pytest", "-p", "no:cacheprovider", "--benchmark-disable", str(BENCHMARKS / "bench_glu.py")])
+def test_glu(tmp_path: Path) -> None:
+    report = run_script("bench_glu.py", tmp_path)
+    for title in ("8B, dense, into new memory", "64 experts, into used memory", "durable save", "warm load"):
+        assert title in report
 
 
 def test_all_benchmarks_are_tested() -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from ckpt_fast import megatron
 from ckpt_fast.doors.common_state import COMMON_FILE, COMMON_STATE_KEY, load_common_state_dict
+from ckpt_fast.doors.glu_factory import in_place
 from ckpt_fast.doors.sharded_state import load_sharded, merge_in_place, shards_of, torch_bytes
 from ckpt_fast.doors.stock_queue import Flag, as_request
 from ckpt_fast.errors import CheckpointMismatchError
@@ -169,6 +170,7 @@ def start_save(
     validate_access_integrity: bool = True,
     preprocess_common_before_consistency_check: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
     content_metadata: dict[str, Any] | None = None,
+    sidecar_notes: Mapping[str, Any] | None = None,
     snapshot: bool = False,
     staging: StagingPolicy | None = None,
     host_buffer: int | None = None,
@@ -176,12 +178,13 @@ def start_save(
     """Collective. Everything up to and including staging; the caller then runs ``write`` and ``commit``.
 
     Args:
-        sharded_state_dict: Megatron-Core's sharded state dict; factories in it are applied in place.
+        sharded_state_dict: Megatron-Core's sharded state dict.
         checkpoint_dir: the same on every rank.
         strategy: FastSaveStrategy, or FullyParallelSaveStrategyWrapper around one.
         validate_access_integrity: check that all ranks together save every element exactly once.
         preprocess_common_before_consistency_check: applied to the common state before ranks compare it.
         content_metadata: stored in the common state under ``content_metadata``.
+        sidecar_notes: entries of the sidecar besides its own.
         snapshot: the shards' memory may change as soon as this returns, as far as ``staging`` allows.
         staging: how tensors on GPUs are copied then; see ``Save``.
         host_buffer: bound on the host memory staged into; see ``Save``.
@@ -197,7 +200,7 @@ def start_save(
     def preprocess() -> tuple[dict[str, Any], dict[str, Any]]:
         with _mismatches(f"nothing was saved to {checkpoint_dir}"):
             result: tuple[dict[str, Any], dict[str, Any]] = megatron.save_preprocess(
-                sharded_state_dict,
+                in_place(sharded_state_dict),
                 validate_access_integrity and distributed,
                 preprocess_common_before_consistency_check,
             )
@@ -214,6 +217,7 @@ def start_save(
         writers=base.writers,
         common_files={COMMON_FILE: torch_bytes(common)} if group.is_coordinator else None,
         seal_files={commit.SEAL_FILE: json.dumps(_SEAL).encode()},
+        sidecar_notes=sidecar_notes,
         snapshot=snapshot,
         staging=staging,
         host_buffer=host_buffer,
@@ -251,6 +255,8 @@ def load(
     group = ControlGroup()
     strict = megatron.parse_strict_flag(strict)
     megatron.force_all_tensors_to_non_fp8(sharded_state_dict)
+    if isinstance(strategy, FastLoadStrategy):  # a wrapper exchanges tensors, which views are not
+        sharded_state_dict = group.agree(lambda: in_place(sharded_state_dict))
     state_dict = group.agree(lambda: load_common_state_dict(checkpoint_dir))
     wanted, nonpersistent, factories = megatron.load_preprocess(merge_in_place(sharded_state_dict))
     megatron.merge(state_dict, nonpersistent)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ckpt_fast import megatron
+from ckpt_fast.doors.glu_factory import RowShard
 from ckpt_fast.errors import CheckpointMismatchError
 from ckpt_fast.pipeline.index import CheckpointIndex
 from ckpt_fast.pipeline.load import load_objects, load_tensors
@@ -32,6 +33,10 @@ def shards_of(sharded_state_dict: dict[str, Any]) -> list[Shard]:
             continue
         if isinstance(entry, megatron.ShardedObject):
             objects[entry.unique_key].append(entry.data)
+            continue
+        if isinstance(entry, RowShard):
+            place = (tuple(entry.global_offset), tuple(entry.global_shape), _sizes(entry))
+            shards.append(TensorShard(entry.key, entry.rows, *place))
             continue
         if entry.data is None:
             raise CheckpointMismatchError(f"{entry.key} is to be saved but has no data on this rank")
@@ -112,6 +117,10 @@ def _make_up(whole: torch.Tensor, pieces: list[Any]) -> bool:
 def _requests(tensors: Iterable[Any], index: CheckpointIndex) -> Iterator[TensorRequest]:
     for entry in tensors:
         saved = index.tensor(entry.key).shape
+        if isinstance(entry, RowShard):
+            _require_shape(entry, saved, index)
+            yield TensorRequest(entry.key, entry.rows, tuple(entry.global_offset), _sizes(entry))
+            continue
         entry.init_data("cpu", torch.zeros if entry.allow_shape_mismatch else torch.empty)
         entry.data = entry.data.detach()
         destination = entry.data[(None,) * entry.prepend_axis_num]
@@ -121,13 +130,23 @@ def _requests(tensors: Iterable[Any], index: CheckpointIndex) -> Iterator[Tensor
             for axis, (offset, limit) in enumerate(zip(entry.global_offset, saved, strict=True)):
                 size = min(destination.shape[axis], max(limit - offset, 0))
                 destination = destination.narrow(axis, 0, size)
-        elif saved != tuple(entry.global_shape):
-            raise CheckpointMismatchError(
-                f"{entry.key} has shape {saved} in {index.directory} but {tuple(entry.global_shape)} in this "
-                "model. Use the configuration the checkpoint was saved with."
-            )
+        else:
+            _require_shape(entry, saved, index)
         if destination.numel():
             yield TensorRequest(entry.key, destination, tuple(entry.global_offset))
+
+
+def _sizes(entry: Any) -> tuple[int, ...]:
+    """The extents of a shard in every dimension of the whole tensor."""
+    return (*[1] * entry.prepend_axis_num, *entry.local_shape)
+
+
+def _require_shape(entry: Any, saved: tuple[int, ...], index: CheckpointIndex) -> None:
+    if saved != tuple(entry.global_shape):
+        raise CheckpointMismatchError(
+            f"{entry.key} has shape {saved} in {index.directory} but {tuple(entry.global_shape)} in this "
+            "model. Use the configuration the checkpoint was saved with."
+        )
 
 
 def torch_bytes(value: Any) -> bytes:

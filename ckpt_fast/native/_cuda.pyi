@@ -25,6 +25,26 @@ def copy_to_host(
 def gather(destination: array[int], source: array[int], nbytes: array[int], device: int, stream: int) -> None:
     """As ``copy_to_host``, by kernels, hundreds of copies in one launch, to memory the device can write."""
 
+def copy_rows(
+    destination: int,
+    destination_pitch: int,
+    source: int,
+    source_pitch: int,
+    row_nbytes: int,
+    rows: int,
+    device: int,
+    stream: int,
+) -> None:
+    """Copy rows that begin a pitch apart, without a kernel: enqueued on ``stream``, returns at once.
+
+    Either side may be device memory, pinned host memory or a peer's memory. The caller keeps both alive until
+    the stream has passed the work.
+
+    Raises:
+        ValueError: a size is negative, or a pitch is less than a row or 2 GiB and more.
+        RuntimeError: CUDA refused the copy.
+    """
+
 def permute_rows(
     destination: int,
     source: int,

@@ -56,12 +56,12 @@ class WriteProgram:
         self.digest_count = 0
         self._keep: list[Any] = []
         self._constants: dict[bytes, int] = {}
-        addresses = iter(staged.addresses)
+        positions = itertools.count()
         for number, file in enumerate(files):
             for item in file.items:
-                self._add_item(number, item, next(addresses))
+                self._add_item(number, item, staged, next(positions))
 
-    def _add_item(self, file: int, item: Any, address: int) -> None:
+    def _add_item(self, file: int, item: Any, staged: Staged, position: int) -> None:
         if item.archive is None:
             self._add_constant(file, item.offset, item.payload)
             return
@@ -70,8 +70,10 @@ class WriteProgram:
         self.digest_count += 1
         raw_offset = item.offset + len(head)
         self._add_constant(file, item.offset, head)
-        if item.raw_nbytes:
-            self._add_piece(file, raw_offset, item.raw_nbytes, address, digest)
+        if position in staged.runs:
+            self._add_runs(file, raw_offset, *staged.runs[position], digest)
+        elif item.raw_nbytes:
+            self._add_piece(file, raw_offset, item.raw_nbytes, staged.addresses[position], digest)
         tail_offset = raw_offset + item.raw_nbytes
         self._add_constant(file, tail_offset, tail)
         for crc_offset in crc_offsets:
@@ -85,6 +87,14 @@ class WriteProgram:
         self.piece_nbytes.append(nbytes)
         self.piece_address.append(address)
         self.piece_digest.append(digest)
+
+    def _add_runs(self, file: int, offset: int, addresses: array[int], nbytes: int, digest: int) -> None:
+        count = len(addresses)
+        self.piece_file.extend(array("q", [file]) * count)
+        self.piece_offset.extend(range(offset, offset + count * nbytes, nbytes))
+        self.piece_nbytes.extend(array("q", [nbytes]) * count)
+        self.piece_address.extend(addresses)
+        self.piece_digest.extend(array("q", [digest]) * count)
 
     def _add_constant(self, file: int, offset: int, content: bytes) -> None:
         address = self._constants.get(content)
@@ -269,8 +279,13 @@ def file_record(path: str, content: bytes) -> FileRecord:
     return FileRecord(path, len(content), zlib.crc32(content))
 
 
-def encode_sidecar(files: Iterable[FileRecord]) -> bytes:
-    """The sidecar: every file's length and CRC-32, so that damage is seen without unpickling anything."""
+def encode_sidecar(files: Iterable[FileRecord], notes: Mapping[str, Any] | None = None) -> bytes:
+    """The sidecar: every file's length and CRC-32, so that damage is seen without unpickling anything.
+
+    Args:
+        files: of all ranks.
+        notes: further entries, as JSON has them.
+    """
     entries = {file.path: {"nbytes": file.nbytes, "crc32": f"{file.crc32:08x}"} for file in files}
-    document = {"version": SIDECAR_VERSION, "files": dict(sorted(entries.items()))}
+    document = {"version": SIDECAR_VERSION, **(notes or {}), "files": dict(sorted(entries.items()))}
     return json.dumps(document, indent=1).encode()

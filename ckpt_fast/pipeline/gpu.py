@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ckpt_fast import native
+from ckpt_fast.pipeline.device_rows import copy_across
 
 
 class Gpu:
@@ -82,14 +83,14 @@ class Gpu:
     ) -> None:
         """Copy tensors into host memory on ``stream``; each slot has the bytes of its tensor.
 
-        Conversions that copying bytes does not do (strides, conjugation) are made on the device.
+        What is not contiguous is copied by rows, or made contiguous on the device first.
         """
         kernels = native.cuda()
         plain = [kernels is not None and _is_plain(tensor) for tensor in tensors]
         with torch.cuda.stream(stream):
             for tensor, slot, is_plain in zip(tensors, slots, plain, strict=True):
                 if not is_plain:
-                    slot.view(tensor.dtype).view(tensor.shape).copy_(tensor, non_blocking=True)
+                    copy_across(slot.view(tensor.dtype).view(tensor.shape), tensor)
         chosen = [(t, s) for t, s, is_plain in zip(tensors, slots, plain, strict=True) if is_plain]
         if chosen and kernels is not None:
             kernels.copy_to_host(

@@ -20,7 +20,7 @@ from ckpt_fast.pipeline.garbage import without_collections
 from ckpt_fast.pipeline.group import ranks_on_this_node
 from ckpt_fast.pipeline.host_buffer import HostBuffer, host_buffers
 from ckpt_fast.pipeline.index import CheckpointIndex, Piece, RawData, SavedTensor
-from ckpt_fast.pipeline.place import Box, is_addressable, runs
+from ckpt_fast.pipeline.place import Box, Destination, Reshaped, is_addressable, runs
 from ckpt_fast.pipeline.read import ByteArena, ReadProgram
 from ckpt_fast.pipeline.types import Extent, TensorRequest
 
@@ -49,7 +49,7 @@ class Part(NamedTuple):
     tensor: SavedTensor
     piece: Piece
     box: Box
-    destination: torch.Tensor
+    destination: Destination
 
 
 class _Check(NamedTuple):
@@ -121,13 +121,22 @@ def load_payloads(index: CheckpointIndex, fqns: Iterable[str]) -> dict[str, byte
 
 
 def _parts(index: CheckpointIndex, request: TensorRequest) -> list[Part]:
-    tensor, wanted = index.tensor(request.fqn), tuple(request.destination.shape)
+    tensor, destination = index.tensor(request.fqn), _destination(request)
+    wanted = tuple(destination.shape)
     # Loaded as it was saved, a tensor may have thousands of pieces of which one is wanted.
     piece = index.exact_piece(request.fqn, request.offsets, wanted)
     if piece is not None:
         box = Box(piece.sizes, (0,) * len(wanted), wanted, tensor.dtype.itemsize)
-        return [Part(tensor, piece, box, request.destination)]
+        return [Part(tensor, piece, box, destination)]
     return _overlaps(tensor, wanted, request)
+
+
+def _destination(request: TensorRequest) -> Destination:
+    if request.sizes is None:
+        return request.destination
+    if request.destination.is_contiguous():
+        return request.destination.view(request.sizes)
+    return Reshaped(request.destination, request.sizes)
 
 
 def _overlaps(tensor: SavedTensor, wanted: tuple[int, ...], request: TensorRequest) -> list[Part]:
@@ -149,7 +158,7 @@ def _overlaps(tensor: SavedTensor, wanted: tuple[int, ...], request: TensorReque
         shape = tuple(b - a for a, b in zip(low, high, strict=True))
         if any(size <= 0 for size in shape):
             continue
-        destination = request.destination
+        destination = _destination(request)
         for dimension, size in enumerate(shape):
             if size != wanted[dimension]:
                 destination = destination.narrow(dimension, low[dimension] - request.offsets[dimension], size)
@@ -267,7 +276,7 @@ class _Wave:
         self._program = ReadProgram(index.directory)
         self._arena = ByteArena(self._program)
         self._checks: list[_Check] = []
-        self._copies: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._copies: list[tuple[Destination, torch.Tensor]] = []
 
     def read(
         self,
@@ -307,7 +316,7 @@ class _Wave:
             destination = landing
         digest = self._expect(part, raw) if part.box.is_whole and self._verify else -1
         self._report.unverified += digest < 0
-        if box.is_whole and destination.is_contiguous():
+        if box.is_whole and isinstance(destination, torch.Tensor) and destination.is_contiguous():
             self._program.add(raw.extent, destination.data_ptr(), digest)
         else:
             self._program.add_runs(raw.extent.path, runs(box, raw.extent, destination), digest)

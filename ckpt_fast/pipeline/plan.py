@@ -126,11 +126,9 @@ def item_records(files: Sequence[FilePlan]) -> list[ItemRecord]:
             if isinstance(shard, ObjectShard):
                 records.append(ItemRecord(shard.fqn, extent, None, (), (), ()))
             else:
-                sizes = tuple(shard.tensor.shape)
+                dtype = shard.tensor.dtype
                 records.append(
-                    ItemRecord(
-                        shard.fqn, extent, shard.tensor.dtype, shard.offsets, sizes, shard.global_shape
-                    )
+                    ItemRecord(shard.fqn, extent, dtype, shard.offsets, shard.shape, shard.global_shape)
                 )
     return records
 
@@ -142,9 +140,10 @@ def _unplaced(shard: Shard) -> PlannedItem:
     if not is_plain(tensor):
         return PlannedItem(shard, None, _torch_saved(tensor.detach().cpu()), 0, 0)
     try:
-        archive = tensor_archive(tensor.dtype, tuple(tensor.shape))
+        archive = tensor_archive(tensor.dtype, shard.shape)
     except TypeError:
-        return PlannedItem(shard, None, _torch_saved(tensor.detach().cpu().contiguous()), 0, 0)
+        whole = tensor.detach().cpu().contiguous().view(shard.shape)
+        return PlannedItem(shard, None, _torch_saved(whole), 0, 0)
     return PlannedItem(shard, archive, None, 0, tensor.numel() * tensor.dtype.itemsize)
 
 

@@ -51,6 +51,7 @@ class Save:
         keep_files: names that the caller has already put into the directory.
         seal_files: name to content, published after ``.metadata`` in the order given; the last is the seal.
         planner_data: torch DCP's name to path mapping, None for Megatron-Core.
+        sidecar_notes: entries of the sidecar besides its own.
         snapshot: copy CPU tensors while staging, so that training may go on during ``write``.
         staging: how tensors on GPUs are copied for a snapshot; None follows ``CKPT_FAST_STAGING``.
         when_written: called in the writing thread once this rank has written its last byte, or has failed.
@@ -69,6 +70,7 @@ class Save:
         keep_files: Collection[str] = (),
         seal_files: Mapping[str, bytes] | None = None,
         planner_data: Mapping[str, Any] | None = None,
+        sidecar_notes: Mapping[str, Any] | None = None,
         snapshot: bool = False,
         staging: StagingPolicy | None = None,
         when_written: Callable[[], None] | None = None,
@@ -82,6 +84,7 @@ class Save:
         self._keep_files = keep_files
         self._seal_files = dict(seal_files or {})
         self._planner_data = planner_data
+        self._sidecar_notes = dict(sidecar_notes or {})
         self._snapshot = snapshot
         self._when_written = when_written
         self._waves = Waves(
@@ -197,7 +200,7 @@ class Save:
         commit.publish(
             self.directory,
             {
-                commit.SIDECAR_FILE: encode_sidecar(files),
+                commit.SIDECAR_FILE: encode_sidecar(files, self._sidecar_notes),
                 commit.METADATA_FILE: metadata,
                 **self._seal_files,
             },

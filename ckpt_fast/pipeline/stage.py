@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stage: every shard's bytes at an address in host memory.
 
-Contiguous CPU tensors are read where they are, unless a snapshot is wanted. Everything else is copied into a
-host buffer: from the GPU in a batch of asynchronous copies, from the CPU by the engine's threads.
+CPU tensors are read where they are, unless they lie in too short runs or a snapshot is wanted. Everything
+else is copied into a host buffer: from the GPU in a batch of asynchronous copies, from the CPU by the
+engine's threads.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 
 from ckpt_fast import native, settings
 from ckpt_fast.errors import CheckpointError
+from ckpt_fast.pipeline import strided
 from ckpt_fast.pipeline.archive import ALIGNMENT
 from ckpt_fast.pipeline.device_copy import BLOCKING, DeviceCopies, StagingPolicy, choose_gathered
 from ckpt_fast.pipeline.garbage import without_collections
@@ -32,6 +34,8 @@ class Staged:
 
     Attributes:
         addresses: one entry per item, in plan order; 0 for items without raw data.
+        runs: by position in ``addresses``, for items that are not in one stretch: where each of their runs
+            begins, and how long one is.
         owners: tensors that own memory read in place.
         buffer: host buffer that holds the copies, until ``release``.
         device_copies: those from GPUs, which may be on their way.
@@ -40,6 +44,7 @@ class Staged:
     """
 
     addresses: list[int] = field(default_factory=list)
+    runs: dict[int, tuple[array[int], int]] = field(default_factory=dict)
     owners: list[torch.Tensor] = field(default_factory=list)
     buffer: HostBuffer | None = None
     device_copies: DeviceCopies = field(default_factory=DeviceCopies)
@@ -66,7 +71,7 @@ def needs_copy(tensor: torch.Tensor, snapshot: bool) -> bool:
     return (
         snapshot
         or tensor.device.type != "cpu"
-        or not tensor.is_contiguous()
+        or not (tensor.is_contiguous() or strided.has_long_runs(tensor))
         or tensor.is_conj()
         or tensor.is_neg()
     )
@@ -118,6 +123,8 @@ def stage(
             elif wanted:
                 staged.addresses.append(next(copies))
             else:
+                if not tensor.is_contiguous():
+                    staged.runs[len(staged.addresses)] = _runs(tensor)
                 staged.addresses.append(tensor.data_ptr())
                 staged.owners.append(tensor)
     except BaseException:
@@ -219,10 +226,18 @@ def _copy_on_cpu(tensors: Sequence[torch.Tensor], slots: Sequence[torch.Tensor])
         if needs_copy(tensor, snapshot=False):
             _as(tensor, slot).copy_(tensor)
         else:
-            destinations.append(slot.data_ptr())
-            sources.append(tensor.data_ptr())
-            sizes.append(slot.numel())
+            starts, nbytes = _runs(tensor)
+            destinations.extend([slot.data_ptr() + run * nbytes for run in range(len(starts))])
+            sources.extend(starts)
+            sizes.extend(array("q", [nbytes]) * len(starts))
     native.copy_extents(destinations, sources, sizes, settings.io_threads())
+
+
+def _runs(tensor: torch.Tensor) -> tuple[array[int], int]:
+    """Where each run of a CPU tensor begins, and how long one is."""
+    if tensor.is_contiguous():
+        return array("q", [tensor.data_ptr()]), _nbytes(tensor)
+    return strided.column(strided.run_addresses(tensor)), strided.run_nbytes(tensor)
 
 
 def _as(tensor: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:

@@ -20,15 +20,23 @@ class TensorShard(NamedTuple):
 
     Attributes:
         fqn: name of the whole tensor in the checkpoint.
-        tensor: the piece itself, on any device. Its shape is the piece's extent in every dimension.
+        tensor: the piece itself, on any device.
         offsets: where the piece starts in the whole tensor, one entry per dimension.
         global_shape: shape of the whole tensor.
+        sizes: the piece's extents, where the tensor has its elements in another shape, in the same row-major
+            order: a strided view may divide dimensions that have no view of their own.
     """
 
     fqn: str
     tensor: torch.Tensor
     offsets: tuple[int, ...]
     global_shape: tuple[int, ...]
+    sizes: tuple[int, ...] | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The piece's extent in every dimension."""
+        return tuple(self.tensor.shape) if self.sizes is None else self.sizes
 
 
 class ObjectShard(NamedTuple):
@@ -42,11 +50,15 @@ Shard = TensorShard | ObjectShard
 
 
 class TensorRequest(NamedTuple):
-    """A region of a saved tensor, wanted in ``destination`` (any device; its shape is the region's)."""
+    """A region of a saved tensor, wanted in ``destination`` (any device; its shape is the region's).
+
+    With ``sizes``, these are the region's shape, as in a TensorShard.
+    """
 
     fqn: str
     destination: torch.Tensor
     offsets: tuple[int, ...]
+    sizes: tuple[int, ...] | None = None
 
 
 class Extent(NamedTuple):

@@ -4,53 +4,25 @@
 Dim 0 of a gated ``linear_fc1`` weight or bias holds F gate rows W and F up rows V. *Contiguous* order is
 [W, V]; *interleaved* order is [W0:k, V0:k, Wk:2k, Vk:2k, ...] with interleave size k. Each tensor-parallel
 rank orders the rows it holds.
+
+These functions reorder copies. What ``save_checkpoint`` and ``load_checkpoint`` do instead, without copies,
+is in ``glu_layout``.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
-import operator
 import os
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
 
-from ckpt_fast import megatron, native, settings
-from ckpt_fast.errors import CheckpointMismatchError
+from ckpt_fast import megatron
+from ckpt_fast.doors.glu_factory import require_whole_pairs
+from ckpt_fast.pipeline.glu_rows import permute_rows, together_on_gpus
 from ckpt_fast.trainer.ranks import print_rank_0
-
-
-class GluRowsError(CheckpointMismatchError, RuntimeError):
-    """The rows of a tensor cannot be paired: dim 0 is no multiple of twice the interleave size."""
-
-
-class GluRankError(CheckpointMismatchError, IndexError):
-    """The tensor has no dim 0."""
-
-
-def glu_row_runs(rows: int, interleave_size: int, interleave: bool) -> Iterator[tuple[int, int, int]]:
-    """The permutation as an address list: rows that lie together in both orders.
-
-    Args:
-        rows: a multiple of ``2 * interleave_size``.
-        interleave: from contiguous to interleaved order if True, otherwise back.
-
-    Yields:
-        (source row, destination row, number of rows), by rising destination row, covering all rows once.
-    """
-    half = rows // 2
-    starts = range(0, half, interleave_size)
-    if interleave:
-        for start in starts:
-            yield start, 2 * start, interleave_size
-            yield half + start, 2 * start + interleave_size, interleave_size
-    else:
-        yield from ((2 * start, start, interleave_size) for start in starts)
-        yield from ((2 * start + interleave_size, half + start, interleave_size) for start in starts)
 
 
 def _interleave_glu_tensor(tensor: torch.Tensor, interleave_size: int) -> torch.Tensor:
@@ -68,7 +40,7 @@ def _interleave_glu_tensor(tensor: torch.Tensor, interleave_size: int) -> torch.
         CheckpointMismatchError: dim 0 is no multiple of 2k (also a RuntimeError), the tensor has no
             dimensions (also an IndexError), or k < 1.
     """
-    return _permute_rows(tensor, interleave_size, interleave=True, name="GLU tensor")
+    return permute_rows(tensor, interleave_size, interleave=True, name="GLU tensor")
 
 
 def _deinterleave_glu_tensor(tensor: torch.Tensor, interleave_size: int) -> torch.Tensor:
@@ -76,7 +48,7 @@ def _deinterleave_glu_tensor(tensor: torch.Tensor, interleave_size: int) -> torc
 
     Arguments, result and errors are those of ``_interleave_glu_tensor``.
     """
-    return _permute_rows(tensor, interleave_size, interleave=False, name="GLU tensor")
+    return permute_rows(tensor, interleave_size, interleave=False, name="GLU tensor")
 
 
 def _apply_glu_interleave_to_tensor_data(
@@ -141,22 +113,22 @@ def _process_state_dict_for_glu_interleaving(
         return model_state_dict  # type: ignore[unreachable]  # callers need not look first
     if use_megatron_fsdp:
         _describe_uneven_shards(model_state_dict)
-    permute = _permute_megatron_fsdp if use_megatron_fsdp else _permute_value
+    permute = _permute_megatron_fsdp if use_megatron_fsdp else permute_value
     processed: dict[str, Any] = {}
     count = 0
-    # Sorted, so that the collectives of Megatron FSDP meet their like on the other ranks.
-    for key in sorted(model_state_dict):
-        value = model_state_dict[key]
-        if _is_swiglu_fc1_checkpoint_key(
-            key,
-            include_routed_experts=include_routed_experts,
-            include_shared_experts=include_shared_experts,
-            include_dense=include_dense,
-        ):
-            processed[key] = permute(key, value, interleave_size, interleave)
-            count += processed[key] is not value
-        else:
-            processed[key] = value
+    # Megatron FSDP cuts each result at once.
+    with contextlib.nullcontext() if use_megatron_fsdp else together_on_gpus():
+        # Sorted, so that the collectives of Megatron FSDP meet their like on the other ranks.
+        for key in sorted(model_state_dict):
+            value = processed[key] = model_state_dict[key]
+            if _is_swiglu_fc1_checkpoint_key(
+                key,
+                include_routed_experts=include_routed_experts,
+                include_shared_experts=include_shared_experts,
+                include_dense=include_dense,
+            ):
+                processed[key] = permute(key, value, interleave_size, interleave)
+                count += processed[key] is not value
     if count:
         verb = "interleaved" if interleave else "de-interleaved"
         print_rank_0(f"GLU rows: {verb} {count} fc1 weights and biases (interleave size {interleave_size})")
@@ -216,18 +188,18 @@ def _process_state_dict_for_model_glu_interleaving(
     return model_state_dict
 
 
-def _permute_value(key: str, value: Any, interleave_size: int, interleave: bool) -> Any:
+def permute_value(key: str, value: Any, interleave_size: int, interleave: bool) -> Any:
     """A state dict value with its rows reordered; the value itself where it has no rows to reorder."""
     if isinstance(value, list):
         return _permute_expanded_factory(key, value, interleave_size, interleave)
     if isinstance(value, torch.Tensor):
-        return _permute_rows(value, interleave_size, interleave, key)
+        return permute_rows(value, interleave_size, interleave, key)
     sharded = (megatron.ShardedTensor, megatron.ShardedObject, megatron.ShardedTensorFactory)
     if not isinstance(value, sharded) or not isinstance(value.data, torch.Tensor):
         return value
     if isinstance(value, megatron.ShardedTensorFactory):
-        _require_whole_pairs(key, value)
-    return dataclasses.replace(value, data=_permute_rows(value.data, interleave_size, interleave, key))
+        require_whole_pairs(key, value)
+    return dataclasses.replace(value, data=permute_rows(value.data, interleave_size, interleave, key))
 
 
 def _permute_expanded_factory(key: str, shards: list[Any], interleave_size: int, interleave: bool) -> Any:
@@ -236,21 +208,9 @@ def _permute_expanded_factory(key: str, shards: list[Any], interleave_size: int,
         isinstance(shard, megatron.ShardedTensor) and shard.data is not None for shard in shards
     ):
         return shards
-    rows = _permute_rows(torch.cat([shard.data for shard in shards]), interleave_size, interleave, key)
+    rows = permute_rows(torch.cat([shard.data for shard in shards]), interleave_size, interleave, key)
     pieces = torch.split(rows, [shard.data.shape[0] for shard in shards])
     return [dataclasses.replace(shard, data=piece) for shard, piece in zip(shards, pieces, strict=True)]
-
-
-def _require_whole_pairs(key: str, factory: Any) -> None:
-    """Refuse a factory whose data is only a part of a rank's [W, V]: its partner rows are elsewhere."""
-    shards = factory.build() if factory.flattened_range is None else None
-    # Megatron-Core builds one shard per half, but a single one where FSDP2 cut the halves over the
-    # data-parallel ranks. Reordering such a piece by itself would mix up rows without a sign.
-    if shards is None or (isinstance(shards, list) and len(shards) == 1):
-        raise CheckpointMismatchError(
-            f"{key}: a data-parallel rank holds only a part of the gate and up rows, so they cannot be "
-            "reordered; turn GLU interleaving off for this model, or shard it with Megatron FSDP"
-        )
 
 
 def _describe_uneven_shards(model_state_dict: dict[str, Any]) -> None:
@@ -263,7 +223,7 @@ def _describe_uneven_shards(model_state_dict: dict[str, Any]) -> None:
 def _permute_megatron_fsdp(key: str, value: Any, interleave_size: int, interleave: bool) -> DTensor:
     """A DTensor of Megatron FSDP with its rows reordered over the whole mesh (collective)."""
     full = megatron.gather_uneven_dtensor_to_full_tensor(value)._local_tensor
-    permuted = _permute_rows(full, interleave_size, interleave, key)
+    permuted = permute_rows(full, interleave_size, interleave, key)
     chunk = value._local_tensor.__create_chunk_list__()[0]
     piece = tuple(slice(start, start + n) for start, n in zip(chunk.offsets, chunk.sizes, strict=True))
     return DTensor.from_local(
@@ -273,59 +233,3 @@ def _permute_megatron_fsdp(key: str, value: Any, interleave_size: int, interleav
         shape=value.shape,
         stride=value.stride(),
     )
-
-
-def _permute_rows(tensor: torch.Tensor, interleave_size: int, interleave: bool, name: str) -> torch.Tensor:
-    """``_interleave_glu_tensor`` or its inverse; ``name`` is what errors call the tensor."""
-    block = operator.index(interleave_size)
-    _check_rows(tensor, block, name)
-    # The bits as they are seen: a lazily conjugated or negated tensor has others in memory.
-    data = tensor.detach().resolve_conj().resolve_neg()
-    permute = _native_permuter(data)
-    if permute is None:
-        return _permute_by_views(data, block, interleave)
-    permuted = torch.empty_like(data)
-    rows = data.shape[0]
-    row_nbytes = data.numel() // rows * data.element_size()
-    permute(permuted.data_ptr(), data.data_ptr(), rows, row_nbytes, block, interleave)
-    return permuted
-
-
-def _check_rows(tensor: torch.Tensor, block: int, name: str) -> None:
-    if block < 1:
-        raise CheckpointMismatchError(f"{name}: the GLU interleave size is {block}, but must be at least 1")
-    if tensor.dim() == 0:
-        raise GluRankError(f"{name}: a tensor without dimensions has no GLU rows to reorder")
-    if tensor.shape[0] % (2 * block):
-        raise GluRowsError(
-            f"{name}: dim 0 of shape {tuple(tensor.shape)} is no multiple of twice the GLU interleave size "
-            f"{block}; choose moe_mlp_glu_interleave_size (moe_shared_expert_glu_interleave_size for shared "
-            "experts) so that 2 * size divides the fc1 rows of one tensor-parallel rank"
-        )
-
-
-def _native_permuter(tensor: torch.Tensor) -> Callable[[int, int, int, int, int, bool], None] | None:
-    """``permute_rows`` for the memory the tensor lies in: on its device's current stream, or on the CPU.
-
-    None where torch must do it: the tensor is more, or less, than row after row of memory, or lies on a
-    device without a kernel.
-    """
-    plain = type(tensor) is torch.Tensor and tensor.layout is torch.strided and not tensor.is_quantized
-    if not plain or not tensor.is_contiguous() or tensor.numel() == 0:
-        return None
-    if tensor.device.type == "cpu":
-        return functools.partial(native.permute_rows, threads=settings.io_threads())
-    cuda = native.cuda() if tensor.device.type == "cuda" else None
-    if cuda is None:
-        return None
-    stream = torch.cuda.current_stream(tensor.device).cuda_stream
-    return functools.partial(cuda.permute_rows, device=tensor.device.index, stream=stream)
-
-
-def _permute_by_views(data: torch.Tensor, block: int, interleave: bool) -> torch.Tensor:
-    """The same by torch alone."""
-    pairs = data.shape[0] // (2 * block)
-    halves = (2, pairs, block) if interleave else (pairs, 2, block)
-    swapped = data.reshape(*halves, *data.shape[1:]).transpose(0, 1)
-    # clone, not contiguous: a single pair, swapped, is contiguous already and would be the input's memory.
-    return swapped.clone(memory_format=torch.contiguous_format).reshape(data.shape)

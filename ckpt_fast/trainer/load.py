@@ -22,6 +22,8 @@ from ckpt_fast.errors import (
 from ckpt_fast.pipeline.group import ControlGroup
 from ckpt_fast.trainer import experiment_loggers as loggers
 from ckpt_fast.trainer.contexts import CheckpointType
+from ckpt_fast.trainer.glu import _get_model_glu_interleave_sizes
+from ckpt_fast.trainer.glu_layout import contiguous_chunks, reorder_late, sizes_to_undo
 from ckpt_fast.trainer.hugging_face import load_hf_pretrained
 from ckpt_fast.trainer.load_base import _load_base_checkpoint, load_strategy
 from ckpt_fast.trainer.load_plan import (
@@ -230,7 +232,7 @@ def _load_checkpoint_from_path(
 
     def restore() -> None:
         if not skip_load_to_model_and_opt:
-            restore_model(model, state_dict, cfg, strict=strict and not adapters_only)
+            restore_model(plan, model, state_dict, cfg, ckpt_type, strict and not adapters_only)
         restore_optimizer(
             plan,
             state_dict,
@@ -328,7 +330,8 @@ def _load_model_weights_from_checkpoint(
         model: model chunks to load into.
         fully_parallel_load: share the reads among data-parallel ranks.
         return_state_dict: return the state dict instead of giving it to the model's ``load_state_dict``. Its
-            tensors are the model's own where the sharded state dict has them, and filled.
+            tensors are the model's own where the sharded state dict has them, and filled: GLU rows are in
+            the model's order.
         dist_ckpt_strictness: how keys that do not match are treated.
         strict: model keys must match, except ``_extra_state``.
 
@@ -342,8 +345,10 @@ def _load_model_weights_from_checkpoint(
     megatron.restore_modelopt_state(model, common)
     model = megatron.unwrap_model(model)
     pg_collection = megatron.get_pg_collection(model)
+    sizes = sizes_to_undo(metadata or {}, None, None, _get_model_glu_interleave_sizes(model, None))
+    chunks = contiguous_chunks(model, sizes, is_loading=True)
     scaffold = on_all_ranks(
-        lambda: _generate_model_state_dict(model, {"metadata": metadata}, pg_collection=pg_collection)
+        lambda: _generate_model_state_dict(chunks, {"metadata": metadata}, pg_collection=pg_collection)
     )
     loaded = megatron_core.load(
         scaffold,
@@ -354,6 +359,7 @@ def _load_model_weights_from_checkpoint(
     state_dict = loaded[0] if isinstance(loaded, tuple) else loaded
     for section in filter(_is_model_section, state_dict):
         delete_extra_state(state_dict[section])
+    on_all_ranks(lambda: reorder_late(chunks, state_dict))
     if return_state_dict:
         return loaded
     on_all_ranks(lambda: load_sections(model, state_dict, strict))

@@ -9,18 +9,23 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ckpt_fast import megatron
-from ckpt_fast.errors import CheckpointMismatchError
 from ckpt_fast.pipeline.group import ControlGroup
 from ckpt_fast.pipeline.index import CheckpointIndex
 from ckpt_fast.trainer.contexts import CheckpointType
 from ckpt_fast.trainer.glu import _get_model_glu_interleave_sizes
+from ckpt_fast.trainer.glu_layout import (
+    Sizes,
+    contiguous_chunks,
+    require_same_fsdp_optimizer,
+    require_whole_parameters,
+    sizes_to_undo,
+)
 from ckpt_fast.trainer.locate import _get_global_non_persistent_checkpoint_dirs
 from ckpt_fast.trainer.megatron_lm import _extract_megatron_lm_args_from_state_dict
 from ckpt_fast.trainer.paths import file_exists, get_checkpoint_run_config_filename
 from ckpt_fast.trainer.ranks import on_rank_0, print_rank_0
 from ckpt_fast.trainer.rng import RNG_KEY, get_rng_state, has_rng_state
 from ckpt_fast.trainer.state_dict import (
-    OPTIMIZER_GLU_KEY,
     RERUN_KEY,
     _build_sharded_state_dict_metadata,
     generate_state_dict,
@@ -36,6 +41,9 @@ class LoadPlan:
     Attributes:
         optimizer, scheduler, rng, rerun: restore this part.
         metadata: content metadata the scaffold is built with.
+        glu_sizes: (routed, shared) interleave sizes of rows that the checkpoint has contiguous and the model
+            interleaved, to be scattered while they are read.
+        chunks: the model as the scaffold is built from it, rows in the checkpoint's order.
     """
 
     optimizer: bool = False
@@ -43,6 +51,8 @@ class LoadPlan:
     rng: bool = False
     rerun: bool = False
     metadata: dict[str, Any] = field(default_factory=dict)
+    glu_sizes: Sizes = (None, None)
+    chunks: list[Any] = field(default_factory=list)
 
 
 def find_run_config(
@@ -119,7 +129,7 @@ def make_plan(
 
     Raises:
         RuntimeError: TP, PP or EP changed, and the optimizer's sharding does not allow it.
-        CheckpointMismatchError: the optimizer's GLU rows are in another order than this run's.
+        CheckpointMismatchError: GLU rows are stored in an order that does not fit this run.
     """
     ckpt_cfg = cfg.checkpoint
     saved = (run_config or {}).get("checkpoint") or {}
@@ -133,33 +143,19 @@ def make_plan(
         print_rank_0(f"{difference}: RNG and rerun state will be ignored")
     if resume and ckpt_cfg.load_optim and not plan.optimizer:
         print_rank_0("the checkpoint was saved without optimizer: it starts fresh from the loaded weights")
+    sizes = _get_model_glu_interleave_sizes(model, cfg)
     if ckpt_type is not CheckpointType.GLOBAL:
         plan.metadata = _build_sharded_state_dict_metadata(uses_distributed_optimizer(cfg), ckpt_cfg)
+        if plan.optimizer and optimizer is not None and ckpt_type is CheckpointType.FSDP_DTENSOR:
+            require_same_fsdp_optimizer(run_config, sizes)
         return plan
     plan.metadata = dict(megatron.load_content_metadata(preloaded_state_dict=common) or {})
-    if plan.optimizer and optimizer is not None:
-        _require_same_glu_layout(plan.metadata, list(_get_model_glu_interleave_sizes(model, cfg)))
-        if uses_distributed_optimizer(cfg):
-            experts = _expert_difference(run_config, cfg)
-            _settle_sharding_type(plan.metadata, saved, difference or experts)
+    plan.glu_sizes = sizes_to_undo(plan.metadata, run_config, ckpt_cfg, sizes)
+    if plan.optimizer and optimizer is not None and uses_distributed_optimizer(cfg):
+        experts = _expert_difference(run_config, cfg)
+        _settle_sharding_type(plan.metadata, saved, difference or experts)
     print_rank_0(f"sharded_state_dict metadata loaded from the checkpoint: {plan.metadata}")
     return plan
-
-
-def _require_same_glu_layout(metadata: dict[str, Any], current: list[int | None]) -> None:
-    """Model weights are stored contiguous, optimizer state as it was in memory: it fits that order only."""
-    saved = metadata.get(OPTIMIZER_GLU_KEY, [None, None])
-    if OPTIMIZER_GLU_KEY not in metadata and current != [None, None]:
-        print_rank_0(
-            "WARNING: the checkpoint does not say how the GLU rows of its optimizer state are interleaved; "
-            f"it is taken for this run's (routed, shared) sizes {tuple(current)}"
-        )
-    elif saved != current:
-        raise CheckpointMismatchError(
-            f"the optimizer state was saved with GLU interleave sizes (routed, shared) {tuple(saved)}, this "
-            f"run has {tuple(current)}: its rows would end up in the wrong places. Use the same sizes, or "
-            "load_optim=False: the weights load into either."
-        )
 
 
 def _settle_sharding_type(metadata: dict[str, Any], saved: dict[str, Any], difference: str) -> None:
@@ -210,9 +206,10 @@ def build_scaffold(
         if ckpt_cfg.finetune and model and hasattr(model[0], "hide_loss_modules"):
             for chunk in model:
                 stack.enter_context(chunk.hide_loss_modules())
+        plan.chunks = contiguous_chunks(model, plan.glu_sizes, is_loading=True)
         scaffold = generate_state_dict(
             ckpt_cfg,
-            model,
+            plan.chunks,
             optimizer if plan.optimizer else None,
             scheduler if plan.scheduler else None,
             rng_state,
@@ -221,6 +218,13 @@ def build_scaffold(
             model_sd_kwargs={"metadata": plan.metadata},
             rerun_state=rerun_state,
             pg_collection=pg_collection,
+        )
+    if "optimizer" in scaffold:
+        require_whole_parameters(
+            plan.chunks,
+            plan.metadata,
+            "Load it without optimizer (load_optim=False), or, if it was saved by a run with this "
+            "interleaving that stored its rows as they were in memory, with load_glu_rows='interleaved'.",
         )
     if rng_state is None:
         # save_rng inserts the key even where nothing is to be loaded.

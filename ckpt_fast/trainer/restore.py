@@ -16,6 +16,7 @@ from ckpt_fast.trainer.glu import (
     _get_model_glu_interleave_sizes,
     _process_state_dict_for_model_glu_interleaving,
 )
+from ckpt_fast.trainer.glu_layout import LOCAL_SIZES_KEY, Sizes, reorder_late, require_same_sizes
 from ckpt_fast.trainer.load_plan import LoadPlan
 from ckpt_fast.trainer.local import is_layer_wise, layer_wise_optimizer_path
 from ckpt_fast.trainer.megatron_lm import _get_train_state_from_state_dict
@@ -54,8 +55,21 @@ def _loaded_train_state(state_dict: dict[str, Any], checkpoint_name: Any, ckpt_t
     return _get_train_state_from_state_dict(state_dict)
 
 
-def restore_model(model: list[Any], state_dict: dict[str, Any], cfg: Any, strict: bool) -> None:
-    _interleave_glu(model, state_dict, cfg)
+def restore_model(
+    plan: LoadPlan, model: list[Any], state_dict: dict[str, Any], cfg: Any, ckpt_type: Any, strict: bool
+) -> None:
+    """Give the model its state, with GLU rows in the order it has them.
+
+    Raises:
+        CheckpointMismatchError: a section does not fit its chunk, or the rows of a local checkpoint do not.
+    """
+    sizes = _get_model_glu_interleave_sizes(model, cfg)
+    if ckpt_type is CheckpointType.LOCAL:
+        require_same_sizes(state_dict.get(LOCAL_SIZES_KEY, (None, None)), sizes, "The rows of gated MLPs")
+    elif ckpt_type is CheckpointType.FSDP_DTENSOR:
+        _interleave_fsdp(state_dict, sizes, cfg)
+    else:
+        reorder_late(plan.chunks, state_dict)
     load_sections(model, state_dict, strict)
 
 
@@ -78,14 +92,11 @@ def load_sections(model: list[Any], state_dict: dict[str, Any], strict: bool) ->
             _load_model_state_dict(chunk, state_dict[f"model{number}"], strict)
 
 
-def _interleave_glu(model: list[Any], state_dict: dict[str, Any], cfg: Any) -> None:
-    routed, shared = _get_model_glu_interleave_sizes(model, cfg)
-    if routed is None and shared is None:
-        return
+def _interleave_fsdp(state_dict: dict[str, Any], sizes: Sizes, cfg: Any) -> None:
     use_megatron_fsdp = bool(getattr(getattr(cfg, "ddp", None), "use_megatron_fsdp", False))
     for section in sorted(filter(_is_model_section, state_dict)):
         state_dict[section] = _process_state_dict_for_model_glu_interleaving(
-            state_dict[section], routed, shared, use_megatron_fsdp=use_megatron_fsdp
+            state_dict[section], *sizes, use_megatron_fsdp=use_megatron_fsdp
         )
 
 

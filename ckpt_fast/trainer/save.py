@@ -18,9 +18,14 @@ from ckpt_fast.pipeline.types import SaveReport
 from ckpt_fast.trainer import experiment_loggers as loggers
 from ckpt_fast.trainer.async_save import make_room, schedule_async_save
 from ckpt_fast.trainer.fsdp import save_fsdp_dtensor
-from ckpt_fast.trainer.glu import (
-    _get_model_glu_interleave_sizes,
-    _process_state_dict_for_model_glu_interleaving,
+from ckpt_fast.trainer.glu import _get_model_glu_interleave_sizes
+from ckpt_fast.trainer.glu_layout import (
+    CONTIGUOUS,
+    GLU_ROWS_KEY,
+    Sizes,
+    contiguous_chunks,
+    require_whole_parameters,
+    rows_in_stored_order,
 )
 from ckpt_fast.trainer.hugging_face import require_export, save_hf_copy
 from ckpt_fast.trainer.local import save_layer_wise_optimizer, save_local
@@ -35,9 +40,7 @@ from ckpt_fast.trainer.rng import get_rng_state
 from ckpt_fast.trainer.sidecars import can_save_position, maybe_save_dataloader_state
 from ckpt_fast.trainer.staging import staging_policy
 from ckpt_fast.trainer.state_dict import (
-    OPTIMIZER_GLU_KEY,
     _build_sharded_state_dict_metadata,
-    _is_model_section,
     apply_peft_adapter_filter_to_state_dict,
     generate_state_dict,
     uses_distributed_optimizer,
@@ -141,10 +144,10 @@ def save_checkpoint(
         _announce(run, target)
         _save_beside(run, target)
 
-        metadata = _content_metadata(run)
+        metadata = _content_metadata(run, target)
         state_dict, publication = ControlGroup().agree(
             lambda: (
-                _collect(run, metadata) if prebuilt_state_dict is None else prebuilt_state_dict,
+                _collect(run, target, metadata) if prebuilt_state_dict is None else prebuilt_state_dict,
                 Publication(
                     state,
                     target.checkpoint_name,
@@ -157,7 +160,7 @@ def save_checkpoint(
         )
         if prebuilt_state_dict is not None:
             print_rank_0("Using pre-built state dict (low-memory save)")
-        state_dict = _to_checkpoint_layout(run, state_dict)
+        state_dict = _to_checkpoint_layout(run, target, state_dict, prebuilt_state_dict is not None)
         if target.is_local:
             state_dict["train_state_metadata"] = publication.train_state
         request = _hand_over(run, target, state_dict, metadata, preprocess_common_state_dict_fn)
@@ -220,16 +223,23 @@ def _dataloader_path(run: _Run) -> str | None:
     return path
 
 
-def _content_metadata(run: _Run) -> dict[str, Any]:
+def _glu_sizes(run: _Run) -> Sizes:
+    return _get_model_glu_interleave_sizes(run.model, run.cfg)
+
+
+def _is_torch_dist(run: _Run, target: SaveTarget) -> bool:
+    return not target.is_local and run.ckpt_cfg.ckpt_format == "torch_dist"
+
+
+def _content_metadata(run: _Run, target: SaveTarget) -> dict[str, Any]:
     metadata = _build_sharded_state_dict_metadata(uses_distributed_optimizer(run.cfg), run.ckpt_cfg)
     metadata["dp_cp_group"] = run.pg_collection.dp_cp
-    sizes = _get_model_glu_interleave_sizes(run.model, run.cfg)
-    if sizes != (None, None):
-        metadata[OPTIMIZER_GLU_KEY] = list(sizes)
+    if _glu_sizes(run) != (None, None) and _is_torch_dist(run, target):
+        metadata[GLU_ROWS_KEY] = CONTIGUOUS
     return metadata
 
 
-def _collect(run: _Run, metadata: dict[str, Any]) -> dict[str, Any]:
+def _collect(run: _Run, target: SaveTarget, metadata: dict[str, Any]) -> dict[str, Any]:
     ckpt_cfg = run.ckpt_cfg
     if "distrib_optim_sharding_type" in metadata:
         print_rank_0(
@@ -246,9 +256,12 @@ def _collect(run: _Run, metadata: dict[str, Any]) -> dict[str, Any]:
     rerun_state = megatron.get_rerun_state_machine().state_dict(
         data_iterator=run.iterator, ckpt_format=ckpt_cfg.ckpt_format
     )
-    return generate_state_dict(
+    chunks = (
+        contiguous_chunks(run.model, _glu_sizes(run), False) if _is_torch_dist(run, target) else run.model
+    )
+    state_dict = generate_state_dict(
         ckpt_cfg,
-        run.model,
+        chunks,
         run.optimizer,
         run.scheduler,
         rng_state,
@@ -258,18 +271,29 @@ def _collect(run: _Run, metadata: dict[str, Any]) -> dict[str, Any]:
         rerun_state=rerun_state,
         pg_collection=run.pg_collection,
     )
+    if "optimizer" in state_dict:
+        require_whole_parameters(
+            chunks, metadata, "Set dist_ckpt_optim_fully_reshardable=True, or save_optim=False."
+        )
+    return state_dict
 
 
-def _to_checkpoint_layout(run: _Run, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """GLU rows contiguous, as every checkpoint has them, and adapters only, if that is what is trained."""
-    routed, shared = _get_model_glu_interleave_sizes(run.model, run.cfg)
-    if routed is not None or shared is not None:
-        print_rank_0(f"[GLU Interleaving] De-interleaving for the checkpoint (sizes {routed}, {shared})")
+def _to_checkpoint_layout(
+    run: _Run, target: SaveTarget, state_dict: dict[str, Any], is_prebuilt: bool
+) -> dict[str, Any]:
+    """GLU rows in the order of the format, and adapters only, if that is what is trained."""
+    sizes = _glu_sizes(run)
+    if sizes != (None, None):
         use_megatron_fsdp = bool(getattr(run.cfg.ddp, "use_megatron_fsdp", False))
-        for section in sorted(filter(_is_model_section, state_dict)):
-            state_dict[section] = _process_state_dict_for_model_glu_interleaving(
-                state_dict[section], routed, shared, interleave=False, use_megatron_fsdp=use_megatron_fsdp
+        state_dict = ControlGroup().agree(
+            lambda: rows_in_stored_order(
+                state_dict,
+                sizes,
+                is_local=target.is_local,
+                is_arranged=_is_torch_dist(run, target) and not is_prebuilt,
+                use_megatron_fsdp=use_megatron_fsdp,
             )
+        )
     if run.cfg.peft is not None:
         state_dict = apply_peft_adapter_filter_to_state_dict(state_dict, run.cfg.peft)
     return state_dict
@@ -302,6 +326,7 @@ def _hand_over(
         validate_access_integrity=validate,
         preprocess_common_before_consistency_check=preprocess_common,
         content_metadata=megatron.clean_metadata_for_serialization(metadata),
+        sidecar_notes={key: metadata[key] for key in (GLU_ROWS_KEY,) if key in metadata},
         snapshot=run.is_async,
         staging=staging_policy(run.model, run.optimizer) if run.is_async else None,
         host_buffer=getattr(ckpt_cfg, "host_buffer_bytes", None),

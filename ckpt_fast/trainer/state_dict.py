@@ -15,8 +15,6 @@ from ckpt_fast.errors import CheckpointMismatchError
 _CHECKPOINT_FORMAT_VERSION = 3.0
 _EXTRA_STATE = "_extra_state"
 RERUN_KEY = "rerun_state_machine"
-# In the content metadata: (routed, shared) interleave sizes of the optimizer state, where there are any.
-OPTIMIZER_GLU_KEY = "optimizer_glu_interleave_sizes"
 
 
 def generate_state_dict(

@@ -6,14 +6,7 @@
 #include <cstdint>
 
 #include "copier.h"
-
-#ifndef CKPT_FAST_DEVICE
-#ifdef __CUDACC__
-#define CKPT_FAST_DEVICE __host__ __device__ __forceinline__
-#else
-#define CKPT_FAST_DEVICE inline
-#endif
-#endif
+#include "portable.h"
 
 namespace ckpt_fast::cuda {
 

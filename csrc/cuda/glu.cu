@@ -20,22 +20,23 @@ __global__ void __launch_bounds__(kThreads) permute_rows_kernel(const __grid_con
   for (std::uint64_t tile = blockIdx.x; tile < batch.tiles; tile += gridDim.x) {
     while (tile >= batch.tiles_before[i + 1]) ++i;
     const Matrix& matrix = batch.matrices[i];
+    const Shape& shape = batch.shapes[matrix.shape];
     std::uint64_t of_matrix = tile - batch.tiles_before[i];
-    switch (matrix.unit_nbytes) {
+    switch (shape.unit_nbytes) {
       case 16:
-        copy_tile<uint4>(matrix, of_matrix, threadIdx.x, batch.interleave);
+        copy_tile<uint4>(matrix, shape, of_matrix, threadIdx.x, batch.interleave);
         break;
       case 8:
-        copy_tile<uint2>(matrix, of_matrix, threadIdx.x, batch.interleave);
+        copy_tile<uint2>(matrix, shape, of_matrix, threadIdx.x, batch.interleave);
         break;
       case 4:
-        copy_tile<unsigned int>(matrix, of_matrix, threadIdx.x, batch.interleave);
+        copy_tile<unsigned int>(matrix, shape, of_matrix, threadIdx.x, batch.interleave);
         break;
       case 2:
-        copy_tile<unsigned short>(matrix, of_matrix, threadIdx.x, batch.interleave);
+        copy_tile<unsigned short>(matrix, shape, of_matrix, threadIdx.x, batch.interleave);
         break;
       default:
-        copy_tile<unsigned char>(matrix, of_matrix, threadIdx.x, batch.interleave);
+        copy_tile<unsigned char>(matrix, shape, of_matrix, threadIdx.x, batch.interleave);
     }
   }
 }
@@ -55,7 +56,7 @@ void launch(const Batch& batch, int multiprocessors, int device, Stream stream) 
 
 void permute_rows(const RowPermutation* matrices, std::size_t count, bool interleave, int device,
                   Stream stream) {
-  std::vector<Matrix> planned;
+  std::vector<PlannedMatrix> planned;
   planned.reserve(count);
   for (std::size_t i = 0; i < count; ++i) planned.push_back(plan_matrix(matrices[i]));
 
@@ -63,11 +64,10 @@ void permute_rows(const RowPermutation* matrices, std::size_t count, bool interl
   int multiprocessors = 0;
   check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),
         "ask device " + std::to_string(device) + " for its multiprocessors");
-  for (std::size_t first = 0; first < count; first += Batch::kCapacity) {
+  for (std::size_t i = 0; i < count;) {
     Batch batch;
     batch.interleave = interleave;
-    std::size_t end = std::min(count, first + Batch::kCapacity);
-    for (std::size_t i = first; i < end; ++i) append(batch, planned[i]);
+    while (i < count && append(batch, planned[i])) ++i;
     launch(batch, multiprocessors, device, stream);
   }
 }

@@ -14,12 +14,7 @@
 #include <string>
 
 #include "glu.h"
-
-#ifdef __CUDACC__
-#define CKPT_FAST_DEVICE __host__ __device__ __forceinline__
-#else
-#define CKPT_FAST_DEVICE inline
-#endif
+#include "portable.h"
 
 namespace ckpt_fast::cuda {
 
@@ -53,9 +48,7 @@ inline Divider make_divider(std::uint64_t divisor) {
   return {static_cast<std::uint64_t>(power / divisor) + 1, log - 1};
 }
 
-struct Matrix {
-  std::uintptr_t destination;
-  std::uintptr_t source;
+struct Shape {
   std::uint64_t units;      // of the whole matrix
   std::uint64_t pairs;      // B
   std::uint64_t run_units;  // of one run
@@ -63,16 +56,32 @@ struct Matrix {
   std::uint32_t unit_nbytes;
 };
 
-// As many matrices as one launch takes in its arguments, which are limited to 4 KiB and need no upload.
-// Tiles, each kTileUnits units of one matrix, are numbered through all of them.
+struct PlannedMatrix {
+  std::uintptr_t destination;
+  std::uintptr_t source;
+  Shape shape;
+};
+
+struct Matrix {
+  std::uintptr_t destination;
+  std::uintptr_t source;
+  std::uint32_t shape;  // which of the batch's
+};
+
+// As many matrices as one launch takes in its arguments, which are limited to 4 KiB and need no upload. The
+// experts of a layer have one shape, so that shapes are kept once. Tiles, each kTileUnits units of one
+// matrix, are numbered through all of them.
 struct Batch {
-  static constexpr std::uint32_t kCapacity = 48;
+  static constexpr std::uint32_t kCapacity = 96;
+  static constexpr std::uint32_t kShapes = 16;
 
   std::uint64_t tiles = 0;
   std::uint32_t count = 0;
+  std::uint32_t shape_count = 0;
   bool interleave = false;
   std::uint64_t tiles_before[kCapacity + 1] = {};  // of matrix i; entry `count` is `tiles`
   Matrix matrices[kCapacity];
+  Shape shapes[kShapes];
 };
 static_assert(sizeof(Batch) <= 4096, "kernel arguments are limited to 4 KiB");
 
@@ -80,7 +89,7 @@ inline void require(bool holds, const std::string& what) {
   if (!holds) throw std::invalid_argument("permute_rows: " + what);
 }
 
-inline Matrix plan_matrix(const RowPermutation& work) {
+inline PlannedMatrix plan_matrix(const RowPermutation& work) {
   require(work.block > 0, "block is " + std::to_string(work.block) + ", not positive");
   require(work.rows >= 0 && work.row_nbytes >= 0, "rows and row_nbytes must not be negative");
   // Compared without doubling the block, which could overflow.
@@ -90,7 +99,7 @@ inline Matrix plan_matrix(const RowPermutation& work) {
   require(!__builtin_mul_overflow(work.rows, work.row_nbytes, &nbytes),
           std::to_string(work.rows) + " rows of " + std::to_string(work.row_nbytes) + " bytes overflow");
   auto size = static_cast<std::uint64_t>(nbytes);
-  if (size == 0) return {work.destination, work.source, 0, 0, 0, {0, 0}, 1};
+  if (size == 0) return {work.destination, work.source, {0, 0, 0, {0, 0}, 1}};
   require(work.destination + size <= work.source || work.source + size <= work.destination,
           "source and destination overlap");
 
@@ -98,32 +107,39 @@ inline Matrix plan_matrix(const RowPermutation& work) {
   std::uint64_t bits = work.destination | work.source | run_nbytes | 16;
   std::uint64_t unit = bits & (~bits + 1);
   std::uint64_t run_units = run_nbytes / unit;
-  return {work.destination,
-          work.source,
-          size / unit,
-          size / run_nbytes / 2,
-          run_units,
-          make_divider(run_units),
-          static_cast<std::uint32_t>(unit)};
+  Shape shape{size / unit, size / run_nbytes / 2, run_units, make_divider(run_units),
+              static_cast<std::uint32_t>(unit)};
+  return {work.destination, work.source, shape};
 }
 
-inline void append(Batch& batch, const Matrix& matrix) {
-  batch.matrices[batch.count] = matrix;
-  batch.tiles += (matrix.units + kTileUnits - 1) / kTileUnits;
+// The rest follows from these.
+inline bool operator==(const Shape& a, const Shape& b) {
+  return a.units == b.units && a.run_units == b.run_units && a.unit_nbytes == b.unit_nbytes;
+}
+
+// False if the batch has no room for the matrix; it is unchanged then.
+inline bool append(Batch& batch, const PlannedMatrix& matrix) {
+  std::uint32_t shape = 0;
+  while (shape < batch.shape_count && !(batch.shapes[shape] == matrix.shape)) ++shape;
+  if (batch.count == Batch::kCapacity || shape == Batch::kShapes) return false;
+  if (shape == batch.shape_count) batch.shapes[batch.shape_count++] = matrix.shape;
+  batch.matrices[batch.count] = {matrix.destination, matrix.source, shape};
+  batch.tiles += (matrix.shape.units + kTileUnits - 1) / kTileUnits;
   batch.tiles_before[++batch.count] = batch.tiles;
+  return true;
 }
 
 // The unit of the source that becomes unit `unit` of the destination.
-CKPT_FAST_DEVICE std::uint64_t source_unit(const Matrix& matrix, std::uint64_t unit, bool interleave) {
-  std::uint64_t run = matrix.by_run.quotient(unit);
-  std::uint64_t within = unit - run * matrix.run_units;
+CKPT_FAST_DEVICE std::uint64_t source_unit(const Shape& shape, std::uint64_t unit, bool interleave) {
+  std::uint64_t run = shape.by_run.quotient(unit);
+  std::uint64_t within = unit - run * shape.run_units;
   std::uint64_t from;
   if (interleave) {
-    from = (run & 1) * matrix.pairs + (run >> 1);
+    from = (run & 1) * shape.pairs + (run >> 1);
   } else {
-    from = run < matrix.pairs ? 2 * run : 2 * (run - matrix.pairs) + 1;
+    from = run < shape.pairs ? 2 * run : 2 * (run - shape.pairs) + 1;
   }
-  return from * matrix.run_units + within;
+  return from * shape.run_units + within;
 }
 
 // Each byte is read once and written once, and is of no use to the caches in between.
@@ -148,19 +164,19 @@ CKPT_FAST_DEVICE void store(Unit* address, Unit value) {
 // Thread `thread` of kThreads copies its units of tile `tile` of the matrix. Neighbouring threads write
 // neighbouring units.
 template <typename Unit>
-CKPT_FAST_DEVICE void copy_tile(const Matrix& matrix, std::uint64_t tile, std::uint32_t thread,
-                                bool interleave) {
+CKPT_FAST_DEVICE void copy_tile(const Matrix& matrix, const Shape& shape, std::uint64_t tile,
+                                std::uint32_t thread, bool interleave) {
   auto* destination = reinterpret_cast<Unit*>(matrix.destination);
   auto* source = reinterpret_cast<const Unit*>(matrix.source);
   std::uint64_t first = tile * kTileUnits + thread;
   Unit held[kUnitsPerThread];
   for (std::uint32_t i = 0; i < kUnitsPerThread; ++i) {
     std::uint64_t unit = first + i * kThreads;
-    if (unit < matrix.units) held[i] = load(source + source_unit(matrix, unit, interleave));
+    if (unit < shape.units) held[i] = load(source + source_unit(shape, unit, interleave));
   }
   for (std::uint32_t i = 0; i < kUnitsPerThread; ++i) {
     std::uint64_t unit = first + i * kThreads;
-    if (unit < matrix.units) store(destination + unit, held[i]);
+    if (unit < shape.units) store(destination + unit, held[i]);
   }
 }
 

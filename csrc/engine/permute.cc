@@ -39,17 +39,18 @@ void permute_rows(void* destination, const void* source, int64_t rows, int64_t r
   const int64_t pairs = run > 0 ? nbytes / (2 * run) : 0;
   const Store store = streaming_pays(nbytes, run) ? Store::kStreaming : Store::kCached;
 
-  // Where run i of the destination begins in the source.
-  const auto origin = [&](int64_t i) {
-    return interleave ? (i % 2 * pairs + i / 2) * run : (i < pairs ? 2 * i : 2 * (i - pairs) + 1) * run;
-  };
+  // Both directions go through the interleaved order from its begin to its end, and so through two stretches
+  // of the contiguous one: reads that skip every other run would bring memory in for nothing.
   const auto task = [&](size_t index) {
     int64_t at = static_cast<int64_t>(index) * kTaskNbytes;
     const int64_t end = std::min(at + kTaskNbytes, nbytes);
     while (at < end) {
+      const int64_t i = at / run;
       const int64_t within = at % run;
       const int64_t count = std::min(run - within, end - at);
-      copy_memory(to + at, from + origin(at / run) + within, static_cast<size_t>(count), store);
+      const int64_t contiguous = (i % 2 * pairs + i / 2) * run + within;
+      copy_memory(to + (interleave ? at : contiguous), from + (interleave ? contiguous : at),
+                  static_cast<size_t>(count), store);
       at += count;
     }
   };

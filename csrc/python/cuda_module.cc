@@ -90,6 +90,14 @@ void enqueue(const py::buffer& destination, const py::buffer& source, const py::
   move(copies.data(), copies.size(), device, as_stream(stream));
 }
 
+void copy_rows(std::uintptr_t destination, std::int64_t destination_pitch, std::uintptr_t source,
+               std::int64_t source_pitch, std::int64_t row_nbytes, std::int64_t rows, int device,
+               std::uintptr_t stream) {
+  cuda::RowCopy copy{destination, destination_pitch, source, source_pitch, row_nbytes, rows};
+  py::gil_scoped_release release;
+  cuda::copy_rows(copy, device, as_stream(stream));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, module) {
@@ -99,6 +107,9 @@ PYBIND11_MODULE(_cuda, module) {
     module.def(name, function, py::arg("destination"), py::arg("source"), py::arg("nbytes"),
                py::arg("device"), py::arg("stream"));
   }
+  module.def("copy_rows", &copy_rows, py::arg("destination"), py::arg("destination_pitch"), py::arg("source"),
+             py::arg("source_pitch"), py::arg("row_nbytes"), py::arg("rows"), py::arg("device"),
+             py::arg("stream"));
   module.def("permute_rows", &permute_rows, py::arg("destination"), py::arg("source"), py::arg("rows"),
              py::arg("row_nbytes"), py::arg("block"), py::arg("interleave"), py::arg("device"),
              py::arg("stream"));

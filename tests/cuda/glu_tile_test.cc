@@ -31,23 +31,24 @@ void run_grid(const Batch& batch, std::uint64_t blocks) {
     for (std::uint64_t tile = block; tile < batch.tiles; tile += blocks) {
       while (tile >= batch.tiles_before[i + 1]) ++i;
       const Matrix& matrix = batch.matrices[i];
+      const Shape& shape = batch.shapes[matrix.shape];
       for (std::uint32_t thread = 0; thread < kThreads; ++thread) {
         std::uint64_t of_matrix = tile - batch.tiles_before[i];
-        switch (matrix.unit_nbytes) {
+        switch (shape.unit_nbytes) {
           case 16:
-            copy_tile<Unit16>(matrix, of_matrix, thread, batch.interleave);
+            copy_tile<Unit16>(matrix, shape, of_matrix, thread, batch.interleave);
             break;
           case 8:
-            copy_tile<std::uint64_t>(matrix, of_matrix, thread, batch.interleave);
+            copy_tile<std::uint64_t>(matrix, shape, of_matrix, thread, batch.interleave);
             break;
           case 4:
-            copy_tile<std::uint32_t>(matrix, of_matrix, thread, batch.interleave);
+            copy_tile<std::uint32_t>(matrix, shape, of_matrix, thread, batch.interleave);
             break;
           case 2:
-            copy_tile<std::uint16_t>(matrix, of_matrix, thread, batch.interleave);
+            copy_tile<std::uint16_t>(matrix, shape, of_matrix, thread, batch.interleave);
             break;
           default:
-            copy_tile<std::uint8_t>(matrix, of_matrix, thread, batch.interleave);
+            copy_tile<std::uint8_t>(matrix, shape, of_matrix, thread, batch.interleave);
         }
       }
     }
@@ -109,10 +110,12 @@ void test_batches() {
     bool interleave = round % 2 == 0;
     std::vector<Case> cases;
     for (std::uint32_t i = 0; i < 1 + random() % Batch::kCapacity; ++i) cases.push_back(make_case(random));
-    Batch batch;
-    batch.interleave = interleave;
-    for (Case& c : cases) append(batch, plan_matrix(c.work()));
-    run_grid(batch, 1 + random() % 40);
+    for (std::size_t i = 0; i < cases.size();) {
+      Batch batch;
+      batch.interleave = interleave;
+      while (i < cases.size() && append(batch, plan_matrix(cases[i].work()))) ++i;
+      run_grid(batch, 1 + random() % 40);
+    }
     for (const Case& c : cases) check_case(c, interleave);
   }
 }
@@ -139,16 +142,16 @@ void test_large() {
   for (std::int64_t row_nbytes : {1, 2, 48, 8192}) {
     for (std::int64_t block : {1, 32}) {
       std::int64_t rows = (std::int64_t{1} << 33) / row_nbytes / 64 * 64 * 5;
-      Matrix matrix =
-          plan_matrix({std::uintptr_t{1} << 50, std::uintptr_t{1} << 40, rows, row_nbytes, block});
-      auto unit = static_cast<std::int64_t>(matrix.unit_nbytes);
+      Shape shape =
+          plan_matrix({std::uintptr_t{1} << 50, std::uintptr_t{1} << 40, rows, row_nbytes, block}).shape;
+      auto unit = static_cast<std::int64_t>(shape.unit_nbytes);
       for (int i = 0; i < 1000; ++i) {
-        std::uint64_t to = i == 0 ? matrix.units - 1 : random() % matrix.units;
+        std::uint64_t to = i == 0 ? shape.units - 1 : random() % shape.units;
         std::int64_t byte = static_cast<std::int64_t>(to) * unit;
         for (bool interleave : {true, false}) {
           std::int64_t row = source_row(byte / row_nbytes, rows, block, interleave);
           auto want = static_cast<std::uint64_t>((row * row_nbytes + byte % row_nbytes) / unit);
-          std::uint64_t from = source_unit(matrix, to, interleave);
+          std::uint64_t from = source_unit(shape, to, interleave);
           expect(from == want, "wrong source unit, wanted", from, want);
         }
       }
@@ -156,10 +159,27 @@ void test_large() {
   }
 }
 
+// The weights of 64 experts go into one launch; what has no room leaves the batch as it is.
+void test_capacity() {
+  Batch batch;
+  auto expert = [&](std::uint64_t i, std::int64_t row_nbytes) {
+    return append(batch, plan_matrix({(i + 1) << 32, (i + 1000) << 32, 256, row_nbytes, 32}));
+  };
+  for (std::uint64_t i = 0; i < 64; ++i) expect(expert(i, 4096), "no room for expert", i, batch.count);
+  for (std::uint64_t i = 64; i < Batch::kCapacity; ++i) expect(expert(i, 2), "no room", i, batch.count);
+  expect(batch.shape_count == 2, "shapes", batch.shape_count, 2);
+  expect(!expert(0, 2) && batch.count == Batch::kCapacity, "more than fit", batch.count, Batch::kCapacity);
+
+  batch = Batch();
+  for (std::int64_t i = 0; i < Batch::kShapes; ++i) expert(0, 16 * (i + 1));
+  expect(!expert(0, 8) && batch.count == Batch::kShapes, "more shapes than fit", batch.count, Batch::kShapes);
+  expect(expert(0, 16), "no room for a known shape", batch.count, Batch::kShapes);
+}
+
 void test_unit_is_the_widest() {
   std::uintptr_t base = std::uintptr_t{1} << 40;
   auto unit = [&](std::uintptr_t destination_shift, std::int64_t row_nbytes, std::int64_t block) {
-    return plan_matrix({base + destination_shift, base * 2, 64, row_nbytes, block}).unit_nbytes;
+    return plan_matrix({base + destination_shift, base * 2, 64, row_nbytes, block}).shape.unit_nbytes;
   };
   expect(unit(0, 8192, 1) == 16, "aligned rows", unit(0, 8192, 1), 16);
   expect(unit(0, 2, 8) == 16, "a run of short rows", unit(0, 2, 8), 16);
@@ -174,6 +194,7 @@ void test_unit_is_the_widest() {
 int main() {
   test_divider();
   test_unit_is_the_widest();
+  test_capacity();
   test_large();
   test_batches();
 }

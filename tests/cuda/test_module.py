@@ -45,6 +45,20 @@ def test_refuses_before_it_enqueues(row: tuple[int, ...], text: str) -> None:
         _cuda.permute_rows_many(*(array("q", [value]) for value in row), True, 0, 0)
 
 
+@pytest.mark.parametrize(
+    ("row", "text"),
+    [
+        ((4096, 15, 8192, 16, 16, 4), "destination pitch of 15"),
+        ((4096, 16, 8192, 1 << 31, 16, 4), "source pitch of 2147483648"),
+        ((4096, 16, 8192, 16, -1, 4), "must not be negative"),
+        ((4096, 16, 8192, 16, 16, -4), "must not be negative"),
+    ],
+)
+def test_copies_that_no_engine_takes(row: tuple[int, ...], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        _cuda.copy_rows(*row, 0, 0)
+
+
 def test_columns_are_64_bit_and_of_one_length() -> None:
     column = array("q", [4096, 8192])
     with pytest.raises(ValueError, match="block must be a buffer of signed 64-bit integers"):

@@ -11,7 +11,11 @@ import pytest
 import torch
 
 from ckpt_fast import native
-from ckpt_fast.trainer.glu import _deinterleave_glu_tensor, _interleave_glu_tensor
+from ckpt_fast.trainer.glu import (
+    _deinterleave_glu_tensor,
+    _interleave_glu_tensor,
+    _process_state_dict_for_glu_interleaving,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -68,7 +72,7 @@ def test_every_alignment_and_no_byte_outside() -> None:
             assert torch.all(around[:to_offset] == 165) and torch.all(around[to_offset + size :] == 165)
 
 
-@pytest.mark.parametrize("count", [1, 47, 48, 49, 200])
+@pytest.mark.parametrize("count", [1, 95, 96, 97, 200])
 @pytest.mark.parametrize("interleave", [True, False])
 def test_many_tensors_at_once(count: int, interleave: bool) -> None:
     """Of different widths, some empty, in one launch and in several."""
@@ -155,3 +159,14 @@ def test_more_than_2_to_the_31_elements(offset: int) -> None:
     blocks = destination.view(rows // 64, 2, 32, width)
     for half in (0, 1):
         assert torch.equal(blocks[:, half], halves[half])
+
+
+def test_a_layer_of_experts_is_one_launch() -> None:
+    names = [f"decoder.layers.0.mlp.experts.linear_fc1.weight{number}" for number in range(64)]
+    state = {name: random_bytes(256 * 64, seed).view(256, 64) for seed, name in enumerate(names)}
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        result = _process_state_dict_for_glu_interleaving(state, 32)
+        torch.cuda.synchronize()
+    kernels_run = [event for event in profile.events() if "permute_rows_kernel" in event.name]
+    assert len(kernels_run) == 1
+    assert all(torch.equal(result[name], by_views(state[name], 32, True)) for name in names)

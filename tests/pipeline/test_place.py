@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckpt_fast.pipeline.place import Box, is_addressable, runs
+from ckpt_fast.pipeline.place import Box, Reshaped, is_addressable, runs
 from ckpt_fast.pipeline.types import Extent
 from tests.pipeline.layouts import Region, boxes, shapes
 
@@ -88,6 +88,46 @@ def test_copying_runs_fills_any_destination_they_fit(
 
 def region_slices(region: Region) -> tuple[slice, ...]:
     return tuple(slice(a, a + n) for a, n in zip(region.offsets, region.sizes, strict=True))
+
+
+@st.composite
+def reshaped_regions(draw: st.DrawFn) -> tuple[torch.Tensor, tuple[int, ...], Region, tuple[int, ...]]:
+    """Memory whose rows lie apart, the shape it stands for, a region of that, and a piece's extents."""
+    blocks, k, width = draw(st.integers(1, 4)), draw(st.integers(1, 4)), draw(st.sampled_from([1, 64, 100]))
+    memory = torch.zeros(blocks, 2, k, width, dtype=torch.int32)
+    view = draw(st.sampled_from([memory[:, 0], memory[:, 1], memory.transpose(0, 1)]))
+    sizes = (1, view.numel() // width, width)
+    region = draw(boxes(sizes).filter(lambda region: 0 not in region.sizes))
+    piece = tuple(n + draw(st.integers(0, 3)) for n in region.sizes)
+    return view, sizes, region, piece
+
+
+@given(reshaped_regions())
+def test_a_reshaped_destination_is_filled_by_runs_and_by_copies(
+    case: tuple[torch.Tensor, tuple[int, ...], Region, tuple[int, ...]],
+) -> None:
+    view, sizes, region, piece_sizes = case
+    expected = torch.zeros(sizes, dtype=torch.int32)
+    source = torch.arange(1, 1 + math.prod(piece_sizes), dtype=torch.int32).reshape(piece_sizes)
+    wanted = Region((0, 0, 0), region.sizes).of(source)
+    region.of(expected).copy_(wanted)
+
+    whole = Reshaped(view, sizes)
+    destination = whole
+    for dimension, (start, size) in enumerate(zip(region.offsets, region.sizes, strict=True)):
+        destination = destination.narrow(dimension, start, size)
+    destination.copy_(wanted)
+    assert torch.equal(view.reshape(sizes), expected)
+
+    box = Box(piece_sizes, (0, 0, 0), region.sizes, 4)
+    if not box.fits_runs(destination):
+        return
+    view.zero_()
+    content = source.numpy().tobytes()
+    offsets, addresses, nbytes = runs(box, Extent("file", 1000, len(content)), destination)
+    for offset, address in zip(offsets, addresses, strict=True):
+        ctypes.memmove(address, content[offset - 1000 : offset - 1000 + nbytes], nbytes)
+    assert torch.equal(view.reshape(sizes), expected)
 
 
 @pytest.mark.parametrize(

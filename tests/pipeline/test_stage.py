@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes
 import io
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,9 +15,12 @@ import torch
 from ckpt_fast.errors import CheckpointError
 from ckpt_fast.pipeline import stage as stage_module
 from ckpt_fast.pipeline.host_buffer import HostBufferPool
+from ckpt_fast.pipeline.index import CheckpointIndex
+from ckpt_fast.pipeline.load import load_tensors
 from ckpt_fast.pipeline.plan import is_plain, plan_save
+from ckpt_fast.pipeline.save import save
 from ckpt_fast.pipeline.stage import Staged, copied_nbytes, copy_to_host, needs_copy, stage
-from ckpt_fast.pipeline.types import ObjectShard, Shard
+from ckpt_fast.pipeline.types import ObjectShard, Shard, TensorRequest, TensorShard
 from tests.pipeline.layouts import PLAIN_DTYPES, random_tensor, raw_bytes, same, whole
 
 
@@ -98,6 +102,25 @@ def test_bytes_of_every_kind_of_tensor(snapshot: bool) -> None:
     wrong = [name for name, tensor in tensors.items() if content[name] != raw_bytes(tensor.detach())]
     assert wrong == []
     staged.release()
+
+
+@pytest.mark.usefixtures("native_impl")
+@pytest.mark.parametrize("snapshot", [False, True])
+def test_long_runs_are_read_where_they_are(tmp_path: Path, snapshot: bool) -> None:
+    memory = torch.arange(6 * 2 * 3 * 200, dtype=torch.int32).reshape(6, 2, 3, 200)
+    tensors = {"gate": memory[:, 0], "up": memory[:, 1], "both": memory.transpose(0, 1), "plain": memory}
+    sizes = {"gate": (18, 200), "up": (18, 200), "both": (1, 36, 200), "plain": (6, 2, 3, 200)}
+    shards = [
+        TensorShard(name, tensor, (0,) * len(sizes[name]), sizes[name], sizes[name])
+        for name, tensor in tensors.items()
+    ]
+    report = save(shards, str(tmp_path), snapshot=snapshot)
+    assert report.host_memory_allocated == (3 * memory.nbytes if snapshot else 0)
+    index = CheckpointIndex(str(tmp_path))
+    for name, tensor in tensors.items():
+        loaded = torch.zeros(sizes[name], dtype=torch.int32)
+        load_tensors(index, [TensorRequest(name, loaded, (0,) * len(sizes[name]))])
+        assert torch.equal(loaded, tensor.reshape(sizes[name])), name
 
 
 @pytest.mark.usefixtures("native_impl")

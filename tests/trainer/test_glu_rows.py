@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckpt_fast.errors import CheckpointMismatchError
+from ckpt_fast.pipeline.glu_rows import contiguous_view
 from ckpt_fast.trainer.glu import (
     _apply_glu_interleave_to_tensor_data,
     _deinterleave_glu_tensor,
     _interleave_glu_tensor,
-    glu_row_runs,
 )
 
 DTYPES = [
@@ -119,18 +119,27 @@ def test_rows_of_every_alignment(path: str) -> None:
 @given(
     k=st.integers(1, 5),
     pairs=st.integers(0, 6),
-    interleave=st.booleans(),
+    rest=st.lists(st.integers(0, 4), max_size=2),
+    side=st.integers(0, 2),
+    cut=st.tuples(st.integers(0, 6), st.integers(0, 6)),
 )
-def test_runs_are_the_permutation(k: int, pairs: int, interleave: bool) -> None:
-    rows = 2 * k * pairs
-    source = torch.arange(rows)
-    placed = torch.full((rows,), -1)
-    end = 0
-    for source_row, destination_row, count in glu_row_runs(rows, k, interleave):
-        assert destination_row == end
-        end += count
-        placed[destination_row:end] = source[source_row : source_row + count]
-    assert placed.tolist() == _apply_glu_interleave_to_tensor_data(source, k, interleave).tolist()
+def test_views_are_the_rows_of_the_contiguous_order(
+    k: int, pairs: int, rest: list[int], side: int, cut: tuple[int, int]
+) -> None:
+    tensor = random_tensor((2 * k * pairs, *rest), torch.int32)
+    expected = _deinterleave_glu_tensor(tensor, k)
+    first, count = (0, 2 * k * pairs)
+    if side < 2:
+        begin, end = sorted(min(at, pairs) for at in cut)
+        first, count = k * (side * pairs + begin), k * (end - begin)
+    view = contiguous_view(tensor, k, first, count)
+    assert view is not None and view.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
+    assert torch.equal(view.reshape(count, *rest), expected[first : first + count])
+
+
+@pytest.mark.parametrize(("first", "count"), [(0, 3), (1, 2), (2, 4), (0, 6)])
+def test_rows_that_have_no_view(first: int, count: int) -> None:
+    assert contiguous_view(torch.zeros(8, 3), 2, first, count) is None
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -47,10 +47,13 @@ def save_and_recover(rank: int, setup: Setup, root: str, local: str, is_async: b
 @pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
 @pytest.mark.parametrize(
     "setup",
-    [Setup(bf16=True, distributed=True), Setup(tp=2)],
-    ids=["dp2-distributed", "tp2"],
+    [Setup(bf16=True, distributed=True), Setup(tp=2, glu=(4, 2))],
+    ids=["dp2-distributed", "tp2-interleaved"],
 )
-def test_recovery_from_local_files(tmp_path: Path, setup: Setup, is_async: bool) -> None:
+def test_recovery_from_local_files(
+    tmp_path: Path, setup: Setup, is_async: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("USE_ACT_FUSION_FOR_DENSE", "1")
     root, local = str(tmp_path / "root"), str(tmp_path / "local")
     for found in run_ranks(save_and_recover, 2, setup, root, local, is_async):
         assert found == {"result": (2, FLOPS), "wrong": [], "persistent": ([1], (1, 1))}

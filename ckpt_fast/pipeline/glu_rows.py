@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rows of gated MLP weights: copied from one order to the other, or seen in the other where they lie.
+
+Dim 0 of a gated ``linear_fc1`` weight or bias holds F gate rows W and F up rows V. *Contiguous* order is
+[W, V]; *interleaved* order is [W0:k, V0:k, Wk:2k, Vk:2k, ...] with interleave size k.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import operator
+from array import array
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+
+import torch
+
+from ckpt_fast import native, settings
+from ckpt_fast.errors import CheckpointMismatchError
+
+# By device, stream and direction: the arguments of each permutation, and the tensors that must stay alive.
+_Waiting = dict[tuple[int, int, bool], list[tuple[tuple[int, ...], tuple[torch.Tensor, ...]]]]
+_waiting: ContextVar[_Waiting | None] = ContextVar("waiting", default=None)
+
+
+class GluRowsError(CheckpointMismatchError, RuntimeError):
+    """The rows of a tensor cannot be paired: dim 0 is no multiple of twice the interleave size."""
+
+
+class GluRankError(CheckpointMismatchError, IndexError):
+    """The tensor has no dim 0."""
+
+
+def permute_rows(tensor: torch.Tensor, interleave_size: int, interleave: bool, name: str) -> torch.Tensor:
+    """A contiguous copy of a tensor with its rows in the other order.
+
+    Args:
+        tensor: any dtype, device and strides; not modified.
+        interleave_size: k.
+        interleave: from contiguous to interleaved order if True, otherwise back.
+        name: what errors call the tensor.
+
+    Returns:
+        A tensor of the same shape, dtype and device that shares no memory with ``tensor`` and needs no
+        gradient.
+
+    Raises:
+        CheckpointMismatchError: see ``require_pairs``.
+    """
+    block = require_pairs(tensor, interleave_size, name)
+    # The bits as they are seen: a lazily conjugated or negated tensor has others in memory.
+    data = tensor.detach().resolve_conj().resolve_neg()
+    permute = _native_permuter(data)
+    if permute is None:
+        return _permute_by_views(data, block, interleave)
+    permuted = torch.empty_like(data)
+    rows = data.shape[0]
+    row_nbytes = data.numel() // rows * data.element_size()
+    waiting = _waiting.get()
+    if waiting is not None and data.is_cuda:
+        stream = torch.cuda.current_stream(data.device).cuda_stream
+        row = (permuted.data_ptr(), data.data_ptr(), rows, row_nbytes, block)
+        waiting[data.device.index, stream, interleave].append((row, (permuted, data)))
+        return permuted
+    permute(permuted.data_ptr(), data.data_ptr(), rows, row_nbytes, block, interleave)
+    return permuted
+
+
+@contextlib.contextmanager
+def together_on_gpus() -> Iterator[None]:
+    """What ``permute_rows`` is asked for in here is done at the end, if it is on a GPU: many in one launch.
+
+    Until then the results are undefined.
+    """
+    waiting: _Waiting = defaultdict(list)
+    token = _waiting.set(waiting)
+    try:
+        yield
+    finally:
+        _waiting.reset(token)
+    for (device, stream, interleave), rows in waiting.items():
+        cuda = native.cuda()
+        assert cuda is not None
+        columns = [array("q", column) for column in zip(*(row for row, _ in rows), strict=True)]
+        cuda.permute_rows_many(*columns, interleave, device, stream)
+
+
+def contiguous_view(
+    tensor: torch.Tensor, interleave_size: int, first: int, count: int
+) -> torch.Tensor | None:
+    """Rows ``first`` to ``first + count`` of the contiguous order, seen in an interleaved tensor.
+
+    Returns:
+        A view whose elements, in row-major order, are those of the rows, k rows to an index of its last but
+        ``tensor.dim()`` dimensions. None if the rows begin or end inside a block, or lie on both sides of the
+        middle without being all.
+
+    Raises:
+        CheckpointMismatchError: see ``require_pairs``.
+    """
+    block = require_pairs(tensor, interleave_size, "GLU tensor")
+    half = tensor.shape[0] // 2
+    blocks = torch.unflatten(tensor.detach(), 0, (half // block, 2, block))
+    if (first, count) == (0, 2 * half):
+        return blocks.transpose(0, 1)
+    side = 1 if first >= half > 0 else 0
+    begin = first - side * half
+    if begin + count > half or begin % block or count % block:
+        return None
+    return blocks[begin // block : (begin + count) // block, side]
+
+
+def require_pairs(tensor: torch.Tensor, interleave_size: int, name: str) -> int:
+    """The interleave size as an int.
+
+    Raises:
+        CheckpointMismatchError: dim 0 is no multiple of 2k (also a RuntimeError), the tensor has no
+            dimensions (also an IndexError), or k < 1.
+        TypeError: k is no whole number.
+    """
+    block = operator.index(interleave_size)
+    if block < 1:
+        raise CheckpointMismatchError(f"{name}: the GLU interleave size is {block}, but must be at least 1")
+    if tensor.dim() == 0:
+        raise GluRankError(f"{name}: a tensor without dimensions has no GLU rows to reorder")
+    if tensor.shape[0] % (2 * block):
+        raise GluRowsError(
+            f"{name}: dim 0 of shape {tuple(tensor.shape)} is no multiple of twice the GLU interleave size "
+            f"{block}; choose moe_mlp_glu_interleave_size (moe_shared_expert_glu_interleave_size for shared "
+            "experts) so that 2 * size divides the fc1 rows of one tensor-parallel rank"
+        )
+    return block
+
+
+def _native_permuter(tensor: torch.Tensor) -> Callable[[int, int, int, int, int, bool], None] | None:
+    """``permute_rows`` for the memory the tensor lies in: on its device's current stream, or on the CPU.
+
+    None where torch must do it: the tensor is more, or less, than row after row of memory, or lies on a
+    device without a kernel.
+    """
+    plain = type(tensor) is torch.Tensor and tensor.layout is torch.strided and not tensor.is_quantized
+    if not plain or not tensor.is_contiguous() or tensor.numel() == 0:
+        return None
+    if tensor.device.type == "cpu":
+        return functools.partial(native.permute_rows, threads=settings.io_threads())
+    cuda = native.cuda() if tensor.device.type == "cuda" else None
+    if cuda is None:
+        return None
+    stream = torch.cuda.current_stream(tensor.device).cuda_stream
+    return functools.partial(cuda.permute_rows, device=tensor.device.index, stream=stream)
+
+
+def _permute_by_views(data: torch.Tensor, block: int, interleave: bool) -> torch.Tensor:
+    """The same by torch alone."""
+    pairs = data.shape[0] // (2 * block)
+    halves = (2, pairs, block) if interleave else (pairs, 2, block)
+    swapped = data.reshape(*halves, *data.shape[1:]).transpose(0, 1)
+    # clone, not contiguous: a single pair, swapped, is contiguous already and would be the input's memory.
+    return swapped.clone(memory_format=torch.contiguous_format).reshape(data.shape)
