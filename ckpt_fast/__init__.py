@@ -12,16 +12,32 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ckpt_fast.doors.dcp import FastStorageReader, FastStorageWriter
+    from ckpt_fast.doors.install import install, uninstall
+    from ckpt_fast.doors.local import FastLocalCheckpointManager
     from ckpt_fast.doors.megatron_core import FastLoadStrategy, FastSaveStrategy
+    from ckpt_fast.trainer.bridge import FastCheckpointManager
 
-__all__ = ["FastLoadStrategy", "FastSaveStrategy", "FastStorageReader", "FastStorageWriter"]
+__all__ = [
+    "FastCheckpointManager",
+    "FastLoadStrategy",
+    "FastLocalCheckpointManager",
+    "FastSaveStrategy",
+    "FastStorageReader",
+    "FastStorageWriter",
+    "install",
+    "uninstall",
+]
 
 # Imported on first use: who saves with torch DCP need not wait for Megatron's import.
 _HOMES = {
+    "FastCheckpointManager": "ckpt_fast.trainer.bridge",
+    "FastLoadStrategy": "ckpt_fast.doors.megatron_core",
+    "FastLocalCheckpointManager": "ckpt_fast.doors.local",
+    "FastSaveStrategy": "ckpt_fast.doors.megatron_core",
     "FastStorageReader": "ckpt_fast.doors.dcp",
     "FastStorageWriter": "ckpt_fast.doors.dcp",
-    "FastLoadStrategy": "ckpt_fast.doors.megatron_core",
-    "FastSaveStrategy": "ckpt_fast.doors.megatron_core",
+    "install": "ckpt_fast.doors.install",
+    "uninstall": "ckpt_fast.doors.install",
 }
 
 

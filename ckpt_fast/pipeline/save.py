@@ -51,6 +51,7 @@ class Save:
         snapshot: copy CPU tensors while staging, so that training may go on during ``write``.
         host_buffer: bound on the host buffers in use, in bytes; None follows ``CKPT_FAST_HOST_BUFFER``.
             With a bound smaller than the state ``stage`` waits for the writes of all but the last waves.
+        separate: shards whose name begins so get files of their own; see ``plan_save``.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Save:
         planner_data: Mapping[str, Any] | None = None,
         snapshot: bool = False,
         host_buffer: int | None = None,
+        separate: str | None = None,
     ) -> None:
         self.directory = os.fspath(directory)
         self.report = SaveReport(self.directory)
@@ -82,6 +84,7 @@ class Save:
             writers,
             snapshot=snapshot,
             bound=host_buffer if host_buffer is not None else settings.host_buffer_bytes(),
+            separate=separate,
         )
         self._written: Outcome[RankRecord] | None = None
         self._started = time.perf_counter()

@@ -25,6 +25,7 @@ class Waves:
         writers: files (and so streams to the file system) per wave; None: as many as are fastest there.
         snapshot: copy CPU tensors while staging, so that they may change during the write.
         bound: bytes of host buffers that this and other saves may use together; None: no bound.
+        separate: see ``plan_save``.
     """
 
     def __init__(
@@ -35,12 +36,14 @@ class Waves:
         *,
         snapshot: bool = False,
         bound: int | None = None,
+        separate: str | None = None,
     ) -> None:
         self._report = report
         self._prefix = prefix
         self._writers = writers
         self._snapshot = snapshot
         self._bound = bound
+        self._separate = separate
         self._record = RankRecord([], [])
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ckpt_fast-write")
         self._actions: list[Future[None]] = []
@@ -63,7 +66,7 @@ class Waves:
         number = 0
         for wave in waves:
             with self._report.timed("plan"):
-                files = plan_save(wave, self._prefix, writers, number)
+                files = plan_save(wave, self._prefix, writers, number, self._separate)
                 number += len(files)
             with self._report.timed("stage"):
                 staged = stage(files, self._snapshot, self._bound, limit or 0)
