@@ -35,6 +35,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import random as megatron_random
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.moe import moe_utils
 
 from ckpt_fast import megatron
 from ckpt_fast.checkpointing import load_checkpoint, save_checkpoint
@@ -66,6 +67,8 @@ class Setup:
     parallel_save: bool = True
     hidden: int = 16
     layers: int = 1
+    experts: int = 0  # of the whole model; they are spread over ``ep`` ranks
+    ep: int = 1
     seed: int = 1234
 
     @property
@@ -118,7 +121,9 @@ class Run:
         # Fills what torch.empty returns: padding in optimizer buckets is part of a checkpoint, too.
         torch.use_deterministic_algorithms(True)
         with megatron_on_cpu():
-            parallel_state.initialize_model_parallel(self.setup.tp, self.setup.pp)
+            parallel_state.initialize_model_parallel(
+                self.setup.tp, self.setup.pp, expert_model_parallel_size=self.setup.ep
+            )
             megatron_random.initialize_rng_tracker(force_reset=True)
             seed_everything(self.setup.seed)
             self.model = _build_model(self.setup)
@@ -298,6 +303,8 @@ def seed_everything(seed: int) -> None:
 
 
 def _build_model(setup: Setup) -> list[DistributedDataParallel]:
+    # Some versions name what they did not find of Transformer Engine without having bound the name.
+    vars(moe_utils).setdefault("te_general_gemm", None)
     config = TransformerConfig(
         num_layers=setup.layers,
         hidden_size=setup.hidden,
@@ -318,10 +325,14 @@ def _build_model(setup: Setup) -> list[DistributedDataParallel]:
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         finalize_model_grads_func=finalize_model_grads,
+        num_moe_experts=setup.experts or None,
+        moe_router_load_balancing_type="none",
+        moe_token_dispatcher_type="allgather",
+        expert_model_parallel_size=setup.ep,
     )
     gpt = GPTModel(
         config,
-        get_gpt_layer_local_spec(),
+        get_gpt_layer_local_spec(num_experts=setup.experts or None),
         vocab_size=VOCABULARY,
         max_sequence_length=SEQUENCE,
         position_embedding_type="rope",

@@ -21,6 +21,8 @@ LAYOUTS = {
     "pp2-distributed": (2, Setup(pp=2, layers=2, distributed=True, bf16=True)),
     "tp2": (2, Setup(tp=2, parallel_save=False)),
     "tp2-distributed": (2, Setup(tp=2, distributed=True)),
+    "moe-ep2-distributed": (2, Setup(experts=4, ep=2, distributed=True, bf16=True)),
+    "dp2-tp2-distributed": (4, Setup(tp=2, distributed=True, bf16=True)),
     "tp2-reshardable": (2, Setup(tp=2, distributed=True, reshardable=True, bf16=True)),
 }
 
