@@ -68,7 +68,7 @@ def test_plain_dcp_sees_all_parts_of_the_optimizer(checkpoints: Saved) -> None:
     """The comparisons above compare what they claim to: weights, both moments and master weights."""
     _, setup, root = checkpoints
     state = saved.read_with_dcp(saved.iteration(root, "ours"))
-    name = "decoder.layers.mlp.linear_fc1.weight"
+    name = "decoder.layers.self_attention.linear_proj.weight"
     assert state[name].dtype is setup.dtype
     if setup.distributed and not setup.reshardable:
         return  # by bucket, not by name
