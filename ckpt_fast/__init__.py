@@ -13,29 +13,40 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ckpt_fast.doors.dcp import FastStorageReader, FastStorageWriter
+    from ckpt_fast.doors.install import install, uninstall
+    from ckpt_fast.doors.local import FastLocalCheckpointManager
     from ckpt_fast.doors.megatron_core import FastLoadStrategy, FastSaveStrategy
     from ckpt_fast.pipeline.background import wait_staged
     from ckpt_fast.pipeline.host_buffer import reserve_host_memory
+    from ckpt_fast.trainer.bridge import FastCheckpointManager
     from ckpt_fast.trainer.sidecars import resume_dataloader
 
 __all__ = [
+    "FastCheckpointManager",
     "FastLoadStrategy",
+    "FastLocalCheckpointManager",
     "FastSaveStrategy",
     "FastStorageReader",
     "FastStorageWriter",
+    "install",
     "reserve_host_memory",
     "resume_dataloader",
+    "uninstall",
     "wait_staged",
 ]
 
 # Imported on first use: who saves with torch DCP need not wait for Megatron's import.
 _HOMES = {
+    "FastCheckpointManager": "ckpt_fast.trainer.bridge",
+    "FastLoadStrategy": "ckpt_fast.doors.megatron_core",
+    "FastLocalCheckpointManager": "ckpt_fast.doors.local",
+    "FastSaveStrategy": "ckpt_fast.doors.megatron_core",
     "FastStorageReader": "ckpt_fast.doors.dcp",
     "FastStorageWriter": "ckpt_fast.doors.dcp",
-    "FastLoadStrategy": "ckpt_fast.doors.megatron_core",
-    "FastSaveStrategy": "ckpt_fast.doors.megatron_core",
+    "install": "ckpt_fast.doors.install",
     "reserve_host_memory": "ckpt_fast.pipeline.host_buffer",
     "resume_dataloader": "ckpt_fast.trainer.sidecars",
+    "uninstall": "ckpt_fast.doors.install",
     "wait_staged": "ckpt_fast.pipeline.background",
 }
 

@@ -66,7 +66,7 @@ class Setup:
     tp: int = 1
     pp: int = 1
     ep: int = 1
-    experts: int = 0  # of a mixture, with a shared expert beside them; 0: dense layers
+    experts: int = 0  # of the whole model, beside a shared one; 0: dense layers
     distributed: bool = False  # the optimizer
     reshardable: bool = False  # its state, fully
     bf16: bool = False
@@ -309,6 +309,8 @@ def seed_everything(seed: int) -> None:
 
 
 def _build_model(setup: Setup) -> list[DistributedDataParallel]:
+    # Some versions name what they did not find of Transformer Engine without having bound the name.
+    vars(moe_utils).setdefault("te_general_gemm", None)
     config = TransformerConfig(
         num_layers=setup.layers,
         hidden_size=setup.hidden,

@@ -7,14 +7,19 @@ import ast
 import importlib
 import inspect
 import re
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from megatron.core.dist_checkpointing import serialization
 
+import ckpt_fast
 from ckpt_fast import megatron, settings
+from ckpt_fast.checkpointing import create_checkpoint_manager
+from ckpt_fast.config import CheckpointConfig
 from ckpt_fast.pipeline import commit
 from ckpt_fast.pipeline.archive import item_nbytes, tensor_archive
 from tests import models
@@ -173,6 +178,24 @@ def torch_dcp_snippet(rank: int, code: str, directory: str) -> None:
     assert torch.equal(weight, torch.arange(12.0).view(3, 4))
 
 
+def install_snippet(rank: int, code: str, directory: str) -> None:
+    """The snippet makes our strategy the one that Megatron-Core builds by default."""
+    try:
+        exec(compile(code, "README.md", "exec"), {})
+        strategy = serialization.get_default_save_sharded_strategy()
+    finally:
+        ckpt_fast.uninstall()
+    assert isinstance(strategy, ckpt_fast.FastSaveStrategy)
+
+
+def bridge_snippet(rank: int, code: str, directory: str) -> None:
+    """The snippet's last line names our manager; what is before it needs Bridge (tests/interop)."""
+    names = {"config": types.SimpleNamespace(checkpoint=CheckpointConfig())}
+    exec(compile(ast.Module([ast.parse(code).body[-1]], []), "README.md", "exec"), names)
+    manager = create_checkpoint_manager(names["config"].checkpoint)
+    assert isinstance(manager, ckpt_fast.FastCheckpointManager)
+
+
 def test_table_of_the_demo() -> None:
     """The sample has the rows that the demo prints."""
     demo = (ROOT / "examples" / "demo.py").read_text()
@@ -188,6 +211,8 @@ DOORS = {
     "ckpt_fast.checkpointing": documented_api_snippet,
     "FastSaveStrategy": megatron_core_snippet,
     "FastStorageWriter": torch_dcp_snippet,
+    "ckpt_fast.install()": install_snippet,
+    "FastCheckpointManager": bridge_snippet,
 }
 
 

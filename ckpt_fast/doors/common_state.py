@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from typing import Any
 
 from ckpt_fast import megatron
-from ckpt_fast.errors import CheckpointCorruptError, CheckpointNotFoundError
+from ckpt_fast.errors import CheckpointCorruptError, CheckpointMismatchError, CheckpointNotFoundError
 from ckpt_fast.pipeline import commit
 from ckpt_fast.pipeline.decode import decode_object
 from ckpt_fast.pipeline.index import CheckpointIndex
@@ -32,6 +33,25 @@ def is_sealed(checkpoint_dir: str) -> bool:
         raise CheckpointCorruptError(
             f"{path} cannot be parsed ({error}): the file is damaged. Load an earlier iteration."
         ) from error
+
+
+def require_torch_dist(checkpoint_dir: str) -> None:
+    """Local. Nothing, if the ``metadata.json`` names the one format that is read here, or there is none.
+
+    Raises:
+        CheckpointMismatchError: another backend wrote the checkpoint.
+    """
+    try:
+        with open(os.path.join(checkpoint_dir, commit.SEAL_FILE), "rb") as file:
+            seal = json.load(file)
+    except (FileNotFoundError, ValueError):
+        return
+    backend = seal.get("sharded_backend", "torch_dist")
+    if backend != "torch_dist":
+        raise CheckpointMismatchError(
+            f"{checkpoint_dir} was written with the backend {backend!r}; only 'torch_dist' can be read. "
+            "Load it with the Megatron-Core that wrote it, and save it with ckpt_format='torch_dist'."
+        )
 
 
 def load_common_state_dict(checkpoint_dir: str) -> dict[str, Any]:

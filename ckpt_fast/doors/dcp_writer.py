@@ -139,7 +139,7 @@ class FastStorageWriter(AsyncStager, StorageWriter):
             report, plan.storage_data.prefix, self._thread_count, bound=settings.host_buffer_bytes()
         )
         try:
-            record = waves.run(_shards(plan, planner))
+            record = waves.run(shards_of(plan, planner))
         finally:
             # The planners of torch and Megatron-Core keep what they were given under this name.
             snapshot = snapshots.written(getattr(planner, "state_dict", {}).values())
@@ -230,7 +230,8 @@ class FastStorageWriter(AsyncStager, StorageWriter):
 
 
 @without_collections
-def _shards(plan: SavePlan, planner: SavePlanner) -> list[Shard]:
+def shards_of(plan: SavePlan, planner: SavePlanner) -> list[Shard]:
+    """What a plan says this rank saves, with the planner's data."""
     return [_shard(item, planner.resolve_data(item)) for item in plan.items]
 
 

@@ -18,7 +18,12 @@ import torch
 import torch.distributed as dist
 
 from ckpt_fast import megatron
-from ckpt_fast.doors.common_state import COMMON_FILE, COMMON_STATE_KEY, load_common_state_dict
+from ckpt_fast.doors.common_state import (
+    COMMON_FILE,
+    COMMON_STATE_KEY,
+    load_common_state_dict,
+    require_torch_dist,
+)
 from ckpt_fast.doors.glu_factory import in_place
 from ckpt_fast.doors.sharded_state import load_sharded, merge_in_place, shards_of, torch_bytes
 from ckpt_fast.doors.stock_queue import Flag, as_request
@@ -28,7 +33,9 @@ from ckpt_fast.pipeline.device_copy import StagingPolicy
 from ckpt_fast.pipeline.garbage import without_collections
 from ckpt_fast.pipeline.group import ControlGroup
 from ckpt_fast.pipeline.index import CheckpointIndex
+from ckpt_fast.pipeline.remove import remove_named
 from ckpt_fast.pipeline.save import Save
+from ckpt_fast.pipeline.types import Shard
 
 CONTENT_METADATA_KEY = "content_metadata"
 # All four keys: versions before 0.19 want each of them and accept no other.
@@ -43,22 +50,48 @@ _SEAL = {
 class FastSaveStrategy(megatron.TorchDistSaveShardedStrategy):  # type: ignore[misc]
     """Megatron-Core save strategy on the ckpt_fast pipeline.
 
+    What each rank has written is gathered at every save, whatever is cached: there is nothing that a rank
+    whose structure changed could leave stale.
+
     Args:
         backend, version: as Megatron-Core passes them; always "torch_dist", 1 on disk.
+        keep_only_main_replica: only True, Megatron-Core's default, is there.
         thread_count: files per rank; None: as many as are fastest there.
+        cached_metadata: accepted, and without effect.
+        separation_hint: tensors whose key begins so get files of their own, whose names begin so as well.
+        options: of the installed Megatron-Core's strategy.
+
+    Raises:
+        ValueError: another backend or version, or ``keep_only_main_replica=False``.
     """
 
     def __init__(
         self,
         backend: str = "torch_dist",
         version: int = 1,
-        *,
+        keep_only_main_replica: bool = True,
         thread_count: int | None = None,
+        cached_metadata: bool = False,
+        separation_hint: str | None = None,
         **options: Any,
     ) -> None:
+        if (backend, version) != ("torch_dist", 1):
+            raise ValueError(
+                f"FastSaveStrategy writes the backend 'torch_dist', version 1; asked for {backend!r}, "
+                f"version {version}. Use ckpt_format='torch_dist'."
+            )
+        if not keep_only_main_replica:
+            raise ValueError(
+                "keep_only_main_replica=False is not available: each piece is saved by its main replica"
+            )
         # Megatron-Core's attribute is a number.
         super().__init__(
-            backend, version, thread_count=1 if thread_count is None else thread_count, **options
+            backend,
+            version,
+            thread_count=1 if thread_count is None else thread_count,
+            cached_metadata=cached_metadata,
+            separation_hint=separation_hint,
+            **options,
         )
         self.writers = thread_count
 
@@ -97,18 +130,19 @@ class FastSaveStrategy(megatron.TorchDistSaveShardedStrategy):  # type: ignore[m
     def _staged(
         self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | os.PathLike[str], **options: Any
     ) -> Save:
-        common = [
-            entry
-            for entry in megatron.nested_values(sharded_state_dict)
-            if isinstance(entry, megatron.ShardedObject) and entry.unique_key == COMMON_STATE_KEY
-        ]
+        directory, group = os.fspath(checkpoint_dir), ControlGroup()
+
+        def collect() -> tuple[list[Shard], dict[str, bytes]]:
+            common = _common_file(sharded_state_dict, directory) if group.is_coordinator else {}
+            return shards_of(sharded_state_dict), common
+
+        shards, common_files = group.agree(collect)
         job = Save(
-            shards_of(sharded_state_dict),
-            os.fspath(checkpoint_dir),
+            shards,
+            directory,
             writers=self.writers,
-            # Versions before 0.19 wrote the file already, and read nothing else.
-            keep_files=() if common else (COMMON_FILE,),
-            common_files={COMMON_FILE: torch_bytes(common[0].data)} if common else None,
+            common_files=common_files,
+            separate=self.separation_hint,
             **options,
         )
         job.stage()
@@ -119,12 +153,15 @@ class FastLoadStrategy(megatron.TorchDistLoadShardedStrategy):  # type: ignore[m
     """Megatron-Core load strategy on the ckpt_fast pipeline: tensors by offset, no code from pickles.
 
     Args:
+        options, named_options: of the installed Megatron-Core's strategy.
         verify: compare the CRC-32 of every item that is read whole; None follows ``CKPT_FAST_VERIFY``.
     """
 
-    def __init__(self, verify: bool | None = None) -> None:
-        super().__init__()
+    def __init__(self, *options: Any, verify: bool | None = None, **named_options: Any) -> None:
+        super().__init__(*options, **named_options)
         self._verify = verify
+        # Tensors of quantised kinds are made plain ones by Megatron-Core before they come here.
+        self.stream_ckpt_dequant = False
 
     def load(
         self,
@@ -133,6 +170,7 @@ class FastLoadStrategy(megatron.TorchDistLoadShardedStrategy):  # type: ignore[m
         async_strategy: str = "mcore",
     ) -> dict[str, Any]:
         """Local. A dict of the same nesting with every sharded entry replaced by its loaded value."""
+        require_torch_dist(os.fspath(checkpoint_dir))
         index = CheckpointIndex(os.fspath(checkpoint_dir))
         self.cached_global_metadata = index.metadata
         return load_sharded(sharded_state_dict, index, self._verify)
@@ -159,6 +197,10 @@ class FastLoadStrategy(megatron.TorchDistLoadShardedStrategy):  # type: ignore[m
             if not hasattr(entry, "chunks") and fqn != COMMON_STATE_KEY
         }
         return {**objects, **self.load_tensors_metadata(checkpoint_dir, metadata)}
+
+    def remove_sharded_tensors(self, checkpoint_dir: str | os.PathLike[str], key_prefix: str) -> None:
+        """Local: for one rank. Take all tensors and objects whose key begins so out of the checkpoint."""
+        remove_named(os.fspath(checkpoint_dir), key_prefix)
 
 
 @without_collections
@@ -191,7 +233,9 @@ def start_save(
 
     Raises:
         CheckpointError: on every rank, naming the rank that failed; nothing has been written.
+        TypeError: the strategy is of another class.
     """
+    _require_class(strategy, FastSaveStrategy)
     group = ControlGroup()
     if content_metadata is not None:
         sharded_state_dict[CONTENT_METADATA_KEY] = content_metadata
@@ -250,8 +294,10 @@ def load(
 
     Raises:
         CheckpointError: on every rank, naming the rank that failed.
+        TypeError: the strategy is of another class.
     """
     strategy = strategy or FastLoadStrategy()
+    _require_class(strategy, FastLoadStrategy)
     group = ControlGroup()
     strict = megatron.parse_strict_flag(strict)
     megatron.force_all_tensors_to_non_fp8(sharded_state_dict)
@@ -295,6 +341,28 @@ def _check_keys(
             return result
 
     return group.agree(check)
+
+
+def _common_file(sharded_state_dict: dict[str, Any], directory: str) -> dict[str, bytes]:
+    """The common state as ``common.pt`` must hold it, by that name; empty if Megatron-Core gave none."""
+    for entry in megatron.nested_values(sharded_state_dict):
+        if isinstance(entry, megatron.ShardedObject) and entry.unique_key == COMMON_STATE_KEY:
+            return {COMMON_FILE: torch_bytes(entry.data)}
+    # Versions before 0.19 have written the file already, not durably, and read nothing else.
+    try:
+        with open(os.path.join(directory, COMMON_FILE), "rb") as file:
+            return {COMMON_FILE: file.read()}
+    except FileNotFoundError:
+        return {}
+
+
+def _require_class(strategy: Any, wanted: type) -> None:
+    base = getattr(strategy, "base_strategy", strategy)
+    if not isinstance(base, wanted):
+        got = f"the class {base.__name__} itself" if isinstance(base, type) else f"a {type(base).__name__}"
+        raise TypeError(
+            f"this door takes a {wanted.__name__}, alone or in Megatron-Core's wrapper; got {got}"
+        )
 
 
 @contextlib.contextmanager

@@ -16,8 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ckpt_fast.pipeline.background import SaveHandle
-from ckpt_fast.pipeline.save import Save
+from ckpt_fast.pipeline.background import Job, SaveHandle
 
 _POLL_S = 0.01
 _SHARED_MEMORY = "/dev/shm"
@@ -42,7 +41,7 @@ class Flag:
             os.unlink(self.path)
 
 
-def as_request(job: Save, flag: Flag, request_class: Callable[..., Any]) -> Any:
+def as_request(job: Job, flag: Flag, request_class: Callable[..., Any]) -> Any:
     """The request that ends when a staged save is written.
 
     Args:

@@ -84,6 +84,16 @@ def import_local_checkpointing() -> tuple[Any, Any]:
     return manager.LocalCheckpointManager, replication.CliqueReplicationStrategy
 
 
+def import_basic_state_dict() -> Any:
+    """nvidia-resiliency-ext's own tensor-aware state dict, for programs without Megatron-Core's.
+
+    Raises:
+        ImportError: nvidia-resiliency-ext is missing.
+    """
+    package = "nvidia_resiliency_ext.checkpointing.local"
+    return importlib.import_module(f"{package}.basic_state_dict").BasicTensorAwareStateDict
+
+
 def import_tensor_aware_state_dict() -> Any:
     """Megatron-Core's MCoreTensorAwareStateDict, the state dict that a local checkpoint manager takes.
 

@@ -8,14 +8,31 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
+from typing import Protocol
 
 from ckpt_fast import settings
 from ckpt_fast.errors import AsyncSaveError, CheckpointError
 from ckpt_fast.pipeline.group import ControlGroup
-from ckpt_fast.pipeline.save import Save
 from ckpt_fast.pipeline.types import SaveReport
 
 logger = logging.getLogger(__name__)
+
+
+class Job(Protocol):
+    """What a handle needs of a staged save: the interface of ``Save``."""
+
+    report: SaveReport
+
+    @property
+    def ranks(self) -> int: ...
+    @property
+    def progress(self) -> tuple[int, int]: ...
+    def wait_staged(self) -> None: ...
+    def is_written(self) -> bool: ...
+    def wait(self, timeout_s: float | None = None) -> bool: ...
+    def cancel(self) -> None: ...
+    def write(self, timeout_s: float | None = None) -> None: ...
+    def commit(self) -> object: ...
 
 
 class SaveHandle:
@@ -31,7 +48,7 @@ class SaveHandle:
         finalize_fns: run by ``finalize``, the commit first.
     """
 
-    def __init__(self, job: Save) -> None:
+    def __init__(self, job: Job) -> None:
         self._job = job
         self.report = job.report
         self.finalize_fns: list[Callable[[], None]] = [self._commit]
@@ -148,9 +165,7 @@ class SaveHandle:
         try:
             self._job.commit()
         except Exception as error:
-            raise AsyncSaveError(
-                f"the save to {self._job.directory} in the background failed: {error}"
-            ) from error
+            raise AsyncSaveError(f"the save to {self.directory} in the background failed: {error}") from error
 
 
 def wait_staged() -> None:

@@ -148,9 +148,15 @@ def encode_metadata(records: Iterable[ItemRecord], planner_data: Mapping[str, An
 
 
 @without_collections
-def pickle_metadata(metadata: Metadata) -> bytes:
-    """``metadata`` as the content of ``.metadata``, marked as describing archives of our layout."""
-    setattr(metadata, LAYOUT_ATTRIBUTE, LAYOUT)
+def pickle_metadata(metadata: Metadata, own_layout: bool = True) -> bytes:
+    """``metadata`` as the content of ``.metadata``.
+
+    Args:
+        metadata: its ``version`` is set.
+        own_layout: mark it as describing archives of our layout; False for somebody else's data files.
+    """
+    if own_layout:
+        setattr(metadata, LAYOUT_ATTRIBUTE, LAYOUT)
     metadata.version = getattr(filesystem, "CURRENT_DCP_VERSION", None)
     buffer = io.BytesIO()
     pickler = pickle.Pickler(buffer, protocol=4)

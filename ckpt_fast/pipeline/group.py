@@ -77,6 +77,17 @@ class ControlGroup:
         dist.broadcast_object_list(box, src=self._coordinator(), group=self._group)
         return box[0]
 
+    def scatter(self, values: Sequence[T]) -> T:
+        """Collective. Each rank's own of the coordinator's ``values``, which are in rank order."""
+        if self.size == 1:
+            return values[0]
+        box: list[Any] = [None]
+        dist.scatter_object_list(
+            box, list(values) if self.is_coordinator else None, src=self._coordinator(), group=self._group
+        )
+        value: T = box[0]
+        return value
+
     def all_true(self, value: bool) -> bool:
         """Collective. Whether ``value`` holds on every rank; one small all-reduce."""
         if self.size == 1:

@@ -53,7 +53,9 @@ class FilePlan(NamedTuple):
 
 
 @without_collections
-def plan_save(shards: Sequence[Shard], prefix: str, writers: int, first: int = 0) -> list[FilePlan]:
+def plan_save(
+    shards: Sequence[Shard], prefix: str, writers: int, first: int = 0, separate: str | None = None
+) -> list[FilePlan]:
     """Lay this rank's shards out in at most ``writers`` files of about equal size.
 
     A rank without shards writes no file. Objects come first in a file, then tensors in the order given.
@@ -63,17 +65,24 @@ def plan_save(shards: Sequence[Shard], prefix: str, writers: int, first: int = 0
         prefix: start of the file names, different on every rank; ``file_prefix`` makes the usual one.
         writers: how many files may be written at once.
         first: number of the first file; more than 0 for the later waves of a save.
+        separate: shards whose name begins so get files of their own, whose names begin so as well.
 
     Raises:
         ValueError: ``writers`` is not positive.
     """
     if writers < 1:
         raise ValueError(f"storage_writers_per_rank is {writers}; it must be at least 1")
-    unplaced = [_unplaced(shard) for shard in shards]
-    files = []
-    for number, bucket in enumerate(_balance(unplaced, writers), start=first):
-        items, end = _place(bucket)
-        files.append(FilePlan(f"{prefix}{number}{DATA_SUFFIX}", end, items))
+    groups = {prefix: shards}
+    if separate is not None:
+        groups = {
+            prefix: [shard for shard in shards if not shard.fqn.startswith(separate)],
+            separate + prefix: [shard for shard in shards if shard.fqn.startswith(separate)],
+        }
+    files: list[FilePlan] = []
+    for start, group in groups.items():
+        for bucket in _balance([_unplaced(shard) for shard in group], writers):
+            items, end = _place(bucket)
+            files.append(FilePlan(f"{start}{first + len(files)}{DATA_SUFFIX}", end, items))
     return files
 
 

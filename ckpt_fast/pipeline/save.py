@@ -57,6 +57,7 @@ class Save:
         when_written: called in the writing thread once this rank has written its last byte, or has failed.
         host_buffer: bound on the host buffers in use, in bytes; None follows ``CKPT_FAST_HOST_BUFFER``.
             With a bound smaller than the state ``stage`` waits for the writes of all but the last waves.
+        separate: shards whose name begins so get files of their own; see ``plan_save``.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class Save:
         staging: StagingPolicy | None = None,
         when_written: Callable[[], None] | None = None,
         host_buffer: int | None = None,
+        separate: str | None = None,
     ) -> None:
         self.directory = os.fspath(directory)
         self.report = SaveReport(self.directory)
@@ -94,6 +96,7 @@ class Save:
             snapshot=snapshot,
             bound=host_buffer if host_buffer is not None else settings.host_buffer_bytes(),
             policy=(staging or StagingPolicy.chosen()) if snapshot else BLOCKING,
+            separate=separate,
         )
         self._nbytes = sum(shard_nbytes(shard) for shard in shards)
         self._written: Outcome[RankRecord] | None = None

@@ -32,6 +32,7 @@ class Waves:
         snapshot: copy CPU tensors while staging, so that they may change during the write.
         bound: bytes of host buffers that this and other saves may use together; None: no bound.
         policy: how tensors on GPUs are copied.
+        separate: see ``plan_save``.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class Waves:
         snapshot: bool = False,
         bound: int | None = None,
         policy: StagingPolicy = BLOCKING,
+        separate: str | None = None,
     ) -> None:
         self._report = report
         self._prefix = prefix
@@ -51,6 +53,7 @@ class Waves:
         self._bound = bound
         self._policy = policy
         self._device_copies: list[DeviceCopies] = []
+        self._separate = separate
         self._record = RankRecord([], [])
         self._begun = time.perf_counter()
         self._progress = native.WriteProgress()
@@ -76,7 +79,7 @@ class Waves:
         number = 0
         for wave in waves:
             with self._report.timed("plan"):
-                files = plan_save(wave, self._prefix, writers, number)
+                files = plan_save(wave, self._prefix, writers, number, self._separate)
                 number += len(files)
             with self._report.timed("stage"):
                 staged = stage(files, self._snapshot, self._bound, limit or 0, self._policy)

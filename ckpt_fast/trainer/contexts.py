@@ -98,7 +98,10 @@ def init_checkpointing_context(checkpoint_config: CheckpointConfig) -> dict[str,
             "non_persistent_ckpt_type='local' needs nvidia_resiliency_ext, which is not installed: "
             "pip install nvidia-resiliency-ext, or use non_persistent_ckpt_type='global'"
         )
-    local_checkpoint_manager, replication_strategy = megatron.import_local_checkpointing()
+    # Importing it imports nvidia-resiliency-ext's, which asks for GPUs.
+    from ckpt_fast.doors.local import FastLocalCheckpointManager
+
+    _, replication_strategy = megatron.import_local_checkpointing()
     replication = None
     if checkpoint_config.replication:
         jump = checkpoint_config.replication_jump
@@ -106,7 +109,7 @@ def init_checkpointing_context(checkpoint_config: CheckpointConfig) -> dict[str,
             _ranks_per_node() if jump is None else jump, checkpoint_config.replication_factor
         )
     directory = checkpoint_config.non_persistent_local_ckpt_dir
-    return {"local_checkpoint_manager": local_checkpoint_manager(directory, repl_strategy=replication)}
+    return {"local_checkpoint_manager": FastLocalCheckpointManager(directory, repl_strategy=replication)}
 
 
 def _ranks_per_node() -> int:

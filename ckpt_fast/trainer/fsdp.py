@@ -9,18 +9,17 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load_state_dict
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from ckpt_fast import megatron
-from ckpt_fast.pipeline import commit
-from ckpt_fast.pipeline.group import ControlGroup
+from ckpt_fast.doors.dcp import FastStorageReader, FastStorageWriter
+from ckpt_fast.doors.dcp_save import start_save
+from ckpt_fast.pipeline.background import SaveHandle
+from ckpt_fast.pipeline.types import SaveReport
 from ckpt_fast.trainer.contexts import CheckpointType
 from ckpt_fast.trainer.paths import get_checkpoint_name
 from ckpt_fast.trainer.ranks import barrier_if_distributed, get_rank_safe
-
-_FSDP_NEEDED = "Megatron FSDP is required but not available"
 
 
 def preprocess_fsdp_dtensor_state_dict(
@@ -89,8 +88,7 @@ def save_fsdp_dtensor_checkpoint(
     Raises:
         RuntimeError: Megatron FSDP is not available.
     """
-    if not megatron.HAVE_MEGATRON_FSDP:
-        raise RuntimeError(f"{_FSDP_NEEDED} for saving FSDP DTensor checkpoints.")
+    _require_megatron_fsdp("saving")
     state_dict = preprocess_fsdp_dtensor_state_dict(cfg, state_dict, model)
     writer = storage_writer or _create_fsdp_dtensor_storage_writer(str(checkpoint_path))
     result = save(state_dict=state_dict, storage_writer=writer)
@@ -100,31 +98,59 @@ def save_fsdp_dtensor_checkpoint(
 
 
 def _create_fsdp_dtensor_storage_writer(checkpoint_path: str) -> Any:
-    """torch DCP's writer for a path, or multi-storage-client's where that is enabled."""
+    """Our writer for torch DCP, or multi-storage-client's where that is enabled."""
     if megatron.MultiStorageClientFeature.is_enabled():
         filesystem, _ = megatron.safe_import("multistorageclient.contrib.torch.filesystem")
         return filesystem.MultiStorageFileSystemWriter(checkpoint_path)
-    return FileSystemWriter(checkpoint_path)
+    return FastStorageWriter(checkpoint_path)
 
 
-def save_fsdp_dtensor(cfg: Any, model: list[Any], state_dict: dict[str, Any], checkpoint_name: str) -> None:
+def save_fsdp_dtensor(
+    cfg: Any, model: list[Any], state_dict: dict[str, Any], checkpoint_name: str
+) -> SaveHandle | SaveReport | None:
     """Collective. The fsdp_dtensor part of ``save_checkpoint``.
+
+    Returns:
+        With ``async_save`` the save to schedule. Otherwise the checkpoint is durable, and the report of the
+        save is returned; None for one on object storage.
 
     Raises:
         ValueError: there is no model (low-memory saves).
-        NotImplementedError: in the background.
+        NotImplementedError: in the background, to object storage.
+        RuntimeError: Megatron FSDP is not available.
     """
     if not model:
         raise ValueError(
             "fsdp_dtensor cannot save without the model (low-memory save); use ckpt_format='torch_dist'"
         )
-    if cfg.checkpoint.async_save:
-        raise NotImplementedError(
-            "async_save with ckpt_format='fsdp_dtensor' is not there yet; set async_save=False for it"
+    ckpt_cfg = cfg.checkpoint
+    if megatron.MultiStorageClientFeature.is_enabled():
+        if ckpt_cfg.async_save:
+            raise NotImplementedError(
+                "async_save with ckpt_format='fsdp_dtensor' needs a file system: with multi-storage-client, "
+                "set async_save=False"
+            )
+        save_fsdp_dtensor_checkpoint(checkpoint_name, state_dict, cfg=cfg, model=model[0])
+        return None
+    _require_megatron_fsdp("saving")
+    job = start_save(
+        preprocess_fsdp_dtensor_state_dict(cfg, state_dict, model[0]),
+        checkpoint_name,
+        writers=getattr(ckpt_cfg, "storage_writers_per_rank", None),
+        snapshot=ckpt_cfg.async_save,
+        host_buffer=getattr(ckpt_cfg, "host_buffer_bytes", None),
+    )
+    if ckpt_cfg.async_save:
+        return SaveHandle(job)
+    job.write()
+    return job.commit()
+
+
+def _require_megatron_fsdp(action: str) -> None:
+    if not megatron.HAVE_MEGATRON_FSDP:
+        raise RuntimeError(
+            f"Megatron FSDP is required but not available for {action} FSDP DTensor checkpoints."
         )
-    ControlGroup().decide(lambda: commit.invalidate(checkpoint_name))
-    save_fsdp_dtensor_checkpoint(checkpoint_name, state_dict, cfg=cfg, model=model[0], barrier=False)
-    barrier_if_distributed()
 
 
 def load_fsdp_dtensor_checkpoint(
@@ -160,8 +186,7 @@ def load_fsdp_dtensor_checkpoint(
     name = checkpoint_path_override or get_checkpoint_name(load_dir, iteration or 0, release)
     if rank0:
         return {}, name, release, CheckpointType.FSDP_DTENSOR
-    if not megatron.HAVE_MEGATRON_FSDP:
-        raise RuntimeError(f"{_FSDP_NEEDED} for loading FSDP DTensor checkpoints.")
+    _require_megatron_fsdp("loading")
     if sharded_state_dict is None:
         raise RuntimeError("loading an FSDP DTensor checkpoint needs a sharded state dict to load into")
     raw: dict[str, Any] = {
@@ -181,11 +206,11 @@ def load_fsdp_dtensor_checkpoint(
 
 
 def get_filesystem_reader(checkpoint_path: str) -> Any:
-    """torch DCP's reader for a path, or multi-storage-client's where that is enabled."""
+    """Our reader for torch DCP, or multi-storage-client's where that is enabled."""
     if megatron.MultiStorageClientFeature.is_enabled():
         msc = megatron.MultiStorageClientFeature.import_package()
         return msc.torch.MultiStorageFileSystemReader(checkpoint_path, thread_count=2)
-    return FileSystemReader(checkpoint_path)
+    return FastStorageReader(checkpoint_path)
 
 
 def _report_differences(reader: Any, state_dict: dict[str, Any], name: str, ckpt_cfg: Any) -> None:

@@ -303,7 +303,7 @@ def load_strategy(fully_parallel: bool, pg_collection: Any, verify: bool | None 
     Without one every rank reads what it needs: the exchange of Megatron-Core goes through GPU memory, and a
     second read of the same bytes comes from the page cache.
     """
-    strategy = megatron_core.FastLoadStrategy(verify)
+    strategy = megatron_core.FastLoadStrategy(verify=verify)
     if fully_parallel and torch.cuda.is_available():
         return megatron.FullyParallelLoadStrategyWrapper(strategy, pg_collection.dp_cp)
     return strategy

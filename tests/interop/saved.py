@@ -76,15 +76,15 @@ def read_all(
     """
     expected = _expected(rank, root)["values"]
     wrong = {}
-    with Run(other(setup)) as run:
-        for writer, (reader, load) in itertools.product(WRITERS, READERS.items()):
-            if (writer, reader) in skipped:
-                continue
-            run.train(1)  # which leaves nothing of what was loaded before
+    for writer, (reader, load) in itertools.product(WRITERS, READERS.items()):
+        if (writer, reader) in skipped:
+            continue
+        with Run(other(setup)) as run:
+            run.train(1)
             with megatron_on_cpu():
                 scaffold = run.sharded_state_dict(is_loading=True)
             assert not torch.overrides._get_current_function_mode_stack()
-            wrong[writer, reader] = _wrong(expected, load(scaffold, iteration(root, writer)))
+            wrong[writer, reader] = wrong_values(expected, load(scaffold, iteration(root, writer)))
     return wrong
 
 
@@ -133,13 +133,15 @@ def values_of(sharded_state_dict: Any) -> Any:
     return sharded_state_dict
 
 
-def _wrong(expected: Any, found: Any, name: str = "") -> list[str]:
+def wrong_values(expected: Any, found: Any, name: str = "") -> list[str]:
     """Names of the values of ``expected`` that ``found`` lacks or has otherwise."""
     if isinstance(expected, (dict, list)) and type(expected) is type(found):
         keys = expected if isinstance(expected, dict) else range(len(expected))
         if isinstance(expected, dict) or len(expected) == len(found):
             return [
-                wrong for key in keys for wrong in _wrong(expected[key], _item(found, key), f"{name}.{key}")
+                wrong
+                for key in keys
+                for wrong in wrong_values(expected[key], _item(found, key), f"{name}.{key}")
             ]
     return [] if expected is NotSaved or identical(expected, found) else [name]
 

@@ -21,6 +21,8 @@ LAYOUTS = {
     "pp2-distributed": (2, Setup(pp=2, layers=2, distributed=True, bf16=True)),
     "tp2": (2, Setup(tp=2, parallel_save=False)),
     "tp2-distributed": (2, Setup(tp=2, distributed=True)),
+    "moe-ep2-distributed": (2, Setup(experts=4, ep=2, distributed=True, bf16=True)),
+    "dp2-tp2-distributed": (4, Setup(tp=2, distributed=True, bf16=True)),
     "tp2-reshardable": (2, Setup(tp=2, distributed=True, reshardable=True, bf16=True)),
 }
 
@@ -66,7 +68,7 @@ def test_plain_dcp_sees_all_parts_of_the_optimizer(checkpoints: Saved) -> None:
     """The comparisons above compare what they claim to: weights, both moments and master weights."""
     _, setup, root = checkpoints
     state = saved.read_with_dcp(saved.iteration(root, "ours"))
-    name = "decoder.layers.mlp.linear_fc1.weight"
+    name = "decoder.layers.self_attention.linear_proj.weight"
     assert state[name].dtype is setup.dtype
     if setup.distributed and not setup.reshardable:
         return  # by bucket, not by name

@@ -57,5 +57,5 @@ def test_recovery_from_local_files(
     root, local = str(tmp_path / "root"), str(tmp_path / "local")
     for found in run_ranks(save_and_recover, 2, setup, root, local, is_async):
         assert found == {"result": (2, FLOPS), "wrong": [], "persistent": ([1], (1, 1))}
-    files = [name for _, _, names in os.walk(local) for name in names]
-    assert len(files) == 2, files
+    found = {os.path.relpath(directory, local) for directory, _, names in os.walk(local) if names}
+    assert found == {f"{rank}/iter_0000002_{rank}_local" for rank in range(2)}

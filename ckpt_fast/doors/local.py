@@ -1,0 +1,314 @@
+# SPDX-License-Identifier: Apache-2.0
+"""nvidia-resiliency-ext's local checkpoints, written and read by the pipeline.
+
+Which rank keeps whose state, and how replicas travel, stays with nvidia-resiliency-ext. Files, checksums,
+durability and what happens when a rank fails or a replica is damaged are ours.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ckpt_fast import megatron
+from ckpt_fast.doors.local_files import read_local, remove_local, write_local
+from ckpt_fast.doors.stock_queue import Flag, as_request
+from ckpt_fast.errors import (
+    CheckpointCorruptError,
+    CheckpointError,
+    CheckpointMismatchError,
+    CheckpointNotFoundError,
+)
+from ckpt_fast.pipeline.group import ControlGroup
+from ckpt_fast.pipeline.types import SaveReport
+from ckpt_fast.pipeline.worker import Worker
+
+logger = logging.getLogger(__name__)
+_NAME = re.compile(r"iter_(\d{7,})_(\d+)_local")
+_PARTIAL = re.compile(_NAME.pattern + r"\.(dirty|old)")
+
+try:
+    LocalCheckpointManager, _ = megatron.import_local_checkpointing()
+except ImportError as error:
+    raise megatron.UnavailableError(
+        f"FastLocalCheckpointManager needs nvidia-resiliency-ext, which cannot be imported ({error}): "
+        "pip install nvidia-resiliency-ext, or use non_persistent_ckpt_type='global'"
+    ) from error
+
+
+class FastLocalCheckpointManager(LocalCheckpointManager):  # type: ignore[misc, valid-type]
+    """nvidia-resiliency-ext's LocalCheckpointManager, with its arguments, on the ckpt_fast pipeline.
+
+    A rank's state is a directory of its own: flat, with checksums, synced, renamed when it is complete. It is
+    read without running any code, and compared with its checksums. If what a rank has is damaged, that is
+    logged and a replica taken instead; if there is none, the newest iteration that is whole on all ranks.
+
+    Neither a GPU nor a second process is needed: in the background, threads of this process write.
+    """
+
+    latest_iteration: int
+
+    def save(self, state_dict: Any, iteration: int, is_async: bool = False) -> Any:
+        """Collective. Replicate and save; ``state_dict`` belongs to the manager from now on.
+
+        Args:
+            state_dict: MCoreTensorAwareStateDict or BasicTensorAwareStateDict.
+            iteration: greater than that of any local checkpoint known.
+            is_async: return when the state is copied.
+
+        Returns:
+            With ``is_async`` nvidia-resiliency-ext's AsyncRequest, for a queue; else None.
+
+        Raises:
+            CheckpointMismatchError: a newer local checkpoint exists.
+            CheckpointError: on every rank, naming the rank that failed. Earlier ones are untouched.
+        """
+        if iteration <= self.latest_iteration:
+            raise CheckpointMismatchError(
+                f"cannot save the local checkpoint of iteration {iteration}: that of "
+                f"{self.latest_iteration} exists. Use another session_id or directory for another run."
+            )
+        own = self._ckpt_id(iteration)
+        states = {own: state_dict}
+        if self.repl_strategy is not None:
+            replicas, ids = self.repl_strategy.replicate(state_dict, own)
+            states = dict(zip(ids, replicas, strict=True))
+        if is_async or torch.cuda.is_available():
+            states[own].copy_tensors_to_cpu(non_blocking=True)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.latest_iteration = -1
+        if is_async:
+            flag = Flag()
+            return as_request(_LocalSave(self, iteration, states, flag.set), flag, megatron.NVRxAsyncRequest)
+        job = _LocalSave(self, iteration, states)
+        job.write()
+        job.commit()
+        return None
+
+    def load(self) -> tuple[Any, Any]:
+        """Collective, after ``find_latest``. The newest state of this rank that can be had, and its id.
+
+        Raises:
+            CheckpointNotFoundError: there is no local checkpoint.
+            CheckpointCorruptError: on every rank: none is whole, with all replicas.
+        """
+        if self.latest_iteration == -1:
+            raise CheckpointNotFoundError(
+                f"no local checkpoint is known in {self.root_local_ckpt_dir}: call find_latest first, and "
+                "load only if it has found one"
+            )
+        available = [set(ids) for ids in self.globally_available_ids]
+        while True:
+            wanted = self._ckpt_id(self.latest_iteration)
+            states, exchange = self._attempt(wanted, available)
+            if exchange is not None:
+                return exchange(states), wanted
+            self.latest_iteration = _newest_complete(available)
+            if self.latest_iteration == -1:
+                raise CheckpointCorruptError(
+                    f"no local checkpoint in {self.root_local_ckpt_dir} is whole on every rank, nor are its "
+                    "replicas; what is damaged was logged. Load a global checkpoint."
+                )
+
+    def _attempt(
+        self, wanted: Any, available: list[set[Any]]
+    ) -> tuple[dict[Any, Any], Callable[[dict[Any, Any]], Any] | None]:
+        """Collective. What this rank has to read of iteration ``wanted[0]``, and how all get theirs from it.
+
+        What turns out to be damaged is taken from ``available``, on all ranks alike; the second value is None
+        then.
+        """
+        plan, needed, failed = None, {wanted}, set()
+        try:
+            if self.repl_strategy is not None:
+                plan = self.repl_strategy.retrieve_plan(available, [wanted])
+                needed = plan.required_ids()
+        except Exception as error:
+            # Nobody this rank exchanges replicas with has its state: the whole iteration is of no use.
+            logger.error("rank %d: local checkpoint %s cannot be had: %s", self.rank, wanted, error)
+            failed, needed = {None}, set()
+        states = {}
+        for identity in sorted(needed):
+            try:
+                states[identity] = self._load_fn(identity)
+            except CheckpointError as error:
+                logger.error("rank %d: a local checkpoint is damaged and not used: %s", self.rank, error)
+                failed.add(identity)
+        all_failed = _all_gather(failed)
+        for rank, identities in enumerate(all_failed):
+            available[rank] -= identities
+            if None in identities:
+                for ids in available:
+                    ids -= {identity for identity in ids if identity[0] == wanted[0]}
+        if any(all_failed):
+            return states, None
+        if plan is None:
+            return states, lambda states: states[wanted]
+        return states, lambda states: self._exchange(plan, states)[wanted]
+
+    def _exchange(self, plan: Any, states: dict[Any, Any]) -> dict[Any, Any]:
+        if torch.cuda.is_available():
+            received: dict[Any, Any] = self.repl_strategy.retrieve_execute(plan, states)
+            return received
+        # nvidia-resiliency-ext sends from GPU memory only.
+        received, me = {}, dist.get_rank()
+        for entry in plan.entries:
+            if entry.sender == me == entry.receiver:
+                received[entry.id_] = states[entry.id_]
+            elif entry.sender == me:
+                plan.group.send_object(states[entry.id_], entry.receiver)
+            elif entry.receiver == me:
+                received[entry.id_] = plan.group.recv_object(entry.sender)
+        return received
+
+    # --- what the base class asks of a store of checkpoints ---------------------------------------------
+
+    def _my_ckpt_ids(self) -> Iterable[Any]:
+        try:
+            names = [entry.name for entry in os.scandir(self.local_ckpt_dir) if entry.is_dir()]
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            logger.error("rank %d cannot look for local checkpoints: %s", self.rank, error)
+            return []
+        return [self._filename_to_id(name) for name in names if _NAME.fullmatch(name)]
+
+    def _save(self, state_dict: Any, ckpt_id: Any, report: SaveReport | None = None) -> None:
+        partial = os.fspath(self._local_ckpt_path_from_id(ckpt_id, True))
+        directory = os.fspath(self._local_ckpt_path_from_id(ckpt_id))
+        write_local(state_dict, directory, partial, ckpt_id[1], report or SaveReport(directory))
+
+    def _load(self, ckpt_id: Any) -> Any:
+        return read_local(os.fspath(self._local_ckpt_path_from_id(ckpt_id)))
+
+    def _cleanup(self, iteration: int) -> None:
+        self._remove(lambda other: other < iteration)
+
+    def _cleanup_failed_save(self, iteration: int) -> None:
+        self._remove(lambda other: other == iteration)
+
+    def _remove(self, is_meant: Callable[[int], bool]) -> None:
+        """Delete checkpoints by iteration, with what is left of unfinished ones; problems are logged."""
+        try:
+            for name in os.listdir(self.local_ckpt_dir):
+                path = os.path.join(self.local_ckpt_dir, name)
+                match = _NAME.fullmatch(name) or _PARTIAL.fullmatch(name)
+                if match is None or not is_meant(int(match[1])):
+                    continue
+                if _NAME.fullmatch(name):
+                    remove_local(path, f"{path}.old")
+                else:
+                    shutil.rmtree(path)
+        except OSError as error:
+            logger.warning("rank %d could not delete local checkpoints: %s", self.rank, error)
+
+    def _filename_from_template(self, iteration: int | str, rank: int | str, extra_suffix: str = "") -> str:
+        return f"iter_{str(iteration).zfill(7)}_{rank}_local{extra_suffix}"
+
+
+class _LocalSave:
+    """One save of this rank's states, with the interface of ``pipeline.save.Save`` from ``stage`` on.
+
+    Writing begins at once, in a thread; ``commit`` is collective.
+    """
+
+    def __init__(
+        self,
+        manager: FastLocalCheckpointManager,
+        iteration: int,
+        states: dict[Any, Any],
+        when_written: Callable[[], None] | None = None,
+    ) -> None:
+        self.directory = os.fspath(manager.local_ckpt_dir)
+        self.report = SaveReport(self.directory)
+        self.ranks = ControlGroup().size
+        self._manager = manager
+        self._iteration = iteration
+        self._states = states
+        self._in_background = when_written is not None
+        self._error: CheckpointError | None = None
+        self._worker = Worker("ckpt_fast-local")
+        self._worker.submit(self._write)
+        if when_written is not None:
+            self._worker.submit(when_written)
+        self._worker.close()
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """Bytes in files that are complete; how many there will be is known in the end."""
+        return self.report.nbytes, self.report.nbytes
+
+    def wait_staged(self) -> None:
+        """Nothing: the states are this save's own."""
+
+    def is_written(self) -> bool:
+        """Whether this rank has nothing left to write."""
+        return self._worker.is_done
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Wait for that; returns whether it came in time."""
+        return self._worker.wait(timeout_s)
+
+    def cancel(self) -> None:
+        """``commit`` will raise; files that are being written are deleted then."""
+        self._error = self._error or CheckpointError(f"the local save to {self.directory} was cancelled")
+
+    def write(self, timeout_s: float | None = None) -> None:
+        """Local. Return when every state is written; what went wrong is raised by ``commit``."""
+        if not self.wait(timeout_s):
+            self._error = CheckpointError(
+                f"writing to {self.directory} did not end within the time that CKPT_FAST_TIMEOUT allows. The "
+                "file system may hang: look at it, or allow more time."
+            )
+
+    def commit(self) -> None:
+        """Collective. Older local checkpoints end here if every rank has written, else this one does."""
+        try:
+            ControlGroup().agree(self._raise_error)
+        except CheckpointError:
+            self._manager._cleanup_failed_save(self._iteration)
+            raise
+        if self._in_background:
+            threading.Thread(target=self._manager._cleanup, args=(self._iteration,)).start()
+        else:
+            self._manager._cleanup(self._iteration)
+
+    def _write(self) -> None:
+        outcome = ControlGroup().attempt(self._write_states)
+        self._states = {}
+        self._error = self._error or outcome.error
+
+    def _write_states(self) -> None:
+        for identity, state_dict in self._states.items():
+            self._manager._save(state_dict, identity, self.report)
+
+    def _raise_error(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+
+def _newest_complete(available: list[set[Any]]) -> int:
+    """The newest iteration of which every rank's state is somewhere; -1 if there is none."""
+    ranks: dict[int, set[int]] = defaultdict(set)
+    for ids in available:
+        for iteration, rank, _ in ids:
+            ranks[iteration].add(rank)
+    return max((found for found, covered in ranks.items() if len(covered) == len(available)), default=-1)
+
+
+def _all_gather(value: set[Any]) -> list[set[Any]]:
+    if not dist.is_initialized():
+        return [value]
+    values: list[set[Any]] = [set()] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values

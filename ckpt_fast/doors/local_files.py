@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One local checkpoint of one rank: a directory in the format of every other checkpoint of ours.
+
+The tensors of a tensor-aware state dict are its tensors; what is left of the state dict, with numbers in
+their place, is its one object, made of plain data. So it is written, checked and loaded by the pipeline, and
+``ckpt-fast verify`` reads it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections import OrderedDict
+from typing import Any
+
+import torch
+
+from ckpt_fast import megatron, settings
+from ckpt_fast.doors.sharded_state import torch_bytes
+from ckpt_fast.errors import CheckpointCorruptError, CheckpointWriteError, UnsafeCheckpointError
+from ckpt_fast.pipeline import commit
+from ckpt_fast.pipeline.decode import decode_object
+from ckpt_fast.pipeline.encode import encode_metadata, encode_sidecar, file_record
+from ckpt_fast.pipeline.index import CheckpointIndex
+from ckpt_fast.pipeline.load import load_objects, load_tensors
+from ckpt_fast.pipeline.plan import file_prefix, is_plain
+from ckpt_fast.pipeline.types import ObjectShard, SaveReport, Shard, TensorRequest, TensorShard
+from ckpt_fast.pipeline.verify import require_complete
+from ckpt_fast.pipeline.waves import Waves
+
+_STATE_KEY = "state_dict"
+# Marks, as a key, the dictionaries that stand for something else.
+_MARK = "ckpt_fast"
+
+
+def write_local(state_dict: Any, directory: str, partial: str, rank: int, report: SaveReport) -> None:
+    """Local. Write a state dict; on return it is durable. A crash leaves all of ``directory`` or nothing.
+
+    Args:
+        state_dict: a tensor-aware state dict with its tensors in CPU memory.
+        directory: the checkpoint; an older one of this name is replaced.
+        partial: the same until it is complete.
+        rank: whose state it is; numbers the data file.
+        report: what was written is added to it.
+
+    Raises:
+        CheckpointWriteError: naming path and cause.
+        UnsafeCheckpointError: the state dict has an object that loading would refuse.
+        TypeError: the state dict is of a class that is not known here.
+    """
+    tensors: list[torch.Tensor] = []
+    payload = torch_bytes(_without_tensors(_require_known(state_dict), tensors))
+    try:
+        decode_object(payload, "the state dict", verify=False)
+    except UnsafeCheckpointError as error:
+        raise UnsafeCheckpointError(f"nothing was saved to {directory}: {error}") from error
+    shards: list[Shard] = [ObjectShard(_STATE_KEY, payload)]
+    for number, tensor in enumerate(tensors):
+        shape = tuple(tensor.shape)
+        shards.append(TensorShard(str(number), tensor, (0,) * len(shape), shape))
+    report.directory = partial
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        commit.invalidate(partial)
+        record = Waves(report, file_prefix(rank), bound=settings.host_buffer_bytes()).run(shards)
+        metadata = encode_metadata(record.items)
+        sidecar = encode_sidecar([*record.files, file_record(commit.METADATA_FILE, metadata)])
+        commit.publish(partial, {commit.SIDECAR_FILE: sidecar, commit.METADATA_FILE: metadata})
+        _replace(partial, directory)
+    except CheckpointWriteError:
+        raise
+    except OSError as error:
+        raise CheckpointWriteError(
+            f"cannot write the local checkpoint {directory}: {error.strerror or error} ({error.filename}). "
+            "Check that non_persistent_local_ckpt_dir is writable and has room on this node.",
+            error.errno,
+            error.filename or directory,
+        ) from error
+
+
+def read_local(directory: str) -> Any:
+    """Local. The state dict in ``directory``, every byte of it compared with its checksum.
+
+    Raises:
+        CheckpointNotFoundError, CheckpointCorruptError, UnsafeCheckpointError: naming the file.
+    """
+    index = CheckpointIndex(directory)
+    require_complete(directory)
+    hollow = load_objects(index, [_STATE_KEY], verify=True)[_STATE_KEY]
+    tensors = []
+    for number in range(len(index.metadata.state_dict_metadata) - 1):
+        saved = index.tensor(str(number))
+        tensors.append(torch.empty(saved.shape, dtype=saved.dtype))
+    requests = [
+        TensorRequest(str(number), tensor, (0,) * tensor.dim())
+        for number, tensor in enumerate(tensors)
+        if tensor.numel()
+    ]
+    load_tensors(index, requests, verify=True)
+    try:
+        return _with_tensors(hollow, tensors)
+    except (KeyError, IndexError, TypeError) as error:
+        raise CheckpointCorruptError(
+            f"{directory} holds no state dict of a local checkpoint ({type(error).__name__}: {error})"
+        ) from error
+
+
+def remove_local(directory: str, partial: str) -> None:
+    """Local. Delete a local checkpoint; at no time does a part of it pass for the whole."""
+    shutil.rmtree(partial, ignore_errors=True)
+    os.rename(directory, partial)
+    shutil.rmtree(partial)
+
+
+def _replace(partial: str, directory: str) -> None:
+    try:
+        os.rename(partial, directory)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise
+        remove_local(directory, f"{directory}.old")
+        os.rename(partial, directory)
+    commit.fsync_directory(os.path.dirname(directory))
+
+
+def _kinds() -> dict[str, type]:
+    """Classes that a state dict is made of; their instances are their attributes, and nothing more."""
+    return {
+        "MCoreTensorAwareStateDict": megatron.import_tensor_aware_state_dict(),
+        "BasicTensorAwareStateDict": megatron.import_basic_state_dict(),
+        "ShardedTensor": megatron.ShardedTensor,
+        "ShardedObject": megatron.ShardedObject,
+    }
+
+
+def _require_known(state_dict: Any) -> Any:
+    known = [name for name in _kinds() if name.endswith("StateDict")]
+    if type(state_dict).__name__ not in known:
+        raise TypeError(f"local checkpoints hold a {' or '.join(known)}, not a {type(state_dict).__name__}")
+    return state_dict
+
+
+def _without_tensors(value: Any, tensors: list[torch.Tensor]) -> Any:
+    """The value as plain data, its tensors appended to ``tensors`` and their numbers in their places."""
+    kinds = {kind: name for name, kind in _kinds().items()}
+
+    def hollow(value: Any) -> Any:
+        if isinstance(value, torch.Tensor) and is_plain(value):
+            tensors.append(value.detach())
+            return {_MARK: "tensor", "number": len(tensors) - 1}
+        if type(value) in kinds:
+            return {_MARK: kinds[type(value)], "attributes": hollow(dict(vars(value)))}
+        if type(value) in (dict, OrderedDict):
+            if _MARK in value:
+                raise UnsafeCheckpointError(f"a local checkpoint cannot hold a dict with the key {_MARK!r}")
+            return type(value)((key, hollow(child)) for key, child in value.items())
+        if type(value) is list:
+            return [hollow(child) for child in value]
+        return value
+
+    return hollow(value)
+
+
+def _with_tensors(value: Any, tensors: list[torch.Tensor]) -> Any:
+    """What ``_without_tensors`` was given."""
+    kinds = _kinds()
+
+    def filled(value: Any) -> Any:
+        if type(value) is list:
+            return [filled(child) for child in value]
+        if type(value) not in (dict, OrderedDict):
+            return value
+        kind = value.get(_MARK)
+        if kind is None:
+            return type(value)((key, filled(child)) for key, child in value.items())
+        if kind == "tensor":
+            return tensors[value["number"]]
+        instance: Any = object.__new__(kinds[kind])
+        vars(instance).update(filled(value["attributes"]))
+        return instance
+
+    return filled(value)

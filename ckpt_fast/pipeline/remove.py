@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Remove: take tensors and objects out of a checkpoint, in steps that a crash may end anywhere."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from typing import TypeVar
+
+from torch.distributed.checkpoint.metadata import Metadata
+
+from ckpt_fast.errors import CheckpointWriteError
+from ckpt_fast.pipeline import commit
+from ckpt_fast.pipeline.decode import read_metadata, read_sidecar
+from ckpt_fast.pipeline.encode import LAYOUT_ATTRIBUTE, encode_sidecar, file_record, pickle_metadata
+
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
+
+
+def remove_named(directory: str, prefix: str) -> list[str]:
+    """Local. Remove all tensors and objects whose name begins with ``prefix``.
+
+    Their bytes leave the disk with the data files in which nothing else is. Nothing happens, but for a
+    warning, if there is no such name.
+
+    Args:
+        directory: the checkpoint.
+        prefix: beginning of the names.
+
+    Returns:
+        The names removed.
+
+    Raises:
+        CheckpointNotFoundError, CheckpointCorruptError, UnsafeCheckpointError: see ``read_metadata``.
+        CheckpointWriteError: the checkpoint is as before, or without the tensors but with their files.
+    """
+    metadata = read_metadata(directory)
+    names = [name for name in metadata.state_dict_metadata if name.startswith(prefix)]
+    if not names:
+        logger.warning("%s has nothing whose name begins with %r: nothing is removed", directory, prefix)
+        return []
+    before = _files_of(metadata)
+    metadata.state_dict_metadata = _others(metadata.state_dict_metadata, prefix)
+    if metadata.planner_data is not None:
+        metadata.planner_data = _others(metadata.planner_data, prefix)
+    metadata.storage_data = {
+        index: info for index, info in metadata.storage_data.items() if not index.fqn.startswith(prefix)
+    }
+    # Plans of the save that wrote it, where its writer keeps them, would bring the tensors back.
+    metadata.__dict__.pop("all_local_plans", None)
+    # A name with a folder in it may be anybody's file.
+    unused = {name for name in before - _files_of(metadata) if name == os.path.basename(name)}
+    own = hasattr(metadata, LAYOUT_ATTRIBUTE)
+    _publish(directory, pickle_metadata(metadata, own_layout=own), unused, own)
+    _delete(directory, unused)
+    return names
+
+
+def _publish(directory: str, content: bytes, unused: set[str], own: bool) -> None:
+    sidecar = read_sidecar(directory) if own else None
+    if sidecar is None:
+        commit.publish(directory, {commit.METADATA_FILE: content})
+        return
+    kept = [file for file in sidecar if file.path not in unused and file.path != commit.METADATA_FILE]
+    # Between the two there is a sidecar that does not say which .metadata it belongs to: both will do.
+    commit.publish(directory, {commit.SIDECAR_FILE: encode_sidecar(kept), commit.METADATA_FILE: content})
+    complete = encode_sidecar([*kept, file_record(commit.METADATA_FILE, content)])
+    commit.publish(directory, {commit.SIDECAR_FILE: complete})
+
+
+def _delete(directory: str, names: set[str]) -> None:
+    try:
+        for name in sorted(names):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(os.path.join(directory, name))
+        commit.fsync_directory(directory)
+    except OSError as error:
+        raise CheckpointWriteError(
+            f"the tensors are removed from {directory}, but not the files that had them "
+            f"({error.filename}: {error.strerror}); delete {', '.join(sorted(names))} by hand",
+            error.errno,
+            error.filename,
+        ) from error
+
+
+def _files_of(metadata: Metadata) -> set[str]:
+    return {info.relative_path for info in (metadata.storage_data or {}).values()}
+
+
+def _others(by_name: dict[str, T], prefix: str) -> dict[str, T]:
+    return {name: value for name, value in by_name.items() if not name.startswith(prefix)}
