@@ -3,19 +3,18 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from ckpt_fast import megatron
-from ckpt_fast.callbacks import CallbackContext, should_fire
 from ckpt_fast.doors import megatron_core
+from ckpt_fast.doors.parallel_save import FastParallelSaveWrapper
 from ckpt_fast.pipeline.background import SaveHandle
 from ckpt_fast.pipeline.group import ControlGroup
 from ckpt_fast.pipeline.types import SaveReport
 from ckpt_fast.trainer import experiment_loggers as loggers
+from ckpt_fast.trainer.after_save import fire_callbacks, logger_finalizer, report, retain
 from ckpt_fast.trainer.async_save import make_room, schedule_async_save
 from ckpt_fast.trainer.fsdp import save_fsdp_dtensor
 from ckpt_fast.trainer.glu import _get_model_glu_interleave_sizes
@@ -29,15 +28,11 @@ from ckpt_fast.trainer.glu_layout import (
 )
 from ckpt_fast.trainer.hugging_face import require_export, save_hf_copy
 from ckpt_fast.trainer.local import save_layer_wise_optimizer, save_local
-from ckpt_fast.trainer.locate import _get_global_non_persistent_checkpoint_dirs
 from ckpt_fast.trainer.publish import Publication, save_errors_tolerated
-from ckpt_fast.trainer.ranks import barrier_if_distributed, is_last_rank, print_rank_0
-from ckpt_fast.trainer.retention import (
-    cleanup_old_dataloader_states,
-    cleanup_old_non_persistent_checkpoint,
-)
+from ckpt_fast.trainer.ranks import barrier_if_distributed, print_rank_0
 from ckpt_fast.trainer.rng import get_rng_state
-from ckpt_fast.trainer.sidecars import can_save_position, maybe_save_dataloader_state
+from ckpt_fast.trainer.save_run import SaveRun, dataloader_path
+from ckpt_fast.trainer.sidecars import maybe_save_dataloader_state
 from ckpt_fast.trainer.staging import staging_policy
 from ckpt_fast.trainer.state_dict import (
     _build_sharded_state_dict_metadata,
@@ -47,34 +42,7 @@ from ckpt_fast.trainer.state_dict import (
 )
 from ckpt_fast.trainer.target import SaveTarget, choose_target
 
-_DATALOADER_STATE_SUBDIR = "energon"
 _ASYNC_FORMATS = ("torch_dist", "fsdp_dtensor")
-
-
-@dataclass(frozen=True)
-class _Run:
-    """What is being trained, and how: the inputs of a save that its steps share."""
-
-    state: Any
-    model: list[Any]
-    optimizer: Any | None
-    scheduler: Any | None
-    iterator: Any | None
-    context: dict[str, Any] | None
-    pg_collection: Any
-    module_name: str | None
-
-    @property
-    def cfg(self) -> Any:
-        return self.state.cfg
-
-    @property
-    def ckpt_cfg(self) -> Any:
-        return self.state.cfg.checkpoint
-
-    @property
-    def is_async(self) -> bool:
-        return bool(self.ckpt_cfg.async_save)
 
 
 def save_checkpoint(
@@ -126,7 +94,7 @@ def save_checkpoint(
         UnavailableError: ``also_save_hf_checkpoint`` without Megatron Bridge.
     """
     begin = time.perf_counter()
-    run = _Run(
+    run = SaveRun(
         state,
         megatron.unwrap_model(model),
         optimizer,
@@ -169,10 +137,10 @@ def save_checkpoint(
             request,
             [
                 lambda: ControlGroup().decide(publication.publish),
-                lambda: _report(request, begin),
-                _logger_finalizer(run, target),
-                lambda: _fire_callbacks(run, callback_manager),
-                lambda: _retain(run, target),
+                lambda: report(request, begin),
+                logger_finalizer(run, target),
+                lambda: fire_callbacks(run, callback_manager),
+                lambda: retain(run, target),
             ],
         )
         if run.is_async:
@@ -187,7 +155,7 @@ def save_checkpoint(
         barrier_if_distributed()
 
 
-def _announce(run: _Run, target: SaveTarget) -> None:
+def _announce(run: SaveRun, target: SaveTarget) -> None:
     ckpt_format = run.ckpt_cfg.ckpt_format
     label = "torch" if target.is_local else ckpt_format
     print_rank_0(f"saving checkpoint at iteration {target.step:7d} to {target.save_dir} in {label} format")
@@ -199,9 +167,9 @@ def _announce(run: _Run, target: SaveTarget) -> None:
         require_export(run.cfg, run.model)
 
 
-def _save_beside(run: _Run, target: SaveTarget) -> None:
+def _save_beside(run: SaveRun, target: SaveTarget) -> None:
     """What is stored next to the checkpoint rather than in it."""
-    path = _dataloader_path(run)
+    path = dataloader_path(run)
 
     def save_beside() -> None:
         maybe_save_dataloader_state(
@@ -215,23 +183,15 @@ def _save_beside(run: _Run, target: SaveTarget) -> None:
         save_hf_copy(run.cfg, run.model, target.checkpoint_name)
 
 
-def _dataloader_path(run: _Run) -> str | None:
-    """Root of the data loader's states; None or "" where none are saved."""
-    path: str | None = getattr(run.cfg.dataset, "dataloader_save", None)
-    if path is None and run.ckpt_cfg.save and can_save_position(run.iterator):
-        return os.path.join(run.ckpt_cfg.save, _DATALOADER_STATE_SUBDIR)
-    return path
-
-
-def _glu_sizes(run: _Run) -> Sizes:
+def _glu_sizes(run: SaveRun) -> Sizes:
     return _get_model_glu_interleave_sizes(run.model, run.cfg)
 
 
-def _is_torch_dist(run: _Run, target: SaveTarget) -> bool:
+def _is_torch_dist(run: SaveRun, target: SaveTarget) -> bool:
     return not target.is_local and run.ckpt_cfg.ckpt_format == "torch_dist"
 
 
-def _content_metadata(run: _Run, target: SaveTarget) -> dict[str, Any]:
+def _content_metadata(run: SaveRun, target: SaveTarget) -> dict[str, Any]:
     metadata = _build_sharded_state_dict_metadata(uses_distributed_optimizer(run.cfg), run.ckpt_cfg)
     metadata["dp_cp_group"] = run.pg_collection.dp_cp
     if _glu_sizes(run) != (None, None) and _is_torch_dist(run, target):
@@ -239,7 +199,7 @@ def _content_metadata(run: _Run, target: SaveTarget) -> dict[str, Any]:
     return metadata
 
 
-def _collect(run: _Run, target: SaveTarget, metadata: dict[str, Any]) -> dict[str, Any]:
+def _collect(run: SaveRun, target: SaveTarget, metadata: dict[str, Any]) -> dict[str, Any]:
     ckpt_cfg = run.ckpt_cfg
     if "distrib_optim_sharding_type" in metadata:
         print_rank_0(
@@ -279,7 +239,7 @@ def _collect(run: _Run, target: SaveTarget, metadata: dict[str, Any]) -> dict[st
 
 
 def _to_checkpoint_layout(
-    run: _Run, target: SaveTarget, state_dict: dict[str, Any], is_prebuilt: bool
+    run: SaveRun, target: SaveTarget, state_dict: dict[str, Any], is_prebuilt: bool
 ) -> dict[str, Any]:
     """GLU rows in the order of the format, and adapters only, if that is what is trained."""
     sizes = _glu_sizes(run)
@@ -300,7 +260,7 @@ def _to_checkpoint_layout(
 
 
 def _hand_over(
-    run: _Run,
+    run: SaveRun,
     target: SaveTarget,
     state_dict: dict[str, Any],
     metadata: dict[str, Any],
@@ -342,7 +302,7 @@ def _hand_over(
     return result
 
 
-def _save_strategy(run: _Run) -> tuple[Any, bool]:
+def _save_strategy(run: SaveRun) -> tuple[Any, bool]:
     """The strategy, kept in the context between saves, and whether the sharding still needs validation."""
     ckpt_cfg, context, dp_cp = run.ckpt_cfg, run.context, run.pg_collection.dp_cp
     if context is not None and "save_strategy" in context:
@@ -350,9 +310,7 @@ def _save_strategy(run: _Run) -> tuple[Any, bool]:
     strategy: Any = megatron_core.FastSaveStrategy(thread_count=ckpt_cfg.storage_writers_per_rank)
     validate = True
     if ckpt_cfg.fully_parallel_save and not isinstance(dp_cp, megatron.SoloGroup):
-        strategy = megatron.FullyParallelSaveStrategyWrapper(
-            strategy, dp_cp, ckpt_cfg.ckpt_assume_constant_structure
-        )
+        strategy = FastParallelSaveWrapper(strategy, dp_cp, ckpt_cfg.ckpt_assume_constant_structure)
     elif not ckpt_cfg.fully_parallel_save and len(run.model) == 1 and hasattr(run.model[0], "mimo_config"):
         # Modules of a multi-module model live on disjoint ranks; no rank sees the whole sharding.
         validate = False
@@ -361,7 +319,7 @@ def _save_strategy(run: _Run) -> tuple[Any, bool]:
     return strategy, validate
 
 
-def _finalize(run: _Run, request: Any, finalizers: Sequence[Callable[[], None]]) -> None:
+def _finalize(run: SaveRun, request: Any, finalizers: Sequence[Callable[[], None]]) -> None:
     """Run the finalizers now that the data is durable, or leave them to the request that is scheduled."""
     if not run.is_async:
         for finalizer in finalizers:
@@ -370,51 +328,6 @@ def _finalize(run: _Run, request: Any, finalizers: Sequence[Callable[[], None]])
     for finalizer in finalizers:
         request.add_finalize_fn(finalizer)
     schedule_async_save(run.state, request)
-
-
-def _logger_finalizer(run: _Run, target: SaveTarget) -> Callable[[], None]:
-    """What tells the experiment loggers of the save, with the settings as they are now."""
-    to_mlflow = bool(getattr(run.cfg.logger, "mlflow_log_artifacts", True))
-
-    def tell() -> None:
-        if not target.is_local and is_last_rank():
-            loggers.on_save_checkpoint_success(
-                run.state, target.checkpoint_name, target.save_dir, target.step, to_mlflow
-            )
-
-    return tell
-
-
-def _fire_callbacks(run: _Run, manager: Any | None) -> None:
-    if should_fire(manager, "on_checkpoint_save"):
-        assert manager is not None
-        manager.fire(
-            "on_checkpoint_save",
-            CallbackContext(
-                state=run.state, model=run.model, user_state=manager.user_state, optimizer=run.optimizer
-            ),
-        )
-
-
-def _retain(run: _Run, target: SaveTarget) -> None:
-    if not target.is_local and target.keep is not None:
-        cleanup_old_non_persistent_checkpoint(
-            target.save_dir, leave_ckpt_num=target.keep, do_async=run.is_async, max_iteration=target.step
-        )
-    states = _dataloader_path(run)
-    # A directory that the user chose is the user's to clean.
-    if states and not getattr(run.cfg.dataset, "dataloader_save", None):
-        roots = (run.ckpt_cfg.save, *_get_global_non_persistent_checkpoint_dirs(None, run.ckpt_cfg))
-        cleanup_old_dataloader_states(states, roots, target.step)
-
-
-def _report(request: Any, begin: float) -> None:
-    """One line for a save that is published: how long training waited, and how fast bytes moved."""
-    report = request.report if isinstance(request, SaveHandle) else request
-    if isinstance(report, SaveReport):
-        if report is request:
-            report.stall_s = time.perf_counter() - begin
-        print_rank_0(f"  {report}")
 
 
 def _rank_suffix(pg_collection: Any, tensor_rank: int | None, pipeline_rank: int | None) -> str:
