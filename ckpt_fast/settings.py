@@ -55,7 +55,8 @@ def host_buffer_bytes() -> int | None:
 
 
 def staging_mode() -> StagingMode:
-    """``CKPT_FAST_STAGING`` (auto): how GPU tensors of a background save are copied, see ``device_copy``."""
+    """``CKPT_FAST_STAGING`` (auto): how GPU tensors of a background save are copied: blocking, overlapped
+    or device."""
     value = os.environ.get("CKPT_FAST_STAGING", "auto")
     if value not in get_args(StagingMode):
         raise ValueError(f"CKPT_FAST_STAGING={value!r}: use one of {', '.join(get_args(StagingMode))}")

@@ -140,7 +140,7 @@ def step(action: Any) -> None:
 def fail_on_one_rank(rank: int, root: str) -> None:
     write_files = native.write_files
 
-    def failing(*arguments: Any) -> Any:
+    def failing(*arguments: Any, **options: Any) -> Any:
         raise OSError(28, "write 4096 bytes at 0: No space left on device", arguments[0][0])
 
     if rank == 2:

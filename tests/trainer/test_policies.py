@@ -196,30 +196,3 @@ def test_training_goes_on_without_a_checkpoint_that_failed(tmp_path: Path, async
     root = str(tmp_path / "run")
     assert run_ranks(_fail_to_save, 2, root, asynchronous) == [(1, False), (1, False)]
     assert Path(root, "latest_checkpointed_iteration.txt").read_text() == "3"
-
-
-def _save_interleaved(rank: int, root: str) -> None:
-    with Run(SETUP, save=root) as run:
-        _interleave(run, 2)
-        run.train(1)
-        run.save()
-
-
-def _load_interleaved(rank: int, root: str, size: int | None, load_optim: bool) -> None:
-    with Run(SETUP, load=root, load_optim=load_optim) as run:
-        _interleave(run, size)
-        run.load()
-
-
-def _interleave(run: Run, size: int | None) -> None:
-    run.model[0].config.moe_mlp_glu_interleave_size = size
-
-
-@pytest.mark.parametrize("size", [None, 4])
-def test_optimizer_state_of_another_glu_layout_is_refused(tmp_path: Path, size: int | None) -> None:
-    root = str(tmp_path / "run")
-    run_ranks(_save_interleaved, 1, root)
-    run_ranks(_load_interleaved, 1, root, 2, True)
-    with pytest.raises(RankError, match=r"interleave sizes \(routed, shared\) \(2, None\), this run has"):
-        run_ranks(_load_interleaved, 1, root, size, True)
-    run_ranks(_load_interleaved, 1, root, size, False)
