@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import importlib
 import multiprocessing
 import os
@@ -23,6 +24,7 @@ from typing import Any
 
 # After one rank failed, the others get this long to fail by themselves: they may wait for it for ever.
 _GRACE_S = 5.0
+_MANY_THREADS = 150
 
 
 class RankError(AssertionError):
@@ -225,6 +227,9 @@ def _leave_group() -> None:
         parallel_state.destroy_model_parallel()
     with contextlib.suppress(Exception):
         dist.destroy_process_group()
+    # Cycles keep groups alive, and each group its threads: thousands of them slow the machine down.
+    if len(os.listdir("/proc/self/task")) > _MANY_THREADS:
+        gc.collect()
     version = sys.modules.get("ckpt_fast.trainer.version")
     if version is not None:
         version._CHECKPOINT_VERSION = None

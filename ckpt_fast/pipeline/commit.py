@@ -19,7 +19,7 @@ import errno
 import os
 import re
 import secrets
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 
 from ckpt_fast import settings
 from ckpt_fast.errors import CheckpointWriteError
@@ -84,14 +84,13 @@ def fsync(descriptor: int) -> None:
         os.fsync(descriptor)
 
 
-def invalidate(directory: str, keep: Collection[str] = (), rank: int | None = None) -> None:
+def invalidate(directory: str, rank: int | None = None) -> None:
     """Empty ``directory`` of an earlier checkpoint's payload, its seal first; create it when missing.
 
-    Only files that a checkpoint payload consists of are removed; foreign files and those in ``keep`` stay.
+    Only files that a checkpoint payload consists of are removed; foreign files stay.
 
     Args:
         directory: the checkpoint.
-        keep: names that stay.
         rank: given by a rank that saves without the others; of the data files it removes just its own.
 
     Raises:
@@ -109,7 +108,7 @@ def invalidate(directory: str, keep: Collection[str] = (), rank: int | None = No
         for seal in (*seals, SIDECAR_FILE):
             if seal in names and _unlink(os.path.join(directory, seal)):
                 fsync_directory(directory)
-        for name in names.difference(keep):
+        for name in names:
             if is_payload(name) if rank is None else name.startswith(own) and name.endswith(DATA_SUFFIX):
                 _unlink(os.path.join(directory, name))
     except OSError as error:

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -48,7 +48,6 @@ class Save:
         process_group: the ranks that save together; None means all.
         writers: files (and so streams to the file system) per rank; None: as many as are fastest there.
         common_files: name to content, written durably by the coordinator before anything is published.
-        keep_files: names that the caller has already put into the directory.
         seal_files: name to content, published after ``.metadata`` in the order given; the last is the seal.
         planner_data: torch DCP's name to path mapping, None for Megatron-Core.
         sidecar_notes: entries of the sidecar besides its own.
@@ -68,7 +67,6 @@ class Save:
         process_group: dist.ProcessGroup | None = None,
         writers: int | None = None,
         common_files: Mapping[str, bytes] | None = None,
-        keep_files: Collection[str] = (),
         seal_files: Mapping[str, bytes] | None = None,
         planner_data: Mapping[str, Any] | None = None,
         sidecar_notes: Mapping[str, Any] | None = None,
@@ -83,7 +81,6 @@ class Save:
         self._shards: Sequence[Shard] = shards
         self._group = ControlGroup(process_group)
         self._common_files = dict(common_files or {})
-        self._keep_files = keep_files
         self._seal_files = dict(seal_files or {})
         self._planner_data = planner_data
         self._sidecar_notes = dict(sidecar_notes or {})
@@ -170,7 +167,7 @@ class Save:
 
     def _prepare(self, nbytes: int) -> None:
         require_space(self.directory, nbytes)
-        commit.invalidate(self.directory, self._keep_files)
+        commit.invalidate(self.directory)
 
     def _stage_shards(self) -> None:
         try:

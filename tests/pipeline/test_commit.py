@@ -188,12 +188,6 @@ def test_invalidate_removes_what_a_checkpoint_consists_of(tmp_path: Path) -> Non
     assert names(tmp_path) == {*FOREIGN, "tokenizer"}
 
 
-def test_invalidate_keeps_what_the_caller_has_written(tmp_path: Path) -> None:
-    fill(tmp_path)
-    commit.invalidate(str(tmp_path), keep=["common.pt", "__7_1.distcp"])
-    assert names(tmp_path) == {*FOREIGN, "tokenizer", "common.pt", "__7_1.distcp"}
-
-
 def test_the_seals_go_first_and_durably(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(tmp_path)
     trace = Trace(monkeypatch)

@@ -117,13 +117,6 @@ def test_overwriting_a_checkpoint(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_fsync")
-def test_files_the_caller_has_written_are_kept(tmp_path: Path) -> None:
-    (tmp_path / "common.pt").write_bytes(b"mine")
-    save_tensors(tmp_path, {"w": torch.zeros(3)}, keep_files=["common.pt"])
-    assert (tmp_path / "common.pt").read_bytes() == b"mine"
-
-
-@pytest.mark.usefixtures("no_fsync")
 def test_nothing_to_save_is_a_checkpoint(tmp_path: Path) -> None:
     save([], str(tmp_path))
     assert names(tmp_path) == {".metadata", "ckpt_fast.json"}
