@@ -16,7 +16,7 @@ PYTHON ?= python3
 PYTHON_B ?= $(shell for python in python3.12 "$$(pyenv prefix 3.12 2>/dev/null)/bin/python" $(PYTHON); do \
 	"$$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null && echo "$$python" && break; \
 	done)
-PYTEST ?= -n 2 --dist loadfile -m "not slow"
+PYTEST ?= -n 2 --dist worksteal -m "not slow"
 
 A := .venv
 B := .venv-b
