@@ -4,7 +4,8 @@
     python benchmarks/bench_stall.py --gigabytes 1 --rounds 5 --path DIR
     torchrun --nproc-per-node 2 benchmarks/bench_stall.py
 
-With several ranks each has its part of the state, and a time is that of the slowest.
+With ``--device cuda`` the state is on the GPU, and a step ends when the GPU has ended it. With several ranks
+each has its part of the state, and a time is that of the slowest.
 
 Between the two the trainer works on: it updates every tensor in place once, and what that costs more than
 without a save is part of the price ("step"). Megatron-Core forks and leaves the copying of CPU tensors to the
@@ -30,7 +31,8 @@ import torch.distributed.checkpoint as dcp
 from ckpt_fast import FastStorageWriter, megatron, settings
 from ckpt_fast.async_queue import AsyncCallsQueue
 from ckpt_fast.doors import megatron_core
-from ckpt_fast.pipeline.background import SaveHandle
+from ckpt_fast.pipeline.background import SaveHandle, wait_staged
+from ckpt_fast.pipeline.device_copy import StagingPolicy
 
 BLOCKED, STEP, DURABLE = "blocked", "step", "durable"
 Finish = Callable[[], None]
@@ -53,16 +55,22 @@ class AsyncRival:
         """Begin a save; the result blocks until it is durable."""
         raise NotImplementedError
 
+    def before_step(self) -> None:
+        """What training has to call before it changes the state; timed with the step."""
+
 
 class Fast(AsyncRival):
-    name = "ckpt_fast"
-
-    def __init__(self) -> None:
+    def __init__(self, mode: settings.StagingMode | None = None) -> None:
+        self.name = "ckpt_fast" if mode is None else f"ckpt_fast, {mode}"
         self._queue = AsyncCallsQueue()
+        self._staging = StagingPolicy(mode) if mode is not None else None
+
+    def before_step(self) -> None:
+        wait_staged()
 
     def start(self, wrapped: Any, path: Path) -> Finish:
         strategy = megatron_core.FastSaveStrategy()
-        job = megatron_core.start_save(wrapped, str(path), strategy, snapshot=True)
+        job = megatron_core.start_save(wrapped, str(path), strategy, snapshot=True, staging=self._staging)
         self._queue.schedule_async_request(SaveHandle(job))
         return lambda: self._queue.maybe_finalize_async_calls(blocking=True) and None
 
@@ -161,6 +169,7 @@ def contestant(rival: AsyncRival, state: states.State, path: Path) -> harness.Co
         begin = time.perf_counter()
         finish = rival.start(wrapped[0], path)
         started = time.perf_counter()
+        rival.before_step()
         train(state)
         stepped = time.perf_counter()
         finish()
@@ -189,6 +198,12 @@ def train(state: states.State) -> None:
     """Update every tensor in place."""
     for tensor in state.values():
         tensor.view(torch.uint8).bitwise_not_()
+    synchronize(state)
+
+
+def synchronize(state: states.State) -> None:
+    if next(iter(state.values())).is_cuda:
+        torch.cuda.synchronize()
 
 
 def undisturbed_step(state: states.State) -> harness.Contestant:
@@ -204,8 +219,10 @@ def undisturbed_step(state: states.State) -> harness.Contestant:
 
 
 def memcpy(state: states.State) -> harness.Contestant:
-    """A copy of all bytes into memory that is used again and again."""
+    """A copy of all bytes into memory that is used again and again, page-locked if they are a GPU's."""
     source = list(state.values())
+    if source[0].is_cuda:
+        return to_pinned_memory(state)
     copies = list(states.empty_like(state).values())
     move = limits.copier(copies, source, limits.Threads(settings.io_threads()))
 
@@ -218,6 +235,20 @@ def memcpy(state: states.State) -> harness.Contestant:
     return harness.Contestant("limit: memcpy", run)
 
 
+def to_pinned_memory(state: states.State) -> harness.Contestant:
+    pinned = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in state.values()]
+
+    def run() -> dict[str, float]:
+        dist.barrier()
+        begin = time.perf_counter()
+        for tensor, copy in zip(state.values(), pinned, strict=True):
+            copy.copy_(tensor, non_blocking=True)
+        torch.cuda.synchronize()
+        return slowest({BLOCKED: time.perf_counter() - begin})
+
+    return harness.Contestant("limit: memcpy", run)
+
+
 def main() -> None:
     options = harness.parse_arguments(__doc__)
     rivals.start_process_group()
@@ -225,9 +256,11 @@ def main() -> None:
     ranks, rank = dist.get_world_size(), dist.get_rank()
     options.gigabytes /= ranks
     state = {f"{name}.{rank}": tensor for name, tensor in states.chosen(options).items()}
+    state = {name: tensor.to(options.device) for name, tensor in state.items()}
     shared = [options.path]
     dist.broadcast_object_list(shared)
-    everyone = [Fast(), FastSync(), FastDcp(), MegatronCore(), MegatronCoreSync(), Dcp(), Nvrx()]
+    modes = ("blocking", "overlapped", "device") if options.device == "cuda" else (None,)
+    everyone = [*map(Fast, modes), FastSync(), FastDcp(), MegatronCore(), MegatronCoreSync(), Dcp(), Nvrx()]
     reasons = {rival.name: rival.available() for rival in everyone}
     copy, step = memcpy(state), undisturbed_step(state)
     contestants = [copy, step]

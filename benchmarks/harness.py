@@ -203,6 +203,7 @@ def parse_arguments(description: str | None, **defaults: object) -> argparse.Nam
     )
     parser.add_argument("--many", action="store_true", help="10 000 tensors of 27 KB instead of a Llama")
     parser.add_argument("--page-cache", action="store_true", help="saves are not synced")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where the state is (cpu)")
     parser.add_argument("--output", type=Path, help="write the report to this file as well")
     parser.set_defaults(**defaults)
     options = parser.parse_args()
