@@ -270,7 +270,8 @@ def main() -> None:
     contestants = harness.selected(contestants, options.only)
     times = harness.measure(contestants, options.rounds)
     nbytes = ranks * states.total_nbytes(state)
-    what = f"{ranks} ranks, {ranks * len(state)} tensors, {nbytes / 1e9:.2f} GB, {options.rounds} rounds"
+    where = "1 rank" if ranks == 1 else f"{ranks} ranks"
+    what = f"{where}, {ranks * len(state)} tensors, {nbytes / 1e9:.2f} GB, {options.rounds} rounds"
     for figure, title, reference, limit in (
         (BLOCKED, "the trainer is blocked", MegatronCoreSync.name, copy.name),
         (STEP, "the next step takes", None, step.name),

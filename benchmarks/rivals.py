@@ -119,7 +119,7 @@ class MegatronCore(Rival):
         return sharded(state)
 
     def save(self, wrapped: Any, path: Path) -> None:
-        path.mkdir()
+        path.mkdir(exist_ok=True)
         megatron.dist_checkpointing.save(wrapped, str(path))
 
     def load(self, path: Path, wrapped: Any) -> None:
@@ -147,7 +147,7 @@ class TorchSave(Rival):
     name = "torch.save"
 
     def save(self, wrapped: Any, path: Path) -> None:
-        path.mkdir()
+        path.mkdir(exist_ok=True)
         torch.save(wrapped, path / "state.pt")
 
     def load(self, path: Path, wrapped: Any) -> None:
@@ -160,7 +160,7 @@ class Safetensors(Rival):
     def save(self, wrapped: Any, path: Path) -> None:
         from safetensors.torch import save_file
 
-        path.mkdir()
+        path.mkdir(exist_ok=True)
         save_file(wrapped, path / "state.safetensors")
 
     def load(self, path: Path, wrapped: Any) -> None:
