@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from ckpt_fast import settings
-from ckpt_fast.errors import AsyncSaveError, CheckpointError
+from ckpt_fast.errors import AsyncSaveError
 from ckpt_fast.pipeline.group import ControlGroup
 from ckpt_fast.pipeline.types import SaveReport
 
@@ -263,5 +263,8 @@ def _settle() -> None:
         try:
             handle.finalize()
             logger.warning("finished the save to %s while the process was ending", handle.directory)
-        except CheckpointError as error:
-            logger.error("%s", error)
+        except Exception:
+            # A finalizer of somebody else must not keep the saves behind it from ending.
+            logger.exception(
+                "the save to %s could not be finished while the process was ending", handle.directory
+            )

@@ -86,7 +86,11 @@ class Waves:
             self._device_copies.append(staged.device_copies)
             self._report.staged_nbytes += staged.copied_nbytes
             self._report.host_memory_allocated += staged.allocated_nbytes
-            self._worker.submit(functools.partial(self._write_wave, files, staged))
+            try:
+                self._worker.submit(functools.partial(self._write_wave, files, staged))
+            except RuntimeError:  # the process may start no more threads
+                staged.release()
+                raise
 
     def then(self, action: Callable[[], None]) -> None:
         """Run ``action`` in the writing thread, once all that has been staged so far is written."""

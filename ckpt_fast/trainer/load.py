@@ -19,6 +19,7 @@ from ckpt_fast.errors import (
     CheckpointError,
     CheckpointNotFoundError,
 )
+from ckpt_fast.pipeline.background import wait_staged
 from ckpt_fast.pipeline.group import ControlGroup
 from ckpt_fast.trainer import experiment_loggers as loggers
 from ckpt_fast.trainer.contexts import CheckpointType
@@ -104,6 +105,7 @@ def load_checkpoint(
             no older one that is whole, or ``on_corrupt`` is "raise".
         CheckpointError: on every rank, naming rank, path, cause and remedy.
     """
+    wait_staged()  # a save in flight may still be reading what is loaded into
     ckpt_cfg = state.cfg.checkpoint
     load_dir, pretrained = ckpt_cfg.load, ckpt_cfg.pretrained_checkpoint
     if pretrained is not None and not _has_resume_checkpoint(load_dir, ckpt_cfg, checkpointing_context):

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from ckpt_fast import native
 from ckpt_fast.errors import AsyncSaveError, CheckpointWriteError
+from ckpt_fast.pipeline import background
 from ckpt_fast.pipeline.background import SaveHandle, SaveQueue
 from ckpt_fast.pipeline.save import Save
 from ckpt_fast.pipeline.types import TensorShard
@@ -312,6 +313,22 @@ def test_a_thousand_saves_leak_nothing(tmp_path: Path) -> None:
     assert descriptors <= before[0] and threads <= before[1]
     # A leaked buffer of each save would be 180 MB.
     assert resident_nbytes() - memory < 20 << 20
+
+
+def test_one_save_that_cannot_be_finished_at_exit_keeps_no_other_from_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail() -> None:
+        raise ValueError("not a save's own error")
+
+    for name in ("bad", "good"):
+        request = handle(tmp_path / name, torch.zeros(4))
+        if name == "bad":
+            request.add_finalize_fn(fail)
+        SaveQueue().schedule_async_request(request)
+    background._settle()
+    assert (tmp_path / "good" / "metadata.json").exists()
+    assert f"the save to {tmp_path}/bad could not be finished" in caplog.text
 
 
 def resident_nbytes() -> int:
