@@ -59,8 +59,18 @@ def parallel_copy(outputs: Tensors, weights: Tensors) -> None:
         for output, weight in zip(outputs, weights, strict=True):
             output.copy_(weight)
         return
-    columns = [[t.data_ptr() for t in outputs], [t.data_ptr() for t in weights], [t.nbytes for t in weights]]
-    native.copy_extents(*(array("q", column) for column in columns), settings.io_threads())
+    copy_rows([strided.as_rows(weight) for weight in weights], outputs)
+
+
+def copy_rows(series: Sequence[Sequence[strided.Rows]], outputs: Tensors) -> None:
+    """Runs of CPU memory, one behind the other into each output."""
+    rows = []
+    for of_one, output in zip(series, outputs, strict=True):
+        address = output.data_ptr()
+        for origin in of_one:
+            rows.append((address, origin.address, origin.nbytes, origin.number, origin.pitch))
+            address += origin.nbytes * origin.number
+    native.copy_runs(*(array("q", column) for column in zip(*rows, strict=True)), settings.io_threads())
 
 
 def copy_to_new(weights: Tensors) -> None:
@@ -95,16 +105,7 @@ def staged(k: int, outputs: Tensors, weights: Tensors) -> None:
     if weights[0].is_cuda:
         _permute_on_gpu(k, outputs, weights)
         return
-    to, origin, sizes = array("q"), array("q"), array("q")
-    for output, weight in zip(outputs, weights, strict=True):
-        address = output.data_ptr()
-        for view in views_of(weight, k):
-            nbytes, runs = strided.run_nbytes(view), strided.column(strided.run_addresses(view))
-            to.extend(range(address, address + len(runs) * nbytes, nbytes))
-            origin.extend(runs)
-            sizes.extend(array("q", [nbytes]) * len(runs))
-            address += len(runs) * nbytes
-    native.copy_extents(to, origin, sizes, settings.io_threads())
+    copy_rows([[r for view in views_of(w, k) for r in strided.as_rows(view)] for w in weights], outputs)
 
 
 def _permute_on_gpu(k: int, outputs: Tensors, weights: Tensors) -> None:
@@ -117,7 +118,7 @@ def _permute_on_gpu(k: int, outputs: Tensors, weights: Tensors) -> None:
         [k] * len(weights),
     ]
     stream = torch.cuda.current_stream().cuda_stream
-    kernels.permute_rows_many(*(array("q", c) for c in columns), False, weights[0].device.index, stream)
+    kernels.permute_rows(*(array("q", c) for c in columns), False, weights[0].device.index, stream)
 
 
 def torch_into_used(k: int, outputs: Tensors, weights: Tensors) -> None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ckpt_fast.native._engine import (
         WriteProgress,
         copy_crc32,
-        copy_extents,
+        copy_runs,
         cpu_features,
         crc32,
         crc32_combine,
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 __all__ = [
     "WriteProgress",
     "copy_crc32",
-    "copy_extents",
+    "copy_runs",
     "cpu_features",
     "crc32",
     "crc32_combine",

@@ -46,27 +46,6 @@ def copy_rows(
     """
 
 def permute_rows(
-    destination: int,
-    source: int,
-    rows: int,
-    row_nbytes: int,
-    block: int,
-    interleave: bool,
-    device: int,
-    stream: int,
-) -> None:
-    """``_engine.permute_rows`` on memory the device can reach: enqueued on ``stream``, returns at once.
-
-    Either address may be device memory, pinned host memory or a peer's memory, of any alignment. The
-    caller keeps both alive until the stream has passed the work.
-
-    Raises:
-        ValueError: ``rows`` is no multiple of ``2 * block``, ``block < 1``, or the two regions overlap;
-            nothing was enqueued.
-        RuntimeError: CUDA refused the launch.
-    """
-
-def permute_rows_many(
     destination: array[int],
     source: array[int],
     rows: array[int],
@@ -76,4 +55,13 @@ def permute_rows_many(
     device: int,
     stream: int,
 ) -> None:
-    """``permute_rows`` for many tensors at the price of few launches; one entry of each column per tensor."""
+    """``_engine.permute_rows`` on memory the device can reach, many matrices in one launch.
+
+    It is enqueued on ``stream`` and returns at once. Addresses may be device memory, pinned host memory or a
+    peer's memory, of any alignment. The caller keeps them alive until the stream has passed the work.
+
+    Raises:
+        ValueError: some ``rows`` is no multiple of ``2 * block``, ``block < 1``, a matrix overlaps its
+            result, or the columns differ in length; nothing was enqueued.
+        RuntimeError: CUDA refused the launch.
+    """

@@ -18,10 +18,19 @@ def crc32_combine(first: int, second: int, second_nbytes: int) -> int:
 def copy_crc32(destination: int, source: int, nbytes: int, seed: int = 0) -> int:
     """Copy ``nbytes`` and return the CRC-32 of them, touching each byte once."""
 
-def copy_extents(destination: array[int], source: array[int], nbytes: array[int], threads: int) -> None:
-    """Copy ``nbytes[i]`` bytes from address ``source[i]`` to ``destination[i]``, all rows in parallel.
+def copy_runs(
+    destination: array[int],
+    source: array[int],
+    nbytes: array[int],
+    runs: array[int],
+    pitch: array[int],
+    threads: int,
+) -> None:
+    """Copy series of runs, all rows in parallel.
 
-    Rows do not overlap. Large copies bypass the caches.
+    Row i copies ``runs[i]`` runs of ``nbytes[i]`` bytes, which begin ``pitch[i]`` bytes apart at address
+    ``source[i]`` (0 repeats one), to one behind the other at ``destination[i]``. Nothing overlaps what is
+    written. Large copies bypass the caches.
     """
 
 class WriteProgress:
@@ -94,18 +103,18 @@ def read_extents(
     """
 
 def permute_rows(
-    destination: int,
-    source: int,
-    rows: int,
-    row_nbytes: int,
-    block: int,
+    destination: array[int],
+    source: array[int],
+    rows: array[int],
+    row_nbytes: array[int],
+    block: array[int],
     interleave: bool,
     threads: int,
 ) -> None:
-    """Reorder ``rows`` rows between [W, V] and blocks [W0:k, V0:k, Wk:2k, Vk:2k, ...], k = ``block``.
+    """Reorder the rows of matrices between [W, V] and blocks [W0:k, V0:k, Wk:2k, Vk:2k, ...], k = ``block``.
 
-    ``rows`` is a multiple of ``2 * block``; source and destination do not overlap. ``interleave`` goes
-    from [W, V] to blocks, otherwise back.
+    One entry of each column per matrix. ``rows`` is a multiple of ``2 * block``; sources and destinations do
+    not overlap. ``interleave`` goes from [W, V] to blocks, otherwise back.
     """
 
 def cpu_features() -> list[str]:

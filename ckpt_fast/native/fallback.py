@@ -48,16 +48,26 @@ def copy_crc32(destination: int, source: int, nbytes: int, seed: int = 0) -> int
     return zlib.crc32(view, seed)
 
 
-def copy_extents(destination: array[int], source: array[int], nbytes: array[int], threads: int) -> None:
-    if not len(destination) == len(source) == len(nbytes):
-        raise ValueError("the columns of copy_extents differ in length")
-    if threads < 1:
-        raise ValueError("threads must be at least 1")
-    for row, count in enumerate(nbytes):
+def copy_runs(
+    destination: array[int],
+    source: array[int],
+    nbytes: array[int],
+    runs: array[int],
+    pitch: array[int],
+    threads: int,
+) -> None:
+    if not len(destination) == len(source) == len(nbytes) == len(runs) == len(pitch):
+        raise ValueError("the columns of copy_runs differ in length")
+    for row, (count, number) in enumerate(zip(nbytes, runs, strict=True)):
         if count < 0:
             raise ValueError(f"row {row} has a negative size")
-    for to, at, count in zip(destination, source, nbytes, strict=True):
-        ctypes.memmove(to, at, count)
+        if number < 0:
+            raise ValueError(f"row {row} has a negative number of runs")
+    if threads < 1:
+        raise ValueError("threads must be at least 1")
+    for to, at, count, number, apart in zip(destination, source, nbytes, runs, pitch, strict=True):
+        for run in range(number):
+            ctypes.memmove(to + run * count, at + run * apart, count)
 
 
 class WriteProgress:
@@ -151,27 +161,31 @@ def read_extents(
 
 
 def permute_rows(
-    destination: int,
-    source: int,
-    rows: int,
-    row_nbytes: int,
-    block: int,
+    destination: array[int],
+    source: array[int],
+    rows: array[int],
+    row_nbytes: array[int],
+    block: array[int],
     interleave: bool,
     threads: int,
 ) -> None:
-    if rows < 0 or row_nbytes < 0:
-        raise ValueError("rows and row_nbytes must not be negative")
-    if block < 1:
-        raise ValueError(f"block is {block}, not at least 1")
-    if rows % (2 * block):
-        raise ValueError(f"{rows} rows do not divide into pairs of blocks of {block}")
+    if not len(destination) == len(source) == len(rows) == len(row_nbytes) == len(block):
+        raise ValueError("the columns of permute_rows differ in length")
+    for count, width, size in zip(rows, row_nbytes, block, strict=True):
+        if count < 0 or width < 0:
+            raise ValueError("rows and row_nbytes must not be negative")
+        if size < 1:
+            raise ValueError(f"block is {size}, not at least 1")
+        if count % (2 * size):
+            raise ValueError(f"{count} rows do not divide into pairs of blocks of {size}")
     if threads < 1:
         raise ValueError(f"threads is {threads}, not at least 1")
-    nbytes, pairs, run = rows * row_nbytes, rows // (2 * block), block * row_nbytes
-    halves, blocks = (2, pairs, run), (pairs, 2, run)
-    before = np.frombuffer(_memory(source, nbytes), np.uint8).reshape(halves if interleave else blocks)
-    after = np.frombuffer(_memory(destination, nbytes), np.uint8).reshape(blocks if interleave else halves)
-    after[...] = before.swapaxes(0, 1)
+    for to, at, count, width, size in zip(destination, source, rows, row_nbytes, block, strict=True):
+        nbytes, pairs, run = count * width, count // (2 * size), size * width
+        halves, blocks = (2, pairs, run), (pairs, 2, run)
+        before = np.frombuffer(_memory(at, nbytes), np.uint8).reshape(halves if interleave else blocks)
+        after = np.frombuffer(_memory(to, nbytes), np.uint8).reshape(blocks if interleave else halves)
+        after[...] = before.swapaxes(0, 1)
 
 
 def cpu_features() -> list[str]:

@@ -8,11 +8,10 @@ Dim 0 of a gated ``linear_fc1`` weight or bias holds F gate rows W and F up rows
 from __future__ import annotations
 
 import contextlib
-import functools
 import operator
 from array import array
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 
 import torch
@@ -21,7 +20,8 @@ from ckpt_fast import native, settings
 from ckpt_fast.errors import CheckpointMismatchError
 
 # By device, stream and direction: the arguments of each permutation, and the tensors that must stay alive.
-_Waiting = dict[tuple[int, int, bool], list[tuple[tuple[int, ...], tuple[torch.Tensor, ...]]]]
+_Place = tuple[torch.device, int]
+_Waiting = dict[tuple[_Place, bool], list[tuple[tuple[int, ...], tuple[torch.Tensor, ...]]]]
 _waiting: ContextVar[_Waiting | None] = ContextVar("waiting", default=None)
 
 
@@ -52,25 +52,23 @@ def permute_rows(tensor: torch.Tensor, interleave_size: int, interleave: bool, n
     block = require_pairs(tensor, interleave_size, name)
     # The bits as they are seen: a lazily conjugated or negated tensor has others in memory.
     data = tensor.detach().resolve_conj().resolve_neg()
-    permute = _native_permuter(data)
-    if permute is None:
+    place = _native_place(data)
+    if place is None:
         return _permute_by_views(data, block, interleave)
     permuted = torch.empty_like(data)
     rows = data.shape[0]
-    row_nbytes = data.numel() // rows * data.element_size()
+    row = (permuted.data_ptr(), data.data_ptr(), rows, data.nbytes // rows, block)
     waiting = _waiting.get()
-    if waiting is not None and data.is_cuda:
-        stream = torch.cuda.current_stream(data.device).cuda_stream
-        row = (permuted.data_ptr(), data.data_ptr(), rows, row_nbytes, block)
-        waiting[data.device.index, stream, interleave].append((row, (permuted, data)))
-        return permuted
-    permute(permuted.data_ptr(), data.data_ptr(), rows, row_nbytes, block, interleave)
+    if waiting is None:
+        _permute_natively([row], interleave, place)
+    else:
+        waiting[place, interleave].append((row, (permuted, data)))
     return permuted
 
 
 @contextlib.contextmanager
-def together_on_gpus() -> Iterator[None]:
-    """What ``permute_rows`` is asked for in here is done at the end, if it is on a GPU: many in one launch.
+def together() -> Iterator[None]:
+    """What ``permute_rows`` is asked for in here is done at the end, all at once: in one launch on a GPU.
 
     Until then the results are undefined.
     """
@@ -80,11 +78,8 @@ def together_on_gpus() -> Iterator[None]:
         yield
     finally:
         _waiting.reset(token)
-    for (device, stream, interleave), rows in waiting.items():
-        cuda = native.cuda()
-        assert cuda is not None
-        columns = [array("q", column) for column in zip(*(row for row, _ in rows), strict=True)]
-        cuda.permute_rows_many(*columns, interleave, device, stream)
+    for (place, interleave), rows in waiting.items():
+        _permute_natively([row for row, _ in rows], interleave, place)
 
 
 def contiguous_view(
@@ -134,8 +129,8 @@ def require_pairs(tensor: torch.Tensor, interleave_size: int, name: str) -> int:
     return block
 
 
-def _native_permuter(tensor: torch.Tensor) -> Callable[[int, int, int, int, int, bool], None] | None:
-    """``permute_rows`` for the memory the tensor lies in: on its device's current stream, or on the CPU.
+def _native_place(tensor: torch.Tensor) -> _Place | None:
+    """Where ``_permute_natively`` reorders the tensor: on its device's current stream, 0 for the CPU.
 
     None where torch must do it: the tensor is more, or less, than row after row of memory, or lies on a
     device without a kernel.
@@ -144,12 +139,21 @@ def _native_permuter(tensor: torch.Tensor) -> Callable[[int, int, int, int, int,
     if not plain or not tensor.is_contiguous() or tensor.numel() == 0:
         return None
     if tensor.device.type == "cpu":
-        return functools.partial(native.permute_rows, threads=settings.io_threads())
-    cuda = native.cuda() if tensor.device.type == "cuda" else None
-    if cuda is None:
+        return tensor.device, 0
+    if tensor.device.type != "cuda" or native.cuda() is None:
         return None
-    stream = torch.cuda.current_stream(tensor.device).cuda_stream
-    return functools.partial(cuda.permute_rows, device=tensor.device.index, stream=stream)
+    return tensor.device, torch.cuda.current_stream(tensor.device).cuda_stream
+
+
+def _permute_natively(rows: Sequence[tuple[int, ...]], interleave: bool, place: _Place) -> None:
+    to, origin, number, nbytes, blocks = (array("q", column) for column in zip(*rows, strict=True))
+    device, stream = place
+    if device.type == "cpu":
+        native.permute_rows(to, origin, number, nbytes, blocks, interleave, settings.io_threads())
+        return
+    cuda = native.cuda()
+    assert cuda is not None
+    cuda.permute_rows(to, origin, number, nbytes, blocks, interleave, device.index, stream)
 
 
 def _permute_by_views(data: torch.Tensor, block: int, interleave: bool) -> torch.Tensor:

@@ -82,12 +82,14 @@ class HostBuffer:
     def _touch(self) -> None:
         """Write to every page, with all threads: several times as fast as page-locking untouched memory."""
         zeros = torch.zeros(min(self.nbytes, _HUGE_PAGE), dtype=torch.uint8)
-        starts = array("q", range(0, self.nbytes, _HUGE_PAGE))
-        base = self.memory.data_ptr()
-        native.copy_extents(
-            array("q", (base + start for start in starts)),
-            array("q", [zeros.data_ptr()] * len(starts)),
-            array("q", (min(_HUGE_PAGE, self.nbytes - start) for start in starts)),
+        pages, rest = divmod(self.nbytes, _HUGE_PAGE)
+        base, source = self.memory.data_ptr(), zeros.data_ptr()
+        native.copy_runs(
+            array("q", (base, base + pages * _HUGE_PAGE)),
+            array("q", (source, source)),
+            array("q", (_HUGE_PAGE, rest)),
+            array("q", (pages, 1)),
+            array("q", (0, 0)),
             settings.io_threads(),
         )
 

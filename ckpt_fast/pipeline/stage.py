@@ -221,16 +221,18 @@ def _offsets(tensors: Sequence[torch.Tensor], first: Sequence[int]) -> list[int]
 
 
 def _copy_on_cpu(tensors: Sequence[torch.Tensor], slots: Sequence[torch.Tensor]) -> None:
-    destinations, sources, sizes = array("q"), array("q"), array("q")
+    rows: list[tuple[int, ...]] = []
     for tensor, slot in zip(tensors, slots, strict=True):
         if needs_copy(tensor, snapshot=False):
             _as(tensor, slot).copy_(tensor)
-        else:
-            starts, nbytes = _runs(tensor)
-            destinations.extend([slot.data_ptr() + run * nbytes for run in range(len(starts))])
-            sources.extend(starts)
-            sizes.extend(array("q", [nbytes]) * len(starts))
-    native.copy_extents(destinations, sources, sizes, settings.io_threads())
+            continue
+        address = slot.data_ptr()
+        for series in strided.as_rows(tensor):
+            rows.append((address, series.address, series.nbytes, series.number, series.pitch))
+            address += series.nbytes * series.number
+    if rows:
+        to, origin, nbytes, number, pitch = (array("q", column) for column in zip(*rows, strict=True))
+        native.copy_runs(to, origin, nbytes, number, pitch, settings.io_threads())
 
 
 def _runs(tensor: torch.Tensor) -> tuple[array[int], int]:

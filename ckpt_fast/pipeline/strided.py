@@ -41,18 +41,15 @@ class Rows(NamedTuple):
     number: int
 
 
-def as_rows(tensor: torch.Tensor) -> list[Rows] | None:
-    """The runs of a tensor as at most two series; None if there are more."""
+def as_rows(tensor: torch.Tensor) -> list[Rows]:
+    """The runs of a tensor, in row-major order of it, as series."""
+    if tensor.is_contiguous():
+        return [Rows(tensor.data_ptr(), tensor.nbytes, tensor.nbytes, 1)]
     outer = _outer_dimensions(tensor)
-    if outer > 2 or (outer == 2 and tensor.shape[0] > 2):
-        return None
     nbytes = run_nbytes(tensor)
-    if outer == 0:
-        return [Rows(tensor.data_ptr(), nbytes, nbytes, 1)]
-    series = tensor.unbind(0) if outer == 2 else [tensor]
-    return [
-        Rows(each.data_ptr(), each.stride(0) * each.dtype.itemsize, nbytes, each.shape[0]) for each in series
-    ]
+    strides = [stride * tensor.dtype.itemsize for stride in tensor.stride()[:outer]]
+    starts = positions(tensor.data_ptr(), tensor.shape[: outer - 1], strides)
+    return [Rows(start, strides[-1], nbytes, tensor.shape[outer - 1]) for start in starts.tolist()]
 
 
 def positions(start: int, counts: Sequence[int], strides: Sequence[int]) -> torch.Tensor:

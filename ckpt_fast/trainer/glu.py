@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from ckpt_fast import megatron
 from ckpt_fast.doors.glu_factory import require_whole_pairs
-from ckpt_fast.pipeline.glu_rows import permute_rows, together_on_gpus
+from ckpt_fast.pipeline.glu_rows import permute_rows, together
 from ckpt_fast.trainer.ranks import print_rank_0
 
 
@@ -117,7 +117,7 @@ def _process_state_dict_for_glu_interleaving(
     processed: dict[str, Any] = {}
     count = 0
     # Megatron FSDP cuts each result at once.
-    with contextlib.nullcontext() if use_megatron_fsdp else together_on_gpus():
+    with contextlib.nullcontext() if use_megatron_fsdp else together():
         # Sorted, so that the collectives of Megatron FSDP meet their like on the other ranks.
         for key in sorted(model_state_dict):
             value = processed[key] = model_state_dict[key]

@@ -38,22 +38,14 @@ class Column {
 
 cuda::Stream as_stream(std::uintptr_t handle) { return reinterpret_cast<cuda::Stream>(handle); }
 
-void permute_rows(std::uintptr_t destination, std::uintptr_t source, std::int64_t rows,
-                  std::int64_t row_nbytes, std::int64_t block, bool interleave, int device,
-                  std::uintptr_t stream) {
-  cuda::RowPermutation work{destination, source, rows, row_nbytes, block};
-  py::gil_scoped_release release;
-  cuda::permute_rows(&work, 1, interleave, device, as_stream(stream));
-}
-
-void permute_rows_many(const py::buffer& destination, const py::buffer& source, const py::buffer& rows,
+void permute_rows(const py::buffer& destination, const py::buffer& source, const py::buffer& rows,
                        const py::buffer& row_nbytes, const py::buffer& block, bool interleave, int device,
                        std::uintptr_t stream) {
   Column destinations(destination, "destination"), sources(source, "source"), all_rows(rows, "rows"),
       widths(row_nbytes, "row_nbytes"), blocks(block, "block");
   std::size_t count = destinations.size();
   for (const Column* column : {&sources, &all_rows, &widths, &blocks}) {
-    if (column->size() != count) throw std::invalid_argument("permute_rows_many: columns differ in length");
+    if (column->size() != count) throw std::invalid_argument("permute_rows: columns differ in length");
   }
   std::vector<cuda::RowPermutation> works;
   works.reserve(count);
@@ -110,10 +102,7 @@ PYBIND11_MODULE(_cuda, module) {
   module.def("copy_rows", &copy_rows, py::arg("destination"), py::arg("destination_pitch"), py::arg("source"),
              py::arg("source_pitch"), py::arg("row_nbytes"), py::arg("rows"), py::arg("device"),
              py::arg("stream"));
-  module.def("permute_rows", &permute_rows, py::arg("destination"), py::arg("source"), py::arg("rows"),
-             py::arg("row_nbytes"), py::arg("block"), py::arg("interleave"), py::arg("device"),
-             py::arg("stream"));
-  module.def("permute_rows_many", &permute_rows_many, py::arg("destination"), py::arg("source"),
+  module.def("permute_rows", &permute_rows, py::arg("destination"), py::arg("source"),
              py::arg("rows"), py::arg("row_nbytes"), py::arg("block"), py::arg("interleave"),
              py::arg("device"), py::arg("stream"));
 }

@@ -70,17 +70,26 @@ uint32_t copy_crc32_of(uintptr_t destination, uintptr_t source, size_t nbytes, u
                     seed);
 }
 
-void permute_rows_at(uintptr_t destination, uintptr_t source, int64_t rows, int64_t row_nbytes, int64_t block,
-                     bool interleave, int threads) {
-  permute_rows(reinterpret_cast<void*>(destination), reinterpret_cast<const void*>(source), rows, row_nbytes,
-               block, interleave, threads);
+void permute_rows_at(const py::buffer& destination, const py::buffer& source, const py::buffer& rows,
+                     const py::buffer& row_nbytes, const py::buffer& block, bool interleave, int threads) {
+  const ColumnArgument columns[] = {{destination, "destination"},
+                                    {source, "source"},
+                                    {rows, "rows"},
+                                    {row_nbytes, "row_nbytes"},
+                                    {block, "block"}};
+  const py::gil_scoped_release no_gil;
+  permute_rows({columns[0], columns[1], columns[2], columns[3], columns[4]}, interleave, threads);
 }
 
-void copy_extents_at(const py::buffer& destination, const py::buffer& source, const py::buffer& nbytes,
-                     int threads) {
-  const ColumnArgument columns[] = {{destination, "destination"}, {source, "source"}, {nbytes, "nbytes"}};
+void copy_runs_at(const py::buffer& destination, const py::buffer& source, const py::buffer& nbytes,
+                  const py::buffer& runs, const py::buffer& pitch, int threads) {
+  const ColumnArgument columns[] = {{destination, "destination"},
+                                    {source, "source"},
+                                    {nbytes, "nbytes"},
+                                    {runs, "runs"},
+                                    {pitch, "pitch"}};
   const py::gil_scoped_release no_gil;
-  copy_extents(columns[0], columns[1], columns[2], threads);
+  copy_runs({columns[0], columns[1], columns[2], columns[3], columns[4]}, threads);
 }
 
 py::tuple write_files_from(const py::sequence& paths, const py::buffer& file_nbytes,
@@ -139,8 +148,8 @@ PYBIND11_MODULE(_engine, m) {
   m.def("crc32_combine", crc32_combine, py::arg("first"), py::arg("second"), py::arg("second_nbytes"));
   m.def("copy_crc32", copy_crc32_of, py::arg("destination"), py::arg("source"), py::arg("nbytes"),
         py::arg("seed") = 0, no_gil);
-  m.def("copy_extents", copy_extents_at, py::arg("destination"), py::arg("source"), py::arg("nbytes"),
-        py::arg("threads"));
+  m.def("copy_runs", copy_runs_at, py::arg("destination"), py::arg("source"), py::arg("nbytes"),
+        py::arg("runs"), py::arg("pitch"), py::arg("threads"));
   py::class_<WriteProgress>(m, "WriteProgress")
       .def(py::init<>())
       .def_property_readonly("nbytes", &WriteProgress::nbytes)
@@ -154,6 +163,6 @@ PYBIND11_MODULE(_engine, m) {
         py::arg("extent_nbytes"), py::arg("extent_address"), py::arg("extent_digest"),
         py::arg("digest_count"), py::arg("threads"), py::arg("chunk_bytes"), py::arg("direct"));
   m.def("permute_rows", permute_rows_at, py::arg("destination"), py::arg("source"), py::arg("rows"),
-        py::arg("row_nbytes"), py::arg("block"), py::arg("interleave"), py::arg("threads"), no_gil);
+        py::arg("row_nbytes"), py::arg("block"), py::arg("interleave"), py::arg("threads"));
   m.def("cpu_features", cpu_features);
 }

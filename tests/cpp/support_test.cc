@@ -96,13 +96,18 @@ void test_permute() {
   const std::vector<uint8_t> source = noise(rows * row_nbytes, 5);
   std::vector<uint8_t> blocks(source.size());
   std::vector<uint8_t> back(source.size());
-  permute_rows(blocks.data(), source.data(), rows, row_nbytes, block, true, 4);
+  const auto permute = [&](std::vector<uint8_t>& to, const std::vector<uint8_t>& from, bool interleave) {
+    const int64_t row[] = {reinterpret_cast<int64_t>(to.data()), reinterpret_cast<int64_t>(from.data()), rows,
+                           row_nbytes, block};
+    permute_rows({{&row[0], 1}, {&row[1], 1}, {&row[2], 1}, {&row[3], 1}, {&row[4], 1}}, interleave, 4);
+  };
+  permute(blocks, source, true);
   for (int64_t row = 0; row < rows; ++row) {
     const int64_t half = row >= rows / 2;
     const int64_t within = row - half * (rows / 2);
     const int64_t place = within / block * 2 * block + half * block + within % block;
     CHECK(std::memcmp(blocks.data() + place * row_nbytes, source.data() + row * row_nbytes, row_nbytes) == 0);
   }
-  permute_rows(back.data(), blocks.data(), rows, row_nbytes, block, false, 4);
+  permute(back, blocks, false);
   CHECK(back == source);
 }

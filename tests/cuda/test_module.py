@@ -25,6 +25,10 @@ def test_import_shows_no_device_where_none_is_visible() -> None:
     assert done.stdout == "0\n"
 
 
+def columns_of(row: tuple[int, ...]) -> list[array[int]]:
+    return [array("q", [value]) for value in row]
+
+
 @pytest.mark.parametrize(
     ("row", "text"),
     [
@@ -40,9 +44,7 @@ def test_import_shows_no_device_where_none_is_visible() -> None:
 )
 def test_refuses_before_it_enqueues(row: tuple[int, ...], text: str) -> None:
     with pytest.raises(ValueError, match=text):
-        _cuda.permute_rows(*row, True, 0, 0)
-    with pytest.raises(ValueError, match=text):
-        _cuda.permute_rows_many(*(array("q", [value]) for value in row), True, 0, 0)
+        _cuda.permute_rows(*columns_of(row), True, 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -62,12 +64,12 @@ def test_copies_that_no_engine_takes(row: tuple[int, ...], text: str) -> None:
 def test_columns_are_64_bit_and_of_one_length() -> None:
     column = array("q", [4096, 8192])
     with pytest.raises(ValueError, match="block must be a buffer of signed 64-bit integers"):
-        _cuda.permute_rows_many(column, column, column, column, array("i", [1, 1]), True, 0, 0)
+        _cuda.permute_rows(column, column, column, column, array("i", [1, 1]), True, 0, 0)
     with pytest.raises(ValueError, match="differ in length"):
-        _cuda.permute_rows_many(column, column, column, column, array("q", [1]), True, 0, 0)
+        _cuda.permute_rows(column, column, column, column, array("q", [1]), True, 0, 0)
 
 
 def test_failures_carry_the_call_and_its_text() -> None:
     absent = _cuda.device_count()
     with pytest.raises(RuntimeError, match=r"device.*: .+ \(cudaError\w+\)"):
-        _cuda.permute_rows(4096, 8192, 8, 4, 2, True, absent, 0)
+        _cuda.permute_rows(*columns_of((4096, 8192, 8, 4, 2)), True, absent, 0)

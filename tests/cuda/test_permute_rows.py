@@ -42,8 +42,9 @@ def by_views(tensor: torch.Tensor, k: int, interleave: bool) -> torch.Tensor:
 def permute(destination: torch.Tensor, source: torch.Tensor, k: int, interleave: bool) -> None:
     row_nbytes = source.nbytes // source.shape[0]
     stream = torch.cuda.current_stream().cuda_stream
-    where = (destination.data_ptr(), source.data_ptr(), source.shape[0], row_nbytes)
-    kernels().permute_rows(*where, k, interleave, torch.cuda.current_device(), stream)
+    row = (destination.data_ptr(), source.data_ptr(), source.shape[0], row_nbytes, k)
+    columns = [array("q", [value]) for value in row]
+    kernels().permute_rows(*columns, interleave, torch.cuda.current_device(), stream)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -86,14 +87,14 @@ def test_many_tensors_at_once(count: int, interleave: bool) -> None:
         for column, value in zip(columns, row, strict=True):
             column.append(value)
     stream = torch.cuda.current_stream().cuda_stream
-    kernels().permute_rows_many(*columns, interleave, torch.cuda.current_device(), stream)
+    kernels().permute_rows(*columns, interleave, torch.cuda.current_device(), stream)
     for i, (source, result) in enumerate(zip(sources, results, strict=True)):
         expected = by_views(source, i % 5 + 1, interleave) if source.numel() else source
         assert torch.equal(result, expected)
 
 
 def test_nothing_to_do() -> None:
-    kernels().permute_rows_many(*(array("q") for _ in range(5)), True, 0, 0)
+    kernels().permute_rows(*(array("q") for _ in range(5)), True, 0, 0)
 
 
 @pytest.mark.parametrize("pinned", ["destination", "source"])
