@@ -74,7 +74,6 @@ from ckpt_fast.megatron.bridge import import_auto_bridge
 from ckpt_fast.megatron.fsdp import (
     HAVE_MEGATRON_FSDP,
     MegatronFSDP,
-    gather_uneven_dtensor_to_full_tensor,
     handle_experts_in_state_dict,
     handle_fp8_extra_state_case,
     handle_gdn_in_state_dict,
@@ -153,7 +152,6 @@ __all__ = [
     "extract_sharded_base",
     "fit_to_members",
     "force_all_tensors_to_non_fp8",
-    "gather_uneven_dtensor_to_full_tensor",
     "get_async_strategy",
     "get_cuda_rng_tracker",
     "get_model_config",

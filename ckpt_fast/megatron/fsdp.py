@@ -7,10 +7,8 @@ _FSDP = "megatron.core.distributed.fsdp.src.megatron_fsdp"
 _HANDLERS = "megatron.core.transformer.fsdp_dtensor_checkpoint"
 
 (MegatronFSDP,) = import_names(f"{_FSDP}.megatron_fsdp", "MegatronFSDP")
-preprocess_state_dict_for_uneven_dtensor, gather_uneven_dtensor_to_full_tensor = import_names(
-    f"{_FSDP}.uneven_dtensor",
-    "preprocess_state_dict_for_uneven_dtensor",
-    "gather_uneven_dtensor_to_full_tensor",
+(preprocess_state_dict_for_uneven_dtensor,) = import_names(
+    f"{_FSDP}.uneven_dtensor", "preprocess_state_dict_for_uneven_dtensor"
 )
 (
     handle_experts_in_state_dict,

@@ -13,15 +13,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from ckpt_fast import megatron
 from ckpt_fast.doors.glu_factory import require_whole_pairs
-from ckpt_fast.pipeline.glu_rows import permute_rows, together
+from ckpt_fast.errors import CheckpointMismatchError
+from ckpt_fast.pipeline.glu_rows import permute_rows, require_pairs, together
 from ckpt_fast.trainer.ranks import print_rank_0
 
 
@@ -222,10 +225,10 @@ def _describe_uneven_shards(model_state_dict: dict[str, Any]) -> None:
 
 def _permute_megatron_fsdp(key: str, value: Any, interleave_size: int, interleave: bool) -> DTensor:
     """A DTensor of Megatron FSDP with its rows reordered over the whole mesh (collective)."""
-    full = megatron.gather_uneven_dtensor_to_full_tensor(value)._local_tensor
-    permuted = permute_rows(full, interleave_size, interleave, key)
+    require_pairs(value, interleave_size, key)
     chunk = value._local_tensor.__create_chunk_list__()[0]
     piece = tuple(slice(start, start + n) for start, n in zip(chunk.offsets, chunk.sizes, strict=True))
+    permuted = permute_rows(_gather_pieces(key, value, piece), interleave_size, interleave, key)
     return DTensor.from_local(
         permuted[piece].clone(),  # a view would keep the full tensor alive
         device_mesh=value.device_mesh,
@@ -233,3 +236,36 @@ def _permute_megatron_fsdp(key: str, value: Any, interleave_size: int, interleav
         shape=value.shape,
         stride=value.stride(),
     )
+
+
+def _gather_pieces(key: str, value: DTensor, mine: tuple[slice, ...]) -> torch.Tensor:
+    """The full tensor on every rank, from pieces of any sizes (collective over the sharded mesh dims).
+
+    Megatron-Core's own function needs a backend whose all-gather takes tensors of different sizes.
+    """
+    places, data = [mine], value._local_tensor.detach().flatten()
+    for dim, placement in enumerate(value.placements):
+        if placement.is_replicate():
+            continue
+        group = value.device_mesh.get_group(dim)
+        places_of_ranks: list[Any] = [None] * group.size()
+        dist.all_gather_object(places_of_ranks, places, group=group)
+        counts = [sum(map(_elements, of_rank)) for of_rank in places_of_ranks]
+        padded = torch.nn.functional.pad(data, (0, max(counts) - data.numel()))
+        received = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(received, padded, group=group)
+        data = torch.cat([part[:count] for part, count in zip(received, counts, strict=True)])
+        places = [place for of_rank in places_of_ranks for place in of_rank]
+    if data.numel() != value.numel():
+        raise CheckpointMismatchError(
+            f"{key}: the ranks' pieces have {data.numel()} elements, but shape {tuple(value.shape)} has "
+            f"{value.numel()}; the placements {value.placements} do not describe how it was cut"
+        )
+    full = data.new_empty(value.shape)
+    for place, part in zip(places, torch.split(data, list(map(_elements, places))), strict=True):
+        full[place] = part.view(full[place].shape)
+    return full
+
+
+def _elements(place: tuple[slice, ...]) -> int:
+    return math.prod(dim.stop - dim.start for dim in place)

@@ -108,33 +108,43 @@ def low_memory_save(rank: int) -> None:
             assert shard.global_shape == expected.global_shape
 
 
-def fsdp_dtensor(whole: torch.Tensor, rank: int) -> DTensor:
-    """Rows dealt out as Megatron FSDP does, but in equal parts: gloo's all_gather takes no others."""
-    world_size = dist.get_world_size()
-    mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("dp",))
-    piece = whole.chunk(world_size)[rank].clone()
-    return DTensor.from_local(piece, mesh, [Shard(0)], shape=whole.shape, stride=whole.stride())
+# Rows that each rank holds. Megatron FSDP cuts a buffer of many weights: some ranks get none of one.
+CUTS = {1: ([12],), 2: ([6, 6], [7, 5], [12, 0]), 3: ([5, 0, 7], [1, 10, 1])}
+
+
+def fsdp_dtensor(whole: torch.Tensor, rank: int, cut: list[int]) -> DTensor:
+    """Rows dealt out as Megatron FSDP does, on one mesh dim of a mesh that also replicates."""
+    mesh = init_device_mesh("cpu", (1, len(cut)), mesh_dim_names=("outer", "dp"))
+    piece = whole.split(cut)[rank].clone()
+    placements = [Replicate(), Shard(0)]
+    return DTensor.from_local(piece, mesh, placements, shape=whole.shape, stride=whole.stride())
 
 
 def megatron_fsdp(rank: int) -> None:
-    whole = torch.arange(12 * 3.0).reshape(12, 3)
+    for cut in CUTS[dist.get_world_size()]:
+        for dtype in (torch.float32, torch.bfloat16):
+            permuted_pieces(rank, cut, dtype)
+
+
+def permuted_pieces(rank: int, cut: list[int], dtype: torch.dtype) -> None:
+    whole = torch.arange(12 * 3).reshape(12, 3).to(dtype)
     other = torch.ones(2)
     for interleave, permute in ((True, _interleave_glu_tensor), (False, _deinterleave_glu_tensor)):
-        value = fsdp_dtensor(whole, rank)
+        value = fsdp_dtensor(whole, rank, cut)
         state = {WEIGHT: value, "other": other}
         result = _process_state_dict_for_glu_interleaving(state, 3, interleave, use_megatron_fsdp=True)
         assert list(result) == [WEIGHT, "other"] and result["other"] is other
         new = result[WEIGHT]
-        expected = fsdp_dtensor(permute(whole, 3), rank)
+        expected = fsdp_dtensor(permute(whole, 3), rank, cut)
         assert torch.equal(new.to_local(), expected.to_local())
         assert new.to_local().untyped_storage().nbytes() == new.to_local().nbytes
         assert (new.shape, new.stride(), new.placements) == (value.shape, value.stride(), value.placements)
         assert new.device_mesh == value.device_mesh
-        assert torch.equal(value.to_local(), fsdp_dtensor(whole, rank).to_local())
+        assert torch.equal(value.to_local(), fsdp_dtensor(whole, rank, cut).to_local())
 
 
 def megatron_fsdp_rejects_unpaired_rows(rank: int) -> None:
-    value = fsdp_dtensor(torch.zeros(12, 3), rank)
+    value = fsdp_dtensor(torch.zeros(12, 3), rank, CUTS[dist.get_world_size()][0])
     with pytest.raises(CheckpointMismatchError, match=r"linear_fc1.weight.*\(12, 3\).*size 4"):
         _process_state_dict_for_glu_interleaving({WEIGHT: value}, 4, use_megatron_fsdp=True)
 
@@ -162,9 +172,10 @@ def test_ranks(check: Callable[[int], None], world_size: int) -> None:
 
 
 @pytest.mark.skipif(
-    megatron.gather_uneven_dtensor_to_full_tensor is None, reason="this Megatron-Core has no Megatron FSDP"
+    megatron.preprocess_state_dict_for_uneven_dtensor is None,
+    reason="this Megatron-Core has no Megatron FSDP",
 )
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("check", [megatron_fsdp, megatron_fsdp_rejects_unpaired_rows])
 def test_megatron_fsdp_ranks(check: Callable[[int], None], world_size: int) -> None:
     run_ranks(check, world_size)
