@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """What tests of several modules need: ranks (real processes, a real gloo group), and an RNG tracker for CPUs.
 
-Ranks are started once per world size and serve one call after the other, each with the caller's environment
-variables and a process group of its own, because importing torch and Megatron takes seconds.
+Importing torch and Megatron takes seconds. So ranks are forked off a process that has done it, and serve one
+call after the other, each with the caller's environment variables and a process group of its own.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import gc
 import importlib
 import multiprocessing
@@ -98,7 +99,7 @@ class _Ranks:
     """Processes that run what they are sent."""
 
     def __init__(self, world_size: int) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = _context()
         self._connections: list[Connection] = []
         self._processes = []
         for rank in range(world_size):
@@ -153,6 +154,18 @@ class _Ranks:
         if waiting:
             raise TimeoutError(f"ranks {sorted(waiting.values())} did not finish within {timeout_s} s")
         return [results[rank] for rank in range(len(self._connections))]
+
+
+@functools.cache
+def _context() -> Any:
+    import torch
+
+    # CUDA does not survive a fork, and an import may have asked it for something.
+    if torch.cuda.is_available():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["ckpt_fast.checkpointing", "torch.distributed.device_mesh"])
+    return context
 
 
 _pool: dict[int, _Ranks] = {}
