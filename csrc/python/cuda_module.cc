@@ -39,8 +39,8 @@ class Column {
 cuda::Stream as_stream(std::uintptr_t handle) { return reinterpret_cast<cuda::Stream>(handle); }
 
 void permute_rows(const py::buffer& destination, const py::buffer& source, const py::buffer& rows,
-                       const py::buffer& row_nbytes, const py::buffer& block, bool interleave, int device,
-                       std::uintptr_t stream) {
+                  const py::buffer& row_nbytes, const py::buffer& block, bool interleave, int device,
+                  std::uintptr_t stream) {
   Column destinations(destination, "destination"), sources(source, "source"), all_rows(rows, "rows"),
       widths(row_nbytes, "row_nbytes"), blocks(block, "block");
   std::size_t count = destinations.size();
@@ -102,7 +102,7 @@ PYBIND11_MODULE(_cuda, module) {
   module.def("copy_rows", &copy_rows, py::arg("destination"), py::arg("destination_pitch"), py::arg("source"),
              py::arg("source_pitch"), py::arg("row_nbytes"), py::arg("rows"), py::arg("device"),
              py::arg("stream"));
-  module.def("permute_rows", &permute_rows, py::arg("destination"), py::arg("source"),
-             py::arg("rows"), py::arg("row_nbytes"), py::arg("block"), py::arg("interleave"),
-             py::arg("device"), py::arg("stream"));
+  module.def("permute_rows", &permute_rows, py::arg("destination"), py::arg("source"), py::arg("rows"),
+             py::arg("row_nbytes"), py::arg("block"), py::arg("interleave"), py::arg("device"),
+             py::arg("stream"));
 }

@@ -83,11 +83,8 @@ void permute_rows_at(const py::buffer& destination, const py::buffer& source, co
 
 void copy_runs_at(const py::buffer& destination, const py::buffer& source, const py::buffer& nbytes,
                   const py::buffer& runs, const py::buffer& pitch, int threads) {
-  const ColumnArgument columns[] = {{destination, "destination"},
-                                    {source, "source"},
-                                    {nbytes, "nbytes"},
-                                    {runs, "runs"},
-                                    {pitch, "pitch"}};
+  const ColumnArgument columns[] = {
+      {destination, "destination"}, {source, "source"}, {nbytes, "nbytes"}, {runs, "runs"}, {pitch, "pitch"}};
   const py::gil_scoped_release no_gil;
   copy_runs({columns[0], columns[1], columns[2], columns[3], columns[4]}, threads);
 }

@@ -59,4 +59,5 @@ void test_buffer_pool();
 void test_file();
 void test_writer();
 void test_reader();
+void test_copy_runs();
 void test_permute();

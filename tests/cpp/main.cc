@@ -43,6 +43,7 @@ int main() {
     test_reader();
     CHECK(interruptions.count() > 1000);
   }
+  test_copy_runs();
   test_permute();
   std::puts("engine tests passed");
   return 0;

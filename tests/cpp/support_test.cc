@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// parallel, buffer_pool, file, permute.
+// parallel, buffer_pool, file, copier, permute.
 #include <sys/resource.h>
 
 #include <atomic>
@@ -11,6 +11,7 @@
 
 #include "buffer_pool.h"
 #include "check.h"
+#include "copier.h"
 #include "error.h"
 #include "file.h"
 #include "parallel.h"
@@ -86,6 +87,29 @@ void test_file() {
     CHECK(std::memcmp(buffer.data(), content.data() + 4096, 10000 - 4096) == 0);
     const auto beyond = [&] { input.read({{buffer.data(), 8192}}, 8192, 4096); };
     CHECK(text_of<SystemError>(beyond) == "read 8192 bytes at 4096 from " + path + ": file ends at 10000");
+  }
+}
+
+void test_copy_runs() {
+  // Three series whose runs take turns, of more bytes than one task copies; the last comes first.
+  const int64_t nbytes = 5001;
+  const int64_t runs = 1200;
+  const int64_t pitch = 3 * nbytes + 7;
+  const std::vector<uint8_t> source = noise(runs * pitch, 6);
+  std::vector<std::vector<uint8_t>> targets(3, std::vector<uint8_t>(runs * nbytes));
+  std::vector<int64_t> to, from;
+  for (const int64_t member : {2, 0, 1}) {
+    to.push_back(reinterpret_cast<int64_t>(targets[member].data()));
+    from.push_back(reinterpret_cast<int64_t>(source.data()) + member * nbytes);
+  }
+  const std::vector<int64_t> sizes(3, nbytes), counts(3, runs), pitches(3, pitch);
+  copy_runs({{to.data(), 3}, {from.data(), 3}, {sizes.data(), 3}, {counts.data(), 3}, {pitches.data(), 3}},
+            4);
+  for (int64_t member = 0; member < 3; ++member) {
+    for (int64_t run = 0; run < runs; ++run) {
+      CHECK(std::memcmp(targets[member].data() + run * nbytes, source.data() + run * pitch + member * nbytes,
+                        nbytes) == 0);
+    }
   }
 }
 
