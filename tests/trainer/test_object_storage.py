@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from ckpt_fast.config import CheckpointConfig, ConfigContainer, TokenizerConfig
-from ckpt_fast.megatron import SoloGroup
+from ckpt_fast.megatron import MultiStorageClientFeature, SoloGroup
 from ckpt_fast.state import TrainState
 from ckpt_fast.trainer import retention, sidecars, trackers
 from ckpt_fast.trainer.experiment_loggers import append_to_progress_log
@@ -31,6 +31,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     provider = {"type": "file", "options": {"base_path": str(tmp_path)}}
     config.write_text(yaml.safe_dump({"profiles": {profile: {"storage_provider": provider}}}))
     monkeypatch.setenv("MSC_CONFIG", str(config))
+    monkeypatch.setattr(MultiStorageClientFeature, "_enabled", True)  # newer Megatron-Core: not by default
     return f"msc://{profile}/run"
 
 
