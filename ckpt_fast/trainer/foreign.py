@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
 
 from ckpt_fast import settings
 from ckpt_fast.errors import CheckpointError
@@ -43,7 +44,7 @@ def run_on_all_ranks(action: Callable[[], None], what: str) -> None:
     if group.size == 1:
         group.agree(action)
         return
-    store = dist.PrefixStore(group.broadcast(uuid.uuid4().hex), dist.distributed_c10d._get_default_store())
+    store = PrefixStore(group.broadcast(uuid.uuid4().hex), _get_default_store())
     errors: list[Exception] = []
     thread = _start(action, errors)
     lost = False
@@ -72,7 +73,8 @@ def run_on_all_ranks(action: Callable[[], None], what: str) -> None:
 
 
 def _start(action: Callable[[], None], errors: list[Exception]) -> threading.Thread:
-    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+    initialized = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    device = torch.cuda.current_device() if initialized else None
     with_gradients = torch.is_grad_enabled()
 
     def run() -> None:
@@ -90,7 +92,7 @@ def _start(action: Callable[[], None], errors: list[Exception]) -> threading.Thr
     return thread
 
 
-def _wait_for_all(store: dist.Store, ranks: int) -> None:
+def _wait_for_all(store: Store, ranks: int) -> None:
     """Return when every rank has come back, or has given up waiting for itself."""
     pause = 0.001
     while store.add("back", 0) < ranks:

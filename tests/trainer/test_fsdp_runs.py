@@ -7,6 +7,7 @@ The model is torch's FSDP2, which runs on a CPU; around it stands what Megatron 
 from __future__ import annotations
 
 import copy
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -210,6 +211,17 @@ def test_finetuning_takes_the_weights_alone(checkpoints: Path) -> None:
 def test_a_strict_load_needs_no_validation(checkpoints: Path) -> None:
     found = resumed(checkpoints, 2, strict_fsdp_dtensor_load=True)
     assert (found["restored"], found["validated"]) == (ALL, [])
+
+
+def test_a_damaged_checkpoint_is_passed_over(checkpoints: Path, tmp_path: Path) -> None:
+    for name in ("iter_0000001", "iter_0000002"):
+        shutil.copytree(checkpoints / name, tmp_path / name)
+    for name in ("latest_train_state.pt", "expected.pt"):
+        shutil.copy(checkpoints / name, tmp_path)
+    data = tmp_path / "iter_0000002/__0_0.distcp"
+    data.write_bytes(data.read_bytes()[:-1])
+    found = resumed(tmp_path, 1)
+    assert (found["result"], found["restored"]) == ((1, 7), ALL)
 
 
 def test_fused_layers_are_mapped_in_order(monkeypatch: pytest.MonkeyPatch) -> None:

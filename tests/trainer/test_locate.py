@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from ckpt_fast.config import CheckpointConfig
+from ckpt_fast.errors import CheckpointNotFoundError
 from ckpt_fast.state import TrainState
 from ckpt_fast.trainer import locate, trackers
 from ckpt_fast.trainer.locate import (
@@ -79,6 +80,18 @@ def test_nothing_to_resolve(tmp_path: Path) -> None:
     assert _resolve_checkpoint_iteration(None, None) == (-1, False)
     assert _resolve_checkpoint_iteration(str(tmp_path), None) == (-1, False)
     assert _resolve_checkpoint_iteration(str(tmp_path / "absent"), None) == (-1, False)
+
+
+def test_a_root_that_cannot_be_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointNotFoundError, match=r"is a file: checkpoint\.load must name a directory"):
+        _resolve_checkpoint_iteration(str(tmp_path / "file"), None)
+    with pytest.raises(ValueError, match=r"ckpt_step=3 specified but checkpoint\.load is None"):
+        _resolve_checkpoint_iteration(None, 3)
+    # No directory is not the working directory.
+    monkeypatch.chdir(tmp_path)
+    publish(tmp_path, 9)
+    assert _resolve_checkpoint_iteration("", None) == (-1, False)
 
 
 def test_iterations_without_a_tracker_are_not_searched_for(tmp_path: Path) -> None:
