@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ import pytest
 
 from ckpt_fast import megatron
 from ckpt_fast.checkpointing import init_checkpointing_context, maybe_finalize_async_save, save_checkpoint
+from ckpt_fast.doors.local_files import write_local
 from tests.helpers import run_ranks
 from tests.models import FLOPS, Run, Setup, differences, megatron_on_cpu, other
 from tests.trainer.runs import iterations, tracked
 
+local_door = pytest.importorskip("ckpt_fast.doors.local")
 pytestmark = pytest.mark.skipif(not megatron.HAVE_RESIL, reason="needs nvidia-resiliency-ext")
 
 
@@ -27,7 +30,11 @@ def save_and_recover(rank: int, setup: Setup, root: str, local: str, is_async: b
         "async_strategy": "mcore",
     }
     # nvidia-resiliency-ext and the state dict it takes wait for a GPU, whether there is one or not.
-    with megatron_on_cpu(), Run(setup, save=root, **config) as run:
+    go = threading.Event()
+    with megatron_on_cpu(), Run(setup, save=root, **config) as run, pytest.MonkeyPatch.context() as patch:
+        if is_async:
+            # The disk is slow: it begins when training has changed everything.
+            patch.setattr(local_door, "write_local", lambda *args: (go.wait(30), write_local(*args)))
         context = init_checkpointing_context(run.checkpoint)
         run.state.initialize_async_checkpoint_worker()
         run.train(1)
@@ -40,6 +47,7 @@ def save_and_recover(rank: int, setup: Setup, root: str, local: str, is_async: b
         expected = run.fingerprint()
         expected["train_state"]["floating_point_operations_so_far"] = float(FLOPS + 1)
         run.train(1)
+        go.set()
         maybe_finalize_async_save(run.state, run.checkpoint, blocking=True)
     with megatron_on_cpu(), Run(other(setup), save=root, load=root, **config) as run:
         run.train(1)

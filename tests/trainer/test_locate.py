@@ -12,7 +12,8 @@ import pytest
 from ckpt_fast.config import CheckpointConfig
 from ckpt_fast.errors import CheckpointNotFoundError
 from ckpt_fast.state import TrainState
-from ckpt_fast.trainer import locate, trackers
+from ckpt_fast.trainer import load_plan, locate, trackers
+from ckpt_fast.trainer.contexts import CheckpointType
 from ckpt_fast.trainer.locate import (
     _DIRECT_ITERATION_DIR_SENTINEL,
     _get_checkpoint_format,
@@ -219,3 +220,15 @@ def test_rank_0_decides_about_presence(tmp_path: Path) -> None:
     publish(tmp_path / "0", 2)
     answers = run_ranks(presence, 2, str(tmp_path))
     assert [(found, step) for found, (_, step) in answers] == [(True, 2), (True, 2)]
+
+
+def find_own_run_config(rank: int, directory: str) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == 1:
+            patch.setattr(load_plan, "file_exists", lambda path: False)
+        return load_plan.find_run_config({}, directory, CheckpointType.GLOBAL, None)
+
+
+def test_a_rank_that_does_not_see_the_configuration_gets_it(tmp_path: Path) -> None:
+    (tmp_path / "run_config.yaml").write_text("model: {hidden_size: 8}")
+    assert run_ranks(find_own_run_config, 2, str(tmp_path)) == [{"model": {"hidden_size": 8}}] * 2
