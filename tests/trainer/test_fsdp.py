@@ -15,8 +15,9 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from megatron.core.transformer import TransformerConfig
 
-from ckpt_fast import megatron
+from ckpt_fast import FastStorageWriter, megatron
 from ckpt_fast.async_queue import AsyncCallsQueue
+from ckpt_fast.checkpointing import _create_fsdp_dtensor_storage_writer
 from ckpt_fast.config import CheckpointConfig, ConfigContainer
 from ckpt_fast.errors import AsyncSaveError, CheckpointError
 from ckpt_fast.pipeline.verify import find_damage
@@ -160,6 +161,13 @@ def test_object_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("MSC_CONFIG", str(tmp_path / "msc.yaml"))
     for found in run_ranks(save_to_object_storage, 2, "msc://fsdp/run", str(tmp_path / "run")):
         assert found == {"wrong": {"sync": [], "async": []}, "report": (True, True), "left": False}
+
+
+def test_object_storage_is_for_its_own_paths_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("multistorageclient")
+    monkeypatch.setattr(megatron.MultiStorageClientFeature, "_enabled", True)
+    writer = _create_fsdp_dtensor_storage_writer(str(tmp_path))
+    assert (type(writer), writer.checkpoint_id) == (FastStorageWriter, str(tmp_path))
 
 
 def save_what_one_rank_cannot_plan(rank: int, root: str) -> None:
