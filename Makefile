@@ -73,14 +73,14 @@ clean: ## remove what was built; the environments stay
 
 # The stamps lie inside the environments, so that removing an environment removes them too.
 
-$(A)/.requirements: requirements/stack-a.txt requirements/dev.txt
+$(A)/.requirements: requirements/stack-a.txt requirements/dev.txt requirements/optional.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "$(PYTHON) is missing or older than Python 3.10; choose one: make PYTHON=python3.11" >&2; exit 1; }
 	@$(A)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(A)
 	$(A)/bin/python -m pip install --quiet -r $<
 	@touch $@
 
-$(B)/.requirements: requirements/stack-b.txt requirements/dev.txt
+$(B)/.requirements: requirements/stack-b.txt requirements/dev.txt requirements/optional.txt
 	@test -n "$(PYTHON_B)" || \
 		{ echo "Stack B needs Python 3.12 and none was found; choose one: make PYTHON_B=/path/to/python3.12" >&2; exit 1; }
 	@$(B)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON_B) -m venv $(B)

@@ -40,14 +40,13 @@ HOMES_OF_DATA = {
 }
 # What a name does not do yet, or does only with something else installed.
 LIMITS = {
-    "save_checkpoint": "Hugging Face copies need Megatron Bridge; `fsdp_dtensor` not in the background",
+    "save_checkpoint": "Hugging Face copies need Megatron Bridge; `torch_dist` needs a file system",
     "load_checkpoint": "Hugging Face weights need Megatron Bridge",
     "init_checkpointing_context": "local checkpoints need nvidia-resiliency-ext",
     "get_save_and_finalize_callbacks": "needs nvidia-resiliency-ext",
     "preprocess_fsdp_dtensor_state_dict": "needs Megatron FSDP",
-    "save_fsdp_dtensor_checkpoint": "needs Megatron FSDP; writes with torch DCP's own writer",
-    "load_fsdp_dtensor_checkpoint": "needs Megatron FSDP; reads with torch DCP's own reader",
-    "_create_fsdp_dtensor_storage_writer": "torch DCP's own writer",
+    "save_fsdp_dtensor_checkpoint": "needs Megatron FSDP",
+    "load_fsdp_dtensor_checkpoint": "needs Megatron FSDP",
     "cleanup_old_non_persistent_checkpoint": "`max_iteration` is ckpt_fast's own",
     "_load_non_persistent_base_checkpoint": "`cfg` and `is_megatron_mimo` are ckpt_fast's own",
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -62,7 +63,11 @@ def load_common_state_dict(checkpoint_dir: str) -> dict[str, Any]:
         CheckpointCorruptError, UnsafeCheckpointError: see ``decode_object``.
     """
     if not is_sealed(checkpoint_dir):
-        state = "does not exist" if not os.path.isdir(checkpoint_dir) else "has no metadata.json"
+        if _holds_iterations(checkpoint_dir):
+            raise CheckpointNotFoundError(
+                f"{checkpoint_dir} is a directory of checkpoints: pass the directory of one iteration in it"
+            )
+        state = "does not exist" if not os.path.exists(checkpoint_dir) else "has no metadata.json"
         raise CheckpointNotFoundError(
             f"{checkpoint_dir} is not a complete torch_dist checkpoint: it {state}. An interrupted save "
             "leaves such a directory behind; load an earlier iteration."
@@ -79,6 +84,11 @@ def load_common_state_dict(checkpoint_dir: str) -> dict[str, Any]:
             ) from None
         values = load_objects(index, [COMMON_STATE_KEY])[COMMON_STATE_KEY]
         return _require_dict(values[0], f"{COMMON_STATE_KEY} in {checkpoint_dir}")
+
+
+def _holds_iterations(directory: str) -> bool:
+    names = os.listdir(directory) if os.path.isdir(directory) else []
+    return any(re.fullmatch(r"iter_\d{7,}", name) for name in names)
 
 
 def _require_dict(value: Any, where: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import math
 import os
 import threading
 import time
@@ -27,6 +28,7 @@ from ckpt_fast.pipeline import commit
 from ckpt_fast.pipeline.encode import encode_sidecar, file_record, pickle_metadata, share_parts
 from ckpt_fast.pipeline.garbage import without_collections
 from ckpt_fast.pipeline.plan import file_prefix
+from ckpt_fast.pipeline.space import require_space
 from ckpt_fast.pipeline.types import FileRecord, ObjectShard, RankRecord, SaveReport, Shard, TensorShard
 from ckpt_fast.pipeline.waves import Waves
 
@@ -115,10 +117,12 @@ class FastStorageWriter(AsyncStager, StorageWriter):
         """Coordinator only (without collectives: every rank), before writing: the older checkpoint ends here.
 
         Raises:
-            CheckpointWriteError: the directory cannot be prepared, or holds a checkpoint and must not.
+            CheckpointWriteError: the directory cannot be prepared, has too little room, or holds a checkpoint
+                and must not.
         """
         save = self._save
         self._refuse_overwriting(save)
+        require_space(save.path, sum(map(_planned_nbytes, plans)))
         commit.invalidate(save.path, rank=save.lone_rank)
         return [
             plan
@@ -227,6 +231,15 @@ class FastStorageWriter(AsyncStager, StorageWriter):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _of_thread=threading.local())
+
+
+def _planned_nbytes(plan: SavePlan) -> int:
+    """Bytes of the tensors in a plan; how large objects are is not known before they are pickled."""
+    return sum(
+        math.prod(item.tensor_data.chunk.sizes) * item.tensor_data.properties.dtype.itemsize
+        for item in plan.items
+        if item.tensor_data is not None
+    )
 
 
 @without_collections

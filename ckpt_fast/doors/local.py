@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from ckpt_fast import megatron
-from ckpt_fast.doors.local_files import read_local, remove_local, write_local
+from ckpt_fast.doors.local_files import capture, memory_of, read_local, remove_local, write_local
 from ckpt_fast.doors.stock_queue import Flag, as_request
 from ckpt_fast.errors import (
     CheckpointCorruptError,
@@ -82,10 +82,10 @@ class FastLocalCheckpointManager(LocalCheckpointManager):  # type: ignore[misc, 
         if self.repl_strategy is not None:
             replicas, ids = self.repl_strategy.replicate(state_dict, own)
             states = dict(zip(ids, replicas, strict=True))
-        if is_async or torch.cuda.is_available():
-            states[own].copy_tensors_to_cpu(non_blocking=True)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        if is_async:
+            states[own] = _snapshot(states[own])
+        elif torch.cuda.is_available():
+            _copy_to_cpu(states[own])
         self.latest_iteration = -1
         if is_async:
             flag = Flag()
@@ -214,6 +214,26 @@ class FastLocalCheckpointManager(LocalCheckpointManager):  # type: ignore[misc, 
 
     def _filename_from_template(self, iteration: int | str, rank: int | str, extra_suffix: str = "") -> str:
         return f"iter_{str(iteration).zfill(7)}_{rank}_local{extra_suffix}"
+
+
+def _copy_to_cpu(state_dict: Any) -> None:
+    state_dict.copy_tensors_to_cpu(non_blocking=True)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _snapshot(state_dict: Any) -> Any:
+    """The state dict as it is now: training may change all of it, numbers in the common state as well.
+
+    One that cannot be saved is returned as it is. Writing it raises the error, on all ranks.
+    """
+    try:
+        live = memory_of(state_dict)
+        _copy_to_cpu(state_dict)
+        return capture(state_dict, live)
+    except Exception:
+        logger.debug("cannot take a snapshot for the local checkpoint", exc_info=True)
+        return state_dict
 
 
 class _LocalSave:

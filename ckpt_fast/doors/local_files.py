@@ -12,7 +12,8 @@ import errno
 import os
 import shutil
 from collections import OrderedDict
-from typing import Any
+from collections.abc import Container
+from typing import Any, NamedTuple
 
 import torch
 
@@ -34,11 +35,39 @@ _STATE_KEY = "state_dict"
 _MARK = "ckpt_fast"
 
 
+class Captured(NamedTuple):
+    """A state dict that nothing reaches any more: what it consists of, and the tensors in it by number."""
+
+    payload: bytes
+    tensors: list[torch.Tensor]
+
+
+def memory_of(state_dict: Any) -> set[int]:
+    """Addresses of the memory that the tensors of a state dict are in."""
+    tensors: list[torch.Tensor] = []
+    _without_tensors(_require_known(state_dict), tensors)
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors}
+
+
+def capture(state_dict: Any, foreign: Container[int] = ()) -> Captured:
+    """Local. The state dict as it is now; tensors in ``foreign`` memory are copied, others taken over.
+
+    Raises:
+        TypeError: the state dict is of a class that is not known here.
+    """
+    tensors: list[torch.Tensor] = []
+    payload = torch_bytes(_without_tensors(_require_known(state_dict), tensors))
+    return Captured(
+        payload,
+        [tensor.clone() if tensor.untyped_storage().data_ptr() in foreign else tensor for tensor in tensors],
+    )
+
+
 def write_local(state_dict: Any, directory: str, partial: str, rank: int, report: SaveReport) -> None:
     """Local. Write a state dict; on return it is durable. A crash leaves all of ``directory`` or nothing.
 
     Args:
-        state_dict: a tensor-aware state dict with its tensors in CPU memory.
+        state_dict: a tensor-aware state dict with its tensors in CPU memory, or what was captured of one.
         directory: the checkpoint; an older one of this name is replaced.
         partial: the same until it is complete.
         rank: whose state it is; numbers the data file.
@@ -49,8 +78,7 @@ def write_local(state_dict: Any, directory: str, partial: str, rank: int, report
         UnsafeCheckpointError: the state dict has an object that loading would refuse.
         TypeError: the state dict is of a class that is not known here.
     """
-    tensors: list[torch.Tensor] = []
-    payload = torch_bytes(_without_tensors(_require_known(state_dict), tensors))
+    payload, tensors = state_dict if isinstance(state_dict, Captured) else capture(state_dict)
     try:
         decode_object(payload, "the state dict", verify=False)
     except UnsafeCheckpointError as error:

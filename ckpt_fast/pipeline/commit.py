@@ -94,8 +94,15 @@ def invalidate(directory: str, rank: int | None = None) -> None:
         rank: given by a rank that saves without the others; of the data files it removes just its own.
 
     Raises:
-        CheckpointWriteError: the directory cannot be created or cleaned.
+        CheckpointWriteError: the directory cannot be created or cleaned, or is not one of a file system.
     """
+    if "://" in os.fspath(directory):
+        raise CheckpointWriteError(
+            f"cannot save to {directory}: checkpoint data is written to file systems only, and this is a "
+            "URL. Nothing was saved; give a path, or use ckpt_format='fsdp_dtensor', which can be saved to "
+            "object storage.",
+            filename=directory,
+        )
     try:
         _make_directory(os.path.abspath(directory))
         names = set(os.listdir(directory))

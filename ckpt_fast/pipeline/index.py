@@ -80,10 +80,17 @@ class CheckpointIndex:
 
     Raises:
         CheckpointNotFoundError, CheckpointCorruptError, UnsafeCheckpointError: see ``read_metadata``.
+        CheckpointMismatchError: the directory is not one of a file system.
     """
 
     @without_collections
     def __init__(self, directory: str, metadata: Metadata | None = None, extensions: Any = None) -> None:
+        if "://" in os.fspath(directory):
+            raise CheckpointMismatchError(
+                f"cannot load from {directory}: checkpoint data is read from file systems only, and this is "
+                "a URL. Copy the checkpoint to a path; only ckpt_format='fsdp_dtensor' can be loaded from "
+                "object storage."
+            )
         self.directory = directory
         self.extensions = extensions
         self.metadata: Metadata = metadata if metadata is not None else read_metadata(directory)

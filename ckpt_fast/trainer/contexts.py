@@ -90,6 +90,7 @@ def init_checkpointing_context(checkpoint_config: CheckpointConfig) -> dict[str,
 
     Raises:
         RuntimeError: local checkpoints are configured and nvidia_resiliency_ext is not installed.
+        ValueError: local checkpoints are configured without ``non_persistent_local_ckpt_dir``.
     """
     if checkpoint_config.non_persistent_ckpt_type != "local":
         return {}
@@ -97,6 +98,12 @@ def init_checkpointing_context(checkpoint_config: CheckpointConfig) -> dict[str,
         raise RuntimeError(
             "non_persistent_ckpt_type='local' needs nvidia_resiliency_ext, which is not installed: "
             "pip install nvidia-resiliency-ext, or use non_persistent_ckpt_type='global'"
+        )
+    directory = checkpoint_config.non_persistent_local_ckpt_dir
+    if not directory:
+        raise ValueError(
+            "non_persistent_ckpt_type='local' needs checkpoint.non_persistent_local_ckpt_dir: name a "
+            "directory on each node's own disk or memory"
         )
     # Importing it imports nvidia-resiliency-ext's, which asks for GPUs.
     from ckpt_fast.doors.local import FastLocalCheckpointManager
@@ -108,7 +115,6 @@ def init_checkpointing_context(checkpoint_config: CheckpointConfig) -> dict[str,
         replication = replication_strategy.from_replication_params(
             _ranks_per_node() if jump is None else jump, checkpoint_config.replication_factor
         )
-    directory = checkpoint_config.non_persistent_local_ckpt_dir
     return {"local_checkpoint_manager": FastLocalCheckpointManager(directory, repl_strategy=replication)}
 
 

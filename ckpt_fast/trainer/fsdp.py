@@ -15,11 +15,13 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from ckpt_fast import megatron
 from ckpt_fast.doors.dcp import FastStorageReader, FastStorageWriter
 from ckpt_fast.doors.dcp_save import start_save
+from ckpt_fast.doors.dcp_upload import Upload
 from ckpt_fast.pipeline.background import SaveHandle
+from ckpt_fast.pipeline.commit import METADATA_FILE
 from ckpt_fast.pipeline.types import SaveReport
 from ckpt_fast.trainer.contexts import CheckpointType
-from ckpt_fast.trainer.paths import get_checkpoint_name
-from ckpt_fast.trainer.ranks import barrier_if_distributed, get_rank_safe
+from ckpt_fast.trainer.paths import get_checkpoint_name, remove_file
+from ckpt_fast.trainer.ranks import barrier_if_distributed, get_rank_safe, on_rank_0
 
 
 def preprocess_fsdp_dtensor_state_dict(
@@ -98,8 +100,8 @@ def save_fsdp_dtensor_checkpoint(
 
 
 def _create_fsdp_dtensor_storage_writer(checkpoint_path: str) -> Any:
-    """Our writer for torch DCP, or multi-storage-client's where that is enabled."""
-    if megatron.MultiStorageClientFeature.is_enabled():
+    """Our writer for torch DCP, or multi-storage-client's where the path is one of its own."""
+    if megatron.object_storage(checkpoint_path):
         filesystem, _ = megatron.safe_import("multistorageclient.contrib.torch.filesystem")
         return filesystem.MultiStorageFileSystemWriter(checkpoint_path)
     return FastStorageWriter(checkpoint_path)
@@ -116,23 +118,16 @@ def save_fsdp_dtensor(
 
     Raises:
         ValueError: there is no model (low-memory saves).
-        NotImplementedError: in the background, to object storage.
         RuntimeError: Megatron FSDP is not available.
     """
     if not model:
         raise ValueError(
             "fsdp_dtensor cannot save without the model (low-memory save); use ckpt_format='torch_dist'"
         )
-    ckpt_cfg = cfg.checkpoint
-    if megatron.MultiStorageClientFeature.is_enabled():
-        if ckpt_cfg.async_save:
-            raise NotImplementedError(
-                "async_save with ckpt_format='fsdp_dtensor' needs a file system: with multi-storage-client, "
-                "set async_save=False"
-            )
-        save_fsdp_dtensor_checkpoint(checkpoint_name, state_dict, cfg=cfg, model=model[0])
-        return None
     _require_megatron_fsdp("saving")
+    ckpt_cfg = cfg.checkpoint
+    if megatron.object_storage(checkpoint_name):
+        return _save_to_object_storage(cfg, model[0], state_dict, checkpoint_name)
     job = start_save(
         preprocess_fsdp_dtensor_state_dict(cfg, state_dict, model[0]),
         checkpoint_name,
@@ -144,6 +139,23 @@ def save_fsdp_dtensor(
         return SaveHandle(job)
     job.write()
     return job.commit()
+
+
+def _save_to_object_storage(
+    cfg: Any, chunk: Any, state_dict: dict[str, Any], checkpoint_name: str
+) -> SaveHandle | None:
+    # An older checkpoint must not vouch for data that is being replaced.
+    on_rank_0(lambda: remove_file(os.path.join(checkpoint_name, METADATA_FILE)))
+    if not cfg.checkpoint.async_save:
+        save_fsdp_dtensor_checkpoint(checkpoint_name, state_dict, cfg=cfg, model=chunk)
+        return None
+    upload = Upload(
+        preprocess_fsdp_dtensor_state_dict(cfg, state_dict, chunk),
+        _create_fsdp_dtensor_storage_writer(checkpoint_name),
+        checkpoint_name,
+    )
+    upload.stage()
+    return SaveHandle(upload)
 
 
 def _require_megatron_fsdp(action: str) -> None:
@@ -206,9 +218,9 @@ def load_fsdp_dtensor_checkpoint(
 
 
 def get_filesystem_reader(checkpoint_path: str) -> Any:
-    """Our reader for torch DCP, or multi-storage-client's where that is enabled."""
-    if megatron.MultiStorageClientFeature.is_enabled():
-        msc = megatron.MultiStorageClientFeature.import_package()
+    """Our reader for torch DCP, or multi-storage-client's where the path is one of its own."""
+    msc = megatron.object_storage(checkpoint_path)
+    if msc:
         return msc.torch.MultiStorageFileSystemReader(checkpoint_path, thread_count=2)
     return FastStorageReader(checkpoint_path)
 

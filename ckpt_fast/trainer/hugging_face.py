@@ -10,7 +10,7 @@ from typing import Any
 
 from ckpt_fast import megatron
 from ckpt_fast.config_checks import hf_source
-from ckpt_fast.pipeline.group import ControlGroup
+from ckpt_fast.trainer.foreign import run_on_all_ranks
 from ckpt_fast.trainer.paths import ensure_directory_exists, sync_files
 from ckpt_fast.trainer.ranks import (
     barrier_if_distributed,
@@ -43,6 +43,7 @@ def save_hf_copy(cfg: Any, model: list[Any], checkpoint_name: str) -> None:
 
     Raises:
         CheckpointError: on every rank, naming the one where Bridge failed.
+        RuntimeError: the same, with ranks that still wait for it within Bridge; see ``run_on_all_ranks``.
     """
     if not _is_wanted(cfg, model):
         return
@@ -60,9 +61,11 @@ def save_hf_copy(cfg: Any, model: list[Any], checkpoint_name: str) -> None:
 
     on_rank_0(prepare)
     try:
-        ControlGroup().agree(export)
+        run_on_all_ranks(export, f"exporting Hugging Face weights to {directory}")
     except BaseException:
-        on_rank_0(lambda: shutil.rmtree(directory, ignore_errors=True))
+        # Nothing collective: the ranks may be out of step.
+        if get_rank_safe() == 0:
+            shutil.rmtree(directory, ignore_errors=True)
         raise
     print_rank_0(f"  exported Hugging Face weights to {directory}")
 
@@ -84,19 +87,20 @@ def load_hf_pretrained(
 
     Raises:
         UnavailableError: Megatron Bridge is not installed.
-        CheckpointError: on the ranks that could load, naming the one that could not.
+        CheckpointError: on every rank, naming the one where Bridge failed.
+        RuntimeError: the same, with ranks that still wait for it within Bridge; see ``run_on_all_ranks``.
     """
     cfg = state.cfg
-
-    def load() -> None:
-        if not skip:
-            auto_bridge = megatron.import_auto_bridge()
-            trust = bool(getattr(cfg.checkpoint, "hf_trust_remote_code", False))
-            auto_bridge.from_hf_pretrained(load_dir, trust_remote_code=trust).load_hf_weights(model)
-        state.train_state.step = 0
-        reload_model_params(None, cfg, optimizer)
-
-    on_all_ranks(load)
+    if not skip:
+        trust = bool(getattr(cfg.checkpoint, "hf_trust_remote_code", False))
+        bridge = on_all_ranks(
+            lambda: megatron.import_auto_bridge().from_hf_pretrained(load_dir, trust_remote_code=trust)
+        )
+        run_on_all_ranks(
+            lambda: bridge.load_hf_weights(model), f"loading Hugging Face weights from {load_dir}"
+        )
+    state.train_state.step = 0
+    on_all_ranks(lambda: reload_model_params(None, cfg, optimizer))
     barrier_if_distributed()
     print_rank_0(f"  successfully loaded Hugging Face weights from {load_dir}")
     return 0, 0

@@ -341,6 +341,7 @@ def _load_model_weights_from_checkpoint(
         None; with ``return_state_dict`` the state dict, or for the two ``return_*`` strictness modes
         (state dict, missing keys, unexpected keys).
     """
+    wait_staged()
     common = ControlGroup().agree(lambda: load_common_state_dict(checkpoint_path))
     metadata = megatron.load_content_metadata(preloaded_state_dict=common)
     print_rank_0(f"sharded_state_dict metadata loaded from the checkpoint: {metadata}")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ckpt_fast.doors.common_state import is_sealed
 from ckpt_fast.errors import CheckpointNotFoundError, UnknownFormatError
-from ckpt_fast.pipeline.commit import SEAL_FILE
+from ckpt_fast.pipeline.commit import METADATA_FILE, SEAL_FILE
 from ckpt_fast.trainer.paths import (
     TRACKER_PREFIX,
     checkpoint_exists,
@@ -23,6 +23,7 @@ from ckpt_fast.trainer.paths import (
     get_checkpoint_tracker_filename,
     get_checkpoint_train_state_filename,
     is_checkpoint_iteration_directory,
+    is_file,
     is_hf_checkpoint_dir,
     join_paths,
 )
@@ -93,7 +94,8 @@ def _resolve_checkpoint_iteration(load_dir: str | None, ckpt_step_override: int 
         and -1 if there is none.
 
     Raises:
-        FileNotFoundError: there is no directory for ``ckpt_step_override``.
+        FileNotFoundError: there is no directory for ``ckpt_step_override``, or ``load_dir`` is a file.
+        ValueError: ``ckpt_step_override`` without ``load_dir``.
     """
     source, value = on_rank_0(lambda: _resolve_source(load_dir, ckpt_step_override))
     if source == "train_state":
@@ -107,14 +109,23 @@ def _resolve_source(load_dir: str | None, step: int | None) -> tuple[str, Any]:
     """Where the iteration comes from: ("known", iteration), or the kind of tracker and its path."""
     if is_checkpoint_iteration_directory(load_dir):
         return "known", _DIRECT_ITERATION_DIR_SENTINEL
-    if load_dir is None:
+    if not load_dir:
+        if step is not None:
+            raise ValueError(
+                f"ckpt_step={step} specified but checkpoint.load is {load_dir!r}. Please set checkpoint.load "
+                "to the base checkpoint directory."
+            )
         return "known", _NOTHING_FOUND
+    if is_file(load_dir):
+        raise CheckpointNotFoundError(
+            f"{load_dir} is a file: checkpoint.load must name a directory of checkpoints, or one checkpoint"
+        )
     if step is not None:
         directory = get_checkpoint_name(load_dir, step, release=False)
         if not file_exists(directory):
             raise CheckpointNotFoundError(
                 f"ckpt_step={step} specified but checkpoint directory does not exist: {directory}\n"
-                f"To see which iterations there are: ls {load_dir}/iter_*"
+                f"To see which iterations there are: ls {join_paths(load_dir, 'iter_*')}"
             )
         return "known", step
     tracker = get_checkpoint_train_state_filename(load_dir, prefix=TRACKER_PREFIX)
@@ -226,17 +237,18 @@ def older_checkpoints(load_dir: str | None, ckpt_cfg: CheckpointConfig) -> list[
         recovery = newest_global_non_persistent_checkpoint(load_dir, ckpt_cfg)
         if recovery[1] >= iteration:
             chosen = recovery
-    return on_rank_0(lambda: _sealed(newest, chosen))
+    seal = METADATA_FILE if ckpt_cfg.ckpt_format == "fsdp_dtensor" else SEAL_FILE
+    return on_rank_0(lambda: _sealed(newest, chosen, seal))
 
 
-def _sealed(newest: dict[str, int], chosen: tuple[str | None, int]) -> list[str]:
+def _sealed(newest: dict[str, int], chosen: tuple[str | None, int], seal: str) -> list[str]:
     """Complete checkpoints of several roots up to the iterations given, without the one ``chosen``."""
     found = []
     for root, last in newest.items():
         names = os.listdir(root) if os.path.isdir(root) else []
         for name in names:
             iteration = int(name[5:]) if re.fullmatch(r"iter_\d{7,}", name) else last + 1
-            is_sealed_one = file_exists(join_paths(root, name, SEAL_FILE))
+            is_sealed_one = file_exists(join_paths(root, name, seal))
             if iteration <= last and (root, iteration) != chosen and is_sealed_one:
                 found.append((iteration, join_paths(root, name)))
     return [path for _, path in sorted(found, reverse=True)]

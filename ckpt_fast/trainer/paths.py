@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import os
 from typing import IO, Any
@@ -66,6 +67,16 @@ def write_file(path: str, data: bytes) -> None:
         return
     with msc.open(path, "wb") as stream:
         stream.write(data)
+
+
+def remove_file(path: str) -> None:
+    """Remove a file or object; nothing if there is none."""
+    msc = object_storage(path)
+    if msc is None:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(path)
+    elif msc.os.path.exists(path):
+        msc.delete(path)
 
 
 def sync_files(directory: str) -> None:

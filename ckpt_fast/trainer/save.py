@@ -10,6 +10,7 @@ from typing import Any
 from ckpt_fast import megatron
 from ckpt_fast.doors import megatron_core
 from ckpt_fast.doors.parallel_save import FastParallelSaveWrapper
+from ckpt_fast.errors import CheckpointError
 from ckpt_fast.pipeline.background import SaveHandle
 from ckpt_fast.pipeline.group import ControlGroup
 from ckpt_fast.pipeline.types import SaveReport
@@ -88,7 +89,7 @@ def save_checkpoint(
         CheckpointWriteError, CheckpointError: on every rank, naming rank, path and cause. The checkpoint is
             not published then; trackers and the previous checkpoint are untouched. ``on_save_error="warn"``
             makes it a warning.
-        ValueError: ``non_persistent_ckpt_type`` is neither "local" nor "global".
+        ValueError: ``non_persistent_ckpt_type`` is neither "local" nor "global", or there is no directory.
         NotImplementedError: ``async_save`` with a format that cannot be saved in the background, or
             ``also_save_hf_checkpoint`` of a model that Megatron Bridge cannot export.
         UnavailableError: ``also_save_hf_checkpoint`` without Megatron Bridge.
@@ -201,6 +202,10 @@ def _content_metadata(run: SaveRun, target: SaveTarget) -> dict[str, Any]:
 
 def _collect(run: SaveRun, target: SaveTarget, metadata: dict[str, Any]) -> dict[str, Any]:
     ckpt_cfg = run.ckpt_cfg
+    if not run.model:
+        raise CheckpointError(
+            "there is no model to save: pass its chunks, or prebuilt_state_dict together with pg_collection"
+        )
     if "distrib_optim_sharding_type" in metadata:
         print_rank_0(
             f"Storing distributed optimizer sharded state of type {metadata['distrib_optim_sharding_type']}"

@@ -42,9 +42,12 @@ def choose_target(
         non_persistent: save for recovery, as ``non_persistent_ckpt_type`` says.
 
     Raises:
-        ValueError: that type is neither "local" nor "global", or its manager is missing.
+        ValueError: that type is neither "local" nor "global", its manager is missing, or no directory is
+            named.
     """
     if not non_persistent:
+        if not ckpt_cfg.save:
+            raise ValueError("checkpoint.save is not set: name the directory to save checkpoints to")
         keep = ckpt_cfg.most_recent_k
         return SaveTarget(
             CheckpointType.GLOBAL, ckpt_cfg.save, step, None if keep is None or keep < 0 else keep
@@ -60,6 +63,11 @@ def choose_target(
             CheckpointType.LOCAL, context["local_checkpoint_manager"].local_ckpt_dir, step, None
         )
     if kind == "global":
+        if not (ckpt_cfg.non_persistent_global_ckpt_dir or ckpt_cfg.save):
+            raise ValueError(
+                "neither checkpoint.non_persistent_global_ckpt_dir nor checkpoint.save is set: name the "
+                "directory to save recovery checkpoints to"
+            )
         save_dir = ckpt_cfg.non_persistent_global_ckpt_dir or os.path.join(
             ckpt_cfg.save, _NON_PERSISTENT_CKPT_SUBDIR
         )

@@ -74,7 +74,10 @@ class CachedReader(Generic[T]):
                 return self._parse(path)
             return copy.deepcopy(self._cached(_stamp(path)))
         except Exception as error:
-            message = f"Unable to load {self._what} file {path}: {error}"
+            message = (
+                f"Unable to load {self._what} file {path}: {error}. Restore the file, or load another "
+                "checkpoint (ckpt_step, or the directory of one iteration)."
+            )
             sys.stderr.write(message + "\n")
             raise RuntimeError(message) from error
 
@@ -95,8 +98,11 @@ def _parse_train_state(path: str) -> TrainState:
 
 def _parse_run_config(path: str) -> Any:
     """The configuration a checkpoint was saved with, as plain dicts and lists; None for an empty file."""
-    with open_file(path, "r") as stream:
+    with open_file(path) as stream:
         content = yaml.safe_load(stream)
+    sections = [content.get(name) for name in ("model", "checkpoint")] if isinstance(content, dict) else []
+    if content is not None and not (sections and all(isinstance(each, dict | None) for each in sections)):
+        raise ValueError("it is no configuration of a run: that has sections, with a name for each setting")
     return apply_run_config_backward_compat(sanitize_run_config_object(content))
 
 
@@ -144,8 +150,8 @@ def _parse_tracker(path: str) -> tuple[int, Exception | None]:
     Nothing is raised, since the file may look different on other ranks, which go on to a collective.
     """
     try:
-        with open_file(path, "r") as stream:
-            text = stream.read().strip()
+        with open_file(path) as stream:
+            text = stream.read().decode(errors="replace").strip()
         if text == "release":
             return 0, None
         iteration = int(text)

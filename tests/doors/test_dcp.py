@@ -29,6 +29,7 @@ from tests.doors.dcp_states import (
     sidecar_lies,
     training_state,
 )
+from tests.pipeline.test_space import file_system
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
@@ -173,6 +174,16 @@ def test_overwriting(tmp_path: Path) -> None:
         dcp.save({"w": torch.zeros(5)}, storage_writer=FastStorageWriter(tmp_path, overwrite=False))
     assert torch.equal(load(tmp_path, {"w": torch.zeros(5)})["w"], torch.ones(5))
     dcp.save({"w": torch.zeros(5)}, storage_writer=FastStorageWriter(tmp_path / "new", overwrite=False))
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, {"w": torch.zeros(1000)})
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    file_system(monkeypatch, free=50_000)
+    save(tmp_path / "fits", {"w": torch.zeros(1000)})
+    with pytest.raises(CheckpointException, match=r"0\.00 GB free.*Nothing was written"):
+        save(tmp_path, {"w": torch.zeros(1000), "v": torch.zeros(100, 1000)})
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
 
 
 def test_a_failed_save_leaves_no_checkpoint_behind(tmp_path: Path) -> None:

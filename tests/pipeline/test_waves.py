@@ -249,6 +249,19 @@ def test_failed_staging(tmp_path: Path, pool: WatchedPool) -> None:
     assert pool.in_use == 0
 
 
+def test_a_process_that_may_start_no_more_threads(
+    tmp_path: Path, pool: WatchedPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    waves = Waves(SaveReport(str(tmp_path)), "__0_", snapshot=True)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        waves.stage(shards_of(state([25])))
+    assert pool.in_use == 0
+
+
 def test_actions_follow_the_writes(tmp_path: Path) -> None:
     waves = Waves(SaveReport(str(tmp_path)), "__0_")
     seen = []

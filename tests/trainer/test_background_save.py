@@ -116,19 +116,32 @@ class Uploads:
         self.paths.append(os.path.basename(path))
 
 
-def change_settings_in_flight(rank: int, root: str) -> list[str]:
-    uploads = Uploads()
+class Notes:
+    """In the place of Comet: what was noted."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def log_other(self, name: str, value: Any) -> None:
+        if name == "last_saved_iteration":
+            self.steps.append(value)
+
+
+def change_settings_in_flight(rank: int, root: str) -> tuple[list[str], list[int]]:
+    uploads, notes = Uploads(), Notes()
     with Run(SETUP, save=root, **BACKGROUND) as run:
         run.state.initialize_async_checkpoint_worker()
-        run.state._mlflow_logger = uploads
+        run.state._mlflow_logger, run.state._comet_logger = uploads, notes
         for wanted in (True, False):
             run.train(1)
             run.state.cfg.logger.mlflow_log_artifacts = wanted
             run.save()
             run.state.cfg.logger.mlflow_log_artifacts = not wanted
+            run.train(1)
             finalize(run, blocking=True)
-    return uploads.paths
+    return uploads.paths, notes.steps
 
 
-def test_loggers_are_told_as_it_was_set_when_the_save_began(tmp_path: Path) -> None:
-    assert run_ranks(change_settings_in_flight, 1, str(tmp_path)) == [["iter_0000001"]]
+def test_loggers_are_told_as_it_was_when_the_save_began(tmp_path: Path) -> None:
+    """By the settings of then, and of the step of then."""
+    assert run_ranks(change_settings_in_flight, 1, str(tmp_path)) == [(["iter_0000001"], [1, 3])]

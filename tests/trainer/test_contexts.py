@@ -52,6 +52,12 @@ def test_local_without_nvrx_says_what_to_install(monkeypatch: pytest.MonkeyPatch
         init_checkpointing_context(CheckpointConfig(non_persistent_ckpt_type="local"))
 
 
+@needs_nvrx
+def test_local_needs_a_directory() -> None:
+    with pytest.raises(ValueError, match="non_persistent_local_ckpt_dir"):
+        init_checkpointing_context(CheckpointConfig(non_persistent_ckpt_type="local"))
+
+
 def local_manager(rank: int, directory: str, replication: bool) -> tuple[str, bool]:
     config = CheckpointConfig(
         non_persistent_ckpt_type="local",

@@ -120,6 +120,12 @@ def test_weights_from_nowhere(tmp_path: Path) -> None:
     require(first, "CheckpointNotFoundError", str(tmp_path / "nothing"), "does not exist")
 
 
+def test_weights_from_a_root_of_checkpoints(root: Path) -> None:
+    first, second = run_ranks(load_weights, 2, str(root))
+    assert first == second
+    require(first, "CheckpointNotFoundError", str(root), "pass the directory of one iteration")
+
+
 # --- half a checkpoint -----------------------------------------------------------------------------------
 
 

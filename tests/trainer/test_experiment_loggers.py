@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What W&B, MLflow, Comet, the progress log and fault tolerance are told. The services themselves are stubs:
-they need accounts and a network; calls on them are what is under test."""
+"""What W&B, MLflow, Comet, the progress log and fault tolerance are told. The services need accounts and a
+network, so stubs record the calls; the real MLflow and W&B do without in a test each."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+from pathlib import Path
 from types import SimpleNamespace
+from urllib.parse import urlparse
 
 import pytest
 
-from ckpt_fast.config import ConfigContainer
-from ckpt_fast.state import FaultToleranceState
+from ckpt_fast.config import ConfigContainer, LoggerConfig
+from ckpt_fast.state import FaultToleranceState, GlobalState
 from ckpt_fast.trainer.experiment_loggers import (
     append_to_progress_log,
     on_checkpoint_loaded,
@@ -104,6 +106,41 @@ def test_comet(paths):
     on_save_checkpoint_success(state(comet=comet), *paths, 7)
     logged = {args[0]: args[1] for _, args, _ in comet.calls}
     assert logged == {"last_saved_checkpoint": paths[0], "last_saved_iteration": 7}
+
+
+def test_the_real_mlflow_stores_the_checkpoint(paths, tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    Path(paths[0], "train_state.pt").write_bytes(b"state")
+    run = GlobalState()
+    store = (tmp_path / "store").as_uri()
+    run.cfg = ConfigContainer(logger=LoggerConfig(mlflow_experiment="e", mlflow_tracking_uri=store))
+    try:
+        on_save_checkpoint_success(run, *paths, 7)
+        on_load_checkpoint_success(run, *paths)
+        uri = mlflow.get_artifact_uri("llama/iter_0000007/train_state.pt")
+        tags = mlflow.get_run(mlflow.active_run().info.run_id).data.tags
+    finally:
+        mlflow.end_run()
+    assert Path(urlparse(uri).path).read_bytes() == b"state"
+    assert tags["last_loaded_checkpoint"] == paths[0]
+
+
+def test_the_real_wandb_logs_the_checkpoint_as_an_artifact(paths, tmp_path, monkeypatch, capsys):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run = GlobalState()
+    logger = LoggerConfig(wandb_project="p", wandb_exp_name="e", wandb_save_dir=str(tmp_path / "wandb"))
+    run.cfg = ConfigContainer(logger=logger)
+    try:
+        on_save_checkpoint_success(run, *paths, 7)
+    finally:
+        wandb.finish()
+    assert "failed to tell" not in capsys.readouterr().out
+    with open(os.path.join(paths[1], "latest_wandb_artifact_path.txt")) as file:
+        assert file.read().endswith("/p")
+    (log,) = (tmp_path / "wandb").rglob("*.wandb")
+    assert b"iter_0000007" in log.read_bytes()
 
 
 def test_relative_paths_are_made_absolute(paths, monkeypatch):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from megatron.core.transformer import TransformerConfig
 
-from ckpt_fast import megatron
+from ckpt_fast import FastStorageWriter, megatron
 from ckpt_fast.async_queue import AsyncCallsQueue
+from ckpt_fast.checkpointing import _create_fsdp_dtensor_storage_writer
 from ckpt_fast.config import CheckpointConfig, ConfigContainer
-from ckpt_fast.errors import CheckpointError
+from ckpt_fast.errors import AsyncSaveError, CheckpointError
 from ckpt_fast.pipeline.verify import find_damage
 from ckpt_fast.trainer import fsdp
 from ckpt_fast.trainer.contexts import CheckpointType
@@ -109,6 +111,63 @@ def test_what_was_saved_comes_back(tmp_path: Path, strict: bool) -> None:
         assert find_damage(str(tmp_path / name)) == []
     for wrong in run_ranks(load_all, 2, str(tmp_path), strict):
         assert not any(wrong.values()), wrong
+
+
+def save_to_object_storage(rank: int, url: str, directory: str) -> dict[str, Any]:
+    """At once, in the background, and in the background over a checkpoint with a rank that fails."""
+    from multistorageclient.contrib.torch.filesystem import MultiStorageFileSystemWriter
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(megatron.MultiStorageClientFeature, "_enabled", True)
+        run = dcp_ranks.Trained(seed=0)
+        whole = copy.deepcopy(dcp_ranks._whole(state_of(run)))
+        fsdp.save_fsdp_dtensor(config(), [Chunk()], state_of(run), f"{url}/sync")
+        queue = AsyncCallsQueue()
+        background = config(async_save=True, save=url)
+        queue.schedule_async_request(
+            handle := fsdp.save_fsdp_dtensor(background, [Chunk()], state_of(run), f"{url}/async")
+        )
+        dcp_ranks._scramble(state_of(run)["model"])
+        queue.maybe_finalize_async_calls(blocking=True)
+        wrong = {}
+        for name in ("sync", "async"):
+            scaffold = {**state_of(dcp_ranks.Trained(seed=1), seed=1), "_model": [Chunk()]}
+            state, *_ = fsdp.load_fsdp_dtensor_checkpoint(
+                url, background.checkpoint, False, scaffold, None, checkpoint_path_override=f"{url}/{name}"
+            )
+            wrong[name] = differences({"model": whole["model"]}, {"model": dcp_ranks._whole(state)["model"]})
+        if rank == 1:
+            patch.setattr(MultiStorageFileSystemWriter, "write_data", out_of_quota)
+        queue.schedule_async_request(
+            fsdp.save_fsdp_dtensor(background, [Chunk()], state_of(run), f"{url}/async")
+        )
+        with pytest.raises(AsyncSaveError, match=r"rank 1: .*out of quota"):
+            queue.close()
+    return {
+        "wrong": wrong,
+        "report": (handle.report.nbytes > 0, handle.result() is handle.report),
+        "left": (Path(directory) / "async" / ".metadata").exists(),
+    }
+
+
+def out_of_quota(*_: Any) -> None:
+    raise OSError("out of quota")
+
+
+def test_object_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("multistorageclient")
+    provider = {"type": "file", "options": {"base_path": str(tmp_path)}}
+    (tmp_path / "msc.yaml").write_text(json.dumps({"profiles": {"fsdp": {"storage_provider": provider}}}))
+    monkeypatch.setenv("MSC_CONFIG", str(tmp_path / "msc.yaml"))
+    for found in run_ranks(save_to_object_storage, 2, "msc://fsdp/run", str(tmp_path / "run")):
+        assert found == {"wrong": {"sync": [], "async": []}, "report": (True, True), "left": False}
+
+
+def test_object_storage_is_for_its_own_paths_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("multistorageclient")
+    monkeypatch.setattr(megatron.MultiStorageClientFeature, "_enabled", True)
+    writer = _create_fsdp_dtensor_storage_writer(str(tmp_path))
+    assert (type(writer), writer.checkpoint_id) == (FastStorageWriter, str(tmp_path))
 
 
 def save_what_one_rank_cannot_plan(rank: int, root: str) -> None:

@@ -50,6 +50,8 @@ class AutoBridge:
     def save_hf_pretrained(self, model, path, show_progress=True, source_path=None, strict=True,
                            merge_adapter_weights=True, distributed_save=False, save_every_n_ranks=1,
                            weight_dtype=None):
+        if os.path.exists("fail early") and dist.get_rank() == 1:
+            raise RuntimeError("no room for the export")
         dist.barrier()
         if os.path.exists("fail") and dist.get_rank() == 1:
             raise RuntimeError("no room for the export")
@@ -194,6 +196,27 @@ def test_copies_beside_checkpoints(tmp_path: Path, bridge: str) -> None:
     assert tracked(str(tmp_path / "run")) == (2, 2)
     assert iterations(str(tmp_path / "run")) in ([1, 2], [1, 2, 3])
     assert not (tmp_path / "run/iter_0000003/hf").exists()
+
+
+def export_with_a_rank_missing(rank: int, site: str) -> tuple[str, str]:
+    config = {"also_save_hf_checkpoint": True, "hf_source_path": "org/model", "on_save_error": "warn"}
+    with installed(site), Run(SETUP, save="run", **config) as run:
+        run.train(1)
+        Path("fail early").touch()
+        return error_of(run.save)
+
+
+def test_no_rank_waits_for_one_that_failed_between_collectives(
+    tmp_path: Path, bridge: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even ``on_save_error="warn"`` lets training go on: the ranks are out of step."""
+    monkeypatch.setenv("CKPT_FAST_TIMEOUT", "1")
+    for error in run_ranks(export_with_a_rank_missing, 2, bridge, fresh=True, timeout_s=60):
+        require(
+            error, "RuntimeError", "rank 1:", "no room for the export", "run/iter_0000001/hf", "end this job"
+        )
+    assert not (tmp_path / "run/iter_0000001/hf").exists()
+    assert tracked(str(tmp_path / "run")) is None
 
 
 def save_without_bridge(rank: int) -> tuple[str, str]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 from ckpt_fast.checkpointing import _load_base_checkpoint, _load_model_weights_from_checkpoint
 from ckpt_fast.doors import megatron_core
 from ckpt_fast.megatron import ShardedObject, ShardedTensor, get_pg_collection
+from ckpt_fast.trainer import load as load_module
 from tests.helpers import RankError, run_ranks
 from tests.models import FLOPS, Run, Setup, differences, other
 from tests.trainer import runs
@@ -183,6 +185,26 @@ def load_weights_alone(rank: int, root: str, directory: str) -> tuple[set[str], 
 
 def test_loading_weights_alone(root: str) -> None:
     assert run_ranks(load_weights_alone, 1, root, os.path.join(root, "iter_0000002")) == [({"model"}, [])]
+
+
+def load_weights_and_watch(rank: int, directory: str) -> list[str]:
+    events: list[str] = []
+
+    def note(event: str) -> Any:
+        return lambda *_: events.append(event)
+
+    with Run(other(SETUP)) as run, pytest.MonkeyPatch.context() as patch:
+        gpu = SimpleNamespace(is_available=lambda: True, empty_cache=note("GPU memory released"))
+        patch.setattr(load_module, "torch", SimpleNamespace(cuda=gpu))
+        patch.setattr(load_module, "gc", SimpleNamespace(collect=note("garbage collected")))
+        patch.setattr(load_module, "barrier_if_distributed", note("barrier"))
+        _load_model_weights_from_checkpoint(directory, run.model)
+    return events
+
+
+def test_weights_alone_leave_no_memory_behind_when_the_next_collective_begins(root: str) -> None:
+    (events,) = run_ranks(load_weights_and_watch, 1, os.path.join(root, "iter_0000002"))
+    assert events == ["garbage collected", "GPU memory released", "barrier"]
 
 
 def keys_that_do_not_match(rank: int, directory: str) -> tuple[Any, Any]:

@@ -4,17 +4,20 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ckpt_fast import megatron
-from ckpt_fast.checkpointing import init_checkpointing_context, maybe_finalize_async_save
+from ckpt_fast.checkpointing import init_checkpointing_context, maybe_finalize_async_save, save_checkpoint
+from ckpt_fast.doors.local_files import write_local
 from tests.helpers import run_ranks
 from tests.models import FLOPS, Run, Setup, differences, megatron_on_cpu, other
 from tests.trainer.runs import iterations, tracked
 
+local_door = pytest.importorskip("ckpt_fast.doors.local")
 pytestmark = pytest.mark.skipif(not megatron.HAVE_RESIL, reason="needs nvidia-resiliency-ext")
 
 
@@ -27,15 +30,24 @@ def save_and_recover(rank: int, setup: Setup, root: str, local: str, is_async: b
         "async_strategy": "mcore",
     }
     # nvidia-resiliency-ext and the state dict it takes wait for a GPU, whether there is one or not.
-    with megatron_on_cpu(), Run(setup, save=root, **config) as run:
+    go = threading.Event()
+    with megatron_on_cpu(), Run(setup, save=root, **config) as run, pytest.MonkeyPatch.context() as patch:
+        if is_async:
+            # The disk is slow: it begins when training has changed everything.
+            patch.setattr(local_door, "write_local", lambda *args: (go.wait(30), write_local(*args)))
         context = init_checkpointing_context(run.checkpoint)
         run.state.initialize_async_checkpoint_worker()
         run.train(1)
         run.save(checkpointing_context=context)
         run.train(1)
-        run.save(checkpointing_context=context, non_persistent_ckpt=True)
+        # The train state has not been told of the operations yet.
+        training = (run.state, run.model, run.optimizer, run.scheduler)
+        options = {"checkpointing_context": context, "non_persistent_ckpt": True}
+        save_checkpoint(*training, FLOPS + 1, **options)
         expected = run.fingerprint()
+        expected["train_state"]["floating_point_operations_so_far"] = float(FLOPS + 1)
         run.train(1)
+        go.set()
         maybe_finalize_async_save(run.state, run.checkpoint, blocking=True)
     with megatron_on_cpu(), Run(other(setup), save=root, load=root, **config) as run:
         run.train(1)
@@ -56,6 +68,6 @@ def test_recovery_from_local_files(
     monkeypatch.setenv("USE_ACT_FUSION_FOR_DENSE", "1")
     root, local = str(tmp_path / "root"), str(tmp_path / "local")
     for found in run_ranks(save_and_recover, 2, setup, root, local, is_async):
-        assert found == {"result": (2, FLOPS), "wrong": [], "persistent": ([1], (1, 1))}
+        assert found == {"result": (2, FLOPS + 1), "wrong": [], "persistent": ([1], (1, 1))}
     found = {os.path.relpath(directory, local) for directory, _, names in os.walk(local) if names}
     assert found == {f"{rank}/iter_0000002_{rank}_local" for rank in range(2)}

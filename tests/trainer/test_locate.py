@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 
 from ckpt_fast.config import CheckpointConfig
+from ckpt_fast.errors import CheckpointNotFoundError
 from ckpt_fast.state import TrainState
-from ckpt_fast.trainer import locate, trackers
+from ckpt_fast.trainer import load_plan, locate, trackers
+from ckpt_fast.trainer.contexts import CheckpointType
 from ckpt_fast.trainer.locate import (
     _DIRECT_ITERATION_DIR_SENTINEL,
     _get_checkpoint_format,
@@ -79,6 +81,18 @@ def test_nothing_to_resolve(tmp_path: Path) -> None:
     assert _resolve_checkpoint_iteration(None, None) == (-1, False)
     assert _resolve_checkpoint_iteration(str(tmp_path), None) == (-1, False)
     assert _resolve_checkpoint_iteration(str(tmp_path / "absent"), None) == (-1, False)
+
+
+def test_a_root_that_cannot_be_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointNotFoundError, match=r"is a file: checkpoint\.load must name a directory"):
+        _resolve_checkpoint_iteration(str(tmp_path / "file"), None)
+    with pytest.raises(ValueError, match=r"ckpt_step=3 specified but checkpoint\.load is None"):
+        _resolve_checkpoint_iteration(None, 3)
+    # No directory is not the working directory.
+    monkeypatch.chdir(tmp_path)
+    publish(tmp_path, 9)
+    assert _resolve_checkpoint_iteration("", None) == (-1, False)
 
 
 def test_iterations_without_a_tracker_are_not_searched_for(tmp_path: Path) -> None:
@@ -206,3 +220,15 @@ def test_rank_0_decides_about_presence(tmp_path: Path) -> None:
     publish(tmp_path / "0", 2)
     answers = run_ranks(presence, 2, str(tmp_path))
     assert [(found, step) for found, (_, step) in answers] == [(True, 2), (True, 2)]
+
+
+def find_own_run_config(rank: int, directory: str) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == 1:
+            patch.setattr(load_plan, "file_exists", lambda path: False)
+        return load_plan.find_run_config({}, directory, CheckpointType.GLOBAL, None)
+
+
+def test_a_rank_that_does_not_see_the_configuration_gets_it(tmp_path: Path) -> None:
+    (tmp_path / "run_config.yaml").write_text("model: {hidden_size: 8}")
+    assert run_ranks(find_own_run_config, 2, str(tmp_path)) == [{"model": {"hidden_size": 8}}] * 2

@@ -12,10 +12,14 @@ import torch
 import yaml
 
 from ckpt_fast.config import CheckpointConfig, ConfigContainer, TokenizerConfig
-from ckpt_fast.megatron import SoloGroup
+from ckpt_fast.megatron import MultiStorageClientFeature, SoloGroup
+from ckpt_fast.pipeline.index import CheckpointIndex
 from ckpt_fast.state import TrainState
 from ckpt_fast.trainer import retention, sidecars, trackers
 from ckpt_fast.trainer.experiment_loggers import append_to_progress_log
+from tests.helpers import run_ranks
+from tests.models import Run, Setup
+from tests.trainer.runs import error_of, require
 from tests.trainer.test_sidecars import HFTokenizer, Loader, iterator
 
 GROUPS = SimpleNamespace(dp=SoloGroup(), tp=None, pp=None, cp=None)
@@ -31,6 +35,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     provider = {"type": "file", "options": {"base_path": str(tmp_path)}}
     config.write_text(yaml.safe_dump({"profiles": {profile: {"storage_provider": provider}}}))
     monkeypatch.setenv("MSC_CONFIG", str(config))
+    monkeypatch.setattr(MultiStorageClientFeature, "_enabled", True)  # newer Megatron-Core: not by default
     return f"msc://{profile}/run"
 
 
@@ -94,3 +99,22 @@ def test_train_state_tracker_is_safe_to_load(root: str, tmp_path: Path):
     trackers.publish_trackers(root, 2, TrainState(step=2).state_dict())
     tracker = tmp_path / "run" / "latest_train_state.pt"
     assert torch.load(tracker, weights_only=True)["step"].item() == 2
+
+
+def save_and_load(rank: int, root: str) -> list[tuple[str, str]]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MultiStorageClientFeature, "_enabled", True)
+        with Run(Setup(), save=root, load=root) as run:
+            run.train(1)
+            return [error_of(run.save), error_of(lambda: CheckpointIndex(f"{root}/iter_0000001"))]
+
+
+def test_torch_dist_is_refused_before_a_tracker_names_it(
+    root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its data would lie in a local directory called "msc:"."""
+    monkeypatch.chdir(tmp_path)
+    ((saving, loading),) = run_ranks(save_and_load, 1, root)
+    require(saving, "CheckpointWriteError", f"cannot save to {root}/iter_0000001", "fsdp_dtensor")
+    require(loading, "CheckpointMismatchError", f"cannot load from {root}/iter_0000001", "fsdp_dtensor")
+    assert [path.name for path in tmp_path.iterdir()] == ["msc.yaml"]

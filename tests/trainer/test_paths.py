@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from ckpt_fast.trainer import paths
 @pytest.fixture
 def stored_objects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A multi-storage-client profile "store" whose objects are files under the returned directory."""
-    msc = pytest.importorskip("multistorageclient")
+    pytest.importorskip("multistorageclient")
     config = tmp_path / "msc.yaml"
     bucket = tmp_path / "bucket"
     bucket.mkdir()
@@ -23,8 +24,7 @@ def stored_objects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         f"        base_path: {bucket}\n"
     )
     monkeypatch.setenv("MSC_CONFIG", str(config))
-    assert msc is not None
-    megatron.MultiStorageClientFeature.enable()
+    monkeypatch.setattr(megatron.MultiStorageClientFeature, "_enabled", True)
     return bucket
 
 
@@ -167,3 +167,14 @@ def test_ordinary_paths_stay_local_with_object_storage_on(stored_objects: Path, 
     assert paths.object_storage(str(tmp_path / "file")) is None
     assert paths.object_storage("relative") is None
     assert paths.object_storage("msc://store/file") is not None
+
+
+def test_objects_with_object_storage_off(stored_objects: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(megatron.MultiStorageClientFeature, "_enabled", False)
+    with pytest.raises(
+        megatron.UnavailableError, match=r"msc://store/run.*MultiStorageClientFeature\.enable"
+    ):
+        paths.checkpoint_exists("msc://store/run")
+    monkeypatch.setitem(sys.modules, "multistorageclient", None)
+    with pytest.raises(megatron.UnavailableError, match="install multi-storage-client"):
+        paths.write_file("msc://store/run/file", b"")

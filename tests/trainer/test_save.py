@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ from tests.helpers import RankError, run_ranks
 from tests.interop.saved import read_with_dcp
 from tests.models import FLOPS, Run, Setup, differences, identical, other
 from tests.trainer import runs
-from tests.trainer.runs import iterations, tracked
+from tests.trainer.runs import error_of, iterations, require, tracked
 
 SETUP = Setup(bf16=True, distributed=True)
 
@@ -158,6 +159,47 @@ def test_non_persistent_types_that_cannot_be_saved(
         run_ranks(save_with, 1, str(tmp_path), config, {"non_persistent_ckpt": True})
     assert caught.value.errors == {0: error}
     assert list(tmp_path.iterdir()) == []
+
+
+def save_oddly(rank: int, root: str) -> list[tuple[str, str]]:
+    """Without a directory, without a model, and without RNG states."""
+    with Run(SETUP, save="") as run, pytest.MonkeyPatch.context() as patch:
+        run.checkpoint.non_persistent_ckpt_type = "global"
+        errors = [error_of(run.save), error_of(lambda: run.save(non_persistent_ckpt=True))]
+        run.checkpoint.save = root
+        save = functools.partial(save_checkpoint, run.state, [], run.optimizer, run.scheduler, 0)
+        errors.append(error_of(save))
+        run.checkpoint.save_rng = False
+        patch.setattr("ckpt_fast.trainer.save.get_rng_state", lambda *_, **__: pytest.fail("not wanted"))
+        return [*errors, error_of(run.save)]
+
+
+def test_without_a_directory_and_without_a_model(tmp_path: Path) -> None:
+    ((nowhere, nowhere_either, nothing, without_rng),) = run_ranks(save_oddly, 1, str(tmp_path))
+    require(nowhere, "ValueError", "checkpoint.save is not set")
+    require(nowhere_either, "ValueError", "neither checkpoint.non_persistent_global_ckpt_dir nor")
+    require(nothing, "CheckpointError", "no model to save", "prebuilt_state_dict")
+    assert without_rng == ("no error", "None"), "RNG states that are not saved are not collected"
+
+
+def save_and_load_by_other_names(rank: int, directory: str) -> list[list[str]]:
+    os.chdir(directory)
+    root = "répertoire 路径/run/"
+    with Run(SETUP, save=root) as run:
+        run.train(1)
+        run.save()
+        expected = run.fingerprint()
+    os.symlink("répertoire 路径/run", "link")
+    wrong = []
+    for load in (root, "link", "link/", f"{directory}/link/iter_0000001/"):
+        with Run(other(SETUP), load=load) as run:
+            run.load()
+            wrong.append(differences(expected, run.fingerprint()))
+    return wrong
+
+
+def test_relative_paths_links_and_any_letters(tmp_path: Path) -> None:
+    assert run_ranks(save_and_load_by_other_names, 1, str(tmp_path)) == [[[]] * 4]
 
 
 def save_with_callbacks(rank: int, root: str) -> None:

@@ -4,14 +4,16 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from ckpt_fast.checkpointing import maybe_finalize_async_save
+from ckpt_fast.checkpointing import _load_model_weights_from_checkpoint, maybe_finalize_async_save
 from ckpt_fast.pipeline.stage import Staged
 from ckpt_fast.trainer import staging
+from ckpt_fast.trainer.paths import get_checkpoint_name
 from ckpt_fast.trainer.staging import staging_policy
 from tests.helpers import run_ranks
 from tests.models import Run, Setup, differences, other
@@ -20,10 +22,27 @@ from tests.pipeline.simulated_gpu import EagerGpu, install
 SETUPS = [Setup(), Setup(bf16=True), Setup(bf16=True, distributed=True)]
 
 
-def step_while_copying(rank: int, setup: Setup, root: str, hooked: bool) -> list[str]:
+def step(run: Run) -> None:
+    run.train(1)
+
+
+def load(run: Run) -> None:
+    run.load()
+
+
+def load_weights(run: Run) -> None:
+    _load_model_weights_from_checkpoint(get_checkpoint_name(str(run.checkpoint.load), 1), run.model)
+
+
+def change_while_copying(
+    rank: int, setup: Setup, root: str, change: Callable[[Run], None], hooked: bool
+) -> list[str]:
     """Names of what the checkpoint has of another moment than the call's."""
-    with Run(setup, save=root, async_save=True, async_strategy="mcore") as run:
+    with Run(setup, save=root, load=root, async_save=True, async_strategy="mcore") as run:
         run.state.initialize_async_checkpoint_worker()
+        run.train(1)
+        run.save()
+        maybe_finalize_async_save(run.state, run.checkpoint, blocking=True)
         run.train(1)
         with pytest.MonkeyPatch.context() as patch:
             install(patch, EagerGpu())
@@ -33,9 +52,10 @@ def step_while_copying(rank: int, setup: Setup, root: str, hooked: bool) -> list
             patch.setattr(Staged, "wait", lambda staged: (begin.wait(), staged.device_copies.wait()))
             if not hooked:
                 patch.setattr(staging, "wait_staged", lambda: None)
+                patch.setattr("ckpt_fast.trainer.load.wait_staged", lambda: None)
             run.save()
             expected = run.fingerprint()
-            run.train(1)
+            change(run)
             begin.set()
             maybe_finalize_async_save(run.state, run.checkpoint, blocking=True, terminate=True)
     with Run(other(setup), load=root) as loading:
@@ -45,8 +65,17 @@ def step_while_copying(rank: int, setup: Setup, root: str, hooked: bool) -> list
 
 @pytest.mark.parametrize("setup", SETUPS, ids=["fp32", "bf16", "distributed"])
 def test_the_next_step_waits_for_the_copies(tmp_path: Path, setup: Setup) -> None:
-    assert run_ranks(step_while_copying, 1, setup, str(tmp_path / "hooked"), True) == [[]]
-    torn = run_ranks(step_while_copying, 1, setup, str(tmp_path / "unhooked"), False)[0]
+    check_that_it_waits(tmp_path, setup, step)
+
+
+@pytest.mark.parametrize("change", [load, load_weights])
+def test_a_load_waits_for_the_copies(tmp_path: Path, change: Callable[[Run], None]) -> None:
+    check_that_it_waits(tmp_path, SETUPS[0], change)
+
+
+def check_that_it_waits(tmp_path: Path, setup: Setup, change: Callable[[Run], None]) -> None:
+    assert run_ranks(change_while_copying, 1, setup, str(tmp_path / "hooked"), change, True) == [[]]
+    torn = run_ranks(change_while_copying, 1, setup, str(tmp_path / "unhooked"), change, False)[0]
     assert torn, "the simulated GPU is too fast to show that anything waited"
 
 

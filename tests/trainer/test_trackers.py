@@ -146,6 +146,14 @@ def test_run_config_is_sanitised(tmp_path: Path) -> None:
     assert trackers.read_run_config(str(path)) is None
 
 
+@pytest.mark.parametrize("content", ["- a\n", "just text", "model: 3\n", "checkpoint: [save]\n"])
+def test_a_file_that_is_no_run_config(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "run_config.yaml"
+    path.write_text(content)
+    with pytest.raises(RuntimeError, match=r"run_config\.yaml: it is no configuration.*ckpt_step"):
+        trackers.read_run_config(str(path))
+
+
 def test_runtime_objects_are_removed_wherever_they_are(caplog: pytest.LogCaptureFixture) -> None:
     content = {"a": [TIMERS, {"b": TIMERS}], "c": {"_target_": "some.Other", "d": 1}}
     assert sanitize_run_config_object(content) == {
@@ -225,9 +233,10 @@ def test_read_metadata(tmp_path: Path, text: str, expected: tuple[int, bool]) ->
     assert trackers.read_metadata(str(tracker)) == expected
 
 
-def test_read_metadata_of_garbage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("content", [b"latest", b"", b"\xff\xfe7"])
+def test_read_metadata_of_garbage(tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes) -> None:
     tracker = tmp_path / "tracker"
-    tracker.write_text("latest")
+    tracker.write_bytes(content)
     with pytest.raises(SystemExit) as stopped:
         trackers.read_metadata(str(tracker))
     assert stopped.value.code == 1
