@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from ckpt_fast import megatron
-from ckpt_fast.doors.local_files import read_local, remove_local, write_local
+from ckpt_fast.doors.local_files import Packed, pack_local, read_local, remove_local, write_local
 from ckpt_fast.doors.stock_queue import Flag, as_request
 from ckpt_fast.errors import (
     CheckpointCorruptError,
@@ -183,10 +183,17 @@ class FastLocalCheckpointManager(LocalCheckpointManager):  # type: ignore[misc, 
             return []
         return [self._filename_to_id(name) for name in names if _NAME.fullmatch(name)]
 
-    def _save(self, state_dict: Any, ckpt_id: Any, report: SaveReport | None = None) -> None:
-        partial = os.fspath(self._local_ckpt_path_from_id(ckpt_id, True))
+    def _pack(self, state_dict: Any, ckpt_id: Any, snapshot: bool) -> Packed:
         directory = os.fspath(self._local_ckpt_path_from_id(ckpt_id))
-        write_local(state_dict, directory, partial, ckpt_id[1], report or SaveReport(directory))
+        return pack_local(state_dict, directory, snapshot=snapshot)
+
+    def _write(self, packed: Packed, ckpt_id: Any, report: SaveReport) -> None:
+        partial = os.fspath(self._local_ckpt_path_from_id(ckpt_id, True))
+        write_local(packed, os.fspath(self._local_ckpt_path_from_id(ckpt_id)), partial, ckpt_id[1], report)
+
+    def _save(self, state_dict: Any, ckpt_id: Any) -> None:
+        directory = os.fspath(self._local_ckpt_path_from_id(ckpt_id))
+        self._write(self._pack(state_dict, ckpt_id, False), ckpt_id, SaveReport(directory))
 
     def _load(self, ckpt_id: Any) -> Any:
         return read_local(os.fspath(self._local_ckpt_path_from_id(ckpt_id)))
@@ -219,7 +226,8 @@ class FastLocalCheckpointManager(LocalCheckpointManager):  # type: ignore[misc, 
 class _LocalSave:
     """One save of this rank's states, with the interface of ``pipeline.save.Save`` from ``stage`` on.
 
-    Writing begins at once, in a thread; ``commit`` is collective.
+    When it is made, the states are packed, so that the trainer may go on; a thread begins to write them.
+    ``commit`` is collective.
     """
 
     def __init__(
@@ -234,9 +242,15 @@ class _LocalSave:
         self.ranks = ControlGroup().size
         self._manager = manager
         self._iteration = iteration
-        self._states = states
         self._in_background = when_written is not None
-        self._error: CheckpointError | None = None
+        outcome = ControlGroup().attempt(
+            lambda: {
+                identity: manager._pack(state, identity, self._in_background)
+                for identity, state in states.items()
+            }
+        )
+        self._packed: dict[Any, Packed] = outcome.value or {}
+        self._error: CheckpointError | None = outcome.error
         self._worker = Worker("ckpt_fast-local")
         self._worker.submit(self._write)
         if when_written is not None:
@@ -285,12 +299,12 @@ class _LocalSave:
 
     def _write(self) -> None:
         outcome = ControlGroup().attempt(self._write_states)
-        self._states = {}
+        self._packed = {}
         self._error = self._error or outcome.error
 
     def _write_states(self) -> None:
-        for identity, state_dict in self._states.items():
-            self._manager._save(state_dict, identity, self.report)
+        for identity, packed in self._packed.items():
+            self._manager._write(packed, identity, self.report)
 
     def _raise_error(self) -> None:
         if self._error is not None:

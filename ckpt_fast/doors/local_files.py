@@ -12,7 +12,7 @@ import errno
 import os
 import shutil
 from collections import OrderedDict
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -34,18 +34,29 @@ _STATE_KEY = "state_dict"
 _MARK = "ckpt_fast"
 
 
-def write_local(state_dict: Any, directory: str, partial: str, rank: int, report: SaveReport) -> None:
-    """Local. Write a state dict; on return it is durable. A crash leaves all of ``directory`` or nothing.
+class Packed(NamedTuple):
+    """A state dict taken apart.
+
+    Attributes:
+        payload: all of it but its tensors, as an item of a data file.
+        tensors: in CPU memory, in the order of their numbers in ``payload``.
+    """
+
+    payload: bytes
+    tensors: list[torch.Tensor]
+
+
+def pack_local(state_dict: Any, directory: str, *, snapshot: bool = False) -> Packed:
+    """Local. Take a state dict apart.
 
     Args:
         state_dict: a tensor-aware state dict with its tensors in CPU memory.
-        directory: the checkpoint; an older one of this name is replaced.
-        partial: the same until it is complete.
-        rank: whose state it is; numbers the data file.
-        report: what was written is added to it.
+        directory: where it will be written, for errors.
+        snapshot: what the state dict refers to may change as soon as this returns, except its ``tensors``.
+            Those of Megatron-Core have been copied to the CPU by then; the steps of torch's Adam, which are
+            among what is common to all ranks, have not.
 
     Raises:
-        CheckpointWriteError: naming path and cause.
         UnsafeCheckpointError: the state dict has an object that loading would refuse.
         TypeError: the state dict is of a class that is not known here.
     """
@@ -55,8 +66,27 @@ def write_local(state_dict: Any, directory: str, partial: str, rank: int, report
         decode_object(payload, "the state dict", verify=False)
     except UnsafeCheckpointError as error:
         raise UnsafeCheckpointError(f"nothing was saved to {directory}: {error}") from error
-    shards: list[Shard] = [ObjectShard(_STATE_KEY, payload)]
-    for number, tensor in enumerate(tensors):
+    if snapshot:
+        copied = {id(tensor) for tensor in state_dict.tensors}
+        tensors = [tensor if id(tensor) in copied else tensor.clone() for tensor in tensors]
+    return Packed(payload, [tensor.detach() for tensor in tensors])
+
+
+def write_local(packed: Packed, directory: str, partial: str, rank: int, report: SaveReport) -> None:
+    """Local. Write a state dict; on return it is durable. A crash leaves all of ``directory`` or nothing.
+
+    Args:
+        packed: the state dict.
+        directory: the checkpoint; an older one of this name is replaced.
+        partial: the same until it is complete.
+        rank: whose state it is; numbers the data file.
+        report: what was written is added to it.
+
+    Raises:
+        CheckpointWriteError: naming path and cause.
+    """
+    shards: list[Shard] = [ObjectShard(_STATE_KEY, packed.payload)]
+    for number, tensor in enumerate(packed.tensors):
         shape = tuple(tensor.shape)
         shards.append(TensorShard(str(number), tensor, (0,) * len(shape), shape))
     report.directory = partial
@@ -147,7 +177,7 @@ def _without_tensors(value: Any, tensors: list[torch.Tensor]) -> Any:
 
     def hollow(value: Any) -> Any:
         if isinstance(value, torch.Tensor) and is_plain(value):
-            tensors.append(value.detach())
+            tensors.append(value)
             return {_MARK: "tensor", "number": len(tensors) - 1}
         if type(value) in kinds:
             return {_MARK: kinds[type(value)], "attributes": hollow(dict(vars(value)))}
