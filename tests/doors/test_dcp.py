@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import pickle
 import zipfile
@@ -20,13 +21,7 @@ from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from
 
 from ckpt_fast import FastStorageReader, FastStorageWriter
 from ckpt_fast.pipeline.index import CheckpointIndex
-from tests.doors.dcp_states import (
-    blank,
-    differences,
-    odd_tensors,
-    sidecar_lies,
-    training_state,
-)
+from tests.doors.dcp_states import blank, differences, odd_tensors, sidecar_lies, training_state
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),

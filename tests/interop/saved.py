@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import itertools
 import os
@@ -159,5 +160,7 @@ def read_with_dcp(directory: str) -> dict[str, Any]:
             state[fqn] = torch.empty(entry.size, dtype=entry.properties.dtype)
         elif not fqn.startswith("common_state"):
             state[fqn] = io.BytesIO()
-    dcp.load(state, storage_reader=reader, no_dist=True)
+    # torch 2.6 cannot be told; there a load in a group is one of all its ranks.
+    alone = {"no_dist": True} if "no_dist" in inspect.signature(dcp.load).parameters else {}
+    dcp.load(state, storage_reader=reader, **alone)
     return state
