@@ -20,6 +20,7 @@ PYTEST ?= -n 2 --dist worksteal -m "not slow"
 
 A := .venv
 B := .venv-b
+BRIDGE := .bridge
 BUILD_INPUTS := setup.py pyproject.toml \
 	$(shell find csrc -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
@@ -42,6 +43,10 @@ test-b: $(B)/.installed ## the same on stack B
 test-stacks: ## the same on both stacks
 	@$(MAKE) --no-print-directory test
 	@$(MAKE) --no-print-directory test-b
+
+.PHONY: test-bridge
+test-bridge: $(B)/.installed $(BRIDGE)/.requirements ## Megatron Bridge's own objects, on stack B
+	@PYTHONPATH=$(CURDIR)/$(BRIDGE) $(B)/bin/python -m pytest -n 2 tests/interop/test_bridge*.py
 
 .PHONY: test-slow
 test-slow: $(A)/.installed ## the tests that take minutes: kills at random moments, four ranks, long runs
@@ -88,6 +93,11 @@ $(B)/.requirements: requirements/stack-b.txt requirements/dev.txt
 	@test -d $(B)/lib/python3.12/site-packages/nvidia_resiliency_ext-0.7.0.dist-info || \
 		$(B)/bin/python -m pip install --quiet --no-deps --only-binary=:all: --platform manylinux_2_39_$$(uname -m) \
 			--target $(B)/lib/python3.12/site-packages nvidia-resiliency-ext==0.7.0
+	@touch $@
+
+$(BRIDGE)/.requirements: requirements/bridge.txt | $(B)/.requirements
+	rm -rf $(BRIDGE)
+	$(B)/bin/python -m pip install --quiet --no-deps --target $(BRIDGE) -r $<
 	@touch $@
 
 %/.installed: %/.requirements $(BUILD_INPUTS)
