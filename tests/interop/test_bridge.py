@@ -86,6 +86,6 @@ def save_and_resume(bridge: Any, root: str, *, is_async: bool) -> dict[str, Any]
 def test_bridge_resumes_through_our_manager(tmp_path: Path) -> None:
     resumed = {"result": (2, FLOPS), "wrong": [], "fired": 1, "step": 2}
     for refusal, found in run_ranks(through_our_manager, 2, str(tmp_path), timeout_s=600):
-        # The documentation of FastCheckpointManager tells to call this; Bridge refuses before it imports ours.
+        # FastCheckpointManager documents what to call: Bridge refuses before it imports anything of ours.
         assert "register_allowed_target_prefix" in refusal
         assert found == [resumed, resumed]
