@@ -4,6 +4,7 @@
 #   PYTHON    Python 3.10 or newer, for stack A (default: python3)
 #   PYTHON_B  Python 3.12, for stack B (default: the first one found)
 #   PYTEST    arguments for pytest, for instance PYTEST="tests/pipeline -x"
+#   TORCH, MCORE, NVRX  versions for test-versions; NVRX= is none
 #
 # torch comes from pip's own index with its CUDA libraries. To save gigabytes on a machine without a GPU,
 # point PIP_EXTRA_INDEX_URL at PyTorch's index of CPU wheels.
@@ -20,6 +21,15 @@ PYTEST ?= -n 2 --dist worksteal -m "not slow"
 
 A := .venv
 B := .venv-b
+BRIDGE := .bridge
+X := .venv-x
+TORCH ?= 2.13.0
+MCORE ?= 0.19.2
+NVRX ?= 0.7.0
+# What meets other packages: the doors, and training runs.
+VERSIONS_PYTEST ?= -n 2 --dist worksteal -m "not slow" tests/test_megatron.py tests/api/test_signatures.py \
+	tests/doors tests/interop $(addprefix tests/trainer/test_, \
+	resume_matrix.py save.py load.py async_save.py fsdp.py local.py bridge.py resharding.py)
 BUILD_INPUTS := setup.py pyproject.toml \
 	$(shell find csrc -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
@@ -42,6 +52,15 @@ test-b: $(B)/.installed ## the same on stack B
 test-stacks: ## the same on both stacks
 	@$(MAKE) --no-print-directory test
 	@$(MAKE) --no-print-directory test-b
+
+.PHONY: test-versions
+test-versions: $(X)/.versions-$(TORCH)-$(MCORE)-$(NVRX) ## part of the tests with TORCH=, MCORE=, NVRX=
+	$(X)/bin/python setup.py --quiet build_ext --inplace
+	@PYTHONPATH=$(CURDIR) $(X)/bin/python -m pytest $(VERSIONS_PYTEST)
+
+.PHONY: test-bridge
+test-bridge: $(B)/.installed $(BRIDGE)/.requirements ## Megatron Bridge's own objects, on stack B
+	@PYTHONPATH=$(CURDIR)/$(BRIDGE) $(B)/bin/python -m pytest -n 2 tests/interop/test_bridge*.py
 
 .PHONY: test-slow
 test-slow: $(A)/.installed ## the tests that take minutes: kills at random moments, four ranks, long runs
@@ -71,6 +90,15 @@ clean: ## remove what was built; the environments stay
 	rm -f ckpt_fast/native/*.so $(A)/.installed $(B)/.installed
 	find ckpt_fast tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
+# The checkpointing part of nvidia-resiliency-ext is pure Python; what its wheels are tagged for, is not needed.
+NVRX_OPTIONS := --quiet --no-deps --only-binary=:all: --platform manylinux_2_39_$(shell uname -m) \
+	--platform manylinux_2_31_$(shell uname -m)
+
+define require-python-b
+@test -n "$(PYTHON_B)" || \
+	{ echo "This needs Python 3.12 and none was found; choose one: make PYTHON_B=/path/to/python3.12" >&2; exit 1; }
+endef
+
 # The stamps lie inside the environments, so that removing an environment removes them too.
 
 $(A)/.requirements: requirements/stack-a.txt requirements/dev.txt requirements/optional.txt
@@ -81,13 +109,28 @@ $(A)/.requirements: requirements/stack-a.txt requirements/dev.txt requirements/o
 	@touch $@
 
 $(B)/.requirements: requirements/stack-b.txt requirements/dev.txt requirements/optional.txt
-	@test -n "$(PYTHON_B)" || \
-		{ echo "Stack B needs Python 3.12 and none was found; choose one: make PYTHON_B=/path/to/python3.12" >&2; exit 1; }
+	$(require-python-b)
 	@$(B)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON_B) -m venv $(B)
 	$(B)/bin/python -m pip install --quiet -r $<
 	@test -d $(B)/lib/python3.12/site-packages/nvidia_resiliency_ext-0.7.0.dist-info || \
-		$(B)/bin/python -m pip install --quiet --no-deps --only-binary=:all: --platform manylinux_2_39_$$(uname -m) \
-			--target $(B)/lib/python3.12/site-packages nvidia-resiliency-ext==0.7.0
+		$(B)/bin/python -m pip install $(NVRX_OPTIONS) --target $(B)/lib/python3.12/site-packages \
+			nvidia-resiliency-ext==0.7.0
+	@touch $@
+
+# Another version in the place of one that is there; no versions are kept side by side.
+$(X)/.versions-$(TORCH)-$(MCORE)-$(NVRX): requirements/dev.txt
+	$(require-python-b)
+	@$(X)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON_B) -m venv $(X)
+	@rm -f $(X)/.versions-*
+	$(X)/bin/python -m pip uninstall --quiet --yes nvidia-resiliency-ext
+	$(X)/bin/python -m pip install --quiet -r $< torch==$(TORCH) megatron-core==$(MCORE) psutil PyYAML
+	$(if $(NVRX),$(X)/bin/python -m pip install $(NVRX_OPTIONS) --target $(X)/lib/python3.12/site-packages \
+		nvidia-resiliency-ext==$(NVRX))
+	@touch $@
+
+$(BRIDGE)/.requirements: requirements/bridge.txt | $(B)/.requirements
+	rm -rf $(BRIDGE)
+	$(B)/bin/python -m pip install --quiet --no-deps --target $(BRIDGE) -r $<
 	@touch $@
 
 %/.installed: %/.requirements $(BUILD_INPUTS)

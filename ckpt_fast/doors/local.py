@@ -13,14 +13,14 @@ import re
 import shutil
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from ckpt_fast import megatron
-from ckpt_fast.doors.local_files import capture, memory_of, read_local, remove_local, write_local
+from ckpt_fast.doors.local_files import Packed, memory_of, pack_local, read_local, remove_local, write_local
 from ckpt_fast.doors.stock_queue import Flag, as_request
 from ckpt_fast.errors import (
     CheckpointCorruptError,
@@ -82,15 +82,18 @@ class FastLocalCheckpointManager(LocalCheckpointManager):  # type: ignore[misc, 
         if self.repl_strategy is not None:
             replicas, ids = self.repl_strategy.replicate(state_dict, own)
             states = dict(zip(ids, replicas, strict=True))
-        if is_async:
-            states[own] = _snapshot(states[own])
-        elif torch.cuda.is_available():
-            _copy_to_cpu(states[own])
+        live = memory_of(states[own]) if is_async else set()
+        if is_async or torch.cuda.is_available():
+            states[own].copy_tensors_to_cpu(non_blocking=True)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         self.latest_iteration = -1
         if is_async:
             flag = Flag()
-            return as_request(_LocalSave(self, iteration, states, flag.set), flag, megatron.NVRxAsyncRequest)
-        job = _LocalSave(self, iteration, states)
+            return as_request(
+                _LocalSave(self, iteration, states, live, flag.set), flag, megatron.NVRxAsyncRequest
+            )
+        job = _LocalSave(self, iteration, states, live)
         job.write()
         job.commit()
         return None
@@ -183,10 +186,16 @@ class FastLocalCheckpointManager(LocalCheckpointManager):  # type: ignore[misc, 
             return []
         return [self._filename_to_id(name) for name in names if _NAME.fullmatch(name)]
 
-    def _save(self, state_dict: Any, ckpt_id: Any, report: SaveReport | None = None) -> None:
+    def _pack(self, state_dict: Any, ckpt_id: Any, live: Container[int] = ()) -> Packed:
+        return pack_local(state_dict, os.fspath(self._local_ckpt_path_from_id(ckpt_id)), live)
+
+    def _write(self, packed: Packed, ckpt_id: Any, report: SaveReport) -> None:
         partial = os.fspath(self._local_ckpt_path_from_id(ckpt_id, True))
+        write_local(packed, os.fspath(self._local_ckpt_path_from_id(ckpt_id)), partial, ckpt_id[1], report)
+
+    def _save(self, state_dict: Any, ckpt_id: Any) -> None:
         directory = os.fspath(self._local_ckpt_path_from_id(ckpt_id))
-        write_local(state_dict, directory, partial, ckpt_id[1], report or SaveReport(directory))
+        self._write(self._pack(state_dict, ckpt_id), ckpt_id, SaveReport(directory))
 
     def _load(self, ckpt_id: Any) -> Any:
         return read_local(os.fspath(self._local_ckpt_path_from_id(ckpt_id)))
@@ -216,30 +225,11 @@ class FastLocalCheckpointManager(LocalCheckpointManager):  # type: ignore[misc, 
         return f"iter_{str(iteration).zfill(7)}_{rank}_local{extra_suffix}"
 
 
-def _copy_to_cpu(state_dict: Any) -> None:
-    state_dict.copy_tensors_to_cpu(non_blocking=True)
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def _snapshot(state_dict: Any) -> Any:
-    """The state dict as it is now: training may change all of it, numbers in the common state as well.
-
-    One that cannot be saved is returned as it is. Writing it raises the error, on all ranks.
-    """
-    try:
-        live = memory_of(state_dict)
-        _copy_to_cpu(state_dict)
-        return capture(state_dict, live)
-    except Exception:
-        logger.debug("cannot take a snapshot for the local checkpoint", exc_info=True)
-        return state_dict
-
-
 class _LocalSave:
     """One save of this rank's states, with the interface of ``pipeline.save.Save`` from ``stage`` on.
 
-    Writing begins at once, in a thread; ``commit`` is collective.
+    When it is made, the states are packed, so that the trainer may go on; a thread begins to write them.
+    ``commit`` is collective.
     """
 
     def __init__(
@@ -247,6 +237,7 @@ class _LocalSave:
         manager: FastLocalCheckpointManager,
         iteration: int,
         states: dict[Any, Any],
+        live: Container[int],
         when_written: Callable[[], None] | None = None,
     ) -> None:
         self.directory = os.fspath(manager.local_ckpt_dir)
@@ -254,9 +245,12 @@ class _LocalSave:
         self.ranks = ControlGroup().size
         self._manager = manager
         self._iteration = iteration
-        self._states = states
         self._in_background = when_written is not None
-        self._error: CheckpointError | None = None
+        outcome = ControlGroup().attempt(
+            lambda: {identity: manager._pack(state, identity, live) for identity, state in states.items()}
+        )
+        self._packed: dict[Any, Packed] = outcome.value or {}
+        self._error: CheckpointError | None = outcome.error
         self._worker = Worker("ckpt_fast-local")
         self._worker.submit(self._write)
         if when_written is not None:
@@ -305,12 +299,12 @@ class _LocalSave:
 
     def _write(self) -> None:
         outcome = ControlGroup().attempt(self._write_states)
-        self._states = {}
+        self._packed = {}
         self._error = self._error or outcome.error
 
     def _write_states(self) -> None:
-        for identity, state_dict in self._states.items():
-            self._manager._save(state_dict, identity, self.report)
+        for identity, packed in self._packed.items():
+            self._manager._write(packed, identity, self.report)
 
     def _raise_error(self) -> None:
         if self._error is not None:

@@ -35,39 +35,59 @@ _STATE_KEY = "state_dict"
 _MARK = "ckpt_fast"
 
 
-class Captured(NamedTuple):
-    """A state dict that nothing reaches any more: what it consists of, and the tensors in it by number."""
+class Packed(NamedTuple):
+    """A state dict taken apart.
+
+    Attributes:
+        payload: all of it but its tensors, as an item of a data file.
+        tensors: in CPU memory, in the order of their numbers in ``payload``.
+    """
 
     payload: bytes
     tensors: list[torch.Tensor]
 
 
 def memory_of(state_dict: Any) -> set[int]:
-    """Addresses of the memory that the tensors of a state dict are in."""
+    """Addresses of the memory that the tensors of a state dict are in, of all of them."""
     tensors: list[torch.Tensor] = []
-    _without_tensors(_require_known(state_dict), tensors)
+    _without_tensors(state_dict, tensors)
     return {tensor.untyped_storage().data_ptr() for tensor in tensors}
 
 
-def capture(state_dict: Any, foreign: Container[int] = ()) -> Captured:
-    """Local. The state dict as it is now; tensors in ``foreign`` memory are copied, others taken over.
+def pack_local(state_dict: Any, directory: str, live: Container[int] = ()) -> Packed:
+    """Local. Take a state dict apart.
+
+    Args:
+        state_dict: a tensor-aware state dict with its tensors in CPU memory.
+        directory: where it will be written, for errors.
+        live: memory that may change as soon as this returns; tensors in it are copied. Megatron-Core and
+            nvidia-resiliency-ext leave some of the state there when they copy it to the CPU: the steps of
+            torch's Adam, or all that is on the CPU already.
 
     Raises:
+        UnsafeCheckpointError: the state dict has an object that loading would refuse.
         TypeError: the state dict is of a class that is not known here.
     """
     tensors: list[torch.Tensor] = []
     payload = torch_bytes(_without_tensors(_require_known(state_dict), tensors))
-    return Captured(
+    try:
+        decode_object(payload, "the state dict", verify=False)
+    except UnsafeCheckpointError as error:
+        raise UnsafeCheckpointError(f"nothing was saved to {directory}: {error}") from error
+    return Packed(
         payload,
-        [tensor.clone() if tensor.untyped_storage().data_ptr() in foreign else tensor for tensor in tensors],
+        [
+            tensor.detach().clone() if tensor.untyped_storage().data_ptr() in live else tensor.detach()
+            for tensor in tensors
+        ],
     )
 
 
-def write_local(state_dict: Any, directory: str, partial: str, rank: int, report: SaveReport) -> None:
+def write_local(packed: Packed, directory: str, partial: str, rank: int, report: SaveReport) -> None:
     """Local. Write a state dict; on return it is durable. A crash leaves all of ``directory`` or nothing.
 
     Args:
-        state_dict: a tensor-aware state dict with its tensors in CPU memory, or what was captured of one.
+        packed: the state dict.
         directory: the checkpoint; an older one of this name is replaced.
         partial: the same until it is complete.
         rank: whose state it is; numbers the data file.
@@ -75,16 +95,9 @@ def write_local(state_dict: Any, directory: str, partial: str, rank: int, report
 
     Raises:
         CheckpointWriteError: naming path and cause.
-        UnsafeCheckpointError: the state dict has an object that loading would refuse.
-        TypeError: the state dict is of a class that is not known here.
     """
-    payload, tensors = state_dict if isinstance(state_dict, Captured) else capture(state_dict)
-    try:
-        decode_object(payload, "the state dict", verify=False)
-    except UnsafeCheckpointError as error:
-        raise UnsafeCheckpointError(f"nothing was saved to {directory}: {error}") from error
-    shards: list[Shard] = [ObjectShard(_STATE_KEY, payload)]
-    for number, tensor in enumerate(tensors):
+    shards: list[Shard] = [ObjectShard(_STATE_KEY, packed.payload)]
+    for number, tensor in enumerate(packed.tensors):
         shape = tuple(tensor.shape)
         shards.append(TensorShard(str(number), tensor, (0,) * len(shape), shape))
     report.directory = partial
@@ -175,7 +188,7 @@ def _without_tensors(value: Any, tensors: list[torch.Tensor]) -> Any:
 
     def hollow(value: Any) -> Any:
         if isinstance(value, torch.Tensor) and is_plain(value):
-            tensors.append(value.detach())
+            tensors.append(value)
             return {_MARK: "tensor", "number": len(tensors) - 1}
         if type(value) in kinds:
             return {_MARK: kinds[type(value)], "attributes": hollow(dict(vars(value)))}

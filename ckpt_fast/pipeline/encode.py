@@ -190,8 +190,13 @@ class _SharedParts:
         return chunk
 
     def properties(self, properties: TensorProperties) -> TensorProperties:
-        fields = (properties.dtype, properties.layout, properties.requires_grad, properties.pin_memory)
-        return self._properties.setdefault((*fields, properties.memory_format), properties)
+        p = properties
+        fields = (p.dtype, p.layout, p.requires_grad, p.memory_format, p.pin_memory)
+        kept = self._properties.get(fields)
+        if kept is None:
+            # Without the strides, which torch notes from 2.15 on and our files do not have.
+            kept = self._properties[fields] = TensorProperties(*fields)
+        return kept
 
 
 def share_parts(metadata: Metadata) -> None:

@@ -30,6 +30,8 @@ WRITERS = {
     "stock": dcp.FileSystemWriter,
 }
 READERS = {"ours": FastStorageReader, "stock": dcp.FileSystemReader}
+# torch 2.6 runs FSDP2's collectives on streams as only GPUs have them.
+FSDP2_ON_CPU = hasattr(torch.cpu.Stream, "record_event")
 
 
 class Trained:

@@ -3,15 +3,13 @@
 
 from __future__ import annotations
 
-import io
 import json
 import zlib
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.checkpoint._extension import ExtensionRegistry, StreamTransformExtension
 
 from tests.pipeline.layouts import PLAIN_DTYPES, random_tensor, same
 
@@ -101,45 +99,3 @@ def sidecar_lies(directory: Path) -> list[str]:
         if files[name] != {"nbytes": len(content), "crc32": f"{zlib.crc32(content):08x}"}:
             wrong.append(name)
     return wrong
-
-
-class Inverted(StreamTransformExtension):
-    """A stream transform for tests: every byte becomes its complement."""
-
-    table = bytes(255 - value for value in range(256))
-
-    @staticmethod
-    def registry_name() -> str:
-        return "test.inverted"
-
-    @staticmethod
-    def from_descriptor(version: str) -> Inverted:
-        assert version == "1"
-        return Inverted()
-
-    def get_descriptor(self) -> str:
-        return "test.inverted/1"
-
-    def transform_to(self, output: IO[bytes]) -> IO[bytes]:
-        return _InvertedSink(output)
-
-    def transform_from(self, input: IO[bytes]) -> IO[bytes]:
-        return io.BytesIO(input.read().translate(self.table))
-
-
-class _InvertedSink(io.BytesIO):
-    def __init__(self, output: IO[bytes]) -> None:
-        super().__init__()
-        self._output = output
-
-    def close(self) -> None:
-        if not self.closed:
-            self._output.write(self.getvalue().translate(Inverted.table))
-        super().close()
-
-
-def registry() -> ExtensionRegistry:
-    """What a reader needs to undo the transform."""
-    extensions = ExtensionRegistry()
-    extensions.register(Inverted)
-    return extensions

@@ -197,5 +197,37 @@ def save_one(rank: int, root: str) -> None:
     assert os.listdir(os.path.join(root, "0")) == ["iter_0000006_0_local"]
 
 
+def save_while_training_goes_on(rank: int, root: str) -> None:
+    saver, queue, gate = manager(root, replicated=False), AsyncCallsQueue(), threading.Event()
+    write_files = native.write_files
+
+    def later(*arguments: Any, **options: Any) -> Any:
+        gate.wait()
+        return write_files(*arguments, **options)
+
+    common = {"state": [{"step": torch.tensor(3.0)}], "groups": [{"lr": 0.1}]}
+    state = state_dict_of(common)
+    weight = state.sharded_state_dict["tensors"][str(torch.float32)].data
+    expected = weight.clone()
+    native.write_files = later
+    try:
+        queue.schedule_async_request(saver.save(state, 5, is_async=True))
+        weight += 1
+        common["state"][0]["step"] += 1
+        common["groups"][0]["lr"] = 0.2
+    finally:
+        gate.set()
+        queue.close()
+        native.write_files = write_files
+    assert saver.find_latest() == 5
+    loaded, _ = saver.load()
+    assert identical(loaded.common, {"state": [{"step": torch.tensor(3.0)}], "groups": [{"lr": 0.1}]})
+    assert identical(loaded.sharded_state_dict["tensors"][str(torch.float32)].data, expected)
+
+
+def test_a_save_in_the_background_holds_what_was_when_it_began(tmp_path: Path) -> None:
+    run_ranks(save_while_training_goes_on, 1, str(tmp_path))
+
+
 def test_a_state_dict_comes_back_as_it_was(tmp_path: Path) -> None:
     run_ranks(save_one, 1, str(tmp_path))

@@ -23,6 +23,7 @@ from ckpt_fast.errors import (
     UnsafeCheckpointError,
 )
 from tests.helpers import RankError, run_ranks
+from tests.interop.saved import needs_stock_lists
 from tests.models import identical, megatron_on_cpu
 
 from_rank_offsets = ShardedTensor.from_rank_offsets
@@ -272,6 +273,7 @@ def describe(strategy: Any, path: str) -> Any:
     )
 
 
+@needs_stock_lists
 @pytest.mark.parametrize("parallel", [False, True], ids=["plain", "parallel"])
 def test_every_door_on_two_ranks(tmp_path: Path, parallel: bool) -> None:
     run_ranks(through_every_door, 2, str(tmp_path), parallel)
@@ -345,6 +347,7 @@ def ask_for_less_and_more(rank: int, directory: str, strict: str) -> Any:
     return results[0][1:] if isinstance(results[0], tuple) else None
 
 
+@needs_stock_lists
 @pytest.mark.parametrize("strict", STRICTNESS)
 def test_strictness_means_what_it_means_in_stock(tmp_path: Path, strict: str) -> None:
     expected = STRICTNESS[strict]
@@ -356,6 +359,7 @@ def test_strictness_means_what_it_means_in_stock(tmp_path: Path, strict: str) ->
             assert (unexpected, missing) == expected
 
 
+@needs_stock_lists
 def test_plain_helpers_of_stock_read_ours(tmp_path: Path) -> None:
     run_ranks(read_with_helpers, 1, str(tmp_path))
 

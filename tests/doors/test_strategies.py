@@ -22,6 +22,7 @@ from ckpt_fast.doors import megatron_core
 from ckpt_fast.errors import CheckpointMismatchError
 from ckpt_fast.pipeline.verify import find_damage
 from tests.helpers import RankError, run_ranks
+from tests.interop.saved import needs_stock_lists
 from tests.models import megatron_on_cpu
 
 from_rank_offsets = ShardedTensor.from_rank_offsets
@@ -51,6 +52,7 @@ def files(root: Path) -> set[str]:
     return {path.name for path in root.glob("*.distcp")}
 
 
+@needs_stock_lists
 @pytest.mark.parametrize("hint", ["extra", None])
 def test_tensors_can_be_removed(tmp_path: Path, hint: str | None) -> None:
     """In files of their own they leave the disk, elsewhere the table of contents."""

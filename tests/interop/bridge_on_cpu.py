@@ -60,3 +60,10 @@ def load_bridge() -> types.SimpleNamespace:
         found["instantiate"] = importlib.import_module("megatron.bridge.utils.instantiate_utils")
         found["checkpointing"] = importlib.import_module("megatron.bridge.training.checkpointing")
     return types.SimpleNamespace(**found)
+
+
+def load_auto_bridge() -> Any:
+    """The class ``megatron.bridge.AutoBridge``. ImportError where it is not installed."""
+    importlib.import_module("megatron.core.models.gpt")
+    with transformer_engine_for_bridge():
+        return importlib.import_module("megatron.bridge").AutoBridge

@@ -16,8 +16,7 @@ from tests.interop.bridge_on_cpu import load_bridge
 from tests.models import FLOPS, Run, Setup, differences, other
 
 pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("megatron.bridge") is None,
-    reason="needs megatron-bridge (pip install --no-deps), and what importing it needs",
+    importlib.util.find_spec("megatron.bridge") is None, reason="needs megatron-bridge: make test-bridge"
 )
 
 
@@ -43,9 +42,23 @@ def with_bridge_state(run: Run, bridge: Any, **checkpoint: Any) -> Any:
     return state
 
 
-def save_and_resume(rank: int, root: str, is_async: bool) -> dict[str, Any]:
+def through_our_manager(rank: int, root: str) -> tuple[str, list[dict[str, Any]]]:
     bridge = load_bridge()
+    refusal = ""
+    try:
+        bridge.checkpointing.create_checkpoint_manager(
+            bridge.config.CheckpointConfig(custom_manager_class="ckpt_fast.FastCheckpointManager")
+        )
+    except Exception as error:
+        refusal = str(error)
     bridge.instantiate.register_allowed_target_prefix("ckpt_fast.")
+    return refusal, [
+        save_and_resume(bridge, f"{root}/sync", is_async=False),
+        save_and_resume(bridge, f"{root}/async", is_async=True),
+    ]
+
+
+def save_and_resume(bridge: Any, root: str, *, is_async: bool) -> dict[str, Any]:
     fired: list[int] = []
     callbacks = bridge.callbacks.CallbackManager()
     callbacks.register("on_checkpoint_save", lambda context: fired.append(context.state.train_state.step))
@@ -70,7 +83,9 @@ def save_and_resume(rank: int, root: str, is_async: bool) -> dict[str, Any]:
     return {"result": result, "wrong": wrong, "fired": len(fired), "step": step}
 
 
-@pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
-def test_bridge_resumes_through_our_manager(tmp_path: Path, is_async: bool) -> None:
-    for found in run_ranks(save_and_resume, 2, str(tmp_path), is_async, timeout_s=600):
-        assert found == {"result": (2, FLOPS), "wrong": [], "fired": 1, "step": 2}
+def test_bridge_resumes_through_our_manager(tmp_path: Path) -> None:
+    resumed = {"result": (2, FLOPS), "wrong": [], "fired": 1, "step": 2}
+    for refusal, found in run_ranks(through_our_manager, 2, str(tmp_path), timeout_s=600):
+        # FastCheckpointManager documents what to call: Bridge refuses before it imports anything of ours.
+        assert "register_allowed_target_prefix" in refusal
+        assert found == [resumed, resumed]

@@ -28,7 +28,10 @@ from tests.doors.dcp_states import differences
 from tests.helpers import run_ranks
 from tests.models import identical
 
-pytestmark = pytest.mark.skipif(not megatron.HAVE_MEGATRON_FSDP, reason="needs Megatron FSDP")
+pytestmark = [
+    pytest.mark.skipif(not megatron.HAVE_MEGATRON_FSDP, reason="needs Megatron FSDP"),
+    pytest.mark.skipif(not dcp_ranks.FSDP2_ON_CPU, reason="FSDP2 of this torch needs a GPU"),
+]
 
 
 class Chunk(torch.nn.Module):
