@@ -25,7 +25,7 @@ from typing import Any
 
 # After one rank failed, the others get this long to fail by themselves: they may wait for it for ever.
 _GRACE_S = 5.0
-_MANY_THREADS = 150
+_MANY_THREADS = 100
 
 
 class RankError(AssertionError):
@@ -83,16 +83,21 @@ def _run(
     try:
         results = ranks.call(function, args, timeout_s)
     except RankError as error:
-        if len(error.errors) == world_size and ranks.alive():
-            _pool[world_size] = ranks
-        else:
-            ranks.stop()
+        _keep(ranks, world_size, len(error.errors) == world_size)
         raise
     except BaseException:
         ranks.stop()
         raise
-    _pool[world_size] = ranks
+    _keep(ranks, world_size, True)
     return results
+
+
+def _keep(ranks: _Ranks, world_size: int, are_idle: bool) -> None:
+    """Let the ranks serve the next call, unless they are in no state to."""
+    if are_idle and ranks.are_fit():
+        _pool[world_size] = ranks
+    else:
+        ranks.stop()
 
 
 class _Ranks:
@@ -110,8 +115,12 @@ class _Ranks:
             self._connections.append(ours)
             self._processes.append(process)
 
-    def alive(self) -> bool:
-        return all(process.is_alive() for process in self._processes)
+    def are_fit(self) -> bool:
+        """Alive, and without the threads of many groups, which models that cannot be collected keep."""
+        for process in self._processes:
+            if not process.is_alive() or _threads(process.pid) >= _MANY_THREADS:
+                return False
+        return True
 
     def stop(self) -> None:
         for connection in self._connections:
@@ -164,7 +173,7 @@ def _context() -> Any:
     if torch.cuda.is_available():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ckpt_fast.checkpointing", "torch.distributed.device_mesh"])
+    context.set_forkserver_preload(["tests.preload"])
     return context
 
 
@@ -241,11 +250,15 @@ def _leave_group() -> None:
     with contextlib.suppress(Exception):
         dist.destroy_process_group()
     # Cycles keep groups alive, and each group its threads: thousands of them slow the machine down.
-    if len(os.listdir("/proc/self/task")) > _MANY_THREADS:
+    if _threads("self") >= _MANY_THREADS:
         gc.collect()
     version = sys.modules.get("ckpt_fast.trainer.version")
     if version is not None:
         version._CHECKPOINT_VERSION = None
+
+
+def _threads(process: int | str | None) -> int:
+    return len(os.listdir(f"/proc/{process}/task"))
 
 
 class CpuRngTracker:
