@@ -196,8 +196,9 @@ def _require_sound(path: str, configured: str) -> str:
         raise AssertionError(
             f"{path} is a {found} checkpoint, but checkpoint.ckpt_format is {configured}; set it to {found!r}"
         )
-    if "://" not in path:
-        require_complete(path)
+    if found == "torch_dist" or not megatron.object_storage(path):
+        with megatron.checkpoint_files(path) as files:
+            require_complete(files)
     return found
 
 
