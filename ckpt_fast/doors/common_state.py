@@ -71,7 +71,8 @@ def load_common_state_dict(checkpoint_dir: str) -> dict[str, Any]:
             raise CheckpointNotFoundError(
                 f"{checkpoint_dir} is a directory of checkpoints: pass the directory of one iteration in it"
             )
-        state = "does not exist" if not os.path.exists(checkpoint_dir) else "has no metadata.json"
+        is_there = os.path.exists(checkpoint_dir) or megatron.object_storage(checkpoint_dir)
+        state = "has no metadata.json" if is_there else "does not exist"
         raise CheckpointNotFoundError(
             f"{checkpoint_dir} is not a complete torch_dist checkpoint: it {state}. An interrupted save "
             "leaves such a directory behind; load an earlier iteration."

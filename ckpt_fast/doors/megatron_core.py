@@ -204,7 +204,8 @@ class FastLoadStrategy(megatron.TorchDistLoadShardedStrategy):  # type: ignore[m
 
     def remove_sharded_tensors(self, checkpoint_dir: str | os.PathLike[str], key_prefix: str) -> None:
         """Local: for one rank. Take all tensors and objects whose key begins so out of the checkpoint."""
-        remove_named(os.fspath(checkpoint_dir), key_prefix)
+        with megatron.checkpoint_files(checkpoint_dir) as files:
+            remove_named(files, key_prefix)
 
 
 @without_collections

@@ -7,6 +7,7 @@ these files belong to.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
@@ -48,6 +49,9 @@ class Files(Protocol):
 
     def publish(self, files: Mapping[str, bytes]) -> None:
         """Write ``files`` (name to content) one after the other, each whole or not at all."""
+
+    def delete(self, names: Iterable[str]) -> None:
+        """Remove files, as far as there are such; OSError if one cannot be."""
 
     def fetch(self, names: Iterable[str]) -> None:
         """Local. Have these files in ``directory``, if there are such."""
@@ -98,6 +102,17 @@ class Directory:
     def publish(self, files: Mapping[str, bytes]) -> None:
         """See ``commit.publish``."""
         commit.publish(self.directory, files)
+
+    def delete(self, names: Iterable[str]) -> None:
+        """Remove files, durably.
+
+        Raises:
+            OSError: naming the first that cannot be removed.
+        """
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(os.path.join(self.directory, name))
+        commit.fsync_directory(self.directory)
 
     def fetch(self, names: Iterable[str]) -> None:
         """Nothing: they are there."""

@@ -100,10 +100,9 @@ class Spool:
             CheckpointWriteError: there is no room, or the older checkpoint cannot be removed.
         """
         self._require_space(claims)
-        with self._failures("empty", "Nothing was saved"):
-            names = self._remote.sizes()
-            for name in (*commit.seals_among(names), *filter(commit.is_payload, names)):
-                self._remote.delete(name)
+        with self._failures("list", "Nothing was saved"):
+            names = [name for name in self._remote.sizes() if "/" not in name]
+        self.delete((*commit.seals_among(names), *filter(commit.is_payload, names)))
 
     def hand_over(self, files: Sequence[FileRecord], go_on: Callable[[], bool]) -> None:
         """Upload what the engine has written, and make room for the next.
@@ -130,6 +129,16 @@ class Spool:
         for name, content in files.items():
             with self._failures(f"write {name} to"):
                 self._remote.write(name, content)
+
+    def delete(self, names: Iterable[str]) -> None:
+        """Remove files from the remote storage, in this order.
+
+        Raises:
+            CheckpointWriteError: naming the file and the cause.
+        """
+        for name in names:
+            with self._failures(f"delete {name} in", "Those before it are gone"):
+                self._remote.delete(name)
 
     def fetch(self, names: Iterable[str]) -> None:
         """Download these files, unless they are here already. Missing ones are missed by those who read them.
