@@ -76,7 +76,7 @@ def space_check() -> bool:
 
 def spool_directory() -> str | None:
     """``CKPT_FAST_SPOOL`` (the system's directory for temporary files): local directory through which
-    checkpoints in object storage pass. Each rank makes a directory of its own in it, and removes it."""
+    checkpoints in object storage pass; every rank makes one of its own in it, and removes it."""
     return os.environ.get("CKPT_FAST_SPOOL") or None
 
 

@@ -19,7 +19,6 @@ from megatron.core import dist_checkpointing
 from ckpt_fast.checkpointing import maybe_finalize_async_save
 from ckpt_fast.doors import megatron_core
 from ckpt_fast.megatron import MultiStorageClientFeature
-from ckpt_fast.pipeline import spool
 from ckpt_fast.pipeline.index import CheckpointIndex
 from ckpt_fast.pipeline.verify import find_damage
 from tests.helpers import run_ranks
@@ -260,13 +259,6 @@ def test_a_save_over_another_takes_its_seal_first(bucket: Bucket) -> None:
         assert (first, kind, sealed) == ("True", "AsyncSaveError", "False")
         assert "was cancelled" in text
     assert os.listdir(bucket.spool) == []
-
-
-def test_the_spool_is_asked_for_its_room(bucket: Bucket) -> None:
-    files = spool.Spool("msc://p/run", None)  # type: ignore[arg-type]
-    here, there = spool.Claim(60, "a 1", 100), spool.Claim(60, "b 1", 100)
-    with pytest.raises(OSError, match=r"spool on a is about 0\.00 GB"):
-        files.prepare([here, there, here])
 
 
 def save_and_load(rank: int, url: str) -> list[tuple[str, str]]:
