@@ -19,7 +19,7 @@ from ckpt_fast.pipeline.types import FileRecord
 
 
 class Claim(NamedTuple):
-    """What one rank will write: bytes, and the file system it goes to (as ``free_space`` names it)."""
+    """What one rank will write: how much, to which machine's file system, and what is free there if known."""
 
     nbytes: int
     file_system: str = ""

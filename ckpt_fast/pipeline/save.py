@@ -222,7 +222,8 @@ class Save:
             found = "is missing" if nbytes is None else f"has {nbytes} bytes instead of {file.nbytes}"
             raise CheckpointWriteError(
                 f"{path} was written by another rank but {found} as this rank sees it. The checkpoint was "
-                "not published; the save directory must be on storage that all ranks share.",
+                "not published; the save directory must be on a file system that all ranks share, or in "
+                "object storage.",
                 filename=path,
             )
 

@@ -105,7 +105,7 @@ class Spool:
         self.delete((*commit.seals_among(names), *filter(commit.is_payload, names)))
 
     def hand_over(self, files: Sequence[FileRecord], go_on: Callable[[], bool]) -> None:
-        """Upload what the engine has written, and make room for the next.
+        """Upload what the engine has written, and make room for the next. A file that is under way arrives.
 
         Raises:
             CheckpointWriteError: naming the file and the cause; ECANCELED if ``go_on`` said no.

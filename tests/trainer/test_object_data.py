@@ -146,20 +146,26 @@ def other_doors(rank: int, bucket: Bucket) -> list[str]:
     wrong = []
     with bucket.in_use(), Run(Setup()) as run:
         run.train(1)
-        ours, strategy, stock = (bucket.of(step) for step in (1, 2, 3))
+        ours, strategy, queued, stock = (bucket.of(step) for step in (1, 2, 3, 4))
         job = megatron_core.start_save(run.sharded_state_dict(), ours[0], megatron_core.FastSaveStrategy())
         job.write()
         job.commit()
         if rank == 0:
             os.makedirs(stock[1])
             os.makedirs(strategy[1])
+            os.makedirs(queued[1])
         torch.distributed.barrier()
         dist_checkpointing.save(run.sharded_state_dict(), strategy[0], megatron_core.FastSaveStrategy())
+        request = dist_checkpointing.save(
+            run.sharded_state_dict(), queued[0], megatron_core.FastSaveStrategy(), async_sharded_save=True
+        )
+        request.execute_sync()
         with megatron_on_cpu():
             writer = megatron_core.megatron.TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
             dist_checkpointing.save(run.sharded_state_dict(), stock[1], writer)
             expected = dist_checkpointing.load(run.sharded_state_dict(True), stock[1])
-        for name, (url, directory) in {"ours": ours, "strategy": strategy, "stock": stock}.items():
+        places = {"ours": ours, "strategy": strategy, "queued": queued, "stock": stock}
+        for name, (url, directory) in places.items():
             loads = {
                 "ours by URL": lambda url=url: megatron_core.load(run.sharded_state_dict(True), url),
                 "strategy by URL": lambda url=url: dist_checkpointing.load(
