@@ -74,6 +74,12 @@ def space_check() -> bool:
     return _flag("CKPT_FAST_SPACE_CHECK", default=True)
 
 
+def spool_directory() -> str | None:
+    """``CKPT_FAST_SPOOL`` (the system's directory for temporary files): local directory through which
+    checkpoints in object storage pass; every rank makes one of its own in it, and removes it."""
+    return os.environ.get("CKPT_FAST_SPOOL") or None
+
+
 def timeout_s() -> float:
     """``CKPT_FAST_TIMEOUT`` (1800): seconds after which a save in the background counts as failed."""
     return float(_positive("CKPT_FAST_TIMEOUT", os.environ.get("CKPT_FAST_TIMEOUT", "1800")))

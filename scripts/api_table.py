@@ -40,7 +40,7 @@ HOMES_OF_DATA = {
 }
 # What a name does not do yet, or does only with something else installed.
 LIMITS = {
-    "save_checkpoint": "Hugging Face copies need Megatron Bridge; `torch_dist` needs a file system",
+    "save_checkpoint": "Hugging Face copies need Megatron Bridge",
     "load_checkpoint": "Hugging Face weights need Megatron Bridge",
     "init_checkpointing_context": "local checkpoints need nvidia-resiliency-ext",
     "get_save_and_finalize_callbacks": "needs nvidia-resiliency-ext",

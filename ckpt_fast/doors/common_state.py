@@ -9,10 +9,13 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from torch.distributed.checkpoint.metadata import Metadata
+
 from ckpt_fast import megatron
 from ckpt_fast.errors import CheckpointCorruptError, CheckpointMismatchError, CheckpointNotFoundError
 from ckpt_fast.pipeline import commit
 from ckpt_fast.pipeline.decode import decode_object
+from ckpt_fast.pipeline.files import Files
 from ckpt_fast.pipeline.index import CheckpointIndex
 from ckpt_fast.pipeline.load import load_objects
 
@@ -36,21 +39,22 @@ def is_sealed(checkpoint_dir: str) -> bool:
         ) from error
 
 
-def require_torch_dist(checkpoint_dir: str) -> None:
+def require_torch_dist(files: Files) -> None:
     """Local. Nothing, if the ``metadata.json`` names the one format that is read here, or there is none.
 
     Raises:
         CheckpointMismatchError: another backend wrote the checkpoint.
     """
+    files.fetch([commit.SEAL_FILE])
     try:
-        with open(os.path.join(checkpoint_dir, commit.SEAL_FILE), "rb") as file:
+        with open(os.path.join(files.directory, commit.SEAL_FILE), "rb") as file:
             seal = json.load(file)
     except (FileNotFoundError, ValueError):
         return
     backend = seal.get("sharded_backend", "torch_dist")
     if backend != "torch_dist":
         raise CheckpointMismatchError(
-            f"{checkpoint_dir} was written with the backend {backend!r}; only 'torch_dist' can be read. "
+            f"{files.name} was written with the backend {backend!r}; only 'torch_dist' can be read. "
             "Load it with the Megatron-Core that wrote it, and save it with ckpt_format='torch_dist'."
         )
 
@@ -67,23 +71,36 @@ def load_common_state_dict(checkpoint_dir: str) -> dict[str, Any]:
             raise CheckpointNotFoundError(
                 f"{checkpoint_dir} is a directory of checkpoints: pass the directory of one iteration in it"
             )
-        state = "does not exist" if not os.path.exists(checkpoint_dir) else "has no metadata.json"
+        is_there = os.path.exists(checkpoint_dir) or megatron.object_storage(checkpoint_dir)
+        state = "has no metadata.json" if is_there else "does not exist"
         raise CheckpointNotFoundError(
             f"{checkpoint_dir} is not a complete torch_dist checkpoint: it {state}. An interrupted save "
             "leaves such a directory behind; load an earlier iteration."
         )
-    path = os.path.join(checkpoint_dir, COMMON_FILE)
+    with megatron.checkpoint_files(checkpoint_dir) as files:
+        return _read_common_state(files)
+
+
+def saved_metadata(checkpoint_dir: str | os.PathLike[str]) -> Metadata:
+    """Local. The parsed ``.metadata`` of a checkpoint; errors as of ``CheckpointIndex``."""
+    with megatron.checkpoint_files(checkpoint_dir) as files:
+        return CheckpointIndex(files.directory, files=files).metadata
+
+
+def _read_common_state(files: Files) -> dict[str, Any]:
+    path = os.path.join(files.directory, COMMON_FILE)
+    files.fetch([COMMON_FILE])
     try:
         with open(path, "rb") as file:
             return _require_dict(decode_object(file.read(), path, verify=True), path)
     except FileNotFoundError:
-        index = CheckpointIndex(checkpoint_dir)
+        index = CheckpointIndex(files.directory, files=files)
         if COMMON_STATE_KEY not in index.metadata.state_dict_metadata:
             raise CheckpointNotFoundError(
                 f"{path} is missing; the checkpoint is incomplete. Load an earlier iteration."
             ) from None
         values = load_objects(index, [COMMON_STATE_KEY])[COMMON_STATE_KEY]
-        return _require_dict(values[0], f"{COMMON_STATE_KEY} in {checkpoint_dir}")
+        return _require_dict(values[0], f"{COMMON_STATE_KEY} in {files.directory}")
 
 
 def _holds_iterations(directory: str) -> bool:

@@ -23,6 +23,7 @@ from ckpt_fast.errors import CheckpointCorruptError, CheckpointWriteError, Unsaf
 from ckpt_fast.pipeline import commit
 from ckpt_fast.pipeline.decode import decode_object
 from ckpt_fast.pipeline.encode import encode_metadata, encode_sidecar, file_record
+from ckpt_fast.pipeline.files import Directory
 from ckpt_fast.pipeline.index import CheckpointIndex
 from ckpt_fast.pipeline.load import load_objects, load_tensors
 from ckpt_fast.pipeline.plan import file_prefix, is_plain
@@ -127,7 +128,7 @@ def read_local(directory: str) -> Any:
         CheckpointNotFoundError, CheckpointCorruptError, UnsafeCheckpointError: naming the file.
     """
     index = CheckpointIndex(directory)
-    require_complete(directory)
+    require_complete(Directory(directory))
     hollow = load_objects(index, [_STATE_KEY], verify=True)[_STATE_KEY]
     tensors = []
     for number in range(len(index.metadata.state_dict_metadata) - 1):

@@ -23,6 +23,7 @@ from ckpt_fast.doors.common_state import (
     COMMON_STATE_KEY,
     load_common_state_dict,
     require_torch_dist,
+    saved_metadata,
 )
 from ckpt_fast.doors.glu_factory import in_place
 from ckpt_fast.doors.sharded_state import load_sharded, merge_in_place, shards_of, torch_bytes
@@ -30,6 +31,7 @@ from ckpt_fast.doors.stock_queue import Flag, as_request
 from ckpt_fast.errors import CheckpointMismatchError
 from ckpt_fast.pipeline import commit
 from ckpt_fast.pipeline.device_copy import StagingPolicy
+from ckpt_fast.pipeline.files import Files
 from ckpt_fast.pipeline.garbage import without_collections
 from ckpt_fast.pipeline.group import ControlGroup
 from ckpt_fast.pipeline.index import CheckpointIndex
@@ -132,14 +134,15 @@ class FastSaveStrategy(megatron.TorchDistSaveShardedStrategy):  # type: ignore[m
     ) -> Save:
         directory, group = os.fspath(checkpoint_dir), ControlGroup()
 
-        def collect() -> tuple[list[Shard], dict[str, bytes]]:
+        def collect() -> tuple[list[Shard], dict[str, bytes], Files]:
             common = _common_file(sharded_state_dict, directory) if group.is_coordinator else {}
-            return shards_of(sharded_state_dict), common
+            return shards_of(sharded_state_dict), common, megatron.checkpoint_files(directory)
 
-        shards, common_files = group.agree(collect)
+        shards, common_files, files = group.agree(collect)
         job = Save(
             shards,
             directory,
+            files=files,
             writers=self.writers,
             common_files=common_files,
             separate=self.separation_hint,
@@ -170,16 +173,17 @@ class FastLoadStrategy(megatron.TorchDistLoadShardedStrategy):  # type: ignore[m
         async_strategy: str = "mcore",
     ) -> dict[str, Any]:
         """Local. A dict of the same nesting with every sharded entry replaced by its loaded value."""
-        require_torch_dist(os.fspath(checkpoint_dir))
-        index = CheckpointIndex(os.fspath(checkpoint_dir))
-        self.cached_global_metadata = index.metadata
-        return load_sharded(sharded_state_dict, index, self._verify)
+        with megatron.checkpoint_files(checkpoint_dir) as files:
+            require_torch_dist(files)
+            index = CheckpointIndex(files.directory, files=files)
+            self.cached_global_metadata = index.metadata
+            return load_sharded(sharded_state_dict, index, self._verify)
 
     def load_tensors_metadata(
         self, checkpoint_dir: str | os.PathLike[str], metadata: Any = None
     ) -> dict[str, Any]:
         """Name to ShardedTensor without data, of the whole global shape, for every saved tensor."""
-        metadata = metadata or CheckpointIndex(os.fspath(checkpoint_dir)).metadata
+        metadata = metadata or saved_metadata(checkpoint_dir)
         return {
             fqn: megatron.ShardedTensor.from_rank_offsets(
                 fqn, torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
@@ -190,7 +194,7 @@ class FastLoadStrategy(megatron.TorchDistLoadShardedStrategy):  # type: ignore[m
 
     def load_sharded_metadata(self, checkpoint_dir: str | os.PathLike[str]) -> dict[str, Any]:
         """``load_tensors_metadata`` and, by unique key, a ShardedObject without data per saved object."""
-        metadata = CheckpointIndex(os.fspath(checkpoint_dir)).metadata
+        metadata = saved_metadata(checkpoint_dir)
         objects = {
             fqn: megatron.ShardedObject.empty_from_unique_key(fqn)
             for fqn, entry in metadata.state_dict_metadata.items()
@@ -200,7 +204,8 @@ class FastLoadStrategy(megatron.TorchDistLoadShardedStrategy):  # type: ignore[m
 
     def remove_sharded_tensors(self, checkpoint_dir: str | os.PathLike[str], key_prefix: str) -> None:
         """Local: for one rank. Take all tensors and objects whose key begins so out of the checkpoint."""
-        remove_named(os.fspath(checkpoint_dir), key_prefix)
+        with megatron.checkpoint_files(checkpoint_dir) as files:
+            remove_named(files, key_prefix)
 
 
 @without_collections
@@ -255,9 +260,11 @@ def start_save(
     if isinstance(strategy, megatron.FullyParallelSaveStrategyWrapper):
         strategy.apply_saving_parallelization(sharded)
         base = strategy.base_strategy
+    shards, files = group.agree(lambda: (shards_of(sharded), megatron.checkpoint_files(checkpoint_dir)))
     job = Save(
-        group.agree(lambda: shards_of(sharded)),
+        shards,
         checkpoint_dir,
+        files=files,
         writers=base.writers,
         common_files={COMMON_FILE: torch_bytes(common)} if group.is_coordinator else None,
         seal_files={commit.SEAL_FILE: json.dumps(_SEAL).encode()},
@@ -349,11 +356,13 @@ def _common_file(sharded_state_dict: dict[str, Any], directory: str) -> dict[str
         if isinstance(entry, megatron.ShardedObject) and entry.unique_key == COMMON_STATE_KEY:
             return {COMMON_FILE: torch_bytes(entry.data)}
     # Versions before 0.19 have written the file already, not durably, and read nothing else.
-    try:
-        with open(os.path.join(directory, COMMON_FILE), "rb") as file:
-            return {COMMON_FILE: file.read()}
-    except FileNotFoundError:
-        return {}
+    with megatron.checkpoint_files(directory) as files:
+        files.fetch([COMMON_FILE])
+        try:
+            with open(os.path.join(files.directory, COMMON_FILE), "rb") as file:
+                return {COMMON_FILE: file.read()}
+        except FileNotFoundError:
+            return {}
 
 
 def _require_class(strategy: Any, wanted: type) -> None:

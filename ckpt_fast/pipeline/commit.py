@@ -19,7 +19,7 @@ import errno
 import os
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from ckpt_fast import settings
 from ckpt_fast.errors import CheckpointWriteError
@@ -98,22 +98,17 @@ def invalidate(directory: str, rank: int | None = None) -> None:
     """
     if "://" in os.fspath(directory):
         raise CheckpointWriteError(
-            f"cannot save to {directory}: checkpoint data is written to file systems only, and this is a "
-            "URL. Nothing was saved; give a path, or use ckpt_format='fsdp_dtensor', which can be saved to "
-            "object storage.",
+            f"cannot save to {directory}: this is a URL, and is written through multi-storage-client only, "
+            "with ckpt_format='torch_dist' or 'fsdp_dtensor'. Nothing was saved; install and enable it, or "
+            "give a path.",
             filename=directory,
         )
     try:
         _make_directory(os.path.abspath(directory))
         names = set(os.listdir(directory))
         own = f"__{rank}_"
-        seals = [SEAL_FILE, METADATA_FILE]
-        if rank is None:
-            seals += sorted(name for name in names if _RANK_METADATA.fullmatch(name))
-        else:
-            seals.append(rank_metadata_file(rank))
-        for seal in (*seals, SIDECAR_FILE):
-            if seal in names and _unlink(os.path.join(directory, seal)):
+        for seal in seals_among(names, rank):
+            if _unlink(os.path.join(directory, seal)):
                 fsync_directory(directory)
         for name in names:
             if is_payload(name) if rank is None else name.startswith(own) and name.endswith(DATA_SUFFIX):
@@ -126,6 +121,20 @@ def invalidate(directory: str, rank: int | None = None) -> None:
             error.errno,
             error.filename or directory,
         ) from error
+
+
+def seals_among(names: Collection[str], rank: int | None = None) -> list[str]:
+    """Those of ``names`` that make a directory a checkpoint, in the order in which they must go.
+
+    Args:
+        names: files of a directory.
+        rank: given by a rank that saves without the others; of their metadata it takes just its own.
+    """
+    if rank is None:
+        ranks = sorted(name for name in names if _RANK_METADATA.fullmatch(name))
+    else:
+        ranks = [rank_metadata_file(rank)]
+    return [name for name in (SEAL_FILE, METADATA_FILE, *ranks, SIDECAR_FILE) if name in names]
 
 
 def is_payload(name: str) -> bool:

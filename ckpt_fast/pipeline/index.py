@@ -23,8 +23,10 @@ from ckpt_fast.pipeline.archive import (
     local_header_nbytes,
     tensor_archive,
 )
+from ckpt_fast.pipeline.commit import METADATA_FILE, SIDECAR_FILE
 from ckpt_fast.pipeline.decode import read_metadata
 from ckpt_fast.pipeline.encode import LAYOUT, LAYOUT_ATTRIBUTE
+from ckpt_fast.pipeline.files import Directory, Files
 from ckpt_fast.pipeline.garbage import without_collections
 from ckpt_fast.pipeline.read import ByteArena, ReadProgram
 from ckpt_fast.pipeline.types import Extent
@@ -77,23 +79,34 @@ class CheckpointIndex:
         directory: the checkpoint.
         metadata: its ``.metadata``, where it has been read already.
         extensions: torch DCP's registry of the stream transforms that items may need; None: torch's own.
+        files: where the checkpoint's files are, if they are not simply in ``directory``.
 
     Raises:
         CheckpointNotFoundError, CheckpointCorruptError, UnsafeCheckpointError: see ``read_metadata``.
-        CheckpointMismatchError: the directory is not one of a file system.
+        CheckpointMismatchError: the directory is a URL.
     """
 
     @without_collections
-    def __init__(self, directory: str, metadata: Metadata | None = None, extensions: Any = None) -> None:
+    def __init__(
+        self,
+        directory: str,
+        metadata: Metadata | None = None,
+        extensions: Any = None,
+        files: Files | None = None,
+    ) -> None:
         if "://" in os.fspath(directory):
             raise CheckpointMismatchError(
-                f"cannot load from {directory}: checkpoint data is read from file systems only, and this is "
-                "a URL. Copy the checkpoint to a path; only ckpt_format='fsdp_dtensor' can be loaded from "
-                "object storage."
+                f"cannot load from {directory}: this is a URL, and is read through multi-storage-client "
+                "only, with ckpt_format='torch_dist' or 'fsdp_dtensor'. Install and enable it, or copy the "
+                "checkpoint to a path."
             )
         self.directory = directory
+        self.files = files if files is not None else Directory(directory)
         self.extensions = extensions
-        self.metadata: Metadata = metadata if metadata is not None else read_metadata(directory)
+        if metadata is None:
+            self.files.fetch((METADATA_FILE, SIDECAR_FILE))
+            metadata = read_metadata(directory)
+        self.metadata: Metadata = metadata
         self.nbytes = 0  # of all items
         self._own_layout = getattr(self.metadata, LAYOUT_ATTRIBUTE, None) == LAYOUT
         self._pieces: dict[str, dict[tuple[int, ...], _Item]] = defaultdict(dict)
@@ -210,7 +223,7 @@ class CheckpointIndex:
         return located
 
     def _look_into(self, wanted: list[tuple[torch.dtype, Piece]]) -> dict[Extent, RawData | None]:
-        program = ReadProgram(self.directory)
+        program = ReadProgram(self.files)
         arena = ByteArena(program)
         tails = [arena.add(_last_bytes(piece.item)) for _, piece in wanted]
         program.run()
@@ -219,7 +232,7 @@ class CheckpointIndex:
             member = find_raw_member(arena.content(handle), max(0, piece.item.nbytes - _FOREIGN_TAIL_NBYTES))
             if member is not None and is_contiguous_tensor(member, dtype, piece.sizes):
                 members[piece.item] = member
-        program = ReadProgram(self.directory)
+        program = ReadProgram(self.files)
         arena = ByteArena(program)
         headers = {
             item: arena.add(Extent(item.path, item.offset + member.local_offset, LOCAL_HEADER_NBYTES))

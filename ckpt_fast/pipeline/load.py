@@ -110,7 +110,7 @@ def load_objects(index: CheckpointIndex, fqns: Iterable[str], verify: bool | Non
 
 def load_payloads(index: CheckpointIndex, fqns: Iterable[str]) -> dict[str, bytes]:
     """The undecoded bytes of saved objects, by name."""
-    program = ReadProgram(index.directory)
+    program = ReadProgram(index.files)
     arena = ByteArena(program)
     handles = {fqn: arena.add(index.object_extent(fqn)) for fqn in fqns}
     program.run()
@@ -245,7 +245,7 @@ class _Reader:
 
     def _read_with_torch(self, part: Part) -> None:
         """Items that are not one stored tensor: whatever ``torch.load`` makes of them."""
-        program = ReadProgram(self._index.directory)
+        program = ReadProgram(self._index.files)
         arena = ByteArena(program)
         handle = arena.add(part.piece.item)
         program.run()
@@ -273,7 +273,7 @@ class _Wave:
     ) -> None:
         self._index, self._report, self._verify = index, report, verify
         self._buffer, self._landed = buffer, 0
-        self._program = ReadProgram(index.directory)
+        self._program = ReadProgram(index.files)
         self._arena = ByteArena(self._program)
         self._checks: list[_Check] = []
         self._copies: list[tuple[Destination, torch.Tensor]] = []

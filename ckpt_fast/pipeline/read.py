@@ -14,6 +14,7 @@ from array import array
 
 from ckpt_fast import native, settings
 from ckpt_fast.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
+from ckpt_fast.pipeline.files import Files
 from ckpt_fast.pipeline.types import Extent, Runs
 
 # Reserving so much for nothing does no harm; .metadata may be damaged and name any length.
@@ -31,11 +32,12 @@ class ReadProgram:
     """The columns that ``native.read_extents`` takes, built extent by extent.
 
     Args:
-        directory: the checkpoint; extents' paths are relative to it.
+        files: the checkpoint; extents' paths are names in it.
     """
 
-    def __init__(self, directory: str) -> None:
-        self.directory = directory
+    def __init__(self, files: Files) -> None:
+        self.files = files
+        self.directory = files.directory
         self.nbytes = 0
         self._paths: dict[str, int] = {}
         self._file, self._offset, self._nbytes = array("q"), array("q"), array("q")
@@ -97,6 +99,7 @@ class ReadProgram:
         """
         if not len(self._file):
             return [0] * self._digest_count
+        self.files.fetch(self._paths)
         try:
             return native.read_extents(
                 [os.path.join(self.directory, path) for path in self._paths],
@@ -178,6 +181,7 @@ class ByteArena:
     def _require_in_file(self, extent: Extent) -> None:
         """Do not reserve memory for a length that is itself damaged."""
         path = os.path.join(self._program.directory, extent.path)
+        self._program.files.fetch([extent.path])
         with contextlib.suppress(OSError):  # then reading fails, and says so better
             nbytes = os.stat(path).st_size
             if extent.offset + extent.nbytes > nbytes:

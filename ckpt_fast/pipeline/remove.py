@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 from typing import TypeVar
@@ -14,19 +13,20 @@ from ckpt_fast.errors import CheckpointWriteError
 from ckpt_fast.pipeline import commit
 from ckpt_fast.pipeline.decode import read_metadata, read_sidecar
 from ckpt_fast.pipeline.encode import LAYOUT_ATTRIBUTE, encode_sidecar, file_record, pickle_metadata
+from ckpt_fast.pipeline.files import Files
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
-def remove_named(directory: str, prefix: str) -> list[str]:
+def remove_named(files: Files, prefix: str) -> list[str]:
     """Local. Remove all tensors and objects whose name begins with ``prefix``.
 
     Their bytes leave the disk with the data files in which nothing else is. Nothing happens, but for a
     warning, if there is no such name.
 
     Args:
-        directory: the checkpoint.
+        files: the checkpoint.
         prefix: beginning of the names.
 
     Returns:
@@ -36,10 +36,11 @@ def remove_named(directory: str, prefix: str) -> list[str]:
         CheckpointNotFoundError, CheckpointCorruptError, UnsafeCheckpointError: see ``read_metadata``.
         CheckpointWriteError: the checkpoint is as before, or without the tensors but with their files.
     """
-    metadata = read_metadata(directory)
+    files.fetch((commit.METADATA_FILE, commit.SIDECAR_FILE))
+    metadata = read_metadata(files.directory)
     names = [name for name in metadata.state_dict_metadata if name.startswith(prefix)]
     if not names:
-        logger.warning("%s has nothing whose name begins with %r: nothing is removed", directory, prefix)
+        logger.warning("%s has nothing whose name begins with %r: nothing is removed", files.name, prefix)
         return []
     before = _files_of(metadata)
     metadata.state_dict_metadata = _others(metadata.state_dict_metadata, prefix)
@@ -53,33 +54,30 @@ def remove_named(directory: str, prefix: str) -> list[str]:
     # A name with a folder in it may be anybody's file.
     unused = {name for name in before - _files_of(metadata) if name == os.path.basename(name)}
     own = hasattr(metadata, LAYOUT_ATTRIBUTE)
-    _publish(directory, pickle_metadata(metadata, own_layout=own), unused, own)
-    _delete(directory, unused)
+    _publish(files, pickle_metadata(metadata, own_layout=own), unused, own)
+    _delete(files, unused)
     return names
 
 
-def _publish(directory: str, content: bytes, unused: set[str], own: bool) -> None:
-    sidecar = read_sidecar(directory) if own else None
+def _publish(files: Files, content: bytes, unused: set[str], own: bool) -> None:
+    sidecar = read_sidecar(files.directory) if own else None
     if sidecar is None:
-        commit.publish(directory, {commit.METADATA_FILE: content})
+        files.publish({commit.METADATA_FILE: content})
         return
     kept = [file for file in sidecar if file.path not in unused and file.path != commit.METADATA_FILE]
     # Between the two there is a sidecar that does not say which .metadata it belongs to: both will do.
-    commit.publish(directory, {commit.SIDECAR_FILE: encode_sidecar(kept), commit.METADATA_FILE: content})
+    files.publish({commit.SIDECAR_FILE: encode_sidecar(kept), commit.METADATA_FILE: content})
     complete = encode_sidecar([*kept, file_record(commit.METADATA_FILE, content)])
-    commit.publish(directory, {commit.SIDECAR_FILE: complete})
+    files.publish({commit.SIDECAR_FILE: complete})
 
 
-def _delete(directory: str, names: set[str]) -> None:
+def _delete(files: Files, names: set[str]) -> None:
     try:
-        for name in sorted(names):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(os.path.join(directory, name))
-        commit.fsync_directory(directory)
+        files.delete(sorted(names))
     except OSError as error:
         raise CheckpointWriteError(
-            f"the tensors are removed from {directory}, but not the files that had them "
-            f"({error.filename}: {error.strerror}); delete {', '.join(sorted(names))} by hand",
+            f"the tensors are removed from {files.name}, but not the files that had them "
+            f"({error.filename}: {error.strerror or error}); delete {', '.join(sorted(names))} by hand",
             error.errno,
             error.filename,
         ) from error

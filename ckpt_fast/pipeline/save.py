@@ -17,9 +17,9 @@ from ckpt_fast.errors import CheckpointWriteError
 from ckpt_fast.pipeline import commit, metrics, progress
 from ckpt_fast.pipeline.device_copy import BLOCKING, StagingPolicy
 from ckpt_fast.pipeline.encode import encode_metadata, encode_sidecar, file_record
+from ckpt_fast.pipeline.files import Directory, Files
 from ckpt_fast.pipeline.group import ControlGroup, Outcome
 from ckpt_fast.pipeline.plan import file_prefix
-from ckpt_fast.pipeline.space import require_space
 from ckpt_fast.pipeline.types import FileRecord, RankRecord, SaveReport, Shard, shard_nbytes
 from ckpt_fast.pipeline.waves import Waves
 
@@ -57,6 +57,7 @@ class Save:
         host_buffer: bound on the host buffers in use, in bytes; None follows ``CKPT_FAST_HOST_BUFFER``.
             With a bound smaller than the state ``stage`` waits for the writes of all but the last waves.
         separate: shards whose name begins so get files of their own; see ``plan_save``.
+        files: where the checkpoint's files go, if that is not a directory; closed once they are written.
     """
 
     def __init__(
@@ -75,9 +76,11 @@ class Save:
         when_written: Callable[[], None] | None = None,
         host_buffer: int | None = None,
         separate: str | None = None,
+        files: Files | None = None,
     ) -> None:
         self.directory = os.fspath(directory)
         self.report = SaveReport(self.directory)
+        self._files = files if files is not None else Directory(self.directory)
         self._shards: Sequence[Shard] = shards
         self._group = ControlGroup(process_group)
         self._common_files = dict(common_files or {})
@@ -94,6 +97,7 @@ class Save:
             bound=host_buffer if host_buffer is not None else settings.host_buffer_bytes(),
             policy=(staging or StagingPolicy.chosen()) if snapshot else BLOCKING,
             separate=separate,
+            files=self._files,
         )
         self._nbytes = sum(shard_nbytes(shard) for shard in shards)
         self._written: Outcome[RankRecord] | None = None
@@ -105,8 +109,7 @@ class Save:
         On return the shards' owners may change them, if ``snapshot`` is set.
         """
         with self.report.timed("prepare"):
-            sizes = self._group.gather(self._nbytes)
-            self._group.decide(lambda: self._prepare(sum(sizes)))
+            self._prepare()
         outcome = self._group.attempt(self._stage_shards)
         if outcome.error is not None:
             self._written = Outcome(outcome.rank, error=outcome.error)
@@ -165,9 +168,16 @@ class Save:
         logger.debug("saved %s", self.report)
         return self.report
 
-    def _prepare(self, nbytes: int) -> None:
-        require_space(self.directory, nbytes)
-        commit.invalidate(self.directory)
+    def _prepare(self) -> None:
+        try:
+            claims = self._group.gather(self._group.attempt(lambda: self._files.claim(self._nbytes)))
+            self._group.decide(
+                lambda: self._files.prepare([claim.value for claim in claims if claim.value is not None]),
+                claims,
+            )
+        except BaseException:
+            self._files.close()
+            raise
 
     def _stage_shards(self) -> None:
         try:
@@ -175,13 +185,13 @@ class Save:
             if self._group.is_coordinator:
                 self._waves.then(self._write_common_files)
         finally:
+            self._waves.at_end(self._files.close)
             if self._when_written is not None:
                 self._waves.at_end(self._when_written)
             self._waves.close()
 
     def _write_common_files(self) -> None:
-        for name, content in self._common_files.items():
-            commit.write_file_atomic(os.path.join(self.directory, name), content)
+        self._files.publish(self._common_files)
 
     def _finish_writing(self, timeout_s: float | None) -> RankRecord:
         record = self._waves.finish(timeout_s)
@@ -197,8 +207,7 @@ class Save:
         files = [file for record in records for file in record.files]
         files.append(file_record(commit.METADATA_FILE, metadata))
         self._require_all_present(files[:-1])
-        commit.publish(
-            self.directory,
+        self._files.publish(
             {
                 commit.SIDECAR_FILE: encode_sidecar(files, self._sidecar_notes),
                 commit.METADATA_FILE: metadata,
@@ -207,20 +216,16 @@ class Save:
         )
 
     def _require_all_present(self, files: Sequence[FileRecord]) -> None:
-        """The coordinator must see what the others wrote, or the ranks do not share a file system."""
-        for file in files:
+        """The coordinator must see what the others wrote, or the ranks do not share their storage."""
+        for file, nbytes in self._files.missing(files):
             path = os.path.join(self.directory, file.path)
-            try:
-                nbytes = os.stat(path).st_size
-            except FileNotFoundError:
-                nbytes = None
-            if nbytes != file.nbytes:
-                found = "is missing" if nbytes is None else f"has {nbytes} bytes instead of {file.nbytes}"
-                raise CheckpointWriteError(
-                    f"{path} was written by another rank but {found} as this rank sees it. The checkpoint "
-                    "was not published; the save directory must be on a file system that all ranks share.",
-                    filename=path,
-                )
+            found = "is missing" if nbytes is None else f"has {nbytes} bytes instead of {file.nbytes}"
+            raise CheckpointWriteError(
+                f"{path} was written by another rank but {found} as this rank sees it. The checkpoint was "
+                "not published; the save directory must be on a file system that all ranks share, or in "
+                "object storage.",
+                filename=path,
+            )
 
 
 def save(shards: Sequence[Shard], directory: str, **options: Any) -> SaveReport:

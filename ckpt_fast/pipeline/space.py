@@ -12,7 +12,7 @@ from ckpt_fast.errors import CheckpointWriteError
 from ckpt_fast.pipeline.commit import is_payload
 
 # Headers, padding and metadata, next to the values.
-_OVERHEAD = 1.01
+OVERHEAD = 1.01
 
 
 def require_space(directory: str, nbytes: int) -> None:
@@ -40,7 +40,7 @@ def require_space(directory: str, nbytes: int) -> None:
     if not status.f_blocks:
         return
     free = status.f_bavail * status.f_frsize + _replaced_nbytes(directory)
-    needed = int(nbytes * _OVERHEAD)
+    needed = int(nbytes * OVERHEAD)
     if free < needed:
         raise CheckpointWriteError(
             f"cannot save to {directory}: the checkpoint takes about {needed / 1e9:.2f} GB, but its file "

@@ -10,14 +10,15 @@ import torch
 
 from ckpt_fast import native, settings
 from ckpt_fast.errors import CheckpointCorruptError, CheckpointNotFoundError
-from ckpt_fast.pipeline.commit import METADATA_FILE
+from ckpt_fast.pipeline.commit import METADATA_FILE, SIDECAR_FILE
 from ckpt_fast.pipeline.decode import has_own_mark, read_sidecar
+from ckpt_fast.pipeline.files import Directory, Files
 from ckpt_fast.pipeline.types import FileRecord
 
 _WINDOW = 64 << 20
 
 
-def require_complete(directory: str) -> None:
+def require_complete(files: Files) -> None:
     """Local. Check that every file of the checkpoint is there with its full length; costs one stat a file.
 
     A checkpoint that somebody else wrote has no sidecar and passes.
@@ -25,10 +26,10 @@ def require_complete(directory: str) -> None:
     Raises:
         CheckpointCorruptError: naming the first file that is missing or of another length.
     """
-    for record in _records(directory) or []:
-        damage = _length_damage(directory, record)
-        if damage is not None:
-            raise CheckpointCorruptError(f"{damage}. Load an earlier iteration, or restore the file.")
+    files.fetch((METADATA_FILE, SIDECAR_FILE))
+    for record, nbytes in files.missing(_records(files.directory) or ()):
+        damage = _length_damage(files.name, record, nbytes)
+        raise CheckpointCorruptError(f"{damage}. Load an earlier iteration, or restore the file.")
 
 
 def find_damage(directory: str) -> list[str]:
@@ -46,7 +47,13 @@ def find_damage(directory: str) -> list[str]:
             f"{directory} has no sidecar of its own: it was written by another library, whose items can "
             "only be checked by loading them"
         )
-    damages = (_length_damage(directory, record) or _content_damage(directory, record) for record in records)
+    missing = {record.path: nbytes for record, nbytes in Directory(directory).missing(records)}
+    damages = (
+        _length_damage(directory, record, missing[record.path])
+        if record.path in missing
+        else _content_damage(directory, record)
+        for record in records
+    )
     return [damage for damage in damages if damage is not None]
 
 
@@ -60,13 +67,9 @@ def _records(directory: str) -> list[FileRecord] | None:
     return read_sidecar(directory) if has_own_mark(content) else None
 
 
-def _length_damage(directory: str, record: FileRecord) -> str | None:
+def _length_damage(directory: str, record: FileRecord, nbytes: int | None) -> str:
     path = os.path.join(directory, record.path)
-    try:
-        nbytes = os.stat(path).st_size
-    except FileNotFoundError:
-        return f"{path} is missing"
-    return None if nbytes == record.nbytes else f"{path} has {nbytes} bytes instead of {record.nbytes}"
+    return f"{path} is missing" if nbytes is None else f"{path} has {nbytes} bytes instead of {record.nbytes}"
 
 
 def _content_damage(directory: str, record: FileRecord) -> str | None:

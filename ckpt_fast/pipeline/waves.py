@@ -12,6 +12,7 @@ from ckpt_fast import native, settings
 from ckpt_fast.errors import CheckpointError, CheckpointWriteError
 from ckpt_fast.pipeline.device_copy import BLOCKING, DeviceCopies, StagingPolicy
 from ckpt_fast.pipeline.encode import WriteProgram
+from ckpt_fast.pipeline.files import Directory, Files
 from ckpt_fast.pipeline.plan import FilePlan, cut_waves, item_records, plan_save
 from ckpt_fast.pipeline.stage import Staged, copied_nbytes, stage
 from ckpt_fast.pipeline.types import RankRecord, SaveReport, Shard
@@ -26,13 +27,14 @@ class Waves:
     staged in waves, each in files of its own: a wave is copied while the one before it is being written.
 
     Args:
-        report: of the save; ``report.directory`` is where the files go, and must exist.
+        report: of the save.
         prefix: start of the file names, different on every rank.
         writers: files (and so streams to the file system) per wave; None: as many as are fastest there.
         snapshot: copy CPU tensors while staging, so that they may change during the write.
         bound: bytes of host buffers that this and other saves may use together; None: no bound.
         policy: how tensors on GPUs are copied.
         separate: see ``plan_save``.
+        files: where the files go; None: into ``report.directory``, which must exist.
     """
 
     def __init__(
@@ -45,7 +47,9 @@ class Waves:
         bound: int | None = None,
         policy: StagingPolicy = BLOCKING,
         separate: str | None = None,
+        files: Files | None = None,
     ) -> None:
+        self._files = files if files is not None else Directory(report.directory)
         self._report = report
         self._prefix = prefix
         self._writers = writers
@@ -75,7 +79,7 @@ class Waves:
                 # Two waves share the bound: one is copied while the other is being written.
                 limit = self._bound // 2
                 waves = cut_waves(shards, sizes, limit)
-        writers = self._writers if self._writers is not None else automatic_writers(self._report.directory)
+        writers = self._writers if self._writers is not None else automatic_writers(self._files.directory)
         number = 0
         for wave in waves:
             with self._report.timed("plan"):
@@ -184,7 +188,8 @@ class Waves:
         with self._report.timed("encode"):
             program = WriteProgram(files, staged)
         with self._report.timed("write"):
-            written = write(program, self._report.directory, self._progress)
+            written = write(program, self._files.directory, self._progress, self._files.durable)
+            self._files.hand_over(written, lambda: not self._cancelled)
         self._record.files.extend(written)
         self._report.count(written)
         self._record.items.extend(item_records(files))

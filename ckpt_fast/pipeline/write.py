@@ -45,9 +45,12 @@ def _file_system(directory: str) -> str:
 
 
 def write(
-    program: WriteProgram, directory: str, progress: native.WriteProgress | None = None
+    program: WriteProgram,
+    directory: str,
+    progress: native.WriteProgress | None = None,
+    durable: bool = True,
 ) -> list[FileRecord]:
-    """Write the program's files into ``directory``; on return they are durable.
+    """Write the program's files into ``directory``; on return they are durable, if that is wanted.
 
     After an error that may pass, the files are written again from the beginning, ``CKPT_FAST_RETRIES`` times:
     what the page cache holds after a failed sync is worth nothing, but the buffers still have every byte.
@@ -56,6 +59,7 @@ def write(
         program: what is written.
         directory: the checkpoint.
         progress: to watch the write, and to stop it.
+        durable: whether the files are to outlive a power failure.
 
     Raises:
         CheckpointWriteError: naming file, offset and cause. The files are incomplete then.
@@ -63,7 +67,7 @@ def write(
     retries = settings.write_retries()
     for attempt in range(retries + 1):
         try:
-            return _write_once(program, directory, progress)
+            return _write_once(program, directory, progress, durable)
         except CheckpointWriteError as error:
             if error.errno not in _MAY_PASS or attempt == retries:
                 raise
@@ -74,7 +78,7 @@ def write(
 
 
 def _write_once(
-    program: WriteProgram, directory: str, progress: native.WriteProgress | None
+    program: WriteProgram, directory: str, progress: native.WriteProgress | None, durable: bool
 ) -> list[FileRecord]:
     if not program.paths:
         return []
@@ -94,10 +98,11 @@ def _write_once(
             settings.io_threads(),
             settings.chunk_bytes(),
             settings.direct_io(),
-            settings.fsync_enabled(),
+            durable and settings.fsync_enabled(),
             progress=progress,
         )
-        fsync_directory(directory)
+        if durable:
+            fsync_directory(directory)
     except OSError as error:
         raise CheckpointWriteError(
             f"{error.strerror}. The checkpoint in {directory} is incomplete and was not published; those in "

@@ -176,7 +176,7 @@ def _load_global(
 
 def _require_sound(path: str, configured: str) -> str:
     """The format of the checkpoint, "torch_dist" or "fsdp_dtensor", whose files are all there."""
-    if not os.path.isdir(path) and "://" not in path:
+    if not os.path.isdir(path) and not megatron.object_storage(path):
         raise CheckpointNotFoundError(
             f"the tracker names {path}, which does not exist. Was it deleted or moved? Set ckpt_step to an "
             "iteration that is there."
@@ -196,8 +196,9 @@ def _require_sound(path: str, configured: str) -> str:
         raise AssertionError(
             f"{path} is a {found} checkpoint, but checkpoint.ckpt_format is {configured}; set it to {found!r}"
         )
-    if "://" not in path:
-        require_complete(path)
+    if found == "torch_dist" or not megatron.object_storage(path):
+        with megatron.checkpoint_files(path) as files:
+            require_complete(files)
     return found
 
 

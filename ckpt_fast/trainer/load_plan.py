@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ckpt_fast import megatron
+from ckpt_fast.doors.common_state import saved_metadata
 from ckpt_fast.pipeline.group import ControlGroup
-from ckpt_fast.pipeline.index import CheckpointIndex
 from ckpt_fast.trainer.contexts import CheckpointType
 from ckpt_fast.trainer.glu import _get_model_glu_interleave_sizes
 from ckpt_fast.trainer.glu_layout import (
@@ -292,7 +292,7 @@ def _sharded_objects(part: Any) -> list[Any]:
 
 
 def _saved_names(checkpoint_name: str, beginnings: tuple[str, ...]) -> set[str]:
-    entries = CheckpointIndex(checkpoint_name).metadata.state_dict_metadata
+    entries = saved_metadata(checkpoint_name).state_dict_metadata
     return {name for name in entries if name.startswith(beginnings)}
 
 

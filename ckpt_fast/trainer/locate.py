@@ -8,7 +8,6 @@ local.
 from __future__ import annotations
 
 import logging
-import os
 import re
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,6 +25,7 @@ from ckpt_fast.trainer.paths import (
     is_file,
     is_hf_checkpoint_dir,
     join_paths,
+    names_in,
 )
 from ckpt_fast.trainer.ranks import on_rank_0, print_rank_0
 from ckpt_fast.trainer.trackers import read_metadata, read_train_state
@@ -245,8 +245,7 @@ def _sealed(newest: dict[str, int], chosen: tuple[str | None, int], seal: str) -
     """Complete checkpoints of several roots up to the iterations given, without the one ``chosen``."""
     found = []
     for root, last in newest.items():
-        names = os.listdir(root) if os.path.isdir(root) else []
-        for name in names:
+        for name in names_in(root, "iter_*"):
             iteration = int(name[5:]) if re.fullmatch(r"iter_\d{7,}", name) else last + 1
             is_sealed_one = file_exists(join_paths(root, name, seal))
             if iteration <= last and (root, iteration) != chosen and is_sealed_one:

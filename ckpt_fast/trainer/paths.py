@@ -69,6 +69,11 @@ def write_file(path: str, data: bytes) -> None:
         stream.write(data)
 
 
+def names_in(directory: str, pattern: str) -> list[str]:
+    """Names of files and directories in ``directory`` that match a glob pattern."""
+    return [os.path.basename(path.rstrip("/")) for path in _glob(directory, pattern)]
+
+
 def remove_file(path: str) -> None:
     """Remove a file or object; nothing if there is none."""
     msc = object_storage(path)

@@ -26,6 +26,7 @@ from ckpt_fast.trainer.paths import (
     get_checkpoint_tracker_filename,
     get_checkpoint_train_state_filename,
     join_paths,
+    names_in,
     open_file,
 )
 from ckpt_fast.trainer.ranks import get_rank_safe, print_rank_0
@@ -166,10 +167,7 @@ def _tracked_iterations(save_dir: str) -> set[int]:
 
 def _is_unfinished(path: str) -> bool:
     """Whether a save died here: there is data, and nothing that says what it is."""
-    if object_storage(path) or os.path.exists(os.path.join(path, METADATA_FILE)):
-        return False
-    with os.scandir(path) as entries:
-        return any(entry.name.endswith(DATA_SUFFIX) for entry in entries)
+    return not file_exists(join_paths(path, METADATA_FILE)) and bool(names_in(path, f"*{DATA_SUFFIX}"))
 
 
 def _remove_checkpoints(paths: list[str]) -> None:

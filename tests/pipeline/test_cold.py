@@ -12,6 +12,7 @@ import torch
 
 from ckpt_fast import native
 from ckpt_fast.pipeline import load as load_module
+from ckpt_fast.pipeline.files import Directory
 from ckpt_fast.pipeline.index import CheckpointIndex
 from ckpt_fast.pipeline.load import load_tensors
 from ckpt_fast.pipeline.read import ReadProgram
@@ -36,7 +37,7 @@ def forget(directory: Path) -> None:
         with open(path, "rb") as file:
             os.fsync(file.fileno())
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        program = ReadProgram(str(directory))
+        program = ReadProgram(Directory(str(directory)))
         program.add(Extent(path.name, 0, path.stat().st_size), 0)
         cold = program.is_cold()
     if not cold:

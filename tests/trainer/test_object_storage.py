@@ -13,13 +13,9 @@ import yaml
 
 from ckpt_fast.config import CheckpointConfig, ConfigContainer, TokenizerConfig
 from ckpt_fast.megatron import MultiStorageClientFeature, SoloGroup
-from ckpt_fast.pipeline.index import CheckpointIndex
 from ckpt_fast.state import TrainState
 from ckpt_fast.trainer import retention, sidecars, trackers
 from ckpt_fast.trainer.experiment_loggers import append_to_progress_log
-from tests.helpers import run_ranks
-from tests.models import Run, Setup
-from tests.trainer.runs import error_of, require
 from tests.trainer.test_sidecars import HFTokenizer, Loader, iterator
 
 GROUPS = SimpleNamespace(dp=SoloGroup(), tp=None, pp=None, cp=None)
@@ -61,6 +57,18 @@ def test_retention_keeps_what_the_tracker_names(root: str, tmp_path: Path):
     assert left == ["iter_0000002", "iter_0000003"]
 
 
+def test_retention_does_not_count_what_was_never_finished(root: str, tmp_path: Path):
+    for iteration, names in ((1, [".metadata"]), (2, []), (3, [".metadata"])):
+        checkpoint = tmp_path / "run" / f"iter_{iteration:07d}"
+        checkpoint.mkdir(parents=True)
+        for name in ("__0_0.distcp", *names):
+            (checkpoint / name).write_bytes(b"x")
+    trackers.publish_trackers(root, 3, TrainState(step=3).state_dict())
+    retention.cleanup_old_non_persistent_checkpoint(root, leave_ckpt_num=2)
+    left = sorted(path.name for path in (tmp_path / "run").glob("iter_*"))
+    assert left == ["iter_0000001", "iter_0000003"]
+
+
 def test_dataloader_state(root: str, tmp_path: Path):
     stale = tmp_path / "run" / "iter_0000007" / "train_dataloader_dprank003.pt"
     stale.parent.mkdir(parents=True)
@@ -99,22 +107,3 @@ def test_train_state_tracker_is_safe_to_load(root: str, tmp_path: Path):
     trackers.publish_trackers(root, 2, TrainState(step=2).state_dict())
     tracker = tmp_path / "run" / "latest_train_state.pt"
     assert torch.load(tracker, weights_only=True)["step"].item() == 2
-
-
-def save_and_load(rank: int, root: str) -> list[tuple[str, str]]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MultiStorageClientFeature, "_enabled", True)
-        with Run(Setup(), save=root, load=root) as run:
-            run.train(1)
-            return [error_of(run.save), error_of(lambda: CheckpointIndex(f"{root}/iter_0000001"))]
-
-
-def test_torch_dist_is_refused_before_a_tracker_names_it(
-    root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its data would lie in a local directory called "msc:"."""
-    monkeypatch.chdir(tmp_path)
-    ((saving, loading),) = run_ranks(save_and_load, 1, root)
-    require(saving, "CheckpointWriteError", f"cannot save to {root}/iter_0000001", "fsdp_dtensor")
-    require(loading, "CheckpointMismatchError", f"cannot load from {root}/iter_0000001", "fsdp_dtensor")
-    assert [path.name for path in tmp_path.iterdir()] == ["msc.yaml"]

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the files of one checkpoint are: in a directory, or (``spool``) somewhere that only takes whole ones.
+
+The engine reads and writes local files. ``Files`` is what the rest of a save or load asks of the place that
+these files belong to.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import TracebackType
+from typing import NamedTuple, Protocol
+
+from ckpt_fast.pipeline import commit
+from ckpt_fast.pipeline.space import require_space
+from ckpt_fast.pipeline.types import FileRecord
+
+
+class Claim(NamedTuple):
+    """What one rank will write: how much, to which machine's file system, and what is free there if known."""
+
+    nbytes: int
+    file_system: str = ""
+    free: int | None = None
+
+
+class Files(Protocol):
+    """The files of one checkpoint, by their names in it. As a context it is closed at the end."""
+
+    # What the checkpoint is called in messages.
+    name: str
+    # Whether what is in ``directory`` must outlive a power failure.
+    durable: bool
+
+    @property
+    def directory(self) -> str:
+        """The local directory in which the engine writes, and in which it reads what was fetched."""
+
+    def claim(self, nbytes: int) -> Claim:
+        """Local. Get ready to write; what this rank wants of which file system."""
+
+    def prepare(self, claims: Sequence[Claim]) -> None:
+        """Coordinator. Look whether there is room for all, then invalidate an older checkpoint."""
+
+    def hand_over(self, files: Sequence[FileRecord], go_on: Callable[[], bool]) -> None:
+        """Local. Bring what the engine has written to where it belongs; stop soon if ``go_on`` says no."""
+
+    def publish(self, files: Mapping[str, bytes]) -> None:
+        """Write ``files`` (name to content) one after the other, each whole or not at all."""
+
+    def delete(self, names: Iterable[str]) -> None:
+        """Remove files, as far as there are such; OSError if one cannot be."""
+
+    def fetch(self, names: Iterable[str]) -> None:
+        """Local. Have these files in ``directory``, if there are such."""
+
+    def missing(self, files: Sequence[FileRecord]) -> list[tuple[FileRecord, int | None]]:
+        """Those that are not where they belong (None), or have another length there (which)."""
+
+    def close(self) -> None:
+        """Nothing is asked any more. May be called again."""
+
+    def __enter__(self) -> Files:
+        """The files."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """``close``."""
+
+
+class Directory:
+    """Files of a file system, where the engine's own are the checkpoint's.
+
+    Args:
+        path: the checkpoint; need not exist.
+    """
+
+    durable = True
+
+    def __init__(self, path: str) -> None:
+        self.name = self.directory = path
+
+    def claim(self, nbytes: int) -> Claim:
+        """What this rank will write."""
+        return Claim(nbytes)
+
+    def prepare(self, claims: Sequence[Claim]) -> None:
+        """See ``require_space`` and ``commit.invalidate``.
+
+        Raises:
+            CheckpointWriteError: there is no room, or the directory cannot be prepared.
+        """
+        require_space(self.directory, sum(claim.nbytes for claim in claims))
+        commit.invalidate(self.directory)
+
+    def hand_over(self, files: Sequence[FileRecord], go_on: Callable[[], bool]) -> None:
+        """Nothing: they are where they belong."""
+
+    def publish(self, files: Mapping[str, bytes]) -> None:
+        """See ``commit.publish``."""
+        commit.publish(self.directory, files)
+
+    def delete(self, names: Iterable[str]) -> None:
+        """Remove files, durably.
+
+        Raises:
+            OSError: naming the first that cannot be removed.
+        """
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(os.path.join(self.directory, name))
+        commit.fsync_directory(self.directory)
+
+    def fetch(self, names: Iterable[str]) -> None:
+        """Nothing: they are there."""
+
+    def missing(self, files: Sequence[FileRecord]) -> list[tuple[FileRecord, int | None]]:
+        """Those that are not there (None), or have another length (which)."""
+        found = ((file, self._nbytes(file.path)) for file in files)
+        return [(file, nbytes) for file, nbytes in found if nbytes != file.nbytes]
+
+    def close(self) -> None:
+        """Nothing: the files stay."""
+
+    def __enter__(self) -> Directory:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _nbytes(self, name: str) -> int | None:
+        try:
+            return os.stat(os.path.join(self.directory, name)).st_size
+        except FileNotFoundError:
+            return None
