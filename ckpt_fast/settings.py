@@ -76,7 +76,8 @@ def space_check() -> bool:
 
 def spool_directory() -> str | None:
     """``CKPT_FAST_SPOOL`` (the system's directory for temporary files): local directory through which
-    checkpoints in object storage pass; every rank makes one of its own in it, and removes it."""
+    checkpoints in object storage pass; every rank makes one of its own in it, and removes it. If the default
+    is kept in memory (tmpfs), name one on a disk."""
     return os.environ.get("CKPT_FAST_SPOOL") or None
 
 
