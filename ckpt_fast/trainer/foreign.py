@@ -38,7 +38,7 @@ def run_on_all_ranks(action: Callable[[], None], what: str) -> None:
     Raises:
         CheckpointError: on every rank, naming the one that failed; all have come back from ``action``.
         RuntimeError: on every rank, naming the one that failed; another did not come back within a minute, or
-            within CKPT_FAST_TIMEOUT if that is less. Its process groups are out of step for good.
+            within CKPT_FAST_TIMEOUT if that is less, or has ended. Process groups are out of step for good.
     """
     group = ControlGroup()
     if group.size == 1:
@@ -60,14 +60,14 @@ def run_on_all_ranks(action: Callable[[], None], what: str) -> None:
         store.set("failed", f"rank {group.rank}: {what}: {type(errors[0]).__name__}: {errors[0]}")
     store.add("lost", int(lost))
     store.add("back", 1)
-    _wait_for_all(store, group.size)
+    have_come_back = _wait_for_all(store, group.size)
     if not store.check(["failed"]):
         return
     reason = store.get("failed").decode()
-    if store.add("lost", 0):
+    if store.add("lost", 0) or not have_come_back:
         raise RuntimeError(
-            f"{reason}. Other ranks still wait for it there, and the process groups cannot be used any more: "
-            "end this job and resume from the newest checkpoint"
+            f"{reason}. Other ranks still wait for it there, or have ended, and the process groups cannot be "
+            "used any more: end this job and resume from the newest checkpoint"
         )
     raise CheckpointError(reason) from (errors[0] if errors else None)
 
@@ -92,9 +92,20 @@ def _start(action: Callable[[], None], errors: list[Exception]) -> threading.Thr
     return thread
 
 
-def _wait_for_all(store: Store, ranks: int) -> None:
-    """Return when every rank has come back, or has given up waiting for itself."""
+def _wait_for_all(store: Store, ranks: int) -> bool:
+    """Wait until every rank has come back, or has given up waiting for itself.
+
+    Returns:
+        False if one has failed and another does neither: its process has ended.
+    """
     pause = 0.001
+    noticed: float | None = None
     while store.add("back", 0) < ranks:
         time.sleep(pause)
         pause = min(2 * pause, _LONGEST_PAUSE_S)
+        if store.check(["failed"]):
+            noticed = noticed or time.monotonic()
+            # Twice, since the others may have noticed later.
+            if time.monotonic() - noticed > 2 * min(_GRACE_S, settings.timeout_s()):
+                return False
+    return True
