@@ -131,22 +131,18 @@ class Upload:
 
     def _write(self, plan: SavePlan) -> None:
         try:
-            with self.report.timed("write"):
+            with snapshots.read(self._planner.state_dict.values()) as snapshot, self.report.timed("write"):
                 written = self._writer.write_data(plan, self._planner)
                 written.wait()
                 self._results = written.value()
+            if snapshot is not None:
+                self.report.host_memory_allocated += snapshot.allocated_nbytes
             self.report.nbytes = sum(result.size_in_bytes for result in self._results)
         except BaseException as error:
             self._error = error
         finally:
             self.report.written_s = time.perf_counter() - self._begun
-            self._release()
-
-    def _release(self) -> None:
-        snapshot = snapshots.written(self._planner.state_dict.values())
-        if snapshot is not None:
-            self.report.host_memory_allocated += snapshot.allocated_nbytes
-        self._planner.state_dict = {}
+            self._planner.state_dict = {}
 
     def _finish_writing(self, timeout_s: float | None) -> list[WriteResult]:
         if not self._worker.wait(timeout_s):

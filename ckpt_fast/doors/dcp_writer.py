@@ -142,11 +142,9 @@ class FastStorageWriter(AsyncStager, StorageWriter):
         waves = Waves(
             report, plan.storage_data.prefix, self._thread_count, bound=settings.host_buffer_bytes()
         )
-        try:
+        # The planners of torch and Megatron-Core keep what they were given under this name.
+        with snapshots.read(getattr(planner, "state_dict", {}).values()) as snapshot:
             record = waves.run(shards_of(plan, planner))
-        finally:
-            # The planners of torch and Megatron-Core keep what they were given under this name.
-            snapshot = snapshots.written(getattr(planner, "state_dict", {}).values())
         report.seconds = report.stall_s = time.perf_counter() - begin
         if snapshot is not None:
             report.stall_s = snapshot.seconds
