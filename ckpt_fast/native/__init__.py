@@ -19,7 +19,7 @@ from ckpt_fast import settings
 
 if TYPE_CHECKING:
     from ckpt_fast.native._engine import (
-        WriteProgress,
+        Progress,
         copy_crc32,
         copy_runs,
         cpu_features,
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
-    "WriteProgress",
+    "Progress",
     "copy_crc32",
     "copy_runs",
     "cpu_features",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import secrets
 import stat
 import threading
 import zlib
@@ -70,26 +71,46 @@ def copy_runs(
             ctypes.memmove(to + run * count, at + run * apart, count)
 
 
-class WriteProgress:
+class Progress:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._nbytes = 0
+        self._renaming = 0
         self._stopped = False
 
     @property
     def nbytes(self) -> int:
         return self._nbytes
 
+    @property
+    def stopped(self) -> bool:
+        return self._stopped
+
+    @property
+    def renaming(self) -> bool:
+        return self._renaming > 0
+
     def stop(self) -> None:
-        self._stopped = True
+        with self._lock:
+            self._stopped = True
+
+    def begin_rename(self) -> bool:
+        with self._lock:
+            if not self._stopped:
+                self._renaming += 1
+            return not self._stopped
+
+    def end_rename(self) -> None:
+        with self._lock:
+            self._renaming -= 1
 
     def add(self, nbytes: int) -> None:
         with self._lock:
             self._nbytes += nbytes
 
-    def check(self, path: str, offset: int, nbytes: int) -> None:
+    def check(self, verb: str, path: str) -> None:
         if self._stopped:
-            with _named(f"write {nbytes} bytes at {offset} to", path):
+            with _named(verb, path):
                 raise OSError(errno.ECANCELED, os.strerror(errno.ECANCELED))
 
 
@@ -109,7 +130,7 @@ def write_files(
     chunk_bytes: int,
     direct: bool,
     fsync: bool,
-    progress: WriteProgress | None = None,
+    progress: Progress | None = None,
 ) -> tuple[list[int], list[int]]:
     checks.check_job(threads, chunk_bytes, digest_count)
     planned = checks.plan_files(paths, file_nbytes)
@@ -118,16 +139,27 @@ def write_files(
     checks.add_patches(planned, (patch_file, patch_offset, patch_digest), ends, digest_count)
 
     stream_crcs = [0] * digest_count
-    with ThreadPoolExecutor(threads) as pool:
-        written = [
-            pool.submit(_write_file, file, chunk_bytes, fsync, stream_crcs, progress or WriteProgress())
-            for file in planned
-        ]
-        try:
-            return stream_crcs, [future.result() for future in written]
-        finally:
-            for future in written:
-                future.cancel()
+    progress = progress or Progress()
+    partials = [_partial_name(file.path) for file in planned]
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            written = [
+                pool.submit(_write_file, file, partial, chunk_bytes, fsync, stream_crcs, progress)
+                for file, partial in zip(planned, partials, strict=True)
+            ]
+            try:
+                file_crcs = [future.result() for future in written]
+            finally:
+                for future in written:
+                    future.cancel()
+        for file, partial in zip(planned, partials, strict=True):
+            _publish(partial, file.path, progress)
+        return stream_crcs, file_crcs
+    except BaseException:
+        for partial in partials:
+            with suppress(OSError):
+                os.unlink(partial)
+        raise
 
 
 def read_extents(
@@ -141,6 +173,7 @@ def read_extents(
     threads: int,
     chunk_bytes: int,
     direct: bool,
+    progress: Progress | None = None,
 ) -> list[int]:
     checks.check_job(threads, chunk_bytes, digest_count)
     checks.check_lengths("extent", extent_file, extent_offset, extent_nbytes, extent_address, extent_digest)
@@ -149,8 +182,12 @@ def read_extents(
     for file, *extent in zip(extent_file, extent_offset, extent_nbytes, extent_address, strict=True):
         if extent[1] > 0:
             extents.setdefault(file, []).append((extent[0], extent[1], extent[2]))
+    progress = progress or Progress()
     with ThreadPoolExecutor(threads) as pool:
-        for done in [pool.submit(_read_file, paths[file], rows) for file, rows in sorted(extents.items())]:
+        for done in [
+            pool.submit(_read_file, paths[file], rows, chunk_bytes, progress)
+            for file, rows in sorted(extents.items())
+        ]:
             done.result()
 
     stream_crcs = [0] * digest_count
@@ -208,31 +245,55 @@ def _multiply(a: int, b: int) -> int:
     return product
 
 
+def _partial_name(path: str) -> str:
+    directory, name = os.path.split(path)
+    return os.path.join(directory, f".{name}.{secrets.token_hex(4)}.partial")
+
+
+def _publish(partial: str, path: str, progress: Progress) -> None:
+    """Give a whole file its name, unless the job is stopped: another save may own that name then."""
+    if not progress.begin_rename():
+        progress.check("write", path)
+    try:
+        with _named("rename", path):
+            os.rename(partial, path)
+    finally:
+        progress.end_rename()
+
+
 def _write_file(
     file: checks.PlannedFile,
+    partial: str,
     chunk_bytes: int,
     fsync: bool,
     stream_crcs: list[int],
-    progress: WriteProgress,
+    progress: Progress,
 ) -> int:
-    """Write one file, put its streams' CRCs into ``stream_crcs`` and return its own."""
-    fd = _open(file.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    """Write one file as ``partial``, put its streams' CRCs into ``stream_crcs`` and return its own."""
+    progress.check("write", file.path)
+    with _named("open", file.path):
+        fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
         crc, pieces, patches = 0, list(reversed(file.pieces)), list(reversed(file.patches))
         for begin in range(0, file.nbytes, chunk_bytes):
-            progress.check(file.path, begin, min(chunk_bytes, file.nbytes - begin))
+            progress.check("write", file.path)
             image = bytearray(min(chunk_bytes, file.nbytes - begin))
             _copy_pieces(image, begin, pieces, stream_crcs)
             _apply_patches(image, begin, patches, stream_crcs)
             crc = zlib.crc32(image, crc)
             _write_fully(fd, image, begin, file.path)
             progress.add(len(image))
+        progress.check("write", file.path)
         if fsync:
             with _named("fsync", file.path):
                 os.fsync(fd)
         closing, fd = fd, -1
-        with _named("close", file.path):
-            os.close(closing)
+        try:
+            with _named("close", file.path):
+                os.close(closing)
+        except InterruptedError:  # closed all the same; what was synced is complete
+            if not fsync:
+                raise
         return crc
     finally:
         if fd >= 0:
@@ -279,9 +340,10 @@ def _write_fully(fd: int, image: bytearray, offset: int, path: str) -> None:
             done += os.pwrite(fd, view[done:], offset + done)
 
 
-def _read_file(path: str, extents: list[tuple[int, int, int]]) -> None:
+def _read_file(path: str, extents: list[tuple[int, int, int]], chunk_bytes: int, progress: Progress) -> None:
     """Read (offset, nbytes, address) ranges of one file."""
-    fd = _open(path, os.O_RDONLY)
+    with _named("open", path):
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         status = os.fstat(fd)
         size = status.st_size if stat.S_ISREG(status.st_mode) else _ANY_SIZE
@@ -291,18 +353,15 @@ def _read_file(path: str, extents: list[tuple[int, int, int]]) -> None:
         for offset, nbytes, address in extents:
             view, done = _memory(address, nbytes), 0
             while done < nbytes:
+                progress.check("read", path)
                 with _named(f"read {nbytes} bytes at {offset} from", path):
-                    got = os.preadv(fd, [view[done:]], offset + done)
+                    got = os.preadv(fd, [view[done : done + chunk_bytes]], offset + done)
+                progress.add(got)
                 if got == 0:
                     raise _file_ends(nbytes, offset, path, offset + done)
                 done += got
     finally:
         os.close(fd)
-
-
-def _open(path: str, flags: int) -> int:
-    with _named("open", path):
-        return os.open(path, flags | os.O_CLOEXEC, 0o666)
 
 
 def _file_ends(nbytes: int, offset: int, path: str, size: int) -> OSError:

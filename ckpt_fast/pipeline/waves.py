@@ -60,7 +60,7 @@ class Waves:
         self._separate = separate
         self._record = RankRecord([], [])
         self._begun = time.perf_counter()
-        self._progress = native.WriteProgress()
+        self._progress = native.Progress()
         self._cancelled = False
         self._error: BaseException | None = None
         self._worker = Worker("ckpt_fast-write")

@@ -47,7 +47,7 @@ def _file_system(directory: str) -> str:
 def write(
     program: WriteProgram,
     directory: str,
-    progress: native.WriteProgress | None = None,
+    progress: native.Progress | None = None,
     durable: bool = True,
 ) -> list[FileRecord]:
     """Write the program's files into ``directory``; on return they are durable, if that is wanted.
@@ -78,7 +78,7 @@ def write(
 
 
 def _write_once(
-    program: WriteProgram, directory: str, progress: native.WriteProgress | None, durable: bool
+    program: WriteProgram, directory: str, progress: native.Progress | None, durable: bool
 ) -> list[FileRecord]:
     if not program.paths:
         return []
