@@ -49,10 +49,10 @@ class Progress:
         """Whether a rename is under way. If none is after ``stop``, none will come."""
 
     def stop(self) -> None:
-        """Calls in progress, and later ones, fail with errno ECANCELED before they open, move or rename more."""
+        """Calls in progress, and later ones, fail with ECANCELED before they open, move or rename more."""
 
     def begin_rename(self) -> bool:
-        """Asked before each rename, which ends with ``end_rename``; False, and no rename then, once stopped."""
+        """Asked before each rename, which ends with ``end_rename``; False, and no rename, once stopped."""
 
     def end_rename(self) -> None:
         """The rename has ended, in whatever way."""
