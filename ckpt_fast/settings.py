@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every environment variable ckpt_fast reads, its meaning and its default, in one place.
 
-Variables are read at call time, so a test or a launcher may change them between two saves. A save reads all of
-them at once (``Settings.read``), before it touches anything.
+Variables are read at call time, so a test or a launcher may change them between two saves. A save reads all
+of them at once (``Settings.read``), before it touches anything.
 """
 
 from __future__ import annotations

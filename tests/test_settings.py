@@ -67,7 +67,14 @@ def test_threads_that_are_none(value: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize(
     ("value", "nbytes"),
-    [("4096", 4096), ("16K", 16 << 10), ("1m", 1 << 20), ("8M", 8 << 20), ("1g", 1 << 30), ("0001G", 1 << 30)],
+    [
+        ("4096", 4096),
+        ("16K", 16 << 10),
+        ("1m", 1 << 20),
+        ("8M", 8 << 20),
+        ("1g", 1 << 30),
+        ("0001G", 1 << 30),
+    ],
 )
 def test_chunk(value: str, nbytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert settings.chunk_bytes() == 4 << 20

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ckpt_fast import megatron, settings
+from ckpt_fast import megatron, native
 from ckpt_fast.doors.sharded_state import torch_bytes
 from ckpt_fast.errors import CheckpointCorruptError, CheckpointWriteError, UnsafeCheckpointError
 from ckpt_fast.pipeline import commit
@@ -30,6 +30,7 @@ from ckpt_fast.pipeline.plan import file_prefix, is_plain
 from ckpt_fast.pipeline.types import ObjectShard, SaveReport, Shard, TensorRequest, TensorShard
 from ckpt_fast.pipeline.verify import require_complete
 from ckpt_fast.pipeline.waves import Waves
+from ckpt_fast.settings import Settings
 
 _STATE_KEY = "state_dict"
 # Marks, as a key, the dictionaries that stand for something else.
@@ -84,7 +85,9 @@ def pack_local(state_dict: Any, directory: str, live: Container[int] = ()) -> Pa
     )
 
 
-def write_local(packed: Packed, directory: str, partial: str, rank: int, report: SaveReport) -> None:
+def write_local(
+    packed: Packed, directory: str, partial: str, rank: int, report: SaveReport, progress: native.Progress
+) -> None:
     """Local. Write a state dict; on return it is durable. A crash leaves all of ``directory`` or nothing.
 
     Args:
@@ -93,6 +96,7 @@ def write_local(packed: Packed, directory: str, partial: str, rank: int, report:
         partial: the same until it is complete.
         rank: whose state it is; numbers the data file.
         report: what was written is added to it.
+        progress: stops the writing; ``directory`` does not appear then.
 
     Raises:
         CheckpointWriteError: naming path and cause.
@@ -105,11 +109,16 @@ def write_local(packed: Packed, directory: str, partial: str, rank: int, report:
     try:
         shutil.rmtree(partial, ignore_errors=True)
         commit.invalidate(partial)
-        record = Waves(report, file_prefix(rank), bound=settings.host_buffer_bytes()).run(shards)
+        chosen = Settings.read()
+        waves = Waves(
+            report, file_prefix(rank), bound=chosen.host_buffer_bytes, settings=chosen, progress=progress
+        )
+        record = waves.run(shards)
         metadata = encode_metadata(record.items)
         sidecar = encode_sidecar([*record.files, file_record(commit.METADATA_FILE, metadata)])
-        commit.publish(partial, {commit.SIDECAR_FILE: sidecar, commit.METADATA_FILE: metadata})
-        _replace(partial, directory)
+        commit.publish(partial, {commit.SIDECAR_FILE: sidecar, commit.METADATA_FILE: metadata}, progress)
+        with commit.renaming(directory, progress):
+            _replace(partial, directory)
     except CheckpointWriteError:
         raise
     except OSError as error:

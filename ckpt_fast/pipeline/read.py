@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import functools
 import heapq
 import mmap
 import os
@@ -16,6 +17,7 @@ from ckpt_fast import native, settings
 from ckpt_fast.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
 from ckpt_fast.pipeline.files import Files
 from ckpt_fast.pipeline.types import Extent, Runs
+from ckpt_fast.pipeline.worker import interruptibly
 
 # Reserving so much for nothing does no harm; .metadata may be damaged and name any length.
 _TRUSTED_NBYTES = 1 << 20
@@ -87,7 +89,7 @@ class ReadProgram:
         return 2 * missing > len(largest)
 
     def run(self, direct: bool = False) -> list[int]:
-        """Read everything; returns the CRC-32 of every stream.
+        """Read everything; returns the CRC-32 of every stream. A signal's handler that raises ends it early.
 
         Args:
             direct: past the page cache, where the file system can.
@@ -100,19 +102,23 @@ class ReadProgram:
         if not len(self._file):
             return [0] * self._digest_count
         self.files.fetch(self._paths)
+        progress = native.Progress()
+        read = functools.partial(
+            native.read_extents,
+            [os.path.join(self.directory, path) for path in self._paths],
+            self._file,
+            self._offset,
+            self._nbytes,
+            self._address,
+            self._digest,
+            self._digest_count,
+            settings.io_threads(),
+            settings.chunk_bytes(),
+            direct,
+            progress=progress,
+        )
         try:
-            return native.read_extents(
-                [os.path.join(self.directory, path) for path in self._paths],
-                self._file,
-                self._offset,
-                self._nbytes,
-                self._address,
-                self._digest,
-                self._digest_count,
-                settings.io_threads(),
-                settings.chunk_bytes(),
-                direct,
-            )
+            return interruptibly(read, progress.stop)
         except FileNotFoundError as error:
             raise CheckpointNotFoundError(
                 f"a data file of the checkpoint is gone: {error.strerror}. Restore it, or load an "

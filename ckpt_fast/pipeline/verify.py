@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from array import array
 
@@ -14,6 +15,7 @@ from ckpt_fast.pipeline.commit import METADATA_FILE, SIDECAR_FILE
 from ckpt_fast.pipeline.decode import has_own_mark, read_sidecar
 from ckpt_fast.pipeline.files import Directory, Files
 from ckpt_fast.pipeline.types import FileRecord
+from ckpt_fast.pipeline.worker import interruptibly
 
 _WINDOW = 64 << 20
 
@@ -79,7 +81,9 @@ def _content_damage(directory: str, record: FileRecord) -> str | None:
     for offset in range(0, record.nbytes, _WINDOW):
         nbytes = min(_WINDOW, record.nbytes - offset)
         try:
-            (part,) = native.read_extents(
+            progress = native.Progress()
+            read = functools.partial(
+                native.read_extents,
                 [path],
                 array("q", [0]),
                 array("q", [offset]),
@@ -90,7 +94,9 @@ def _content_damage(directory: str, record: FileRecord) -> str | None:
                 settings.io_threads(),
                 settings.chunk_bytes(),
                 False,
+                progress=progress,
             )
+            (part,) = interruptibly(read, progress.stop)
         except OSError as error:
             return str(error.strerror)
         crc = native.crc32_combine(crc, part, nbytes)
