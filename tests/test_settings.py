@@ -115,7 +115,7 @@ def test_more_than_makes_sense(name: str, value: str, most: str, monkeypatch: py
 
 
 ODD = {
-    **{name: ("true", "yes", "", "2") for name in (*FLAGS, "CKPT_FAST_SPACE_CHECK")},
+    **dict.fromkeys((*FLAGS, "CKPT_FAST_SPACE_CHECK"), ("true", "yes", "", "2")),
     "CKPT_FAST_THREADS": ("0", "-1", "4.0"),
     "CKPT_FAST_RETRIES": ("-1", "many"),
     "CKPT_FAST_CHUNK": ("1T", "0", "1000"),

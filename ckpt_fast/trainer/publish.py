@@ -13,6 +13,7 @@ from ckpt_fast.trainer.paths import get_checkpoint_train_state_filename
 from ckpt_fast.trainer.ranks import get_rank_safe, print_rank_0
 from ckpt_fast.trainer.sidecars import save_tokenizer_assets
 from ckpt_fast.trainer.trackers import (
+    number_of_save,
     publish_trackers,
     snapshot_run_config,
     snapshot_train_state,
@@ -63,6 +64,7 @@ class Publication:
         self._step = int(state.train_state.step)
         self._checkpoint_name, self._save_dir = checkpoint_name, save_dir
         self._suffix, self._is_local = success_suffix, is_local
+        self._number = number_of_save()
         self.train_state = snapshot_train_state(state.train_state, num_floating_point_operations_so_far)
         # Rank 0 alone writes it.
         self._run_config = snapshot_run_config(state.cfg) if get_rank_safe() == 0 and not is_local else b""
@@ -81,7 +83,7 @@ class Publication:
         write_run_config(self._checkpoint_name, self._run_config)
         self._save_tokenizer()
         write_train_state(get_checkpoint_train_state_filename(self._checkpoint_name), self.train_state)
-        publish_trackers(self._save_dir, self._step, self.train_state)
+        publish_trackers(self._save_dir, self._step, self.train_state, self._number)
         where = f"{ckpt_cfg.save} {self._suffix}"
         print_rank_0(f"  successfully saved checkpoint from iteration {self._step:7d} to {where}")
         self._log_progress("Saved async checkpoint")

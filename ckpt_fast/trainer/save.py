@@ -14,9 +14,10 @@ from ckpt_fast.errors import CheckpointError
 from ckpt_fast.pipeline.background import SaveHandle
 from ckpt_fast.pipeline.group import ControlGroup
 from ckpt_fast.pipeline.types import SaveReport
+from ckpt_fast.settings import Settings
 from ckpt_fast.trainer import experiment_loggers as loggers
 from ckpt_fast.trainer.after_save import fire_callbacks, logger_finalizer, report, retain
-from ckpt_fast.trainer.async_save import make_room, schedule_async_save
+from ckpt_fast.trainer.async_save import end_save_to, make_room, schedule_async_save
 from ckpt_fast.trainer.fsdp import save_fsdp_dtensor
 from ckpt_fast.trainer.glu import _get_model_glu_interleave_sizes
 from ckpt_fast.trainer.glu_layout import (
@@ -110,6 +111,7 @@ def save_checkpoint(
     loggers.on_checkpointing_start(state)
     with save_errors_tolerated(run.ckpt_cfg):
         target = choose_target(run.ckpt_cfg, run.context, state.train_state.step, non_persistent_ckpt)
+        end_save_to(state, run.ckpt_cfg, target.checkpoint_name)
         _announce(run, target)
         _save_beside(run, target)
 
@@ -173,6 +175,7 @@ def _save_beside(run: SaveRun, target: SaveTarget) -> None:
     path = dataloader_path(run)
 
     def save_beside() -> None:
+        Settings.read()  # an odd one is refused on all ranks, while nothing has been touched
         maybe_save_dataloader_state(
             run.model, run.iterator, target.step, path, pg_collection=run.pg_collection
         )
