@@ -6,7 +6,9 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -231,3 +233,31 @@ def test_a_save_in_the_background_holds_what_was_when_it_began(tmp_path: Path) -
 
 def test_a_state_dict_comes_back_as_it_was(tmp_path: Path) -> None:
     run_ranks(save_one, 1, str(tmp_path))
+
+
+def interrupt_a_save(rank: int, root: str) -> None:
+    """Ctrl-C while the disk is slow: nobody writes any more, and nothing appears, now or later."""
+    saver, write_files = manager(root, replicated=False), native.write_files
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def slowly(*arguments: Any, progress: native.Progress, **options: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        deadline = time.monotonic() + 10
+        while not progress.stopped and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return write_files(*arguments, progress=progress, **options)
+
+    native.write_files = slowly
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            saver.save(state_dict_of({}), 5)
+    finally:
+        native.write_files = write_files
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("ckpt_fast")]
+    assert manager(root, replicated=False).find_latest() == -1
+    saver.save(state_dict_of({}), 5)
+    assert os.listdir(os.path.join(root, "0")) == ["iter_0000005_0_local"]
+
+
+def test_an_interrupted_save_is_ended(tmp_path: Path) -> None:
+    run_ranks(interrupt_a_save, 1, str(tmp_path), fresh=True)

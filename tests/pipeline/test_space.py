@@ -46,6 +46,20 @@ def test_what_is_replaced_counts_as_free(tmp_path: Path, monkeypatch: pytest.Mon
     assert same(loaded(tmp_path, "w", torch.zeros_like(TENSOR)), TENSOR + 1)
 
 
+def test_what_a_backup_of_hard_links_keeps_does_not_become_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save([whole("w", TENSOR)], str(tmp_path / "a"), **FILES)
+    (tmp_path / "backup").mkdir()
+    for path in (tmp_path / "a").iterdir():
+        os.link(path, tmp_path / "backup" / path.name)
+    file_system(monkeypatch, free=10_000)
+    with pytest.raises(CheckpointWriteError, match="no checkpoint was touched"):
+        save([whole("w", TENSOR + 1)], str(tmp_path / "a"), **FILES)
+    monkeypatch.undo()
+    assert same(loaded(tmp_path / "a", "w", torch.zeros_like(TENSOR)), TENSOR)
+
+
 @pytest.mark.parametrize("how", ["unknown size", "switched off", "no answer"])
 def test_not_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     file_system(monkeypatch, free=0, blocks=0 if how == "unknown size" else 1000)

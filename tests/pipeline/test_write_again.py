@@ -57,6 +57,15 @@ def test_a_fault_that_passes(
     assert len(made) == 3 and caplog.text.count("Writing again") == 2
 
 
+def test_the_pause_has_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CKPT_FAST_RETRIES", "100")
+    made, pauses = fail_writes(monkeypatch, errno.EIO, times=100), []
+    monkeypatch.setattr(write_module, "_FIRST_DELAY_S", 0.5)
+    monkeypatch.setattr(write_module, "_pause", lambda seconds, _: pauses.append(seconds))
+    assert torch.equal(save_and_load(tmp_path), TENSOR)
+    assert len(made) == 101 and pauses[:4] == [0.5, 2, 8, 30] and max(pauses) == 30
+
+
 @pytest.mark.parametrize(("code", "retries", "attempts"), [(errno.EIO, "1", 2), (errno.ENOSPC, "2", 1)])
 def test_a_fault_that_stays(
     tmp_path: Path, code: int, retries: str, attempts: int, monkeypatch: pytest.MonkeyPatch
