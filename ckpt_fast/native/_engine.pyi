@@ -60,7 +60,8 @@ def write_files(
     direct: bool,
     fsync: bool,
     progress: WriteProgress | None = None,
-) -> tuple[list[int], list[int]]:
+    block_bytes: int = 0,
+) -> tuple[list[int], list[int], bytes]:
     """Create (or truncate) files and fill them from memory, in parallel; return when they are written.
 
     A file is the concatenation of its pieces at their offsets; bytes no piece covers are zero. Pieces are
@@ -71,7 +72,9 @@ def write_files(
     thread spends its time waiting for the device, there are three threads for each of ``threads``.
 
     Returns:
-        (CRC-32 of every stream, CRC-32 of every whole file).
+        (CRC-32 of every stream, CRC-32 of every whole file, CRC-32s of blocks). The last are unsigned 32-bit
+        numbers in the machine's order: one for every ``block_bytes`` of stream 0, its last block may be
+        shorter, then those of stream 1, and so on; none if ``block_bytes`` is 0.
 
     Raises:
         OSError: with errno, and "write 4194304 bytes at 12288 to PATH: No space left on device" as text;
@@ -84,18 +87,23 @@ def read_extents(
     extent_offset: array[int],
     extent_nbytes: array[int],
     extent_address: array[int],
-    extent_digest: array[int],
-    digest_count: int,
+    range_file: array[int],
+    range_offset: array[int],
+    range_nbytes: array[int],
+    range_block: array[int],
     threads: int,
     chunk_bytes: int,
     direct: bool,
-) -> list[int]:
-    """Read byte ranges of files into memory, in parallel.
+) -> bytes:
+    """Read byte ranges of files (extents) into memory, in parallel, and compute checksums on the way.
 
-    The bytes of all extents with digest ``d >= 0``, taken in the order given, form stream ``d``.
+    A checked range divides into blocks of ``range_block`` bytes, of which the last may be shorter. A block of
+    which an extent wants any byte is read whole, once, and what is delivered is what its checksum is of.
+    Checked ranges do not overlap each other; extents may.
 
     Returns:
-        CRC-32 of every stream.
+        Signed 64-bit numbers in the machine's order: the CRC-32 of every block of range 0, then of range 1, and
+        so on; -1 for a block of which nothing is wanted, which is not read.
 
     Raises:
         OSError: as ``write_files``; a file that ends early is errno EIO with "read N bytes at OFFSET from

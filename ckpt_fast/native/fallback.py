@@ -25,6 +25,7 @@ from ckpt_fast.native import fallback_checks as checks
 _POLYNOMIAL = 0xEDB88320  # reflected: the coefficient of x^j is bit 31 - j
 _ONE = 0x80000000  # x^0
 _ANY_SIZE = (1 << 63) - 1
+_STEP = 1 << 20
 
 
 def crc32(address: int, nbytes: int, seed: int = 0) -> int:
@@ -110,21 +111,25 @@ def write_files(
     direct: bool,
     fsync: bool,
     progress: WriteProgress | None = None,
-) -> tuple[list[int], list[int]]:
-    checks.check_job(threads, chunk_bytes, digest_count)
+    block_bytes: int = 0,
+) -> tuple[list[int], list[int], bytes]:
+    checks.check_job(threads, chunk_bytes)
+    checks.check_counts(digest_count, block_bytes)
     planned = checks.plan_files(paths, file_nbytes)
     columns = (piece_offset, piece_nbytes, piece_address, piece_digest)
     ends = checks.add_pieces(planned, piece_file, columns, digest_count)
     checks.add_patches(planned, (patch_file, patch_offset, patch_digest), ends, digest_count)
 
-    stream_crcs = [0] * digest_count
+    streams = [_Stream(block_bytes) for _ in range(digest_count)]
     with ThreadPoolExecutor(threads) as pool:
         written = [
-            pool.submit(_write_file, file, chunk_bytes, fsync, stream_crcs, progress or WriteProgress())
+            pool.submit(_write_file, file, chunk_bytes, fsync, streams, progress or WriteProgress())
             for file in planned
         ]
         try:
-            return stream_crcs, [future.result() for future in written]
+            file_crcs = [future.result() for future in written]
+            blocks = array("I", (crc for stream in streams for crc in stream.blocks))
+            return [stream.crc for stream in streams], file_crcs, blocks.tobytes()
         finally:
             for future in written:
                 future.cancel()
@@ -136,28 +141,38 @@ def read_extents(
     extent_offset: array[int],
     extent_nbytes: array[int],
     extent_address: array[int],
-    extent_digest: array[int],
-    digest_count: int,
+    range_file: array[int],
+    range_offset: array[int],
+    range_nbytes: array[int],
+    range_block: array[int],
     threads: int,
     chunk_bytes: int,
     direct: bool,
-) -> list[int]:
-    checks.check_job(threads, chunk_bytes, digest_count)
-    checks.check_lengths("extent", extent_file, extent_offset, extent_nbytes, extent_address, extent_digest)
-    checks.check_extents(len(paths), extent_file, extent_offset, extent_nbytes, extent_digest, digest_count)
+) -> bytes:
+    checks.check_job(threads, chunk_bytes)
+    checks.check_lengths("extent", extent_file, extent_offset, extent_nbytes, extent_address)
+    checks.check_lengths("range", range_file, range_offset, range_nbytes, range_block)
+    checks.check_rows("extent", len(paths), extent_file, extent_offset, extent_nbytes)
+    checks.check_rows("range", len(paths), range_file, range_offset, range_nbytes)
+    checks.check_ranges(range_file, range_offset, range_nbytes, range_block)
     extents: dict[int, list[tuple[int, int, int]]] = {}
     for file, *extent in zip(extent_file, extent_offset, extent_nbytes, extent_address, strict=True):
         if extent[1] > 0:
             extents.setdefault(file, []).append((extent[0], extent[1], extent[2]))
+    ranges: dict[int, list[tuple[int, int, int, int]]] = {}
+    count = 0
+    for file, offset, nbytes, block in zip(range_file, range_offset, range_nbytes, range_block, strict=True):
+        ranges.setdefault(file, []).append((offset, nbytes, block, count))
+        count += -(-nbytes // block)
+    crcs = array("q", [-1]) * count
     with ThreadPoolExecutor(threads) as pool:
-        for done in [pool.submit(_read_file, paths[file], rows) for file, rows in sorted(extents.items())]:
+        reads = [
+            pool.submit(_read_file, paths[file], rows, ranges.get(file, []), crcs)
+            for file, rows in sorted(extents.items())
+        ]
+        for done in reads:
             done.result()
-
-    stream_crcs = [0] * digest_count
-    for nbytes, address, digest in zip(extent_nbytes, extent_address, extent_digest, strict=True):
-        if digest >= 0:
-            stream_crcs[digest] = crc32(address, nbytes, stream_crcs[digest])
-    return stream_crcs
+    return crcs.tobytes()
 
 
 def permute_rows(
@@ -208,22 +223,43 @@ def _multiply(a: int, b: int) -> int:
     return product
 
 
+class _Stream:
+    """The CRC-32s of a stream, and of its blocks, as its bytes come in order."""
+
+    def __init__(self, block_bytes: int) -> None:
+        self.crc = 0
+        self.blocks: list[int] = []
+        self._block_bytes = block_bytes
+        self._room = 0  # in the last block
+
+    def add(self, part: memoryview) -> None:
+        self.crc = zlib.crc32(part, self.crc)
+        while self._block_bytes and len(part):
+            if not self._room:
+                self.blocks.append(0)
+                self._room = self._block_bytes
+            self.blocks[-1] = zlib.crc32(part[: self._room], self.blocks[-1])
+            taken = min(self._room, len(part))
+            self._room -= taken
+            part = part[taken:]
+
+
 def _write_file(
     file: checks.PlannedFile,
     chunk_bytes: int,
     fsync: bool,
-    stream_crcs: list[int],
+    streams: list[_Stream],
     progress: WriteProgress,
 ) -> int:
-    """Write one file, put its streams' CRCs into ``stream_crcs`` and return its own."""
+    """Write one file, add its bytes to their ``streams`` and return its CRC."""
     fd = _open(file.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     try:
         crc, pieces, patches = 0, list(reversed(file.pieces)), list(reversed(file.patches))
         for begin in range(0, file.nbytes, chunk_bytes):
             progress.check(file.path, begin, min(chunk_bytes, file.nbytes - begin))
             image = bytearray(min(chunk_bytes, file.nbytes - begin))
-            _copy_pieces(image, begin, pieces, stream_crcs)
-            _apply_patches(image, begin, patches, stream_crcs)
+            _copy_pieces(image, begin, pieces, streams)
+            _apply_patches(image, begin, patches, streams)
             crc = zlib.crc32(image, crc)
             _write_fully(fd, image, begin, file.path)
             progress.add(len(image))
@@ -240,7 +276,7 @@ def _write_file(
                 os.close(fd)
 
 
-def _copy_pieces(image: bytearray, begin: int, pieces: list[checks.Piece], stream_crcs: list[int]) -> None:
+def _copy_pieces(image: bytearray, begin: int, pieces: list[checks.Piece], streams: list[_Stream]) -> None:
     """Fill the image of [begin, begin + len(image)); ``pieces`` (last first) loses those that end in it."""
     end = begin + len(image)
     while pieces and pieces[-1].offset < end:
@@ -250,20 +286,20 @@ def _copy_pieces(image: bytearray, begin: int, pieces: list[checks.Piece], strea
         part = _memory(piece.address + first - piece.offset, last - first)
         image[first - begin : last - begin] = part
         if piece.digest >= 0:
-            stream_crcs[piece.digest] = zlib.crc32(part, stream_crcs[piece.digest])
+            streams[piece.digest].add(part)
         if piece.offset + piece.nbytes > end:
             return
         pieces.pop()
 
 
 def _apply_patches(
-    image: bytearray, begin: int, patches: list[tuple[int, int]], stream_crcs: list[int]
+    image: bytearray, begin: int, patches: list[tuple[int, int]], streams: list[_Stream]
 ) -> None:
     """Store finished CRCs; ``patches`` (last first) loses those that end in the image."""
     end = begin + len(image)
     while patches and patches[-1][0] < end:
         offset, digest = patches[-1]
-        value = stream_crcs[digest].to_bytes(checks.PATCH_NBYTES, "little")
+        value = streams[digest].crc.to_bytes(checks.PATCH_NBYTES, "little")
         first, last = max(offset, begin), min(offset + checks.PATCH_NBYTES, end)
         image[first - begin : last - begin] = value[first - offset : last - offset]
         if offset + checks.PATCH_NBYTES > end:
@@ -279,8 +315,18 @@ def _write_fully(fd: int, image: bytearray, offset: int, path: str) -> None:
             done += os.pwrite(fd, view[done:], offset + done)
 
 
-def _read_file(path: str, extents: list[tuple[int, int, int]]) -> None:
-    """Read (offset, nbytes, address) ranges of one file."""
+def _read_file(
+    path: str,
+    extents: list[tuple[int, int, int]],
+    ranges: list[tuple[int, int, int, int]],
+    crcs: array[int],
+) -> None:
+    """Read extents (offset, nbytes, address) of one file, and the blocks that they touch.
+
+    Args:
+        ranges: (offset, nbytes, block, number of its first block in ``crcs``).
+        crcs: gets the CRC-32 of each block touched.
+    """
     fd = _open(path, os.O_RDONLY)
     try:
         status = os.fstat(fd)
@@ -288,16 +334,37 @@ def _read_file(path: str, extents: list[tuple[int, int, int]]) -> None:
         for offset, nbytes, _ in extents:
             if offset + nbytes > size:
                 raise _file_ends(nbytes, offset, path, size)
-        for offset, nbytes, address in extents:
-            view, done = _memory(address, nbytes), 0
-            while done < nbytes:
-                with _named(f"read {nbytes} bytes at {offset} from", path):
-                    got = os.preadv(fd, [view[done:]], offset + done)
-                if got == 0:
-                    raise _file_ends(nbytes, offset, path, offset + done)
-                done += got
+        blocks, unchecked = checks.divide(extents, ranges)
+        for (begin, end, number), wanted in blocks.items():
+            crcs[number] = _read_block(fd, begin, end, wanted, path)
+        for offset, nbytes, address in unchecked:
+            _read_fully(fd, _memory(address, nbytes), offset, path)
     finally:
         os.close(fd)
+
+
+def _read_block(fd: int, begin: int, end: int, wanted: list[tuple[int, int, int]], path: str) -> int:
+    """Read [begin, end) once, to where parts of it are wanted; returns its CRC-32."""
+    crc = 0
+    for at in range(begin, end, _STEP):
+        view = memoryview(bytearray(min(_STEP, end - at)))
+        _read_fully(fd, view, at, path)
+        crc = zlib.crc32(view, crc)
+        for offset, nbytes, address in wanted:
+            first, last = max(offset, at), min(offset + nbytes, at + len(view))
+            if first < last:
+                _memory(address + first - offset, last - first)[:] = view[first - at : last - at]
+    return crc
+
+
+def _read_fully(fd: int, view: memoryview, offset: int, path: str) -> None:
+    nbytes, done = len(view), 0
+    while done < nbytes:
+        with _named(f"read {nbytes} bytes at {offset} from", path):
+            got = os.preadv(fd, [view[done:]], offset + done)
+        if got == 0:
+            raise _file_ends(nbytes, offset, path, offset + done)
+        done += got
 
 
 def _open(path: str, flags: int) -> int:
