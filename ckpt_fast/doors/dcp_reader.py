@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
 from ckpt_fast.errors import CheckpointMismatchError
-from ckpt_fast.pipeline.decode import decode_object, read_metadata
+from ckpt_fast.pipeline.decode import Contents, decode_object, read_contents
 from ckpt_fast.pipeline.garbage import without_collections
 from ckpt_fast.pipeline.index import CheckpointIndex
 from ckpt_fast.pipeline.load import Part, load_parts, load_payloads
@@ -36,13 +36,14 @@ class FastStorageReader(StorageReader):
         super().__init__()
         self._path = os.fspath(path)
         self._extensions = extension_registry
+        self._contents: Contents | None = None
         self._index: CheckpointIndex | None = None
 
     def reset(self, checkpoint_id: StrPath | None = None) -> None:
         """Begin a new load, from ``checkpoint_id`` if one is given."""
         if checkpoint_id:
             self._path = os.fspath(checkpoint_id)
-        self._index = None
+        self._contents = self._index = None
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """The checkpoint's metadata; with ``rank`` that of one rank, saved without collectives.
@@ -51,7 +52,8 @@ class FastStorageReader(StorageReader):
             CheckpointNotFoundError, CheckpointCorruptError, UnsafeCheckpointError.
         """
         rank = kwargs.get("rank")
-        metadata = read_metadata(self._path, "" if rank is None else f"__{rank}")
+        self._contents = read_contents(self._path, "" if rank is None else f"__{rank}")
+        metadata = self._contents.metadata
         if getattr(metadata, "storage_meta", None) is None:
             metadata.storage_meta = StorageMeta()
         return metadata
@@ -60,7 +62,11 @@ class FastStorageReader(StorageReader):
         self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
     ) -> None:
         """Called on every rank with the metadata to load by."""
-        self._index = CheckpointIndex(self._path, metadata, self._extensions)
+        contents = self._contents
+        if contents is None or contents.metadata is not metadata:
+            # Somebody else has read it; no manifest is known to belong to it.
+            contents = Contents(metadata, None, "")
+        self._index = CheckpointIndex(self._path, contents, self._extensions)
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         """The plan as it is."""

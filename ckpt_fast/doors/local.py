@@ -14,13 +14,21 @@ import shutil
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Container, Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from ckpt_fast import megatron
-from ckpt_fast.doors.local_files import Packed, memory_of, pack_local, read_local, remove_local, write_local
+from ckpt_fast.doors.local_files import (
+    Origin,
+    Packed,
+    memory_of,
+    pack_local,
+    read_local,
+    remove_local,
+    write_local,
+)
 from ckpt_fast.doors.stock_queue import Flag, as_request
 from ckpt_fast.errors import (
     CheckpointCorruptError,
@@ -29,10 +37,12 @@ from ckpt_fast.errors import (
     CheckpointNotFoundError,
 )
 from ckpt_fast.pipeline.group import ControlGroup
+from ckpt_fast.pipeline.manifest import new_save_id
 from ckpt_fast.pipeline.types import SaveReport
 from ckpt_fast.pipeline.worker import Worker
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 _NAME = re.compile(r"iter_(\d{7,})_(\d+)_local")
 _PARTIAL = re.compile(_NAME.pattern + r"\.(dirty|old)")
 
@@ -56,6 +66,11 @@ class FastLocalCheckpointManager(LocalCheckpointManager):  # type: ignore[misc, 
     """
 
     latest_iteration: int
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        # Of what was read last.
+        self._save_ids: set[str | None] = set()
 
     def save(self, state_dict: Any, iteration: int, is_async: bool = False) -> Any:
         """Collective. Replicate and save; ``state_dict`` belongs to the manager from now on.
@@ -141,13 +156,25 @@ class FastLocalCheckpointManager(LocalCheckpointManager):  # type: ignore[misc, 
             logger.error("rank %d: local checkpoint %s cannot be had: %s", self.rank, wanted, error)
             failed, needed = {None}, set()
         states = {}
+        self._save_ids = set()
         for identity in sorted(needed):
             try:
                 states[identity] = self._load_fn(identity)
             except CheckpointError as error:
                 logger.error("rank %d: a local checkpoint is damaged and not used: %s", self.rank, error)
                 failed.add(identity)
-        all_failed = _all_gather(failed)
+        gathered = _all_gather((failed, self._save_ids))
+        all_failed = [each for each, _ in gathered]
+        save_ids = set[str | None]().union(*(ids for _, ids in gathered))
+        if len(save_ids) > 1:
+            # Nobody can tell which of them the ranks should go on with.
+            logger.error(
+                "rank %d: the local checkpoints of iteration %d are of different saves (%s): none is used",
+                self.rank,
+                wanted[0],
+                ", ".join(sorted(map(str, save_ids))),
+            )
+            all_failed[0] = all_failed[0] | {None}
         for rank, identities in enumerate(all_failed):
             available[rank] -= identities
             if None in identities:
@@ -189,16 +216,20 @@ class FastLocalCheckpointManager(LocalCheckpointManager):  # type: ignore[misc, 
     def _pack(self, state_dict: Any, ckpt_id: Any, live: Container[int] = ()) -> Packed:
         return pack_local(state_dict, os.fspath(self._local_ckpt_path_from_id(ckpt_id)), live)
 
-    def _write(self, packed: Packed, ckpt_id: Any, report: SaveReport) -> None:
+    def _write(self, packed: Packed, ckpt_id: Any, save_id: str, report: SaveReport) -> None:
         partial = os.fspath(self._local_ckpt_path_from_id(ckpt_id, True))
-        write_local(packed, os.fspath(self._local_ckpt_path_from_id(ckpt_id)), partial, ckpt_id[1], report)
+        origin = Origin(save_id, ckpt_id[0], ckpt_id[1])
+        write_local(packed, os.fspath(self._local_ckpt_path_from_id(ckpt_id)), partial, origin, report)
 
     def _save(self, state_dict: Any, ckpt_id: Any) -> None:
         directory = os.fspath(self._local_ckpt_path_from_id(ckpt_id))
-        self._write(self._pack(state_dict, ckpt_id), ckpt_id, SaveReport(directory))
+        self._write(self._pack(state_dict, ckpt_id), ckpt_id, new_save_id(), SaveReport(directory))
 
     def _load(self, ckpt_id: Any) -> Any:
-        return read_local(os.fspath(self._local_ckpt_path_from_id(ckpt_id)))
+        directory = os.fspath(self._local_ckpt_path_from_id(ckpt_id))
+        state_dict, save_id = read_local(directory, ckpt_id[0], ckpt_id[1])
+        self._save_ids.add(save_id)
+        return state_dict
 
     def _cleanup(self, iteration: int) -> None:
         self._remove(lambda other: other < iteration)
@@ -243,6 +274,7 @@ class _LocalSave:
         self.directory = os.fspath(manager.local_ckpt_dir)
         self.report = SaveReport(self.directory)
         self.ranks = ControlGroup().size
+        self._save_id = ControlGroup().broadcast(new_save_id())
         self._manager = manager
         self._iteration = iteration
         self._in_background = when_written is not None
@@ -304,7 +336,7 @@ class _LocalSave:
 
     def _write_states(self) -> None:
         for identity, packed in self._packed.items():
-            self._manager._write(packed, identity, self.report)
+            self._manager._write(packed, identity, self._save_id, self.report)
 
     def _raise_error(self) -> None:
         if self._error is not None:
@@ -320,9 +352,9 @@ def _newest_complete(available: list[set[Any]]) -> int:
     return max((found for found, covered in ranks.items() if len(covered) == len(available)), default=-1)
 
 
-def _all_gather(value: set[Any]) -> list[set[Any]]:
+def _all_gather(value: T) -> list[T]:
     if not dist.is_initialized():
         return [value]
-    values: list[set[Any]] = [set()] * dist.get_world_size()
+    values = [value] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values

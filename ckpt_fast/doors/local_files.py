@@ -22,10 +22,11 @@ from ckpt_fast.doors.sharded_state import torch_bytes
 from ckpt_fast.errors import CheckpointCorruptError, CheckpointWriteError, UnsafeCheckpointError
 from ckpt_fast.pipeline import commit
 from ckpt_fast.pipeline.decode import decode_object
-from ckpt_fast.pipeline.encode import encode_metadata, encode_sidecar, file_record
+from ckpt_fast.pipeline.encode import encode_metadata
 from ckpt_fast.pipeline.files import Directory
 from ckpt_fast.pipeline.index import CheckpointIndex
 from ckpt_fast.pipeline.load import load_objects, load_tensors
+from ckpt_fast.pipeline.manifest import Manifest, append_manifest
 from ckpt_fast.pipeline.plan import file_prefix, is_plain
 from ckpt_fast.pipeline.types import ObjectShard, SaveReport, Shard, TensorRequest, TensorShard
 from ckpt_fast.pipeline.verify import require_complete
@@ -84,14 +85,22 @@ def pack_local(state_dict: Any, directory: str, live: Container[int] = ()) -> Pa
     )
 
 
-def write_local(packed: Packed, directory: str, partial: str, rank: int, report: SaveReport) -> None:
+class Origin(NamedTuple):
+    """Where a local checkpoint comes from: the save, the same on all ranks, and whose state it is."""
+
+    save_id: str
+    iteration: int
+    rank: int
+
+
+def write_local(packed: Packed, directory: str, partial: str, origin: Origin, report: SaveReport) -> None:
     """Local. Write a state dict; on return it is durable. A crash leaves all of ``directory`` or nothing.
 
     Args:
         packed: the state dict.
         directory: the checkpoint; an older one of this name is replaced.
         partial: the same until it is complete.
-        rank: whose state it is; numbers the data file.
+        origin: of which save, and whose state it is; the rank numbers the data file.
         report: what was written is added to it.
 
     Raises:
@@ -105,10 +114,11 @@ def write_local(packed: Packed, directory: str, partial: str, rank: int, report:
     try:
         shutil.rmtree(partial, ignore_errors=True)
         commit.invalidate(partial)
-        record = Waves(report, file_prefix(rank), bound=settings.host_buffer_bytes()).run(shards)
-        metadata = encode_metadata(record.items)
-        sidecar = encode_sidecar([*record.files, file_record(commit.METADATA_FILE, metadata)])
-        commit.publish(partial, {commit.SIDECAR_FILE: sidecar, commit.METADATA_FILE: metadata})
+        record = Waves(report, file_prefix(origin.rank), bound=settings.host_buffer_bytes()).run(shards)
+        notes = {"iteration": origin.iteration, "rank": origin.rank}
+        manifest = Manifest(origin.save_id, record.files, record.digests, notes=notes)
+        content = append_manifest(encode_metadata(record.items), manifest)
+        commit.publish(partial, {commit.METADATA_FILE: content})
         _replace(partial, directory)
     except CheckpointWriteError:
         raise
@@ -121,13 +131,27 @@ def write_local(packed: Packed, directory: str, partial: str, rank: int, report:
         ) from error
 
 
-def read_local(directory: str) -> Any:
+def read_local(directory: str, iteration: int, rank: int) -> tuple[Any, str | None]:
     """Local. The state dict in ``directory``, every byte of it compared with its checksum.
+
+    Args:
+        directory: the checkpoint.
+        iteration, rank: of which it must be.
+
+    Returns:
+        The state dict, and the id of its save; None for one of an older version.
 
     Raises:
         CheckpointNotFoundError, CheckpointCorruptError, UnsafeCheckpointError: naming the file.
     """
     index = CheckpointIndex(directory)
+    save_id = index.manifest.save_id if index.manifest is not None else None
+    notes = index.manifest.notes if index.manifest is not None else {}
+    if (notes.get("iteration", iteration), notes.get("rank", rank)) != (iteration, rank):
+        raise CheckpointCorruptError(
+            f"{directory} holds the state of rank {notes.get('rank')} at iteration {notes.get('iteration')}, "
+            f"not that of rank {rank} at {iteration} as its name says: it was copied or renamed"
+        )
     require_complete(Directory(directory))
     hollow = load_objects(index, [_STATE_KEY], verify=True)[_STATE_KEY]
     tensors = []
@@ -141,7 +165,7 @@ def read_local(directory: str) -> Any:
     ]
     load_tensors(index, requests, verify=True)
     try:
-        return _with_tensors(hollow, tensors)
+        return _with_tensors(hollow, tensors), save_id
     except (KeyError, IndexError, TypeError) as error:
         raise CheckpointCorruptError(
             f"{directory} holds no state dict of a local checkpoint ({type(error).__name__}: {error})"

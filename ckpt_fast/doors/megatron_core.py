@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ from ckpt_fast.pipeline.group import ControlGroup
 from ckpt_fast.pipeline.index import CheckpointIndex
 from ckpt_fast.pipeline.remove import remove_named
 from ckpt_fast.pipeline.save import Save
-from ckpt_fast.pipeline.types import Shard
+from ckpt_fast.pipeline.types import FileRecord, Shard
 
 CONTENT_METADATA_KEY = "content_metadata"
 # All four keys: versions before 0.19 want each of them and accept no other.
@@ -217,7 +217,9 @@ def start_save(
     validate_access_integrity: bool = True,
     preprocess_common_before_consistency_check: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
     content_metadata: dict[str, Any] | None = None,
-    sidecar_notes: Mapping[str, Any] | None = None,
+    notes: Mapping[str, Any] | None = None,
+    beside: Sequence[FileRecord] = (),
+    finish: Callable[[], Sequence[FileRecord]] | None = None,
     snapshot: bool = False,
     staging: StagingPolicy | None = None,
     host_buffer: int | None = None,
@@ -231,7 +233,7 @@ def start_save(
         validate_access_integrity: check that all ranks together save every element exactly once.
         preprocess_common_before_consistency_check: applied to the common state before ranks compare it.
         content_metadata: stored in the common state under ``content_metadata``.
-        sidecar_notes: entries of the sidecar besides its own.
+        notes, beside, finish: see ``Save``.
         snapshot: the shards' memory may change as soon as this returns, as far as ``staging`` allows.
         staging: how tensors on GPUs are copied then; see ``Save``.
         host_buffer: bound on the host memory staged into; see ``Save``.
@@ -268,7 +270,9 @@ def start_save(
         writers=base.writers,
         common_files={COMMON_FILE: torch_bytes(common)} if group.is_coordinator else None,
         seal_files={commit.SEAL_FILE: json.dumps(_SEAL).encode()},
-        sidecar_notes=sidecar_notes,
+        notes=notes,
+        beside=beside,
+        finish=finish,
         snapshot=snapshot,
         staging=staging,
         host_buffer=host_buffer,

@@ -102,8 +102,8 @@ def read_extents(
     Checked ranges do not overlap each other; extents may.
 
     Returns:
-        Signed 64-bit numbers in the machine's order: the CRC-32 of every block of range 0, then of range 1, and
-        so on; -1 for a block of which nothing is wanted, which is not read.
+        Signed 64-bit numbers in the machine's order: the CRC-32 of every block of range 0, then of range 1,
+        and so on; -1 for a block of which nothing is wanted, which is not read.
 
     Raises:
         OSError: as ``write_files``; a file that ends early is errno EIO with "read N bytes at OFFSET from

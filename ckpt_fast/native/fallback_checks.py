@@ -10,6 +10,7 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 PATCH_NBYTES = 4
 _LARGEST_OFFSET = (1 << 63) - 1 - 4096
@@ -70,9 +71,7 @@ def check_digest(row: str, digest: int, lowest: int, digest_count: int) -> None:
         raise ValueError(f"{row}: digest {digest} is not one of {digest_count}")
 
 
-def check_rows(
-    kind: str, file_count: int, files: array[int], offsets: array[int], sizes: array[int]
-) -> None:
+def check_rows(kind: str, file_count: int, files: array[int], offsets: array[int], sizes: array[int]) -> None:
     """The places that the rows of a read request name."""
     for row, (file, offset, nbytes) in enumerate(zip(files, offsets, sizes, strict=True)):
         check_file(f"{kind} {row}", file, file_count)
@@ -80,9 +79,7 @@ def check_rows(
             raise ValueError(f"{kind} {row}: {nbytes} bytes at {offset} are no range")
 
 
-def check_ranges(
-    files: array[int], offsets: array[int], sizes: array[int], blocks: array[int]
-) -> None:
+def check_ranges(files: array[int], offsets: array[int], sizes: array[int], blocks: array[int]) -> None:
     """Blocks have bytes, and no byte is in two ranges."""
     for row, block in enumerate(blocks):
         if block < 1:
@@ -92,7 +89,7 @@ def check_ranges(
         for row, (file, offset, nbytes) in enumerate(zip(files, offsets, sizes, strict=True))
         if nbytes
     )
-    for before, (file, offset, row, _) in zip(rows, rows[1:], strict=False):
+    for before, (file, offset, row, _) in pairwise(rows):
         if file == before[0] and offset < before[1] + before[3]:
             raise ValueError(f"range {row}: overlaps range {before[2]}")
 

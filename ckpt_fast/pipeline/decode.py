@@ -12,8 +12,9 @@ import os
 import pathlib
 import pickle
 import zipfile
+import zlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.distributed.checkpoint.metadata import Metadata
@@ -26,10 +27,12 @@ from ckpt_fast.errors import (
     UnsafeCheckpointError,
 )
 from ckpt_fast.pipeline.commit import METADATA_FILE, SIDECAR_FILE
-from ckpt_fast.pipeline.encode import LAYOUT_ATTRIBUTE, SIDECAR_VERSION, file_record
+from ckpt_fast.pipeline.encode import LAYOUT_ATTRIBUTE, file_record
 from ckpt_fast.pipeline.garbage import without_collections
+from ckpt_fast.pipeline.manifest import Manifest, split_manifest
 from ckpt_fast.pipeline.types import FileRecord
 
+_SIDECAR_VERSION = 1
 _DCP = "torch.distributed.checkpoint"
 # All that a .metadata file of torch DCP, Megatron-Core or ckpt_fast names. They hold data and do nothing.
 _ALLOWED = {
@@ -62,9 +65,28 @@ _REMEDY = (
 )
 
 
-@without_collections
+class Contents(NamedTuple):
+    """What ``.metadata`` says of a checkpoint.
+
+    Attributes:
+        metadata: torch DCP's table of contents.
+        manifest: of the save; None if somebody else, or an older version, wrote the checkpoint.
+        identity: tells saves apart: the id of the save, or what its ``.metadata`` is like.
+    """
+
+    metadata: Metadata
+    manifest: Manifest | None
+    identity: str
+
+
 def read_metadata(directory: str, prefix: str = "") -> Metadata:
-    """The parsed ``.metadata`` of a checkpoint.
+    """``read_contents`` for those who want the metadata alone."""
+    return read_contents(directory, prefix).metadata
+
+
+@without_collections
+def read_contents(directory: str, prefix: str = "") -> Contents:
+    """The parsed ``.metadata`` of a checkpoint, from one reading of the file.
 
     Args:
         directory: the checkpoint.
@@ -72,10 +94,39 @@ def read_metadata(directory: str, prefix: str = "") -> Metadata:
 
     Raises:
         CheckpointNotFoundError: the directory or the file is missing.
-        CheckpointCorruptError: the file cannot be parsed, or is not the one its sidecar names.
+        CheckpointCorruptError: the file is not as it was written, or cannot be parsed.
         UnsafeCheckpointError: it names something other than torch DCP's data classes.
     """
     name = prefix + METADATA_FILE
+    path = os.path.join(directory, name)
+    pickled, manifest, identity = _read_pickle_and_manifest(directory, name)
+    try:
+        stream = io.BytesIO(pickled)
+        metadata = _MetadataUnpickler(stream).load()
+        end = stream.tell()
+    except UnsafeCheckpointError as error:
+        raise UnsafeCheckpointError(f"{path}: {error}") from error
+    except Exception as error:
+        raise CheckpointCorruptError(
+            f"{path} cannot be parsed ({type(error).__name__}: {error}). The file is damaged; load an "
+            "earlier iteration."
+        ) from error
+    if not isinstance(metadata, Metadata):
+        raise CheckpointCorruptError(f"{path} holds a {type(metadata).__name__}, not checkpoint metadata")
+    if end != len(pickled) and hasattr(metadata, LAYOUT_ATTRIBUTE):
+        raise CheckpointCorruptError(
+            f"{path} is damaged: what stands behind the table of contents is no manifest. Load an earlier "
+            "iteration."
+        )
+    return Contents(metadata, manifest, identity)
+
+
+def read_manifest(directory: str) -> Manifest | None:
+    """The manifest alone, for those who want nothing of the tensors; errors as of ``read_contents``."""
+    return _read_pickle_and_manifest(directory, METADATA_FILE)[1]
+
+
+def _read_pickle_and_manifest(directory: str, name: str) -> tuple[bytes, Manifest | None, str]:
     path = os.path.join(directory, name)
     try:
         with open(path, "rb") as file:
@@ -88,28 +139,23 @@ def read_metadata(directory: str, prefix: str = "") -> Metadata:
             f"{directory} is not a complete checkpoint: {missing}. A save that was interrupted leaves such a "
             "directory behind; load an earlier iteration."
         ) from error
+    try:
+        pickled, manifest = split_manifest(content)
+    except ValueError as error:
+        raise CheckpointCorruptError(f"{path} is damaged: {error}. Load an earlier iteration.") from error
+    if manifest is not None:
+        return pickled, manifest, manifest.save_id
     # Only our own .metadata must be the one the sidecar names; a stock writer may have replaced it.
     checked = settings.verify_on_load() and has_own_mark(content)
     if checked and _differs_from_sidecar(directory, name, content):
         raise CheckpointCorruptError(
             f"{path} is damaged: it is not what {SIDECAR_FILE} says was written. Load an earlier iteration."
         )
-    try:
-        metadata = _MetadataUnpickler(io.BytesIO(content)).load()
-    except UnsafeCheckpointError as error:
-        raise UnsafeCheckpointError(f"{path}: {error}") from error
-    except Exception as error:
-        raise CheckpointCorruptError(
-            f"{path} cannot be parsed ({type(error).__name__}: {error}). The file is damaged; load an "
-            "earlier iteration."
-        ) from error
-    if not isinstance(metadata, Metadata):
-        raise CheckpointCorruptError(f"{path} holds a {type(metadata).__name__}, not checkpoint metadata")
-    return metadata
+    return pickled, None, f"{len(content)} bytes of CRC-32 {zlib.crc32(content):08x}"
 
 
 def has_own_mark(content: bytes) -> bool:
-    """Whether ckpt_fast wrote this ``.metadata``; only then does the sidecar beside it belong to it."""
+    """Whether an older ckpt_fast wrote this ``.metadata``; only then does the sidecar belong to it."""
     return _OWN_MARK in content[-_OWN_MARK_WITHIN:]
 
 
@@ -259,7 +305,7 @@ def _require_sound_archive(payload: bytes, where: str) -> None:
 
 
 def read_sidecar(directory: str) -> list[FileRecord] | None:
-    """The sidecar's file list; None for a checkpoint that has no sidecar (written by somebody else).
+    """The file list of the sidecar, which versions before the manifest wrote; None if there is none.
 
     Raises:
         CheckpointCorruptError: the sidecar cannot be parsed.
@@ -268,7 +314,7 @@ def read_sidecar(directory: str) -> list[FileRecord] | None:
     try:
         with open(path, "rb") as file:
             document = json.load(file)
-        if document["version"] > SIDECAR_VERSION:
+        if document["version"] > _SIDECAR_VERSION:
             return None
         return [
             FileRecord(name, int(entry["nbytes"]), int(entry["crc32"], 16))

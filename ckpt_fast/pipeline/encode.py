@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Encode: plans become bytes. The write program of the data files, ``.metadata``, and the sidecar."""
+"""Encode: plans become bytes. The write program of the data files, and the pickle in ``.metadata``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import copyreg
 import ctypes
 import io
 import itertools
-import json
 import math
 import pickle
 import zlib
@@ -34,7 +33,6 @@ from ckpt_fast.pipeline.plan import FilePlan
 from ckpt_fast.pipeline.stage import Staged
 from ckpt_fast.pipeline.types import FileRecord, ItemRecord
 
-SIDECAR_VERSION = 1
 # Kept on Metadata, where stock readers ignore it: archives are as ``archive.tensor_archive`` makes them.
 LAYOUT_ATTRIBUTE = "ckpt_fast"
 LAYOUT = {"layout": 1}
@@ -53,7 +51,8 @@ class WriteProgram:
         self.piece_file, self.piece_offset = array("q"), array("q")
         self.piece_nbytes, self.piece_address, self.piece_digest = array("q"), array("q"), array("q")
         self.patch_file, self.patch_offset, self.patch_digest = array("q"), array("q"), array("q")
-        self.digest_count = 0
+        # Where the bytes of each digest are, in the order of the digests.
+        self.payload_file, self.payload_offset, self.payload_nbytes = array("I"), array("q"), array("q")
         self._keep: list[Any] = []
         self._constants: dict[bytes, int] = {}
         positions = itertools.count()
@@ -63,12 +62,12 @@ class WriteProgram:
 
     def _add_item(self, file: int, item: Any, staged: Staged, position: int) -> None:
         if item.archive is None:
-            self._add_constant(file, item.offset, item.payload)
+            digest = self._new_digest(file, item.offset, len(item.payload))
+            self._add_constant(file, item.offset, item.payload, digest)
             return
         head, tail, crc_offsets = item.archive
-        digest = self.digest_count
-        self.digest_count += 1
         raw_offset = item.offset + len(head)
+        digest = self._new_digest(file, raw_offset, item.raw_nbytes)
         self._add_constant(file, item.offset, head)
         if position in staged.runs:
             self._add_runs(file, raw_offset, *staged.runs[position], digest)
@@ -80,6 +79,17 @@ class WriteProgram:
             self.patch_file.append(file)
             self.patch_offset.append(tail_offset + crc_offset)
             self.patch_digest.append(digest)
+
+    @property
+    def digest_count(self) -> int:
+        """How many digests there are: one for the payload of each item."""
+        return len(self.payload_file)
+
+    def _new_digest(self, file: int, offset: int, nbytes: int) -> int:
+        self.payload_file.append(file)
+        self.payload_offset.append(offset)
+        self.payload_nbytes.append(nbytes)
+        return len(self.payload_file) - 1
 
     def _add_piece(self, file: int, offset: int, nbytes: int, address: int, digest: int) -> None:
         self.piece_file.append(file)
@@ -96,18 +106,18 @@ class WriteProgram:
         self.piece_address.extend(addresses)
         self.piece_digest.extend(array("q", [digest]) * count)
 
-    def _add_constant(self, file: int, offset: int, content: bytes) -> None:
+    def _add_constant(self, file: int, offset: int, content: bytes, digest: int = -1) -> None:
         address = self._constants.get(content)
         if address is None:
             memory = (ctypes.c_char * len(content)).from_buffer_copy(content)
             self._keep.append(memory)
             address = self._constants[content] = ctypes.addressof(memory)
-        self._add_piece(file, offset, len(content), address, -1)
+        self._add_piece(file, offset, len(content), address, digest)
 
 
 @without_collections
 def encode_metadata(records: Iterable[ItemRecord], planner_data: Mapping[str, Any] | None = None) -> bytes:
-    """The ``.metadata`` file: readable by torch DCP of any version from 2.6 on, naming no class of ours.
+    """The pickle in ``.metadata``: readable by torch DCP of any version from 2.6 on, naming no class of ours.
 
     Args:
         records: the items of all ranks.
@@ -149,7 +159,7 @@ def encode_metadata(records: Iterable[ItemRecord], planner_data: Mapping[str, An
 
 @without_collections
 def pickle_metadata(metadata: Metadata, own_layout: bool = True) -> bytes:
-    """``metadata`` as the content of ``.metadata``.
+    """``metadata`` as it stands in ``.metadata``.
 
     Args:
         metadata: its ``version`` is set.
@@ -286,17 +296,5 @@ def _reduce_properties(properties: TensorProperties) -> tuple[Any, ...]:
 
 
 def file_record(path: str, content: bytes) -> FileRecord:
-    """The sidecar's entry for a file with this content."""
+    """The manifest's entry for a file with this content."""
     return FileRecord(path, len(content), zlib.crc32(content))
-
-
-def encode_sidecar(files: Iterable[FileRecord], notes: Mapping[str, Any] | None = None) -> bytes:
-    """The sidecar: every file's length and CRC-32, so that damage is seen without unpickling anything.
-
-    Args:
-        files: of all ranks.
-        notes: further entries, as JSON has them.
-    """
-    entries = {file.path: {"nbytes": file.nbytes, "crc32": f"{file.crc32:08x}"} for file in files}
-    document = {"version": SIDECAR_VERSION, **(notes or {}), "files": dict(sorted(entries.items()))}
-    return json.dumps(document, indent=1).encode()

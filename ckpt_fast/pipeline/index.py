@@ -7,7 +7,7 @@ import functools
 import math
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ from ckpt_fast.pipeline.archive import (
     tensor_archive,
 )
 from ckpt_fast.pipeline.commit import METADATA_FILE, SIDECAR_FILE
-from ckpt_fast.pipeline.decode import read_metadata
+from ckpt_fast.pipeline.decode import Contents, read_contents
 from ckpt_fast.pipeline.encode import LAYOUT, LAYOUT_ATTRIBUTE
 from ckpt_fast.pipeline.files import Directory, Files
 from ckpt_fast.pipeline.garbage import without_collections
@@ -62,14 +62,19 @@ class SavedTensor(NamedTuple):
 
 
 class RawData(NamedTuple):
-    """Where a piece's raw bytes lie, and what their CRC-32 must be.
+    """Where a payload's bytes lie, and what their CRC-32s must be.
 
-    Exactly one of ``crc32`` (known) and ``crc_extent`` (where it stands in the file) is given.
+    Attributes:
+        extent: the bytes.
+        block_nbytes: so many of them have a checksum; the last may be of fewer.
+        crcs: the checksums; None if it is one, and stands in the file.
+        crc_extent: there.
     """
 
     extent: Extent
-    crc32: int | None
-    crc_extent: Extent | None
+    block_nbytes: int
+    crcs: Sequence[int] | None
+    crc_extent: Extent | None = None
 
 
 class CheckpointIndex:
@@ -77,7 +82,7 @@ class CheckpointIndex:
 
     Args:
         directory: the checkpoint.
-        metadata: its ``.metadata``, where it has been read already.
+        contents: its ``.metadata``, where it has been read already.
         extensions: torch DCP's registry of the stream transforms that items may need; None: torch's own.
         files: where the checkpoint's files are, if they are not simply in ``directory``.
 
@@ -90,7 +95,7 @@ class CheckpointIndex:
     def __init__(
         self,
         directory: str,
-        metadata: Metadata | None = None,
+        contents: Contents | None = None,
         extensions: Any = None,
         files: Files | None = None,
     ) -> None:
@@ -103,10 +108,12 @@ class CheckpointIndex:
         self.directory = directory
         self.files = files if files is not None else Directory(directory)
         self.extensions = extensions
-        if metadata is None:
+        if contents is None:
             self.files.fetch((METADATA_FILE, SIDECAR_FILE))
-            metadata = read_metadata(directory)
-        self.metadata: Metadata = metadata
+            contents = read_contents(directory)
+        self.metadata = contents.metadata
+        self.manifest = contents.manifest
+        self.identity = contents.identity
         self.nbytes = 0  # of all items
         self._own_layout = getattr(self.metadata, LAYOUT_ATTRIBUTE, None) == LAYOUT
         self._pieces: dict[str, dict[tuple[int, ...], _Item]] = defaultdict(dict)
@@ -213,14 +220,50 @@ class CheckpointIndex:
         foreign: list[tuple[torch.dtype, Piece]] = []
         for dtype, piece in wanted:
             located[piece.item] = None
-            if piece.transforms:
+            if piece.transforms or self.payload_of(piece.item) is not None:
                 continue
             if self._own_layout:
-                located[piece.item] = _own_raw_data(dtype, piece)
+                located[piece.item] = self._own_raw_data(dtype, piece)
             if located[piece.item] is None:
                 foreign.append((dtype, piece))
         located.update(self._look_into(foreign))
         return located
+
+    def _own_raw_data(self, dtype: torch.dtype, piece: Piece) -> RawData | None:
+        nbytes = math.prod(piece.sizes) * dtype.itemsize
+        try:
+            archive = tensor_archive(dtype, piece.sizes)
+        except TypeError:
+            return None
+        if item_nbytes(archive, nbytes) != piece.item.nbytes:
+            return None
+        path, offset, _ = piece.item
+        raw_offset = offset + len(archive.head)
+        if self.manifest is not None:
+            return self.checked(Extent(path, raw_offset, nbytes))
+        crc_offset = raw_offset + nbytes + archive.crc_offsets[0]
+        return RawData(Extent(path, raw_offset, nbytes), nbytes, None, Extent(path, crc_offset, 4))
+
+    def payload_of(self, item: Extent) -> RawData | None:
+        """The item itself, if the manifest has checksums of it as a whole: it is no archive of our layout."""
+        if self.manifest is None or self.manifest.payload(item.path, item.offset) is None:
+            return None
+        return self.checked(item)
+
+    def checked(self, payload: Extent) -> RawData:
+        """A payload with its checksums in the manifest, which there is.
+
+        Raises:
+            CheckpointCorruptError: it is not one that the save wrote.
+        """
+        assert self.manifest is not None
+        known = self.manifest.payload(payload.path, payload.offset)
+        if known is None or known.nbytes != payload.nbytes:
+            raise CheckpointCorruptError(
+                f"{self.directory}/.metadata contradicts itself: its manifest has no {payload.nbytes} bytes "
+                f"at {payload.offset} of {payload.path}. Load an earlier iteration."
+            )
+        return RawData(payload, self.manifest.block_nbytes, known.crcs)
 
     def _look_into(self, wanted: list[tuple[torch.dtype, Piece]]) -> dict[Extent, RawData | None]:
         program = ReadProgram(self.files)
@@ -245,7 +288,8 @@ class CheckpointIndex:
             header_nbytes = local_header_nbytes(arena.content(handle))
             if header_nbytes is not None:
                 offset = item.offset + member.local_offset + header_nbytes
-                located[item] = RawData(Extent(item.path, offset, member.nbytes), member.crc32, None)
+                extent = Extent(item.path, offset, member.nbytes)
+                located[item] = RawData(extent, member.nbytes, [member.crc32])
         return located
 
 
@@ -282,20 +326,6 @@ def _whole_numbers(values: Iterable[Any]) -> tuple[int, ...]:
         if type(value) is not int or value < 0:
             raise ValueError(f"{checked} are no sizes")
     return checked
-
-
-def _own_raw_data(dtype: torch.dtype, piece: Piece) -> RawData | None:
-    nbytes = math.prod(piece.sizes) * dtype.itemsize
-    try:
-        archive = tensor_archive(dtype, piece.sizes)
-    except TypeError:
-        return None
-    if item_nbytes(archive, nbytes) != piece.item.nbytes:
-        return None
-    path, offset, _ = piece.item
-    raw_offset = offset + len(archive.head)
-    crc_offset = raw_offset + nbytes + archive.crc_offsets[0]
-    return RawData(Extent(path, raw_offset, nbytes), None, Extent(path, crc_offset, 4))
 
 
 def _last_bytes(item: Extent) -> Extent:

@@ -188,11 +188,12 @@ class Waves:
         with self._report.timed("encode"):
             program = WriteProgram(files, staged)
         with self._report.timed("write"):
-            written = write(program, self._files.directory, self._progress, self._files.durable)
+            written, digests = write(program, self._files.directory, self._progress, self._files.durable)
             self._files.hand_over(written, lambda: not self._cancelled)
         self._record.files.extend(written)
         self._report.count(written)
         self._record.items.extend(item_records(files))
+        self._record.digests.append(digests)
 
 
 def _is_cancellation(error: BaseException) -> bool:

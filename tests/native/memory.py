@@ -111,5 +111,7 @@ class WriteCase:
         contents = [self.streams.get(digest, b"") for digest in range(self.digest_count())]
         blocks = array("I")
         for content in contents if block_bytes else []:
-            blocks.extend(zlib.crc32(content[i : i + block_bytes]) for i in range(0, len(content), block_bytes))
+            blocks.extend(
+                zlib.crc32(content[i : i + block_bytes]) for i in range(0, len(content), block_bytes)
+            )
         return [zlib.crc32(each) for each in contents], [zlib.crc32(i) for i in self.images], blocks.tobytes()

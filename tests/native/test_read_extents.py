@@ -34,7 +34,7 @@ def paths():
 
 
 def read(paths, rows, ranges=(), threads=2, chunk_bytes=4096, direct=False):
-    """Read (file, offset, nbytes) rows; returns their bytes, and the CRCs of (file, offset, nbytes, block)."""
+    """Read (file, offset, nbytes) rows; returns their bytes, and CRCs of (file, offset, nbytes, block)."""
     memory = [Memory(bytes(nbytes), misalign=i % 5) for i, (_, _, nbytes) in enumerate(rows)]
     columns = [column(*values) for values in zip(*rows, strict=True)] or [column()] * 3
     addresses = column(*(m.address for m in memory))

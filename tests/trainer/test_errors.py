@@ -19,6 +19,7 @@ from ckpt_fast.doors import megatron_core
 from ckpt_fast.trainer.load_plan import LoadPlan
 from ckpt_fast.trainer.restore import restore_rerun_and_rng
 from tests.helpers import run_ranks
+from tests.manifests import make_older
 from tests.models import Run, Setup
 from tests.trainer import runs
 from tests.trainer.runs import error_of, require
@@ -178,17 +179,19 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], tuple[str, ...], tuple[str, ...
 }
 
 
-@pytest.mark.parametrize("sidecar", [True, False], ids=["sidecar", "stock"])
+@pytest.mark.parametrize("kind", ["ours", "older", "stock"])
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged_checkpoints(root: Path, damage: str, sidecar: bool) -> None:
+def test_damaged_checkpoints(root: Path, damage: str, kind: str) -> None:
     inflict, kinds, fragments = DAMAGES[damage]
     directory = root / "iter_0000002"
-    inflict(directory)
-    if not sidecar:
+    if kind != "ours":
+        make_older(directory)
+    if kind == "stock":
         # As stock writers leave it: damage has to be noticed without the list of files.
         (directory / "ckpt_fast.json").unlink()
-    kind, text = load_on_two(load=str(root))
-    assert kind in kinds, (kind, text)
+    inflict(directory)
+    error, text = load_on_two(load=str(root))
+    assert error in kinds, (error, text)
     for fragment in (str(directory), "earlier iteration", *fragments):
         assert fragment in text
 
