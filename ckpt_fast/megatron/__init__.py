@@ -86,6 +86,7 @@ from ckpt_fast.megatron.fsdp import (
 )
 from ckpt_fast.megatron.groups import SoloGroup, get_pg_collection, update_num_microbatches
 from ckpt_fast.megatron.modelopt import (
+    MODELOPT_DIR,
     restore_modelopt_state,
     restore_sharded_modelopt_state,
     save_modelopt_state,
@@ -112,6 +113,7 @@ __all__ = [
     "HAVE_NVRX",
     "HAVE_RESIL",
     "LOAD_PARAMETERS",
+    "MODELOPT_DIR",
     "SAVE_PARAMETERS",
     "CheckpointingException",
     "DistributedOptimizer",

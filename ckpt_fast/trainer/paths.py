@@ -12,6 +12,8 @@ import yaml
 
 from ckpt_fast.megatron import object_storage
 from ckpt_fast.pipeline.commit import fsync, fsync_directory, write_file_atomic
+from ckpt_fast.pipeline.encode import file_record
+from ckpt_fast.pipeline.types import FileRecord
 
 TRAIN_STATE_FILE = "train_state.pt"
 TRACKER_PREFIX = "latest"
@@ -72,6 +74,21 @@ def write_file(path: str, data: bytes) -> None:
 def names_in(directory: str, pattern: str) -> list[str]:
     """Names of files and directories in ``directory`` that match a glob pattern."""
     return [os.path.basename(path.rstrip("/")) for path in _glob(directory, pattern)]
+
+
+def records_below(directory: str, name: str) -> list[FileRecord]:
+    """The files in a directory of a checkpoint, by their paths in it; none without that directory."""
+    below = join_paths(directory, name)
+    if object_storage(below):
+        paths = [each for each in _glob(below, "*") if is_file(each)]
+    else:
+        paths = [os.path.join(parent, each) for parent, _, names in os.walk(below) for each in names]
+    records = []
+    for path in sorted(paths):
+        with open_file(path) as stream:
+            content = stream.read()
+        records.append(file_record(join_paths(name, path[len(below) :].lstrip("/")), content))
+    return records
 
 
 def remove_file(path: str) -> None:

@@ -15,7 +15,9 @@ import torch
 
 from ckpt_fast.megatron import SoloGroup, get_pg_collection, object_storage
 from ckpt_fast.pipeline.commit import fsync_directory
+from ckpt_fast.pipeline.encode import file_record
 from ckpt_fast.pipeline.group import ControlGroup
+from ckpt_fast.pipeline.types import FileRecord
 from ckpt_fast.trainer.inert_load import inert_load
 from ckpt_fast.trainer.paths import (
     ensure_directory_exists,
@@ -37,7 +39,7 @@ T = TypeVar("T")
 
 _STATE = "dataloader_state_dict"
 _STATES_OF_STAGES = "dataloader_state_dicts"
-_TOKENIZER_DIR = "tokenizer"
+TOKENIZER_DIR = "tokenizer"
 
 # tokenizer_type -> (field of the configuration, name in the checkpoint)
 _TOKENIZER_FILES: dict[str, tuple[tuple[str, str], ...]] = {
@@ -89,9 +91,21 @@ def maybe_save_dataloader_state(
         RuntimeError: the iterator has no ``save_state``.
         CheckpointError: a rank could not save its state.
     """
+    save_dataloader_state(model, train_iterator, iteration, dataloader_save_path, pg_collection)
+
+
+def save_dataloader_state(
+    model: list[MegatronModule] | MegatronModule,
+    train_iterator: Any,
+    iteration: int,
+    dataloader_save_path: str | None,
+    pg_collection: ProcessGroupCollection | None,
+) -> list[FileRecord]:
+    """``maybe_save_dataloader_state``; returns the file that this rank has written, if any, by its name and
+    that of its directory."""
     iterators = _iterators(train_iterator)
     if not iterators or not dataloader_save_path:
-        return
+        return []
     if not can_save_position(train_iterator):
         raise RuntimeError(
             f"Could not find a save_state in the train dataloader {type(train_iterator).__name__}; give its "
@@ -99,13 +113,19 @@ def maybe_save_dataloader_state(
         )
     groups = pg_collection if pg_collection is not None else get_pg_collection(model)
     if any(_rank_in(getattr(groups, name, None)) != 0 for name in ("tp", "pp", "cp")):
-        return
+        return []
     print_rank_0(f"saving dataloader checkpoint at iteration {iteration} to {dataloader_save_path}")
     data_parallel = _DataParallel(groups.dp)
     path = _dataloader_file(dataloader_save_path, iteration, data_parallel.rank)
     data = data_parallel.agree(lambda: _serialise([each.iterable.save_state() for each in iterators]))
     data_parallel.decide(lambda: _prepare_directory(os.path.dirname(path)))
     data_parallel.agree(lambda: write_file(path, data))
+    return [file_record(dataloader_record_name(path), data)]
+
+
+def dataloader_record_name(path: str) -> str:
+    """What a file of a data loader's state is called in a manifest: its own name and its directory's."""
+    return "/".join(path.rsplit("/", 2)[-2:])
 
 
 def maybe_load_dataloader_state(
@@ -260,7 +280,7 @@ def save_tokenizer_assets(tokenizer: Any, tokenizer_config: TokenizerConfig, che
     """
     if tokenizer is None or get_rank_safe() != 0:
         return
-    directory = join_paths(checkpoint_path, _TOKENIZER_DIR)
+    directory = join_paths(checkpoint_path, TOKENIZER_DIR)
     try:
         if object_storage(directory):
             with tempfile.TemporaryDirectory(prefix="ckpt_fast_") as local:

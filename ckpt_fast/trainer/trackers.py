@@ -25,7 +25,6 @@ from ckpt_fast.state import TrainState
 from ckpt_fast.trainer.paths import (
     CONFIG_FILE,
     TRACKER_PREFIX,
-    get_checkpoint_run_config_filename,
     get_checkpoint_tracker_filename,
     get_checkpoint_train_state_filename,
     open_file,
@@ -199,16 +198,16 @@ def snapshot_run_config(cfg: Any) -> bytes:
             return file.read()
 
 
-def write_train_state(path: str, train_state: Mapping[str, torch.Tensor]) -> None:
-    """Write ``train_state.pt`` or ``latest_train_state.pt`` atomically. Called on rank 0."""
+def encode_train_state(train_state: Mapping[str, torch.Tensor]) -> bytes:
+    """The content of ``train_state.pt``, and of the tracker ``latest_train_state.pt``."""
     buffer = io.BytesIO()
     torch.save(dict(train_state), buffer)
-    write_file(path, buffer.getvalue())
+    return buffer.getvalue()
 
 
-def write_run_config(checkpoint_name: str, run_config: bytes) -> None:
-    """Write ``<checkpoint>/run_config.yaml`` atomically. Called on rank 0."""
-    write_file(get_checkpoint_run_config_filename(checkpoint_name), run_config)
+def write_train_state(path: str, train_state: Mapping[str, torch.Tensor]) -> None:
+    """Write such a file atomically. Called on rank 0."""
+    write_file(path, encode_train_state(train_state))
 
 
 def publish_trackers(save_dir: str, iteration: int, train_state: Mapping[str, torch.Tensor]) -> None:

@@ -195,8 +195,8 @@ def test_run_config_is_written_as_it_was_when_the_save_began(tmp_path: Path) -> 
     config = Config()
     snapshot = trackers.snapshot_run_config(config)
     config.step = 2
-    trackers.write_run_config(str(tmp_path / "iter_0000001"), snapshot)
-    assert trackers.read_run_config(str(tmp_path / "iter_0000001" / "run_config.yaml")) == {"step": 1}
+    (tmp_path / "run_config.yaml").write_bytes(snapshot)
+    assert trackers.read_run_config(str(tmp_path / "run_config.yaml")) == {"step": 1}
 
 
 # --- Trackers --------------------------------------------------------------------------------------------
