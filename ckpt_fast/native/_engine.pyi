@@ -99,7 +99,8 @@ def read_extents(
 
     Raises:
         OSError: as ``write_files``; a file that ends early is errno EIO with "read N bytes at OFFSET from
-            PATH: file ends at SIZE".
+            PATH: file ends at SIZE", and so is "open PATH: it is a FIFO, not a regular file". Memory and
+            time never follow from a length that no file has.
     """
 
 def permute_rows(

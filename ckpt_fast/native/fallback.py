@@ -24,7 +24,6 @@ from ckpt_fast.native import fallback_checks as checks
 
 _POLYNOMIAL = 0xEDB88320  # reflected: the coefficient of x^j is bit 31 - j
 _ONE = 0x80000000  # x^0
-_ANY_SIZE = (1 << 63) - 1
 
 
 def crc32(address: int, nbytes: int, seed: int = 0) -> int:
@@ -149,6 +148,10 @@ def read_extents(
     for file, *extent in zip(extent_file, extent_offset, extent_nbytes, extent_address, strict=True):
         if extent[1] > 0:
             extents.setdefault(file, []).append((extent[0], extent[1], extent[2]))
+    for file, rows in sorted(extents.items()):
+        with _named("open", paths[file]):
+            status = os.stat(paths[file])
+        _require_inside(status, paths[file], rows)
     with ThreadPoolExecutor(threads) as pool:
         for done in [pool.submit(_read_file, paths[file], rows) for file, rows in sorted(extents.items())]:
             done.result()
@@ -281,13 +284,9 @@ def _write_fully(fd: int, image: bytearray, offset: int, path: str) -> None:
 
 def _read_file(path: str, extents: list[tuple[int, int, int]]) -> None:
     """Read (offset, nbytes, address) ranges of one file."""
-    fd = _open(path, os.O_RDONLY)
+    fd = _open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
-        status = os.fstat(fd)
-        size = status.st_size if stat.S_ISREG(status.st_mode) else _ANY_SIZE
-        for offset, nbytes, _ in extents:
-            if offset + nbytes > size:
-                raise _file_ends(nbytes, offset, path, size)
+        _require_inside(os.fstat(fd), path, extents)
         for offset, nbytes, address in extents:
             view, done = _memory(address, nbytes), 0
             while done < nbytes:
@@ -298,6 +297,18 @@ def _read_file(path: str, extents: list[tuple[int, int, int]]) -> None:
                 done += got
     finally:
         os.close(fd)
+
+
+def _require_inside(status: os.stat_result, path: str, extents: list[tuple[int, int, int]]) -> None:
+    """The file is a regular one that holds the extents."""
+    if stat.S_ISDIR(status.st_mode):
+        raise OSError(errno.EISDIR, f"open {path}: {os.strerror(errno.EISDIR)}", path)
+    if not stat.S_ISREG(status.st_mode):
+        kind = {stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket"}.get(stat.S_IFMT(status.st_mode), "device")
+        raise OSError(errno.EIO, f"open {path}: it is a {kind}, not a regular file", path)
+    for offset, nbytes, _ in extents:
+        if offset + nbytes > status.st_size:
+            raise _file_ends(nbytes, offset, path, status.st_size)
 
 
 def _open(path: str, flags: int) -> int:

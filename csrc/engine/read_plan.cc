@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <tuple>
 
+#include "error.h"
 #include "file.h"
 #include "write_plan.h"
 
@@ -91,7 +92,7 @@ void cut_run(int64_t step, int64_t begin, int64_t end, size_t first, size_t last
   const auto file = static_cast<size_t>(extents[first].file);
   size_t from = first;
   while (begin < end) {
-    const int64_t cut = std::min(end, (begin / step + 1) * step);
+    const int64_t cut = begin + std::min(end - begin, step - begin % step);
     while (from < last && extents[from].end() <= begin) ++from;
     size_t to = from;
     while (to < last && extents[to].offset < cut) ++to;
@@ -125,6 +126,16 @@ class Run {
   int64_t unwanted_ = 0;  // but for free gaps
 };
 
+/// Looks at each file that bytes are wanted of.
+void check_sizes(const ReadRequest& request, const std::vector<Extent>& extents) {
+  size_t file = request.paths.size();
+  for (const Extent& extent : extents) {
+    if (extent.nbytes == 0 || static_cast<size_t>(extent.file) == file) continue;
+    file = static_cast<size_t>(extent.file);
+    require_inside(extents, file, request.paths[file], regular_file_size(request.paths[file]));
+  }
+}
+
 void cut_transfers(const ReadRequest& request, ReadPlan* plan) {
   const std::vector<Extent>& extents = plan->extents;
   const int64_t step = request.direct ? request.chunk_nbytes : std::min(request.chunk_nbytes, kCacheHot);
@@ -152,8 +163,21 @@ ReadPlan make_read_plan(const ReadRequest& request) {
   std::stable_sort(plan.extents.begin(), plan.extents.end(), [](const Extent& a, const Extent& b) {
     return std::tie(a.file, a.offset) < std::tie(b.file, b.offset);
   });
+  check_sizes(request, plan.extents);
   cut_transfers(request, &plan);
   return plan;
+}
+
+void require_inside(const std::vector<Extent>& extents, size_t file, const std::string& path, int64_t size) {
+  const auto wanted = static_cast<int64_t>(file);
+  const auto before = [](const Extent& extent, int64_t value) { return extent.file < value; };
+  auto extent = std::lower_bound(extents.begin(), extents.end(), wanted, before);
+  const Extent* first = nullptr;
+  for (; extent != extents.end() && extent->file == wanted; ++extent) {
+    const bool missing = extent->nbytes > 0 && extent->end() > size;
+    if (missing && (first == nullptr || extent->row < first->row)) first = &*extent;
+  }
+  if (first != nullptr) throw_file_ends(first->nbytes, first->offset, path, size);
 }
 
 }  // namespace ckpt_fast
