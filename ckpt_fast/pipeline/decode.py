@@ -7,7 +7,6 @@ import collections
 import functools
 import importlib
 import io
-import json
 import os
 import pathlib
 import pickle
@@ -26,8 +25,10 @@ from ckpt_fast.errors import (
     UnsafeCheckpointError,
 )
 from ckpt_fast.pipeline.commit import METADATA_FILE, SIDECAR_FILE
+from ckpt_fast.pipeline.documents import parse_json
 from ckpt_fast.pipeline.encode import LAYOUT_ATTRIBUTE, SIDECAR_VERSION, file_record
 from ckpt_fast.pipeline.garbage import without_collections
+from ckpt_fast.pipeline.small_files import read_small_file
 from ckpt_fast.pipeline.types import FileRecord
 
 _DCP = "torch.distributed.checkpoint"
@@ -78,8 +79,7 @@ def read_metadata(directory: str, prefix: str = "") -> Metadata:
     name = prefix + METADATA_FILE
     path = os.path.join(directory, name)
     try:
-        with open(path, "rb") as file:
-            content = file.read()
+        content = read_small_file(path)
     except FileNotFoundError as error:
         missing = f"it has no {name} file"
         if not os.path.isdir(directory):
@@ -266,8 +266,7 @@ def read_sidecar(directory: str) -> list[FileRecord] | None:
     """
     path = os.path.join(directory, SIDECAR_FILE)
     try:
-        with open(path, "rb") as file:
-            document = json.load(file)
+        document = parse_json(read_small_file(path))
         if document["version"] > SIDECAR_VERSION:
             return None
         return [

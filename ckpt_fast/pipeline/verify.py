@@ -13,6 +13,7 @@ from ckpt_fast.errors import CheckpointCorruptError, CheckpointNotFoundError
 from ckpt_fast.pipeline.commit import METADATA_FILE, SIDECAR_FILE
 from ckpt_fast.pipeline.decode import has_own_mark, read_sidecar
 from ckpt_fast.pipeline.files import Directory, Files
+from ckpt_fast.pipeline.small_files import read_small_file
 from ckpt_fast.pipeline.types import FileRecord
 
 _WINDOW = 64 << 20
@@ -60,8 +61,7 @@ def find_damage(directory: str) -> list[str]:
 def _records(directory: str) -> list[FileRecord] | None:
     """The sidecar, unless the files it speaks of have been replaced by another library's."""
     try:
-        with open(os.path.join(directory, METADATA_FILE), "rb") as file:
-            content = file.read()
+        content = read_small_file(os.path.join(directory, METADATA_FILE))
     except FileNotFoundError:
         return None
     return read_sidecar(directory) if has_own_mark(content) else None

@@ -6,12 +6,11 @@ from __future__ import annotations
 import contextlib
 import glob
 import os
-from typing import IO, Any
-
-import yaml
 
 from ckpt_fast.megatron import object_storage
 from ckpt_fast.pipeline.commit import fsync, fsync_directory, write_file_atomic
+from ckpt_fast.pipeline.documents import parse_yaml
+from ckpt_fast.pipeline.small_files import LARGEST_TEXT, read_small_file
 
 TRAIN_STATE_FILE = "train_state.pt"
 TRACKER_PREFIX = "latest"
@@ -45,11 +44,18 @@ def is_file(path: str) -> bool:
     return bool(msc.os.path.isfile(path) if msc else os.path.isfile(path))
 
 
-def open_file(path: str, mode: str = "rb") -> IO[Any]:
-    """Open for reading, wherever the file is."""
+def read_file(path: str, limit: int = LARGEST_TEXT) -> bytes:
+    """The content of a small file, wherever it is.
+
+    Raises:
+        CheckpointCorruptError: it is no regular file, or longer than ``limit``.
+        OSError: it cannot be read.
+    """
     msc = object_storage(path)
-    stream: IO[Any] = msc.open(path, mode) if msc else open(path, mode)  # noqa: SIM115
-    return stream
+    if msc is None:
+        return read_small_file(path, limit)
+    with msc.open(path, "rb") as stream:
+        return bytes(stream.read())
 
 
 def write_file(path: str, data: bytes) -> None:
@@ -187,8 +193,7 @@ def get_hf_model_id_from_checkpoint(path: str) -> str | None:
         if not children:
             raise FileNotFoundError(f"{path} has neither {CONFIG_FILE} nor iter_* directories")
         config_file = get_checkpoint_run_config_filename(max(children, key=_iteration_of))
-    with open_file(config_file, "r") as stream:
-        model = (yaml.safe_load(stream) or {}).get("model") or {}
+    model = (parse_yaml(read_file(config_file)) or {}).get("model") or {}
     extra = model.get("extra_checkpoint_metadata") or {}
     model_id = extra.get("hf_model_id") or model.get("hf_model_id")
     return str(model_id) if model_id else None

@@ -135,7 +135,9 @@ def test_special_file_is_refused_at_once(native_impl, tmp_path, kind, direct) ->
     assert (caught.value.errno, caught.value.strerror, caught.value.filename) == (5, expected, str(path))
 
 
-@pytest.mark.parametrize(("offset", "nbytes"), [((1 << 63) - 4098, 1), (0, 1 << 62), (4097, (1 << 63) - 8194)])
+@pytest.mark.parametrize(
+    ("offset", "nbytes"), [((1 << 63) - 4098, 1), (0, 1 << 62), (4097, (1 << 63) - 8194)]
+)
 @pytest.mark.parametrize("direct", [False, True])
 def test_length_that_no_file_has_is_refused_at_once(native_impl, paths, offset, nbytes, direct) -> None:
     """Looked up in the file before anything is planned for it."""
