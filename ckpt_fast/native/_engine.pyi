@@ -118,5 +118,25 @@ def permute_rows(
     not overlap. ``interleave`` goes from [W, V] to blocks, otherwise back.
     """
 
+def check_pickle(content: bytes | memoryview, archive: bool = False) -> int:
+    """Follow a pickle without making anything, to see that it may be given to an unpickler.
+
+    It may if all its arguments lie inside ``content``, its opcodes are those that plain data needs, the
+    unpickler's memo does not grow beyond the bytes there are, nothing is nested deeper than 256 or contains
+    itself, no call makes as many bytes or elements as a number says, and all of it, with what is shared
+    repeated, has at most 64 values for each byte (and 100 000). Time and memory of unpickling, hashing and
+    comparing then stay in proportion to its length.
+
+    Args:
+        content: begins with the pickle; what is behind its STOP is not looked at.
+        archive: also allow what the pickles in archives of ``torch.save`` need and ``.metadata`` does not.
+
+    Returns:
+        The position behind STOP.
+
+    Raises:
+        ValueError: "opcode 0x72 at 17: ...".
+    """
+
 def cpu_features() -> list[str]:
     """Instruction sets in use, for ``ckpt-fast info`` and benchmark headers, e.g. ["pclmul", "avx512"]."""

@@ -21,6 +21,20 @@ from contextlib import suppress
 import numpy as np
 
 from ckpt_fast.native import fallback_checks as checks
+from ckpt_fast.native.fallback_pickle import check_pickle
+
+__all__ = [
+    "WriteProgress",
+    "check_pickle",
+    "copy_crc32",
+    "copy_runs",
+    "cpu_features",
+    "crc32",
+    "crc32_combine",
+    "permute_rows",
+    "read_extents",
+    "write_files",
+]
 
 _POLYNOMIAL = 0xEDB88320  # reflected: the coefficient of x^j is bit 31 - j
 _ONE = 0x80000000  # x^0
