@@ -118,7 +118,7 @@ def decode_object(payload: bytes, where: str, verify: bool) -> Any:
 
 
 def _require_bounded(payload: bytes, where: str, verify: bool) -> None:
-    """What reading the payload needs is in proportion to its length, and its checksums are right if asked for."""
+    """Reading the payload needs no more than its length justifies; its checksums are right, if asked for."""
     archive = None
     try:
         if payload.startswith(b"PK"):

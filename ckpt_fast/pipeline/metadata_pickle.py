@@ -54,7 +54,9 @@ def unpickle_metadata(content: bytes | memoryview) -> Metadata:
             than its length justifies.
     """
     end = native.check_pickle(content)
-    metadata = _MetadataUnpickler(io.BytesIO(memoryview(content)[:end])).load()
+    # All of it, where that is one: no copy is made then.
+    pickled = content if end == len(content) else memoryview(content)[:end]
+    metadata = _MetadataUnpickler(io.BytesIO(pickled)).load()
     if not isinstance(metadata, Metadata):
         raise TypeError(f"it holds a {type(metadata).__name__}, not checkpoint metadata")
     return metadata

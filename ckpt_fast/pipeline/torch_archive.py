@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``torch.save`` wrote, looked at before ``torch.load`` is given it: no more than its length justifies."""
+"""What ``torch.save`` wrote, before ``torch.load`` is given it: is it plain, and no longer than it says?"""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def open_archive(payload: bytes) -> zipfile.ZipFile:
     """The archive, if it is one as ``torch.save`` makes it: nothing compressed, nothing twice.
 
     Raises:
-        Exception: of whatever kind, if it is none. ``zipfile`` has no common type for what damage makes of it.
+        Exception: of whatever kind, if it is none: ``zipfile`` has no common type for damage.
     """
     end = payload[-_END_NBYTES:]
     if not end.startswith(_END_SIGNATURE) or not end.endswith(_NO_COMMENT):

@@ -54,17 +54,16 @@ def inert_load(stream: IO[bytes]) -> Any:
     payload = stream.read()
     if not zipfile.is_zipfile(io.BytesIO(payload)):
         raise RefusedPickleError("not a file that torch.save wrote")
+    with zipfile.ZipFile(io.BytesIO(payload)) as archive:
+        # torch.load would hand a TorchScript archive to another, unrestricted reader.
+        if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+            raise RefusedPickleError("a TorchScript archive instead of the state of a data loader")
     try:
-        archive = open_archive(payload)
-        require_plain_pickles(payload, archive)
+        require_plain_pickles(payload, open_archive(payload))
     except Exception as error:
         raise RefusedPickleError(f"not the state of a data loader: {error}") from error
-    # torch.load would hand a TorchScript archive to another, unrestricted reader.
-    if any(name.endswith("/constants.pkl") for name in archive.namelist()):
-        raise RefusedPickleError("a TorchScript archive instead of the state of a data loader")
-    return torch.load(
-        io.BytesIO(payload), map_location="cpu", weights_only=False, pickle_module=_inert_pickle
-    )
+    stream = io.BytesIO(payload)
+    return torch.load(stream, map_location="cpu", weights_only=False, pickle_module=_inert_pickle)
 
 
 class _Unpickler(pickle.Unpickler):

@@ -31,7 +31,11 @@ class PickleChecker {
         nbytes_(nbytes),
         metadata_(reader == PickleReader::kMetadata),
         limit_(kWeightPerByte * nbytes + kFreeWeight),
-        values_(1, Value(Kind::kPlain)) {}
+        values_(1, Value(Kind::kPlain)) {
+    // About as many as metadata has: growing in steps would touch twice the memory.
+    values_.reserve(nbytes / 8);
+    memo_.reserve(nbytes / 12);
+  }
 
   size_t run();
 
@@ -111,18 +115,20 @@ size_t PickleChecker::run() {
 }
 
 void PickleChecker::read_argument() {
-  const Argument argument = argument_of(opcode_);
+  static const ArgumentTable arguments;
+  const Argument argument = arguments.of[opcode_];
   if (argument.width < 0) fail("plain data has no use for it");
   if (metadata_ && !argument.in_metadata) fail("metadata has no use for it");
+  if (argument.width == 0) return;
   argument_ = number(static_cast<uint64_t>(argument.width));
-  argument_begin_ = argument.counted ? take(argument_) : 0;
+  if (argument.counted) argument_begin_ = take(argument_);
 }
 
 /// A little-endian number.
 uint64_t PickleChecker::number(uint64_t width) {
   const uint64_t begin = take(width);
   uint64_t value = 0;
-  for (uint64_t i = width; i-- > 0;) value = value << 8 | data_[begin + i];
+  for (uint64_t i = 0; i < width; ++i) value |= static_cast<uint64_t>(data_[begin + i]) << (8 * i);
   return value;
 }
 
@@ -188,11 +194,9 @@ void PickleChecker::combine() {
     case 0x81:
       return call(Kind::kNew);
     case 0x85:
-      return tuple(last(1));
     case 0x86:
-      return tuple(last(2));
     case 0x87:
-      return tuple(last(3));
+      return tuple(last(opcode_ - 0x84u));
     case 0x8A:
       if (metadata_ && argument_ > kLongestInteger) fail("it is longer than any integer in metadata");
       return stack_.push_back(0);
@@ -263,9 +267,11 @@ std::string PickleChecker::popped_text() {
 /// The unpickler keeps a table as long as the largest index.
 void PickleChecker::put(uint64_t index) {
   if (index >= start_) fail("the memo has no place " + std::to_string(index) + " yet");
-  if (memo_.size() <= index) memo_.resize(index + 1, kEmpty);
+  const uint32_t value = top();
+  if (memo_.size() < index) memo_.resize(index, kEmpty);
+  if (memo_.size() == index) memo_.push_back(kEmpty);
   if (memo_[index] == kEmpty) ++memo_count_;
-  memo_[index] = top();
+  memo_[index] = value;
 }
 
 void PickleChecker::get(uint64_t index) {

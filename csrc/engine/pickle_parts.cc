@@ -11,9 +11,7 @@ bool is_one_of(const char* opcodes, uint8_t opcode) {
   return opcode != 0 && std::strchr(opcodes, opcode) != nullptr;
 }
 
-}  // namespace
-
-Argument argument_of(uint8_t opcode) {
+Argument look_up(uint8_t opcode) {
   // MARK, EMPTY_TUPLE, STOP, NONE, REDUCE, EMPTY_LIST, APPEND, BUILD, GLOBAL, APPENDS, SETITEM, TUPLE,
   // SETITEMS, EMPTY_DICT; NEWOBJ, TUPLE1 to TUPLE3, NEWTRUE, NEWFALSE; EMPTY_SET to FROZENSET; STACK_GLOBAL,
   // MEMOIZE
@@ -30,6 +28,12 @@ Argument argument_of(uint8_t opcode) {
   if (is_one_of("T\x8b", opcode)) return {4, true, false};         // BINSTRING, LONG4
   if (is_one_of("\x8d\x8e\x96", opcode)) return {8, true, false};  // BINUNICODE8, BINBYTES8, BYTEARRAY8
   return {-1, false, false};
+}
+
+}  // namespace
+
+ArgumentTable::ArgumentTable() {
+  for (int opcode = 0; opcode < 256; ++opcode) of[opcode] = look_up(static_cast<uint8_t>(opcode));
 }
 
 }  // namespace ckpt_fast

@@ -14,7 +14,12 @@ struct Argument {
   bool in_metadata;
 };
 
-Argument argument_of(uint8_t opcode);
+/// The argument of every opcode.
+struct ArgumentTable {
+  ArgumentTable();
+
+  Argument of[256];
+};
 
 enum class Kind : uint8_t { kPlain, kText, kBytes, kTuple, kList, kDict, kSet, kRange, kGlobal, kMade, kNew };
 
