@@ -59,6 +59,9 @@ def unpickle_metadata(content: bytes | memoryview) -> Metadata:
     metadata = _MetadataUnpickler(io.BytesIO(pickled)).load()
     if not isinstance(metadata, Metadata):
         raise TypeError(f"it holds a {type(metadata).__name__}, not checkpoint metadata")
+    for name in metadata.state_dict_metadata:
+        if type(name) is not str:
+            raise TypeError(f"a {type(name).__name__} stands where the name of a tensor or object should")
     return metadata
 
 
