@@ -190,7 +190,9 @@ def test_special_data_file(tmp_path: Path, kind: str, at_once: None) -> None:
         load_tensors(index, [TensorRequest("wide", torch.zeros_like(WIDE), (0, 0))])
 
 
-@pytest.mark.parametrize("content", [b"[" * 1_000_000, b'{"version": 1, "files": ' + b"[" * 100_000])
+@pytest.mark.parametrize(
+    "content", [b"[" * 1_000_000, b'{"version": 1, "files": ' + b"[" * 100_000], ids=["whole", "files"]
+)
 def test_deep_sidecar(tmp_path: Path, content: bytes, at_once: None) -> None:
     (tmp_path / "ckpt_fast.json").write_bytes(content)
     with pytest.raises(CheckpointCorruptError, match=r"ckpt_fast\.json cannot be parsed"):
