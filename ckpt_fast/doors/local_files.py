@@ -74,7 +74,7 @@ def pack_local(state_dict: Any, directory: str, live: Container[int] = ()) -> Pa
     payload = torch_bytes(_without_tensors(_require_known(state_dict), tensors))
     try:
         decode_object(payload, "the state dict", verify=False)
-    except UnsafeCheckpointError as error:
+    except (UnsafeCheckpointError, CheckpointCorruptError) as error:
         raise UnsafeCheckpointError(f"nothing was saved to {directory}: {error}") from error
     return Packed(
         payload,

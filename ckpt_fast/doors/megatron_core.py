@@ -37,6 +37,7 @@ from ckpt_fast.pipeline.group import ControlGroup
 from ckpt_fast.pipeline.index import CheckpointIndex
 from ckpt_fast.pipeline.remove import remove_named
 from ckpt_fast.pipeline.save import Save
+from ckpt_fast.pipeline.small_files import read_small_file
 from ckpt_fast.pipeline.types import FileRecord, Shard
 
 CONTENT_METADATA_KEY = "content_metadata"
@@ -363,8 +364,7 @@ def _common_file(sharded_state_dict: dict[str, Any], directory: str) -> dict[str
     with megatron.checkpoint_files(directory) as files:
         files.fetch([COMMON_FILE])
         try:
-            with open(os.path.join(files.directory, COMMON_FILE), "rb") as file:
-                return {COMMON_FILE: file.read()}
+            return {COMMON_FILE: read_small_file(os.path.join(files.directory, COMMON_FILE))}
         except FileNotFoundError:
             return {}
 

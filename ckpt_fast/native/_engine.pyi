@@ -107,7 +107,8 @@ def read_extents(
 
     Raises:
         OSError: as ``write_files``; a file that ends early is errno EIO with "read N bytes at OFFSET from
-            PATH: file ends at SIZE".
+            PATH: file ends at SIZE", and so is "open PATH: it is a FIFO, not a regular file". Memory and
+            time never follow from a length that no file has.
     """
 
 def permute_rows(
@@ -123,6 +124,26 @@ def permute_rows(
 
     One entry of each column per matrix. ``rows`` is a multiple of ``2 * block``; sources and destinations do
     not overlap. ``interleave`` goes from [W, V] to blocks, otherwise back.
+    """
+
+def check_pickle(content: bytes | memoryview, archive: bool = False) -> int:
+    """Follow a pickle without making anything, to see that it may be given to an unpickler.
+
+    It may if all its arguments lie inside ``content``, its opcodes are those that plain data needs, the
+    unpickler's memo does not grow beyond the bytes there are, nothing is nested deeper than 256 or contains
+    itself, no call makes as many bytes or elements as a number says, and all of it, with what is shared
+    repeated, has at most 64 values for each byte (and 100 000). Time and memory of unpickling, hashing and
+    comparing then stay in proportion to its length.
+
+    Args:
+        content: begins with the pickle; what is behind its STOP is not looked at.
+        archive: also allow what the pickles in archives of ``torch.save`` need and ``.metadata`` does not.
+
+    Returns:
+        The position behind STOP.
+
+    Raises:
+        ValueError: "opcode 0x72 at 17: ...".
     """
 
 def cpu_features() -> list[str]:

@@ -21,10 +21,23 @@ from contextlib import suppress
 import numpy as np
 
 from ckpt_fast.native import fallback_checks as checks
+from ckpt_fast.native.fallback_pickle import check_pickle
+
+__all__ = [
+    "WriteProgress",
+    "check_pickle",
+    "copy_crc32",
+    "copy_runs",
+    "cpu_features",
+    "crc32",
+    "crc32_combine",
+    "permute_rows",
+    "read_extents",
+    "write_files",
+]
 
 _POLYNOMIAL = 0xEDB88320  # reflected: the coefficient of x^j is bit 31 - j
 _ONE = 0x80000000  # x^0
-_ANY_SIZE = (1 << 63) - 1
 _STEP = 1 << 20
 
 
@@ -165,6 +178,10 @@ def read_extents(
         ranges.setdefault(file, []).append((offset, nbytes, block, count))
         count += -(-nbytes // block)
     crcs = array("q", [-1]) * count
+    for file, rows in sorted(extents.items()):
+        with _named("open", paths[file]):
+            status = os.stat(paths[file])
+        _require_inside(status, paths[file], rows)
     with ThreadPoolExecutor(threads) as pool:
         reads = [
             pool.submit(_read_file, paths[file], rows, ranges.get(file, []), crcs)
@@ -327,13 +344,9 @@ def _read_file(
         ranges: (offset, nbytes, block, number of its first block in ``crcs``).
         crcs: gets the CRC-32 of each block touched.
     """
-    fd = _open(path, os.O_RDONLY)
+    fd = _open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
-        status = os.fstat(fd)
-        size = status.st_size if stat.S_ISREG(status.st_mode) else _ANY_SIZE
-        for offset, nbytes, _ in extents:
-            if offset + nbytes > size:
-                raise _file_ends(nbytes, offset, path, size)
+        _require_inside(os.fstat(fd), path, extents)
         blocks, unchecked = checks.divide(extents, ranges)
         for (begin, end, number), wanted in blocks.items():
             crcs[number] = _read_block(fd, begin, end, wanted, path)
@@ -365,6 +378,18 @@ def _read_fully(fd: int, view: memoryview, offset: int, path: str) -> None:
         if got == 0:
             raise _file_ends(nbytes, offset, path, offset + done)
         done += got
+
+
+def _require_inside(status: os.stat_result, path: str, extents: list[tuple[int, int, int]]) -> None:
+    """The file is a regular one that holds the extents."""
+    if stat.S_ISDIR(status.st_mode):
+        raise OSError(errno.EISDIR, f"open {path}: {os.strerror(errno.EISDIR)}", path)
+    if not stat.S_ISREG(status.st_mode):
+        kind = {stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket"}.get(stat.S_IFMT(status.st_mode), "device")
+        raise OSError(errno.EIO, f"open {path}: it is a {kind}, not a regular file", path)
+    for offset, nbytes, _ in extents:
+        if offset + nbytes > status.st_size:
+            raise _file_ends(nbytes, offset, path, status.st_size)
 
 
 def _open(path: str, flags: int) -> int:

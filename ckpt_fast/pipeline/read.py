@@ -155,7 +155,7 @@ def _is_cached(path: str, offset: int) -> bool:
     To the owner of the file, and to those who may write to it, the kernel tells; to others it says yes.
     Unlike a read that does not wait, the question brings no page in.
     """
-    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
         begin = offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
         with mmap.mmap(file, mmap.PAGESIZE, access=mmap.ACCESS_COPY, offset=begin) as page:

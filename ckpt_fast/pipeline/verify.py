@@ -14,6 +14,7 @@ from ckpt_fast.pipeline.commit import DATA_SUFFIX, METADATA_FILE, SIDECAR_FILE
 from ckpt_fast.pipeline.decode import has_own_mark, read_manifest, read_sidecar
 from ckpt_fast.pipeline.files import Directory, Files
 from ckpt_fast.pipeline.manifest import Manifest
+from ckpt_fast.pipeline.small_files import read_small_file
 from ckpt_fast.pipeline.types import FileRecord
 
 _WINDOW = 64 << 20
@@ -80,8 +81,7 @@ def _records(directory: str) -> tuple[Manifest | None, list[FileRecord] | None]:
         manifest = read_manifest(directory)
         if manifest is not None:
             return manifest, list(manifest.files.values())
-        with open(os.path.join(directory, METADATA_FILE), "rb") as file:
-            content = file.read()
+        content = read_small_file(os.path.join(directory, METADATA_FILE))
     except FileNotFoundError:
         return None, None
     return None, read_sidecar(directory) if has_own_mark(content) else None

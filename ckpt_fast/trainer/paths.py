@@ -6,13 +6,12 @@ from __future__ import annotations
 import contextlib
 import glob
 import os
-from typing import IO, Any
-
-import yaml
 
 from ckpt_fast.megatron import object_storage
 from ckpt_fast.pipeline.commit import fsync, fsync_directory, write_file_atomic
+from ckpt_fast.pipeline.documents import parse_yaml
 from ckpt_fast.pipeline.encode import file_record
+from ckpt_fast.pipeline.small_files import LARGEST_FILE, LARGEST_TEXT, read_small_file
 from ckpt_fast.pipeline.types import FileRecord
 
 TRAIN_STATE_FILE = "train_state.pt"
@@ -47,11 +46,18 @@ def is_file(path: str) -> bool:
     return bool(msc.os.path.isfile(path) if msc else os.path.isfile(path))
 
 
-def open_file(path: str, mode: str = "rb") -> IO[Any]:
-    """Open for reading, wherever the file is."""
+def read_file(path: str, limit: int = LARGEST_TEXT) -> bytes:
+    """The content of a small file, wherever it is.
+
+    Raises:
+        CheckpointCorruptError: it is no regular file, or longer than ``limit``.
+        OSError: it cannot be read.
+    """
     msc = object_storage(path)
-    stream: IO[Any] = msc.open(path, mode) if msc else open(path, mode)  # noqa: SIM115
-    return stream
+    if msc is None:
+        return read_small_file(path, limit)
+    with msc.open(path, "rb") as stream:
+        return bytes(stream.read())
 
 
 def write_file(path: str, data: bytes) -> None:
@@ -85,8 +91,7 @@ def records_below(directory: str, name: str) -> list[FileRecord]:
         paths = [os.path.join(parent, each) for parent, _, names in os.walk(below) for each in names]
     records = []
     for path in sorted(paths):
-        with open_file(path) as stream:
-            content = stream.read()
+        content = read_file(path, LARGEST_FILE)
         records.append(file_record(join_paths(name, path[len(below) :].lstrip("/")), content))
     return records
 
@@ -204,8 +209,7 @@ def get_hf_model_id_from_checkpoint(path: str) -> str | None:
         if not children:
             raise FileNotFoundError(f"{path} has neither {CONFIG_FILE} nor iter_* directories")
         config_file = get_checkpoint_run_config_filename(max(children, key=_iteration_of))
-    with open_file(config_file, "r") as stream:
-        model = (yaml.safe_load(stream) or {}).get("model") or {}
+    model = (parse_yaml(read_file(config_file)) or {}).get("model") or {}
     extra = model.get("extra_checkpoint_metadata") or {}
     model_id = extra.get("hf_model_id") or model.get("hf_model_id")
     return str(model_id) if model_id else None

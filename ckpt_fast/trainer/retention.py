@@ -16,10 +16,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from ckpt_fast.megatron import object_storage
 from ckpt_fast.pipeline.commit import DATA_SUFFIX, METADATA_FILE, SEAL_FILE, SIDECAR_FILE, fsync_directory
+from ckpt_fast.pipeline.decode import decode_object
 from ckpt_fast.trainer.paths import (
     TRACKER_PREFIX,
     file_exists,
@@ -27,7 +26,7 @@ from ckpt_fast.trainer.paths import (
     get_checkpoint_train_state_filename,
     join_paths,
     names_in,
-    open_file,
+    read_file,
 )
 from ckpt_fast.trainer.ranks import get_rank_safe, print_rank_0
 
@@ -154,12 +153,11 @@ def _tracked_iterations(save_dir: str) -> set[int]:
     tracked = set()
     train_state = get_checkpoint_train_state_filename(save_dir, prefix=TRACKER_PREFIX)
     if file_exists(train_state):
-        with open_file(train_state) as stream:
-            tracked.add(int(torch.load(stream, map_location="cpu", weights_only=True)["step"].item()))
+        content = decode_object(read_file(train_state), train_state, verify=True)
+        tracked.add(int(content["step"].item()))
     megatron_lm = get_checkpoint_tracker_filename(save_dir)
     if file_exists(megatron_lm):
-        with open_file(megatron_lm, "r") as stream:
-            text = stream.read().strip()
+        text = read_file(megatron_lm).decode().strip()
         if text != "release":
             tracked.add(int(text))
     return tracked

@@ -17,6 +17,7 @@ from ckpt_fast.megatron import SoloGroup, get_pg_collection, object_storage
 from ckpt_fast.pipeline.commit import fsync_directory
 from ckpt_fast.pipeline.encode import file_record
 from ckpt_fast.pipeline.group import ControlGroup
+from ckpt_fast.pipeline.small_files import LARGEST_FILE
 from ckpt_fast.pipeline.types import FileRecord
 from ckpt_fast.trainer.inert_load import inert_load
 from ckpt_fast.trainer.paths import (
@@ -24,7 +25,7 @@ from ckpt_fast.trainer.paths import (
     file_exists,
     get_checkpoint_name,
     join_paths,
-    open_file,
+    read_file,
     sync_files,
     write_file,
 )
@@ -163,8 +164,7 @@ def _restore_dataloader(train_iterator: Any, iteration: int, root: str, pg_colle
             f"{path} does not exist: the dataloader state was saved with a smaller data-parallel size. "
             "Resume with that size, or remove the directory to start the data from its beginning."
         )
-    with open_file(path) as stream:
-        loaded = inert_load(stream)
+    loaded = inert_load(io.BytesIO(read_file(path, LARGEST_FILE)))
     states = loaded.get(_STATES_OF_STAGES) or [loaded[_STATE]]
     if len(states) != len(iterables):
         # All stages read the same data, so any of the states will do.

@@ -18,16 +18,18 @@ from functools import lru_cache
 from typing import Any, Generic, TypeVar
 
 import torch
-import yaml
 
+from ckpt_fast.errors import CheckpointCorruptError
 from ckpt_fast.megatron import object_storage
+from ckpt_fast.pipeline.decode import decode_object
+from ckpt_fast.pipeline.documents import parse_yaml
 from ckpt_fast.state import TrainState
 from ckpt_fast.trainer.paths import (
     CONFIG_FILE,
     TRACKER_PREFIX,
     get_checkpoint_tracker_filename,
     get_checkpoint_train_state_filename,
-    open_file,
+    read_file,
     write_file,
 )
 from ckpt_fast.trainer.ranks import control_device, get_rank_safe, is_distributed, on_rank_0, print_rank_0
@@ -88,17 +90,14 @@ def _stamp(path: str) -> _Stamp:
 
 def _parse_train_state(path: str) -> TrainState:
     """The progress counters of a run, from ``train_state.pt`` or the tracker ``latest_train_state.pt``."""
-    with open_file(path) as stream:
-        state_dict = torch.load(stream, map_location="cpu", weights_only=True)
     train_state = TrainState()
-    train_state.load_state_dict(state_dict)
+    train_state.load_state_dict(decode_object(read_file(path), path, verify=True))
     return train_state
 
 
 def _parse_run_config(path: str) -> Any:
     """The configuration a checkpoint was saved with, as plain dicts and lists; None for an empty file."""
-    with open_file(path) as stream:
-        content = yaml.safe_load(stream)
+    content = parse_yaml(read_file(path))
     sections = [content.get(name) for name in ("model", "checkpoint")] if isinstance(content, dict) else []
     if content is not None and not (sections and all(isinstance(each, dict | None) for each in sections)):
         raise ValueError("it is no configuration of a run: that has sections, with a name for each setting")
@@ -124,7 +123,7 @@ def read_metadata(tracker_filename: str) -> tuple[int, bool]:
     Raises:
         SystemExit: no rank found an iteration or "release" in the file.
         AssertionError: the iteration is not positive.
-        OSError: no rank could read the file.
+        OSError, CheckpointCorruptError: no rank could read the file.
     """
     iteration, problem = _parse_tracker(tracker_filename)
     newest = _maximum(iteration)
@@ -149,14 +148,13 @@ def _parse_tracker(path: str) -> tuple[int, Exception | None]:
     Nothing is raised, since the file may look different on other ranks, which go on to a collective.
     """
     try:
-        with open_file(path) as stream:
-            text = stream.read().decode(errors="replace").strip()
+        text = read_file(path).decode(errors="replace").strip()
         if text == "release":
             return 0, None
         iteration = int(text)
     except ValueError:
         return -1, ValueError(f"the tracker {path} holds neither an iteration nor 'release': {text[:80]!r}")
-    except OSError as error:
+    except (OSError, CheckpointCorruptError) as error:
         return -1, error
     if iteration <= 0:
         return -1, AssertionError(f"the tracker {path} holds iteration {iteration}; it must be positive")

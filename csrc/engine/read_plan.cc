@@ -8,6 +8,7 @@
 #include <tuple>
 #include <utility>
 
+#include "error.h"
 #include "file.h"
 #include "write_plan.h"
 
@@ -111,8 +112,7 @@ std::vector<CheckedRange> checked_ranges(const ReadRequest& request, ReadPlan* p
 }
 
 /// Collects the blocks that extents touch. Extents and ranges are sorted by place, so one sweep finds them.
-void add_blocks(const ReadRequest& request, ReadPlan* plan) {
-  const std::vector<CheckedRange> ranges = checked_ranges(request, plan);
+void add_blocks(const std::vector<CheckedRange>& ranges, ReadPlan* plan) {
   size_t first = 0;  // the first range that an extent from here on may touch
   size_t range_of_next = 0;
   int64_t next = 0;  // blocks of that range before this one have been dealt with
@@ -176,7 +176,7 @@ class Cutter {
   /// Cuts [begin, end) of a file, behind all that was cut before; spans cover it but for small gaps.
   void cut(int64_t file, int64_t begin, int64_t end) {
     while (begin < end) {
-      const int64_t cut = std::min(end, (begin / step_ + 1) * step_);
+      const int64_t cut = begin + std::min(end - begin, step_ - begin % step_);
       const auto [first, last] = within(plan_->extents, &extent_, file, begin, cut);
       const auto [first_block, last_block] = within(plan_->blocks, &block_, file, begin, cut);
       if (first < last || first_block < last_block) {
@@ -233,6 +233,16 @@ class Run {
   int64_t unwanted_ = 0;  // but for free gaps
 };
 
+/// Looks at each file that bytes are wanted of.
+void check_sizes(const ReadRequest& request, const std::vector<Extent>& extents) {
+  size_t file = request.paths.size();
+  for (const Extent& extent : extents) {
+    if (extent.nbytes == 0 || static_cast<size_t>(extent.file) == file) continue;
+    file = static_cast<size_t>(extent.file);
+    require_inside(extents, file, request.paths[file], regular_file_size(request.paths[file]));
+  }
+}
+
 /// Extents and blocks by place.
 std::vector<Span> spans_of(const ReadPlan& plan) {
   std::vector<Span> spans;
@@ -269,9 +279,23 @@ ReadPlan make_read_plan(const ReadRequest& request) {
                 {request.range_file, request.range_offset, request.range_nbytes, request.range_block});
   ReadPlan plan;
   add_extents(request, &plan);
-  add_blocks(request, &plan);
+  const std::vector<CheckedRange> ranges = checked_ranges(request, &plan);
+  check_sizes(request, plan.extents);
+  add_blocks(ranges, &plan);
   cut_transfers(request, &plan);
   return plan;
+}
+
+void require_inside(const std::vector<Extent>& extents, size_t file, const std::string& path, int64_t size) {
+  const auto wanted = static_cast<int64_t>(file);
+  const auto before = [](const Extent& extent, int64_t value) { return extent.file < value; };
+  auto extent = std::lower_bound(extents.begin(), extents.end(), wanted, before);
+  const Extent* first = nullptr;
+  for (; extent != extents.end() && extent->file == wanted; ++extent) {
+    const bool missing = extent->nbytes > 0 && extent->end() > size;
+    if (missing && (first == nullptr || extent->row < first->row)) first = &*extent;
+  }
+  if (first != nullptr) throw_file_ends(first->nbytes, first->offset, path, size);
 }
 
 }  // namespace ckpt_fast

@@ -65,7 +65,12 @@ struct ReadPlan {
   bool direct = false;  // asked for, and worth it
 };
 
-/// Throws std::invalid_argument naming the first row that breaks the contract of read_extents.
+/// Throws std::invalid_argument naming the first row that breaks the contract of read_extents, and what
+/// require_inside throws: lengths that no file has are not cut into transfers.
 ReadPlan make_read_plan(const ReadRequest& request);
+
+/// Throws SystemError naming the first row, as given, that a file of this size does not hold: the caller
+/// knows rows, not transfers.
+void require_inside(const std::vector<Extent>& extents, size_t file, const std::string& path, int64_t size);
 
 }  // namespace ckpt_fast

@@ -45,7 +45,6 @@ class ReadJob {
 
  private:
   InputFile& input_of(size_t file);
-  void check_size(size_t file, const InputFile& input);
   void read_in_place(const Transfer& transfer, InputFile& input);
   void read_through_buffer(const Transfer& transfer, InputFile& input);
   template <typename Visit>
@@ -87,24 +86,10 @@ InputFile& ReadJob::input_of(size_t file) {
   const std::lock_guard<std::mutex> lock(state.opening);
   if (!state.input) {
     auto input = std::make_unique<InputFile>(request_.paths[file], plan_.direct);
-    check_size(file, *input);
+    require_inside(plan_.extents, file, input->path(), input->size());
     state.input = std::move(input);
   }
   return *state.input;
-}
-
-/// Reports the first row, as given, that a truncated file does not hold: the caller knows rows, not
-/// transfers.
-void ReadJob::check_size(size_t file, const InputFile& input) {
-  const auto wanted = static_cast<int64_t>(file);
-  const auto before = [](const Extent& extent, int64_t value) { return extent.file < value; };
-  auto extent = std::lower_bound(plan_.extents.begin(), plan_.extents.end(), wanted, before);
-  const Extent* first = nullptr;
-  for (; extent != plan_.extents.end() && extent->file == wanted; ++extent) {
-    const bool missing = extent->nbytes > 0 && extent->end() > input.size();
-    if (missing && (first == nullptr || extent->row < first->row)) first = &*extent;
-  }
-  if (first != nullptr) throw_file_ends(first->nbytes, first->offset, input.path(), input.size());
 }
 
 /// One scattering read puts every byte where it belongs, and what is between extents aside.

@@ -10,6 +10,7 @@
 #include "../engine/copier.h"
 #include "../engine/error.h"
 #include "../engine/permute.h"
+#include "../engine/pickle_check.h"
 #include "../engine/reader.h"
 #include "../engine/writer.h"
 
@@ -136,6 +137,16 @@ py::bytes read_extents_into(const py::sequence& paths, const py::buffer& extent_
   return as_bytes(crcs);
 }
 
+size_t check_pickle_in(const py::buffer& content, bool archive) {
+  const py::buffer_info info = content.request();
+  if (info.ndim != 1 || info.itemsize != 1 || (info.shape[0] > 1 && info.strides[0] != 1)) {
+    throw py::type_error("content is not a buffer of bytes");
+  }
+  const auto reader = archive ? PickleReader::kArchive : PickleReader::kMetadata;
+  const py::gil_scoped_release no_gil;
+  return check_pickle(static_cast<const uint8_t*>(info.ptr), static_cast<size_t>(info.shape[0]), reader);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_engine, m) {
@@ -171,5 +182,6 @@ PYBIND11_MODULE(_engine, m) {
         py::arg("direct"));
   m.def("permute_rows", permute_rows_at, py::arg("destination"), py::arg("source"), py::arg("rows"),
         py::arg("row_nbytes"), py::arg("block"), py::arg("interleave"), py::arg("threads"));
+  m.def("check_pickle", check_pickle_in, py::arg("content"), py::arg("archive") = false);
   m.def("cpu_features", cpu_features);
 }

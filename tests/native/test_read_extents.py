@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import tempfile
 import zlib
 from pathlib import Path
@@ -135,7 +136,45 @@ def test_missing_file(native_impl, tmp_path) -> None:
 def test_directory_instead_of_file(native_impl, tmp_path) -> None:
     with pytest.raises(IsADirectoryError) as caught:
         read([str(tmp_path)], [(0, 0, 1)])
-    assert caught.value.strerror == f"read 1 bytes at 0 from {tmp_path}: Is a directory"
+    assert caught.value.strerror == f"open {tmp_path}: Is a directory"
+
+
+@pytest.mark.parametrize("direct", [False, True])
+@pytest.mark.parametrize("kind", ["FIFO", "socket", "device", "link to a device"])
+def test_special_file_is_refused_at_once(native_impl, tmp_path, kind, direct) -> None:
+    path = tmp_path / "special"
+    if kind == "FIFO":
+        os.mkfifo(path)
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(str(path))
+    elif kind == "device":
+        path = Path("/dev/zero")
+    else:
+        path.symlink_to("/dev/zero")
+    with pytest.raises(OSError) as caught:
+        read([str(path)], [(0, 0, 1)], direct=direct)
+    expected = f"open {path}: it is a {kind.split()[-1]}, not a regular file"
+    assert (caught.value.errno, caught.value.strerror, caught.value.filename) == (5, expected, str(path))
+
+
+@pytest.mark.parametrize(
+    ("offset", "nbytes"), [((1 << 63) - 4098, 1), (0, 1 << 62), (4097, (1 << 63) - 8194)]
+)
+@pytest.mark.parametrize("direct", [False, True])
+def test_length_that_no_file_has_is_refused_at_once(native_impl, paths, offset, nbytes, direct) -> None:
+    """Looked up in the file before anything is planned for it."""
+    with pytest.raises(OSError, match=rf"read {nbytes} bytes at {offset} from .*: file ends at 4096"):
+        native.read_extents(
+            paths, column(1), column(offset), column(nbytes), column(8), *[column()] * 4, 1, 4096, direct
+        )
+
+
+@pytest.mark.parametrize("direct", [False, True])
+def test_link_to_a_file(native_impl, paths, tmp_path, direct) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(paths[1])
+    assert read([str(link)], [(0, 0, 4096)], direct=direct)[0] == [FILES[1]]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")

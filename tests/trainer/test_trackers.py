@@ -72,10 +72,8 @@ def test_readers_hand_out_objects_of_their_own(tmp_path: Path) -> None:
 
 def test_a_file_is_read_once_until_it_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[str] = []
-    real = trackers.open_file
-    monkeypatch.setattr(
-        trackers, "open_file", lambda path, mode="rb": (opened.append(path), real(path, mode))[1]
-    )
+    real = trackers.read_file
+    monkeypatch.setattr(trackers, "read_file", lambda path: (opened.append(path), real(path))[1])
     path = tmp_path / "latest_train_state.pt"
     save_state(path, 5)
     for _ in range(3):
