@@ -58,8 +58,8 @@ struct ReadPlan {
 /// require_inside throws: lengths that no file has are not cut into transfers.
 ReadPlan make_read_plan(const ReadRequest& request);
 
-/// Throws SystemError naming the first row, as given, that a file of this size does not hold: the caller knows
-/// rows, not transfers.
+/// Throws SystemError naming the first row, as given, that a file of this size does not hold: the caller
+/// knows rows, not transfers.
 void require_inside(const std::vector<Extent>& extents, size_t file, const std::string& path, int64_t size);
 
 }  // namespace ckpt_fast
