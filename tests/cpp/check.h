@@ -61,3 +61,4 @@ void test_writer();
 void test_reader();
 void test_copy_runs();
 void test_permute();
+void test_pickle_check();
