@@ -12,8 +12,9 @@ import os
 import pathlib
 import pickle
 import zipfile
+import zlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.distributed.checkpoint.metadata import Metadata
@@ -62,9 +63,21 @@ _REMEDY = (
 )
 
 
-@without_collections
+class Fingerprint(NamedTuple):
+    """What two equal files have in common: ranks compare theirs of ``.metadata``."""
+
+    nbytes: int
+    crc32: int
+
+
 def read_metadata(directory: str, prefix: str = "") -> Metadata:
-    """The parsed ``.metadata`` of a checkpoint.
+    """``read_metadata_and_fingerprint`` for those who do not compare."""
+    return read_metadata_and_fingerprint(directory, prefix)[0]
+
+
+@without_collections
+def read_metadata_and_fingerprint(directory: str, prefix: str = "") -> tuple[Metadata, Fingerprint]:
+    """The parsed ``.metadata`` of a checkpoint, and the fingerprint of what was parsed.
 
     Args:
         directory: the checkpoint.
@@ -105,7 +118,7 @@ def read_metadata(directory: str, prefix: str = "") -> Metadata:
         ) from error
     if not isinstance(metadata, Metadata):
         raise CheckpointCorruptError(f"{path} holds a {type(metadata).__name__}, not checkpoint metadata")
-    return metadata
+    return metadata, Fingerprint(len(content), zlib.crc32(content))
 
 
 def has_own_mark(content: bytes) -> bool:
