@@ -73,6 +73,8 @@ def require_apart(shape: Sequence[int], regions: Sequence[Region]) -> bool:
     Raises:
         ValueError: naming the region that is outside, or two that overlap.
     """
+    if _divided_once(shape, regions):
+        return True
     for region in regions:
         if any(begin + size > limit for begin, size, limit in zip(*region, shape, strict=True)):
             raise ValueError(f"a piece of shape {region} is not inside {tuple(shape)}")
@@ -84,6 +86,23 @@ def require_apart(shape: Sequence[int], regions: Sequence[Region]) -> bool:
     for one, other in _overlapping(filled):
         raise ValueError(f"the pieces of shape {one} and {other} overlap")
     return False
+
+
+def _divided_once(shape: Sequence[int], regions: Sequence[Region]) -> bool:
+    """Whether the regions are the whole tensor, or its parts along one dimension: nearly all are."""
+    if not regions:
+        return False
+    first, end = min(regions), 0
+    divided = next((d for d, size in enumerate(shape) if first.sizes[d] != size), 0)
+    before, after = tuple(shape[:divided]), tuple(shape[divided + 1 :])
+    for offsets, sizes in sorted(regions):
+        if sum(offsets) != end or sizes[:divided] != before or sizes[divided + 1 :] != after:
+            return False
+        if shape:
+            if offsets[divided] != end:
+                return False
+            end += sizes[divided]
+    return end == shape[divided] if shape else len(regions) == 1
 
 
 def _overlapping(regions: list[Region]) -> Iterable[tuple[Region, Region]]:

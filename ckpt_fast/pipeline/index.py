@@ -220,7 +220,9 @@ class CheckpointIndex:
         regions = [
             Region(_whole_numbers(chunk.offsets), _whole_numbers(chunk.sizes)) for chunk in entry.chunks
         ]
-        for region in dict.fromkeys(regions):  # a replicated piece may be there more than once
+        if len(regions) > 1:
+            regions = list(dict.fromkeys(regions))  # a replicated piece may be there more than once
+        for region in regions:
             if not len(region.offsets) == len(region.sizes) == len(shape):
                 raise ValueError(f"a piece of {fqn} has another number of dimensions")
             # A whole tensor may be stored without an offset.
@@ -229,7 +231,7 @@ class CheckpointIndex:
                 raise ValueError(f"{fqn} has no item for its piece {region}")
             pieces.append(Piece(*region, item.extent, item.transforms))
         try:
-            require_apart(shape, [Region(piece.offsets, piece.sizes) for piece in pieces])
+            require_apart(shape, regions)
         except ValueError as error:
             raise ValueError(f"{fqn}: {error}") from None
         return SavedTensor(fqn, dtype, shape, pieces)
