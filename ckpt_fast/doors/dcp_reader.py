@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import logging
 import os
 from typing import Any
 
@@ -22,6 +23,9 @@ from ckpt_fast.pipeline.garbage import without_collections
 from ckpt_fast.pipeline.index import CheckpointIndex
 from ckpt_fast.pipeline.load import Part, load_parts, load_payloads
 from ckpt_fast.pipeline.place import Box
+from ckpt_fast.pipeline.unasked import Unasked, find_unasked, warning_text
+
+logger = logging.getLogger(__name__)
 
 StrPath = str | os.PathLike[str]
 # Takes the place of the fingerprint where every rank has a ``.metadata`` of its own.
@@ -33,6 +37,13 @@ class FastStorageReader(StorageReader):
 
     A load is of one save: ranks that see another ``.metadata`` than rank 0, and a ``.metadata`` that is
     replaced while its data is read, are errors. Of a tensor that is loaded no element is left as it was.
+    Whole sections of the checkpoint that no rank asks for (a top-level key, an optimizer's moments) are one
+    line of warning, unless the load is partial on purpose.
+
+    Attributes:
+        partial: the load leaves out parts of the checkpoint on purpose; as with a planner that has
+            ``allow_partial_load`` or loads certain keys.
+        unasked: what no rank asked for, after a load, on the rank that coordinates it.
 
     Args:
         path: checkpoint directory, written by FastStorageWriter or by torch's own writer.
@@ -48,12 +59,15 @@ class FastStorageReader(StorageReader):
         self._metadata_name = METADATA_FILE
         self._fingerprint: Fingerprint | None = None
         self._version: tuple[int, ...] | None = None
+        self._asked: set[str] | None = None
+        self.partial = False
+        self.unasked: Unasked | None = None
 
     def reset(self, checkpoint_id: StrPath | None = None) -> None:
         """Begin a new load, from ``checkpoint_id`` if one is given."""
         if checkpoint_id:
             self._path = os.fspath(checkpoint_id)
-        self._index = self._fingerprint = self._version = None
+        self._index = self._fingerprint = self._version = self._asked = self.unasked = None
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """The checkpoint's metadata; with ``rank`` that of one rank, saved without collectives.
@@ -98,6 +112,7 @@ class FastStorageReader(StorageReader):
                 "coordinates the load. All ranks must see the same files: the path must be on a file system "
                 "that they share, and no save may be running into it. Load again."
             )
+        self._asked = {item.storage_index.fqn for plan in plans for item in plan.items}
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
@@ -120,9 +135,25 @@ class FastStorageReader(StorageReader):
             planner.load_bytes(item, io.BytesIO(payload))
         self._read_tensors([item for item in plan.items if item.type != LoadItemType.BYTE_IO], planner)
         self._require_same_version()
+        self._report_unasked(planner)
         future: Future[None] = Future()
         future.set_result(None)
         return future
+
+    def _report_unasked(self, planner: LoadPlanner) -> None:
+        """On the coordinator: say what nobody wants."""
+        if self._asked is None or self._index is None:
+            return
+        self.unasked, self._asked = find_unasked(self._index.metadata, self._asked), None
+        logger.info("%d of %d bytes in %s were not asked for", *self.unasked[:2], self._path)
+        partial = self.partial or getattr(planner, "allow_partial_load", False)
+        if self.unasked.sections and not partial and getattr(planner, "keys", None) is None:
+            remedy = (
+                "Put them into the state dict (an optimizer has no moments before its first step; "
+                "get_state_dict of torch makes them). If they are left out on purpose, load with "
+                "DefaultLoadPlanner(allow_partial_load=True)."
+            )
+            logger.warning("%s", warning_text(self._path, self.unasked.sections, remedy))
 
     def _version_now(self) -> tuple[int, ...] | None:
         """What changes when another save puts its ``.metadata`` there; None if there is none."""
