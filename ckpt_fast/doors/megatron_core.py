@@ -26,6 +26,7 @@ from ckpt_fast.doors.common_state import (
     saved_metadata,
 )
 from ckpt_fast.doors.glu_factory import in_place
+from ckpt_fast.doors.load_wanted import load_wanted
 from ckpt_fast.doors.sharded_state import load_sharded, merge_in_place, shards_of, torch_bytes
 from ckpt_fast.doors.stock_queue import Flag, as_request
 from ckpt_fast.errors import CheckpointMismatchError
@@ -293,6 +294,8 @@ def load(
 ) -> Any:
     """Collective. Load what the sharded state dict asks for.
 
+    Sections of the checkpoint that no rank asks for are one line of warning, if an optimizer is loaded.
+
     Args:
         sharded_state_dict: what to load; tensors with data are filled in place.
         checkpoint_dir: directory of a torch_dist checkpoint, of ours or of stock Megatron-Core.
@@ -322,8 +325,7 @@ def load(
     wanted, missing, unexpected = _check_keys(
         wanted, checkpoint_dir, strategy, strict, validate_access_integrity
     )
-    loaded = group.agree(lambda: strategy.load(wanted, checkpoint_dir))
-    megatron.merge(state_dict, loaded)
+    megatron.merge(state_dict, load_wanted(wanted, checkpoint_dir, strategy))
     state_dict = megatron.apply_factory_merges(state_dict, factories)
     if megatron.StrictHandling.requires_returning_mismatch_keys(strict):
         return state_dict, missing, unexpected

@@ -71,6 +71,7 @@ from megatron.core.transformer import MegatronModule
 from megatron.core.utils import StragglerDetector, get_model_config, get_pg_rank, get_pg_size, unwrap_model
 
 from ckpt_fast.megatron.bridge import import_auto_bridge
+from ckpt_fast.megatron.factories import only_joins
 from ckpt_fast.megatron.fsdp import (
     HAVE_MEGATRON_FSDP,
     MegatronFSDP,
@@ -183,6 +184,7 @@ __all__ = [
     "merge",
     "nested_values",
     "object_storage",
+    "only_joins",
     "parallel_state",
     "parse_strict_flag",
     "preprocess_state_dict_for_uneven_dtensor",

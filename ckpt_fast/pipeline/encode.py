@@ -11,7 +11,6 @@ import math
 import pickle
 import zlib
 from array import array
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -28,6 +27,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from ckpt_fast.errors import CheckpointMismatchError
+from ckpt_fast.pipeline.consistency import tile
 from ckpt_fast.pipeline.garbage import without_collections
 from ckpt_fast.pipeline.plan import FilePlan
 from ckpt_fast.pipeline.stage import Staged
@@ -260,33 +260,13 @@ def _require_complete(tensors: Mapping[str, Any]) -> None:
         wanted, written = math.prod(shape), sum(chunk.sizes.numel() for chunk in entry.chunks)
         if written != wanted:
             problem = f"the ranks wrote {written} of the {wanted} elements of {fqn} {shape}"
-        elif not _tile(shape, entry.chunks):
+        elif not tile(shape, entry.chunks):
             problem = f"the pieces that the ranks wrote do not cover {fqn} {shape}: some overlap"
         else:
             continue
         raise CheckpointMismatchError(
             f"{problem}. Nothing was published; check the sharding that model and optimizer declare for it."
         )
-
-
-def _tile(shape: tuple[int, ...], chunks: Sequence[ChunkStorageMetadata]) -> bool:
-    """Whether the chunks cover every element exactly once.
-
-    Boxes add up to one box everywhere if and only if their corners do, counted with alternating signs.
-    """
-    divided = [
-        dimension
-        for dimension, size in enumerate(shape)
-        if any(chunk.sizes[dimension] != size or chunk.offsets[dimension] for chunk in chunks)
-    ]
-    corners: dict[tuple[int, ...], int] = defaultdict(int)
-    signed_ends = [(ends, (-1) ** sum(ends)) for ends in itertools.product((0, 1), repeat=len(divided))]
-    for ends, sign in signed_ends:
-        corners[tuple(end * shape[d] for d, end in zip(divided, ends, strict=True))] -= sign
-        for chunk in chunks:
-            offsets, sizes = chunk.offsets, chunk.sizes
-            corners[tuple([offsets[d] + e * sizes[d] for d, e in zip(divided, ends, strict=True)])] += sign
-    return not any(corners.values())
 
 
 def _reduce_properties(properties: TensorProperties) -> tuple[Any, ...]:

@@ -24,6 +24,7 @@ from ckpt_fast.pipeline.archive import (
     tensor_archive,
 )
 from ckpt_fast.pipeline.commit import METADATA_FILE, SIDECAR_FILE
+from ckpt_fast.pipeline.consistency import Region, UsedBytes, require_apart
 from ckpt_fast.pipeline.decode import Contents, read_contents
 from ckpt_fast.pipeline.encode import LAYOUT, LAYOUT_ATTRIBUTE
 from ckpt_fast.pipeline.files import Directory, Files
@@ -53,7 +54,11 @@ class _Item(NamedTuple):
 
 
 class SavedTensor(NamedTuple):
-    """A whole tensor as the checkpoint has it."""
+    """A whole tensor as the checkpoint has it.
+
+    The pieces lie inside it and have no element in common. They may leave some out: of a tensor that ranks
+    saved without each other, each knows its own pieces.
+    """
 
     fqn: str
     dtype: torch.dtype
@@ -88,6 +93,8 @@ class CheckpointIndex:
 
     Raises:
         CheckpointNotFoundError, CheckpointCorruptError, UnsafeCheckpointError: see ``read_metadata``.
+        CheckpointCorruptError: what the metadata says of items contradicts what it says of tensors, or items
+            share bytes of a file.
         CheckpointMismatchError: the directory is a URL.
     """
 
@@ -121,13 +128,38 @@ class CheckpointIndex:
         self._tensors: dict[str, SavedTensor] = {}
         self._pieces_at: dict[str, dict[tuple[int, ...], Piece]] = {}
         with self._contradictions_are_damage():
-            for index, info in (self.metadata.storage_data or {}).items():
-                item = _Item(_extent(info), tuple(getattr(info, "transform_descriptors", None) or ()))
-                self.nbytes += item.extent.nbytes
-                if isinstance(self.metadata.state_dict_metadata.get(index.fqn), TensorStorageMetadata):
-                    self._pieces[index.fqn][tuple(index.offset or ())] = item
-                else:
-                    self._objects[index.fqn] = item
+            self._take_items()
+            self._require_an_item_for_each_piece()
+
+    def _take_items(self) -> None:
+        used = UsedBytes()
+        for index, info in (self.metadata.storage_data or {}).items():
+            item = _Item(_extent(info), tuple(getattr(info, "transform_descriptors", None) or ()))
+            self.nbytes += item.extent.nbytes
+            used.add(*item.extent)
+            if isinstance(self.metadata.state_dict_metadata[index.fqn], TensorStorageMetadata):
+                self._pieces[index.fqn][tuple(index.offset or ())] = item
+            else:
+                self._objects[index.fqn] = item
+        shared = used.shared()
+        if shared is not None:
+            names = sorted(
+                index.fqn
+                for index, info in self.metadata.storage_data.items()
+                if info.relative_path == shared[0] and info.offset <= shared[1] < info.offset + info.length
+            )
+            raise ValueError(f"{' and '.join(names[:2])} share bytes of {shared[0]} at {shared[1]}")
+
+    def _require_an_item_for_each_piece(self) -> None:
+        """Of tensors that nobody loads too: a name or a place that is damaged takes the bytes of another."""
+        for fqn, entry in self.metadata.state_dict_metadata.items():
+            if not isinstance(entry, TensorStorageMetadata):
+                if fqn not in self._objects:
+                    raise ValueError(f"{fqn} has no item")
+            elif len(self._pieces[fqn]) != len(entry.chunks):
+                places = {tuple(chunk.offsets) for chunk in entry.chunks}
+                if len(self._pieces[fqn]) != len(places):
+                    raise ValueError(f"{fqn} has {len(self._pieces[fqn])} items for {len(places)} pieces")
 
     def tensor(self, fqn: str) -> SavedTensor:
         """The saved tensor of this name.
@@ -192,23 +224,33 @@ class CheckpointIndex:
         if not isinstance(dtype, torch.dtype):
             raise ValueError(f"{fqn} has no dtype")
         items, pieces = self._pieces[fqn], []
-        for chunk in entry.chunks:
-            offsets, sizes = _whole_numbers(chunk.offsets), _whole_numbers(chunk.sizes)
-            if not len(offsets) == len(sizes) == len(shape):
+        regions = [
+            Region(_whole_numbers(chunk.offsets), _whole_numbers(chunk.sizes)) for chunk in entry.chunks
+        ]
+        if len(regions) > 1:
+            regions = list(dict.fromkeys(regions))  # a replicated piece may be there more than once
+        for region in regions:
+            if not len(region.offsets) == len(region.sizes) == len(shape):
                 raise ValueError(f"a piece of {fqn} has another number of dimensions")
             # A whole tensor may be stored without an offset.
-            item = items.get(offsets) or (items.get(()) if not any(offsets) else None)
-            if item is not None:
-                pieces.append(Piece(offsets, sizes, item.extent, item.transforms))
+            item = items.get(region.offsets) or (items.get(()) if not any(region.offsets) else None)
+            if item is None:
+                raise ValueError(f"{fqn} has no item for its piece {region}")
+            pieces.append(Piece(*region, item.extent, item.transforms))
+        try:
+            require_apart(shape, regions)
+        except ValueError as error:
+            raise ValueError(f"{fqn}: {error}") from None
         return SavedTensor(fqn, dtype, shape, pieces)
 
     @contextmanager
     def _contradictions_are_damage(self) -> Iterator[None]:
         try:
             yield
-        except (AttributeError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            what = f"nothing is known of {error}" if isinstance(error, KeyError) else error
             raise CheckpointCorruptError(
-                f"{self.directory}/.metadata makes no sense ({error}); load an earlier iteration"
+                f"{self.directory}/.metadata makes no sense ({what}); load an earlier iteration"
             ) from error
 
     def locate(self, wanted: Iterable[tuple[torch.dtype, Piece]]) -> dict[Extent, RawData | None]:

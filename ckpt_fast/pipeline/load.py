@@ -15,6 +15,7 @@ import torch
 from ckpt_fast import settings
 from ckpt_fast.errors import CheckpointCorruptError, CheckpointMismatchError
 from ckpt_fast.pipeline.archive import ALIGNMENT
+from ckpt_fast.pipeline.consistency import Region, missing_message
 from ckpt_fast.pipeline.decode import decode_object, undo_transforms
 from ckpt_fast.pipeline.garbage import without_collections
 from ckpt_fast.pipeline.group import ranks_on_this_node
@@ -216,7 +217,7 @@ def _overlaps(tensor: SavedTensor, wanted: tuple[int, ...], request: TensorReque
             f"{tensor.fqn} is saved with shape {tensor.shape}; a region of shape {wanted} at "
             f"{request.offsets} does not fit. The model differs from the one that was saved."
         )
-    parts, covered = [], 0
+    parts, found = [], []
     for piece in tensor.pieces:
         low = [max(a, b) for a, b in zip(request.offsets, piece.offsets, strict=True)]
         high = [
@@ -233,12 +234,10 @@ def _overlaps(tensor: SavedTensor, wanted: tuple[int, ...], request: TensorReque
         start = [a - b for a, b in zip(low, piece.offsets, strict=True)]
         box = Box(piece.sizes, start, shape, tensor.dtype.itemsize)
         parts.append(Part(tensor, piece, box, destination))
-        covered += math.prod(shape)
-    if covered != math.prod(wanted):
-        raise CheckpointCorruptError(
-            f"the checkpoint has only {covered} of the {math.prod(wanted)} elements of {tensor.fqn} at "
-            f"{request.offsets}: a piece is missing from .metadata. Load an earlier iteration."
-        )
+        found.append(Region(tuple(a - b for a, b in zip(low, request.offsets, strict=True)), shape))
+    # Pieces have no element in common.
+    if sum(region.numel for region in found) != math.prod(wanted):
+        raise CheckpointCorruptError(missing_message(tensor.fqn, request.offsets, wanted, found))
     return parts
 
 
@@ -333,10 +332,14 @@ class _Reader:
         where = f"{part.tensor.fqn} in {self._index.directory}/{part.piece.item.path}"
         payload = undo_transforms(arena.content(handle), part.piece.transforms, self._index.extensions)
         tensor = decode_object(payload, where, self._verify)
-        if not isinstance(tensor, torch.Tensor) or tuple(tensor.shape) != part.piece.sizes:
+        if (
+            not isinstance(tensor, torch.Tensor)
+            or tuple(tensor.shape) != part.piece.sizes
+            or tensor.dtype != part.tensor.dtype
+        ):
             raise CheckpointCorruptError(
-                f"{where} is not the tensor of shape {part.piece.sizes} that .metadata says; load an earlier "
-                "iteration"
+                f"{where} is not the {part.tensor.dtype} tensor of shape {part.piece.sizes} that .metadata "
+                "says; load an earlier iteration"
             )
         for dimension, (start, size) in enumerate(zip(part.box.start, part.box.shape, strict=True)):
             tensor = tensor.narrow(dimension, start, size)

@@ -221,6 +221,8 @@ def load_fsdp_dtensor_checkpoint(
     allow_partial = not getattr(ckpt_cfg, "strict_fsdp_dtensor_load", False)
     if allow_partial:
         _report_differences(reader, state_dict, name, ckpt_cfg)
+    if isinstance(reader, FastStorageReader):
+        reader.partial = "optimizer" not in state_dict
     planner = DefaultLoadPlanner(allow_partial_load=allow_partial)
     load_state_dict(state_dict=state_dict, storage_reader=reader, planner=planner)
     # The tensors were filled in place; callers know them by their names in the model.

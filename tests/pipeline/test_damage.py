@@ -231,12 +231,22 @@ def test_data_file_with_other_content(checkpoint: Path) -> None:
         load_is_right(str(checkpoint))
 
 
+def test_an_item_is_missing(ours: Path) -> None:
+    metadata = dcp.FileSystemReader(ours).read_metadata()
+    lost = next(index for index in metadata.storage_data if index.fqn == "flat" and index.offset == (20,))
+    del metadata.storage_data[lost]
+    with pytest.raises(CheckpointCorruptError, match=r"makes no sense \(flat has 1 items for 2 pieces\)"):
+        CheckpointIndex(str(ours), metadata)
+
+
 def test_a_shard_is_missing(ours: Path) -> None:
     metadata = dcp.FileSystemReader(ours).read_metadata()
     lost = next(index for index in metadata.storage_data if index.fqn == "flat" and index.offset == (20,))
     del metadata.storage_data[lost]
+    del metadata.state_dict_metadata["flat"].chunks[lost.index]
     index = CheckpointIndex(str(ours), Contents(metadata, None, ""))
-    with pytest.raises(CheckpointCorruptError, match=r"has only 20 of the 40 elements of flat"):
+    message = r"has only 20 of the 40 elements of flat at \(0,\), and none of \(20,\) at \(20,\)"
+    with pytest.raises(CheckpointCorruptError, match=message):
         load_tensors(index, [TensorRequest("flat", torch.zeros_like(FLAT), (0,))])
 
 
