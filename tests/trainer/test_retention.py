@@ -19,6 +19,8 @@ from ckpt_fast.trainer.retention import cleanup_old_non_persistent_checkpoint as
 from tests.helpers import run_ranks
 from tests.models import Run, Setup
 
+SEAL = '{"sharded_backend": "torch_dist", "sharded_backend_version": 1}'
+
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch):
@@ -32,7 +34,7 @@ def checkpoint(root: Path, iteration: int, finished: bool = True) -> Path:
     (path / "__0_0.distcp").write_bytes(b"data")
     if finished:
         (path / ".metadata").write_bytes(b"m")
-        (path / "metadata.json").write_text("{}")
+        (path / "metadata.json").write_text(SEAL)
     return path
 
 
