@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from ckpt_fast import megatron
 from ckpt_fast.errors import CheckpointCorruptError, CheckpointMismatchError, CheckpointNotFoundError
 from ckpt_fast.pipeline import commit
-from ckpt_fast.pipeline.decode import decode_object
+from ckpt_fast.pipeline.decode import decode_object, has_own_mark
 from ckpt_fast.pipeline.files import Files
 from ckpt_fast.pipeline.index import CheckpointIndex
 from ckpt_fast.pipeline.load import load_objects
@@ -44,6 +44,7 @@ def require_torch_dist(files: Files) -> None:
 
     Raises:
         CheckpointMismatchError: another backend wrote the checkpoint.
+        CheckpointCorruptError: it names another one, but ckpt_fast wrote the checkpoint.
     """
     files.fetch([commit.SEAL_FILE])
     try:
@@ -53,10 +54,24 @@ def require_torch_dist(files: Files) -> None:
         return
     backend = seal.get("sharded_backend", "torch_dist")
     if backend != "torch_dist":
+        if _is_own(files):
+            raise CheckpointCorruptError(
+                f"{files.name}/{commit.SEAL_FILE} is damaged: it names the backend {backend!r}, but the "
+                "files are those of 'torch_dist'. Load an earlier iteration, or restore the file."
+            )
         raise CheckpointMismatchError(
             f"{files.name} was written with the backend {backend!r}; only 'torch_dist' can be read. "
             "Load it with the Megatron-Core that wrote it, and save it with ckpt_format='torch_dist'."
         )
+
+
+def _is_own(files: Files) -> bool:
+    files.fetch([commit.METADATA_FILE])
+    try:
+        with open(os.path.join(files.directory, commit.METADATA_FILE), "rb") as file:
+            return has_own_mark(file.read())
+    except OSError:
+        return False
 
 
 def load_common_state_dict(checkpoint_dir: str) -> dict[str, Any]:

@@ -223,8 +223,7 @@ def _load_checkpoint_from_path(
 
     The other arguments, the result and the errors are those of ``load_checkpoint``.
     """
-    cfg = state.cfg
-    ckpt_cfg = cfg.checkpoint
+    cfg, ckpt_cfg = state.cfg, state.cfg.checkpoint
     model = megatron.unwrap_model(model)
     pg_collection = pg_collection or megatron.get_pg_collection(model)
     if is_hf_source(load_dir, ckpt_cfg):
@@ -246,7 +245,6 @@ def _load_checkpoint_from_path(
     )
     common, checkpoint_name, release, ckpt_type = load_base(ckpt_cfg, rank0=True)
     run_config = find_run_config(common, checkpoint_name, ckpt_type, cfg)
-    # Before anything is changed: what is damaged in here is a reason to take another checkpoint.
     progress = None if ckpt_cfg.finetune else read_progress(common, checkpoint_name, ckpt_type)
     plan = make_plan(common, run_config, release, ckpt_type, cfg, model, optimizer)
     plan.metadata["dp_cp_group"] = pg_collection.dp_cp
@@ -285,12 +283,15 @@ def _load_checkpoint_from_path(
 
     on_all_ranks(restore)
     announce_loaded(state, load_dir, checkpoint_name, ckpt_type, pg_collection)
-    skipped = {
-        part for part, goal in (("optimizer", optimizer), ("scheduler", opt_param_scheduler)) if goal is None
-    }
-    skipped |= {"weights", "optimizer"} if skip_load_to_model_and_opt else set()
+    skipped = _skipped(optimizer, opt_param_scheduler, skip_load_to_model_and_opt)
     announce_restored(plan, chosen, ckpt_cfg, skipped, find_data_position(chosen, load_dir, ckpt_cfg))
     return state.train_state.step, state.train_state.floating_point_operations_so_far
+
+
+def _skipped(optimizer: Any | None, scheduler: Any | None, skip_model_and_optimizer: bool) -> set[str]:
+    """Parts of a checkpoint that the caller does not want, or has nothing to restore into."""
+    absent = {part for part, goal in (("optimizer", optimizer), ("scheduler", scheduler)) if goal is None}
+    return absent | {"weights", "optimizer"} if skip_model_and_optimizer else absent
 
 
 def _note_version(state_dict: dict[str, Any]) -> None:
