@@ -148,6 +148,8 @@ def damage_of(path: str) -> str | None:
         return f"{path} does not exist"
     if seal_of(path) is None:
         return f"{path} has no seal ({METADATA_FILE}, and metadata.json if it is a torch_dist checkpoint)"
+    if not file_exists(join_paths(path, METADATA_FILE)):
+        return f"{path} has no {METADATA_FILE}"
     if object_storage(path):
         return None
     try:

@@ -19,7 +19,14 @@ from typing import Any
 import torch
 
 from ckpt_fast.megatron import object_storage
-from ckpt_fast.pipeline.commit import METADATA_FILE, SEAL_FILE, SIDECAR_FILE, fsync_directory, is_payload
+from ckpt_fast.pipeline.commit import (
+    DATA_SUFFIX,
+    METADATA_FILE,
+    SEAL_FILE,
+    SIDECAR_FILE,
+    fsync_directory,
+    is_payload,
+)
 from ckpt_fast.trainer.catalog import damage_of, iterations_in
 from ckpt_fast.trainer.paths import (
     CONFIG_FILE,
@@ -139,6 +146,9 @@ def _counts(path: str) -> bool:
     if damage_of(path) is None:
         return True
     names = names_in(path, "*")
+    if SEAL_FILE in names and not names_in(path, f"*{DATA_SUFFIX}"):
+        # Of a backend of Megatron-Core that keeps a directory for each tensor.
+        return not file_exists(join_paths(path, METADATA_FILE))
     return bool(names) and not any(is_payload(name) or name in _OWN_NAMES for name in names)
 
 

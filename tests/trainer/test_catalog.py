@@ -23,6 +23,7 @@ def checkpoint(root: Path, step: int, sealed: bool = True) -> Path:
     (directory / "__0_0.distcp").write_bytes(b"data")
     (directory / "train_state.pt").write_bytes(b"state")
     if sealed:
+        (directory / ".metadata").touch()
         (directory / "metadata.json").write_text(SEAL)
     return directory
 
@@ -88,10 +89,12 @@ def test_damage(tmp_path: Path) -> None:
     assert damage_of(str(tmp_path / "absent")) == f"{tmp_path}/absent does not exist"
     directory = checkpoint(tmp_path, 1)
     assert damage_of(str(directory)) is None
+    (directory / ".metadata").unlink()
+    assert damage_of(str(directory)) == f"{directory} has no .metadata"
+    (directory / ".metadata").touch()
     (directory / "metadata.json").write_text("not JSON")
     assert "no seal" in str(damage_of(str(directory)))
     (directory / "metadata.json").unlink()
-    (directory / ".metadata").touch()
     assert damage_of(str(directory)) is None
     assert catalog.seal_of(str(directory)) == "fsdp_dtensor"
     (directory / "common.pt").touch()
@@ -166,7 +169,6 @@ def test_an_older_publication_is_swept_and_one_in_progress_is_not(tmp_path: Path
     os.utime(dead, ns=(1, 1))
     os.utime(other, ns=(1, 1))
     metadata = checkpoint(tmp_path, 1) / ".metadata"
-    metadata.touch()
     os.utime(metadata, ns=(10**9, 10**9))
     publish(tmp_path, 1)
     assert (dead.exists(), alive.exists(), other.exists()) == (False, True, True)
