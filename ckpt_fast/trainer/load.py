@@ -28,10 +28,10 @@ from ckpt_fast.trainer.glu import _get_model_glu_interleave_sizes
 from ckpt_fast.trainer.glu_layout import contiguous_chunks, reorder_late, sizes_to_undo
 from ckpt_fast.trainer.hugging_face import is_hf_source, load_hf_pretrained
 from ckpt_fast.trainer.load_base import (
-    _load_base_checkpoint,
+    choose_or_say,
     find_data_position,
+    load_chosen,
     load_strategy,
-    say_nothing_found,
 )
 from ckpt_fast.trainer.load_plan import (
     build_scaffold,
@@ -43,7 +43,6 @@ from ckpt_fast.trainer.load_plan import (
 )
 from ckpt_fast.trainer.locate import (
     _has_global_non_persistent_checkpoint,
-    choose_checkpoint,
     has_local_checkpoint,
     holds_checkpoint,
     older_checkpoints,
@@ -126,41 +125,26 @@ def load_checkpoint(
         load_dir = pretrained
         ckpt_cfg.finetune = True
 
-    def load_from(path: str | None, chosen: Found | None) -> tuple[int, int]:
-        return _load_checkpoint_from_path(
-            path,
-            state,
-            model,
-            optimizer,
-            opt_param_scheduler,
-            strict,
-            checkpointing_context,
-            skip_load_to_model_and_opt=skip_load_to_model_and_opt,
-            pg_collection=pg_collection,
-            module_name=module_name,
-            chosen=chosen,
-        )
-
+    training = (state, model, optimizer, opt_param_scheduler, strict, checkpointing_context)
+    options: dict[str, Any] = {
+        "skip_load_to_model_and_opt": skip_load_to_model_and_opt,
+        "pg_collection": pg_collection,
+        "module_name": module_name,
+    }
     if is_hf_source(load_dir, ckpt_cfg):
-        return load_from(load_dir, None)
-    chosen = _choose(load_dir, ckpt_cfg, ckpt_cfg.ckpt_step, checkpointing_context)
+        return _load_checkpoint_from_path(load_dir, *training, **options)
+    chosen = choose_or_say(load_dir, ckpt_cfg, ckpt_cfg.ckpt_step, checkpointing_context)
     if chosen is None:
         return 0, 0
+
+    def load_from(path: str | None, checkpoint: Found) -> tuple[int, int]:
+        return _load_chosen_checkpoint(checkpoint, path, ckpt_cfg, *training, **options)
+
     try:
         return load_from(load_dir, chosen)
     except (CheckpointCorruptError, CheckpointNotFoundError) as error:
         older = functools.partial(older_checkpoints, load_dir, ckpt_cfg, chosen, checkpointing_context)
         return _load_older(load_from, older, ckpt_cfg, error)
-
-
-def _choose(
-    load_dir: str | None, ckpt_cfg: Any, step: int | None, context: dict[str, Any] | None
-) -> Found | None:
-    """The checkpoint to load; that there is none is said. Collective."""
-    chosen = choose_checkpoint(load_dir, ckpt_cfg, step, context)
-    if chosen is None:
-        say_nothing_found(load_dir, ckpt_cfg)
-    return chosen
 
 
 def _load_older(
@@ -212,36 +196,67 @@ def _load_checkpoint_from_path(
     ignore_ckpt_step: bool = False,
     pg_collection: Any | None = None,
     module_name: str | None = None,
-    chosen: Found | None = None,
 ) -> tuple[int, int]:
     """``load_checkpoint`` from a given directory. Collective.
 
     Args:
         load_dir: root of checkpoints or one checkpoint.
         ignore_ckpt_step: take the newest whatever ``ckpt_step`` says (base weights of a PEFT run).
-        chosen: take this checkpoint; None chooses one.
 
     The other arguments, the result and the errors are those of ``load_checkpoint``.
     """
-    cfg, ckpt_cfg = state.cfg, state.cfg.checkpoint
-    model = megatron.unwrap_model(model)
-    pg_collection = pg_collection or megatron.get_pg_collection(model)
+    ckpt_cfg = state.cfg.checkpoint
     if is_hf_source(load_dir, ckpt_cfg):
-        return load_hf_pretrained(str(load_dir), state, model, optimizer, skip=skip_load_to_model_and_opt)
+        chunks = megatron.unwrap_model(model)
+        return load_hf_pretrained(str(load_dir), state, chunks, optimizer, skip=skip_load_to_model_and_opt)
     if ignore_ckpt_step:
         ckpt_cfg = _without_recovery(ckpt_cfg)
     step = None if ignore_ckpt_step else ckpt_cfg.ckpt_step
-    chosen = chosen or _choose(load_dir, ckpt_cfg, step, checkpointing_context)
+    chosen = choose_or_say(load_dir, ckpt_cfg, step, checkpointing_context)
     if chosen is None:
         return 0, 0
+    return _load_chosen_checkpoint(
+        chosen,
+        load_dir,
+        ckpt_cfg,
+        state,
+        model,
+        optimizer,
+        opt_param_scheduler,
+        strict,
+        checkpointing_context,
+        skip_load_to_model_and_opt=skip_load_to_model_and_opt,
+        pg_collection=pg_collection,
+        module_name=module_name,
+    )
 
+
+def _load_chosen_checkpoint(
+    chosen: Found,
+    load_dir: str | None,
+    ckpt_cfg: Any,
+    state: Any,
+    model: list[Any],
+    optimizer: Any | None,
+    opt_param_scheduler: Any | None,
+    strict: bool,
+    checkpointing_context: dict[str, Any] | None,
+    *,
+    skip_load_to_model_and_opt: bool,
+    pg_collection: Any | None,
+    module_name: str | None,
+) -> tuple[int, int]:
+    """``load_checkpoint`` of one checkpoint. Collective; arguments, result and errors are those of it."""
+    cfg = state.cfg
+    model = megatron.unwrap_model(model)
+    pg_collection = pg_collection or megatron.get_pg_collection(model)
     load_base: Callable[..., Any] = functools.partial(
-        _load_base_checkpoint,
+        load_chosen,
+        chosen,
         load_dir,
         checkpointing_context=checkpointing_context,
         cfg=cfg,
         pg_collection=pg_collection,
-        chosen=chosen,
     )
     common, checkpoint_name, release, ckpt_type = load_base(ckpt_cfg, rank0=True)
     run_config = find_run_config(common, checkpoint_name, ckpt_type, cfg)

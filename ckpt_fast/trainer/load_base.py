@@ -48,7 +48,6 @@ def _load_base_checkpoint(
     is_megatron_mimo: bool = False,
     *,
     pg_collection: Any,
-    chosen: Found | None = None,
 ) -> LoadedBase:
     """Choose the checkpoint, as ``choose_checkpoint`` says, and load its state dict. Collective.
 
@@ -62,7 +61,6 @@ def _load_base_checkpoint(
         cfg: the whole config, for formats that preprocess.
         is_megatron_mimo: a multi-module model, whose sharding no rank can validate.
         pg_collection: process groups.
-        chosen: take this one.
 
     Returns:
         (state dict, checkpoint, release, type); (None, "", False, None) when there is nothing to load.
@@ -72,13 +70,57 @@ def _load_base_checkpoint(
         AssertionError: the checkpoint is of another format than configured.
         NotImplementedError: it is of no known format, or Hugging Face weights.
     """
-    _record_dataloader_state_dir(checkpointing_context, None)
+    step = None if ignore_ckpt_step else ckpt_cfg.ckpt_step
+    chosen = choose_or_say(load_dir, ckpt_cfg, step, checkpointing_context)
     if chosen is None:
-        step = None if ignore_ckpt_step else ckpt_cfg.ckpt_step
-        chosen = choose_checkpoint(load_dir, ckpt_cfg, step, checkpointing_context)
-    if chosen is None:
-        say_nothing_found(load_dir, ckpt_cfg)
         return None, "", False, None
+    return load_chosen(
+        chosen,
+        load_dir,
+        ckpt_cfg,
+        rank0=rank0,
+        sharded_state_dict=sharded_state_dict,
+        checkpointing_context=checkpointing_context,
+        cfg=cfg,
+        is_megatron_mimo=is_megatron_mimo,
+        pg_collection=pg_collection,
+    )
+
+
+def choose_or_say(
+    load_dir: str | None, ckpt_cfg: Any, step: int | None, context: dict[str, Any] | None
+) -> Found | None:
+    """The checkpoint to load; that there is none, and why, is said. Collective.
+
+    Raises:
+        SystemExit: there is none, and ``exit_on_missing_checkpoint`` is set.
+    """
+    _record_dataloader_state_dir(context, None)
+    chosen = choose_checkpoint(load_dir, ckpt_cfg, step, context)
+    if chosen is not None:
+        return chosen
+    why = on_rank_0(lambda: why_nothing(load_dir))
+    if ckpt_cfg.exit_on_missing_checkpoint:
+        print_rank_0(f">> '--exit-on-missing-checkpoint' set ... exiting: {why}")
+        barrier_if_distributed()
+        sys.exit(1)
+    print_rank_0(f"WARNING: {why}: will not load any checkpoints and will start from random")
+    return None
+
+
+def load_chosen(
+    chosen: Found,
+    load_dir: str | None,
+    ckpt_cfg: Any,
+    *,
+    rank0: bool = False,
+    sharded_state_dict: dict[str, Any] | None = None,
+    checkpointing_context: dict[str, Any] | None,
+    cfg: Any,
+    is_megatron_mimo: bool = False,
+    pg_collection: Any,
+) -> LoadedBase:
+    """Load the state dict of one checkpoint. Collective; the rest is as in ``_load_base_checkpoint``."""
     position = on_rank_0(lambda: find_data_position(chosen, load_dir, ckpt_cfg))
     _record_dataloader_state_dir(checkpointing_context, position)
     if chosen.tier == "persistent":
@@ -106,20 +148,6 @@ def _load_base_checkpoint(
         is_megatron_mimo=is_megatron_mimo,
         pg_collection=pg_collection,
     )
-
-
-def say_nothing_found(load_dir: str | None, ckpt_cfg: Any) -> None:
-    """Say that and why training starts from scratch. Collective.
-
-    Raises:
-        SystemExit: ``exit_on_missing_checkpoint`` is set.
-    """
-    why = on_rank_0(lambda: why_nothing(load_dir))
-    if ckpt_cfg.exit_on_missing_checkpoint:
-        print_rank_0(f">> '--exit-on-missing-checkpoint' set ... exiting: {why}")
-        barrier_if_distributed()
-        sys.exit(1)
-    print_rank_0(f"WARNING: {why}: will not load any checkpoints and will start from random")
 
 
 def _load_global(
