@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from ckpt_fast import megatron
 from ckpt_fast.errors import CheckpointCorruptError, CheckpointMismatchError, CheckpointNotFoundError
 from ckpt_fast.pipeline import commit
-from ckpt_fast.pipeline.decode import decode_object
+from ckpt_fast.pipeline.decode import decode_object, is_own
 from ckpt_fast.pipeline.documents import parse_json
 from ckpt_fast.pipeline.files import Files
 from ckpt_fast.pipeline.index import CheckpointIndex
@@ -48,6 +48,7 @@ def require_torch_dist(files: Files) -> None:
 
     Raises:
         CheckpointMismatchError: another backend wrote the checkpoint.
+        CheckpointCorruptError: it names another one, but ckpt_fast wrote the checkpoint.
     """
     files.fetch([commit.SEAL_FILE])
     try:
@@ -58,6 +59,12 @@ def require_torch_dist(files: Files) -> None:
         return
     backend = seal.get("sharded_backend", "torch_dist")
     if backend != "torch_dist":
+        files.fetch([commit.METADATA_FILE])
+        if is_own(files.directory):
+            raise CheckpointCorruptError(
+                f"{files.name}/{commit.SEAL_FILE} is damaged: it names the backend {backend!r}, but the "
+                "files are those of 'torch_dist'. Load an earlier iteration, or restore the file."
+            )
         raise CheckpointMismatchError(
             f"{files.name} was written with the backend {backend!r}; only 'torch_dist' can be read. "
             "Load it with the Megatron-Core that wrote it, and save it with ckpt_format='torch_dist'."

@@ -66,6 +66,7 @@ class FastLocalCheckpointManager(LocalCheckpointManager):  # type: ignore[misc, 
     """
 
     latest_iteration: int
+    globally_available_ids: list[set[Any]]
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -128,25 +129,52 @@ class FastLocalCheckpointManager(LocalCheckpointManager):  # type: ignore[misc, 
         available = [set(ids) for ids in self.globally_available_ids]
         while True:
             wanted = self._ckpt_id(self.latest_iteration)
-            states, exchange = self._attempt(wanted, available)
+            states, exchange, _ = self._attempt(wanted, available)
             if exchange is not None:
                 return exchange(states), wanted
-            self.latest_iteration = _newest_complete(available)
+            self.latest_iteration = max(_complete(available), default=-1)
             if self.latest_iteration == -1:
                 raise CheckpointCorruptError(
                     f"no local checkpoint in {self.root_local_ckpt_dir} is whole on every rank, nor are its "
                     "replicas; what is damaged was logged. Load a global checkpoint."
                 )
 
+    def iterations(self) -> list[int]:
+        """After ``find_latest``: every iteration of which each rank's state is somewhere, newest first."""
+        if self.latest_iteration == -1:
+            return []
+        return sorted(_complete(self.globally_available_ids), reverse=True)
+
+    def load_iteration(self, iteration: int) -> tuple[Any, Any]:
+        """Collective, after ``find_latest``. This rank's state of one iteration, and its id.
+
+        Raises:
+            CheckpointCorruptError: on every rank: it is not whole, with all replicas. The manager has
+                forgotten it then, so that this iteration can be saved again.
+        """
+        available = [set(ids) for ids in self.globally_available_ids]
+        wanted = self._ckpt_id(iteration)
+        states, exchange, damages = self._attempt(wanted, available)
+        if exchange is not None:
+            self.latest_iteration = iteration
+            return exchange(states), wanted
+        self.globally_available_ids = available
+        self.latest_iteration = max(_complete(available), default=-1)
+        raise CheckpointCorruptError(
+            f"the local checkpoint of iteration {iteration} in {self.root_local_ckpt_dir} is not whole on "
+            f"every rank, nor are its replicas: {'; '.join(damages)}"
+        )
+
     def _attempt(
         self, wanted: Any, available: list[set[Any]]
-    ) -> tuple[dict[Any, Any], Callable[[dict[Any, Any]], Any] | None]:
+    ) -> tuple[dict[Any, Any], Callable[[dict[Any, Any]], Any] | None, list[str]]:
         """Collective. What this rank has to read of iteration ``wanted[0]``, and how all get theirs from it.
 
         What turns out to be damaged is taken from ``available``, on all ranks alike; the second value is None
-        then.
+        then, and the third says of each rank what is.
         """
-        plan, needed, failed = None, {wanted}, set()
+        plan, needed = None, {wanted}
+        failed: dict[Any, str] = {}
         try:
             if self.repl_strategy is not None:
                 plan = self.repl_strategy.retrieve_plan(available, [wanted])
@@ -154,7 +182,7 @@ class FastLocalCheckpointManager(LocalCheckpointManager):  # type: ignore[misc, 
         except Exception as error:
             # Nobody this rank exchanges replicas with has its state: the whole iteration is of no use.
             logger.error("rank %d: local checkpoint %s cannot be had: %s", self.rank, wanted, error)
-            failed, needed = {None}, set()
+            failed, needed = {None: str(error)}, set()
         states = {}
         self._save_ids = set()
         for identity in sorted(needed):
@@ -162,29 +190,32 @@ class FastLocalCheckpointManager(LocalCheckpointManager):  # type: ignore[misc, 
                 states[identity] = self._load_fn(identity)
             except CheckpointError as error:
                 logger.error("rank %d: a local checkpoint is damaged and not used: %s", self.rank, error)
-                failed.add(identity)
+                failed[identity] = str(error)
         gathered = _all_gather((failed, self._save_ids))
         all_failed = [each for each, _ in gathered]
         save_ids = set[str | None]().union(*(ids for _, ids in gathered))
         if len(save_ids) > 1:
             # Nobody can tell which of them the ranks should go on with.
-            logger.error(
-                "rank %d: the local checkpoints of iteration %d are of different saves (%s): none is used",
-                self.rank,
-                wanted[0],
-                ", ".join(sorted(map(str, save_ids))),
+            all_failed[0][None] = (
+                f"the local checkpoints of iteration {wanted[0]} are of different saves "
+                f"({', '.join(sorted(map(str, save_ids)))}): none is used"
             )
-            all_failed[0] = all_failed[0] | {None}
-        for rank, identities in enumerate(all_failed):
-            available[rank] -= identities
-            if None in identities:
+            logger.error("rank %d: %s", self.rank, all_failed[0][None])
+        for rank, failures in enumerate(all_failed):
+            available[rank] -= failures.keys()
+            if None in failures:
                 for ids in available:
                     ids -= {identity for identity in ids if identity[0] == wanted[0]}
         if any(all_failed):
-            return states, None
+            damages = [
+                f"rank {rank}: {next(iter(failures.values()))}"
+                for rank, failures in enumerate(all_failed)
+                if failures
+            ]
+            return states, None, damages
         if plan is None:
-            return states, lambda states: states[wanted]
-        return states, lambda states: self._exchange(plan, states)[wanted]
+            return states, lambda states: states[wanted], []
+        return states, lambda states: self._exchange(plan, states)[wanted], []
 
     def _exchange(self, plan: Any, states: dict[Any, Any]) -> dict[Any, Any]:
         if torch.cuda.is_available():
@@ -343,13 +374,13 @@ class _LocalSave:
             raise self._error
 
 
-def _newest_complete(available: list[set[Any]]) -> int:
-    """The newest iteration of which every rank's state is somewhere; -1 if there is none."""
+def _complete(available: list[set[Any]]) -> list[int]:
+    """The iterations of which every rank's state is somewhere."""
     ranks: dict[int, set[int]] = defaultdict(set)
     for ids in available:
         for iteration, rank, _ in ids:
             ranks[iteration].add(rank)
-    return max((found for found, covered in ranks.items() if len(covered) == len(available)), default=-1)
+    return [iteration for iteration, covered in ranks.items() if len(covered) == len(available)]
 
 
 def _all_gather(value: T) -> list[T]:

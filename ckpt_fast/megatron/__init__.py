@@ -107,7 +107,7 @@ from ckpt_fast.megatron.nvrx import (
 )
 from ckpt_fast.megatron.optimizers import fit_to_members, give_adam_its_state, keep_adam_steps
 from ckpt_fast.megatron.optional import UnavailableError, safe_import
-from ckpt_fast.megatron.storage import checkpoint_files, object_storage
+from ckpt_fast.megatron.storage import as_url, checkpoint_files, object_storage
 
 __all__ = [
     "HAVE_MEGATRON_FSDP",
@@ -145,6 +145,7 @@ __all__ = [
     "UnavailableError",
     "apply_factories",
     "apply_factory_merges",
+    "as_url",
     "check_is_distributed_checkpoint",
     "checkpoint_files",
     "clean_metadata_for_serialization",

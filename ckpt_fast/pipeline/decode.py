@@ -24,7 +24,7 @@ from ckpt_fast.pipeline.commit import METADATA_FILE, SIDECAR_FILE
 from ckpt_fast.pipeline.documents import parse_json
 from ckpt_fast.pipeline.encode import LAYOUT_ATTRIBUTE, file_record
 from ckpt_fast.pipeline.garbage import without_collections
-from ckpt_fast.pipeline.manifest import Manifest, split_manifest
+from ckpt_fast.pipeline.manifest import Manifest, has_manifest, split_manifest
 from ckpt_fast.pipeline.metadata_pickle import REMEDY, unpickle_metadata
 from ckpt_fast.pipeline.small_files import read_small_file
 from ckpt_fast.pipeline.torch_archive import open_archive, require_plain_pickles, require_sound
@@ -120,6 +120,15 @@ def _read_pickle_and_manifest(directory: str, name: str) -> tuple[bytes, Manifes
             f"{path} is damaged: it is not what {SIDECAR_FILE} says was written. Load an earlier iteration."
         )
     return pickled, None, f"{len(content)} bytes of CRC-32 {zlib.crc32(content):08x}"
+
+
+def is_own(directory: str) -> bool:
+    """Whether ckpt_fast, of whatever version, wrote the ``.metadata`` in a directory."""
+    try:
+        content = read_small_file(os.path.join(directory, METADATA_FILE))
+    except (OSError, CheckpointCorruptError):
+        return False
+    return has_manifest(content) or has_own_mark(content)
 
 
 def has_own_mark(content: bytes) -> bool:

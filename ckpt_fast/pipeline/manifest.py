@@ -147,6 +147,11 @@ def append_manifest(pickled: bytes, manifest: Manifest) -> bytes:
     return content + _END.pack(zlib.crc32(content), _MAGIC)
 
 
+def has_manifest(content: bytes) -> bool:
+    """Whether a ``.metadata`` file ends as one with a manifest does."""
+    return content.endswith(_MAGIC)
+
+
 def split_manifest(content: bytes) -> tuple[bytes, Manifest | None]:
     """The pickle of a ``.metadata`` file, and the manifest if it has one.
 
@@ -156,7 +161,7 @@ def split_manifest(content: bytes) -> tuple[bytes, Manifest | None]:
         ValueError: the file is not as it was written.
     """
     footer = _LENGTHS.size + _END.size
-    if len(content) < footer or not content.endswith(_MAGIC):
+    if len(content) < footer or not has_manifest(content):
         return content, None
     crc, _ = _END.unpack_from(content, len(content) - _END.size)
     found = zlib.crc32(memoryview(content)[: -_END.size])

@@ -6,8 +6,10 @@ from __future__ import annotations
 import contextlib
 import glob
 import os
+import re
+from typing import Any
 
-from ckpt_fast.megatron import object_storage
+from ckpt_fast.megatron import as_url, object_storage
 from ckpt_fast.pipeline.commit import fsync, fsync_directory, write_file_atomic
 from ckpt_fast.pipeline.documents import parse_yaml
 from ckpt_fast.pipeline.encode import file_record
@@ -44,6 +46,12 @@ def is_file(path: str) -> bool:
     """Whether ``path`` is a regular file (or an object)."""
     msc = object_storage(path)
     return bool(msc.os.path.isfile(path) if msc else os.path.isfile(path))
+
+
+def is_directory(path: str) -> bool:
+    """Whether ``path`` is a directory, or a link to one; in object storage whether there is anything."""
+    msc = object_storage(path)
+    return bool(msc.os.path.exists(path) if msc else os.path.isdir(path))
 
 
 def read_file(path: str, limit: int = LARGEST_TEXT) -> bytes:
@@ -138,6 +146,35 @@ def join_paths(*paths: str) -> str:
     return os.path.join(*(os.fspath(path) for path in paths))
 
 
+# --- Roots -----------------------------------------------------------------------------------------------
+
+
+def settle_directories(cfg: Any) -> None:
+    """Let the configuration name its directories in one way: strings, absolute, without a slash at the end.
+
+    They keep their meaning then if the program changes its directory, and can be compared. ``..`` stays:
+    it may lead out of a link.
+    """
+    fields = {
+        "checkpoint": ("save", "load", "pretrained_checkpoint", "non_persistent_global_ckpt_dir"),
+        "dataset": ("dataloader_save", "dataloader_load"),
+    }
+    for section, names in fields.items():
+        for name in names:
+            value = getattr(getattr(cfg, section, None), name, None)
+            if isinstance(value, (str, os.PathLike)) and os.fspath(value):
+                setattr(getattr(cfg, section), name, settled(value))
+
+
+def settled(path: str | os.PathLike[str]) -> str:
+    """One path in the form that ``settle_directories`` gives it; an URL stays as it is."""
+    name = as_url(path)
+    if "://" in name:
+        return name
+    parts = [part for part in os.path.join(os.getcwd(), name).split("/") if part not in ("", ".")]
+    return "/" + "/".join(parts)
+
+
 # --- Names -----------------------------------------------------------------------------------------------
 
 
@@ -208,7 +245,7 @@ def get_hf_model_id_from_checkpoint(path: str) -> str | None:
         children = _glob(path, "iter_*")
         if not children:
             raise FileNotFoundError(f"{path} has neither {CONFIG_FILE} nor iter_* directories")
-        config_file = get_checkpoint_run_config_filename(max(children, key=_iteration_of))
+        config_file = get_checkpoint_run_config_filename(max(children, key=iteration_of))
     model = (parse_yaml(read_file(config_file)) or {}).get("model") or {}
     extra = model.get("extra_checkpoint_metadata") or {}
     model_id = extra.get("hf_model_id") or model.get("hf_model_id")
@@ -222,6 +259,7 @@ def _glob(directory: str, pattern: str) -> list[str]:
     return glob.glob(os.path.join(glob.escape(directory), pattern))
 
 
-def _iteration_of(directory: str) -> int:
-    digits = os.path.basename(directory.rstrip("/")).removeprefix("iter_")
-    return int(digits) if digits.isdigit() else -1
+def iteration_of(directory: str) -> int:
+    """The number in the name of a directory ``iter_*``; -1 if it has another name."""
+    match = re.fullmatch(r"iter_([0-9]+)", os.path.basename(directory.rstrip("/")))
+    return int(match[1]) if match else -1

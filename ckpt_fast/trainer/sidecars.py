@@ -66,6 +66,14 @@ def can_save_position(train_iterator: Any) -> bool:
     )
 
 
+def can_restore_position(train_iterator: Any) -> bool:
+    """Whether the iterator, or each of a list of them, can be put at a position."""
+    iterators = _iterators(train_iterator)
+    return bool(iterators) and all(
+        hasattr(getattr(each, "iterable", None), "restore_state") for each in iterators
+    )
+
+
 def maybe_save_dataloader_state(
     model: list[MegatronModule] | MegatronModule,
     train_iterator: Any,
@@ -149,15 +157,15 @@ def maybe_load_dataloader_state(
         return
     directory = get_checkpoint_name(dataloader_load_path, iteration)
     if not file_exists(directory):
-        print_rank_0(f"no dataloader state in {directory}: the data starts from its beginning")
+        print_rank_0(f"WARNING: no dataloader state in {directory}: the data starts from its beginning")
         return
     _restore_dataloader(train_iterator, iteration, dataloader_load_path, pg_collection)
 
 
 def _restore_dataloader(train_iterator: Any, iteration: int, root: str, pg_collection: Any) -> None:
-    iterables: list[Any] = [getattr(each, "iterable", None) for each in _iterators(train_iterator)]
-    if not iterables or not all(hasattr(iterable, "restore_state") for iterable in iterables):
+    if not can_restore_position(train_iterator):
         return
+    iterables: list[Any] = [each.iterable for each in _iterators(train_iterator)]
     path = _dataloader_file(root, iteration, _rank_in(pg_collection.dp))
     if not file_exists(path):
         raise RuntimeError(
@@ -198,15 +206,31 @@ def resume_dataloader(
     root = getattr(state.cfg.dataset, "dataloader_load", None)
     if root is None:
         root = (checkpointing_context or {}).get("dataloader_state_dir")
-    if step <= 0 or not root:
+    if step <= 0 or root == "":
+        return
+    wants = can_restore_position(train_iterator)
+    if root is None:
+        if wants:
+            print_rank_0(
+                "WARNING: the position in the data is not restored: nobody says where it is. Pass the "
+                "checkpointing_context of load_checkpoint, or set dataset.dataloader_load."
+            )
         return
     # Rank 0 looks for the directory: the others would start their data anew where they do not see it yet.
     directory = get_checkpoint_name(root, step)
     if not on_rank_0(lambda: file_exists(directory)):
-        print_rank_0(f"no dataloader state in {directory}: the data starts from its beginning")
+        if wants:
+            print_rank_0(f"WARNING: no dataloader state in {directory}: the data starts from its beginning")
         return
     groups = pg_collection if pg_collection is not None else get_pg_collection([])
     on_all_ranks(lambda: _restore_dataloader(train_iterator, step, root, groups))
+    if wants:
+        print_rank_0(f"  position in the data restored from {directory}")
+    else:
+        print_rank_0(
+            f"WARNING: the position in the data is not restored from {directory}: the train dataloader "
+            f"{type(train_iterator).__name__} has no restore_state"
+        )
 
 
 def _iterators(train_iterator: Any) -> list[Any]:

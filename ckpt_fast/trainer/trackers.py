@@ -7,10 +7,12 @@ after everything it names is durable: train state and run config of the iteratio
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import logging
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
@@ -19,14 +21,16 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from ckpt_fast.errors import CheckpointCorruptError
+from ckpt_fast.errors import CheckpointCorruptError, DamagedFileError
 from ckpt_fast.megatron import object_storage
+from ckpt_fast.pipeline.commit import METADATA_FILE, partial_files
 from ckpt_fast.pipeline.decode import decode_object
 from ckpt_fast.pipeline.documents import parse_yaml
 from ckpt_fast.state import TrainState
 from ckpt_fast.trainer.paths import (
     CONFIG_FILE,
     TRACKER_PREFIX,
+    get_checkpoint_name,
     get_checkpoint_tracker_filename,
     get_checkpoint_train_state_filename,
     read_file,
@@ -38,6 +42,10 @@ from ckpt_fast.trainer.run_config import apply_run_config_backward_compat, sanit
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+# Beyond what the largest runs count, by factors of thousands.
+_MOST_COUNTED = 1 << 53
+_MOST_FLOPS = 1e33
 
 # (path, mtime in ns, size, inode): a file that was replaced within one clock tick has another inode.
 _Stamp = tuple[str, int, int, int]
@@ -61,26 +69,36 @@ class CachedReader(Generic[T]):
         """The content of ``path``. Collective: all ranks call it.
 
         Raises:
-            RuntimeError: on every rank, if rank 0 cannot read or understand the file.
+            DamagedFileError: on every rank, if rank 0 cannot read or understand the file.
         """
-        return on_rank_0(lambda: self._read(path))
+        return on_rank_0(lambda: self._read_or_say(path))
 
     def cache_clear(self) -> None:
         """Forget what was read."""
         self._cached.cache_clear()
 
-    def _read(self, path: str) -> T:
+    def read(self, path: str) -> T:
+        """The content of ``path``. Local.
+
+        Raises:
+            DamagedFileError: it cannot be read, or makes no sense.
+        """
         try:
             if object_storage(path):
                 return self._parse(path)
             return copy.deepcopy(self._cached(_stamp(path)))
         except Exception as error:
-            message = (
+            raise DamagedFileError(
                 f"Unable to load {self._what} file {path}: {error}. Restore the file, or load another "
                 "checkpoint (ckpt_step, or the directory of one iteration)."
-            )
-            sys.stderr.write(message + "\n")
-            raise RuntimeError(message) from error
+            ) from error
+
+    def _read_or_say(self, path: str) -> T:
+        try:
+            return self.read(path)
+        except DamagedFileError as error:
+            sys.stderr.write(f"{error}\n")
+            raise
 
 
 def _stamp(path: str) -> _Stamp:
@@ -92,7 +110,23 @@ def _parse_train_state(path: str) -> TrainState:
     """The progress counters of a run, from ``train_state.pt`` or the tracker ``latest_train_state.pt``."""
     train_state = TrainState()
     train_state.load_state_dict(decode_object(read_file(path), path, verify=True))
+    _require_sensible(train_state)
     return train_state
+
+
+def _require_sensible(train_state: TrainState) -> None:
+    """Check that a run can be in this state.
+
+    Raises:
+        ValueError: naming the first value that is out of bounds.
+    """
+    for name, value in vars(train_state).items():
+        if name.startswith("do_"):
+            is_sensible = value in (0, 1)
+        else:
+            is_sensible = 0 <= value < (_MOST_FLOPS if name.endswith("so_far") else _MOST_COUNTED)
+        if not is_sensible:
+            raise ValueError(f"{name} is {value!r}, which is no state of a training run")
 
 
 def _parse_run_config(path: str) -> Any:
@@ -125,7 +159,7 @@ def read_metadata(tracker_filename: str) -> tuple[int, bool]:
         AssertionError: the iteration is not positive.
         OSError, CheckpointCorruptError: no rank could read the file.
     """
-    iteration, problem = _parse_tracker(tracker_filename)
+    iteration, problem = parse_tracker(tracker_filename)
     newest = _maximum(iteration)
     if newest < 0 and problem is not None:
         if isinstance(problem, ValueError):
@@ -142,8 +176,8 @@ def read_metadata(tracker_filename: str) -> tuple[int, bool]:
     return newest, newest == 0
 
 
-def _parse_tracker(path: str) -> tuple[int, Exception | None]:
-    """(iteration, None), with 0 for "release", or (-1, what is wrong with the file).
+def parse_tracker(path: str) -> tuple[int, Exception | None]:
+    """Local. (iteration, None), with 0 for "release", or (-1, what is wrong with the file).
 
     Nothing is raised, since the file may look different on other ranks, which go on to a collective.
     """
@@ -151,6 +185,8 @@ def _parse_tracker(path: str) -> tuple[int, Exception | None]:
         text = read_file(path).decode(errors="replace").strip()
         if text == "release":
             return 0, None
+        if not re.fullmatch(r"-?[0-9]+", text):
+            raise ValueError
         iteration = int(text)
     except ValueError:
         return -1, ValueError(f"the tracker {path} holds neither an iteration nor 'release': {text[:80]!r}")
@@ -216,3 +252,15 @@ def publish_trackers(save_dir: str, iteration: int, train_state: Mapping[str, to
     """
     write_train_state(get_checkpoint_train_state_filename(save_dir, prefix=TRACKER_PREFIX), train_state)
     write_file(get_checkpoint_tracker_filename(save_dir), str(iteration).encode())
+    _sweep(save_dir, get_checkpoint_name(save_dir, iteration))
+
+
+def _sweep(save_dir: str, checkpoint: str) -> None:
+    """Remove what publications that died have left beside the trackers: files older than this checkpoint."""
+    if object_storage(save_dir):
+        return
+    with contextlib.suppress(OSError):
+        begun = os.stat(os.path.join(checkpoint, METADATA_FILE)).st_mtime_ns
+        for path in partial_files(save_dir, f"{TRACKER_PREFIX}_"):
+            if os.stat(path).st_mtime_ns < begun:
+                os.unlink(path)

@@ -128,7 +128,7 @@ def test_every_rank_gets_rank_0s_train_state(tmp_path: Path) -> None:
 def test_a_failure_on_rank_0_reaches_every_rank(tmp_path: Path) -> None:
     with pytest.raises(RankError) as failure:
         run_ranks(read_step, 2, str(tmp_path / "missing"))
-    assert failure.value.errors == {0: "RuntimeError", 1: "RuntimeError"}
+    assert failure.value.errors == {0: "DamagedFileError", 1: "DamagedFileError"}
 
 
 # --- Run config ------------------------------------------------------------------------------------------
