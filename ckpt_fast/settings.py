@@ -98,7 +98,7 @@ def metrics_file() -> str | None:
 
 
 def verify_on_load() -> bool:
-    """``CKPT_FAST_VERIFY`` (1): compare the CRC-32 of every item that is read whole."""
+    """``CKPT_FAST_VERIFY`` (1): compare what is read with its checksums, items that are read in part included."""
     return _flag("CKPT_FAST_VERIFY", default=True)
 
 

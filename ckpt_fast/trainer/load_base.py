@@ -18,9 +18,11 @@ from ckpt_fast.doors import megatron_core
 from ckpt_fast.doors.common_state import COMMON_FILE, load_common_state_dict
 from ckpt_fast.errors import CheckpointCorruptError, CheckpointNotFoundError
 from ckpt_fast.pipeline.group import ControlGroup
+from ckpt_fast.pipeline.types import FileRecord
 from ckpt_fast.pipeline.verify import require_complete
 from ckpt_fast.trainer.catalog import Found, why_nothing
 from ckpt_fast.trainer.contexts import CheckpointType
+from ckpt_fast.trainer.data_position import FILES_KEY, files_of, require_files
 from ckpt_fast.trainer.fsdp import load_fsdp_dtensor_checkpoint
 from ckpt_fast.trainer.local import load_local
 from ckpt_fast.trainer.locate import (
@@ -123,6 +125,9 @@ def load_chosen(
     """Load the state dict of one checkpoint. Collective; the rest is as in ``_load_base_checkpoint``."""
     position = on_rank_0(lambda: find_data_position(chosen, load_dir, ckpt_cfg))
     _record_dataloader_state_dir(checkpointing_context, position)
+    if chosen.path and rank0:
+        files = on_rank_0(lambda: _sound_data_files(chosen.path, position, ckpt_cfg))
+        _record_dataloader_files(checkpointing_context, files)
     if chosen.tier == "persistent":
         return _load_global(
             chosen.root or chosen.path,
@@ -262,6 +267,10 @@ def _load_non_persistent_base_checkpoint(
         state_dict, checkpoint_id = load_local(
             sharded_state_dict, ckpt_cfg, checkpointing_context, pg_collection, non_persistent_iteration
         )
+        files = [FileRecord(*each) for each in state_dict.pop(FILES_KEY, ())]
+        _record_dataloader_files(checkpointing_context, files)
+        position = checkpointing_context.get("dataloader_state_dir")
+        ControlGroup().agree(lambda: require_files(position, files))
         return state_dict, checkpoint_id, False, CheckpointType.LOCAL
     raise ValueError(f"Invalid non_persistent_ckpt_type: {kind!r}. Must be 'local' or 'global'.")
 
@@ -322,6 +331,23 @@ def load_strategy(fully_parallel: bool, pg_collection: Any, verify: bool | None 
     if fully_parallel and torch.cuda.is_available():
         return megatron.FullyParallelLoadStrategyWrapper(strategy, pg_collection.dp_cp)
     return strategy
+
+
+def _sound_data_files(checkpoint: str, position: str | None, ckpt_cfg: Any) -> list[FileRecord]:
+    """The files of data loaders that the checkpoint vouches for; they are what they must be.
+
+    Raises:
+        CheckpointCorruptError: one is not, and the run goes on with it.
+    """
+    files = files_of(checkpoint)
+    if not ckpt_cfg.finetune:
+        require_files(position, files)
+    return files
+
+
+def _record_dataloader_files(context: dict[str, Any] | None, files: list[FileRecord]) -> None:
+    if context is not None:
+        context[FILES_KEY] = files
 
 
 def _record_dataloader_state_dir(context: dict[str, Any] | None, directory: str | None) -> None:

@@ -17,6 +17,7 @@ from ckpt_fast.pipeline.types import FileRecord
 from ckpt_fast.trainer import experiment_loggers as loggers
 from ckpt_fast.trainer.after_save import fire_callbacks, logger_finalizer, report, retain
 from ckpt_fast.trainer.async_save import make_room, schedule_async_save
+from ckpt_fast.trainer.data_position import FILES_KEY
 from ckpt_fast.trainer.fsdp import save_fsdp_dtensor
 from ckpt_fast.trainer.glu import _get_model_glu_interleave_sizes
 from ckpt_fast.trainer.glu_layout import (
@@ -131,6 +132,7 @@ def save_checkpoint(
         state_dict = _to_checkpoint_layout(run, target, state_dict, prebuilt_state_dict is not None)
         if target.is_local:
             state_dict["train_state_metadata"] = publication.train_state
+            state_dict[FILES_KEY] = [list(each) for each in beside]
         surroundings = _Surroundings(beside, publication.complete)
         request = _hand_over(run, target, state_dict, metadata, surroundings, preprocess_common_state_dict_fn)
         _finalize(

@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from ckpt_fast import settings
 from ckpt_fast.megatron import SoloGroup, get_pg_collection, object_storage
 from ckpt_fast.pipeline.commit import fsync_directory
 from ckpt_fast.pipeline.encode import file_record
 from ckpt_fast.pipeline.group import ControlGroup
 from ckpt_fast.pipeline.small_files import LARGEST_FILE
 from ckpt_fast.pipeline.types import FileRecord
+from ckpt_fast.trainer.data_position import FILES_KEY, record_for, require_content
 from ckpt_fast.trainer.inert_load import inert_load
 from ckpt_fast.trainer.paths import (
     ensure_directory_exists,
@@ -129,12 +131,7 @@ def save_dataloader_state(
     data = data_parallel.agree(lambda: _serialise([each.iterable.save_state() for each in iterators]))
     data_parallel.decide(lambda: _prepare_directory(os.path.dirname(path)))
     data_parallel.agree(lambda: write_file(path, data))
-    return [file_record(dataloader_record_name(path), data)]
-
-
-def dataloader_record_name(path: str) -> str:
-    """What a file of a data loader's state is called in a manifest: its own name and its directory's."""
-    return "/".join(path.rsplit("/", 2)[-2:])
+    return [file_record("/".join(path.rsplit("/", 2)[-2:]), data)]
 
 
 def maybe_load_dataloader_state(
@@ -162,7 +159,9 @@ def maybe_load_dataloader_state(
     _restore_dataloader(train_iterator, iteration, dataloader_load_path, pg_collection)
 
 
-def _restore_dataloader(train_iterator: Any, iteration: int, root: str, pg_collection: Any) -> None:
+def _restore_dataloader(
+    train_iterator: Any, iteration: int, root: str, pg_collection: Any, files: Any = ()
+) -> None:
     if not can_restore_position(train_iterator):
         return
     iterables: list[Any] = [each.iterable for each in _iterators(train_iterator)]
@@ -172,7 +171,11 @@ def _restore_dataloader(train_iterator: Any, iteration: int, root: str, pg_colle
             f"{path} does not exist: the dataloader state was saved with a smaller data-parallel size. "
             "Resume with that size, or remove the directory to start the data from its beginning."
         )
-    loaded = inert_load(io.BytesIO(read_file(path, LARGEST_FILE)))
+    content = read_file(path, LARGEST_FILE)
+    record = record_for(path, files)
+    if record is not None and settings.verify_on_load():
+        require_content(path, content, record)
+    loaded = inert_load(io.BytesIO(content))
     states = loaded.get(_STATES_OF_STAGES) or [loaded[_STATE]]
     if len(states) != len(iterables):
         # All stages read the same data, so any of the states will do.
@@ -200,6 +203,7 @@ def resume_dataloader(
     Raises:
         RuntimeError: states were saved, but by fewer data-parallel ranks than there are now.
         RefusedPickleError: a file holds more than plain data; nothing of it has been run.
+        CheckpointCorruptError: a file is not what was saved with the checkpoint.
         CheckpointError: on the ranks that could read, naming the one that could not.
     """
     step = int(state.train_state.step)
@@ -223,7 +227,8 @@ def resume_dataloader(
             print_rank_0(f"WARNING: no dataloader state in {directory}: the data starts from its beginning")
         return
     groups = pg_collection if pg_collection is not None else get_pg_collection([])
-    on_all_ranks(lambda: _restore_dataloader(train_iterator, step, root, groups))
+    files = (checkpointing_context or {}).get(FILES_KEY)
+    on_all_ranks(lambda: _restore_dataloader(train_iterator, step, root, groups, files))
     if wants:
         print_rank_0(f"  position in the data restored from {directory}")
     else:
