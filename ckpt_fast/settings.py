@@ -98,7 +98,8 @@ def metrics_file() -> str | None:
 
 
 def verify_on_load() -> bool:
-    """``CKPT_FAST_VERIFY`` (1): compare what is read with its checksums, items that are read in part included."""
+    """``CKPT_FAST_VERIFY`` (1): compare what is read with its checksums, items that are read in part
+    included."""
     return _flag("CKPT_FAST_VERIFY", default=True)
 
 

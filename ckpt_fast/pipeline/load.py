@@ -15,6 +15,7 @@ import torch
 from ckpt_fast import settings
 from ckpt_fast.errors import CheckpointCorruptError, CheckpointMismatchError
 from ckpt_fast.pipeline.archive import ALIGNMENT
+from ckpt_fast.pipeline.checks import Checks
 from ckpt_fast.pipeline.consistency import Region, missing_message
 from ckpt_fast.pipeline.decode import decode_object, undo_transforms
 from ckpt_fast.pipeline.garbage import without_collections
@@ -51,69 +52,6 @@ class Part(NamedTuple):
     piece: Piece
     box: Box
     destination: Destination
-
-
-class _Check(NamedTuple):
-    """Checksums to compare once the data is in.
-
-    Attributes:
-        name: of the tensor or object.
-        item: where it lies.
-        first, end: its blocks, in what the read program returns.
-        raw: what they must be.
-        crc_handle: of the one that stands in the file, in the arena.
-    """
-
-    name: str
-    item: Extent
-    first: int
-    end: int
-    raw: RawData
-    crc_handle: int | None
-
-
-class _Checks:
-    """The checksums of what a program reads.
-
-    Args:
-        index: the checkpoint.
-        program: what is read.
-        arena: for checksums that stand in the files.
-    """
-
-    def __init__(self, index: CheckpointIndex, program: ReadProgram, arena: ByteArena) -> None:
-        self._index, self._program, self._arena = index, program, arena
-        self._checks: dict[int, _Check] = {}
-
-    def add(self, name: str, item: Extent, raw: RawData) -> None:
-        """What the program reads of a payload must have the checksums that it was written with."""
-        first, end = self._program.check(raw.extent, raw.block_nbytes)
-        if first < end and first not in self._checks:
-            handle = self._arena.add(raw.crc_extent) if raw.crc_extent is not None else None
-            self._checks[first] = _Check(name, item, first, end, raw, handle)
-
-    def compare(self, found: memoryview) -> None:
-        """Raise CheckpointCorruptError for the first block that differs."""
-        for check in self._checks.values():
-            handle, expected = check.crc_handle, check.raw.crcs
-            crcs = [self._arena.crc32(handle)] if handle is not None else expected
-            assert crcs is not None
-            mine = found[check.first : check.end].tolist()
-            if mine == (crcs.tolist() if isinstance(crcs, memoryview) else crcs):
-                continue
-            for block, (crc, wanted) in enumerate(zip(mine, crcs, strict=True)):
-                if crc not in (wanted, -1):
-                    raise CheckpointCorruptError(self._damage(check, block, crc, wanted))
-
-    def _damage(self, check: _Check, block: int, crc: int, wanted: int) -> str:
-        begin = check.raw.extent.offset + block * check.raw.block_nbytes
-        end = min(begin + check.raw.block_nbytes, check.raw.extent.offset + check.raw.extent.nbytes)
-        save = self._index.manifest.save_id if self._index.manifest is not None else None
-        origin = f", or of another save than {save}, whose .metadata it is" if save else ""
-        return (
-            f"{check.name} in {self._index.directory}/{check.item.path} (bytes {begin} to {end}) has CRC-32 "
-            f"{crc:08x} instead of {wanted:08x}: the file is damaged{origin}. Load an earlier iteration."
-        )
 
 
 @without_collections
@@ -175,7 +113,7 @@ def load_payloads(
     """
     program = ReadProgram(index.files)
     arena = ByteArena(program)
-    checks = _Checks(index, program, arena)
+    checks = Checks(index, program, arena)
     handles = {fqn: arena.add(index.object_extent(fqn)) for fqn in fqns}
     verify = settings.verify_on_load() if verify is None else verify
     if verify and index.manifest is not None:
@@ -323,7 +261,7 @@ class _Reader:
         """Items that are not one stored tensor: whatever ``torch.load`` makes of them."""
         program = ReadProgram(self._index.files)
         arena = ByteArena(program)
-        checks = _Checks(self._index, program, arena)
+        checks = Checks(self._index, program, arena)
         handle = arena.add(part.piece.item)
         raw = self._index.payload_of(part.piece.item)
         if self._verify and raw is not None:
@@ -358,7 +296,7 @@ class _Wave:
         self._index, self._report, self._verify = index, report, verify
         self._buffer, self._landed = buffer, 0
         self._program = ReadProgram(index.files)
-        self._checks = _Checks(index, self._program, ByteArena(self._program))
+        self._checks = Checks(index, self._program, ByteArena(self._program))
         self._copies: list[tuple[Destination, torch.Tensor]] = []
 
     def read(

@@ -133,8 +133,8 @@ def save_checkpoint(
         if target.is_local:
             state_dict["train_state_metadata"] = publication.train_state
             state_dict[FILES_KEY] = [list(each) for each in beside]
-        surroundings = _Surroundings(beside, publication.complete)
-        request = _hand_over(run, target, state_dict, metadata, surroundings, preprocess_common_state_dict_fn)
+        around = _Surroundings(beside, publication.complete)
+        request = _hand_over(run, target, state_dict, metadata, around, preprocess_common_state_dict_fn)
         _finalize(
             run,
             request,
