@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from ckpt_fast.errors import AsyncSaveError, CheckpointError
+from ckpt_fast.pipeline import untold
 from ckpt_fast.pipeline.background import SaveHandle, SaveQueue
 from ckpt_fast.pipeline.group import ControlGroup
 from ckpt_fast.pipeline.types import SaveReport
@@ -81,6 +82,15 @@ class RequestHandle(SaveHandle):
         """The function cannot be stopped; its finalizers will not run."""
         self._failure = self._failure or CheckpointError("it was cancelled")
 
+    @property
+    def failure(self) -> BaseException | None:
+        """What the request's function raised; None until then."""
+        return self._failure
+
+    def _abandon(self, wait_s: float) -> bool:
+        self.cancel()
+        return self.wait(wait_s)
+
     def _agree(self) -> None:
         try:
             ControlGroup().agree(self._raise_failure)
@@ -93,6 +103,7 @@ class RequestHandle(SaveHandle):
                 self._request.async_fn(*arguments, **(self._request.async_fn_kwargs or {}))
         except BaseException as error:
             self._failure = error
+            untold.report(self.directory, error)
 
     def _raise_failure(self) -> None:
         if not self.wait(max(self._remaining_s(), 0.0)):

@@ -1,17 +1,79 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every environment variable ckpt_fast reads, its meaning and its default, in one place.
 
-Variables are read at call time, so a test or a launcher may change them between two saves.
+Variables are read at call time, so a test or a launcher may change them between two saves. A save reads all
+of them at once (``Settings.read``), before it touches anything.
 """
 
 from __future__ import annotations
 
+import inspect
+import logging
 import os
+import re
+from dataclasses import dataclass
+from functools import cache
 from typing import Literal, cast, get_args
+
+logger = logging.getLogger(__name__)
 
 StagingMode = Literal["auto", "blocking", "overlapped", "device"]
 
 _SUFFIXES = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_PREFIX = "CKPT_FAST_"
+# Of the build, and of the benchmarks.
+_OTHERS = {"CKPT_FAST_CUDA", "CKPT_FAST_CUDA_ARCHS", "CKPT_FAST_BENCH_MB", "CKPT_FAST_BENCH_TENSORS"}
+_warned: set[str] = set()
+
+# Each chunk is memory of one thread, several for each of the threads.
+_MOST_CHUNK = 1 << 30
+_MOST_THREADS = 1024
+_MOST_RETRIES = 100
+# A year, in seconds: clocks and locks take it.
+_MOST_TIMEOUT = 366 * 24 * 3600
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All settings of one save, as they were when it began. Each is that of the function of its name."""
+
+    native_enabled: bool
+    io_threads: int
+    chunk_bytes: int
+    direct_io: bool
+    fsync_enabled: bool
+    host_buffer_bytes: int | None
+    staging_mode: StagingMode
+    write_retries: int
+    space_check: bool
+    timeout_s: float
+
+    @classmethod
+    def read(cls) -> Settings:
+        """The settings in force. A variable of our prefix that has no meaning is warned about, once.
+
+        Raises:
+            ValueError: naming the variable and what it may be.
+        """
+        for name in sorted(os.environ):
+            if name.startswith(_PREFIX) and name not in _names() | _OTHERS | _warned:
+                _warned.add(name)
+                logger.warning("%s has no meaning here: see README for the settings there are", name)
+        # Not of a save, but an odd value is no better for what comes after it.
+        verify_on_load()
+        pickle_allowed()
+        return cls(
+            native_enabled(),
+            io_threads(),
+            chunk_bytes(),
+            direct_io(),
+            fsync_enabled(),
+            host_buffer_bytes(),
+            staging_mode(),
+            write_retries(),
+            space_check(),
+            timeout_s(),
+        )
 
 
 def native_enabled() -> bool:
@@ -24,14 +86,17 @@ def io_threads() -> int:
     value = os.environ.get("CKPT_FAST_THREADS")
     if value is None:
         return max(2, min(8, os.cpu_count() or 1))
-    return _positive("CKPT_FAST_THREADS", value)
+    return _positive("CKPT_FAST_THREADS", value, _MOST_THREADS)
 
 
 def chunk_bytes() -> int:
-    """``CKPT_FAST_CHUNK`` (4M): bytes of one read or write; a multiple of 4096. K, M, G may follow."""
+    """``CKPT_FAST_CHUNK`` (4M): bytes of one read or write; a multiple of 4096, 1G at most. K, M, G may
+    follow."""
     value = _size("CKPT_FAST_CHUNK", 4 << 20)
     if value % 4096:
         raise ValueError(f"CKPT_FAST_CHUNK={value} is not a multiple of 4096 bytes")
+    if value > _MOST_CHUNK:
+        raise ValueError(f"CKPT_FAST_CHUNK={os.environ['CKPT_FAST_CHUNK']!r} is more than 1G")
     return value
 
 
@@ -66,7 +131,7 @@ def staging_mode() -> StagingMode:
 def write_retries() -> int:
     """``CKPT_FAST_RETRIES`` (2): how often a write that failed for a reason that may pass is made again."""
     value = os.environ.get("CKPT_FAST_RETRIES", "2")
-    return 0 if value == "0" else _positive("CKPT_FAST_RETRIES", value)
+    return 0 if value == "0" else _positive("CKPT_FAST_RETRIES", value, _MOST_RETRIES)
 
 
 def space_check() -> bool:
@@ -83,7 +148,8 @@ def spool_directory() -> str | None:
 
 def timeout_s() -> float:
     """``CKPT_FAST_TIMEOUT`` (1800): seconds after which a save in the background counts as failed."""
-    return float(_positive("CKPT_FAST_TIMEOUT", os.environ.get("CKPT_FAST_TIMEOUT", "1800")))
+    value = os.environ.get("CKPT_FAST_TIMEOUT", "1800")
+    return float(_positive("CKPT_FAST_TIMEOUT", value, _MOST_TIMEOUT))
 
 
 def visible_timeout_s() -> float:
@@ -108,6 +174,14 @@ def pickle_allowed() -> bool:
     return _flag("CKPT_FAST_ALLOW_PICKLE", default=False)
 
 
+@cache
+def _names() -> set[str]:
+    """The variables that functions of this module read, from their code: nobody has to keep a list."""
+    functions = [value for value in globals().values() if inspect.isfunction(value)]
+    constants = [constant for function in functions for constant in function.__code__.co_consts]
+    return {name for name in constants if isinstance(name, str) and re.fullmatch(_PREFIX + "[A-Z_]+", name)}
+
+
 def _flag(name: str, default: bool) -> bool:
     value = os.environ.get(name)
     if value is None:
@@ -117,9 +191,12 @@ def _flag(name: str, default: bool) -> bool:
     return value == "1"
 
 
-def _positive(name: str, value: str) -> int:
-    if not (value.isascii() and value.isdigit()) or int(value) < 1:
+def _positive(name: str, value: str, most: int | None = None) -> int:
+    if not (value.isascii() and value.isdigit()) or not value.strip("0"):
         raise ValueError(f"{name}={value!r} is not a positive whole number")
+    # Before a number of any length is made of it: Python refuses one of thousands of digits in its own words.
+    if len(value.lstrip("0")) > 18 or (most is not None and int(value) > most):
+        raise ValueError(f"{name}={value[:20]!r} is more than {most if most is not None else 10**18 - 1}")
     return int(value)
 
 

@@ -67,7 +67,14 @@ def test_threads_that_are_none(value: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize(
     ("value", "nbytes"),
-    [("4096", 4096), ("16K", 16 << 10), ("1m", 1 << 20), ("8M", 8 << 20), ("2G", 2 << 30), ("1T", 1 << 40)],
+    [
+        ("4096", 4096),
+        ("16K", 16 << 10),
+        ("1m", 1 << 20),
+        ("8M", 8 << 20),
+        ("1g", 1 << 30),
+        ("0001G", 1 << 30),
+    ],
 )
 def test_chunk(value: str, nbytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert settings.chunk_bytes() == 4 << 20
@@ -87,6 +94,56 @@ def test_chunk_that_is_not_aligned(value: str, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("CKPT_FAST_CHUNK", value)
     with pytest.raises(ValueError, match=r"is not a multiple of 4096 bytes"):
         settings.chunk_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "most"),
+    [
+        ("CHUNK", "1T", "1G"),
+        ("CHUNK", "2G", "1G"),
+        ("THREADS", "1025", "1024"),
+        ("RETRIES", "101", "100"),
+        ("TIMEOUT", "99999999999", "31622400"),
+        ("TIMEOUT", "9" * 5000, "31622400"),
+        ("HOST_BUFFER", "9" * 19, "9" * 18),
+    ],
+)
+def test_more_than_makes_sense(name: str, value: str, most: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(f"CKPT_FAST_{name}", value)
+    with pytest.raises(ValueError, match=rf"CKPT_FAST_{name}='\w+' is more than {most}"):
+        settings.Settings.read()
+
+
+ODD = {
+    **dict.fromkeys((*FLAGS, "CKPT_FAST_SPACE_CHECK"), ("true", "yes", "", "2")),
+    "CKPT_FAST_THREADS": ("0", "-1", "4.0"),
+    "CKPT_FAST_RETRIES": ("-1", "many"),
+    "CKPT_FAST_CHUNK": ("1T", "0", "1000"),
+    "CKPT_FAST_TIMEOUT": ("0", "99999999999", "inf"),
+    "CKPT_FAST_HOST_BUFFER": ("0", "-1G"),
+    "CKPT_FAST_STAGING": ("gpu", ""),
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name in ODD for value in ODD[name]])
+def test_reading_all_refuses_each_odd_value(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings.Settings.read()
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=f"{name}="):
+        settings.Settings.read()
+
+
+def test_an_unknown_variable_is_warned_about_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(settings, "_warned", set())
+    for name in (*ODD, "CKPT_FAST_METRICS", "CKPT_FAST_SPOOL", "CKPT_FAST_CUDA"):
+        monkeypatch.setenv(name, {"CKPT_FAST_STAGING": "auto", "CKPT_FAST_CHUNK": "4M"}.get(name, "1"))
+    monkeypatch.setenv("CKPT_FAST_TREADS", "4")
+    settings.Settings.read()
+    settings.Settings.read()
+    (warning,) = caplog.messages
+    assert warning.startswith("CKPT_FAST_TREADS has no meaning here")
 
 
 def test_host_buffer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import logging
+import threading
 import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
@@ -26,36 +28,87 @@ logger = logging.getLogger(__name__)
 _IMMUTABLE = (bool, int, float, complex, str, bytes, type(None), torch.Size, torch.dtype, torch.device)
 
 
-class Snapshot(NamedTuple):
+class Snapshot:
     """One state dict in host memory.
 
     Attributes:
-        buffer: memory of the copies; None if there are no bytes.
-        keep_buffer: whether the buffer serves the next snapshot.
-        values: all values of the copy that a planner may meet, by identity.
         allocated_nbytes: host memory that was new for it.
         seconds: how long copying took.
     """
 
-    buffer: HostBuffer | None
-    keep_buffer: bool
-    values: dict[int, Any]
-    allocated_nbytes: int
-    seconds: float
+    def __init__(self, keep_buffer: bool) -> None:
+        """``keep_buffer``: whether the buffer serves the next snapshot."""
+        self.allocated_nbytes = 0
+        self.seconds = 0.0
+        self._keep_buffer = keep_buffer
+        self._lock = threading.RLock()  # a destructor may come while this thread holds it
+        self._buffer: HostBuffer | None = None
+        self._readers = 0
+        self._ended = False
+        # Only what was made for this snapshot and can be in no other: tensors, by identity.
+        self._tensors: dict[int, weakref.ref[torch.Tensor]] = {}
+
+    def add(self, tensor: torch.Tensor) -> None:
+        """``tensor`` was made for this snapshot."""
+        self._tensors[id(tensor)] = weakref.ref(tensor)
+
+    def hold(self, buffer: HostBuffer | None) -> None:
+        """The copies are in ``buffer``, which is given back at the end."""
+        self._buffer = buffer
+        if buffer is not None and buffer.is_new:
+            self.allocated_nbytes = buffer.nbytes
+
+    def holds_any(self, values: Iterable[Any]) -> bool:
+        """Whether one of the values was made for this snapshot."""
+        for value in values:
+            made = self._tensors.get(id(value))
+            if made is not None and made() is value:
+                return True
+        return False
+
+    def begin(self) -> None:
+        """A save reads it.
+
+        Raises:
+            CheckpointError: another save has ended it.
+        """
+        with self._lock:
+            if self._ended:
+                raise CheckpointError(
+                    "this copy of a state dict was saved already, and its memory may hold another by now; "
+                    "stage the state dict again for another save"
+                )
+            self._readers += 1
+
+    def end(self) -> None:
+        """That save has ended: the memory may be used again once none reads it."""
+        with self._lock:
+            self._readers -= 1
+            if not self._readers:
+                self.release()
+
+    def release(self) -> None:
+        """Nobody reads it, or ever will."""
+        with self._lock:
+            self._ended = True
+            buffer, self._buffer = self._buffer, None
+        if buffer is not None:
+            host_buffers.give_back(buffer, self._keep_buffer)
 
 
 class Snapshots:
-    """The process's snapshots that are still to be written. Thread-safe."""
+    """The process's snapshots of which something is left. Thread-safe."""
 
     def __init__(self) -> None:
-        self._in_flight: dict[int, Snapshot] = {}
+        self._all: dict[int, Snapshot] = {}
         self._numbers = itertools.count()
 
     def take(self, state_dict: dict[str, Any], keep_buffer: bool) -> dict[str, Any]:
         """A copy of the state dict that no later change reaches.
 
         Its memory is that of an earlier snapshot once that is written; with a bound on host memory there can
-        be no more than fits. It is given back by ``written``, or when the copy itself is gone.
+        be no more than fits. It is given back at the end of the save that reads it (``read``), or when
+        nothing refers to it any more.
 
         An error must not keep this rank out of the save's collectives: the others would wait for it. What is
         returned then raises the error as soon as it is planned, and torch tells all ranks.
@@ -67,50 +120,48 @@ class Snapshots:
             logger.exception("cannot copy the state dict to host memory")
             return {"state dict": _Unstaged(error)}
 
-    def written(self, values: Iterable[Any]) -> Snapshot | None:
-        """The snapshot that ``values`` belong to, if any, is written: its memory may be used again."""
-        identities = {id(value) for value in values}
-        for number, snapshot in list(self._in_flight.items()):
-            if not identities.isdisjoint(snapshot.values):
-                self._end(number)
-                return snapshot
-        return None
+    @contextlib.contextmanager
+    def read(self, values: Iterable[Any]) -> Iterator[Snapshot | None]:
+        """While a save reads ``values``, the snapshot that they are of, if any, keeps its memory.
+
+        Raises:
+            CheckpointError: a save of this snapshot has ended before.
+        """
+        values = list(values)
+        found = next((each for each in list(self._all.values()) if each.holds_any(values)), None)
+        if found is None:
+            yield None
+            return
+        found.begin()
+        try:
+            yield found
+        finally:
+            found.end()
 
     def _take(self, state_dict: dict[str, Any], keep_buffer: bool, begin: float) -> dict[str, Any]:
+        number, snapshot = next(self._numbers), Snapshot(keep_buffer)
+
+        def forget() -> None:
+            self._all.pop(number, None)
+            snapshot.release()
+
         tensors = list(_tensors(state_dict))
-        buffer, copies = copy_to_host(tensors, settings.host_buffer_bytes())
+        buffer, copies = copy_to_host(tensors, settings.host_buffer_bytes(), forget)
+        snapshot.hold(buffer)
         copy_of = {id(tensor): copied for tensor, copied in zip(tensors, copies, strict=True)}
-        values: dict[int, Any] = {}
         try:
             with torch.no_grad():
-                staged = _Staged(_copied(state_dict, copy_of, values))
+                staged: dict[str, Any] = _copied(state_dict, copy_of, snapshot)
         except BaseException:
-            if buffer is not None:
-                host_buffers.give_back(buffer)
+            snapshot.release()
             raise
-        values.update((id(value), value) for value in staged.values())
-        number = next(self._numbers)
-        allocated_nbytes = buffer.nbytes if buffer is not None and buffer.is_new else 0
-        seconds = time.perf_counter() - begin
-        self._in_flight[number] = Snapshot(buffer, keep_buffer, values, allocated_nbytes, seconds)
-        weakref.finalize(staged, self._end, number).atexit = False
+        snapshot.seconds = time.perf_counter() - begin
+        if buffer is not None:
+            self._all[number] = snapshot
         return staged
-
-    def _end(self, number: int) -> None:
-        snapshot = self._in_flight.pop(number, None)
-        if snapshot is not None and snapshot.buffer is not None:
-            host_buffers.give_back(snapshot.buffer, snapshot.keep_buffer)
 
 
 snapshots = Snapshots()
-
-
-class _Staged(dict[str, Any]):
-    """A dictionary that can be watched by a weak reference."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # To the process that writes, with AsyncCheckpointerType.PROCESS: the memory stays this one's affair.
-        return dict, (dict(self),)
 
 
 class _Unstaged(dict[str, Any]):
@@ -145,19 +196,20 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
             yield from _tensors(child)
 
 
-def _copied(value: Any, copy_of: dict[int, torch.Tensor], values: dict[int, Any]) -> Any:
-    """``value`` with every plain tensor replaced by its copy; tensors made here are noted in ``values``."""
+def _copied(value: Any, copy_of: dict[int, torch.Tensor], snapshot: Snapshot) -> Any:
+    """``value`` with every plain tensor replaced by its copy; tensors made here are added to ``snapshot``."""
     if isinstance(value, torch.Tensor):
         tensor = _copied_tensor(value, copy_of)
-        values[id(tensor)] = tensor
+        if tensor is not value:
+            snapshot.add(tensor)
         return tensor
     if isinstance(value, dict):
         kind = OrderedDict if isinstance(value, OrderedDict) else dict
-        return kind((key, _copied(child, copy_of, values)) for key, child in value.items())
+        return kind((key, _copied(child, copy_of, snapshot)) for key, child in value.items())
     if isinstance(value, _IMMUTABLE):
         return value
     if type(value) is list or isinstance(value, tuple):
-        children = [_copied(child, copy_of, values) for child in value]
+        children = [_copied(child, copy_of, snapshot) for child in value]
         if hasattr(value, "_make"):
             return value._make(children)
         return type(value)(children)

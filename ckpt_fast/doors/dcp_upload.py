@@ -18,9 +18,11 @@ from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from ckpt_fast import settings
 from ckpt_fast.doors.dcp_snapshot import snapshots
 from ckpt_fast.errors import CheckpointError
+from ckpt_fast.pipeline import untold
 from ckpt_fast.pipeline.group import ControlGroup, Outcome
 from ckpt_fast.pipeline.types import SaveReport
 from ckpt_fast.pipeline.worker import Worker
+from ckpt_fast.settings import Settings
 
 
 class Upload:
@@ -98,6 +100,16 @@ class Upload:
         """Local. ``commit`` will raise on every rank, and nothing is published."""
         self._cancelled = True
 
+    def abandon(self, wait_s: float) -> bool:
+        """Local. Give the save up without the other ranks; returns whether the writer has returned."""
+        self.cancel()
+        return self._worker.abandon(wait_s)
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What went wrong on this rank while it wrote; None until then."""
+        return self._error
+
     def write(self, timeout_s: float | None = None) -> None:
         """Local. Return when this rank's part is written; ``commit`` raises what went wrong, everywhere."""
         self._outcome = self._group.attempt(lambda: self._finish_writing(timeout_s))
@@ -108,6 +120,7 @@ class Upload:
         with self.report.timed("commit"):
             outcomes = self._group.gather(self._outcome)
             self._group.decide(lambda: self._publish(outcomes), outcomes)
+        untold.forget()
         self.report.seconds = time.perf_counter() - self._begun
         return self.report
 
@@ -116,6 +129,7 @@ class Upload:
         central: list[SavePlan] = []
 
         def plan_locally() -> SavePlan:
+            Settings.read()
             planner.set_up_planner(state_dict, None, group.is_coordinator)
             writer.set_up_storage_writer(group.is_coordinator)
             return writer.prepare_local_plan(planner.create_local_plan())
@@ -131,22 +145,19 @@ class Upload:
 
     def _write(self, plan: SavePlan) -> None:
         try:
-            with self.report.timed("write"):
+            with snapshots.read(self._planner.state_dict.values()) as snapshot, self.report.timed("write"):
                 written = self._writer.write_data(plan, self._planner)
                 written.wait()
                 self._results = written.value()
+            if snapshot is not None:
+                self.report.host_memory_allocated += snapshot.allocated_nbytes
             self.report.nbytes = sum(result.size_in_bytes for result in self._results)
         except BaseException as error:
             self._error = error
+            untold.report(self.report.directory, error)
         finally:
             self.report.written_s = time.perf_counter() - self._begun
-            self._release()
-
-    def _release(self) -> None:
-        snapshot = snapshots.written(self._planner.state_dict.values())
-        if snapshot is not None:
-            self.report.host_memory_allocated += snapshot.allocated_nbytes
-        self._planner.state_dict = {}
+            self._planner.state_dict = {}
 
     def _finish_writing(self, timeout_s: float | None) -> list[WriteResult]:
         if not self._worker.wait(timeout_s):

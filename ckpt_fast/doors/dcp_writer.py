@@ -20,9 +20,9 @@ from torch.distributed.checkpoint.staging import AsyncStager
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
-from ckpt_fast import settings
 from ckpt_fast.doors.dcp_reader import StrPath, is_local_path
 from ckpt_fast.doors.dcp_snapshot import snapshots
+from ckpt_fast.doors.dcp_steps import hold, last_step, let_go, step, written_by
 from ckpt_fast.errors import CheckpointMismatchError, CheckpointWriteError
 from ckpt_fast.pipeline import commit
 from ckpt_fast.pipeline.encode import pickle_metadata, share_parts
@@ -40,6 +40,7 @@ from ckpt_fast.pipeline.types import (
     TensorShard,
 )
 from ckpt_fast.pipeline.waves import Waves
+from ckpt_fast.settings import Settings
 
 
 class _Written(NamedTuple):
@@ -108,6 +109,7 @@ class FastStorageWriter(AsyncStager, StorageWriter):
 
     def reset(self, checkpoint_id: StrPath | None = None) -> None:
         """Begin a new save, to ``checkpoint_id`` if one is given."""
+        let_go()
         path = os.fspath(checkpoint_id) if checkpoint_id else self._latest.path
         self._latest = self._of_thread.announced = _Save(path)
 
@@ -119,21 +121,33 @@ class FastStorageWriter(AsyncStager, StorageWriter):
             announced, rank=kwargs.get("rank"), use_collectives=kwargs.get("use_collectives", True)
         )
 
+    @step
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """Without collectives every rank names its own files."""
+        """Every rank. Settings and options are looked at; without collectives every rank names its own files.
+
+        Raises:
+            ValueError: a setting, or an option of this writer, makes no sense. All ranks raise it.
+        """
+        self._of_thread.settings = chosen = Settings.read()
+        self._waves(SaveReport(self._save.path), "", chosen)
         lone_rank = self._save.lone_rank
         if lone_rank is None:
             return plan
         return dataclasses.replace(plan, storage_data=_StoragePrefix(file_prefix(lone_rank)))
 
+    @step
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """Coordinator only (without collectives: every rank), before writing: the older checkpoint ends here.
 
+        A save of this process to the same directory that is not over is waited for.
+
         Raises:
-            CheckpointWriteError: the directory cannot be prepared, has too little room, or holds a checkpoint
-                and must not.
+            CheckpointWriteError: the directory cannot be prepared, has too little room, holds a checkpoint
+                and must not, or another save to it does not end.
         """
-        save = self._save
+        save, chosen = self._save, self._settings
+        name = save.path if save.lone_rank is None else os.path.join(save.path, file_prefix(save.lone_rank))
+        hold(name, chosen.timeout_s)
         self._refuse_overwriting(save)
         require_space(save.path, sum(map(_planned_nbytes, plans)))
         commit.invalidate(save.path, rank=save.lone_rank)
@@ -144,6 +158,7 @@ class FastStorageWriter(AsyncStager, StorageWriter):
             for rank, plan in enumerate(plans)
         ]
 
+    @step
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Write this rank's items; on return they are durable.
 
@@ -152,14 +167,11 @@ class FastStorageWriter(AsyncStager, StorageWriter):
         """
         begin = time.perf_counter()
         report = SaveReport(self._save.path)
-        waves = Waves(
-            report, plan.storage_data.prefix, self._thread_count, bound=settings.host_buffer_bytes()
-        )
-        try:
+        waves = self._waves(report, plan.storage_data.prefix, self._settings)
+        written_by(waves.progress)
+        # The planners of torch and Megatron-Core keep what they were given under this name.
+        with snapshots.read(getattr(planner, "state_dict", {}).values()) as snapshot:
             record = waves.run(shards_of(plan, planner))
-        finally:
-            # The planners of torch and Megatron-Core keep what they were given under this name.
-            snapshot = snapshots.written(getattr(planner, "state_dict", {}).values())
         report.seconds = report.stall_s = time.perf_counter() - begin
         if snapshot is not None:
             report.stall_s = snapshot.seconds
@@ -169,6 +181,7 @@ class FastStorageWriter(AsyncStager, StorageWriter):
         future.set_result(_results(plan, record))
         return future
 
+    @last_step
     @without_collections
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Coordinator only: publish the checkpoint, ``.metadata`` last."""
@@ -209,6 +222,7 @@ class FastStorageWriter(AsyncStager, StorageWriter):
         All of it is one host buffer, which later saves of this process use again. An error is raised by the
         save, on all ranks.
         """
+        let_go()
         return snapshots.take(state_dict, self._keep_buffer)
 
     def synchronize_staging(self) -> None:
@@ -218,6 +232,14 @@ class FastStorageWriter(AsyncStager, StorageWriter):
         """Nothing to release: host memory is the process's, see ``cache_staged_state_dict``."""
 
     # --- -----------------------------------------------------------------------------------------------
+
+    def _waves(self, report: SaveReport, prefix: str, chosen: Settings) -> Waves:
+        return Waves(report, prefix, self._thread_count, bound=chosen.host_buffer_bytes, settings=chosen)
+
+    @property
+    def _settings(self) -> Settings:
+        """Those of the save that this thread is at."""
+        return getattr(self._of_thread, "settings", None) or Settings.read()
 
     @property
     def _save(self) -> _Save:

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from ckpt_fast import megatron
+from ckpt_fast import megatron, native
 from ckpt_fast.doors.local_files import (
     Origin,
     Packed,
@@ -36,10 +36,12 @@ from ckpt_fast.errors import (
     CheckpointMismatchError,
     CheckpointNotFoundError,
 )
+from ckpt_fast.pipeline import untold
 from ckpt_fast.pipeline.group import ControlGroup
 from ckpt_fast.pipeline.manifest import new_save_id
 from ckpt_fast.pipeline.types import SaveReport
-from ckpt_fast.pipeline.worker import Worker
+from ckpt_fast.pipeline.worker import LEAVE_S, Worker
+from ckpt_fast.settings import Settings
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -110,8 +112,12 @@ class FastLocalCheckpointManager(LocalCheckpointManager):  # type: ignore[misc, 
                 _LocalSave(self, iteration, states, live, flag.set), flag, megatron.NVRxAsyncRequest
             )
         job = _LocalSave(self, iteration, states, live)
-        job.write()
-        job.commit()
+        try:
+            job.write()
+            job.commit()
+        except BaseException:
+            job.abandon(LEAVE_S)
+            raise
         return None
 
     def load(self) -> tuple[Any, Any]:
@@ -247,14 +253,18 @@ class FastLocalCheckpointManager(LocalCheckpointManager):  # type: ignore[misc, 
     def _pack(self, state_dict: Any, ckpt_id: Any, live: Container[int] = ()) -> Packed:
         return pack_local(state_dict, os.fspath(self._local_ckpt_path_from_id(ckpt_id)), live)
 
-    def _write(self, packed: Packed, ckpt_id: Any, save_id: str, report: SaveReport) -> None:
+    def _write(
+        self, packed: Packed, ckpt_id: Any, save_id: str, report: SaveReport, progress: native.Progress
+    ) -> None:
         partial = os.fspath(self._local_ckpt_path_from_id(ckpt_id, True))
+        directory = os.fspath(self._local_ckpt_path_from_id(ckpt_id))
         origin = Origin(save_id, ckpt_id[0], ckpt_id[1])
-        write_local(packed, os.fspath(self._local_ckpt_path_from_id(ckpt_id)), partial, origin, report)
+        write_local(packed, directory, partial, origin, report, progress)
 
     def _save(self, state_dict: Any, ckpt_id: Any) -> None:
         directory = os.fspath(self._local_ckpt_path_from_id(ckpt_id))
-        self._write(self._pack(state_dict, ckpt_id), ckpt_id, new_save_id(), SaveReport(directory))
+        packed = self._pack(state_dict, ckpt_id)
+        self._write(packed, ckpt_id, new_save_id(), SaveReport(directory), native.Progress())
 
     def _load(self, ckpt_id: Any) -> Any:
         directory = os.fspath(self._local_ckpt_path_from_id(ckpt_id))
@@ -309,12 +319,11 @@ class _LocalSave:
         self._manager = manager
         self._iteration = iteration
         self._in_background = when_written is not None
-        outcome = ControlGroup().attempt(
-            lambda: {identity: manager._pack(state, identity, live) for identity, state in states.items()}
-        )
+        self._progress: native.Progress | None = None
+        outcome = ControlGroup().attempt(lambda: self._pack(states, live))
         self._packed: dict[Any, Packed] = outcome.value or {}
         self._error: CheckpointError | None = outcome.error
-        self._worker = Worker("ckpt_fast-local")
+        self._worker = Worker("ckpt_fast-local", self.cancel)
         self._worker.submit(self._write)
         if when_written is not None:
             self._worker.submit(when_written)
@@ -337,8 +346,19 @@ class _LocalSave:
         return self._worker.wait(timeout_s)
 
     def cancel(self) -> None:
-        """``commit`` will raise; files that are being written are deleted then."""
+        """Stop writing soon. ``commit`` will raise; files that are being written are deleted then."""
         self._error = self._error or CheckpointError(f"the local save to {self.directory} was cancelled")
+        if self._progress is not None:
+            self._progress.stop()
+
+    def abandon(self, wait_s: float) -> bool:
+        """Local. Give the save up without the other ranks; returns whether the thread has ended."""
+        return self._worker.abandon(wait_s)
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What went wrong on this rank; None until then."""
+        return self._error
 
     def write(self, timeout_s: float | None = None) -> None:
         """Local. Return when every state is written; what went wrong is raised by ``commit``."""
@@ -347,6 +367,7 @@ class _LocalSave:
                 f"writing to {self.directory} did not end within the time that CKPT_FAST_TIMEOUT allows. The "
                 "file system may hang: look at it, or allow more time."
             )
+            self.cancel()
 
     def commit(self) -> None:
         """Collective. Older local checkpoints end here if every rank has written, else this one does."""
@@ -360,14 +381,23 @@ class _LocalSave:
         else:
             self._manager._cleanup(self._iteration)
 
+    def _pack(self, states: dict[Any, Any], live: Container[int]) -> dict[Any, Packed]:
+        # What a setting says is found out before anything is written.
+        Settings.read()
+        self._progress = native.Progress()
+        return {identity: self._manager._pack(state, identity, live) for identity, state in states.items()}
+
     def _write(self) -> None:
         outcome = ControlGroup().attempt(self._write_states)
         self._packed = {}
+        if self._in_background and outcome.error is not None and self._error is None:
+            untold.report(self.directory, outcome.error)
         self._error = self._error or outcome.error
 
     def _write_states(self) -> None:
         for identity, packed in self._packed.items():
-            self._manager._write(packed, identity, self._save_id, self.report)
+            assert self._progress is not None, "nothing is packed without it"
+            self._manager._write(packed, identity, self._save_id, self.report, self._progress)
 
     def _raise_error(self) -> None:
         if self._error is not None:

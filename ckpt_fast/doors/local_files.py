@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ckpt_fast import megatron, settings
+from ckpt_fast import megatron, native
 from ckpt_fast.doors.sharded_state import torch_bytes
 from ckpt_fast.errors import CheckpointCorruptError, CheckpointWriteError, UnsafeCheckpointError
 from ckpt_fast.pipeline import commit
@@ -31,6 +31,7 @@ from ckpt_fast.pipeline.plan import file_prefix, is_plain
 from ckpt_fast.pipeline.types import ObjectShard, SaveReport, Shard, TensorRequest, TensorShard
 from ckpt_fast.pipeline.verify import require_complete
 from ckpt_fast.pipeline.waves import Waves
+from ckpt_fast.settings import Settings
 
 _STATE_KEY = "state_dict"
 # Marks, as a key, the dictionaries that stand for something else.
@@ -93,7 +94,14 @@ class Origin(NamedTuple):
     rank: int
 
 
-def write_local(packed: Packed, directory: str, partial: str, origin: Origin, report: SaveReport) -> None:
+def write_local(
+    packed: Packed,
+    directory: str,
+    partial: str,
+    origin: Origin,
+    report: SaveReport,
+    progress: native.Progress,
+) -> None:
     """Local. Write a state dict; on return it is durable. A crash leaves all of ``directory`` or nothing.
 
     Args:
@@ -102,6 +110,7 @@ def write_local(packed: Packed, directory: str, partial: str, origin: Origin, re
         partial: the same until it is complete.
         origin: of which save, and whose state it is; the rank numbers the data file.
         report: what was written is added to it.
+        progress: stops the writing; ``directory`` does not appear then.
 
     Raises:
         CheckpointWriteError: naming path and cause.
@@ -114,12 +123,21 @@ def write_local(packed: Packed, directory: str, partial: str, origin: Origin, re
     try:
         shutil.rmtree(partial, ignore_errors=True)
         commit.invalidate(partial)
-        record = Waves(report, file_prefix(origin.rank), bound=settings.host_buffer_bytes()).run(shards)
+        chosen = Settings.read()
+        waves = Waves(
+            report,
+            file_prefix(origin.rank),
+            bound=chosen.host_buffer_bytes,
+            settings=chosen,
+            progress=progress,
+        )
+        record = waves.run(shards)
         notes = {"iteration": origin.iteration, "rank": origin.rank}
         manifest = Manifest(origin.save_id, record.files, record.digests, notes=notes)
         content = append_manifest(encode_metadata(record.items), manifest)
-        commit.publish(partial, {commit.METADATA_FILE: content})
-        _replace(partial, directory)
+        commit.publish(partial, {commit.METADATA_FILE: content}, progress)
+        with commit.renaming(directory, progress):
+            _replace(partial, directory)
     except CheckpointWriteError:
         raise
     except OSError as error:

@@ -19,7 +19,7 @@ from ckpt_fast import settings
 
 if TYPE_CHECKING:
     from ckpt_fast.native._engine import (
-        WriteProgress,
+        Progress,
         check_pickle,
         copy_crc32,
         copy_runs,
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
-    "WriteProgress",
+    "Progress",
     "check_pickle",
     "copy_crc32",
     "copy_runs",

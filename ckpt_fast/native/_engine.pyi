@@ -33,15 +33,29 @@ def copy_runs(
     written. Large copies bypass the caches.
     """
 
-class WriteProgress:
-    """How another thread watches a call of ``write_files``, and ends it early."""
+class Progress:
+    """How another thread watches a call of ``write_files`` or ``read_extents``, and ends it early."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes handed to the file system so far, over all calls that were given this object."""
+        """Bytes written or read so far, over all calls that were given this object."""
+
+    @property
+    def stopped(self) -> bool:
+        """Whether ``stop`` was called."""
+
+    @property
+    def renaming(self) -> bool:
+        """Whether a rename is under way. If none is after ``stop``, none will come."""
 
     def stop(self) -> None:
-        """Calls in progress, and later ones, fail with errno ECANCELED before their next chunk."""
+        """Calls in progress, and later ones, fail with ECANCELED before they open, move or rename more."""
+
+    def begin_rename(self) -> bool:
+        """Asked before each rename, which ends with ``end_rename``; False, and no rename, once stopped."""
+
+    def end_rename(self) -> None:
+        """The rename has ended, in whatever way."""
 
 def write_files(
     paths: Sequence[str],
@@ -59,10 +73,14 @@ def write_files(
     chunk_bytes: int,
     direct: bool,
     fsync: bool,
-    progress: WriteProgress | None = None,
+    progress: Progress | None = None,
     block_bytes: int = 0,
 ) -> tuple[list[int], list[int], bytes]:
-    """Create (or truncate) files and fill them from memory, in parallel; return when they are written.
+    """Create files and fill them from memory, in parallel; return when they are written.
+
+    Each is written under a name of its own, ``.NAME.<8 hex digits>.partial`` beside its path. When all are
+    whole, and synced with ``fsync``, they are renamed, one after the other; the directory is the caller's to
+    sync. After an error the partial files are gone.
 
     A file is the concatenation of its pieces at their offsets; bytes no piece covers are zero. Pieces are
     ordered by (file, offset) and do not overlap. The bytes of all pieces with digest ``d >= 0``, taken in
@@ -78,7 +96,8 @@ def write_files(
 
     Raises:
         OSError: with errno, and "write 4194304 bytes at 12288 to PATH: No space left on device" as text;
-            ``filename`` is the path. The first failure of the pool wins; the files are then incomplete.
+            ``filename`` is the path. The first failure of the pool wins. "write PATH: Operation canceled"
+            after ``progress.stop()``.
     """
 
 def read_extents(
@@ -94,6 +113,7 @@ def read_extents(
     threads: int,
     chunk_bytes: int,
     direct: bool,
+    progress: Progress | None = None,
 ) -> bytes:
     """Read byte ranges of files (extents) into memory, in parallel, and compute checksums on the way.
 

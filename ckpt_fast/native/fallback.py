@@ -8,10 +8,8 @@ Contracts are those of ``_engine.pyi``. Files are written and read through the p
 from __future__ import annotations
 
 import ctypes
-import errno
 import os
-import stat
-import threading
+import secrets
 import zlib
 from array import array
 from collections.abc import Sequence
@@ -21,10 +19,11 @@ from contextlib import suppress
 import numpy as np
 
 from ckpt_fast.native import fallback_checks as checks
+from ckpt_fast.native.fallback_files import Progress, memory, named, read_file, require_inside
 from ckpt_fast.native.fallback_pickle import check_pickle
 
 __all__ = [
-    "WriteProgress",
+    "Progress",
     "check_pickle",
     "copy_crc32",
     "copy_runs",
@@ -38,11 +37,10 @@ __all__ = [
 
 _POLYNOMIAL = 0xEDB88320  # reflected: the coefficient of x^j is bit 31 - j
 _ONE = 0x80000000  # x^0
-_STEP = 1 << 20
 
 
 def crc32(address: int, nbytes: int, seed: int = 0) -> int:
-    return zlib.crc32(_memory(address, nbytes), seed)
+    return zlib.crc32(memory(address, nbytes), seed)
 
 
 def crc32_combine(first: int, second: int, second_nbytes: int) -> int:
@@ -57,8 +55,8 @@ def crc32_combine(first: int, second: int, second_nbytes: int) -> int:
 
 
 def copy_crc32(destination: int, source: int, nbytes: int, seed: int = 0) -> int:
-    view = _memory(destination, nbytes)
-    view[:] = _memory(source, nbytes)
+    view = memory(destination, nbytes)
+    view[:] = memory(source, nbytes)
     return zlib.crc32(view, seed)
 
 
@@ -84,29 +82,6 @@ def copy_runs(
             ctypes.memmove(to + run * count, at + run * apart, count)
 
 
-class WriteProgress:
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._nbytes = 0
-        self._stopped = False
-
-    @property
-    def nbytes(self) -> int:
-        return self._nbytes
-
-    def stop(self) -> None:
-        self._stopped = True
-
-    def add(self, nbytes: int) -> None:
-        with self._lock:
-            self._nbytes += nbytes
-
-    def check(self, path: str, offset: int, nbytes: int) -> None:
-        if self._stopped:
-            with _named(f"write {nbytes} bytes at {offset} to", path):
-                raise OSError(errno.ECANCELED, os.strerror(errno.ECANCELED))
-
-
 def write_files(
     paths: Sequence[str],
     file_nbytes: array[int],
@@ -123,7 +98,7 @@ def write_files(
     chunk_bytes: int,
     direct: bool,
     fsync: bool,
-    progress: WriteProgress | None = None,
+    progress: Progress | None = None,
     block_bytes: int = 0,
 ) -> tuple[list[int], list[int], bytes]:
     checks.check_job(threads, chunk_bytes)
@@ -134,18 +109,28 @@ def write_files(
     checks.add_patches(planned, (patch_file, patch_offset, patch_digest), ends, digest_count)
 
     streams = [_Stream(block_bytes) for _ in range(digest_count)]
-    with ThreadPoolExecutor(threads) as pool:
-        written = [
-            pool.submit(_write_file, file, chunk_bytes, fsync, streams, progress or WriteProgress())
-            for file in planned
-        ]
-        try:
-            file_crcs = [future.result() for future in written]
-            blocks = array("I", (crc for stream in streams for crc in stream.blocks))
-            return [stream.crc for stream in streams], file_crcs, blocks.tobytes()
-        finally:
-            for future in written:
-                future.cancel()
+    progress = progress or Progress()
+    partials = [_partial_name(file.path) for file in planned]
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            written = [
+                pool.submit(_write_file, file, partial, chunk_bytes, fsync, streams, progress)
+                for file, partial in zip(planned, partials, strict=True)
+            ]
+            try:
+                file_crcs = [future.result() for future in written]
+            finally:
+                for future in written:
+                    future.cancel()
+        for file, partial in zip(planned, partials, strict=True):
+            _publish(partial, file.path, progress)
+        blocks = array("I", (crc for stream in streams for crc in stream.blocks))
+        return [stream.crc for stream in streams], file_crcs, blocks.tobytes()
+    except BaseException:
+        for partial in partials:
+            with suppress(OSError):
+                os.unlink(partial)
+        raise
 
 
 def read_extents(
@@ -161,6 +146,7 @@ def read_extents(
     threads: int,
     chunk_bytes: int,
     direct: bool,
+    progress: Progress | None = None,
 ) -> bytes:
     checks.check_job(threads, chunk_bytes)
     checks.check_lengths("extent", extent_file, extent_offset, extent_nbytes, extent_address)
@@ -179,12 +165,13 @@ def read_extents(
         count += -(-nbytes // block)
     crcs = array("q", [-1]) * count
     for file, rows in sorted(extents.items()):
-        with _named("open", paths[file]):
+        with named("open", paths[file]):
             status = os.stat(paths[file])
-        _require_inside(status, paths[file], rows)
+        require_inside(status, paths[file], rows)
+    progress = progress or Progress()
     with ThreadPoolExecutor(threads) as pool:
         reads = [
-            pool.submit(_read_file, paths[file], rows, ranges.get(file, []), crcs)
+            pool.submit(read_file, paths[file], rows, ranges.get(file, []), crcs, progress)
             for file, rows in sorted(extents.items())
         ]
         for done in reads:
@@ -215,18 +202,13 @@ def permute_rows(
     for to, at, count, width, size in zip(destination, source, rows, row_nbytes, block, strict=True):
         nbytes, pairs, run = count * width, count // (2 * size), size * width
         halves, blocks = (2, pairs, run), (pairs, 2, run)
-        before = np.frombuffer(_memory(at, nbytes), np.uint8).reshape(halves if interleave else blocks)
-        after = np.frombuffer(_memory(to, nbytes), np.uint8).reshape(blocks if interleave else halves)
+        before = np.frombuffer(memory(at, nbytes), np.uint8).reshape(halves if interleave else blocks)
+        after = np.frombuffer(memory(to, nbytes), np.uint8).reshape(blocks if interleave else halves)
         after[...] = before.swapaxes(0, 1)
 
 
 def cpu_features() -> list[str]:
     return []
-
-
-def _memory(address: int, nbytes: int) -> memoryview:
-    """Writable view of memory that the caller keeps alive."""
-    return memoryview((ctypes.c_ubyte * nbytes).from_address(address)).cast("B")
 
 
 def _multiply(a: int, b: int) -> int:
@@ -261,31 +243,55 @@ class _Stream:
             part = part[taken:]
 
 
+def _partial_name(path: str) -> str:
+    directory, name = os.path.split(path)
+    return os.path.join(directory, f".{name}.{secrets.token_hex(4)}.partial")
+
+
+def _publish(partial: str, path: str, progress: Progress) -> None:
+    """Give a whole file its name, unless the job is stopped: another save may own that name then."""
+    if not progress.begin_rename():
+        progress.check("write", path)
+    try:
+        with named("rename", path):
+            os.rename(partial, path)
+    finally:
+        progress.end_rename()
+
+
 def _write_file(
     file: checks.PlannedFile,
+    partial: str,
     chunk_bytes: int,
     fsync: bool,
     streams: list[_Stream],
-    progress: WriteProgress,
+    progress: Progress,
 ) -> int:
-    """Write one file, add its bytes to their ``streams`` and return its CRC."""
-    fd = _open(file.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    """Write one file as ``partial``, add its bytes to their ``streams`` and return its CRC."""
+    progress.check("write", file.path)
+    with named("open", file.path):
+        fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
         crc, pieces, patches = 0, list(reversed(file.pieces)), list(reversed(file.patches))
         for begin in range(0, file.nbytes, chunk_bytes):
-            progress.check(file.path, begin, min(chunk_bytes, file.nbytes - begin))
+            progress.check("write", file.path)
             image = bytearray(min(chunk_bytes, file.nbytes - begin))
             _copy_pieces(image, begin, pieces, streams)
             _apply_patches(image, begin, patches, streams)
             crc = zlib.crc32(image, crc)
             _write_fully(fd, image, begin, file.path)
             progress.add(len(image))
+        progress.check("write", file.path)
         if fsync:
-            with _named("fsync", file.path):
+            with named("fsync", file.path):
                 os.fsync(fd)
         closing, fd = fd, -1
-        with _named("close", file.path):
-            os.close(closing)
+        try:
+            with named("close", file.path):
+                os.close(closing)
+        except InterruptedError:  # closed all the same; what was synced is complete
+            if not fsync:
+                raise
         return crc
     finally:
         if fd >= 0:
@@ -300,7 +306,7 @@ def _copy_pieces(image: bytearray, begin: int, pieces: list[checks.Piece], strea
         piece = pieces[-1]
         first = max(piece.offset, begin)
         last = min(piece.offset + piece.nbytes, end)
-        part = _memory(piece.address + first - piece.offset, last - first)
+        part = memory(piece.address + first - piece.offset, last - first)
         image[first - begin : last - begin] = part
         if piece.digest >= 0:
             streams[piece.digest].add(part)
@@ -328,90 +334,5 @@ def _write_fully(fd: int, image: bytearray, offset: int, path: str) -> None:
     view = memoryview(image)
     done = 0
     while done < len(view):
-        with _named(f"write {len(view)} bytes at {offset} to", path):
+        with named(f"write {len(view)} bytes at {offset} to", path):
             done += os.pwrite(fd, view[done:], offset + done)
-
-
-def _read_file(
-    path: str,
-    extents: list[tuple[int, int, int]],
-    ranges: list[tuple[int, int, int, int]],
-    crcs: array[int],
-) -> None:
-    """Read extents (offset, nbytes, address) of one file, and the blocks that they touch.
-
-    Args:
-        ranges: (offset, nbytes, block, number of its first block in ``crcs``).
-        crcs: gets the CRC-32 of each block touched.
-    """
-    fd = _open(path, os.O_RDONLY | os.O_NONBLOCK)
-    try:
-        _require_inside(os.fstat(fd), path, extents)
-        blocks, unchecked = checks.divide(extents, ranges)
-        for (begin, end, number), wanted in blocks.items():
-            crcs[number] = _read_block(fd, begin, end, wanted, path)
-        for offset, nbytes, address in unchecked:
-            _read_fully(fd, _memory(address, nbytes), offset, path)
-    finally:
-        os.close(fd)
-
-
-def _read_block(fd: int, begin: int, end: int, wanted: list[tuple[int, int, int]], path: str) -> int:
-    """Read [begin, end) once, to where parts of it are wanted; returns its CRC-32."""
-    crc = 0
-    for at in range(begin, end, _STEP):
-        view = memoryview(bytearray(min(_STEP, end - at)))
-        _read_fully(fd, view, at, path)
-        crc = zlib.crc32(view, crc)
-        for offset, nbytes, address in wanted:
-            first, last = max(offset, at), min(offset + nbytes, at + len(view))
-            if first < last:
-                _memory(address + first - offset, last - first)[:] = view[first - at : last - at]
-    return crc
-
-
-def _read_fully(fd: int, view: memoryview, offset: int, path: str) -> None:
-    nbytes, done = len(view), 0
-    while done < nbytes:
-        with _named(f"read {nbytes} bytes at {offset} from", path):
-            got = os.preadv(fd, [view[done:]], offset + done)
-        if got == 0:
-            raise _file_ends(nbytes, offset, path, offset + done)
-        done += got
-
-
-def _require_inside(status: os.stat_result, path: str, extents: list[tuple[int, int, int]]) -> None:
-    """The file is a regular one that holds the extents."""
-    if stat.S_ISDIR(status.st_mode):
-        raise OSError(errno.EISDIR, f"open {path}: {os.strerror(errno.EISDIR)}", path)
-    if not stat.S_ISREG(status.st_mode):
-        kind = {stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket"}.get(stat.S_IFMT(status.st_mode), "device")
-        raise OSError(errno.EIO, f"open {path}: it is a {kind}, not a regular file", path)
-    for offset, nbytes, _ in extents:
-        if offset + nbytes > status.st_size:
-            raise _file_ends(nbytes, offset, path, status.st_size)
-
-
-def _open(path: str, flags: int) -> int:
-    with _named("open", path):
-        return os.open(path, flags | os.O_CLOEXEC, 0o666)
-
-
-def _file_ends(nbytes: int, offset: int, path: str, size: int) -> OSError:
-    return OSError(errno.EIO, f"read {nbytes} bytes at {offset} from {path}: file ends at {size}", path)
-
-
-class _named:  # noqa: N801 - reads as a statement
-    """Context in which an OSError's text becomes "ACTION PATH: reason"."""
-
-    def __init__(self, action: str, path: str) -> None:
-        self._action = action
-        self._path = path
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if isinstance(error, OSError) and error.errno is not None:
-            text = f"{self._action} {self._path}: {os.strerror(error.errno)}"
-            raise OSError(error.errno, text, self._path) from None

@@ -12,8 +12,10 @@ from typing import Protocol
 
 from ckpt_fast import settings
 from ckpt_fast.errors import AsyncSaveError
+from ckpt_fast.pipeline import untold, worker
 from ckpt_fast.pipeline.group import ControlGroup
 from ckpt_fast.pipeline.types import SaveReport
+from ckpt_fast.pipeline.worker import LEAVE_S
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +33,9 @@ class Job(Protocol):
     def is_written(self) -> bool: ...
     def wait(self, timeout_s: float | None = None) -> bool: ...
     def cancel(self) -> None: ...
+    def abandon(self, wait_s: float) -> bool: ...
+    @property
+    def failure(self) -> BaseException | None: ...
     def write(self, timeout_s: float | None = None) -> None: ...
     def commit(self) -> object: ...
 
@@ -126,6 +131,8 @@ class SaveHandle:
                 finalize_fn()
         except Exception as error:
             self._outcome = error
+            # It is told here; nobody has to be told at exit.
+            untold.forget(self.directory)
             raise
         self._outcome = self.report
 
@@ -142,7 +149,7 @@ class SaveHandle:
             raise self._outcome
         return self._outcome
 
-    def abandon(self, wait_s: float | None = None) -> bool:
+    def abandon(self, wait_s: float = LEAVE_S) -> bool:
         """Give the save up without the other ranks: nothing of it will be published by this one.
 
         Args:
@@ -153,8 +160,15 @@ class SaveHandle:
         """
         if self in _in_flight:
             _in_flight.remove(self)
-        self.cancel()
-        return self.wait(wait_s)
+        return self._abandon(wait_s)
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What went wrong on this rank while it wrote, whether or not anybody has asked; None if nothing."""
+        return self._job.failure
+
+    def _abandon(self, wait_s: float) -> bool:
+        return self._job.abandon(wait_s)
 
     def _remaining_s(self) -> float:
         assert self._deadline is not None, "the save was not started"
@@ -242,16 +256,13 @@ class SaveQueue:
 
 
 _in_flight: list[SaveHandle] = []
-# At the exit of a process that is in a hurry.
-_ABANDON_S = 5.0
 
 
-@atexit.register
 def _settle() -> None:
     """The process ends with saves in flight. One rank alone can finish them; many can no longer agree to."""
     for handle in list(_in_flight):
         if handle.ranks > 1:
-            ended = handle.abandon(_ABANDON_S)
+            failed, ended = handle.failure, handle.abandon()
             logger.warning(
                 "this process ends before the save to %s was finalized: it is abandoned%s, and the "
                 "checkpoint before it stays selected. Call maybe_finalize_async_save(..., blocking=True) at "
@@ -259,6 +270,8 @@ def _settle() -> None:
                 handle.directory,
                 "" if ended else " (its thread still waits for the file system)",
             )
+            if failed is not None:
+                untold.report(handle.directory, failed)
             continue
         try:
             handle.finalize()
@@ -268,3 +281,8 @@ def _settle() -> None:
             logger.exception(
                 "the save to %s could not be finished while the process was ending", handle.directory
             )
+
+
+# Last in, first out: what can be finished is, before the jobs that are left are stopped.
+atexit.register(worker.stop_all)
+atexit.register(_settle)

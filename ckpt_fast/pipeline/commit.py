@@ -19,9 +19,9 @@ import errno
 import os
 import re
 import secrets
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
-from ckpt_fast import settings
+from ckpt_fast import native, settings
 from ckpt_fast.errors import CheckpointWriteError
 
 METADATA_FILE = ".metadata"
@@ -32,16 +32,35 @@ _PARTIAL_SUFFIX = ".partial"
 _RANK_METADATA = re.compile(r"__[0-9]+\.metadata")
 
 
-def write_file_atomic(path: str, data: bytes) -> None:
+@contextlib.contextmanager
+def renaming(path: str, progress: native.Progress | None) -> Iterator[None]:
+    """A block that gives ``path`` its content. Whoever stops the job before it knows that it will not begin.
+
+    Raises:
+        OSError: errno ECANCELED: the job is stopped.
+    """
+    if progress is None:
+        yield
+        return
+    if not progress.begin_rename():
+        raise OSError(errno.ECANCELED, os.strerror(errno.ECANCELED), path)
+    try:
+        yield
+    finally:
+        progress.end_rename()
+
+
+def write_file_atomic(path: str, data: bytes, progress: native.Progress | None = None) -> None:
     """Create or replace ``path`` so that a crash leaves the old content or the new, never a mixture.
 
     Args:
         path: the file; its directory exists.
         data: the whole content.
+        progress: of the job that this is a part of.
 
     Raises:
-        CheckpointWriteError: with errno and path; ``path`` is unchanged then, unless only the sync of its
-            directory failed: the text says so.
+        CheckpointWriteError: with errno and path (ECANCELED once the job is stopped); ``path`` is unchanged
+            then, unless only the sync of its directory failed: the text says so.
     """
     directory, name = os.path.split(path)
     temporary = os.path.join(directory, f".{name}.{secrets.token_hex(4)}{_PARTIAL_SUFFIX}")
@@ -51,7 +70,8 @@ def write_file_atomic(path: str, data: bytes) -> None:
             file.write(data)
             file.flush()
             fsync(file.fileno())
-        os.replace(temporary, path)
+        with renaming(path, progress):
+            os.replace(temporary, path)
         state = "It was replaced, but may not outlive a power failure"
         fsync_directory(directory)
     except BaseException as error:
@@ -116,12 +136,12 @@ def invalidate(directory: str, rank: int | None = None) -> None:
     try:
         _make_directory(os.path.abspath(directory))
         names = set(os.listdir(directory))
-        own = f"__{rank}_"
+        own = (f"__{rank}_", f".__{rank}_")
         for seal in seals_among(names, rank):
             if _unlink(os.path.join(directory, seal)):
                 fsync_directory(directory)
         for name in names:
-            if is_payload(name) if rank is None else name.startswith(own) and name.endswith(DATA_SUFFIX):
+            if is_payload(name) and (rank is None or name.startswith(own)):
                 _unlink(os.path.join(directory, name))
     except OSError as error:
         raise CheckpointWriteError(
@@ -180,7 +200,10 @@ def _make_directory(path: str) -> None:
     fsync_directory(parent)
 
 
-def publish(directory: str, files: Mapping[str, bytes]) -> None:
-    """Write ``files`` (name to content) into ``directory`` one after the other; the last one is the seal."""
+def publish(directory: str, files: Mapping[str, bytes], progress: native.Progress | None = None) -> None:
+    """Write ``files`` (name to content) into ``directory`` one after the other; the last one is the seal.
+
+    See ``write_file_atomic``.
+    """
     for name, data in files.items():
-        write_file_atomic(os.path.join(directory, name), data)
+        write_file_atomic(os.path.join(directory, name), data, progress)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import NamedTuple, Protocol
 
+from ckpt_fast import native
 from ckpt_fast.pipeline import commit
 from ckpt_fast.pipeline.space import require_space
 from ckpt_fast.pipeline.types import FileRecord
@@ -47,8 +48,11 @@ class Files(Protocol):
     def hand_over(self, files: Sequence[FileRecord], go_on: Callable[[], bool]) -> None:
         """Local. Bring what the engine has written to where it belongs; stop soon if ``go_on`` says no."""
 
-    def publish(self, files: Mapping[str, bytes]) -> None:
-        """Write ``files`` (name to content) one after the other, each whole or not at all."""
+    def publish(self, files: Mapping[str, bytes], progress: native.Progress | None = None) -> None:
+        """Write ``files`` (name to content) one after the other, each whole or not at all.
+
+        Once the job that ``progress`` is of is stopped, nothing appears any more.
+        """
 
     def delete(self, names: Iterable[str]) -> None:
         """Remove files, as far as there are such; OSError if one cannot be."""
@@ -99,9 +103,9 @@ class Directory:
     def hand_over(self, files: Sequence[FileRecord], go_on: Callable[[], bool]) -> None:
         """Nothing: they are where they belong."""
 
-    def publish(self, files: Mapping[str, bytes]) -> None:
+    def publish(self, files: Mapping[str, bytes], progress: native.Progress | None = None) -> None:
         """See ``commit.publish``."""
-        commit.publish(self.directory, files)
+        commit.publish(self.directory, files, progress)
 
     def delete(self, names: Iterable[str]) -> None:
         """Remove files, durably.

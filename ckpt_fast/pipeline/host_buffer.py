@@ -13,8 +13,10 @@ import logging
 import mmap
 import threading
 import time
+import weakref
 from array import array
 from collections import deque
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -58,6 +60,7 @@ class HostBuffer:
         self._advise(getattr(mmap, "MADV_HUGEPAGE", None))
         base = ctypes.addressof(ctypes.c_char.from_buffer(self._mapping))
         self._start = -base % _HUGE_PAGE
+        self._shown: mmap.mmap | memoryview = self._mapping
         self.memory = self.slot(0, nbytes)
         if touch:
             self._touch()
@@ -71,7 +74,22 @@ class HostBuffer:
         """
         if not nbytes:
             return torch.empty(0, dtype=torch.uint8)
-        return torch.frombuffer(self._mapping, dtype=torch.uint8, count=nbytes, offset=self._start + offset)
+        return torch.frombuffer(self._shown, dtype=torch.uint8, count=nbytes, offset=self._start + offset)
+
+    @contextlib.contextmanager
+    def watched(self, when_unused: Callable[[], None]) -> Iterator[None]:
+        """Within it, tensors that ``slot`` makes are watched.
+
+        Args:
+            when_unused: called, in any thread, when all of them are gone, with every view of them.
+        """
+        # A tensor refers to the object that it was made from until its storage, which views share, is gone.
+        self._shown = view = memoryview(self._mapping)
+        weakref.finalize(view, when_unused).atexit = False
+        try:
+            yield
+        finally:
+            self._shown = self._mapping
 
     def _advise(self, advice: int | None) -> None:
         # Kernels without huge pages, or older than the advice, refuse it: then it is not to be had.

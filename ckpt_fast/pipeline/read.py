@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import functools
 import heapq
 import mmap
 import os
@@ -16,6 +17,7 @@ from ckpt_fast import native, settings
 from ckpt_fast.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
 from ckpt_fast.pipeline.files import Files
 from ckpt_fast.pipeline.types import Extent, Runs
+from ckpt_fast.pipeline.worker import interruptibly
 
 # Reserving so much for nothing does no harm; .metadata may be damaged and name any length.
 _TRUSTED_NBYTES = 1 << 20
@@ -105,6 +107,8 @@ class ReadProgram:
     def run(self, direct: bool = False) -> memoryview:
         """Read everything; returns the CRC-32 of every block, -1 for those that nothing touches.
 
+        A signal's handler that raises ends it early.
+
         Args:
             direct: past the page cache, where the file system can.
 
@@ -116,22 +120,25 @@ class ReadProgram:
         if not len(self._file):
             return memoryview(array("q", [-1]) * self._block_count)
         self.files.fetch(self._paths)
+        progress = native.Progress()
+        read = functools.partial(
+            native.read_extents,
+            [os.path.join(self.directory, path) for path in self._paths],
+            self._file,
+            self._offset,
+            self._nbytes,
+            self._address,
+            self._range_file,
+            self._range_offset,
+            self._range_nbytes,
+            self._range_block,
+            settings.io_threads(),
+            settings.chunk_bytes(),
+            direct,
+            progress=progress,
+        )
         try:
-            crcs = native.read_extents(
-                [os.path.join(self.directory, path) for path in self._paths],
-                self._file,
-                self._offset,
-                self._nbytes,
-                self._address,
-                self._range_file,
-                self._range_offset,
-                self._range_nbytes,
-                self._range_block,
-                settings.io_threads(),
-                settings.chunk_bytes(),
-                direct,
-            )
-            return memoryview(crcs).cast("q")
+            return memoryview(interruptibly(read, progress.stop)).cast("q")
         except FileNotFoundError as error:
             raise CheckpointNotFoundError(
                 f"a data file of the checkpoint is gone: {error.strerror}. Restore it, or load an "

@@ -7,22 +7,23 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch.distributed as dist
 
-from ckpt_fast import settings
 from ckpt_fast.errors import CheckpointWriteError
-from ckpt_fast.pipeline import commit, metrics, progress
+from ckpt_fast.pipeline import commit, metrics, owners, progress, untold
 from ckpt_fast.pipeline.device_copy import BLOCKING, StagingPolicy
 from ckpt_fast.pipeline.encode import encode_metadata, file_record
-from ckpt_fast.pipeline.files import Directory, Files
+from ckpt_fast.pipeline.files import Claim, Directory, Files
 from ckpt_fast.pipeline.group import ControlGroup, Outcome
 from ckpt_fast.pipeline.manifest import Manifest, append_manifest, new_save_id
 from ckpt_fast.pipeline.plan import file_prefix
 from ckpt_fast.pipeline.types import FileRecord, RankRecord, SaveReport, Shard, shard_nbytes
 from ckpt_fast.pipeline.waves import Waves
+from ckpt_fast.pipeline.worker import LEAVE_S
+from ckpt_fast.settings import Settings
 
 logger = logging.getLogger(__name__)
 
@@ -97,16 +98,11 @@ class Save:
         self._finish = finish
         self._snapshot = snapshot
         self._when_written = when_written
-        self._waves = Waves(
-            self.report,
-            file_prefix(self._group.global_rank),
-            writers,
-            snapshot=snapshot,
-            bound=host_buffer if host_buffer is not None else settings.host_buffer_bytes(),
-            policy=(staging or StagingPolicy.chosen()) if snapshot else BLOCKING,
-            separate=separate,
-            files=self._files,
-        )
+        self._writers, self._separate = writers, separate
+        self._staging, self._host_buffer = staging, host_buffer
+        # Made in ``stage``, where a rank may fail without leaving the others alone.
+        self._waves_or_none: Waves | None = None
+        self._is_over = False
         self._nbytes = sum(shard_nbytes(shard) for shard in shards)
         self._written: Outcome[RankRecord] | None = None
         self._started = time.perf_counter()
@@ -115,7 +111,16 @@ class Save:
         """Collective. Prepare the directory, plan, bring the bytes to host memory, and begin to write them.
 
         On return the shards' owners may change them, if ``snapshot`` is set.
+
+        Raises:
+            CheckpointError: on every rank, naming the rank that failed. If what was asked for can be refused
+                beforehand (settings, options, room, a save to the same directory that is not over), an older
+                checkpoint is as before.
         """
+        with self._abandoned_if_left():
+            self._stage()
+
+    def _stage(self) -> None:
         with self.report.timed("prepare"):
             self._prepare()
         outcome = self._group.attempt(self._stage_shards)
@@ -146,9 +151,26 @@ class Save:
         """Local. What the calling thread does to the shards from now on no longer reaches the checkpoint."""
         self._waves.order_behind_copies()
 
+    @property
+    def failure(self) -> BaseException | None:
+        """What went wrong on this rank while it wrote; None until then."""
+        return self._waves.error
+
     def cancel(self) -> None:
         """Local. Stop writing soon. ``commit`` will raise on every rank, and nothing is published."""
         self._waves.cancel()
+
+    def abandon(self, wait_s: float = LEAVE_S) -> bool:
+        """Local. Give the save up without the other ranks; returns whether nothing of it is under way."""
+        ended = self._waves_or_none is None or self._waves.abandon(wait_s)
+        self._is_over = True
+        return ended
+
+    def is_over(self) -> bool:
+        """Whether this will not be published any more, and gives no file its name."""
+        waves = self._waves_or_none
+        stopped = waves is not None and waves.progress.stopped
+        return (self._is_over or stopped) and not (waves is not None and waves.progress.renaming)
 
     def write(self, timeout_s: float | None = None) -> None:
         """Local. Return when this rank's files are written; ``commit`` raises what went wrong, everywhere.
@@ -157,7 +179,10 @@ class Save:
             timeout_s: longer than this counts as a failure.
         """
         watched = self._group.is_coordinator and not self.is_written()
-        with progress.shown(self.directory, lambda: self.progress) if watched else contextlib.nullcontext():
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._abandoned_if_left())
+            if watched:
+                stack.enter_context(progress.shown(self.directory, lambda: self.progress))
             outcome = self._group.attempt(lambda: self._finish_writing(timeout_s))
         self._written = self._written or outcome
 
@@ -165,9 +190,11 @@ class Save:
         """Collective. Publish the checkpoint if every rank has written its part, else raise on every rank."""
         global _last_report
         assert self._written is not None, "commit before write"
-        with self.report.timed("commit"):
+        with self.report.timed("commit"), self._abandoned_if_left():
             outcomes = self._group.gather(self._written)
             self._group.decide(lambda: self._publish(outcomes), outcomes)
+        self._is_over = True
+        untold.forget()
         self.report.seconds = time.perf_counter() - self._started
         if not self._snapshot:
             self.report.stall_s = self.report.seconds
@@ -176,9 +203,42 @@ class Save:
         logger.debug("saved %s", self.report)
         return self.report
 
+    @property
+    def _waves(self) -> Waves:
+        assert self._waves_or_none is not None, "the save was not staged"
+        return self._waves_or_none
+
+    @contextlib.contextmanager
+    def _abandoned_if_left(self) -> Iterator[None]:
+        """Whoever leaves this block by an exception, Ctrl-C included, leaves nobody writing behind."""
+        try:
+            yield
+        except BaseException:
+            self.abandon()
+            raise
+
+    def _claim(self) -> Claim:
+        """Local. All that can be refused, before anything of an older checkpoint is touched."""
+        chosen = Settings.read()
+        policy = self._staging or StagingPolicy(chosen.staging_mode)
+        bound = self._host_buffer if self._host_buffer is not None else chosen.host_buffer_bytes
+        self._waves_or_none = Waves(
+            self.report,
+            file_prefix(self._group.global_rank),
+            self._writers,
+            snapshot=self._snapshot,
+            bound=bound,
+            policy=policy if self._snapshot else BLOCKING,
+            separate=self._separate,
+            files=self._files,
+            settings=chosen,
+        )
+        owners.occupy(self.directory, self)
+        return self._files.claim(self._nbytes)
+
     def _prepare(self) -> None:
         try:
-            claims = self._group.gather(self._group.attempt(lambda: self._files.claim(self._nbytes)))
+            claims = self._group.gather(self._group.attempt(self._claim))
             self._group.decide(
                 lambda: self._files.prepare([claim.value for claim in claims if claim.value is not None]),
                 claims,
@@ -193,13 +253,20 @@ class Save:
             if self._group.is_coordinator:
                 self._waves.then(self._write_common_files)
         finally:
-            self._waves.at_end(self._files.close)
-            if self._when_written is not None:
-                self._waves.at_end(self._when_written)
+            self._waves.at_end(self._end_writing)
             self._waves.close()
 
+    def _end_writing(self) -> None:
+        """In the writing thread, which so keeps this object, and with it the directory, to its end."""
+        self._files.close()
+        error = self._waves.error
+        if self._snapshot and error is not None and not self._waves.progress.stopped:
+            untold.report(self.directory, error)
+        if self._when_written is not None:
+            self._when_written()
+
     def _write_common_files(self) -> None:
-        self._files.publish(self._common_files)
+        self._files.publish(self._common_files, self._waves.progress)
 
     def _finish_writing(self, timeout_s: float | None) -> RankRecord:
         record = self._waves.finish(timeout_s)

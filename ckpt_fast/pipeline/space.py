@@ -56,5 +56,7 @@ def _replaced_nbytes(directory: str) -> int:
     with contextlib.suppress(OSError), os.scandir(directory) as entries:
         for entry in entries:
             if is_payload(entry.name):
-                nbytes += entry.stat().st_size
+                status = entry.stat()
+                # A backup made of hard links keeps what has another name.
+                nbytes += status.st_size if status.st_nlink == 1 else 0
     return nbytes

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Protocol
 
-from ckpt_fast import settings
+from ckpt_fast import native, settings
 from ckpt_fast.errors import CheckpointError, CheckpointWriteError
 from ckpt_fast.pipeline import commit
 from ckpt_fast.pipeline.files import Claim
@@ -120,14 +120,14 @@ class Spool:
                 self._remote.put(file.path, path)
             os.unlink(path)
 
-    def publish(self, files: Mapping[str, bytes]) -> None:
+    def publish(self, files: Mapping[str, bytes], progress: native.Progress | None = None) -> None:
         """Write ``files`` (name to content), one after the other.
 
         Raises:
-            CheckpointWriteError: naming the file and the cause.
+            CheckpointWriteError: naming the file and the cause; ECANCELED once ``progress`` is stopped.
         """
         for name, content in files.items():
-            with self._failures(f"write {name} to"):
+            with self._failures(f"write {name} to"), commit.renaming(name, progress):
                 self._remote.write(name, content)
 
     def delete(self, names: Iterable[str]) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, compress
 
@@ -134,7 +134,9 @@ def stage(
 
 
 def copy_to_host(
-    tensors: Sequence[torch.Tensor], bound: int | None = None
+    tensors: Sequence[torch.Tensor],
+    bound: int | None = None,
+    when_unused: Callable[[], None] = lambda: None,
 ) -> tuple[HostBuffer | None, list[torch.Tensor]]:
     """Contiguous copies of plain tensors in one host buffer, complete on return.
 
@@ -143,7 +145,8 @@ def copy_to_host(
 
     Args:
         tensors: plain, on any device.
-        bound: bytes of host buffers that this and all saves in flight may use together.
+        bound: bytes of host buffers that this and all saves in flight may use together; None: no bound.
+        when_unused: called when the last copy in the buffer is gone, with every view of it.
 
     Raises:
         CheckpointError: the host memory cannot be had, or not within the bound now.
@@ -161,10 +164,11 @@ def copy_to_host(
     device_copies = DeviceCopies()
     try:
         base = buffer.memory.data_ptr()
-        return buffer, [
-            _as(tensor, buffer.slot(address - base, _nbytes(tensor)))
-            for tensor, address in zip(tensors, _copy(tensors, buffer, device_copies), strict=True)
-        ]
+        with buffer.watched(when_unused):
+            return buffer, [
+                _as(tensor, buffer.slot(address - base, _nbytes(tensor)))
+                for tensor, address in zip(tensors, _copy(tensors, buffer, device_copies), strict=True)
+            ]
     except BaseException:
         Staged(buffer=buffer, device_copies=device_copies).release()
         raise

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from array import array
 
@@ -16,6 +17,7 @@ from ckpt_fast.pipeline.files import Directory, Files
 from ckpt_fast.pipeline.manifest import Manifest
 from ckpt_fast.pipeline.small_files import read_small_file
 from ckpt_fast.pipeline.types import FileRecord
+from ckpt_fast.pipeline.worker import interruptibly
 
 _WINDOW = 64 << 20
 
@@ -100,7 +102,9 @@ def _content_damage(directory: str, record: FileRecord) -> str | None:
         nbytes = min(_WINDOW, record.nbytes - offset)
         place = (zero, array("q", [offset]), array("q", [nbytes]))
         try:
-            found = native.read_extents(
+            progress = native.Progress()
+            read = functools.partial(
+                native.read_extents,
                 [path],
                 *place,
                 array("q", [window.data_ptr()]),
@@ -109,7 +113,9 @@ def _content_damage(directory: str, record: FileRecord) -> str | None:
                 settings.io_threads(),
                 settings.chunk_bytes(),
                 False,
+                progress=progress,
             )
+            found = interruptibly(read, progress.stop)
         except OSError as error:
             return str(error.strerror)
         crc = native.crc32_combine(crc, memoryview(found).cast("q")[0], nbytes)

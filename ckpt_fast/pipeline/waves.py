@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import errno
 import functools
+import logging
 import time
 from collections.abc import Callable, Sequence
 
-from ckpt_fast import native, settings
+from ckpt_fast import native
 from ckpt_fast.errors import CheckpointError, CheckpointWriteError
 from ckpt_fast.pipeline.device_copy import BLOCKING, DeviceCopies, StagingPolicy
 from ckpt_fast.pipeline.encode import WriteProgram
@@ -16,8 +17,11 @@ from ckpt_fast.pipeline.files import Directory, Files
 from ckpt_fast.pipeline.plan import FilePlan, cut_waves, item_records, plan_save
 from ckpt_fast.pipeline.stage import Staged, copied_nbytes, stage
 from ckpt_fast.pipeline.types import RankRecord, SaveReport, Shard
-from ckpt_fast.pipeline.worker import Worker
+from ckpt_fast.pipeline.worker import LEAVE_S, Worker
 from ckpt_fast.pipeline.write import automatic_writers, write
+from ckpt_fast.settings import Settings
+
+logger = logging.getLogger(__name__)
 
 
 class Waves:
@@ -35,6 +39,11 @@ class Waves:
         policy: how tensors on GPUs are copied.
         separate: see ``plan_save``.
         files: where the files go; None: into ``report.directory``, which must exist.
+        settings: of the save; None: those in force.
+        progress: stops the writing, where that is for others to decide as well.
+
+    Raises:
+        ValueError: a setting, ``writers`` or ``bound`` makes no sense.
     """
 
     def __init__(
@@ -48,7 +57,17 @@ class Waves:
         policy: StagingPolicy = BLOCKING,
         separate: str | None = None,
         files: Files | None = None,
+        settings: Settings | None = None,
+        progress: native.Progress | None = None,
     ) -> None:
+        self._settings = settings if settings is not None else Settings.read()
+        if writers is not None and writers < 1:
+            raise ValueError(
+                f"{writers} files per rank (thread_count, storage_writers_per_rank) are none: use at least "
+                "1, or None for as many as are fastest"
+            )
+        if bound is not None and bound < 1:
+            raise ValueError(f"a bound of {bound} bytes on host memory is none: use at least 1, or None")
         self._files = files if files is not None else Directory(report.directory)
         self._report = report
         self._prefix = prefix
@@ -60,10 +79,9 @@ class Waves:
         self._separate = separate
         self._record = RankRecord([], [])
         self._begun = time.perf_counter()
-        self._progress = native.WriteProgress()
-        self._cancelled = False
-        self._error: BaseException | None = None
-        self._worker = Worker("ckpt_fast-write")
+        self.progress = progress if progress is not None else native.Progress()
+        self.error: BaseException | None = None
+        self._worker = Worker("ckpt_fast-write", self.progress.stop)
 
     def stage(self, shards: Sequence[Shard]) -> None:
         """Plan, bring the bytes to host memory and begin to write them.
@@ -79,7 +97,7 @@ class Waves:
                 # Two waves share the bound: one is copied while the other is being written.
                 limit = self._bound // 2
                 waves = cut_waves(shards, sizes, limit)
-        writers = self._writers if self._writers is not None else automatic_writers(self._files.directory)
+        writers = self._writers or automatic_writers(self._files.directory, self._settings)
         number = 0
         for wave in waves:
             with self._report.timed("plan"):
@@ -123,12 +141,26 @@ class Waves:
     @property
     def written_nbytes(self) -> int:
         """Bytes handed to the file system so far; more than there are if some had to be written again."""
-        return self._progress.nbytes
+        return self.progress.nbytes
 
     def cancel(self) -> None:
         """Stop writing; ``finish`` will raise, even if everything is written already."""
-        self._cancelled = True
-        self._progress.stop()
+        self.progress.stop()
+
+    def abandon(self, wait_s: float = LEAVE_S) -> bool:
+        """``cancel``, and wait until the thread has let go of memory and files; returns whether it has.
+
+        It has not if the file system hangs. Even then none of the files gets its name any more, unless
+        ``progress.renaming``.
+        """
+        ended = self._worker.abandon(wait_s)
+        if not ended:
+            logger.error(
+                "the save to %s is given up, but its thread still waits for the file system, which hangs. "
+                "Nothing of the save will appear.",
+                self._report.directory,
+            )
+        return ended
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Wait for the thread; returns whether it ended in time."""
@@ -146,24 +178,28 @@ class Waves:
         if not self._worker.wait(timeout_s):
             self.cancel()
             raise CheckpointError(
-                f"writing to {self._report.directory} did not end within the {settings.timeout_s():.0f} s "
-                f"that CKPT_FAST_TIMEOUT allows ({self.written_nbytes} bytes were written). The file system "
-                "may hang: look at it, or allow more time."
+                f"writing to {self._report.directory} did not end within the "
+                f"{self._settings.timeout_s:.0f} s that CKPT_FAST_TIMEOUT allows "
+                f"({self.written_nbytes} bytes were written). The file system may hang: look at it, or allow "
+                "more time."
             )
-        if self._error is not None and not (self._cancelled and _is_cancellation(self._error)):
-            raise self._error
-        if self._cancelled:
+        if self.error is not None and not (self.progress.stopped and _is_cancellation(self.error)):
+            raise self.error
+        if self.progress.stopped:
             raise CheckpointError(f"the save to {self._report.directory} was cancelled")
         return self._record
 
     def run(self, shards: Sequence[Shard]) -> RankRecord:
-        """``stage`` and ``finish``, for callers that have nothing to do in between."""
+        """``stage`` and ``finish``, for callers that have nothing to do in between.
+
+        Whatever ends it early stops the writing, too, so that nobody reads the shards any more.
+        """
         try:
             self.stage(shards)
-        finally:
-            self.close()
-            self.wait()
-        return self.finish()
+            return self.finish()
+        except BaseException:
+            self.abandon()
+            raise
 
     def _write_wave(self, files: Sequence[FilePlan], staged: Staged) -> None:
         try:
@@ -172,12 +208,12 @@ class Waves:
             staged.release()
 
     def _unless_failed(self, action: Callable[[], None]) -> None:
-        if self._error is not None:
+        if self.error is not None:
             return
         try:
             action()
         except BaseException as error:
-            self._error = error
+            self.error = error
 
     def _note_end(self) -> None:
         self._report.written_s = time.perf_counter() - self._begun
@@ -188,8 +224,10 @@ class Waves:
         with self._report.timed("encode"):
             program = WriteProgram(files, staged)
         with self._report.timed("write"):
-            written, digests = write(program, self._files.directory, self._progress, self._files.durable)
-            self._files.hand_over(written, lambda: not self._cancelled)
+            written, digests = write(
+                program, self._files.directory, self._settings, self.progress, self._files.durable
+            )
+            self._files.hand_over(written, lambda: not self.progress.stopped)
         self._record.files.extend(written)
         self._report.count(written)
         self._record.items.extend(item_records(files))

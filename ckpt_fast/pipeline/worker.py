@@ -1,14 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A thread that does one thing after the other, and whose end can be waited for with a deadline."""
+"""Threads of jobs: one thing after the other, with an end that can be waited for, and be brought about.
+
+Whoever leaves a job (an exception, Ctrl-C, the end of the process) stops it, and waits until its thread has
+let go of memory and files. A file system that does not answer is waited for no longer than ``LEAVE_S``.
+"""
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import logging
 import threading
+import time
+import weakref
 from collections.abc import Callable
 from queue import SimpleQueue
+from typing import Generic, TypeVar
 
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
+
+# A chunk that is on its way takes so long on a slow disk, not longer.
+LEAVE_S = 2.0
 
 
 class Worker:
@@ -19,11 +32,15 @@ class Worker:
 
     Args:
         name: of the thread.
+        stop: lets the action in progress end soon, and those after it at once; None: it cannot be hurried.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, stop: Callable[[], None] | None = None) -> None:
         self._actions: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        # ``Thread.join``, once interrupted, takes a thread that runs for one that has ended (before 3.13).
+        self._ended = threading.Event()
+        self._stop = stop
         self._closed = False
 
     def submit(self, action: Callable[[], None]) -> None:
@@ -36,6 +53,7 @@ class Worker:
             raise RuntimeError(f"{self._thread.name} takes no more work")
         if self._thread.ident is None:
             self._thread.start()
+            _running.add(self)
         self._actions.put(action)
 
     def close(self) -> None:
@@ -46,9 +64,34 @@ class Worker:
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Wait for the end of a closed worker; returns whether it came in time."""
-        if self._thread.ident is not None:
-            self._thread.join(timeout_s)
-        return not self._thread.is_alive()
+        if not self._is_running:
+            return True
+        if self._ended.wait(timeout_s):
+            self._thread.join()
+        return not self._is_running
+
+    def abandon(self, wait_s: float = LEAVE_S) -> bool:
+        """Close it, let it stop what can be stopped, and wait; returns whether it has ended.
+
+        Whoever calls this while an exception is on its way is not interrupted by another one.
+        """
+        if self._stop is not None:
+            self._stop()
+        self.close()
+        deadline = time.monotonic() + wait_s
+        while True:
+            with contextlib.suppress(BaseException):
+                return self.wait(max(deadline - time.monotonic(), 0.0))
+
+    @property
+    def can_stop(self) -> bool:
+        """Whether there is a way to hurry it."""
+        return self._stop is not None
+
+    @property
+    def is_started(self) -> bool:
+        """Whether something was submitted."""
+        return self._thread.ident is not None
 
     @property
     def is_closed(self) -> bool:
@@ -58,9 +101,20 @@ class Worker:
     @property
     def is_done(self) -> bool:
         """Whether a closed worker has nothing left to do."""
-        return self._closed and not self._thread.is_alive()
+        return self._closed and not self._is_running
+
+    @property
+    def _is_running(self) -> bool:
+        # In a process that was forked there is no thread, nor will it say that it has ended.
+        return self._thread.is_alive() and not self._ended.is_set()
 
     def _run(self) -> None:
+        try:
+            self._run_actions()
+        finally:
+            self._ended.set()
+
+    def _run_actions(self) -> None:
         while (action := self._actions.get()) is not None:
             try:
                 action()
@@ -68,3 +122,68 @@ class Worker:
                 logger.exception("unhandled in thread %s", self._thread.name)
             # What the action owns must not live on until the next one comes.
             del action
+
+
+_running: weakref.WeakSet[Worker] = weakref.WeakSet()
+
+
+@atexit.register
+def stop_all() -> None:
+    """The process ends: stop the jobs that can be stopped, and wait for them together."""
+    deadline = time.monotonic() + LEAVE_S
+    left = [worker for worker in list(_running) if worker.can_stop and worker.is_started]
+    for worker in left:
+        worker.abandon(0.0)
+    for worker in left:
+        if not worker.wait(max(deadline - time.monotonic(), 0.0)):
+            logger.error(
+                "a thread of ckpt_fast still waits for the file system while the process ends: it hangs"
+            )
+
+
+class _Result(Generic[T]):
+    """What a call returned or raised."""
+
+    value: T
+    error: BaseException | None = None
+
+    def __init__(self, action: Callable[[], T]) -> None:
+        try:
+            self.value = action()
+        except BaseException as error:
+            self.error = error
+
+    def get(self) -> T:
+        if self.error is not None:
+            raise self.error
+        return self.value
+
+
+def interruptibly(action: Callable[[], T], stop: Callable[[], None]) -> T:
+    """``action()``, which a signal may end early, although it stays in native code for long.
+
+    Python runs the handlers of signals in the main thread, between its own instructions. So a thread runs
+    the action, and the main thread waits. If a handler raises, the action is stopped and its end waited for:
+    it may be writing to memory that the caller is about to let go.
+
+    Args:
+        action: anything.
+        stop: lets it end soon.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return action()
+    results: list[_Result[T]] = []
+    worker = Worker("ckpt_fast-read", stop)
+    try:
+        try:
+            worker.submit(lambda: results.append(_Result(action)))
+        except RuntimeError:  # the process may start no more threads
+            return action()
+        worker.close()
+        worker.wait()
+    except BaseException:
+        if not worker.abandon():
+            logger.error("the file system does not answer: waiting for it, as it may still write to memory")
+            worker.wait()
+        raise
+    return results[0].get()

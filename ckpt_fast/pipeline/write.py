@@ -9,28 +9,31 @@ import logging
 import os
 import time
 
-from ckpt_fast import native, settings
+from ckpt_fast import native
 from ckpt_fast.errors import CheckpointWriteError
 from ckpt_fast.pipeline.commit import fsync_directory
 from ckpt_fast.pipeline.encode import WriteProgram
 from ckpt_fast.pipeline.manifest import BLOCK_NBYTES
 from ckpt_fast.pipeline.types import BlockDigests, FileRecord
+from ckpt_fast.settings import Settings
 
 logger = logging.getLogger(__name__)
 
 # Network file systems and paths to a device fail so while they fail over.
 _MAY_PASS = (errno.EIO, errno.EAGAIN, errno.ENOBUFS, errno.ESTALE, errno.ETIMEDOUT)
 _FIRST_DELAY_S = 0.5
+_LONGEST_DELAY_S = 30.0
+_POLL_S = 0.05
 
 
-def automatic_writers(directory: str) -> int:
+def automatic_writers(directory: str, settings: Settings) -> int:
     """How many files a rank's save to ``directory`` goes fastest to.
 
     A device's queue is kept full by direct writes to one file, and one is easiest to handle. Through the page
     cache, the writers of one file wait for each other.
     """
-    direct = settings.direct_io() and _file_system(directory) not in ("tmpfs", "ramfs")
-    return 1 if direct else settings.io_threads()
+    direct = settings.direct_io and _file_system(directory) not in ("tmpfs", "ramfs")
+    return 1 if direct else settings.io_threads
 
 
 def _file_system(directory: str) -> str:
@@ -48,7 +51,8 @@ def _file_system(directory: str) -> str:
 def write(
     program: WriteProgram,
     directory: str,
-    progress: native.WriteProgress | None = None,
+    settings: Settings,
+    progress: native.Progress,
     durable: bool = True,
 ) -> tuple[list[FileRecord], BlockDigests]:
     """Write the program's files into ``directory``; on return they are durable, if that is wanted.
@@ -59,7 +63,8 @@ def write(
     Args:
         program: what is written.
         directory: the checkpoint.
-        progress: to watch the write, and to stop it.
+        settings: of the save.
+        progress: to watch the write, and to stop it, also while it waits to try again.
         durable: whether the files are to outlive a power failure.
 
     Returns:
@@ -68,21 +73,27 @@ def write(
     Raises:
         CheckpointWriteError: naming file, offset and cause. The files are incomplete then.
     """
-    retries = settings.write_retries()
-    for attempt in range(retries + 1):
+    for attempt in range(settings.write_retries + 1):
         try:
-            return _write_once(program, directory, progress, durable)
+            return _write_once(program, directory, settings, progress, durable)
         except CheckpointWriteError as error:
-            if error.errno not in _MAY_PASS or attempt == retries:
+            if error.errno not in _MAY_PASS or attempt == settings.write_retries:
                 raise
-            delay = _FIRST_DELAY_S * 4**attempt
+            delay = min(_FIRST_DELAY_S * 4 ** min(attempt, 9), _LONGEST_DELAY_S)
             logger.warning("%s Writing again in %.1f s.", error, delay)
-            time.sleep(delay)
+            _pause(delay, progress)
     raise AssertionError("unreachable")
 
 
+def _pause(seconds: float, progress: native.Progress) -> None:
+    """Wait, but not for one who has given the save up."""
+    end = time.monotonic() + seconds
+    while not progress.stopped and (left := end - time.monotonic()) > 0:
+        time.sleep(min(left, _POLL_S))
+
+
 def _write_once(
-    program: WriteProgram, directory: str, progress: native.WriteProgress | None, durable: bool
+    program: WriteProgram, directory: str, settings: Settings, progress: native.Progress, durable: bool
 ) -> tuple[list[FileRecord], BlockDigests]:
     place = (program.paths, program.payload_file, program.payload_offset, program.payload_nbytes)
     if not program.paths:
@@ -100,10 +111,10 @@ def _write_once(
             program.patch_offset,
             program.patch_digest,
             program.digest_count,
-            settings.io_threads(),
-            settings.chunk_bytes(),
-            settings.direct_io(),
-            durable and settings.fsync_enabled(),
+            settings.io_threads,
+            settings.chunk_bytes,
+            settings.direct_io,
+            durable and settings.fsync_enabled,
             progress=progress,
             block_bytes=BLOCK_NBYTES,
         )

@@ -68,6 +68,19 @@ def make_room(global_state: GlobalState, ckpt_cfg: CheckpointConfig) -> bool:
     return True
 
 
+def end_save_to(global_state: GlobalState, ckpt_cfg: CheckpointConfig, directory: str) -> None:
+    """Finalize the saves in flight if one of them is to ``directory``, which is saved to again. Collective.
+
+    Raises:
+        AsyncSaveError: on every rank, if a save before failed, unless ``on_save_error`` is "warn".
+    """
+    in_flight = [handle.directory for handle in getattr(global_state.async_calls_queue, "handles", ())]
+    if directory not in in_flight:
+        return
+    print_rank_0(f"training waits for the save to {directory} that is in flight: it is saved to again")
+    maybe_finalize_async_save(global_state, ckpt_cfg, blocking=True)
+
+
 def maybe_finalize_async_save(
     global_state: GlobalState,
     ckpt_cfg: CheckpointConfig,

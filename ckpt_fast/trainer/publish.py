@@ -17,6 +17,7 @@ from ckpt_fast.trainer.ranks import get_rank_safe, print_rank_0
 from ckpt_fast.trainer.sidecars import TOKENIZER_DIR, save_tokenizer_assets
 from ckpt_fast.trainer.trackers import (
     encode_train_state,
+    number_of_save,
     publish_trackers,
     snapshot_run_config,
     snapshot_train_state,
@@ -65,6 +66,7 @@ class Publication:
         self._step = int(state.train_state.step)
         self._checkpoint_name, self._save_dir = checkpoint_name, save_dir
         self._suffix, self._is_local, self._is_complete = success_suffix, is_local, False
+        self._number = number_of_save()
         self.train_state = snapshot_train_state(state.train_state, num_floating_point_operations_so_far)
         # Rank 0 alone writes it.
         self._run_config = snapshot_run_config(state.cfg) if get_rank_safe() == 0 and not is_local else b""
@@ -102,7 +104,7 @@ class Publication:
             return
         if not self._is_complete:
             self.complete()  # some storage's own writers seal a checkpoint without asking
-        publish_trackers(self._save_dir, self._step, self.train_state)
+        publish_trackers(self._save_dir, self._step, self.train_state, self._number)
         where = f"{ckpt_cfg.save} {self._suffix}"
         print_rank_0(f"  successfully saved checkpoint from iteration {self._step:7d} to {where}")
         self._log_progress("Saved async checkpoint")

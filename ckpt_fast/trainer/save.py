@@ -14,9 +14,10 @@ from ckpt_fast.errors import CheckpointError
 from ckpt_fast.pipeline.background import SaveHandle
 from ckpt_fast.pipeline.group import ControlGroup
 from ckpt_fast.pipeline.types import FileRecord
+from ckpt_fast.settings import Settings
 from ckpt_fast.trainer import experiment_loggers as loggers
 from ckpt_fast.trainer.after_save import fire_callbacks, logger_finalizer, report, retain
-from ckpt_fast.trainer.async_save import make_room, schedule_async_save
+from ckpt_fast.trainer.async_save import end_save_to, make_room, schedule_async_save
 from ckpt_fast.trainer.data_position import FILES_KEY
 from ckpt_fast.trainer.fsdp import save_fsdp_dtensor
 from ckpt_fast.trainer.glu import _get_model_glu_interleave_sizes
@@ -111,6 +112,7 @@ def save_checkpoint(
     loggers.on_checkpointing_start(state)
     with save_errors_tolerated(run.ckpt_cfg):
         target = choose_target(run.ckpt_cfg, run.context, state.train_state.step, non_persistent_ckpt)
+        end_save_to(state, run.ckpt_cfg, target.checkpoint_name)
         _announce(run, target)
         beside = _save_beside(run, target)
         metadata = _content_metadata(run, target)
@@ -187,6 +189,7 @@ def _save_beside(run: SaveRun, target: SaveTarget) -> list[FileRecord]:
     path = dataloader_path(run)
 
     def save_beside() -> list[FileRecord]:
+        Settings.read()  # an odd one is refused on all ranks, while nothing has been touched
         files = save_dataloader_state(run.model, run.iterator, target.step, path, run.pg_collection)
         if target.is_local:
             save_layer_wise_optimizer(run.optimizer, target.save_dir, run.pg_collection)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import itertools
 import logging
 import os
 import re
@@ -244,14 +245,46 @@ def write_train_state(path: str, train_state: Mapping[str, torch.Tensor]) -> Non
     write_file(path, encode_train_state(train_state))
 
 
-def publish_trackers(save_dir: str, iteration: int, train_state: Mapping[str, torch.Tensor]) -> None:
+_numbers = itertools.count()
+# By directory, the number of the save that its trackers name.
+_published: dict[str, int] = {}
+
+
+def number_of_save() -> int:
+    """A number for a save that begins now; later ones of this process are greater."""
+    return next(_numbers)
+
+
+def publish_trackers(
+    save_dir: str, iteration: int, train_state: Mapping[str, torch.Tensor], number: int | None = None
+) -> None:
     """Let the trackers of ``save_dir`` name ``iteration``. Called on rank 0, as the last write of a save.
+
+    A save in the background may be finalized after one that was begun later, and then leaves the trackers as
+    they are. What counts is when a save began, not its iteration: a run may go back.
 
     Everything the trackers name must be durable. A crash between the two leaves ``latest_train_state.pt``
     one save ahead of Megatron-LM's tracker; both name complete checkpoints then.
+
+    Args:
+        save_dir: where the trackers are.
+        iteration: what they will name.
+        train_state: of that iteration.
+        number: of the save, from ``number_of_save``; None: it began now.
     """
+    number = number_of_save() if number is None else number
+    root = save_dir if object_storage(save_dir) else os.path.realpath(save_dir)
+    if number < _published.get(root, -1):
+        logger.warning(
+            "the checkpoint of iteration %d in %s is complete, but was begun before the one that the "
+            "trackers name, and is not the one to resume from",
+            iteration,
+            save_dir,
+        )
+        return
     write_train_state(get_checkpoint_train_state_filename(save_dir, prefix=TRACKER_PREFIX), train_state)
     write_file(get_checkpoint_tracker_filename(save_dir), str(iteration).encode())
+    _published[root] = number
     _sweep(save_dir, get_checkpoint_name(save_dir, iteration))
 
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "buffer_pool.h"
 
+#include <pthread.h>
 #include <sys/mman.h>
 
 #include <mutex>
@@ -64,15 +65,45 @@ class Pool {
     return idle_.size() * size_;
   }
 
+  void begin_use() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    ++uses_;
+  }
+
+  void end_use() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (--uses_ > 0) return;
+    for (; idle_.size() * size_ > kKeptNbytes; idle_.pop_back()) munmap(idle_.back(), size_);
+  }
+
+  // A fork takes the lock along as it is: without a moment in which nobody holds it, for ever.
+  void before_fork() { mutex_.lock(); }
+  void after_fork() { mutex_.unlock(); }
+
+  // The jobs of the process that was forked are not this one's.
+  void after_fork_in_child() {
+    uses_ = 0;
+    mutex_.unlock();
+  }
+
  private:
   std::mutex mutex_;
+  int uses_ = 0;
   std::vector<uint8_t*> idle_;
   size_t size_ = 0;
 };
 
+Pool& pool();
+
+Pool* make_pool() {
+  pthread_atfork([] { pool().before_fork(); }, [] { pool().after_fork(); },
+                 [] { pool().after_fork_in_child(); });
+  return new Pool;
+}
+
 Pool& pool() {
   // Never destroyed: a thread may still return a buffer while the process exits.
-  static Pool* const instance = new Pool;
+  static Pool* const instance = make_pool();
   return *instance;
 }
 
@@ -81,6 +112,10 @@ Pool& pool() {
 Buffer::Buffer(size_t nbytes) : data_(nullptr), size_(round_up(nbytes, kPage)) { data_ = pool().take(size_); }
 
 Buffer::~Buffer() { pool().give_back(data_, size_); }
+
+PoolUse::PoolUse() { pool().begin_use(); }
+
+PoolUse::~PoolUse() { pool().end_use(); }
 
 size_t pooled_nbytes() { return pool().idle_nbytes(); }
 

@@ -24,6 +24,19 @@ class Buffer {
   size_t size_;
 };
 
+/// While one of these exists, whatever is given back stays for the next Buffer. With the last one goes what
+/// idle buffers hold beyond kKeptNbytes.
+class PoolUse {
+ public:
+  PoolUse();
+  ~PoolUse();
+  PoolUse(const PoolUse&) = delete;
+  PoolUse& operator=(const PoolUse&) = delete;
+};
+
+/// As much as the default settings use: 8 threads, 4 chunks of 4 MiB each.
+constexpr size_t kKeptNbytes = 128 << 20;
+
 /// Bytes that idle buffers hold at this moment.
 size_t pooled_nbytes();
 

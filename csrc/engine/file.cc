@@ -3,6 +3,7 @@
 
 #include <fcntl.h>
 #include <linux/magic.h>
+#include <sys/random.h>
 #include <sys/stat.h>
 #include <sys/vfs.h>
 #include <unistd.h>
@@ -10,6 +11,8 @@
 #include <algorithm>
 #include <cerrno>
 #include <climits>
+#include <cstdio>
+#include <limits>
 #include <utility>
 
 #include "error.h"
@@ -19,6 +22,7 @@ namespace ckpt_fast {
 namespace {
 
 constexpr mode_t kCreateMode = 0666;  // the umask takes away what the user does not grant
+constexpr int kNamesTried = 100;
 
 int64_t align_down(int64_t value) { return value / kDirectAlignment * kDirectAlignment; }
 
@@ -30,14 +34,44 @@ int open_retrying(const std::string& path, int flags) {
   return fd;
 }
 
+/// What a file system says to direct I/O that it does not do at all, or not so.
+bool refuses_direct(int error) { return error == EINVAL || error == EOPNOTSUPP; }
+
 /// Opens with O_DIRECT if asked; `*direct` tells whether it was granted.
 Descriptor open_file(const std::string& path, int flags, bool* direct) {
   int fd = -1;
   if (*direct) fd = open_retrying(path, flags | O_DIRECT);
-  if (*direct && fd < 0 && errno == EINVAL) *direct = false;
+  if (*direct && fd < 0 && refuses_direct(errno)) *direct = false;
   if (fd < 0 && !*direct) fd = open_retrying(path, flags);
   if (fd < 0) throw_file_error("open", path, errno);
   return Descriptor(fd);
+}
+
+std::string partial_name(const std::string& path) {
+  uint32_t number = 0;
+  // Short of random bytes, early at boot, any number will do: an existing file is not opened.
+  if (::getrandom(&number, sizeof number, GRND_NONBLOCK) < 0) number = static_cast<uint32_t>(::getpid());
+  char suffix[sizeof ".01234567.partial"];
+  std::snprintf(suffix, sizeof suffix, ".%08x.partial", number);
+  const size_t name = path.rfind('/') + 1;  // 0 without a directory
+  return path.substr(0, name) + "." + path.substr(name) + suffix;
+}
+
+/// Creates a file with a name that nobody has; `*direct` as for open_file.
+Descriptor create_file(const std::string& path, bool* direct, std::string* partial) {
+  for (int tried = 1;; ++tried) {
+    *partial = partial_name(path);
+    const int fd = open_retrying(*partial, O_WRONLY | O_CREAT | O_EXCL | (*direct ? O_DIRECT : 0));
+    if (fd >= 0) return Descriptor(fd);
+    const int error = errno;
+    if (*direct && refuses_direct(error)) {
+      ::unlink(partial->c_str());  // it may have been created before O_DIRECT was looked at
+      *direct = false;
+    } else if (error != EEXIST || tried == kNamesTried) {
+      partial->clear();
+      throw_file_error("open", path, error);
+    }
+  }
 }
 
 void clear_direct(int fd) { fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) & ~O_DIRECT); }
@@ -92,7 +126,20 @@ int Descriptor::close() {
 }
 
 OutputFile::OutputFile(std::string path, int64_t nbytes, bool direct) : path_(std::move(path)) {
-  file_ = open_file(path_, O_WRONLY | O_CREAT | O_TRUNC, &direct);
+  file_ = create_file(path_, &direct, &partial_);
+  try {
+    prepare(nbytes, direct);
+  } catch (...) {
+    ::unlink(partial_.c_str());  // no destructor runs
+    throw;
+  }
+}
+
+OutputFile::~OutputFile() {
+  if (!partial_.empty()) ::unlink(partial_.c_str());
+}
+
+void OutputFile::prepare(int64_t nbytes, bool direct) {
   if (is_in_memory(file_.get())) {
     clear_direct(file_.get());
     return;
@@ -100,7 +147,7 @@ OutputFile::OutputFile(std::string path, int64_t nbytes, bool direct) : path_(st
   direct_ = direct;
   if (direct) {
     bool buffered = false;
-    buffered_ = open_file(path_, O_WRONLY, &buffered);
+    buffered_ = open_file(partial_, O_WRONLY, &buffered);
   }
   // Only a full disk is final here: whatever else fallocate(2) dislikes, the writes will tell if they mind.
   if (nbytes > 0 && ::fallocate(file_.get(), 0, 0, nbytes) != 0 && (errno == ENOSPC || errno == EDQUOT)) {
@@ -112,7 +159,7 @@ int OutputFile::write_direct(const iovec& part, int64_t offset) {
   const int64_t aligned = align_down(static_cast<int64_t>(part.iov_len));
   const std::vector<iovec> head = {{part.iov_base, static_cast<size_t>(aligned)}};
   int error = aligned > 0 ? write_fully(file_.get(), head, offset) : 0;
-  if (error == EINVAL) {  // O_DIRECT was accepted by open(2) only, or wants more than 4096
+  if (refuses_direct(error)) {  // O_DIRECT was accepted by open(2) only, or wants more than 4096
     clear_direct(file_.get());
     direct_ = false;
     error = write_fully(file_.get(), head, offset);
@@ -136,12 +183,20 @@ void OutputFile::sync() {
     result = ::fsync(file_.get());
   } while (result != 0 && errno == EINTR);
   if (result != 0) throw_file_error("fsync", path_, errno);
+  synced_ = true;
 }
 
 void OutputFile::close() {
-  const int first = buffered_.close();
-  const int second = file_.close();
-  if (first != 0 || second != 0) throw_file_error("close", path_, first != 0 ? first : second);
+  for (Descriptor* const descriptor : {&buffered_, &file_}) {
+    const int error = descriptor->close();
+    // An interrupted close has closed. It may have kept data from being handed over, unless that was synced.
+    if (error != 0 && !(error == EINTR && synced_)) throw_file_error("close", path_, error);
+  }
+}
+
+void OutputFile::publish() {
+  if (::rename(partial_.c_str(), path_.c_str()) != 0) throw_file_error("rename", path_, errno);
+  partial_.clear();
 }
 
 InputFile::InputFile(std::string path, bool direct) : path_(std::move(path)) {
@@ -162,7 +217,7 @@ void InputFile::read(std::vector<iovec> parts, int64_t nbytes, int64_t offset) {
     const auto count = static_cast<int>(std::min<size_t>(parts.size() - first, IOV_MAX));
     const ssize_t got = ::preadv(file_.get(), parts.data() + first, count, offset + done);
     if (got < 0 && errno == EINTR) continue;
-    if (got < 0 && errno == EINVAL && may_be_unaligned) {
+    if (got < 0 && refuses_direct(errno) && may_be_unaligned) {
       // Whether or not another thread has already come to the same conclusion: this read was a direct one.
       clear_direct(file_.get());
       direct_ = may_be_unaligned = false;

@@ -35,12 +35,18 @@ class Descriptor {
   int fd_ = -1;
 };
 
-/// A file being created. Different ranges may be written from several threads at once.
+/// A file being created, under a name of its own: ".NAME.<8 hex digits>.partial" beside `path`. Nothing is
+/// ever opened for writing by a name that somebody else may use. Different ranges may be written from several
+/// threads at once.
 class OutputFile {
  public:
-  /// Creates or truncates `path` and reserves `nbytes`, so that a full disk shows before bytes move.
-  /// `direct` asks for O_DIRECT; a file system that refuses it, or lives in memory, gets buffered writes.
+  /// Creates the file and reserves `nbytes`, so that a full disk shows before bytes move. `direct` asks for
+  /// O_DIRECT; a file system that refuses it, or lives in memory, gets buffered writes.
   OutputFile(std::string path, int64_t nbytes, bool direct);
+  /// Removes the file unless it was published.
+  ~OutputFile();
+  OutputFile(const OutputFile&) = delete;
+  OutputFile& operator=(const OutputFile&) = delete;
 
   /// Writes all of a range of `nbytes`, the concatenation of `parts`. In direct mode there is one part, whose
   /// address is like `offset` a multiple of kDirectAlignment; what is behind the last multiple in it goes
@@ -49,12 +55,17 @@ class OutputFile {
 
   void sync();
   void close();
+  /// Gives the closed file its name, in place of what has it.
+  void publish();
   bool direct() const { return direct_; }
 
  private:
+  void prepare(int64_t nbytes, bool direct);
   int write_direct(const iovec& part, int64_t offset);
 
   std::string path_;
+  std::string partial_;  // "" once it is published
+  bool synced_ = false;
   Descriptor file_;
   Descriptor buffered_;  // a second view of a direct file, for what direct I/O cannot write
   std::atomic<bool> direct_{false};

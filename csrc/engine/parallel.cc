@@ -5,7 +5,6 @@
 #include <atomic>
 #include <exception>
 #include <mutex>
-#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -31,9 +30,11 @@ void parallel_for(size_t count, int threads, const std::function<void(size_t)>& 
   std::vector<std::thread> helpers;
   const size_t wanted = std::min(count, static_cast<size_t>(std::max(threads, 1)));
   try {
+    helpers.reserve(wanted);
     while (helpers.size() + 1 < wanted) helpers.emplace_back(work);
-  } catch (const std::system_error&) {
-    // The process may start no more threads: those there are, at least the caller's, do the work.
+  } catch (const std::exception&) {
+    // No more threads are granted, or no memory for them: those there are, at least the caller's, do the
+    // work.
   }
   work();
   for (std::thread& helper : helpers) helper.join();

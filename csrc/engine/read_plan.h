@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "column.h"
+#include "progress.h"
 
 namespace ckpt_fast {
 
@@ -18,6 +19,7 @@ struct ReadRequest {
   int threads = 1;
   int64_t chunk_nbytes = 0;
   bool direct = false;
+  Progress* progress = nullptr;
 };
 
 /// Bytes of a file and the memory they go to.

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cerrno>
 #include <cstring>
 #include <memory>
 #include <mutex>
@@ -44,6 +45,7 @@ class ReadJob {
   std::vector<int64_t> run();
 
  private:
+  void require_going_on(const Transfer& transfer) const;
   InputFile& input_of(size_t file);
   void read_in_place(const Transfer& transfer, InputFile& input);
   void read_through_buffer(const Transfer& transfer, InputFile& input);
@@ -60,17 +62,20 @@ class ReadJob {
 };
 
 std::vector<int64_t> ReadJob::run() {
+  const PoolUse pool_use;
   // As in the writer: a thread can copy out of its buffer while others wait for the device, which likes even
   // more requests at a time when it reads.
   const bool direct = !plan_.transfers.empty() && input_of(plan_.transfers.front().file).direct();
   parallel_for(plan_.transfers.size(), direct ? 4 * request_.threads : request_.threads, [this](size_t i) {
     const Transfer& transfer = plan_.transfers[i];
+    require_going_on(transfer);
     InputFile& input = input_of(transfer.file);
     if (transfer.scatters && !input.direct()) {
       read_in_place(transfer, input);
     } else {
       read_through_buffer(transfer, input);
     }
+    if (request_.progress != nullptr) request_.progress->add(transfer.end - transfer.begin);
     OpenFile& state = open_files_[transfer.file];
     if (--state.transfers_left == 0) state.input.reset();
   });
@@ -79,6 +84,12 @@ std::vector<int64_t> ReadJob::run() {
     crcs[plan_.blocks[i].index] = digests_.crc(static_cast<int64_t>(i));
   }
   return crcs;
+}
+
+void ReadJob::require_going_on(const Transfer& transfer) const {
+  if (request_.progress != nullptr && request_.progress->stopped()) {
+    throw_file_error("read", request_.paths[transfer.file], ECANCELED);
+  }
 }
 
 InputFile& ReadJob::input_of(size_t file) {

@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "column.h"
-#include "write_progress.h"
+#include "progress.h"
 
 namespace ckpt_fast {
 
@@ -22,7 +22,7 @@ struct WriteRequest {
   int64_t chunk_nbytes = 0;
   bool direct = false;
   bool fsync = false;
-  WriteProgress* progress = nullptr;
+  Progress* progress = nullptr;
   int64_t block_nbytes = 0;  // 0: no digests of blocks
 };
 

@@ -28,7 +28,7 @@ struct Chunk {
   int64_t nbytes() const { return end - begin; }
 };
 
-/// A file's state while its chunks are being written: open from its first chunk to its last.
+/// A file's state: open from its first chunk to its last, and published with all others at the end.
 struct OpenFile {
   std::mutex opening;
   std::unique_ptr<OutputFile> output;
@@ -51,8 +51,10 @@ class WriteJob {
  private:
   std::vector<Chunk> cut_chunks();
   void write_chunk(const Chunk& chunk);
+  void require_going_on(size_t file) const;
   OutputFile& output_of(size_t file);
   void finish_file(size_t file);
+  void publish_files();
 
   void fill(const Chunk& chunk, ChunkImage* image);
   void append(const Piece& piece, int64_t begin, int64_t end, bool patched, ChunkImage* image);
@@ -92,21 +94,30 @@ std::vector<Chunk> WriteJob::cut_chunks() {
 }
 
 WriteResult WriteJob::run() {
+  const PoolUse pool_use;
   // A direct write leaves the processor to others until it is done: of three threads for each one granted
   // one can fill its buffer while two wait, which keeps the device's queue from running empty.
   const bool direct = !chunks_.empty() && output_of(chunks_.front().file).direct();
   parallel_for(
       chunks_.size(), direct ? 3 * request_.threads : request_.threads,
       [this](size_t i) { write_chunk(chunks_[i]); }, [this] { digests_.abandon(); });
+  publish_files();
   WriteResult result{digests_.crcs(), {}, {block_crcs_.begin(), block_crcs_.end()}};
   for (const OpenFile& file : open_files_) result.file_crcs.push_back(file.crc);
   return result;
+}
+
+void WriteJob::require_going_on(size_t file) const {
+  if (request_.progress != nullptr && request_.progress->stopped()) {
+    throw_file_error("write", plan_.files[file].path, ECANCELED);
+  }
 }
 
 OutputFile& WriteJob::output_of(size_t file) {
   OpenFile& state = open_files_[file];
   const std::lock_guard<std::mutex> lock(state.opening);
   if (!state.output) {
+    require_going_on(file);
     const PlannedFile& planned = plan_.files[file];
     state.output = std::make_unique<OutputFile>(planned.path, planned.nbytes, request_.direct);
   }
@@ -114,16 +125,30 @@ OutputFile& WriteJob::output_of(size_t file) {
 }
 
 void WriteJob::finish_file(size_t file) {
+  require_going_on(file);
   OutputFile& output = *open_files_[file].output;
   if (request_.fsync) output.sync();
   output.close();
 }
 
-void WriteJob::write_chunk(const Chunk& chunk) {
-  WriteProgress* progress = request_.progress;
-  if (progress != nullptr && progress->stopped()) {
-    throw_write_error(chunk.nbytes(), chunk.begin, plan_.files[chunk.file].path, ECANCELED);
+/// All files are whole. Once the job is stopped no file gets its name any more: another save may own it.
+void WriteJob::publish_files() {
+  Progress* const progress = request_.progress;
+  for (size_t file = 0; file < open_files_.size(); ++file) {
+    if (progress != nullptr && !progress->begin_rename()) require_going_on(file);
+    try {
+      open_files_[file].output->publish();
+    } catch (...) {
+      if (progress != nullptr) progress->end_rename();
+      throw;
+    }
+    if (progress != nullptr) progress->end_rename();
   }
+}
+
+void WriteJob::write_chunk(const Chunk& chunk) {
+  Progress* const progress = request_.progress;
+  require_going_on(chunk.file);
   OutputFile& output = output_of(chunk.file);
   if (chunk.nbytes() > 0) {
     const Buffer buffer(static_cast<size_t>(request_.chunk_nbytes));

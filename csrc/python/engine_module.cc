@@ -3,7 +3,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <unistd.h>
+
+#include <exception>
+#include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "../engine/checksum.h"
@@ -48,6 +53,33 @@ std::vector<std::string> encode_paths(const py::sequence& paths) {
   return encoded;
 }
 
+bool is_finalizing() {
+#if PY_VERSION_HEX >= 0x030D0000
+  return Py_IsFinalizing() != 0;
+#else
+  return _Py_IsFinalizing() != 0;
+#endif
+}
+
+/// Calls without the GIL. A thread that comes back to an interpreter which is ending stays here until the
+/// process is gone: CPython would unwind it, through destructors that end the process with std::terminate or
+/// touch objects without the GIL.
+template <typename Call>
+auto without_gil(Call&& call) -> decltype(call()) {
+  std::optional<decltype(call())> result;
+  std::exception_ptr error;
+  PyThreadState* const thread = PyEval_SaveThread();
+  try {
+    result = call();
+  } catch (...) {
+    error = std::current_exception();
+  }
+  while (is_finalizing()) ::pause();
+  PyEval_RestoreThread(thread);
+  if (error) std::rethrow_exception(error);
+  return std::move(*result);
+}
+
 py::object decode_path(const std::string& path) {
   return py::reinterpret_steal<py::object>(
       PyUnicode_DecodeFSDefaultAndSize(path.data(), static_cast<Py_ssize_t>(path.size())));
@@ -63,12 +95,14 @@ void raise_os_error(const SystemError& error) {
 }
 
 uint32_t crc32_of(uintptr_t address, size_t nbytes, uint32_t seed) {
-  return crc32(reinterpret_cast<const void*>(address), nbytes, seed);
+  return without_gil([&] { return crc32(reinterpret_cast<const void*>(address), nbytes, seed); });
 }
 
 uint32_t copy_crc32_of(uintptr_t destination, uintptr_t source, size_t nbytes, uint32_t seed) {
-  return copy_crc32(reinterpret_cast<void*>(destination), reinterpret_cast<const void*>(source), nbytes,
-                    seed);
+  return without_gil([&] {
+    return copy_crc32(reinterpret_cast<void*>(destination), reinterpret_cast<const void*>(source), nbytes,
+                      seed);
+  });
 }
 
 void permute_rows_at(const py::buffer& destination, const py::buffer& source, const py::buffer& rows,
@@ -78,16 +112,20 @@ void permute_rows_at(const py::buffer& destination, const py::buffer& source, co
                                     {rows, "rows"},
                                     {row_nbytes, "row_nbytes"},
                                     {block, "block"}};
-  const py::gil_scoped_release no_gil;
-  permute_rows({columns[0], columns[1], columns[2], columns[3], columns[4]}, interleave, threads);
+  without_gil([&] {
+    permute_rows({columns[0], columns[1], columns[2], columns[3], columns[4]}, interleave, threads);
+    return true;
+  });
 }
 
 void copy_runs_at(const py::buffer& destination, const py::buffer& source, const py::buffer& nbytes,
                   const py::buffer& runs, const py::buffer& pitch, int threads) {
   const ColumnArgument columns[] = {
       {destination, "destination"}, {source, "source"}, {nbytes, "nbytes"}, {runs, "runs"}, {pitch, "pitch"}};
-  const py::gil_scoped_release no_gil;
-  copy_runs({columns[0], columns[1], columns[2], columns[3], columns[4]}, threads);
+  without_gil([&] {
+    copy_runs({columns[0], columns[1], columns[2], columns[3], columns[4]}, threads);
+    return true;
+  });
 }
 
 template <typename Number>
@@ -101,7 +139,7 @@ py::tuple write_files_from(const py::sequence& paths, const py::buffer& file_nby
                            const py::buffer& piece_digest, const py::buffer& patch_file,
                            const py::buffer& patch_offset, const py::buffer& patch_digest,
                            int64_t digest_count, int threads, int64_t chunk_bytes, bool direct, bool fsync,
-                           WriteProgress* progress, int64_t block_bytes) {
+                           Progress* progress, int64_t block_bytes) {
   const ColumnArgument columns[] = {
       {file_nbytes, "file_nbytes"},   {piece_file, "piece_file"},       {piece_offset, "piece_offset"},
       {piece_nbytes, "piece_nbytes"}, {piece_address, "piece_address"}, {piece_digest, "piece_digest"},
@@ -110,11 +148,7 @@ py::tuple write_files_from(const py::sequence& paths, const py::buffer& file_nby
       encode_paths(paths), columns[0], columns[1], columns[2], columns[3],   columns[4],
       columns[5],          columns[6], columns[7], columns[8], digest_count, threads,
       chunk_bytes,         direct,     fsync,      progress,   block_bytes};
-  WriteResult result;
-  {
-    const py::gil_scoped_release no_gil;
-    result = write_files(request);
-  }
+  const WriteResult result = without_gil([&] { return write_files(request); });
   return py::make_tuple(result.stream_crcs, result.file_crcs, as_bytes(result.block_crcs));
 }
 
@@ -122,19 +156,16 @@ py::bytes read_extents_into(const py::sequence& paths, const py::buffer& extent_
                             const py::buffer& extent_offset, const py::buffer& extent_nbytes,
                             const py::buffer& extent_address, const py::buffer& range_file,
                             const py::buffer& range_offset, const py::buffer& range_nbytes,
-                            const py::buffer& range_block, int threads, int64_t chunk_bytes, bool direct) {
+                            const py::buffer& range_block, int threads, int64_t chunk_bytes, bool direct,
+                            Progress* progress) {
   const ColumnArgument columns[] = {{extent_file, "extent_file"},     {extent_offset, "extent_offset"},
                                     {extent_nbytes, "extent_nbytes"}, {extent_address, "extent_address"},
                                     {range_file, "range_file"},       {range_offset, "range_offset"},
                                     {range_nbytes, "range_nbytes"},   {range_block, "range_block"}};
-  const ReadRequest request{encode_paths(paths), columns[0], columns[1], columns[2], columns[3],  columns[4],
-                            columns[5],          columns[6], columns[7], threads,    chunk_bytes, direct};
-  std::vector<int64_t> crcs;
-  {
-    const py::gil_scoped_release no_gil;
-    crcs = read_extents(request);
-  }
-  return as_bytes(crcs);
+  const ReadRequest request{encode_paths(paths), columns[0], columns[1], columns[2], columns[3],
+                            columns[4],          columns[5], columns[6], columns[7], threads,
+                            chunk_bytes,         direct,     progress};
+  return as_bytes(without_gil([&] { return read_extents(request); }));
 }
 
 size_t check_pickle_in(const py::buffer& content, bool archive) {
@@ -143,8 +174,9 @@ size_t check_pickle_in(const py::buffer& content, bool archive) {
     throw py::type_error("content is not a buffer of bytes");
   }
   const auto reader = archive ? PickleReader::kArchive : PickleReader::kMetadata;
-  const py::gil_scoped_release no_gil;
-  return check_pickle(static_cast<const uint8_t*>(info.ptr), static_cast<size_t>(info.shape[0]), reader);
+  return without_gil([&] {
+    return check_pickle(static_cast<const uint8_t*>(info.ptr), static_cast<size_t>(info.shape[0]), reader);
+  });
 }
 
 }  // namespace
@@ -160,17 +192,20 @@ PYBIND11_MODULE(_engine, m) {
     }
   });
 
-  const auto no_gil = py::call_guard<py::gil_scoped_release>();
-  m.def("crc32", crc32_of, py::arg("address"), py::arg("nbytes"), py::arg("seed") = 0, no_gil);
+  m.def("crc32", crc32_of, py::arg("address"), py::arg("nbytes"), py::arg("seed") = 0);
   m.def("crc32_combine", crc32_combine, py::arg("first"), py::arg("second"), py::arg("second_nbytes"));
   m.def("copy_crc32", copy_crc32_of, py::arg("destination"), py::arg("source"), py::arg("nbytes"),
-        py::arg("seed") = 0, no_gil);
+        py::arg("seed") = 0);
   m.def("copy_runs", copy_runs_at, py::arg("destination"), py::arg("source"), py::arg("nbytes"),
         py::arg("runs"), py::arg("pitch"), py::arg("threads"));
-  py::class_<WriteProgress>(m, "WriteProgress")
+  py::class_<Progress>(m, "Progress")
       .def(py::init<>())
-      .def_property_readonly("nbytes", &WriteProgress::nbytes)
-      .def("stop", &WriteProgress::stop);
+      .def_property_readonly("nbytes", &Progress::nbytes)
+      .def_property_readonly("stopped", &Progress::stopped)
+      .def_property_readonly("renaming", &Progress::renaming)
+      .def("stop", &Progress::stop)
+      .def("begin_rename", &Progress::begin_rename)
+      .def("end_rename", &Progress::end_rename);
   m.def("write_files", write_files_from, py::arg("paths"), py::arg("file_nbytes"), py::arg("piece_file"),
         py::arg("piece_offset"), py::arg("piece_nbytes"), py::arg("piece_address"), py::arg("piece_digest"),
         py::arg("patch_file"), py::arg("patch_offset"), py::arg("patch_digest"), py::arg("digest_count"),
@@ -179,7 +214,7 @@ PYBIND11_MODULE(_engine, m) {
   m.def("read_extents", read_extents_into, py::arg("paths"), py::arg("extent_file"), py::arg("extent_offset"),
         py::arg("extent_nbytes"), py::arg("extent_address"), py::arg("range_file"), py::arg("range_offset"),
         py::arg("range_nbytes"), py::arg("range_block"), py::arg("threads"), py::arg("chunk_bytes"),
-        py::arg("direct"));
+        py::arg("direct"), py::arg("progress") = nullptr);
   m.def("permute_rows", permute_rows_at, py::arg("destination"), py::arg("source"), py::arg("rows"),
         py::arg("row_nbytes"), py::arg("block"), py::arg("interleave"), py::arg("threads"));
   m.def("check_pickle", check_pickle_in, py::arg("content"), py::arg("archive") = false);

@@ -55,9 +55,13 @@ std::vector<uint8_t> read_whole(const std::string& path);
 
 void test_checksum();
 void test_parallel();
+void test_threads_without_memory();
 void test_buffer_pool();
+void test_fork();
 void test_file();
+void test_file_faults();
 void test_writer();
+void test_writer_stops();
 void test_reader();
 void test_copy_runs();
 void test_permute();

@@ -6,7 +6,7 @@
 #include <iterator>
 
 #include "check.h"
-#include "interruptions.h"
+#include "faults.h"
 
 TemporaryDirectory::TemporaryDirectory() {
   const char* const base = std::getenv("TMPDIR");
@@ -33,9 +33,13 @@ std::vector<uint8_t> read_whole(const std::string& path) {
 int main() {
   test_checksum();
   test_parallel();
+  test_threads_without_memory();
   test_buffer_pool();
+  test_fork();
   test_file();
+  test_file_faults();
   test_writer();
+  test_writer_stops();
   test_reader();
   {
     const Interruptions interruptions;

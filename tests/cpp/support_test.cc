@@ -1,11 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 // parallel, buffer_pool, file, copier, permute.
 #include <sys/resource.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include <atomic>
 #include <cerrno>
 #include <csignal>
 #include <cstring>
+#include <functional>
+#include <new>
 #include <stdexcept>
 #include <thread>
 
@@ -13,6 +17,7 @@
 #include "check.h"
 #include "copier.h"
 #include "error.h"
+#include "faults.h"
 #include "file.h"
 #include "parallel.h"
 #include "permute.h"
@@ -42,6 +47,43 @@ void test_parallel() {
   CHECK(done <= 11 + 3);  // index 10 and those before it, and what the other three threads held
 }
 
+/// Whatever cannot be allocated while threads are started: the work is done, or an exception says so.
+void test_threads_without_memory() {
+  for (int granted = 0; granted < 40; ++granted) {
+    std::vector<std::atomic<int>> visits(200);
+    const std::function<void(size_t)> visit = [&](size_t i) { ++visits[i]; };
+    allocations_left = granted;
+    try {
+      parallel_for(visits.size(), 8, visit);
+    } catch (const std::bad_alloc&) {
+      CHECK(!"the caller alone could have done it");
+    }
+    allocations_left = -1;
+    for (const std::atomic<int>& count : visits) CHECK(count == 1);
+  }
+}
+
+/// A child that is forked while another thread is in the pool can use it.
+void test_fork() {
+  std::atomic<bool> ended{false};
+  std::thread busy([&] {
+    while (!ended) const Buffer buffer(4096);
+  });
+  for (int i = 0; i < 300; ++i) {
+    const pid_t child = fork();
+    if (child == 0) {
+      alarm(10);
+      const Buffer buffer(4096);
+      _exit(0);
+    }
+    int status = -1;
+    CHECK(waitpid(child, &status, 0) == child);
+    CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+  }
+  ended = true;
+  busy.join();
+}
+
 void test_buffer_pool() {
   uint8_t* first = nullptr;
   {
@@ -63,6 +105,16 @@ void test_buffer_pool() {
     CHECK(small.size() == 8192);
   }
   CHECK(pooled_nbytes() == 8192);
+  {
+    const PoolUse use;
+    {
+      const Buffer first_large(96 << 20), second_large(96 << 20);
+    }
+    CHECK(pooled_nbytes() == 192 << 20);
+  }
+  CHECK(pooled_nbytes() == 96 << 20);
+  const Buffer small(4096);
+  CHECK(pooled_nbytes() == 0);
 }
 
 void test_file() {
@@ -78,6 +130,8 @@ void test_file() {
       output.write({{buffer.data(), 8192}}, 8192, 0);
       output.sync();
       output.close();
+      CHECK(access(path.c_str(), F_OK) != 0);
+      output.publish();
     }
     CHECK(read_whole(path) == content);
     std::memset(buffer.data(), 0, 12288);
@@ -87,7 +141,30 @@ void test_file() {
     CHECK(std::memcmp(buffer.data(), content.data() + 4096, 10000 - 4096) == 0);
     const auto beyond = [&] { input.read({{buffer.data(), 8192}}, 8192, 4096); };
     CHECK(text_of<SystemError>(beyond) == "read 8192 bytes at 4096 from " + path + ": file ends at 10000");
+    CHECK(unlink(path.c_str()) == 0);
   }
+}
+
+/// Nothing of these makes a write fail.
+void test_file_faults() {
+  TemporaryDirectory directory;
+  const std::string path = directory.file("file");
+  const std::vector<uint8_t> content = noise(8192, 4);
+  const Buffer buffer(8192);
+  std::memcpy(buffer.data(), content.data(), content.size());
+  direct_writes_unsupported = closes_interrupted = true;
+  {
+    OutputFile output(path, 8192, true);
+    output.write({{buffer.data(), 8192}}, 8192, 0);
+    output.sync();
+    output.close();
+    output.publish();
+  }
+  CHECK(read_whole(path) == content);
+  // Not synced, what an interrupted close says may be true: the file has no name then, nor is it left.
+  const auto unsynced = [&] { OutputFile(directory.file("other"), 0, false).close(); };
+  CHECK(text_of<SystemError>(unsynced) == "close " + directory.file("other") + ": " + std::strerror(EINTR));
+  direct_writes_unsupported = closes_interrupted = false;
 }
 
 void test_copy_runs() {

@@ -1,10 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 // writer and reader, with enough threads and small enough chunks that their waits and races happen.
+#include <dirent.h>
 #include <sys/resource.h>
+#include <unistd.h>
 
 #include <algorithm>
+#include <cerrno>
+#include <chrono>
 #include <csignal>
 #include <stdexcept>
+#include <thread>
 
 #include "check.h"
 #include "checksum.h"
@@ -56,7 +61,8 @@ struct Example {
             4,
             4096,
             direct,
-            false};
+            false,
+            nullptr};
   }
 
   std::vector<uint8_t> image(size_t index) const {
@@ -121,6 +127,19 @@ void a_failure_ends_all_waits() {
   CHECK(setrlimit(RLIMIT_FSIZE, &before) == 0);
 }
 
+std::vector<std::string> names_in(const std::string& path) {
+  std::vector<std::string> names;
+  DIR* const directory = opendir(path.c_str());
+  CHECK(directory != nullptr);
+  while (const dirent* const entry = readdir(directory)) {
+    if (entry->d_name != std::string(".") && entry->d_name != std::string("..")) {
+      names.push_back(entry->d_name);
+    }
+  }
+  closedir(directory);
+  return names;
+}
+
 void bad_requests_name_the_row() {
   Example example;
   example.digest[70] = 0;
@@ -135,6 +154,36 @@ void test_writer() {
   blocks_of_streams_have_digests();
   a_failure_ends_all_waits();
   bad_requests_name_the_row();
+}
+
+/// Whenever a job is stopped: what has its name is whole, nothing else is left, and nothing appears later.
+void test_writer_stops() {
+  const Example example;
+  for (int round = 0; round < 60; ++round) {
+    TemporaryDirectory directory;
+    const std::vector<std::string> paths = {directory.file("a"), directory.file("b")};
+    Progress progress;
+    WriteRequest request = example.request(paths, round % 2 == 1);
+    request.progress = &progress;
+    std::thread stopping([&] {
+      std::this_thread::sleep_for(std::chrono::microseconds(round * 200));
+      progress.stop();
+    });
+    std::string text;
+    try {
+      write_files(request);
+    } catch (const SystemError& error) {
+      CHECK(error.error_number() == ECANCELED);
+      text = error.what();
+    }
+    stopping.join();
+    CHECK(!progress.renaming() && !progress.begin_rename());
+    for (size_t i = 0; i < 2; ++i) {
+      if (access(paths[i].c_str(), F_OK) == 0) CHECK(read_whole(paths[i]) == example.image(i));
+    }
+    const size_t left = names_in(paths[0].substr(0, paths[0].rfind('/'))).size();
+    CHECK(text.empty() ? left == 2 : left <= 1);
+  }
 }
 
 void test_reader() {
@@ -175,7 +224,8 @@ void test_reader() {
                                 Example::column(range_block),
                                 4,
                                 chunk_nbytes,
-                                direct};
+                                direct,
+                                nullptr};
       const std::vector<int64_t> crcs = read_extents(request);
       CHECK(mirror.memory == expected);
       const std::vector<uint8_t> second = example.image(1);

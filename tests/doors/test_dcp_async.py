@@ -18,10 +18,12 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.staging import AsyncStager
 
 from ckpt_fast import FastStorageReader, FastStorageWriter
 from ckpt_fast.doors import dcp_snapshot
+from ckpt_fast.doors.dcp_upload import Upload
 from ckpt_fast.pipeline import stage as stage_module
 from ckpt_fast.pipeline import waves as waves_module
 from tests.doors.dcp_states import blank, differences, odd_tensors, training_state
@@ -298,3 +300,76 @@ def save_in_a_process(rank: int, directory: str) -> list[str]:
 @pytest.mark.slow
 def test_in_a_process_of_its_own(tmp_path: Path) -> None:
     assert run_ranks(save_in_a_process, 1, str(tmp_path), fresh=True) == [[]]
+
+
+class HeldPlanner(DefaultSavePlanner):
+    """Gives its data once ``go`` is set: the time between staging and writing, however long."""
+
+    def __init__(self, go: threading.Event) -> None:
+        super().__init__()
+        self.go = go
+
+    def resolve_data(self, write_item: Any) -> Any:
+        assert self.go.wait(30)
+        return super().resolve_data(write_item)
+
+
+@pytest.mark.parametrize("shared", [1, True, None, "bf16", 1001.5, ()])
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_values_that_saves_share_link_nothing(tmp_path: Path, shared: object, kind: str) -> None:
+    """A save in flight keeps its memory when another one ends that has an equal value beside its tensors."""
+    go = threading.Event()
+    first = {"w": torch.full((1000,), 1.0), "meta": shared}
+    in_flight = async_save(tmp_path / "1", first, planner=HeldPlanner(go))
+    second = {"w": torch.ones(4), "meta": shared}
+    if kind == "sync":
+        dcp.save(second, storage_writer=FastStorageWriter(tmp_path / "2"))
+    else:
+        async_save(tmp_path / "2", second).result()
+    third = {"w": torch.full((1000,), 3.0), "meta": 7.25}
+    async_save(tmp_path / "3", third).result()
+    go.set()
+    in_flight.result()
+    for number, state in enumerate((first, second, third), start=1):
+        assert differences(state, load(tmp_path / str(number), state)) == []
+
+
+def test_a_snapshot_is_saved_once(tmp_path: Path, pool: WatchedPool) -> None:
+    """Its memory is another's afterwards: a second save of it is refused, not wrong."""
+    writer = FastStorageWriter(tmp_path)
+    staged = writer.stage({"w": torch.zeros(1000)})
+    dcp.save(staged, checkpoint_id=tmp_path / "1", storage_writer=writer)
+    assert pool.in_use == 0
+    with pytest.raises(CheckpointException, match="saved already"):
+        dcp.save(staged, checkpoint_id=tmp_path / "2", storage_writer=writer)
+
+
+def test_the_memory_stays_while_a_view_of_a_copy_does(tmp_path: Path, pool: WatchedPool) -> None:
+    view = FastStorageWriter(tmp_path).stage({"a": {"w": torch.ones(1000)}})["a"]["w"][10:20]
+    assert pool.in_use == 4032
+    del view
+    assert pool.in_use == 0
+
+
+class HeldWriter(dcp.FileSystemWriter):
+    """Writes once ``go`` is set."""
+
+    go: threading.Event
+
+    def write_data(self, plan: Any, planner: Any) -> Any:
+        assert self.go.wait(30)
+        return super().write_data(plan, planner)
+
+
+def test_an_upload_keeps_its_memory_until_it_is_written(tmp_path: Path, pool: WatchedPool) -> None:
+    writer = HeldWriter(tmp_path / "1")
+    writer.go = threading.Event()
+    state = {"w": torch.full((1000,), 1.0)}
+    upload = Upload(state, writer, str(tmp_path / "1"))
+    upload.stage()
+    async_save(tmp_path / "2", {"w": torch.full((1000,), 2.0)}).result()
+    writer.go.set()
+    upload.write()
+    upload.commit()
+    assert torch.equal(load(tmp_path / "1", state)["w"], state["w"])
+    assert pool.in_use == 0

@@ -85,7 +85,7 @@ class WriteCase:
         chunk_bytes: int = 4096,
         direct: bool = False,
         fsync: bool = False,
-        progress: native.WriteProgress | None = None,
+        progress: native.Progress | None = None,
         block_bytes: int = 0,
     ) -> tuple[list[int], list[int], bytes]:
         pieces = [column(*values) for values in zip(*self.pieces, strict=True)] or [column()] * 5

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import re
@@ -154,16 +155,6 @@ def test_failure_wakes_threads_that_wait_for_a_stream(native_impl, tmp_path) -> 
             case.write(threads=4)
 
 
-def test_full_device(native_impl) -> None:
-    nothing = column()
-    with pytest.raises(OSError) as caught:
-        native.write_files(
-            ["/dev/full"], column(100), *[nothing] * 5, *[nothing] * 3, 0, 2, 4096, True, False
-        )
-    assert caught.value.errno == errno.ENOSPC
-    assert caught.value.strerror == "write 100 bytes at 0 to /dev/full: No space left on device"
-
-
 def test_missing_directory(native_impl, tmp_path) -> None:
     case = big_case(tmp_path / "missing")
     with pytest.raises(FileNotFoundError) as caught:
@@ -175,7 +166,7 @@ def test_missing_directory(native_impl, tmp_path) -> None:
 
 def test_path_is_a_directory(native_impl, tmp_path) -> None:
     (tmp_path / "file0").mkdir()
-    with pytest.raises(IsADirectoryError, match=r"open .*file0: Is a directory"):
+    with pytest.raises(IsADirectoryError, match=r"rename .*file0: Is a directory"):
         big_case(tmp_path).write()
 
 
@@ -192,13 +183,60 @@ def test_columns_of_the_wrong_type(wrong) -> None:
         native.write_files(**{**GOOD, "piece_file": wrong})
 
 
+@pytest.mark.parametrize("direct", [False, True])
+def test_files_get_their_names_when_all_are_whole(native_impl, tmp_path, direct) -> None:
+    """What has the name stays as it is until then, and what others have open stays for ever."""
+    case = big_case(tmp_path)
+    path = case.paths()[0]
+    with open(path, "wb") as file:
+        file.write(b"of another save")
+    with file_size_limit(8 * 4096), pytest.raises(OSError, match="File too large"):
+        case.write(direct=direct)
+    assert os.listdir(tmp_path) == ["file0"], "a partial file is left"
+    with open(path, "rb") as before:
+        case.write(direct=direct)
+        assert before.read() == b"of another save"
+    with open(path, "rb") as after:
+        assert after.read() == case.images[0]
+    assert os.listdir(tmp_path) == ["file0"]
+
+
 def test_progress_counts_and_stops(native_impl, tmp_path) -> None:
     case = big_case(tmp_path)
-    progress = native.WriteProgress()
-    assert progress.nbytes == 0
+    path = case.paths()[0]
+    progress = native.Progress()
+    assert (progress.nbytes, progress.stopped, progress.renaming) == (0, False, False)
     case.write(progress=progress)
-    assert progress.nbytes == sum(map(len, case.images))
+    assert progress.nbytes == sum(map(len, case.images)) and not progress.renaming
+    os.unlink(path)
     progress.stop()
-    with pytest.raises(OSError, match=r"write 4096 bytes at 0 to .*: Operation canceled") as caught:
+    assert progress.stopped
+    with pytest.raises(OSError, match=r"write .*file0: Operation canceled") as caught:
         case.write(threads=1, progress=progress)
-    assert (caught.value.errno, caught.value.filename) == (errno.ECANCELED, case.paths()[0])
+    assert (caught.value.errno, caught.value.filename) == (errno.ECANCELED, path)
+    assert os.listdir(tmp_path) == []
+
+
+def test_no_rename_begins_once_it_is_stopped(native_impl) -> None:
+    progress = native.Progress()
+    assert progress.begin_rename() and progress.begin_rename()
+    progress.stop()
+    assert not progress.begin_rename() and progress.renaming
+    progress.end_rename()
+    assert progress.renaming, "the other one is still under way"
+    progress.end_rename()
+    assert not progress.renaming
+
+
+def test_a_read_that_is_stopped(native_impl, tmp_path) -> None:
+    case = big_case(tmp_path)
+    case.write()
+    into, progress = ctypes.create_string_buffer(100 * 4096), native.Progress()
+    rows = [column(0), column(0), column(100 * 4096), column(ctypes.addressof(into)), column(-1)]
+    arguments = (case.paths(), *rows, 0, 2, 4096, False)
+    native.read_extents(*arguments, progress=progress)
+    assert progress.nbytes == 100 * 4096
+    progress.stop()
+    with pytest.raises(OSError, match=r"read .*file0: Operation canceled") as caught:
+        native.read_extents(*arguments, progress=progress)
+    assert caught.value.errno == errno.ECANCELED

@@ -49,9 +49,9 @@ def spy_on_direct(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     seen: list[bool] = []
     read_extents = native.read_extents
 
-    def spying(*args: Any) -> list[int]:
+    def spying(*args: Any, **options: Any) -> list[int]:
         seen.append(args[-1])
-        return read_extents(*args)
+        return read_extents(*args, **options)
 
     monkeypatch.setattr(native, "read_extents", spying)
     monkeypatch.setattr(load_module, "_MIN_DIRECT_NBYTES", 0)

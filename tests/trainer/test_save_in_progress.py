@@ -52,3 +52,18 @@ def test_policy(tmp_path: Path, policy: str, in_flight: int, tracked_then: Any, 
     seen = run_ranks(save_twice, 2, str(tmp_path), policy)
     assert seen == [{"in flight": in_flight, "tracked": tracked_then}] * 2
     assert iterations(str(tmp_path)) == saved and tracked(str(tmp_path)) == (saved[-1], saved[-1])
+
+
+def save_an_iteration_twice(rank: int, root: str) -> tuple[int, Any]:
+    with Run(SETUP, save=root, async_save=True, async_strategy="mcore", on_save_in_progress="queue") as run:
+        run.state.initialize_async_checkpoint_worker()
+        run.train(1)
+        run.save()
+        run.save()
+        in_flight = run.state.async_calls_queue.get_num_unfinalized_calls()
+        maybe_finalize_async_save(run.state, run.checkpoint, blocking=True, terminate=True)
+        return in_flight, tracked(root)
+
+
+def test_an_iteration_that_is_saved_again_is_finalized_first(tmp_path: Path) -> None:
+    assert run_ranks(save_an_iteration_twice, 2, str(tmp_path)) == [(1, (1, 1))] * 2

@@ -210,6 +210,22 @@ def test_publish_trackers(tmp_path: Path) -> None:
     ]
 
 
+def test_an_older_save_that_is_finalized_late_leaves_the_trackers(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracker, root = tmp_path / "latest_checkpointed_iteration.txt", str(tmp_path)
+    numbers = [trackers.number_of_save() for _ in range(3)]
+    for iteration, number, tracked in ((2, numbers[1], b"2"), (1, numbers[0], b"2"), (1, numbers[2], b"1")):
+        state = trackers.snapshot_train_state(TrainState(step=iteration), 0)
+        trackers.publish_trackers(root, iteration, state, number)
+        assert tracker.read_bytes() == tracked, "a run that goes back on purpose begins its save later"
+        found = trackers.read_train_state(str(tmp_path / "latest_train_state.pt"))
+        assert found.step == int(tracked)
+    assert caplog.text.count("was begun before the one that the trackers name") == 1
+    trackers.publish_trackers(root, 5, state)
+    assert tracker.read_bytes() == b"5"
+
+
 def test_trackers_keep_the_old_checkpoint_when_the_new_one_cannot_be_named(tmp_path: Path) -> None:
     first = trackers.snapshot_train_state(TrainState(step=1), 0)
     trackers.publish_trackers(str(tmp_path), 1, first)

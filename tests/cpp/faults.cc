@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The system calls that move bytes, as they may behave at their worst: interrupted, or done in part.
-#include "interruptions.h"
+#include "faults.h"
 
+#include <fcntl.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
 #include <unistd.h>
@@ -9,6 +9,12 @@
 #include <algorithm>
 #include <atomic>
 #include <cerrno>
+#include <cstdlib>
+#include <new>
+
+std::atomic<bool> direct_writes_unsupported{false};
+std::atomic<bool> closes_interrupted{false};
+thread_local int allocations_left = -1;
 
 namespace {
 
@@ -30,12 +36,36 @@ ssize_t move(long call, int fd, const iovec* parts, int count, off_t offset) {
 
 // In place of libc's, for the whole program.
 extern "C" ssize_t pwritev(int fd, const iovec* parts, int count, off_t offset) {
+  if (direct_writes_unsupported && (fcntl(fd, F_GETFL) & O_DIRECT) != 0) {
+    errno = EOPNOTSUPP;
+    return -1;
+  }
   return move(SYS_pwritev, fd, parts, count, offset);
 }
 
 extern "C" ssize_t preadv(int fd, const iovec* parts, int count, off_t offset) {
   return move(SYS_preadv, fd, parts, count, offset);
 }
+
+extern "C" int close(int fd) {
+  const auto result = static_cast<int>(syscall(SYS_close, fd));
+  if (result != 0 || !closes_interrupted) return result;
+  errno = EINTR;
+  return -1;
+}
+
+void* operator new(size_t nbytes) {
+  if (allocations_left == 0) throw std::bad_alloc();
+  if (allocations_left > 0) --allocations_left;
+  void* const memory = std::malloc(nbytes);
+  if (memory == nullptr) throw std::bad_alloc();
+  return memory;
+}
+
+void* operator new(size_t nbytes, const std::nothrow_t&) noexcept { return std::malloc(nbytes); }
+
+void operator delete(void* memory) noexcept { std::free(memory); }
+void operator delete(void* memory, size_t) noexcept { std::free(memory); }
 
 Interruptions::Interruptions() : before_(calls) { interrupting = true; }
 Interruptions::~Interruptions() { interrupting = false; }

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which save a directory belongs to: one at a time, as far as this process knows.
+
+A save that begins while another one in the same directory is not over would remove its files, and the
+scheduler would decide which of them is published.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import threading
+import time
+import weakref
+from typing import Protocol
+
+from ckpt_fast.errors import CheckpointWriteError
+
+logger = logging.getLogger(__name__)
+_POLL_S = 0.02
+_SILENT_S = 1.0
+
+
+class Owner(Protocol):
+    """A save, from the moment it touches its directory."""
+
+    def is_over(self) -> bool:
+        """Whether it neither will be published any more nor can still give a file its name."""
+
+
+_lock = threading.Lock()
+# A save that nobody holds any more is over.
+_owners: dict[str, weakref.ref[Owner]] = {}
+
+
+def occupy(directory: str, owner: Owner, wait_s: float = 0.0) -> None:
+    """Local. From now on the directory is ``owner``'s, until that is over.
+
+    Args:
+        directory: the checkpoint; not only a path, any name by which saves of this process know it.
+        owner: held by weak reference.
+        wait_s: how long to wait for the save before.
+
+    Raises:
+        CheckpointWriteError: errno EBUSY: another save is still at it.
+    """
+    key = directory if "://" in directory else os.path.realpath(directory)
+    begin, said = time.monotonic(), False
+    while True:
+        with _lock:
+            reference = _owners.get(key)
+            before = reference() if reference is not None else None
+            if before is None or before is owner or before.is_over():
+                _owners[key] = weakref.ref(owner)
+                return
+        del before
+        waited = time.monotonic() - begin
+        if waited >= wait_s:
+            raise CheckpointWriteError(
+                f"another save of this process to {directory} is not over: this one would destroy it, and "
+                "was not begun. Let the other end first (await what it returned, or call "
+                "maybe_finalize_async_save(..., blocking=True)), or save to another directory.",
+                errno.EBUSY,
+                directory,
+            )
+        if waited > _SILENT_S and not said:
+            said = True
+            logger.warning("a save to %s waits for the one before it to the same directory", directory)
+        time.sleep(_POLL_S)
