@@ -53,6 +53,8 @@ _ALLOWED = {
 _RETIRED = "megatron.core.dist_checkpointing.strategies.torch"  # before 0.16
 # What torch.save's format before zip archives begins with: a pickled magic number.
 _LEGACY_MAGIC = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)
+# Of an entry in a ZIP archive.
+_DIRECTORY = 0x10
 # The attribute that marks our layout as it stands, last of all, in the pickle.
 _OWN_MARK = b"\x8c\x09" + LAYOUT_ATTRIBUTE.encode() + b"\x94"
 _OWN_MARK_WITHIN = 128
@@ -249,7 +251,14 @@ def _default_extensions() -> Any:
 
 def _require_sound_archive(payload: bytes, where: str) -> None:
     try:
-        damaged = zipfile.ZipFile(io.BytesIO(payload)).testzip()
+        archive = zipfile.ZipFile(io.BytesIO(payload))
+        damaged = archive.testzip()
+        for member in archive.infolist():
+            # torch would read nothing of it, and return whatever lies in memory.
+            if member.external_attr & _DIRECTORY or (
+                member.compress_type == zipfile.ZIP_STORED and member.compress_size != member.file_size
+            ):
+                raise ValueError(f"the archive's entry for {member.filename} makes no sense")
     except Exception as error:  # zipfile has no common type for what damage makes of a header
         raise CheckpointCorruptError(f"{where} is damaged ({error}); load an earlier iteration") from error
     if damaged is not None:
