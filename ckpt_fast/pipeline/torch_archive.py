@@ -17,6 +17,10 @@ _ENCRYPTED = 1
 _LEGACY_PICKLES = 5
 
 
+# Of an entry in the archive's directory.
+_DIRECTORY = 0x10
+
+
 def open_archive(payload: bytes) -> zipfile.ZipFile:
     """The archive, if it is one as ``torch.save`` makes it: nothing compressed, nothing twice.
 
@@ -34,6 +38,9 @@ def open_archive(payload: bytes) -> zipfile.ZipFile:
         stored = member.compress_type == zipfile.ZIP_STORED and not member.flag_bits & _ENCRYPTED
         if not stored or member.compress_size != member.file_size:
             raise ValueError(f"{member.filename} is compressed or encrypted, as torch.save never does")
+        if member.is_dir() or member.external_attr & _DIRECTORY:
+            # torch would read nothing of it, and return whatever lies in memory.
+            raise ValueError(f"{member.filename} is a directory, as torch.save never makes one")
     if sum(member.file_size for member in members) > len(payload):
         raise ValueError("its members are longer together than the whole")
     return archive

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -55,7 +56,9 @@ def test_a_tracker_that_is_lost_or_damaged_costs_nothing(saved: tuple[int, str],
 
 @pytest.mark.parametrize("name", SMALL)
 def test_a_small_file_that_is_lost_is_a_reason_to_go_back(saved: tuple[int, str], name: str) -> None:
-    damages = [Damage("remove", name), Damage("empty", name), Damage("cut", name, 100)]
+    damages = [Damage("remove", name), Damage("empty", name)]
+    if not name.endswith(".yaml"):  # the beginning of one is one
+        damages.append(Damage("cut", name, 100))
     assert damage.unwanted(outcomes(saved, damages), "older") == []
 
 
@@ -86,13 +89,13 @@ def write_run(root: Path) -> None:
     write_train_state(str(root / NEWEST / "train_state.pt"), state)
 
 
-@pytest.mark.parametrize("name", TRACKERS)
-def test_every_bit_of_the_trackers(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(("name", "every"), [(TRACKERS[0], 37), (TRACKERS[1], 1)])
+def test_bits_of_the_trackers(tmp_path: Path, name: str, every: int) -> None:
     """Whatever is flipped, the iteration is found; if it is noticed, that is said."""
     write_run(tmp_path)
     tracker = tmp_path / name
     sound, noticed = tracker.read_bytes(), 0
-    for flip in damage.flips(str(tmp_path), name):
+    for flip in damage.flips(str(tmp_path), name, every):
         damage.inflict(str(tmp_path), flip)
         found = published(str(tmp_path))
         assert (found.iteration, found.is_release) == (2, False), flip
@@ -101,17 +104,42 @@ def test_every_bit_of_the_trackers(tmp_path: Path, name: str) -> None:
     assert noticed > 0
 
 
-def test_every_bit_of_the_train_state(tmp_path: Path) -> None:
-    """It is refused, or what it says is what was saved."""
-    write_run(tmp_path)
-    path = tmp_path / NEWEST / "train_state.pt"
-    sound, expected, refused = path.read_bytes(), read_train_state.read(str(path)), 0
-    flips = damage.flips(str(path.parent), "train_state.pt")
+def refused(path: Path, flips: list[Damage]) -> int:
+    """How many flips of a train state are refused; what is not refused must say what was saved."""
+    sound, expected, count = path.read_bytes(), read_train_state.read(str(path)), 0
     for flip in flips:
         damage.inflict(str(path.parent), flip)
         try:
             assert read_train_state.read(str(path)) == expected, flip
         except DamagedFileError:
-            refused += 1
+            count += 1
         path.write_bytes(sound)
-    assert 0 < refused < len(flips)
+    return count
+
+
+def test_bits_of_the_train_state(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    path = tmp_path / NEWEST / "train_state.pt"
+    flips = damage.flips(str(path.parent), path.name, every=13)
+    assert 0 < refused(path, flips) < len(flips)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_every_bit_of_the_train_state(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    path = tmp_path / NEWEST / "train_state.pt"
+    assert refused(path, damage.flips(str(path.parent), path.name)) > 0
+
+
+def test_entries_of_the_archive_that_claim_to_be_directories(tmp_path: Path) -> None:
+    """torch reads nothing of such an entry, and returns what happens to lie in memory."""
+    write_run(tmp_path)
+    path = tmp_path / NEWEST / "train_state.pt"
+    with zipfile.ZipFile(path) as archive:
+        position, flips = archive.start_dir, []
+        for entry in archive.infolist():
+            attributes = position + 38
+            flips.append(Damage("flip", path.name, 8 * attributes + 4))
+            position += 46 + len(entry.filename) + len(entry.extra) + len(entry.comment)
+    assert refused(path, flips) == len(flips) > 10
