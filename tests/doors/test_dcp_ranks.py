@@ -105,3 +105,7 @@ def test_a_rank_that_reads_damaged_data_fails_all(tmp_path: Path) -> None:
 
 def test_objects_of_ranks(tmp_path: Path) -> None:
     assert run_ranks(dcp_ranks.objects_of_ranks, 2, str(tmp_path)) == [[], []]
+
+
+def test_flipped_bits_that_ranks_read_in_halves(tmp_path: Path) -> None:
+    assert run_ranks(dcp_ranks.flipped_bits_read_in_halves, 2, str(tmp_path)) == [10, 10]
