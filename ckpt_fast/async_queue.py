@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from ckpt_fast.errors import AsyncSaveError, CheckpointError
-from ckpt_fast.pipeline import unasked
+from ckpt_fast.pipeline import untold
 from ckpt_fast.pipeline.background import SaveHandle, SaveQueue
 from ckpt_fast.pipeline.group import ControlGroup
 from ckpt_fast.pipeline.types import SaveReport
@@ -103,7 +103,7 @@ class RequestHandle(SaveHandle):
                 self._request.async_fn(*arguments, **(self._request.async_fn_kwargs or {}))
         except BaseException as error:
             self._failure = error
-            unasked.report(self.directory, error)
+            untold.report(self.directory, error)
 
     def _raise_failure(self) -> None:
         if not self.wait(max(self._remaining_s(), 0.0)):

@@ -26,6 +26,8 @@ from ckpt_fast import config_targets
 from ckpt_fast.config_targets import ARGS, CALL, NAME, PARTIAL, TARGET, ForeignConfig
 from ckpt_fast.errors import CheckpointMismatchError
 from ckpt_fast.pipeline.commit import write_file_atomic
+from ckpt_fast.pipeline.documents import parse_yaml
+from ckpt_fast.pipeline.small_files import LARGEST_TEXT, read_small_file
 
 logger = logging.getLogger(__name__)
 
@@ -69,8 +71,15 @@ def read_yaml(cls: type[_T], path: str) -> _T:
     if not path_exists(path):
         raise FileNotFoundError(f"there is no configuration file {path}")
     storage = _remote_storage(path)
-    with open(path, encoding="utf-8") if storage is None else storage.open(path, "r") as file:
-        content = yaml.safe_load(file)
+    if storage is None:
+        text = read_small_file(path, LARGEST_TEXT)
+    else:
+        with storage.open(path, "rb") as file:
+            text = file.read()
+    try:
+        content = parse_yaml(text)
+    except ValueError as error:
+        raise CheckpointMismatchError(f"{path} is not a configuration: {error}") from error
     if not isinstance(content, dict):
         raise CheckpointMismatchError(f"{path} is not a configuration: it holds {type(content).__name__}")
     return from_dict(cls, content)

@@ -29,6 +29,10 @@ class CheckpointCorruptError(CheckpointError):
     """Bytes on disk are not what was written: truncated, altered, or half a checkpoint."""
 
 
+class DamagedFileError(CheckpointCorruptError, RuntimeError):
+    """A small file of a checkpoint (train state, configuration, tracker) is missing, empty or altered."""
+
+
 class CheckpointMismatchError(CheckpointError, ValueError):
     """The checkpoint is sound but does not fit what was asked of it (keys, shapes, format, layout)."""
 

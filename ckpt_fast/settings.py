@@ -152,13 +152,20 @@ def timeout_s() -> float:
     return float(_positive("CKPT_FAST_TIMEOUT", value, _MOST_TIMEOUT))
 
 
+def visible_timeout_s() -> float:
+    """``CKPT_FAST_VISIBLE_TIMEOUT`` (30): seconds for which the other ranks look again for the checkpoint
+    that rank 0 sees, before a load fails."""
+    return float(_positive("CKPT_FAST_VISIBLE_TIMEOUT", os.environ.get("CKPT_FAST_VISIBLE_TIMEOUT", "30")))
+
+
 def metrics_file() -> str | None:
     """``CKPT_FAST_METRICS`` (none): file to which every save appends a line of JSON, one for each rank."""
     return os.environ.get("CKPT_FAST_METRICS") or None
 
 
 def verify_on_load() -> bool:
-    """``CKPT_FAST_VERIFY`` (1): compare the CRC-32 of every item that is read whole."""
+    """``CKPT_FAST_VERIFY`` (1): compare what is read with its checksums, items that are read in part
+    included."""
     return _flag("CKPT_FAST_VERIFY", default=True)
 
 

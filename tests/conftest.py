@@ -9,9 +9,18 @@ import pytest
 import torch
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests that need a GPU where there is none, unless a job exists to run just these."""
-    if torch.cuda.is_available() or os.environ.get("FAIL_WITHOUT_GPU") == "1":
+@pytest.fixture
+def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Durability is given up, for tests of many small saves."""
+    monkeypatch.setenv("CKPT_FAST_FSYNC", "0")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip tests that need a GPU where there is none, unless a job exists to run just these.
+
+    With ``--setup-only`` no test runs; fixtures and parameters need no GPU.
+    """
+    if torch.cuda.is_available() or os.environ.get("FAIL_WITHOUT_GPU") == "1" or config.option.setuponly:
         return
     skip = pytest.mark.skip(reason="needs a CUDA device (FAIL_WITHOUT_GPU=1 makes this a failure)")
     for item in items:

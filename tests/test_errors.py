@@ -19,6 +19,7 @@ BUILTIN = {
     "CheckpointError": Exception,
     "CheckpointNotFoundError": FileNotFoundError,
     "CheckpointCorruptError": Exception,
+    "DamagedFileError": RuntimeError,
     "CheckpointMismatchError": ValueError,
     "UnknownFormatError": FileNotFoundError,
     "CheckpointWriteError": OSError,

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -14,10 +13,12 @@ from torch.distributed.checkpoint.metadata import Metadata
 from ckpt_fast import megatron
 from ckpt_fast.errors import CheckpointCorruptError, CheckpointMismatchError, CheckpointNotFoundError
 from ckpt_fast.pipeline import commit
-from ckpt_fast.pipeline.decode import decode_object
+from ckpt_fast.pipeline.decode import decode_object, is_own
+from ckpt_fast.pipeline.documents import parse_json
 from ckpt_fast.pipeline.files import Files
 from ckpt_fast.pipeline.index import CheckpointIndex
 from ckpt_fast.pipeline.load import load_objects
+from ckpt_fast.pipeline.small_files import LARGEST_TEXT, read_small_file
 
 COMMON_FILE = "common.pt"
 # Megatron-Core from 0.19 on keeps the common state in a data file, under this name.
@@ -30,10 +31,13 @@ def is_sealed(checkpoint_dir: str) -> bool:
     Raises:
         CheckpointCorruptError: it has one that cannot be understood.
     """
+    path = os.path.join(checkpoint_dir, commit.SEAL_FILE)
     try:
+        # Megatron-Core opens whatever is there, and waits for it.
+        if megatron.object_storage(checkpoint_dir) is None and _read_seal(path) is None:
+            return False
         return bool(megatron.check_is_distributed_checkpoint(checkpoint_dir))
     except (ValueError, TypeError) as error:
-        path = os.path.join(checkpoint_dir, commit.SEAL_FILE)
         raise CheckpointCorruptError(
             f"{path} cannot be parsed ({error}): the file is damaged. Load an earlier iteration."
         ) from error
@@ -44,19 +48,38 @@ def require_torch_dist(files: Files) -> None:
 
     Raises:
         CheckpointMismatchError: another backend wrote the checkpoint.
+        CheckpointCorruptError: it names another one, but ckpt_fast wrote the checkpoint.
     """
     files.fetch([commit.SEAL_FILE])
     try:
-        with open(os.path.join(files.directory, commit.SEAL_FILE), "rb") as file:
-            seal = json.load(file)
-    except (FileNotFoundError, ValueError):
+        seal = _read_seal(os.path.join(files.directory, commit.SEAL_FILE))
+    except ValueError:
+        return
+    if seal is None:
         return
     backend = seal.get("sharded_backend", "torch_dist")
     if backend != "torch_dist":
+        files.fetch([commit.METADATA_FILE])
+        if is_own(files.directory):
+            raise CheckpointCorruptError(
+                f"{files.name}/{commit.SEAL_FILE} is damaged: it names the backend {backend!r}, but the "
+                "files are those of 'torch_dist'. Load an earlier iteration, or restore the file."
+            )
         raise CheckpointMismatchError(
             f"{files.name} was written with the backend {backend!r}; only 'torch_dist' can be read. "
             "Load it with the Megatron-Core that wrote it, and save it with ckpt_format='torch_dist'."
         )
+
+
+def _read_seal(path: str) -> dict[str, Any] | None:
+    """The content of a ``metadata.json``; None if there is none. ValueError if it cannot be understood."""
+    try:
+        seal = parse_json(read_small_file(path, LARGEST_TEXT))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    if not isinstance(seal, dict):
+        raise ValueError("it holds no names")
+    return seal
 
 
 def load_common_state_dict(checkpoint_dir: str) -> dict[str, Any]:
@@ -91,8 +114,7 @@ def _read_common_state(files: Files) -> dict[str, Any]:
     path = os.path.join(files.directory, COMMON_FILE)
     files.fetch([COMMON_FILE])
     try:
-        with open(path, "rb") as file:
-            return _require_dict(decode_object(file.read(), path, verify=True), path)
+        return _require_dict(decode_object(read_small_file(path), path, verify=True), path)
     except FileNotFoundError:
         index = CheckpointIndex(files.directory, files=files)
         if COMMON_STATE_KEY not in index.metadata.state_dict_metadata:

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
+import logging
 import os
 from typing import Any
 
@@ -13,18 +15,35 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
-from ckpt_fast.errors import CheckpointMismatchError
-from ckpt_fast.pipeline.decode import decode_object, read_metadata
+from ckpt_fast.doors.dcp_coverage import require_covered
+from ckpt_fast.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError
+from ckpt_fast.pipeline.commit import METADATA_FILE
+from ckpt_fast.pipeline.decode import Contents, decode_object, read_contents
 from ckpt_fast.pipeline.garbage import without_collections
 from ckpt_fast.pipeline.index import CheckpointIndex
 from ckpt_fast.pipeline.load import Part, load_parts, load_payloads
 from ckpt_fast.pipeline.place import Box
+from ckpt_fast.pipeline.unasked import Unasked, find_unasked, warning_text
+
+logger = logging.getLogger(__name__)
 
 StrPath = str | os.PathLike[str]
+# Takes the place of the identity where every rank has a ``.metadata`` of its own.
+_OF_ONE_RANK = "of one rank"
 
 
 class FastStorageReader(StorageReader):
     """Reads torch DCP checkpoints straight into the tensors, checking what is read whole.
+
+    A load is of one save: ranks that see another ``.metadata`` than rank 0, and a ``.metadata`` that is
+    replaced while its data is read, are errors. Of a tensor that is loaded no element is left as it was.
+    Whole sections of the checkpoint that no rank asks for (a top-level key, an optimizer's moments) are one
+    line of warning, unless the load is partial on purpose.
+
+    Attributes:
+        partial: the load leaves out parts of the checkpoint on purpose; as with a planner that has
+            ``allow_partial_load`` or loads certain keys.
+        unasked: what no rank asked for, after a load, on the rank that coordinates it.
 
     Args:
         path: checkpoint directory, written by FastStorageWriter or by torch's own writer.
@@ -37,12 +56,19 @@ class FastStorageReader(StorageReader):
         self._path = os.fspath(path)
         self._extensions = extension_registry
         self._index: CheckpointIndex | None = None
+        self._metadata_name = METADATA_FILE
+        self._contents: Contents | None = None
+        self._identity: str | None = None
+        self._version: tuple[int, ...] | None = None
+        self._asked: set[str] | None = None
+        self.partial = False
+        self.unasked: Unasked | None = None
 
     def reset(self, checkpoint_id: StrPath | None = None) -> None:
         """Begin a new load, from ``checkpoint_id`` if one is given."""
         if checkpoint_id:
             self._path = os.fspath(checkpoint_id)
-        self._index = None
+        self._index = self._contents = self._identity = self._version = self._asked = self.unasked = None
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """The checkpoint's metadata; with ``rank`` that of one rank, saved without collectives.
@@ -51,7 +77,12 @@ class FastStorageReader(StorageReader):
             CheckpointNotFoundError, CheckpointCorruptError, UnsafeCheckpointError.
         """
         rank = kwargs.get("rank")
-        metadata = read_metadata(self._path, "" if rank is None else f"__{rank}")
+        prefix = "" if rank is None else f"__{rank}"
+        self._metadata_name = prefix + METADATA_FILE
+        self._version = self._version_now()
+        self._contents = read_contents(self._path, prefix)
+        self._identity = self._contents.identity if rank is None else _OF_ONE_RANK
+        metadata = self._contents.metadata
         if getattr(metadata, "storage_meta", None) is None:
             metadata.storage_meta = StorageMeta()
         return metadata
@@ -60,24 +91,47 @@ class FastStorageReader(StorageReader):
         self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
     ) -> None:
         """Called on every rank with the metadata to load by."""
-        self._index = CheckpointIndex(self._path, metadata, self._extensions)
+        contents = self._contents
+        if contents is None or contents.metadata is not metadata:
+            # Somebody else has read it; no manifest is known to belong to it.
+            contents = Contents(metadata, None, "")
+        self._index = CheckpointIndex(self._path, contents, self._extensions)
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        """The plan as it is."""
-        return plan
+        """The plan, with what identifies the save that it was made for."""
+        return dataclasses.replace(plan, storage_data=self._identity)
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        """The plans as they are."""
+        """The plans as they are. Called on the coordinator; its error is raised on all ranks.
+
+        Raises:
+            CheckpointError: ranks see another save.
+        """
+        others = [
+            str(rank)
+            for rank, plan in enumerate(plans)
+            if isinstance(plan.storage_data, str) and plan.storage_data != self._identity
+        ]
+        if others and self._identity is not None:
+            raise CheckpointError(
+                f"{_named(others)} another {METADATA_FILE} in {self._path} than the rank that "
+                "coordinates the load. All ranks must see the same files: the path must be on a file system "
+                "that they share, and no save may be running into it. Load again."
+            )
+        self._asked = {item.storage_index.fqn for plan in plans for item in plan.items}
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Fill what the plan asks for.
 
         Raises:
-            CheckpointCorruptError: a checksum differs or a file is short.
+            CheckpointCorruptError: a checksum differs, a file is short, a part of a tensor is missing, or the
+                checkpoint was replaced meanwhile.
+            CheckpointMismatchError: the plan does not fit the checkpoint or the destinations.
             UnsafeCheckpointError: an object is more than tensors and plain data.
         """
         assert self._index is not None, "read_data before set_up_storage_reader"
+        require_covered(plan, planner, self._index.metadata, self._path)
         objects = [item for item in plan.items if item.type == LoadItemType.BYTE_IO]
         payloads = load_payloads(self._index, {item.storage_index.fqn for item in objects})
         for item in objects:
@@ -86,9 +140,42 @@ class FastStorageReader(StorageReader):
             decode_object(payload, f"{item.storage_index.fqn} in {self._path}", verify=True)
             planner.load_bytes(item, io.BytesIO(payload))
         self._read_tensors([item for item in plan.items if item.type != LoadItemType.BYTE_IO], planner)
+        self._require_same_version()
+        self._report_unasked(planner)
         future: Future[None] = Future()
         future.set_result(None)
         return future
+
+    def _report_unasked(self, planner: LoadPlanner) -> None:
+        """On the coordinator: say what nobody wants."""
+        if self._asked is None or self._index is None:
+            return
+        self.unasked, self._asked = find_unasked(self._index.metadata, self._asked), None
+        logger.info("%d of %d bytes in %s were not asked for", *self.unasked[:2], self._path)
+        partial = self.partial or getattr(planner, "allow_partial_load", False)
+        if self.unasked.sections and not partial and getattr(planner, "keys", None) is None:
+            remedy = (
+                "Put them into the state dict (an optimizer has no moments before its first step; "
+                "get_state_dict of torch makes them). If they are left out on purpose, load with "
+                "DefaultLoadPlanner(allow_partial_load=True)."
+            )
+            logger.warning("%s", warning_text(self._path, self.unasked.sections, remedy))
+
+    def _version_now(self) -> tuple[int, ...] | None:
+        """What changes when another save puts its ``.metadata`` there; None if there is none."""
+        try:
+            status = os.stat(os.path.join(self._path, self._metadata_name))
+        except OSError:
+            return None
+        return status.st_ino, status.st_size, status.st_mtime_ns
+
+    def _require_same_version(self) -> None:
+        # A save ends the checkpoint that it overwrites before it touches the data files.
+        if self._version is not None and self._version_now() != self._version:
+            raise CheckpointCorruptError(
+                f"{self._path} was replaced or removed while it was being read, so that the values may be of "
+                "two saves. Load again, from a directory that nobody saves to."
+            )
 
     @without_collections
     def _read_tensors(self, items: list[ReadItem], planner: LoadPlanner) -> None:
@@ -137,6 +224,13 @@ def _part(index: CheckpointIndex, item: ReadItem, target: torch.Tensor) -> Part:
             "state dict disagree; load into tensors of the shapes that were saved."
         )
     return Part(tensor, piece, Box(piece.sizes, start, lengths, tensor.dtype.itemsize), target)
+
+
+def _named(ranks: list[str]) -> str:
+    if len(ranks) == 1:
+        return f"rank {ranks[0]} sees"
+    shown = ", ".join(ranks[:8]) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
+    return f"the ranks {shown} see"
 
 
 def is_local_path(checkpoint_id: StrPath) -> bool:

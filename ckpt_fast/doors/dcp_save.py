@@ -7,6 +7,7 @@ all collectives must be in the trainer's own thread; what is between them is the
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -17,6 +18,7 @@ from ckpt_fast.doors.dcp_writer import shards_of
 from ckpt_fast.pipeline.garbage import without_collections
 from ckpt_fast.pipeline.group import ControlGroup
 from ckpt_fast.pipeline.save import Save
+from ckpt_fast.pipeline.types import FileRecord
 
 
 @without_collections
@@ -28,6 +30,8 @@ def start_save(
     writers: int | None = None,
     snapshot: bool = False,
     host_buffer: int | None = None,
+    beside: Sequence[FileRecord] = (),
+    finish: Callable[[], Sequence[FileRecord]] | None = None,
 ) -> Save:
     """Collective. Everything up to and including staging; the caller then runs ``write`` and ``commit``.
 
@@ -40,6 +44,7 @@ def start_save(
         writers: files per rank; None: as many as are fastest there.
         snapshot: the tensors may change as soon as this returns.
         host_buffer: bound on the host memory staged into; see ``Save``.
+        beside, finish: see ``Save``.
 
     Raises:
         CheckpointError: on every rank, naming the rank that failed; nothing has been published.
@@ -69,6 +74,8 @@ def start_save(
         planner_data=planner_data,
         snapshot=snapshot,
         host_buffer=host_buffer,
+        beside=beside,
+        finish=finish,
     )
     job.stage()
     return job

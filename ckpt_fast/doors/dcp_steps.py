@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
 from ckpt_fast import native
-from ckpt_fast.pipeline import owners, unasked
+from ckpt_fast.pipeline import owners, untold
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -71,7 +71,7 @@ def step(method: Callable[P, T]) -> Callable[P, T]:
             let_go()
             if threading.current_thread() is not threading.main_thread():
                 writer: Any = args[0]
-                unasked.report(writer._save.path, error)
+                untold.report(writer._save.path, error)
             raise
 
     return called
@@ -84,7 +84,7 @@ def last_step(method: Callable[P, T]) -> Callable[P, T]:
     def called(*args: P.args, **kwargs: P.kwargs) -> T:
         result = step(method)(*args, **kwargs)
         let_go()
-        unasked.forget()
+        untold.forget()
         return result
 
     return called

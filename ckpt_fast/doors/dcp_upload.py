@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from ckpt_fast import settings
 from ckpt_fast.doors.dcp_snapshot import snapshots
 from ckpt_fast.errors import CheckpointError
-from ckpt_fast.pipeline import unasked
+from ckpt_fast.pipeline import untold
 from ckpt_fast.pipeline.group import ControlGroup, Outcome
 from ckpt_fast.pipeline.types import SaveReport
 from ckpt_fast.pipeline.worker import Worker
@@ -120,7 +120,7 @@ class Upload:
         with self.report.timed("commit"):
             outcomes = self._group.gather(self._outcome)
             self._group.decide(lambda: self._publish(outcomes), outcomes)
-        unasked.forget()
+        untold.forget()
         self.report.seconds = time.perf_counter() - self._begun
         return self.report
 
@@ -154,7 +154,7 @@ class Upload:
             self.report.nbytes = sum(result.size_in_bytes for result in self._results)
         except BaseException as error:
             self._error = error
-            unasked.report(self.report.directory, error)
+            untold.report(self.report.directory, error)
         finally:
             self.report.written_s = time.perf_counter() - self._begun
             self._planner.state_dict = {}

@@ -25,20 +25,33 @@ from ckpt_fast.doors.dcp_snapshot import snapshots
 from ckpt_fast.doors.dcp_steps import hold, last_step, let_go, step, written_by
 from ckpt_fast.errors import CheckpointMismatchError, CheckpointWriteError
 from ckpt_fast.pipeline import commit
-from ckpt_fast.pipeline.encode import encode_sidecar, file_record, pickle_metadata, share_parts
+from ckpt_fast.pipeline.encode import pickle_metadata, share_parts
 from ckpt_fast.pipeline.garbage import without_collections
+from ckpt_fast.pipeline.manifest import Manifest, append_manifest, new_save_id
 from ckpt_fast.pipeline.plan import file_prefix
 from ckpt_fast.pipeline.space import require_space
-from ckpt_fast.pipeline.types import FileRecord, ObjectShard, RankRecord, SaveReport, Shard, TensorShard
+from ckpt_fast.pipeline.types import (
+    BlockDigests,
+    FileRecord,
+    ObjectShard,
+    RankRecord,
+    SaveReport,
+    Shard,
+    TensorShard,
+)
 from ckpt_fast.pipeline.waves import Waves
 from ckpt_fast.settings import Settings
 
 
 class _Written(NamedTuple):
-    """Travels to the coordinator as a write result's storage data: the item, and its file for the sidecar."""
+    """Travels to the coordinator as a write result's storage data: the item, and what is for the manifest.
+
+    The digests are those of all items of the rank; its first result brings them.
+    """
 
     info: _StorageInfo
     file: FileRecord
+    digests: list[BlockDigests]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,14 +190,14 @@ class FastStorageWriter(AsyncStager, StorageWriter):
         metadata.storage_data = {index: data.info for index, data in written}
         metadata.storage_meta = StorageMeta(checkpoint_id=save.path, save_id=save.save_id)
         share_parts(metadata)
-        content = pickle_metadata(metadata)
-        if save.lone_rank is not None:
-            commit.publish(save.path, {commit.rank_metadata_file(save.lone_rank): content})
-            return
-        name = commit.METADATA_FILE
-        files = sorted({data.file for _, data in written})
-        sidecar = encode_sidecar([*files, file_record(name, content)])
-        commit.publish(save.path, {commit.SIDECAR_FILE: sidecar, name: content})
+        manifest = Manifest(
+            new_save_id(),
+            {data.file for _, data in written},
+            [digests for _, data in written for digests in data.digests],
+        )
+        lone = save.lone_rank
+        name = commit.METADATA_FILE if lone is None else commit.rank_metadata_file(lone)
+        commit.publish(save.path, {name: append_manifest(pickle_metadata(metadata), manifest)})
 
     def storage_meta(self) -> StorageMeta:
         """What ``.metadata`` says of the save that is about to begin."""
@@ -293,9 +306,11 @@ def _results(plan: SavePlan, record: RankRecord) -> list[WriteResult]:
         WriteResult(
             index=index_of[item.fqn, None if item.dtype is None else item.offsets],
             size_in_bytes=item.extent.nbytes,
-            storage_data=_Written(_StorageInfo(*item.extent), file_of[item.extent.path]),
+            storage_data=_Written(
+                _StorageInfo(*item.extent), file_of[item.extent.path], [] if number else record.digests
+            ),
         )
-        for item in record.items
+        for number, item in enumerate(record.items)
     ]
 
 

@@ -48,7 +48,8 @@ class InterleavedFactory(megatron.ShardedTensorFactory):  # type: ignore[misc]
 
     Attributes:
         interleave_size: k.
-        build_contiguous: builds the pieces of rows that are in the checkpoint's order.
+        build_contiguous: builds the pieces of rows that are in the checkpoint's order; None where merging
+            them does more than to join them, so that it cannot be left out.
     """
 
     interleave_size: int = 1
@@ -59,6 +60,8 @@ class InterleavedFactory(megatron.ShardedTensorFactory):  # type: ignore[misc]
 
         The factory itself where a piece has no such view.
         """
+        if self.build_contiguous is None:
+            return self
         try:
             self._view_pieces(self.key, self.data, self.replica_id, self.flattened_range)
         except _NoViewError:
@@ -123,6 +126,7 @@ def interleaved(entry: Any, interleave_size: int) -> InterleavedFactory:
     if entry.data is not None:
         require_pairs(entry.data, interleave_size, entry.key)
     build, merge = _contiguous_functions(entry)
+    joins = not isinstance(entry, megatron.ShardedTensorFactory) or megatron.only_joins(merge)
 
     def build_copy(key: str, data: Any, replica_id: Any, flattened_range: Any) -> Any:
         _require_whole(key, flattened_range)
@@ -141,7 +145,7 @@ def interleaved(entry: Any, interleave_size: int) -> InterleavedFactory:
         entry.replica_id,
         getattr(entry, "flattened_range", None),
         interleave_size,
-        build,
+        build if joins else None,
     )
 
 

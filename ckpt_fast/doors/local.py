@@ -14,13 +14,21 @@ import shutil
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Container, Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from ckpt_fast import megatron, native
-from ckpt_fast.doors.local_files import Packed, memory_of, pack_local, read_local, remove_local, write_local
+from ckpt_fast.doors.local_files import (
+    Origin,
+    Packed,
+    memory_of,
+    pack_local,
+    read_local,
+    remove_local,
+    write_local,
+)
 from ckpt_fast.doors.stock_queue import Flag, as_request
 from ckpt_fast.errors import (
     CheckpointCorruptError,
@@ -28,13 +36,15 @@ from ckpt_fast.errors import (
     CheckpointMismatchError,
     CheckpointNotFoundError,
 )
-from ckpt_fast.pipeline import unasked
+from ckpt_fast.pipeline import untold
 from ckpt_fast.pipeline.group import ControlGroup
+from ckpt_fast.pipeline.manifest import new_save_id
 from ckpt_fast.pipeline.types import SaveReport
 from ckpt_fast.pipeline.worker import LEAVE_S, Worker
 from ckpt_fast.settings import Settings
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 _NAME = re.compile(r"iter_(\d{7,})_(\d+)_local")
 _PARTIAL = re.compile(_NAME.pattern + r"\.(dirty|old)")
 
@@ -58,6 +68,12 @@ class FastLocalCheckpointManager(LocalCheckpointManager):  # type: ignore[misc, 
     """
 
     latest_iteration: int
+    globally_available_ids: list[set[Any]]
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        # Of what was read last.
+        self._save_ids: set[str | None] = set()
 
     def save(self, state_dict: Any, iteration: int, is_async: bool = False) -> Any:
         """Collective. Replicate and save; ``state_dict`` belongs to the manager from now on.
@@ -119,25 +135,52 @@ class FastLocalCheckpointManager(LocalCheckpointManager):  # type: ignore[misc, 
         available = [set(ids) for ids in self.globally_available_ids]
         while True:
             wanted = self._ckpt_id(self.latest_iteration)
-            states, exchange = self._attempt(wanted, available)
+            states, exchange, _ = self._attempt(wanted, available)
             if exchange is not None:
                 return exchange(states), wanted
-            self.latest_iteration = _newest_complete(available)
+            self.latest_iteration = max(_complete(available), default=-1)
             if self.latest_iteration == -1:
                 raise CheckpointCorruptError(
                     f"no local checkpoint in {self.root_local_ckpt_dir} is whole on every rank, nor are its "
                     "replicas; what is damaged was logged. Load a global checkpoint."
                 )
 
+    def iterations(self) -> list[int]:
+        """After ``find_latest``: every iteration of which each rank's state is somewhere, newest first."""
+        if self.latest_iteration == -1:
+            return []
+        return sorted(_complete(self.globally_available_ids), reverse=True)
+
+    def load_iteration(self, iteration: int) -> tuple[Any, Any]:
+        """Collective, after ``find_latest``. This rank's state of one iteration, and its id.
+
+        Raises:
+            CheckpointCorruptError: on every rank: it is not whole, with all replicas. The manager has
+                forgotten it then, so that this iteration can be saved again.
+        """
+        available = [set(ids) for ids in self.globally_available_ids]
+        wanted = self._ckpt_id(iteration)
+        states, exchange, damages = self._attempt(wanted, available)
+        if exchange is not None:
+            self.latest_iteration = iteration
+            return exchange(states), wanted
+        self.globally_available_ids = available
+        self.latest_iteration = max(_complete(available), default=-1)
+        raise CheckpointCorruptError(
+            f"the local checkpoint of iteration {iteration} in {self.root_local_ckpt_dir} is not whole on "
+            f"every rank, nor are its replicas: {'; '.join(damages)}"
+        )
+
     def _attempt(
         self, wanted: Any, available: list[set[Any]]
-    ) -> tuple[dict[Any, Any], Callable[[dict[Any, Any]], Any] | None]:
+    ) -> tuple[dict[Any, Any], Callable[[dict[Any, Any]], Any] | None, list[str]]:
         """Collective. What this rank has to read of iteration ``wanted[0]``, and how all get theirs from it.
 
         What turns out to be damaged is taken from ``available``, on all ranks alike; the second value is None
-        then.
+        then, and the third says of each rank what is.
         """
-        plan, needed, failed = None, {wanted}, set()
+        plan, needed = None, {wanted}
+        failed: dict[Any, str] = {}
         try:
             if self.repl_strategy is not None:
                 plan = self.repl_strategy.retrieve_plan(available, [wanted])
@@ -145,25 +188,40 @@ class FastLocalCheckpointManager(LocalCheckpointManager):  # type: ignore[misc, 
         except Exception as error:
             # Nobody this rank exchanges replicas with has its state: the whole iteration is of no use.
             logger.error("rank %d: local checkpoint %s cannot be had: %s", self.rank, wanted, error)
-            failed, needed = {None}, set()
+            failed, needed = {None: str(error)}, set()
         states = {}
+        self._save_ids = set()
         for identity in sorted(needed):
             try:
                 states[identity] = self._load_fn(identity)
             except CheckpointError as error:
                 logger.error("rank %d: a local checkpoint is damaged and not used: %s", self.rank, error)
-                failed.add(identity)
-        all_failed = _all_gather(failed)
-        for rank, identities in enumerate(all_failed):
-            available[rank] -= identities
-            if None in identities:
+                failed[identity] = str(error)
+        gathered = _all_gather((failed, self._save_ids))
+        all_failed = [each for each, _ in gathered]
+        save_ids = set[str | None]().union(*(ids for _, ids in gathered))
+        if len(save_ids) > 1:
+            # Nobody can tell which of them the ranks should go on with.
+            all_failed[0][None] = (
+                f"the local checkpoints of iteration {wanted[0]} are of different saves "
+                f"({', '.join(sorted(map(str, save_ids)))}): none is used"
+            )
+            logger.error("rank %d: %s", self.rank, all_failed[0][None])
+        for rank, failures in enumerate(all_failed):
+            available[rank] -= failures.keys()
+            if None in failures:
                 for ids in available:
                     ids -= {identity for identity in ids if identity[0] == wanted[0]}
         if any(all_failed):
-            return states, None
+            damages = [
+                f"rank {rank}: {next(iter(failures.values()))}"
+                for rank, failures in enumerate(all_failed)
+                if failures
+            ]
+            return states, None, damages
         if plan is None:
-            return states, lambda states: states[wanted]
-        return states, lambda states: self._exchange(plan, states)[wanted]
+            return states, lambda states: states[wanted], []
+        return states, lambda states: self._exchange(plan, states)[wanted], []
 
     def _exchange(self, plan: Any, states: dict[Any, Any]) -> dict[Any, Any]:
         if torch.cuda.is_available():
@@ -195,17 +253,24 @@ class FastLocalCheckpointManager(LocalCheckpointManager):  # type: ignore[misc, 
     def _pack(self, state_dict: Any, ckpt_id: Any, live: Container[int] = ()) -> Packed:
         return pack_local(state_dict, os.fspath(self._local_ckpt_path_from_id(ckpt_id)), live)
 
-    def _write(self, packed: Packed, ckpt_id: Any, report: SaveReport, progress: native.Progress) -> None:
+    def _write(
+        self, packed: Packed, ckpt_id: Any, save_id: str, report: SaveReport, progress: native.Progress
+    ) -> None:
         partial = os.fspath(self._local_ckpt_path_from_id(ckpt_id, True))
         directory = os.fspath(self._local_ckpt_path_from_id(ckpt_id))
-        write_local(packed, directory, partial, ckpt_id[1], report, progress)
+        origin = Origin(save_id, ckpt_id[0], ckpt_id[1])
+        write_local(packed, directory, partial, origin, report, progress)
 
     def _save(self, state_dict: Any, ckpt_id: Any) -> None:
         directory = os.fspath(self._local_ckpt_path_from_id(ckpt_id))
-        self._write(self._pack(state_dict, ckpt_id), ckpt_id, SaveReport(directory), native.Progress())
+        packed = self._pack(state_dict, ckpt_id)
+        self._write(packed, ckpt_id, new_save_id(), SaveReport(directory), native.Progress())
 
     def _load(self, ckpt_id: Any) -> Any:
-        return read_local(os.fspath(self._local_ckpt_path_from_id(ckpt_id)))
+        directory = os.fspath(self._local_ckpt_path_from_id(ckpt_id))
+        state_dict, save_id = read_local(directory, ckpt_id[0], ckpt_id[1])
+        self._save_ids.add(save_id)
+        return state_dict
 
     def _cleanup(self, iteration: int) -> None:
         self._remove(lambda other: other < iteration)
@@ -250,6 +315,7 @@ class _LocalSave:
         self.directory = os.fspath(manager.local_ckpt_dir)
         self.report = SaveReport(self.directory)
         self.ranks = ControlGroup().size
+        self._save_id = ControlGroup().broadcast(new_save_id())
         self._manager = manager
         self._iteration = iteration
         self._in_background = when_written is not None
@@ -325,31 +391,31 @@ class _LocalSave:
         outcome = ControlGroup().attempt(self._write_states)
         self._packed = {}
         if self._in_background and outcome.error is not None and self._error is None:
-            unasked.report(self.directory, outcome.error)
+            untold.report(self.directory, outcome.error)
         self._error = self._error or outcome.error
 
     def _write_states(self) -> None:
         for identity, packed in self._packed.items():
             assert self._progress is not None, "nothing is packed without it"
-            self._manager._write(packed, identity, self.report, self._progress)
+            self._manager._write(packed, identity, self._save_id, self.report, self._progress)
 
     def _raise_error(self) -> None:
         if self._error is not None:
             raise self._error
 
 
-def _newest_complete(available: list[set[Any]]) -> int:
-    """The newest iteration of which every rank's state is somewhere; -1 if there is none."""
+def _complete(available: list[set[Any]]) -> list[int]:
+    """The iterations of which every rank's state is somewhere."""
     ranks: dict[int, set[int]] = defaultdict(set)
     for ids in available:
         for iteration, rank, _ in ids:
             ranks[iteration].add(rank)
-    return max((found for found, covered in ranks.items() if len(covered) == len(available)), default=-1)
+    return [iteration for iteration, covered in ranks.items() if len(covered) == len(available)]
 
 
-def _all_gather(value: set[Any]) -> list[set[Any]]:
+def _all_gather(value: T) -> list[T]:
     if not dist.is_initialized():
         return [value]
-    values: list[set[Any]] = [set()] * dist.get_world_size()
+    values = [value] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values

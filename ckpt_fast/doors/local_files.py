@@ -22,10 +22,11 @@ from ckpt_fast.doors.sharded_state import torch_bytes
 from ckpt_fast.errors import CheckpointCorruptError, CheckpointWriteError, UnsafeCheckpointError
 from ckpt_fast.pipeline import commit
 from ckpt_fast.pipeline.decode import decode_object
-from ckpt_fast.pipeline.encode import encode_metadata, encode_sidecar, file_record
+from ckpt_fast.pipeline.encode import encode_metadata
 from ckpt_fast.pipeline.files import Directory
 from ckpt_fast.pipeline.index import CheckpointIndex
 from ckpt_fast.pipeline.load import load_objects, load_tensors
+from ckpt_fast.pipeline.manifest import Manifest, append_manifest
 from ckpt_fast.pipeline.plan import file_prefix, is_plain
 from ckpt_fast.pipeline.types import ObjectShard, SaveReport, Shard, TensorRequest, TensorShard
 from ckpt_fast.pipeline.verify import require_complete
@@ -74,7 +75,7 @@ def pack_local(state_dict: Any, directory: str, live: Container[int] = ()) -> Pa
     payload = torch_bytes(_without_tensors(_require_known(state_dict), tensors))
     try:
         decode_object(payload, "the state dict", verify=False)
-    except UnsafeCheckpointError as error:
+    except (UnsafeCheckpointError, CheckpointCorruptError) as error:
         raise UnsafeCheckpointError(f"nothing was saved to {directory}: {error}") from error
     return Packed(
         payload,
@@ -85,8 +86,21 @@ def pack_local(state_dict: Any, directory: str, live: Container[int] = ()) -> Pa
     )
 
 
+class Origin(NamedTuple):
+    """Where a local checkpoint comes from: the save, the same on all ranks, and whose state it is."""
+
+    save_id: str
+    iteration: int
+    rank: int
+
+
 def write_local(
-    packed: Packed, directory: str, partial: str, rank: int, report: SaveReport, progress: native.Progress
+    packed: Packed,
+    directory: str,
+    partial: str,
+    origin: Origin,
+    report: SaveReport,
+    progress: native.Progress,
 ) -> None:
     """Local. Write a state dict; on return it is durable. A crash leaves all of ``directory`` or nothing.
 
@@ -94,7 +108,7 @@ def write_local(
         packed: the state dict.
         directory: the checkpoint; an older one of this name is replaced.
         partial: the same until it is complete.
-        rank: whose state it is; numbers the data file.
+        origin: of which save, and whose state it is; the rank numbers the data file.
         report: what was written is added to it.
         progress: stops the writing; ``directory`` does not appear then.
 
@@ -111,12 +125,17 @@ def write_local(
         commit.invalidate(partial)
         chosen = Settings.read()
         waves = Waves(
-            report, file_prefix(rank), bound=chosen.host_buffer_bytes, settings=chosen, progress=progress
+            report,
+            file_prefix(origin.rank),
+            bound=chosen.host_buffer_bytes,
+            settings=chosen,
+            progress=progress,
         )
         record = waves.run(shards)
-        metadata = encode_metadata(record.items)
-        sidecar = encode_sidecar([*record.files, file_record(commit.METADATA_FILE, metadata)])
-        commit.publish(partial, {commit.SIDECAR_FILE: sidecar, commit.METADATA_FILE: metadata}, progress)
+        notes = {"iteration": origin.iteration, "rank": origin.rank}
+        manifest = Manifest(origin.save_id, record.files, record.digests, notes=notes)
+        content = append_manifest(encode_metadata(record.items), manifest)
+        commit.publish(partial, {commit.METADATA_FILE: content}, progress)
         with commit.renaming(directory, progress):
             _replace(partial, directory)
     except CheckpointWriteError:
@@ -130,13 +149,27 @@ def write_local(
         ) from error
 
 
-def read_local(directory: str) -> Any:
+def read_local(directory: str, iteration: int, rank: int) -> tuple[Any, str | None]:
     """Local. The state dict in ``directory``, every byte of it compared with its checksum.
+
+    Args:
+        directory: the checkpoint.
+        iteration, rank: of which it must be.
+
+    Returns:
+        The state dict, and the id of its save; None for one of an older version.
 
     Raises:
         CheckpointNotFoundError, CheckpointCorruptError, UnsafeCheckpointError: naming the file.
     """
     index = CheckpointIndex(directory)
+    save_id = index.manifest.save_id if index.manifest is not None else None
+    notes = index.manifest.notes if index.manifest is not None else {}
+    if (notes.get("iteration", iteration), notes.get("rank", rank)) != (iteration, rank):
+        raise CheckpointCorruptError(
+            f"{directory} holds the state of rank {notes.get('rank')} at iteration {notes.get('iteration')}, "
+            f"not that of rank {rank} at {iteration} as its name says: it was copied or renamed"
+        )
     require_complete(Directory(directory))
     hollow = load_objects(index, [_STATE_KEY], verify=True)[_STATE_KEY]
     tensors = []
@@ -150,7 +183,7 @@ def read_local(directory: str) -> Any:
     ]
     load_tensors(index, requests, verify=True)
     try:
-        return _with_tensors(hollow, tensors)
+        return _with_tensors(hollow, tensors), save_id
     except (KeyError, IndexError, TypeError) as error:
         raise CheckpointCorruptError(
             f"{directory} holds no state dict of a local checkpoint ({type(error).__name__}: {error})"

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from ckpt_fast.doors.common_state import (
     saved_metadata,
 )
 from ckpt_fast.doors.glu_factory import in_place
+from ckpt_fast.doors.load_wanted import load_wanted
 from ckpt_fast.doors.sharded_state import load_sharded, merge_in_place, shards_of, torch_bytes
 from ckpt_fast.doors.stock_queue import Flag, as_request
 from ckpt_fast.errors import CheckpointMismatchError
@@ -37,7 +38,8 @@ from ckpt_fast.pipeline.group import ControlGroup
 from ckpt_fast.pipeline.index import CheckpointIndex
 from ckpt_fast.pipeline.remove import remove_named
 from ckpt_fast.pipeline.save import Save
-from ckpt_fast.pipeline.types import Shard
+from ckpt_fast.pipeline.small_files import read_small_file
+from ckpt_fast.pipeline.types import FileRecord, Shard
 
 CONTENT_METADATA_KEY = "content_metadata"
 # All four keys: versions before 0.19 want each of them and accept no other.
@@ -217,7 +219,9 @@ def start_save(
     validate_access_integrity: bool = True,
     preprocess_common_before_consistency_check: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
     content_metadata: dict[str, Any] | None = None,
-    sidecar_notes: Mapping[str, Any] | None = None,
+    notes: Mapping[str, Any] | None = None,
+    beside: Sequence[FileRecord] = (),
+    finish: Callable[[], Sequence[FileRecord]] | None = None,
     snapshot: bool = False,
     staging: StagingPolicy | None = None,
     host_buffer: int | None = None,
@@ -231,7 +235,7 @@ def start_save(
         validate_access_integrity: check that all ranks together save every element exactly once.
         preprocess_common_before_consistency_check: applied to the common state before ranks compare it.
         content_metadata: stored in the common state under ``content_metadata``.
-        sidecar_notes: entries of the sidecar besides its own.
+        notes, beside, finish: see ``Save``.
         snapshot: the shards' memory may change as soon as this returns, as far as ``staging`` allows.
         staging: how tensors on GPUs are copied then; see ``Save``.
         host_buffer: bound on the host memory staged into; see ``Save``.
@@ -268,7 +272,9 @@ def start_save(
         writers=base.writers,
         common_files={COMMON_FILE: torch_bytes(common)} if group.is_coordinator else None,
         seal_files={commit.SEAL_FILE: json.dumps(_SEAL).encode()},
-        sidecar_notes=sidecar_notes,
+        notes=notes,
+        beside=beside,
+        finish=finish,
         snapshot=snapshot,
         staging=staging,
         host_buffer=host_buffer,
@@ -287,6 +293,8 @@ def load(
     validate_access_integrity: bool = True,
 ) -> Any:
     """Collective. Load what the sharded state dict asks for.
+
+    Sections of the checkpoint that no rank asks for are one line of warning, if an optimizer is loaded.
 
     Args:
         sharded_state_dict: what to load; tensors with data are filled in place.
@@ -317,8 +325,7 @@ def load(
     wanted, missing, unexpected = _check_keys(
         wanted, checkpoint_dir, strategy, strict, validate_access_integrity
     )
-    loaded = group.agree(lambda: strategy.load(wanted, checkpoint_dir))
-    megatron.merge(state_dict, loaded)
+    megatron.merge(state_dict, load_wanted(wanted, checkpoint_dir, strategy))
     state_dict = megatron.apply_factory_merges(state_dict, factories)
     if megatron.StrictHandling.requires_returning_mismatch_keys(strict):
         return state_dict, missing, unexpected
@@ -359,8 +366,7 @@ def _common_file(sharded_state_dict: dict[str, Any], directory: str) -> dict[str
     with megatron.checkpoint_files(directory) as files:
         files.fetch([COMMON_FILE])
         try:
-            with open(os.path.join(files.directory, COMMON_FILE), "rb") as file:
-                return {COMMON_FILE: file.read()}
+            return {COMMON_FILE: read_small_file(os.path.join(files.directory, COMMON_FILE))}
         except FileNotFoundError:
             return {}
 

@@ -73,44 +73,49 @@ def load_sharded(
 def merge_in_place(sharded_state_dict: dict[str, Any]) -> dict[str, Any]:
     """The same nesting with factories that leave alone what was read into the tensors they were made for.
 
-    Megatron-Core's factories cut a tensor in pieces, and merge the loaded pieces into a new one: a second
-    copy of all gated layers, while the pieces, if they are views, have filled the first.
+    Megatron-Core's factories cut a tensor in pieces, and join the loaded pieces to a new one: a second copy
+    of all gated layers, while the pieces, if they are views, have filled the first. A factory whose merge
+    does anything else is as it was.
     """
 
-    def has_data(entry: Any) -> bool:
-        return isinstance(entry, megatron.ShardedTensorFactory) and isinstance(entry.data, torch.Tensor)
+    def joins(entry: Any) -> bool:
+        return (
+            isinstance(entry, megatron.ShardedTensorFactory)
+            and isinstance(entry.data, torch.Tensor)
+            and megatron.only_joins(entry.merge_fn)
+        )
 
     def in_place(entry: Any) -> Any:
-        if not has_data(entry):
+        if not joins(entry):
             return entry
-        return dataclasses.replace(entry, merge_fn=functools.partial(_merge, entry.merge_fn, entry.data))
+        return dataclasses.replace(entry, merge_fn=functools.partial(_join, entry.merge_fn, entry.data))
 
-    if not any(map(has_data, megatron.nested_values(sharded_state_dict))):
+    if not any(map(joins, megatron.nested_values(sharded_state_dict))):
         return sharded_state_dict
     result: dict[str, Any] = megatron.dict_list_map_outplace(in_place, sharded_state_dict)
     return result
 
 
-def _merge(merge_fn: Callable[[Any], Any], whole: torch.Tensor, pieces: Any) -> Any:
-    values = list(megatron.nested_values(pieces)) if isinstance(pieces, (dict, list)) else [pieces]
-    return whole.detach() if _make_up(whole, values) else merge_fn(pieces)
+def _join(merge_fn: Callable[[Any], Any], whole: torch.Tensor, pieces: Any) -> Any:
+    return whole.detach() if isinstance(pieces, list) and _make_up(whole, pieces) else merge_fn(pieces)
 
 
 def _make_up(whole: torch.Tensor, pieces: list[Any]) -> bool:
-    """Whether the pieces are views of a tensor that leave nothing of it out."""
-    if not all(isinstance(piece, torch.Tensor) and piece.is_contiguous() for piece in pieces):
+    """Whether the pieces are views of the tensor's rows, in its order, that leave none out."""
+    if not whole.is_contiguous() or not whole.dim():
         return False
-    if not whole.is_contiguous() or any(
-        (piece.dtype, piece.device, piece.untyped_storage().data_ptr())
-        != (whole.dtype, whole.device, whole.untyped_storage().data_ptr())
-        for piece in pieces
-    ):
-        return False
-    end = whole.data_ptr()
-    for piece in sorted((piece for piece in pieces if piece.numel()), key=torch.Tensor.data_ptr):
-        if piece.data_ptr() != end:
+    end, rows = whole.data_ptr(), whole.shape[1:]
+    for piece in pieces:
+        if not isinstance(piece, torch.Tensor) or not piece.is_contiguous() or piece.shape[1:] != rows:
             return False
-        end += piece.nbytes
+        if (piece.dtype, piece.device) != (whole.dtype, whole.device):
+            return False
+        if piece.untyped_storage().data_ptr() != whole.untyped_storage().data_ptr():
+            return False
+        if piece.numel():
+            if piece.data_ptr() != end:
+                return False
+            end += piece.nbytes
     return end == whole.data_ptr() + whole.nbytes
 
 

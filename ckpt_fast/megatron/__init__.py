@@ -71,6 +71,7 @@ from megatron.core.transformer import MegatronModule
 from megatron.core.utils import StragglerDetector, get_model_config, get_pg_rank, get_pg_size, unwrap_model
 
 from ckpt_fast.megatron.bridge import import_auto_bridge
+from ckpt_fast.megatron.factories import only_joins
 from ckpt_fast.megatron.fsdp import (
     HAVE_MEGATRON_FSDP,
     MegatronFSDP,
@@ -86,6 +87,7 @@ from ckpt_fast.megatron.fsdp import (
 )
 from ckpt_fast.megatron.groups import SoloGroup, get_pg_collection, update_num_microbatches
 from ckpt_fast.megatron.modelopt import (
+    MODELOPT_DIR,
     restore_modelopt_state,
     restore_sharded_modelopt_state,
     save_modelopt_state,
@@ -105,13 +107,14 @@ from ckpt_fast.megatron.nvrx import (
 )
 from ckpt_fast.megatron.optimizers import fit_to_members, give_adam_its_state, keep_adam_steps
 from ckpt_fast.megatron.optional import UnavailableError, safe_import
-from ckpt_fast.megatron.storage import checkpoint_files, object_storage
+from ckpt_fast.megatron.storage import as_url, checkpoint_files, object_storage
 
 __all__ = [
     "HAVE_MEGATRON_FSDP",
     "HAVE_NVRX",
     "HAVE_RESIL",
     "LOAD_PARAMETERS",
+    "MODELOPT_DIR",
     "SAVE_PARAMETERS",
     "CheckpointingException",
     "DistributedOptimizer",
@@ -142,6 +145,7 @@ __all__ = [
     "UnavailableError",
     "apply_factories",
     "apply_factory_merges",
+    "as_url",
     "check_is_distributed_checkpoint",
     "checkpoint_files",
     "clean_metadata_for_serialization",
@@ -181,6 +185,7 @@ __all__ = [
     "merge",
     "nested_values",
     "object_storage",
+    "only_joins",
     "parallel_state",
     "parse_strict_flag",
     "preprocess_state_dict_for_uneven_dtensor",

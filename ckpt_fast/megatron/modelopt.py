@@ -14,6 +14,9 @@ from typing import Any
 
 from ckpt_fast.megatron.optional import UnavailableError, safe_import
 
+# In the checkpoint's directory.
+MODELOPT_DIR = "modelopt_state"
+
 
 def _is_imported() -> bool:
     return sys.modules.get("modelopt") is not None

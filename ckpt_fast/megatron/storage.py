@@ -26,7 +26,7 @@ def object_storage(path: str | os.PathLike[str]) -> Any | None:
     Raises:
         UnavailableError: an ``msc://`` path, and multi-storage-client is not installed or not switched on.
     """
-    name = _as_url(path)
+    name = as_url(path)
     if not MultiStorageClientFeature.is_enabled():
         if name.startswith(_SCHEME):
             raise UnavailableError(f"{name} is in object storage: {_remedy()}")
@@ -78,12 +78,12 @@ def checkpoint_files(path: str | os.PathLike[str]) -> Files:
     Raises:
         UnavailableError: see ``object_storage``.
     """
-    name, msc = _as_url(path), object_storage(path)
+    name, msc = as_url(path), object_storage(path)
     return Directory(name) if msc is None else Spool(name, ObjectStore(msc, name))
 
 
-def _as_url(path: str | os.PathLike[str]) -> str:
-    """The path as it was before somebody, as Megatron-Core does, made a ``pathlib.Path`` of an URL."""
+def as_url(path: str | os.PathLike[str]) -> str:
+    """A path as a string; an URL as it was before somebody, as Megatron-Core does, made a Path of it."""
     return re.sub(f"^{_SCHEME[:-1]}(?!/)", _SCHEME, os.fspath(path))
 
 

@@ -20,6 +20,7 @@ from ckpt_fast import settings
 if TYPE_CHECKING:
     from ckpt_fast.native._engine import (
         Progress,
+        check_pickle,
         copy_crc32,
         copy_runs,
         cpu_features,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Progress",
+    "check_pickle",
     "copy_crc32",
     "copy_runs",
     "cpu_features",

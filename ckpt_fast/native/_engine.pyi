@@ -74,7 +74,8 @@ def write_files(
     direct: bool,
     fsync: bool,
     progress: Progress | None = None,
-) -> tuple[list[int], list[int]]:
+    block_bytes: int = 0,
+) -> tuple[list[int], list[int], bytes]:
     """Create files and fill them from memory, in parallel; return when they are written.
 
     Each is written under a name of its own, ``.NAME.<8 hex digits>.partial`` beside its path. When all are
@@ -89,7 +90,9 @@ def write_files(
     thread spends its time waiting for the device, there are three threads for each of ``threads``.
 
     Returns:
-        (CRC-32 of every stream, CRC-32 of every whole file).
+        (CRC-32 of every stream, CRC-32 of every whole file, CRC-32s of blocks). The last are unsigned 32-bit
+        numbers in the machine's order: one for every ``block_bytes`` of stream 0, its last block may be
+        shorter, then those of stream 1, and so on; none if ``block_bytes`` is 0.
 
     Raises:
         OSError: with errno, and "write 4194304 bytes at 12288 to PATH: No space left on device" as text;
@@ -103,23 +106,29 @@ def read_extents(
     extent_offset: array[int],
     extent_nbytes: array[int],
     extent_address: array[int],
-    extent_digest: array[int],
-    digest_count: int,
+    range_file: array[int],
+    range_offset: array[int],
+    range_nbytes: array[int],
+    range_block: array[int],
     threads: int,
     chunk_bytes: int,
     direct: bool,
     progress: Progress | None = None,
-) -> list[int]:
-    """Read byte ranges of files into memory, in parallel.
+) -> bytes:
+    """Read byte ranges of files (extents) into memory, in parallel, and compute checksums on the way.
 
-    The bytes of all extents with digest ``d >= 0``, taken in the order given, form stream ``d``.
+    A checked range divides into blocks of ``range_block`` bytes, of which the last may be shorter. A block of
+    which an extent wants any byte is read whole, once, and what is delivered is what its checksum is of.
+    Checked ranges do not overlap each other; extents may.
 
     Returns:
-        CRC-32 of every stream.
+        Signed 64-bit numbers in the machine's order: the CRC-32 of every block of range 0, then of range 1,
+        and so on; -1 for a block of which nothing is wanted, which is not read.
 
     Raises:
         OSError: as ``write_files``; a file that ends early is errno EIO with "read N bytes at OFFSET from
-            PATH: file ends at SIZE".
+            PATH: file ends at SIZE", and so is "open PATH: it is a FIFO, not a regular file". Memory and
+            time never follow from a length that no file has.
     """
 
 def permute_rows(
@@ -135,6 +144,26 @@ def permute_rows(
 
     One entry of each column per matrix. ``rows`` is a multiple of ``2 * block``; sources and destinations do
     not overlap. ``interleave`` goes from [W, V] to blocks, otherwise back.
+    """
+
+def check_pickle(content: bytes | memoryview, archive: bool = False) -> int:
+    """Follow a pickle without making anything, to see that it may be given to an unpickler.
+
+    It may if all its arguments lie inside ``content``, its opcodes are those that plain data needs, the
+    unpickler's memo does not grow beyond the bytes there are, nothing is nested deeper than 256 or contains
+    itself, no call makes as many bytes or elements as a number says, and all of it, with what is shared
+    repeated, has at most 64 values for each byte (and 100 000). Time and memory of unpickling, hashing and
+    comparing then stay in proportion to its length.
+
+    Args:
+        content: begins with the pickle; what is behind its STOP is not looked at.
+        archive: also allow what the pickles in archives of ``torch.save`` need and ``.metadata`` does not.
+
+    Returns:
+        The position behind STOP.
+
+    Raises:
+        ValueError: "opcode 0x72 at 17: ...".
     """
 
 def cpu_features() -> list[str]:

@@ -8,11 +8,8 @@ Contracts are those of ``_engine.pyi``. Files are written and read through the p
 from __future__ import annotations
 
 import ctypes
-import errno
 import os
 import secrets
-import stat
-import threading
 import zlib
 from array import array
 from collections.abc import Sequence
@@ -22,14 +19,28 @@ from contextlib import suppress
 import numpy as np
 
 from ckpt_fast.native import fallback_checks as checks
+from ckpt_fast.native.fallback_files import Progress, memory, named, read_file, require_inside
+from ckpt_fast.native.fallback_pickle import check_pickle
+
+__all__ = [
+    "Progress",
+    "check_pickle",
+    "copy_crc32",
+    "copy_runs",
+    "cpu_features",
+    "crc32",
+    "crc32_combine",
+    "permute_rows",
+    "read_extents",
+    "write_files",
+]
 
 _POLYNOMIAL = 0xEDB88320  # reflected: the coefficient of x^j is bit 31 - j
 _ONE = 0x80000000  # x^0
-_ANY_SIZE = (1 << 63) - 1
 
 
 def crc32(address: int, nbytes: int, seed: int = 0) -> int:
-    return zlib.crc32(_memory(address, nbytes), seed)
+    return zlib.crc32(memory(address, nbytes), seed)
 
 
 def crc32_combine(first: int, second: int, second_nbytes: int) -> int:
@@ -44,8 +55,8 @@ def crc32_combine(first: int, second: int, second_nbytes: int) -> int:
 
 
 def copy_crc32(destination: int, source: int, nbytes: int, seed: int = 0) -> int:
-    view = _memory(destination, nbytes)
-    view[:] = _memory(source, nbytes)
+    view = memory(destination, nbytes)
+    view[:] = memory(source, nbytes)
     return zlib.crc32(view, seed)
 
 
@@ -71,49 +82,6 @@ def copy_runs(
             ctypes.memmove(to + run * count, at + run * apart, count)
 
 
-class Progress:
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._nbytes = 0
-        self._renaming = 0
-        self._stopped = False
-
-    @property
-    def nbytes(self) -> int:
-        return self._nbytes
-
-    @property
-    def stopped(self) -> bool:
-        return self._stopped
-
-    @property
-    def renaming(self) -> bool:
-        return self._renaming > 0
-
-    def stop(self) -> None:
-        with self._lock:
-            self._stopped = True
-
-    def begin_rename(self) -> bool:
-        with self._lock:
-            if not self._stopped:
-                self._renaming += 1
-            return not self._stopped
-
-    def end_rename(self) -> None:
-        with self._lock:
-            self._renaming -= 1
-
-    def add(self, nbytes: int) -> None:
-        with self._lock:
-            self._nbytes += nbytes
-
-    def check(self, verb: str, path: str) -> None:
-        if self._stopped:
-            with _named(verb, path):
-                raise OSError(errno.ECANCELED, os.strerror(errno.ECANCELED))
-
-
 def write_files(
     paths: Sequence[str],
     file_nbytes: array[int],
@@ -131,20 +99,22 @@ def write_files(
     direct: bool,
     fsync: bool,
     progress: Progress | None = None,
-) -> tuple[list[int], list[int]]:
-    checks.check_job(threads, chunk_bytes, digest_count)
+    block_bytes: int = 0,
+) -> tuple[list[int], list[int], bytes]:
+    checks.check_job(threads, chunk_bytes)
+    checks.check_counts(digest_count, block_bytes)
     planned = checks.plan_files(paths, file_nbytes)
     columns = (piece_offset, piece_nbytes, piece_address, piece_digest)
     ends = checks.add_pieces(planned, piece_file, columns, digest_count)
     checks.add_patches(planned, (patch_file, patch_offset, patch_digest), ends, digest_count)
 
-    stream_crcs = [0] * digest_count
+    streams = [_Stream(block_bytes) for _ in range(digest_count)]
     progress = progress or Progress()
     partials = [_partial_name(file.path) for file in planned]
     try:
         with ThreadPoolExecutor(threads) as pool:
             written = [
-                pool.submit(_write_file, file, partial, chunk_bytes, fsync, stream_crcs, progress)
+                pool.submit(_write_file, file, partial, chunk_bytes, fsync, streams, progress)
                 for file, partial in zip(planned, partials, strict=True)
             ]
             try:
@@ -154,7 +124,8 @@ def write_files(
                     future.cancel()
         for file, partial in zip(planned, partials, strict=True):
             _publish(partial, file.path, progress)
-        return stream_crcs, file_crcs
+        blocks = array("I", (crc for stream in streams for crc in stream.blocks))
+        return [stream.crc for stream in streams], file_crcs, blocks.tobytes()
     except BaseException:
         for partial in partials:
             with suppress(OSError):
@@ -168,33 +139,44 @@ def read_extents(
     extent_offset: array[int],
     extent_nbytes: array[int],
     extent_address: array[int],
-    extent_digest: array[int],
-    digest_count: int,
+    range_file: array[int],
+    range_offset: array[int],
+    range_nbytes: array[int],
+    range_block: array[int],
     threads: int,
     chunk_bytes: int,
     direct: bool,
     progress: Progress | None = None,
-) -> list[int]:
-    checks.check_job(threads, chunk_bytes, digest_count)
-    checks.check_lengths("extent", extent_file, extent_offset, extent_nbytes, extent_address, extent_digest)
-    checks.check_extents(len(paths), extent_file, extent_offset, extent_nbytes, extent_digest, digest_count)
+) -> bytes:
+    checks.check_job(threads, chunk_bytes)
+    checks.check_lengths("extent", extent_file, extent_offset, extent_nbytes, extent_address)
+    checks.check_lengths("range", range_file, range_offset, range_nbytes, range_block)
+    checks.check_rows("extent", len(paths), extent_file, extent_offset, extent_nbytes)
+    checks.check_rows("range", len(paths), range_file, range_offset, range_nbytes)
+    checks.check_ranges(range_file, range_offset, range_nbytes, range_block)
     extents: dict[int, list[tuple[int, int, int]]] = {}
     for file, *extent in zip(extent_file, extent_offset, extent_nbytes, extent_address, strict=True):
         if extent[1] > 0:
             extents.setdefault(file, []).append((extent[0], extent[1], extent[2]))
+    ranges: dict[int, list[tuple[int, int, int, int]]] = {}
+    count = 0
+    for file, offset, nbytes, block in zip(range_file, range_offset, range_nbytes, range_block, strict=True):
+        ranges.setdefault(file, []).append((offset, nbytes, block, count))
+        count += -(-nbytes // block)
+    crcs = array("q", [-1]) * count
+    for file, rows in sorted(extents.items()):
+        with named("open", paths[file]):
+            status = os.stat(paths[file])
+        require_inside(status, paths[file], rows)
     progress = progress or Progress()
     with ThreadPoolExecutor(threads) as pool:
-        for done in [
-            pool.submit(_read_file, paths[file], rows, chunk_bytes, progress)
+        reads = [
+            pool.submit(read_file, paths[file], rows, ranges.get(file, []), crcs, progress)
             for file, rows in sorted(extents.items())
-        ]:
+        ]
+        for done in reads:
             done.result()
-
-    stream_crcs = [0] * digest_count
-    for nbytes, address, digest in zip(extent_nbytes, extent_address, extent_digest, strict=True):
-        if digest >= 0:
-            stream_crcs[digest] = crc32(address, nbytes, stream_crcs[digest])
-    return stream_crcs
+    return crcs.tobytes()
 
 
 def permute_rows(
@@ -220,18 +202,13 @@ def permute_rows(
     for to, at, count, width, size in zip(destination, source, rows, row_nbytes, block, strict=True):
         nbytes, pairs, run = count * width, count // (2 * size), size * width
         halves, blocks = (2, pairs, run), (pairs, 2, run)
-        before = np.frombuffer(_memory(at, nbytes), np.uint8).reshape(halves if interleave else blocks)
-        after = np.frombuffer(_memory(to, nbytes), np.uint8).reshape(blocks if interleave else halves)
+        before = np.frombuffer(memory(at, nbytes), np.uint8).reshape(halves if interleave else blocks)
+        after = np.frombuffer(memory(to, nbytes), np.uint8).reshape(blocks if interleave else halves)
         after[...] = before.swapaxes(0, 1)
 
 
 def cpu_features() -> list[str]:
     return []
-
-
-def _memory(address: int, nbytes: int) -> memoryview:
-    """Writable view of memory that the caller keeps alive."""
-    return memoryview((ctypes.c_ubyte * nbytes).from_address(address)).cast("B")
 
 
 def _multiply(a: int, b: int) -> int:
@@ -245,6 +222,27 @@ def _multiply(a: int, b: int) -> int:
     return product
 
 
+class _Stream:
+    """The CRC-32s of a stream, and of its blocks, as its bytes come in order."""
+
+    def __init__(self, block_bytes: int) -> None:
+        self.crc = 0
+        self.blocks: list[int] = []
+        self._block_bytes = block_bytes
+        self._room = 0  # in the last block
+
+    def add(self, part: memoryview) -> None:
+        self.crc = zlib.crc32(part, self.crc)
+        while self._block_bytes and len(part):
+            if not self._room:
+                self.blocks.append(0)
+                self._room = self._block_bytes
+            self.blocks[-1] = zlib.crc32(part[: self._room], self.blocks[-1])
+            taken = min(self._room, len(part))
+            self._room -= taken
+            part = part[taken:]
+
+
 def _partial_name(path: str) -> str:
     directory, name = os.path.split(path)
     return os.path.join(directory, f".{name}.{secrets.token_hex(4)}.partial")
@@ -255,7 +253,7 @@ def _publish(partial: str, path: str, progress: Progress) -> None:
     if not progress.begin_rename():
         progress.check("write", path)
     try:
-        with _named("rename", path):
+        with named("rename", path):
             os.rename(partial, path)
     finally:
         progress.end_rename()
@@ -266,30 +264,30 @@ def _write_file(
     partial: str,
     chunk_bytes: int,
     fsync: bool,
-    stream_crcs: list[int],
+    streams: list[_Stream],
     progress: Progress,
 ) -> int:
-    """Write one file as ``partial``, put its streams' CRCs into ``stream_crcs`` and return its own."""
+    """Write one file as ``partial``, add its bytes to their ``streams`` and return its CRC."""
     progress.check("write", file.path)
-    with _named("open", file.path):
+    with named("open", file.path):
         fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
         crc, pieces, patches = 0, list(reversed(file.pieces)), list(reversed(file.patches))
         for begin in range(0, file.nbytes, chunk_bytes):
             progress.check("write", file.path)
             image = bytearray(min(chunk_bytes, file.nbytes - begin))
-            _copy_pieces(image, begin, pieces, stream_crcs)
-            _apply_patches(image, begin, patches, stream_crcs)
+            _copy_pieces(image, begin, pieces, streams)
+            _apply_patches(image, begin, patches, streams)
             crc = zlib.crc32(image, crc)
             _write_fully(fd, image, begin, file.path)
             progress.add(len(image))
         progress.check("write", file.path)
         if fsync:
-            with _named("fsync", file.path):
+            with named("fsync", file.path):
                 os.fsync(fd)
         closing, fd = fd, -1
         try:
-            with _named("close", file.path):
+            with named("close", file.path):
                 os.close(closing)
         except InterruptedError:  # closed all the same; what was synced is complete
             if not fsync:
@@ -301,30 +299,30 @@ def _write_file(
                 os.close(fd)
 
 
-def _copy_pieces(image: bytearray, begin: int, pieces: list[checks.Piece], stream_crcs: list[int]) -> None:
+def _copy_pieces(image: bytearray, begin: int, pieces: list[checks.Piece], streams: list[_Stream]) -> None:
     """Fill the image of [begin, begin + len(image)); ``pieces`` (last first) loses those that end in it."""
     end = begin + len(image)
     while pieces and pieces[-1].offset < end:
         piece = pieces[-1]
         first = max(piece.offset, begin)
         last = min(piece.offset + piece.nbytes, end)
-        part = _memory(piece.address + first - piece.offset, last - first)
+        part = memory(piece.address + first - piece.offset, last - first)
         image[first - begin : last - begin] = part
         if piece.digest >= 0:
-            stream_crcs[piece.digest] = zlib.crc32(part, stream_crcs[piece.digest])
+            streams[piece.digest].add(part)
         if piece.offset + piece.nbytes > end:
             return
         pieces.pop()
 
 
 def _apply_patches(
-    image: bytearray, begin: int, patches: list[tuple[int, int]], stream_crcs: list[int]
+    image: bytearray, begin: int, patches: list[tuple[int, int]], streams: list[_Stream]
 ) -> None:
     """Store finished CRCs; ``patches`` (last first) loses those that end in the image."""
     end = begin + len(image)
     while patches and patches[-1][0] < end:
         offset, digest = patches[-1]
-        value = stream_crcs[digest].to_bytes(checks.PATCH_NBYTES, "little")
+        value = streams[digest].crc.to_bytes(checks.PATCH_NBYTES, "little")
         first, last = max(offset, begin), min(offset + checks.PATCH_NBYTES, end)
         image[first - begin : last - begin] = value[first - offset : last - offset]
         if offset + checks.PATCH_NBYTES > end:
@@ -336,49 +334,5 @@ def _write_fully(fd: int, image: bytearray, offset: int, path: str) -> None:
     view = memoryview(image)
     done = 0
     while done < len(view):
-        with _named(f"write {len(view)} bytes at {offset} to", path):
+        with named(f"write {len(view)} bytes at {offset} to", path):
             done += os.pwrite(fd, view[done:], offset + done)
-
-
-def _read_file(path: str, extents: list[tuple[int, int, int]], chunk_bytes: int, progress: Progress) -> None:
-    """Read (offset, nbytes, address) ranges of one file."""
-    with _named("open", path):
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        status = os.fstat(fd)
-        size = status.st_size if stat.S_ISREG(status.st_mode) else _ANY_SIZE
-        for offset, nbytes, _ in extents:
-            if offset + nbytes > size:
-                raise _file_ends(nbytes, offset, path, size)
-        for offset, nbytes, address in extents:
-            view, done = _memory(address, nbytes), 0
-            while done < nbytes:
-                progress.check("read", path)
-                with _named(f"read {nbytes} bytes at {offset} from", path):
-                    got = os.preadv(fd, [view[done : done + chunk_bytes]], offset + done)
-                progress.add(got)
-                if got == 0:
-                    raise _file_ends(nbytes, offset, path, offset + done)
-                done += got
-    finally:
-        os.close(fd)
-
-
-def _file_ends(nbytes: int, offset: int, path: str, size: int) -> OSError:
-    return OSError(errno.EIO, f"read {nbytes} bytes at {offset} from {path}: file ends at {size}", path)
-
-
-class _named:  # noqa: N801 - reads as a statement
-    """Context in which an OSError's text becomes "ACTION PATH: reason"."""
-
-    def __init__(self, action: str, path: str) -> None:
-        self._action = action
-        self._path = path
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if isinstance(error, OSError) and error.errno is not None:
-            text = f"{self._action} {self._path}: {os.strerror(error.errno)}"
-            raise OSError(error.errno, text, self._path) from None

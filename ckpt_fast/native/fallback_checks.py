@@ -7,8 +7,10 @@ Each raises ValueError naming the first row that breaks the contract, before any
 from __future__ import annotations
 
 from array import array
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 PATCH_NBYTES = 4
 _LARGEST_OFFSET = (1 << 63) - 1 - 4096
@@ -34,14 +36,20 @@ class PlannedFile:
     patches: list[tuple[int, int]] = field(default_factory=list)
 
 
-def check_job(threads: int, chunk_bytes: int, digest_count: int) -> None:
+def check_job(threads: int, chunk_bytes: int) -> None:
     """The arguments that drive a job, whatever its rows."""
     if threads < 1:
         raise ValueError(f"threads is {threads}, not at least 1")
     if chunk_bytes < 4096 or chunk_bytes % 4096:
         raise ValueError(f"chunk_bytes is {chunk_bytes}, not a positive multiple of 4096")
+
+
+def check_counts(digest_count: int, block_bytes: int) -> None:
+    """How many streams a write has, and how long their blocks are."""
     if digest_count < 0:
         raise ValueError("digest_count is negative")
+    if block_bytes < 0:
+        raise ValueError("block_bytes is negative")
 
 
 def check_lengths(kind: str, first: Sequence[object], *others: Sequence[object]) -> None:
@@ -63,20 +71,68 @@ def check_digest(row: str, digest: int, lowest: int, digest_count: int) -> None:
         raise ValueError(f"{row}: digest {digest} is not one of {digest_count}")
 
 
-def check_extents(
-    file_count: int,
-    files: array[int],
-    offsets: array[int],
-    sizes: array[int],
-    digests: array[int],
-    digest_count: int,
-) -> None:
-    """The rows of a read request."""
-    for row, (file, offset, nbytes, digest) in enumerate(zip(files, offsets, sizes, digests, strict=True)):
-        check_file(f"extent {row}", file, file_count)
+def check_rows(kind: str, file_count: int, files: array[int], offsets: array[int], sizes: array[int]) -> None:
+    """The places that the rows of a read request name."""
+    for row, (file, offset, nbytes) in enumerate(zip(files, offsets, sizes, strict=True)):
+        check_file(f"{kind} {row}", file, file_count)
         if offset < 0 or nbytes < 0 or offset > _LARGEST_OFFSET - nbytes:
-            raise ValueError(f"extent {row}: {nbytes} bytes at {offset} are no range")
-        check_digest(f"extent {row}", digest, -1, digest_count)
+            raise ValueError(f"{kind} {row}: {nbytes} bytes at {offset} are no range")
+
+
+def check_ranges(files: array[int], offsets: array[int], sizes: array[int], blocks: array[int]) -> None:
+    """Blocks have bytes, and no byte is in two ranges."""
+    for row, block in enumerate(blocks):
+        if block < 1:
+            raise ValueError(f"range {row}: its blocks have no bytes")
+    rows = sorted(
+        (file, offset, row, nbytes)
+        for row, (file, offset, nbytes) in enumerate(zip(files, offsets, sizes, strict=True))
+        if nbytes
+    )
+    for before, (file, offset, row, _) in pairwise(rows):
+        if file == before[0] and offset < before[1] + before[3]:
+            raise ValueError(f"range {row}: overlaps range {before[2]}")
+
+
+Extent = tuple[int, int, int]  # offset, nbytes, address
+
+
+def divide(
+    extents: list[Extent], ranges: list[tuple[int, int, int, int]]
+) -> tuple[dict[tuple[int, int, int], list[Extent]], list[Extent]]:
+    """What is wanted of one file, by blocks, and what of it is in no block.
+
+    Args:
+        extents: what is wanted.
+        ranges: (offset, nbytes, block, number of its first block), disjoint.
+
+    Returns:
+        (begin, end, number) of each block touched, with the extents that touch it; and parts of extents.
+    """
+    ranges = sorted(each for each in ranges if each[1])
+    starts = [offset for offset, *_ in ranges]
+    blocks: dict[tuple[int, int, int], list[Extent]] = {}
+    rest: list[Extent] = []
+    for extent in extents:
+        position, nbytes, address = extent
+        end, delta = position + nbytes, address - position
+        for offset, length, block, number in ranges[max(bisect_right(starts, position) - 1, 0) :]:
+            if offset >= end:
+                break
+            if position >= offset + length:
+                continue
+            if position < offset:
+                rest.append((position, offset - position, position + delta))
+                position = offset
+            last = min(end, offset + length)
+            for row in range((position - offset) // block, (last - 1 - offset) // block + 1):
+                begin = offset + row * block
+                key = (begin, min(begin + block, offset + length), number + row)
+                blocks.setdefault(key, []).append(extent)
+            position = last
+        if position < end:
+            rest.append((position, end - position, position + delta))
+    return blocks, rest
 
 
 def plan_files(paths: Sequence[str], file_nbytes: array[int]) -> list[PlannedFile]:

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from ckpt_fast import settings
 from ckpt_fast.errors import AsyncSaveError
-from ckpt_fast.pipeline import unasked, worker
+from ckpt_fast.pipeline import untold, worker
 from ckpt_fast.pipeline.group import ControlGroup
 from ckpt_fast.pipeline.types import SaveReport
 from ckpt_fast.pipeline.worker import LEAVE_S
@@ -132,7 +132,7 @@ class SaveHandle:
         except Exception as error:
             self._outcome = error
             # It is told here; nobody has to be told at exit.
-            unasked.forget(self.directory)
+            untold.forget(self.directory)
             raise
         self._outcome = self.report
 
@@ -271,7 +271,7 @@ def _settle() -> None:
                 "" if ended else " (its thread still waits for the file system)",
             )
             if failed is not None:
-                unasked.report(handle.directory, failed)
+                untold.report(handle.directory, failed)
             continue
         try:
             handle.finalize()

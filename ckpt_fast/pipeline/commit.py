@@ -87,6 +87,16 @@ def write_file_atomic(path: str, data: bytes, progress: native.Progress | None =
         ) from error
 
 
+def partial_files(directory: str, prefix: str) -> list[str]:
+    """Paths of what ``write_file_atomic`` has not finished of the files whose names begin so."""
+    names = os.listdir(directory)
+    return [
+        os.path.join(directory, name)
+        for name in names
+        if name.startswith(f".{prefix}") and name.endswith(_PARTIAL_SUFFIX)
+    ]
+
+
 def fsync_directory(path: str) -> None:
     """Make the names in a directory durable (a rename is not, until its directory is synced)."""
     if not settings.fsync_enabled():

@@ -3,17 +3,12 @@
 
 from __future__ import annotations
 
-import collections
-import functools
-import importlib
 import io
-import json
 import os
-import pathlib
 import pickle
-import zipfile
+import zlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.distributed.checkpoint.metadata import Metadata
@@ -26,45 +21,45 @@ from ckpt_fast.errors import (
     UnsafeCheckpointError,
 )
 from ckpt_fast.pipeline.commit import METADATA_FILE, SIDECAR_FILE
-from ckpt_fast.pipeline.encode import LAYOUT_ATTRIBUTE, SIDECAR_VERSION, file_record
+from ckpt_fast.pipeline.documents import parse_json
+from ckpt_fast.pipeline.encode import LAYOUT_ATTRIBUTE, file_record
 from ckpt_fast.pipeline.garbage import without_collections
+from ckpt_fast.pipeline.manifest import Manifest, has_manifest, split_manifest
+from ckpt_fast.pipeline.metadata_pickle import REMEDY, unpickle_metadata
+from ckpt_fast.pipeline.small_files import read_small_file
+from ckpt_fast.pipeline.torch_archive import open_archive, require_plain_pickles, require_sound
 from ckpt_fast.pipeline.types import FileRecord
 
-_DCP = "torch.distributed.checkpoint"
-# All that a .metadata file of torch DCP, Megatron-Core or ckpt_fast names. They hold data and do nothing.
-_ALLOWED = {
-    f"{_DCP}.metadata": {
-        "Metadata",
-        "StorageMeta",
-        "TensorStorageMetadata",
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "TensorProperties",
-        "MetadataIndex",
-        "_MEM_FORMAT_ENCODING",
-    },
-    f"{_DCP}.filesystem": {"_StorageInfo"},
-    f"{_DCP}.planner": {"SavePlan", "WriteItem", "WriteItemType", "TensorWriteData"},
-    "torch.serialization": {"_get_layout"},
-    "collections": {"OrderedDict", "defaultdict"},
-    "pathlib": {"PosixPath", "PurePosixPath", "Path"},
-    "pathlib._local": {"PosixPath", "PurePosixPath", "Path"},
-}
-_RETIRED = "megatron.core.dist_checkpointing.strategies.torch"  # before 0.16
+_SIDECAR_VERSION = 1
 # What torch.save's format before zip archives begins with: a pickled magic number.
 _LEGACY_MAGIC = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)
 # The attribute that marks our layout as it stands, last of all, in the pickle.
 _OWN_MARK = b"\x8c\x09" + LAYOUT_ATTRIBUTE.encode() + b"\x94"
 _OWN_MARK_WITHIN = 128
-_REMEDY = (
-    "If you trust where the checkpoint comes from, set CKPT_FAST_ALLOW_PICKLE=1: loading may then run code "
-    "that the checkpoint names."
-)
+
+
+class Contents(NamedTuple):
+    """What ``.metadata`` says of a checkpoint.
+
+    Attributes:
+        metadata: torch DCP's table of contents.
+        manifest: of the save; None if somebody else, or an older version, wrote the checkpoint.
+        identity: tells saves apart: the id of the save, or what its ``.metadata`` is like.
+    """
+
+    metadata: Metadata
+    manifest: Manifest | None
+    identity: str
+
+
+def read_metadata(directory: str, prefix: str = "") -> Metadata:
+    """``read_contents`` for those who want the metadata alone."""
+    return read_contents(directory, prefix).metadata
 
 
 @without_collections
-def read_metadata(directory: str, prefix: str = "") -> Metadata:
-    """The parsed ``.metadata`` of a checkpoint.
+def read_contents(directory: str, prefix: str = "") -> Contents:
+    """The parsed ``.metadata`` of a checkpoint, from one reading of the file.
 
     Args:
         directory: the checkpoint.
@@ -72,14 +67,38 @@ def read_metadata(directory: str, prefix: str = "") -> Metadata:
 
     Raises:
         CheckpointNotFoundError: the directory or the file is missing.
-        CheckpointCorruptError: the file cannot be parsed, or is not the one its sidecar names.
+        CheckpointCorruptError: the file is not as it was written, or cannot be parsed.
         UnsafeCheckpointError: it names something other than torch DCP's data classes.
     """
     name = prefix + METADATA_FILE
     path = os.path.join(directory, name)
+    pickled, manifest, identity = _read_pickle_and_manifest(directory, name)
     try:
-        with open(path, "rb") as file:
-            content = file.read()
+        metadata, end = unpickle_metadata(pickled)
+    except UnsafeCheckpointError as error:
+        raise UnsafeCheckpointError(f"{path}: {error}") from error
+    except Exception as error:
+        raise CheckpointCorruptError(
+            f"{path} cannot be parsed ({type(error).__name__}: {error}). The file is damaged; load an "
+            "earlier iteration."
+        ) from error
+    if end != len(pickled) and hasattr(metadata, LAYOUT_ATTRIBUTE):
+        raise CheckpointCorruptError(
+            f"{path} is damaged: what stands behind the table of contents is no manifest. Load an earlier "
+            "iteration."
+        )
+    return Contents(metadata, manifest, identity)
+
+
+def read_manifest(directory: str) -> Manifest | None:
+    """The manifest alone, for those who want nothing of the tensors; errors as of ``read_contents``."""
+    return _read_pickle_and_manifest(directory, METADATA_FILE)[1]
+
+
+def _read_pickle_and_manifest(directory: str, name: str) -> tuple[bytes, Manifest | None, str]:
+    path = os.path.join(directory, name)
+    try:
+        content = read_small_file(path)
     except FileNotFoundError as error:
         missing = f"it has no {name} file"
         if not os.path.isdir(directory):
@@ -88,91 +107,38 @@ def read_metadata(directory: str, prefix: str = "") -> Metadata:
             f"{directory} is not a complete checkpoint: {missing}. A save that was interrupted leaves such a "
             "directory behind; load an earlier iteration."
         ) from error
+    try:
+        pickled, manifest = split_manifest(content)
+    except ValueError as error:
+        raise CheckpointCorruptError(f"{path} is damaged: {error}. Load an earlier iteration.") from error
+    if manifest is not None:
+        return pickled, manifest, manifest.save_id
     # Only our own .metadata must be the one the sidecar names; a stock writer may have replaced it.
     checked = settings.verify_on_load() and has_own_mark(content)
     if checked and _differs_from_sidecar(directory, name, content):
         raise CheckpointCorruptError(
             f"{path} is damaged: it is not what {SIDECAR_FILE} says was written. Load an earlier iteration."
         )
+    return pickled, None, f"{len(content)} bytes of CRC-32 {zlib.crc32(content):08x}"
+
+
+def is_own(directory: str) -> bool:
+    """Whether ckpt_fast, of whatever version, wrote the ``.metadata`` in a directory."""
     try:
-        metadata = _MetadataUnpickler(io.BytesIO(content)).load()
-    except UnsafeCheckpointError as error:
-        raise UnsafeCheckpointError(f"{path}: {error}") from error
-    except Exception as error:
-        raise CheckpointCorruptError(
-            f"{path} cannot be parsed ({type(error).__name__}: {error}). The file is damaged; load an "
-            "earlier iteration."
-        ) from error
-    if not isinstance(metadata, Metadata):
-        raise CheckpointCorruptError(f"{path} holds a {type(metadata).__name__}, not checkpoint metadata")
-    return metadata
+        content = read_small_file(os.path.join(directory, METADATA_FILE))
+    except (OSError, CheckpointCorruptError):
+        return False
+    return has_manifest(content) or has_own_mark(content)
 
 
 def has_own_mark(content: bytes) -> bool:
-    """Whether ckpt_fast wrote this ``.metadata``; only then does the sidecar beside it belong to it."""
+    """Whether an older ckpt_fast wrote this ``.metadata``; only then does the sidecar belong to it."""
     return _OWN_MARK in content[-_OWN_MARK_WITHIN:]
 
 
 def _differs_from_sidecar(directory: str, name: str, content: bytes) -> bool:
     named = [file for file in read_sidecar(directory) or () if file.path == name]
     return bool(named) and named != [file_record(name, content)]
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if name in _ALLOWED.get(module, ()):
-            return _stand_in(module, name)
-        if module == "torch" and (name == "Size" or isinstance(getattr(torch, name, None), torch.dtype)):
-            return getattr(torch, name)
-        if (module, name) == (_RETIRED, "MCoreMetadata"):
-            return _stand_in(f"{_DCP}.metadata", "Metadata")
-        if (module, name) == (_RETIRED, "MCoreSavePlan"):
-            return _Ignored
-        if settings.pickle_allowed():
-            return super().find_class(module, name)
-        raise UnsafeCheckpointError(
-            f"refused to load {module}.{name}, which checkpoint metadata never needs. {_REMEDY}"
-        )
-
-
-def _known(module: str, name: str) -> Any:
-    # Python moved pathlib's classes between versions; collections and torch's have stayed.
-    if module.startswith("pathlib"):
-        return getattr(pathlib, name)
-    if module == "collections":
-        return getattr(collections, name)
-    return getattr(importlib.import_module(module), name)
-
-
-class _StandIn(type):
-    """Takes the place of a class or function while unpickling, and makes what ``real`` makes.
-
-    A pickle may set attributes of anything on its stack. It must not get hold of the real class.
-    """
-
-    real: Any
-
-    def __call__(cls, *args: Any) -> Any:
-        return cls.real(*args)
-
-    def __setstate__(cls, _state: Any) -> None:
-        raise UnsafeCheckpointError(f"refused to change {cls.real!r}, as checkpoint metadata never does")
-
-
-@functools.cache
-def _stand_in(module: str, name: str) -> _StandIn:
-    real = _known(module, name)
-
-    def new(_cls: type, *args: Any) -> Any:
-        return real.__new__(real, *args)
-
-    return _StandIn(name, (), {"real": real, "__new__": new})
-
-
-class _Ignored:
-    """Takes the place of a class whose data nobody reads any more."""
-
-    def __setstate__(self, _state: Any) -> None: ...
 
 
 def decode_object(payload: bytes, where: str, verify: bool) -> Any:
@@ -191,17 +157,36 @@ def decode_object(payload: bytes, where: str, verify: bool) -> Any:
         raise CheckpointCorruptError(
             f"{where} is damaged: torch.save did not write it; load an earlier iteration"
         )
-    if verify and payload.startswith(b"PK"):
-        _require_sound_archive(payload, where)
+    _require_bounded(payload, where, verify)
     try:
         return torch.load(io.BytesIO(payload), map_location="cpu", weights_only=not settings.pickle_allowed())
     except pickle.UnpicklingError as error:
         raise UnsafeCheckpointError(
-            f"{where} holds more than tensors and plain data: {error}. {_REMEDY}"
+            f"{where} holds more than tensors and plain data: {error}. {REMEDY}"
         ) from error
     except Exception as error:
         raise CheckpointCorruptError(
             f"{where} cannot be read ({type(error).__name__}: {error}); load an earlier iteration"
+        ) from error
+
+
+def _require_bounded(payload: bytes, where: str, verify: bool) -> None:
+    """Reading the payload needs no more than its length justifies; its checksums are right, if asked for."""
+    archive = None
+    try:
+        if payload.startswith(b"PK"):
+            archive = open_archive(payload)
+            if verify:
+                require_sound(archive)
+    except Exception as error:
+        raise CheckpointCorruptError(f"{where} is damaged ({error}); load an earlier iteration") from error
+    if settings.pickle_allowed():
+        return
+    try:
+        require_plain_pickles(payload, archive)
+    except Exception as error:
+        raise UnsafeCheckpointError(
+            f"{where} holds more than tensors and plain data: {error}. {REMEDY}"
         ) from error
 
 
@@ -247,28 +232,16 @@ def _default_extensions() -> Any:
     return ExtensionRegistry()
 
 
-def _require_sound_archive(payload: bytes, where: str) -> None:
-    try:
-        damaged = zipfile.ZipFile(io.BytesIO(payload)).testzip()
-    except Exception as error:  # zipfile has no common type for what damage makes of a header
-        raise CheckpointCorruptError(f"{where} is damaged ({error}); load an earlier iteration") from error
-    if damaged is not None:
-        raise CheckpointCorruptError(
-            f"{where} is damaged: the checksum of {damaged} differs; load an earlier iteration"
-        )
-
-
 def read_sidecar(directory: str) -> list[FileRecord] | None:
-    """The sidecar's file list; None for a checkpoint that has no sidecar (written by somebody else).
+    """The file list of the sidecar, which versions before the manifest wrote; None if there is none.
 
     Raises:
         CheckpointCorruptError: the sidecar cannot be parsed.
     """
     path = os.path.join(directory, SIDECAR_FILE)
     try:
-        with open(path, "rb") as file:
-            document = json.load(file)
-        if document["version"] > SIDECAR_VERSION:
+        document = parse_json(read_small_file(path))
+        if document["version"] > _SIDECAR_VERSION:
             return None
         return [
             FileRecord(name, int(entry["nbytes"]), int(entry["crc32"], 16))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Encode: plans become bytes. The write program of the data files, ``.metadata``, and the sidecar."""
+"""Encode: plans become bytes. The write program of the data files, and the pickle in ``.metadata``."""
 
 from __future__ import annotations
 
@@ -7,12 +7,10 @@ import copyreg
 import ctypes
 import io
 import itertools
-import json
 import math
 import pickle
 import zlib
 from array import array
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -29,12 +27,12 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from ckpt_fast.errors import CheckpointMismatchError
+from ckpt_fast.pipeline.consistency import tile
 from ckpt_fast.pipeline.garbage import without_collections
 from ckpt_fast.pipeline.plan import FilePlan
 from ckpt_fast.pipeline.stage import Staged
 from ckpt_fast.pipeline.types import FileRecord, ItemRecord
 
-SIDECAR_VERSION = 1
 # Kept on Metadata, where stock readers ignore it: archives are as ``archive.tensor_archive`` makes them.
 LAYOUT_ATTRIBUTE = "ckpt_fast"
 LAYOUT = {"layout": 1}
@@ -53,7 +51,8 @@ class WriteProgram:
         self.piece_file, self.piece_offset = array("q"), array("q")
         self.piece_nbytes, self.piece_address, self.piece_digest = array("q"), array("q"), array("q")
         self.patch_file, self.patch_offset, self.patch_digest = array("q"), array("q"), array("q")
-        self.digest_count = 0
+        # Where the bytes of each digest are, in the order of the digests.
+        self.payload_file, self.payload_offset, self.payload_nbytes = array("I"), array("q"), array("q")
         self._keep: list[Any] = []
         self._constants: dict[bytes, int] = {}
         positions = itertools.count()
@@ -63,12 +62,12 @@ class WriteProgram:
 
     def _add_item(self, file: int, item: Any, staged: Staged, position: int) -> None:
         if item.archive is None:
-            self._add_constant(file, item.offset, item.payload)
+            digest = self._new_digest(file, item.offset, len(item.payload))
+            self._add_constant(file, item.offset, item.payload, digest)
             return
         head, tail, crc_offsets = item.archive
-        digest = self.digest_count
-        self.digest_count += 1
         raw_offset = item.offset + len(head)
+        digest = self._new_digest(file, raw_offset, item.raw_nbytes)
         self._add_constant(file, item.offset, head)
         if position in staged.runs:
             self._add_runs(file, raw_offset, *staged.runs[position], digest)
@@ -80,6 +79,17 @@ class WriteProgram:
             self.patch_file.append(file)
             self.patch_offset.append(tail_offset + crc_offset)
             self.patch_digest.append(digest)
+
+    @property
+    def digest_count(self) -> int:
+        """How many digests there are: one for the payload of each item."""
+        return len(self.payload_file)
+
+    def _new_digest(self, file: int, offset: int, nbytes: int) -> int:
+        self.payload_file.append(file)
+        self.payload_offset.append(offset)
+        self.payload_nbytes.append(nbytes)
+        return len(self.payload_file) - 1
 
     def _add_piece(self, file: int, offset: int, nbytes: int, address: int, digest: int) -> None:
         self.piece_file.append(file)
@@ -96,18 +106,18 @@ class WriteProgram:
         self.piece_address.extend(addresses)
         self.piece_digest.extend(array("q", [digest]) * count)
 
-    def _add_constant(self, file: int, offset: int, content: bytes) -> None:
+    def _add_constant(self, file: int, offset: int, content: bytes, digest: int = -1) -> None:
         address = self._constants.get(content)
         if address is None:
             memory = (ctypes.c_char * len(content)).from_buffer_copy(content)
             self._keep.append(memory)
             address = self._constants[content] = ctypes.addressof(memory)
-        self._add_piece(file, offset, len(content), address, -1)
+        self._add_piece(file, offset, len(content), address, digest)
 
 
 @without_collections
 def encode_metadata(records: Iterable[ItemRecord], planner_data: Mapping[str, Any] | None = None) -> bytes:
-    """The ``.metadata`` file: readable by torch DCP of any version from 2.6 on, naming no class of ours.
+    """The pickle in ``.metadata``: readable by torch DCP of any version from 2.6 on, naming no class of ours.
 
     Args:
         records: the items of all ranks.
@@ -149,7 +159,7 @@ def encode_metadata(records: Iterable[ItemRecord], planner_data: Mapping[str, An
 
 @without_collections
 def pickle_metadata(metadata: Metadata, own_layout: bool = True) -> bytes:
-    """``metadata`` as the content of ``.metadata``.
+    """``metadata`` as it stands in ``.metadata``.
 
     Args:
         metadata: its ``version`` is set.
@@ -250,33 +260,13 @@ def _require_complete(tensors: Mapping[str, Any]) -> None:
         wanted, written = math.prod(shape), sum(chunk.sizes.numel() for chunk in entry.chunks)
         if written != wanted:
             problem = f"the ranks wrote {written} of the {wanted} elements of {fqn} {shape}"
-        elif not _tile(shape, entry.chunks):
+        elif not tile(shape, entry.chunks):
             problem = f"the pieces that the ranks wrote do not cover {fqn} {shape}: some overlap"
         else:
             continue
         raise CheckpointMismatchError(
             f"{problem}. Nothing was published; check the sharding that model and optimizer declare for it."
         )
-
-
-def _tile(shape: tuple[int, ...], chunks: Sequence[ChunkStorageMetadata]) -> bool:
-    """Whether the chunks cover every element exactly once.
-
-    Boxes add up to one box everywhere if and only if their corners do, counted with alternating signs.
-    """
-    divided = [
-        dimension
-        for dimension, size in enumerate(shape)
-        if any(chunk.sizes[dimension] != size or chunk.offsets[dimension] for chunk in chunks)
-    ]
-    corners: dict[tuple[int, ...], int] = defaultdict(int)
-    signed_ends = [(ends, (-1) ** sum(ends)) for ends in itertools.product((0, 1), repeat=len(divided))]
-    for ends, sign in signed_ends:
-        corners[tuple(end * shape[d] for d, end in zip(divided, ends, strict=True))] -= sign
-        for chunk in chunks:
-            offsets, sizes = chunk.offsets, chunk.sizes
-            corners[tuple([offsets[d] + e * sizes[d] for d, e in zip(divided, ends, strict=True)])] += sign
-    return not any(corners.values())
 
 
 def _reduce_properties(properties: TensorProperties) -> tuple[Any, ...]:
@@ -286,17 +276,5 @@ def _reduce_properties(properties: TensorProperties) -> tuple[Any, ...]:
 
 
 def file_record(path: str, content: bytes) -> FileRecord:
-    """The sidecar's entry for a file with this content."""
+    """The manifest's entry for a file with this content."""
     return FileRecord(path, len(content), zlib.crc32(content))
-
-
-def encode_sidecar(files: Iterable[FileRecord], notes: Mapping[str, Any] | None = None) -> bytes:
-    """The sidecar: every file's length and CRC-32, so that damage is seen without unpickling anything.
-
-    Args:
-        files: of all ranks.
-        notes: further entries, as JSON has them.
-    """
-    entries = {file.path: {"nbytes": file.nbytes, "crc32": f"{file.crc32:08x}"} for file in files}
-    document = {"version": SIDECAR_VERSION, **(notes or {}), "files": dict(sorted(entries.items()))}
-    return json.dumps(document, indent=1).encode()

@@ -7,7 +7,7 @@ import functools
 import math
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -24,7 +24,8 @@ from ckpt_fast.pipeline.archive import (
     tensor_archive,
 )
 from ckpt_fast.pipeline.commit import METADATA_FILE, SIDECAR_FILE
-from ckpt_fast.pipeline.decode import read_metadata
+from ckpt_fast.pipeline.consistency import Region, UsedBytes, require_apart
+from ckpt_fast.pipeline.decode import Contents, read_contents
 from ckpt_fast.pipeline.encode import LAYOUT, LAYOUT_ATTRIBUTE
 from ckpt_fast.pipeline.files import Directory, Files
 from ckpt_fast.pipeline.garbage import without_collections
@@ -53,7 +54,11 @@ class _Item(NamedTuple):
 
 
 class SavedTensor(NamedTuple):
-    """A whole tensor as the checkpoint has it."""
+    """A whole tensor as the checkpoint has it.
+
+    The pieces lie inside it and have no element in common. They may leave some out: of a tensor that ranks
+    saved without each other, each knows its own pieces.
+    """
 
     fqn: str
     dtype: torch.dtype
@@ -62,14 +67,19 @@ class SavedTensor(NamedTuple):
 
 
 class RawData(NamedTuple):
-    """Where a piece's raw bytes lie, and what their CRC-32 must be.
+    """Where a payload's bytes lie, and what their CRC-32s must be.
 
-    Exactly one of ``crc32`` (known) and ``crc_extent`` (where it stands in the file) is given.
+    Attributes:
+        extent: the bytes.
+        block_nbytes: so many of them have a checksum; the last may be of fewer.
+        crcs: the checksums; None if it is one, and stands in the file.
+        crc_extent: there.
     """
 
     extent: Extent
-    crc32: int | None
-    crc_extent: Extent | None
+    block_nbytes: int
+    crcs: Sequence[int] | None
+    crc_extent: Extent | None = None
 
 
 class CheckpointIndex:
@@ -77,12 +87,14 @@ class CheckpointIndex:
 
     Args:
         directory: the checkpoint.
-        metadata: its ``.metadata``, where it has been read already.
+        contents: its ``.metadata``, where it has been read already.
         extensions: torch DCP's registry of the stream transforms that items may need; None: torch's own.
         files: where the checkpoint's files are, if they are not simply in ``directory``.
 
     Raises:
         CheckpointNotFoundError, CheckpointCorruptError, UnsafeCheckpointError: see ``read_metadata``.
+        CheckpointCorruptError: what the metadata says of items contradicts what it says of tensors, or items
+            share bytes of a file.
         CheckpointMismatchError: the directory is a URL.
     """
 
@@ -90,7 +102,7 @@ class CheckpointIndex:
     def __init__(
         self,
         directory: str,
-        metadata: Metadata | None = None,
+        contents: Contents | None = None,
         extensions: Any = None,
         files: Files | None = None,
     ) -> None:
@@ -103,10 +115,12 @@ class CheckpointIndex:
         self.directory = directory
         self.files = files if files is not None else Directory(directory)
         self.extensions = extensions
-        if metadata is None:
+        if contents is None:
             self.files.fetch((METADATA_FILE, SIDECAR_FILE))
-            metadata = read_metadata(directory)
-        self.metadata: Metadata = metadata
+            contents = read_contents(directory)
+        self.metadata = contents.metadata
+        self.manifest = contents.manifest
+        self.identity = contents.identity
         self.nbytes = 0  # of all items
         self._own_layout = getattr(self.metadata, LAYOUT_ATTRIBUTE, None) == LAYOUT
         self._pieces: dict[str, dict[tuple[int, ...], _Item]] = defaultdict(dict)
@@ -114,13 +128,38 @@ class CheckpointIndex:
         self._tensors: dict[str, SavedTensor] = {}
         self._pieces_at: dict[str, dict[tuple[int, ...], Piece]] = {}
         with self._contradictions_are_damage():
-            for index, info in (self.metadata.storage_data or {}).items():
-                item = _Item(_extent(info), tuple(getattr(info, "transform_descriptors", None) or ()))
-                self.nbytes += item.extent.nbytes
-                if isinstance(self.metadata.state_dict_metadata.get(index.fqn), TensorStorageMetadata):
-                    self._pieces[index.fqn][tuple(index.offset or ())] = item
-                else:
-                    self._objects[index.fqn] = item
+            self._take_items()
+            self._require_an_item_for_each_piece()
+
+    def _take_items(self) -> None:
+        used = UsedBytes()
+        for index, info in (self.metadata.storage_data or {}).items():
+            item = _Item(_extent(info), tuple(getattr(info, "transform_descriptors", None) or ()))
+            self.nbytes += item.extent.nbytes
+            used.add(*item.extent)
+            if isinstance(self.metadata.state_dict_metadata[index.fqn], TensorStorageMetadata):
+                self._pieces[index.fqn][tuple(index.offset or ())] = item
+            else:
+                self._objects[index.fqn] = item
+        shared = used.shared()
+        if shared is not None:
+            names = sorted(
+                index.fqn
+                for index, info in self.metadata.storage_data.items()
+                if info.relative_path == shared[0] and info.offset <= shared[1] < info.offset + info.length
+            )
+            raise ValueError(f"{' and '.join(names[:2])} share bytes of {shared[0]} at {shared[1]}")
+
+    def _require_an_item_for_each_piece(self) -> None:
+        """Of tensors that nobody loads too: a name or a place that is damaged takes the bytes of another."""
+        for fqn, entry in self.metadata.state_dict_metadata.items():
+            if not isinstance(entry, TensorStorageMetadata):
+                if fqn not in self._objects:
+                    raise ValueError(f"{fqn} has no item")
+            elif len(self._pieces[fqn]) != len(entry.chunks):
+                places = {tuple(chunk.offsets) for chunk in entry.chunks}
+                if len(self._pieces[fqn]) != len(places):
+                    raise ValueError(f"{fqn} has {len(self._pieces[fqn])} items for {len(places)} pieces")
 
     def tensor(self, fqn: str) -> SavedTensor:
         """The saved tensor of this name.
@@ -185,23 +224,33 @@ class CheckpointIndex:
         if not isinstance(dtype, torch.dtype):
             raise ValueError(f"{fqn} has no dtype")
         items, pieces = self._pieces[fqn], []
-        for chunk in entry.chunks:
-            offsets, sizes = _whole_numbers(chunk.offsets), _whole_numbers(chunk.sizes)
-            if not len(offsets) == len(sizes) == len(shape):
+        regions = [
+            Region(_whole_numbers(chunk.offsets), _whole_numbers(chunk.sizes)) for chunk in entry.chunks
+        ]
+        if len(regions) > 1:
+            regions = list(dict.fromkeys(regions))  # a replicated piece may be there more than once
+        for region in regions:
+            if not len(region.offsets) == len(region.sizes) == len(shape):
                 raise ValueError(f"a piece of {fqn} has another number of dimensions")
             # A whole tensor may be stored without an offset.
-            item = items.get(offsets) or (items.get(()) if not any(offsets) else None)
-            if item is not None:
-                pieces.append(Piece(offsets, sizes, item.extent, item.transforms))
+            item = items.get(region.offsets) or (items.get(()) if not any(region.offsets) else None)
+            if item is None:
+                raise ValueError(f"{fqn} has no item for its piece {region}")
+            pieces.append(Piece(*region, item.extent, item.transforms))
+        try:
+            require_apart(shape, regions)
+        except ValueError as error:
+            raise ValueError(f"{fqn}: {error}") from None
         return SavedTensor(fqn, dtype, shape, pieces)
 
     @contextmanager
     def _contradictions_are_damage(self) -> Iterator[None]:
         try:
             yield
-        except (AttributeError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            what = f"nothing is known of {error}" if isinstance(error, KeyError) else error
             raise CheckpointCorruptError(
-                f"{self.directory}/.metadata makes no sense ({error}); load an earlier iteration"
+                f"{self.directory}/.metadata makes no sense ({what}); load an earlier iteration"
             ) from error
 
     def locate(self, wanted: Iterable[tuple[torch.dtype, Piece]]) -> dict[Extent, RawData | None]:
@@ -213,14 +262,50 @@ class CheckpointIndex:
         foreign: list[tuple[torch.dtype, Piece]] = []
         for dtype, piece in wanted:
             located[piece.item] = None
-            if piece.transforms:
+            if piece.transforms or self.payload_of(piece.item) is not None:
                 continue
             if self._own_layout:
-                located[piece.item] = _own_raw_data(dtype, piece)
+                located[piece.item] = self._own_raw_data(dtype, piece)
             if located[piece.item] is None:
                 foreign.append((dtype, piece))
         located.update(self._look_into(foreign))
         return located
+
+    def _own_raw_data(self, dtype: torch.dtype, piece: Piece) -> RawData | None:
+        nbytes = math.prod(piece.sizes) * dtype.itemsize
+        try:
+            archive = tensor_archive(dtype, piece.sizes)
+        except TypeError:
+            return None
+        if item_nbytes(archive, nbytes) != piece.item.nbytes:
+            return None
+        path, offset, _ = piece.item
+        raw_offset = offset + len(archive.head)
+        if self.manifest is not None:
+            return self.checked(Extent(path, raw_offset, nbytes))
+        crc_offset = raw_offset + nbytes + archive.crc_offsets[0]
+        return RawData(Extent(path, raw_offset, nbytes), nbytes, None, Extent(path, crc_offset, 4))
+
+    def payload_of(self, item: Extent) -> RawData | None:
+        """The item itself, if the manifest has checksums of it as a whole: it is no archive of our layout."""
+        if self.manifest is None or self.manifest.payload(item.path, item.offset) is None:
+            return None
+        return self.checked(item)
+
+    def checked(self, payload: Extent) -> RawData:
+        """A payload with its checksums in the manifest, which there is.
+
+        Raises:
+            CheckpointCorruptError: it is not one that the save wrote.
+        """
+        assert self.manifest is not None
+        known = self.manifest.payload(payload.path, payload.offset)
+        if known is None or known.nbytes != payload.nbytes:
+            raise CheckpointCorruptError(
+                f"{self.directory}/.metadata contradicts itself: its manifest has no {payload.nbytes} bytes "
+                f"at {payload.offset} of {payload.path}. Load an earlier iteration."
+            )
+        return RawData(payload, self.manifest.block_nbytes, known.crcs)
 
     def _look_into(self, wanted: list[tuple[torch.dtype, Piece]]) -> dict[Extent, RawData | None]:
         program = ReadProgram(self.files)
@@ -245,7 +330,8 @@ class CheckpointIndex:
             header_nbytes = local_header_nbytes(arena.content(handle))
             if header_nbytes is not None:
                 offset = item.offset + member.local_offset + header_nbytes
-                located[item] = RawData(Extent(item.path, offset, member.nbytes), member.crc32, None)
+                extent = Extent(item.path, offset, member.nbytes)
+                located[item] = RawData(extent, member.nbytes, [member.crc32])
         return located
 
 
@@ -282,20 +368,6 @@ def _whole_numbers(values: Iterable[Any]) -> tuple[int, ...]:
         if type(value) is not int or value < 0:
             raise ValueError(f"{checked} are no sizes")
     return checked
-
-
-def _own_raw_data(dtype: torch.dtype, piece: Piece) -> RawData | None:
-    nbytes = math.prod(piece.sizes) * dtype.itemsize
-    try:
-        archive = tensor_archive(dtype, piece.sizes)
-    except TypeError:
-        return None
-    if item_nbytes(archive, nbytes) != piece.item.nbytes:
-        return None
-    path, offset, _ = piece.item
-    raw_offset = offset + len(archive.head)
-    crc_offset = raw_offset + nbytes + archive.crc_offsets[0]
-    return RawData(Extent(path, raw_offset, nbytes), None, Extent(path, crc_offset, 4))
 
 
 def _last_bytes(item: Extent) -> Extent:

@@ -15,6 +15,8 @@ import torch
 from ckpt_fast import settings
 from ckpt_fast.errors import CheckpointCorruptError, CheckpointMismatchError
 from ckpt_fast.pipeline.archive import ALIGNMENT
+from ckpt_fast.pipeline.checks import Checks
+from ckpt_fast.pipeline.consistency import Region, missing_message
 from ckpt_fast.pipeline.decode import decode_object, undo_transforms
 from ckpt_fast.pipeline.garbage import without_collections
 from ckpt_fast.pipeline.group import ranks_on_this_node
@@ -52,15 +54,6 @@ class Part(NamedTuple):
     destination: Destination
 
 
-class _Check(NamedTuple):
-    """A checksum to compare once the data is in."""
-
-    part: Part
-    digest: int
-    crc32: int | None
-    crc_handle: int | None
-
-
 @without_collections
 def load_tensors(
     index: CheckpointIndex, requests: Sequence[TensorRequest], verify: bool | None = None
@@ -70,7 +63,8 @@ def load_tensors(
     Args:
         index: the checkpoint.
         requests: regions wanted; a destination of another dtype is converted, on another device copied to.
-        verify: compare the CRC-32 of every item that is read whole; None follows ``CKPT_FAST_VERIFY``.
+        verify: compare checksums: of what is read with the manifest's, without one of every item that is
+            touched, which is read whole for it; None follows ``CKPT_FAST_VERIFY``.
 
     Raises:
         CheckpointMismatchError: a name is missing or a region lies outside the saved tensor.
@@ -104,16 +98,29 @@ def load_objects(index: CheckpointIndex, fqns: Iterable[str], verify: bool | Non
     verify = settings.verify_on_load() if verify is None else verify
     return {
         fqn: decode_object(payload, f"{fqn} in {index.directory}/{index.object_extent(fqn).path}", verify)
-        for fqn, payload in load_payloads(index, fqns).items()
+        for fqn, payload in load_payloads(index, fqns, verify).items()
     }
 
 
-def load_payloads(index: CheckpointIndex, fqns: Iterable[str]) -> dict[str, bytes]:
-    """The undecoded bytes of saved objects, by name."""
+def load_payloads(
+    index: CheckpointIndex, fqns: Iterable[str], verify: bool | None = None
+) -> dict[str, bytes]:
+    """The undecoded bytes of saved objects, by name.
+
+    Raises:
+        CheckpointMismatchError: a name is missing.
+        CheckpointCorruptError: the bytes are not those that the manifest, if there is one, has checksums of.
+    """
     program = ReadProgram(index.files)
     arena = ByteArena(program)
+    checks = Checks(index, program, arena)
     handles = {fqn: arena.add(index.object_extent(fqn)) for fqn in fqns}
-    program.run()
+    verify = settings.verify_on_load() if verify is None else verify
+    if verify and index.manifest is not None:
+        for fqn in handles:
+            item = index.object_extent(fqn)
+            checks.add(fqn, item, index.checked(item))
+    checks.compare(program.run())
     return {
         fqn: undo_transforms(arena.content(handle), index.object_transforms(fqn), index.extensions)
         for fqn, handle in handles.items()
@@ -148,7 +155,7 @@ def _overlaps(tensor: SavedTensor, wanted: tuple[int, ...], request: TensorReque
             f"{tensor.fqn} is saved with shape {tensor.shape}; a region of shape {wanted} at "
             f"{request.offsets} does not fit. The model differs from the one that was saved."
         )
-    parts, covered = [], 0
+    parts, found = [], []
     for piece in tensor.pieces:
         low = [max(a, b) for a, b in zip(request.offsets, piece.offsets, strict=True)]
         high = [
@@ -165,12 +172,10 @@ def _overlaps(tensor: SavedTensor, wanted: tuple[int, ...], request: TensorReque
         start = [a - b for a, b in zip(low, piece.offsets, strict=True)]
         box = Box(piece.sizes, start, shape, tensor.dtype.itemsize)
         parts.append(Part(tensor, piece, box, destination))
-        covered += math.prod(shape)
-    if covered != math.prod(wanted):
-        raise CheckpointCorruptError(
-            f"the checkpoint has only {covered} of the {math.prod(wanted)} elements of {tensor.fqn} at "
-            f"{request.offsets}: a piece is missing from .metadata. Load an earlier iteration."
-        )
+        found.append(Region(tuple(a - b for a, b in zip(low, request.offsets, strict=True)), shape))
+    # Pieces have no element in common.
+    if sum(region.numel for region in found) != math.prod(wanted):
+        raise CheckpointCorruptError(missing_message(tensor.fqn, request.offsets, wanted, found))
     return parts
 
 
@@ -214,7 +219,7 @@ class _Reader:
     def read(self, parts: Sequence[Part], located: dict[Extent, RawData | None]) -> None:
         stock = [part for part in parts if located.get(part.piece.item) is None]
         plain = [part for part in parts if located.get(part.piece.item) is not None]
-        may_be_direct = self._may_be_direct(plain)
+        may_be_direct = self._may_be_direct(plain, located)
         bound = settings.host_buffer_bytes()
         limit = _LANDING_NBYTES if bound is None else min(bound, _LANDING_NBYTES)
         waves = _cut_waves(plain, limit)
@@ -230,32 +235,49 @@ class _Reader:
             for part in stock:
                 self._read_with_torch(part)
 
-    def _may_be_direct(self, parts: Sequence[Part]) -> bool:
+    def _may_be_direct(self, parts: Sequence[Part], located: dict[Extent, RawData | None]) -> bool:
         """Whether to read from the device past the page cache, if the bytes are not in it: that is faster.
 
-        They are not in it afterwards either. So ranks of one machine do so only if together they want no more
+        They are not in it afterwards either. So ranks of one machine do so only if together they read no more
         than there is: if the same bytes are for several of them, the first brings them for all.
         """
-        nbytes = sum(math.prod(part.box.shape) * part.box.itemsize for part in parts)
+        nbytes = sum(self._read_nbytes(part, located[part.piece.item]) for part in parts)
         return (
             settings.direct_io()
             and nbytes >= _MIN_DIRECT_NBYTES
             and nbytes * ranks_on_this_node() <= self._index.nbytes
         )
 
+    def _read_nbytes(self, part: Part, raw: RawData | None) -> int:
+        """Bytes to be read for a part, with what its checksums take besides; at most, not to the byte."""
+        wanted = math.prod(part.box.shape) * part.box.itemsize
+        if not self._verify or raw is None or part.box.is_whole:
+            return wanted
+        block = max(raw.block_nbytes, 1)
+        begin, end = part.box.span()
+        return min(raw.extent.nbytes, -(-end // block) * block) - begin // block * block
+
     def _read_with_torch(self, part: Part) -> None:
         """Items that are not one stored tensor: whatever ``torch.load`` makes of them."""
         program = ReadProgram(self._index.files)
         arena = ByteArena(program)
+        checks = Checks(self._index, program, arena)
         handle = arena.add(part.piece.item)
-        program.run()
+        raw = self._index.payload_of(part.piece.item)
+        if self._verify and raw is not None:
+            checks.add(part.tensor.fqn, part.piece.item, raw)
+        checks.compare(program.run())
         where = f"{part.tensor.fqn} in {self._index.directory}/{part.piece.item.path}"
         payload = undo_transforms(arena.content(handle), part.piece.transforms, self._index.extensions)
         tensor = decode_object(payload, where, self._verify)
-        if not isinstance(tensor, torch.Tensor) or tuple(tensor.shape) != part.piece.sizes:
+        if (
+            not isinstance(tensor, torch.Tensor)
+            or tuple(tensor.shape) != part.piece.sizes
+            or tensor.dtype != part.tensor.dtype
+        ):
             raise CheckpointCorruptError(
-                f"{where} is not the tensor of shape {part.piece.sizes} that .metadata says; load an earlier "
-                "iteration"
+                f"{where} is not the {part.tensor.dtype} tensor of shape {part.piece.sizes} that .metadata "
+                "says; load an earlier iteration"
             )
         for dimension, (start, size) in enumerate(zip(part.box.start, part.box.shape, strict=True)):
             tensor = tensor.narrow(dimension, start, size)
@@ -274,8 +296,7 @@ class _Wave:
         self._index, self._report, self._verify = index, report, verify
         self._buffer, self._landed = buffer, 0
         self._program = ReadProgram(index.files)
-        self._arena = ByteArena(self._program)
-        self._checks: list[_Check] = []
+        self._checks = Checks(index, self._program, ByteArena(self._program))
         self._copies: list[tuple[Destination, torch.Tensor]] = []
 
     def read(
@@ -288,9 +309,9 @@ class _Wave:
             raw = located[part.piece.item]
             assert raw is not None
             self._schedule(part, raw, landing_nbytes)
-        digests = self._program.run(may_be_direct and self._program.is_cold())
+        crcs = self._program.run(may_be_direct and self._program.is_cold())
         self._report.nbytes += self._program.nbytes
-        self._compare(digests)
+        self._checks.compare(crcs)
         with torch.no_grad():
             for destination, source in self._copies:
                 destination.copy_(source, non_blocking=True)
@@ -300,6 +321,10 @@ class _Wave:
 
     def _schedule(self, part: Part, raw: RawData, landing_nbytes: int) -> None:
         box, destination = part.box, part.destination
+        if self._verify:
+            self._checks.add(part.tensor.fqn, part.piece.item, raw)
+        self._report.verified += self._verify
+        self._report.unverified += not self._verify
         if not box.has_long_runs:
             offset, rows = box.rows()
             nbytes = math.prod(rows.sizes) * box.itemsize
@@ -314,12 +339,10 @@ class _Wave:
             landing = self._land(box.shape, part.tensor.dtype, landing_nbytes)
             self._copies.append((destination, landing))
             destination = landing
-        digest = self._expect(part, raw) if part.box.is_whole and self._verify else -1
-        self._report.unverified += digest < 0
         if box.is_whole and isinstance(destination, torch.Tensor) and destination.is_contiguous():
-            self._program.add(raw.extent, destination.data_ptr(), digest)
+            self._program.add(raw.extent, destination.data_ptr())
         else:
-            self._program.add_runs(raw.extent.path, runs(box, raw.extent, destination), digest)
+            self._program.add_runs(raw.extent.path, runs(box, raw.extent, destination))
 
     def _land(self, shape: Sequence[int], dtype: torch.dtype, nbytes: int) -> torch.Tensor:
         """Memory of the host buffer for a tensor; ``nbytes`` of it are taken."""
@@ -329,21 +352,3 @@ class _Wave:
         memory = self._buffer.memory[self._landed : self._landed + used]
         self._landed += nbytes
         return memory.view(dtype).view(tuple(shape))
-
-    def _expect(self, part: Part, raw: RawData) -> int:
-        digest = self._program.new_digest()
-        handle = self._arena.add(raw.crc_extent) if raw.crc_extent is not None else None
-        self._checks.append(_Check(part, digest, raw.crc32, handle))
-        return digest
-
-    def _compare(self, digests: Sequence[int]) -> None:
-        for part, digest, crc32, handle in self._checks:
-            expected = self._arena.crc32(handle) if handle is not None else crc32
-            if digests[digest] != expected:
-                item = part.piece.item
-                raise CheckpointCorruptError(
-                    f"{part.tensor.fqn} in {self._index.directory}/{item.path} (bytes {item.offset} to "
-                    f"{item.offset + item.nbytes}) has CRC-32 {digests[digest]:08x} instead of "
-                    f"{expected:08x}: the file is damaged. Load an earlier iteration."
-                )
-        self._report.verified += len(self._checks)

@@ -62,6 +62,15 @@ class Box:
     def has_long_runs(self) -> bool:
         return self.is_whole or self.run_nbytes >= _MIN_RUN_NBYTES
 
+    def span(self) -> tuple[int, int]:
+        """Where in the piece its first byte is, and where its last one ends."""
+        if not all(self.shape):
+            return 0, 0
+        strides = self._strides()
+        first = sum(index * stride for index, stride in zip(self.start, strides, strict=True))
+        more = sum((size - 1) * stride for size, stride in zip(self.shape, strides, strict=True))
+        return first * self.itemsize, (first + more + 1) * self.itemsize
+
     def run_offsets(self, base: int = 0) -> array[int]:
         """``base`` plus the byte offset in the piece of every run, in row-major order of the region."""
         strides = [stride * self.itemsize for stride in self._strides()]

@@ -43,33 +43,49 @@ class ReadProgram:
         self.nbytes = 0
         self._paths: dict[str, int] = {}
         self._file, self._offset, self._nbytes = array("q"), array("q"), array("q")
-        self._address, self._digest = array("q"), array("q")
-        self._digest_count = 0
+        self._address = array("q")
+        self._range_file, self._range_offset = array("q"), array("q")
+        self._range_nbytes, self._range_block = array("q"), array("q")
+        self._range_of: dict[tuple[str, int], tuple[int, int]] = {}
+        self._block_count = 0
 
-    def add(self, extent: Extent, address: int, digest: int = -1) -> None:
-        """Read ``extent`` to ``address``; its bytes continue stream ``digest`` if one is given."""
+    def add(self, extent: Extent, address: int) -> None:
+        """Read ``extent`` to ``address``."""
         file = self._paths.setdefault(extent.path, len(self._paths))
         self._file.append(file)
         self._offset.append(extent.offset)
         self._nbytes.append(extent.nbytes)
         self._address.append(address)
-        self._digest.append(digest)
         self.nbytes += extent.nbytes
 
-    def add_runs(self, path: str, runs: Runs, digest: int = -1) -> None:
+    def add_runs(self, path: str, runs: Runs) -> None:
         """``add`` for every run of a file."""
         file, count = self._paths.setdefault(path, len(self._paths)), len(runs.offsets)
         self._file.extend(array("q", [file]) * count)
         self._offset.extend(runs.offsets)
         self._nbytes.extend(array("q", [runs.nbytes]) * count)
         self._address.extend(runs.addresses)
-        self._digest.extend(array("q", [digest]) * count)
         self.nbytes += count * runs.nbytes
 
-    def new_digest(self) -> int:
-        """A new stream whose CRC-32 ``run`` returns."""
-        self._digest_count += 1
-        return self._digest_count - 1
+    def check(self, payload: Extent, block_nbytes: int) -> tuple[int, int]:
+        """Of what is read, read the blocks of ``payload`` that it touches whole, for their checksums.
+
+        Returns:
+            (first, end) of the payload's blocks in what ``run`` returns.
+        """
+        known = self._range_of.get((payload.path, payload.offset))
+        if known is not None:
+            return known
+        file = self._paths.setdefault(payload.path, len(self._paths))
+        block_nbytes = max(block_nbytes, 1)
+        self._range_file.append(file)
+        self._range_offset.append(payload.offset)
+        self._range_nbytes.append(payload.nbytes)
+        self._range_block.append(block_nbytes)
+        first = self._block_count
+        self._block_count += -(-payload.nbytes // block_nbytes)
+        self._range_of[payload.path, payload.offset] = (first, self._block_count)
+        return first, self._block_count
 
     def is_cold(self) -> bool:
         """Whether the device would have to be asked for most of this, as the page cache says of samples."""
@@ -88,8 +104,10 @@ class ReadProgram:
             return False
         return 2 * missing > len(largest)
 
-    def run(self, direct: bool = False) -> list[int]:
-        """Read everything; returns the CRC-32 of every stream. A signal's handler that raises ends it early.
+    def run(self, direct: bool = False) -> memoryview:
+        """Read everything; returns the CRC-32 of every block, -1 for those that nothing touches.
+
+        A signal's handler that raises ends it early.
 
         Args:
             direct: past the page cache, where the file system can.
@@ -100,7 +118,7 @@ class ReadProgram:
             CheckpointError: the process may not read it, or has no resources left to.
         """
         if not len(self._file):
-            return [0] * self._digest_count
+            return memoryview(array("q", [-1]) * self._block_count)
         self.files.fetch(self._paths)
         progress = native.Progress()
         read = functools.partial(
@@ -110,15 +128,17 @@ class ReadProgram:
             self._offset,
             self._nbytes,
             self._address,
-            self._digest,
-            self._digest_count,
+            self._range_file,
+            self._range_offset,
+            self._range_nbytes,
+            self._range_block,
             settings.io_threads(),
             settings.chunk_bytes(),
             direct,
             progress=progress,
         )
         try:
-            return interruptibly(read, progress.stop)
+            return memoryview(interruptibly(read, progress.stop)).cast("q")
         except FileNotFoundError as error:
             raise CheckpointNotFoundError(
                 f"a data file of the checkpoint is gone: {error.strerror}. Restore it, or load an "
@@ -142,7 +162,7 @@ def _is_cached(path: str, offset: int) -> bool:
     To the owner of the file, and to those who may write to it, the kernel tells; to others it says yes.
     Unlike a read that does not wait, the question brings no page in.
     """
-    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
         begin = offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
         with mmap.mmap(file, mmap.PAGESIZE, access=mmap.ACCESS_COPY, offset=begin) as page:

@@ -11,9 +11,10 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from ckpt_fast.errors import CheckpointWriteError
 from ckpt_fast.pipeline import commit
-from ckpt_fast.pipeline.decode import read_metadata, read_sidecar
-from ckpt_fast.pipeline.encode import LAYOUT_ATTRIBUTE, encode_sidecar, file_record, pickle_metadata
+from ckpt_fast.pipeline.decode import read_contents
+from ckpt_fast.pipeline.encode import LAYOUT_ATTRIBUTE, pickle_metadata
 from ckpt_fast.pipeline.files import Files
+from ckpt_fast.pipeline.manifest import Manifest, append_manifest
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -33,11 +34,11 @@ def remove_named(files: Files, prefix: str) -> list[str]:
         The names removed.
 
     Raises:
-        CheckpointNotFoundError, CheckpointCorruptError, UnsafeCheckpointError: see ``read_metadata``.
+        CheckpointNotFoundError, CheckpointCorruptError, UnsafeCheckpointError: see ``read_contents``.
         CheckpointWriteError: the checkpoint is as before, or without the tensors but with their files.
     """
     files.fetch((commit.METADATA_FILE, commit.SIDECAR_FILE))
-    metadata = read_metadata(files.directory)
+    metadata, manifest, _ = read_contents(files.directory)
     names = [name for name in metadata.state_dict_metadata if name.startswith(prefix)]
     if not names:
         logger.warning("%s has nothing whose name begins with %r: nothing is removed", files.name, prefix)
@@ -54,21 +55,18 @@ def remove_named(files: Files, prefix: str) -> list[str]:
     # A name with a folder in it may be anybody's file.
     unused = {name for name in before - _files_of(metadata) if name == os.path.basename(name)}
     own = hasattr(metadata, LAYOUT_ATTRIBUTE)
-    _publish(files, pickle_metadata(metadata, own_layout=own), unused, own)
+    _publish(files, pickle_metadata(metadata, own_layout=own), manifest, unused)
     _delete(files, unused)
     return names
 
 
-def _publish(files: Files, content: bytes, unused: set[str], own: bool) -> None:
-    sidecar = read_sidecar(files.directory) if own else None
-    if sidecar is None:
-        files.publish({commit.METADATA_FILE: content})
+def _publish(files: Files, pickled: bytes, manifest: Manifest | None, unused: set[str]) -> None:
+    if manifest is not None:
+        files.publish({commit.METADATA_FILE: append_manifest(pickled, manifest.without(unused))})
         return
-    kept = [file for file in sidecar if file.path not in unused and file.path != commit.METADATA_FILE]
-    # Between the two there is a sidecar that does not say which .metadata it belongs to: both will do.
-    files.publish({commit.SIDECAR_FILE: encode_sidecar(kept), commit.METADATA_FILE: content})
-    complete = encode_sidecar([*kept, file_record(commit.METADATA_FILE, content)])
-    files.publish({commit.SIDECAR_FILE: complete})
+    # The sidecar of an older checkpoint would not fit the new .metadata.
+    files.delete([commit.SIDECAR_FILE])
+    files.publish({commit.METADATA_FILE: pickled})
 
 
 def _delete(files: Files, names: set[str]) -> None:

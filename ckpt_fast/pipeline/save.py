@@ -13,11 +13,12 @@ from typing import Any
 import torch.distributed as dist
 
 from ckpt_fast.errors import CheckpointWriteError
-from ckpt_fast.pipeline import commit, metrics, owners, progress, unasked
+from ckpt_fast.pipeline import commit, metrics, owners, progress, untold
 from ckpt_fast.pipeline.device_copy import BLOCKING, StagingPolicy
-from ckpt_fast.pipeline.encode import encode_metadata, encode_sidecar, file_record
+from ckpt_fast.pipeline.encode import encode_metadata, file_record
 from ckpt_fast.pipeline.files import Claim, Directory, Files
 from ckpt_fast.pipeline.group import ControlGroup, Outcome
+from ckpt_fast.pipeline.manifest import Manifest, append_manifest, new_save_id
 from ckpt_fast.pipeline.plan import file_prefix
 from ckpt_fast.pipeline.types import FileRecord, RankRecord, SaveReport, Shard, shard_nbytes
 from ckpt_fast.pipeline.waves import Waves
@@ -51,7 +52,10 @@ class Save:
         common_files: name to content, written durably by the coordinator before anything is published.
         seal_files: name to content, published after ``.metadata`` in the order given; the last is the seal.
         planner_data: torch DCP's name to path mapping, None for Megatron-Core.
-        sidecar_notes: entries of the sidecar besides its own.
+        notes: what the manifest is to say besides.
+        beside: what this rank has written for the checkpoint elsewhere.
+        finish: run by the coordinator once all ranks have written, before the checkpoint is sealed: writes
+            what else belongs to it, durably, and returns what that is.
         snapshot: copy CPU tensors while staging, so that training may go on during ``write``.
         staging: how tensors on GPUs are copied for a snapshot; None follows ``CKPT_FAST_STAGING``.
         when_written: called in the writing thread once this rank has written its last byte, or has failed.
@@ -71,7 +75,9 @@ class Save:
         common_files: Mapping[str, bytes] | None = None,
         seal_files: Mapping[str, bytes] | None = None,
         planner_data: Mapping[str, Any] | None = None,
-        sidecar_notes: Mapping[str, Any] | None = None,
+        notes: Mapping[str, Any] | None = None,
+        beside: Sequence[FileRecord] = (),
+        finish: Callable[[], Sequence[FileRecord]] | None = None,
         snapshot: bool = False,
         staging: StagingPolicy | None = None,
         when_written: Callable[[], None] | None = None,
@@ -87,7 +93,9 @@ class Save:
         self._common_files = dict(common_files or {})
         self._seal_files = dict(seal_files or {})
         self._planner_data = planner_data
-        self._sidecar_notes = dict(sidecar_notes or {})
+        self._notes = dict(notes or {})
+        self._beside = list(beside)
+        self._finish = finish
         self._snapshot = snapshot
         self._when_written = when_written
         self._writers, self._separate = writers, separate
@@ -186,7 +194,7 @@ class Save:
             outcomes = self._group.gather(self._written)
             self._group.decide(lambda: self._publish(outcomes), outcomes)
         self._is_over = True
-        unasked.forget()
+        untold.forget()
         self.report.seconds = time.perf_counter() - self._started
         if not self._snapshot:
             self.report.stall_s = self.report.seconds
@@ -253,7 +261,7 @@ class Save:
         self._files.close()
         error = self._waves.error
         if self._snapshot and error is not None and not self._waves.progress.stopped:
-            unasked.report(self.directory, error)
+            untold.report(self.directory, error)
         if self._when_written is not None:
             self._when_written()
 
@@ -266,21 +274,24 @@ class Save:
             common = [file_record(name, content) for name, content in self._common_files.items()]
             record.files.extend(common)
             self.report.count(common)
+        record.beside.extend(self._beside)
         return record
 
     def _publish(self, outcomes: Sequence[Outcome[RankRecord]]) -> None:
         records = [outcome.value for outcome in outcomes if outcome.value is not None]
         metadata = encode_metadata((item for record in records for item in record.items), self._planner_data)
         files = [file for record in records for file in record.files]
-        files.append(file_record(commit.METADATA_FILE, metadata))
-        self._require_all_present(files[:-1])
-        self._files.publish(
-            {
-                commit.SIDECAR_FILE: encode_sidecar(files, self._sidecar_notes),
-                commit.METADATA_FILE: metadata,
-                **self._seal_files,
-            },
+        self._require_all_present(files)
+        files.extend(self._finish() if self._finish is not None else ())
+        files.extend(file_record(name, content) for name, content in self._seal_files.items())
+        manifest = Manifest(
+            new_save_id(),
+            files,
+            [digests for record in records for digests in record.digests],
+            beside=[file for record in records for file in record.beside],
+            notes=self._notes,
         )
+        self._files.publish({commit.METADATA_FILE: append_manifest(metadata, manifest), **self._seal_files})
 
     def _require_all_present(self, files: Sequence[FileRecord]) -> None:
         """The coordinator must see what the others wrote, or the ranks do not share their storage."""

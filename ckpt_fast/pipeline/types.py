@@ -91,8 +91,26 @@ class ItemRecord(NamedTuple):
     global_shape: tuple[int, ...]
 
 
+class BlockDigests(NamedTuple):
+    """Checksums of payloads in data files, in columns of one entry for each payload.
+
+    Attributes:
+        paths: the files.
+        file: which of them the payload is in.
+        offset, nbytes: where.
+        crcs: CRC-32s, 32 bits each, little-endian: of each block (``manifest.BLOCK_NBYTES``) of the
+            first payload, then of the second, and so on.
+    """
+
+    paths: list[str]
+    file: array[int]
+    offset: array[int]
+    nbytes: array[int]
+    crcs: bytes
+
+
 class FileRecord(NamedTuple):
-    """What the sidecar says of one file."""
+    """What the manifest says of one file."""
 
     path: str
     nbytes: int
@@ -105,6 +123,8 @@ class RankRecord:
 
     items: list[ItemRecord]
     files: list[FileRecord]
+    digests: list[BlockDigests] = field(default_factory=list)
+    beside: list[FileRecord] = field(default_factory=list)
 
 
 @dataclass

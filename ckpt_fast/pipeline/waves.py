@@ -224,13 +224,14 @@ class Waves:
         with self._report.timed("encode"):
             program = WriteProgram(files, staged)
         with self._report.timed("write"):
-            written = write(
+            written, digests = write(
                 program, self._files.directory, self._settings, self.progress, self._files.durable
             )
             self._files.hand_over(written, lambda: not self.progress.stopped)
         self._record.files.extend(written)
         self._report.count(written)
         self._record.items.extend(item_records(files))
+        self._record.digests.append(digests)
 
 
 def _is_cancellation(error: BaseException) -> bool:

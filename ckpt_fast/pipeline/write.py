@@ -13,7 +13,8 @@ from ckpt_fast import native
 from ckpt_fast.errors import CheckpointWriteError
 from ckpt_fast.pipeline.commit import fsync_directory
 from ckpt_fast.pipeline.encode import WriteProgram
-from ckpt_fast.pipeline.types import FileRecord
+from ckpt_fast.pipeline.manifest import BLOCK_NBYTES
+from ckpt_fast.pipeline.types import BlockDigests, FileRecord
 from ckpt_fast.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ def write(
     settings: Settings,
     progress: native.Progress,
     durable: bool = True,
-) -> list[FileRecord]:
+) -> tuple[list[FileRecord], BlockDigests]:
     """Write the program's files into ``directory``; on return they are durable, if that is wanted.
 
     After an error that may pass, the files are written again from the beginning, ``CKPT_FAST_RETRIES`` times:
@@ -65,6 +66,9 @@ def write(
         settings: of the save.
         progress: to watch the write, and to stop it, also while it waits to try again.
         durable: whether the files are to outlive a power failure.
+
+    Returns:
+        The files, and the checksums of the payloads in them.
 
     Raises:
         CheckpointWriteError: naming file, offset and cause. The files are incomplete then.
@@ -90,11 +94,12 @@ def _pause(seconds: float, progress: native.Progress) -> None:
 
 def _write_once(
     program: WriteProgram, directory: str, settings: Settings, progress: native.Progress, durable: bool
-) -> list[FileRecord]:
+) -> tuple[list[FileRecord], BlockDigests]:
+    place = (program.paths, program.payload_file, program.payload_offset, program.payload_nbytes)
     if not program.paths:
-        return []
+        return [], BlockDigests(*place, b"")
     try:
-        _, file_digests = native.write_files(
+        _, file_crcs, block_crcs = native.write_files(
             [os.path.join(directory, path) for path in program.paths],
             program.file_nbytes,
             program.piece_file,
@@ -111,6 +116,7 @@ def _write_once(
             settings.direct_io,
             durable and settings.fsync_enabled,
             progress=progress,
+            block_bytes=BLOCK_NBYTES,
         )
         if durable:
             fsync_directory(directory)
@@ -121,7 +127,8 @@ def _write_once(
             error.errno,
             error.filename or directory,
         ) from error
-    return [
-        FileRecord(path, nbytes, digest)
-        for path, nbytes, digest in zip(program.paths, program.file_nbytes, file_digests, strict=True)
+    files = [
+        FileRecord(path, nbytes, crc)
+        for path, nbytes, crc in zip(program.paths, program.file_nbytes, file_crcs, strict=True)
     ]
+    return files, BlockDigests(*place, block_crcs)

@@ -19,7 +19,7 @@ from ckpt_fast.megatron import object_storage
 from ckpt_fast.trainer.paths import (
     ensure_directory_exists,
     file_exists,
-    open_file,
+    read_file,
     write_file,
 )
 from ckpt_fast.trainer.ranks import (
@@ -99,8 +99,7 @@ def _loaded_to_wandb(checkpoint_path: str, load_dir: str, wandb: Any) -> None:
     owner = ""
     tracker = os.path.join(load_dir, _WANDB_TRACKER)
     if file_exists(tracker):
-        with open_file(tracker, "r") as stream:
-            owner = f"{stream.read().strip()}/"
+        owner = f"{read_file(tracker).decode(errors='replace').strip()}/"
     wandb.run.use_artifact(f"{owner}{Path(load_dir).stem}:{Path(checkpoint_path).stem}")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from ckpt_fast.doors.dcp_save import start_save
 from ckpt_fast.doors.dcp_upload import Upload
 from ckpt_fast.pipeline.background import SaveHandle
 from ckpt_fast.pipeline.commit import METADATA_FILE
-from ckpt_fast.pipeline.types import SaveReport
+from ckpt_fast.pipeline.types import FileRecord, SaveReport
 from ckpt_fast.trainer.contexts import CheckpointType
 from ckpt_fast.trainer.paths import get_checkpoint_name, remove_file
 from ckpt_fast.trainer.ranks import barrier_if_distributed, get_rank_safe, on_rank_0
@@ -108,9 +109,17 @@ def _create_fsdp_dtensor_storage_writer(checkpoint_path: str) -> Any:
 
 
 def save_fsdp_dtensor(
-    cfg: Any, model: list[Any], state_dict: dict[str, Any], checkpoint_name: str
+    cfg: Any,
+    model: list[Any],
+    state_dict: dict[str, Any],
+    checkpoint_name: str,
+    beside: Sequence[FileRecord] = (),
+    complete: Callable[[], Sequence[FileRecord]] | None = None,
 ) -> SaveHandle | SaveReport | None:
     """Collective. The fsdp_dtensor part of ``save_checkpoint``.
+
+    Args:
+        beside, complete: ``beside`` and ``finish`` of ``pipeline.save.Save``; not used on object storage.
 
     Returns:
         With ``async_save`` the save to schedule. Otherwise the checkpoint is durable, and the report of the
@@ -134,6 +143,8 @@ def save_fsdp_dtensor(
         writers=getattr(ckpt_cfg, "storage_writers_per_rank", None),
         snapshot=ckpt_cfg.async_save,
         host_buffer=getattr(ckpt_cfg, "host_buffer_bytes", None),
+        beside=beside,
+        finish=complete,
     )
     if ckpt_cfg.async_save:
         return SaveHandle(job)
@@ -210,6 +221,8 @@ def load_fsdp_dtensor_checkpoint(
     allow_partial = not getattr(ckpt_cfg, "strict_fsdp_dtensor_load", False)
     if allow_partial:
         _report_differences(reader, state_dict, name, ckpt_cfg)
+    if isinstance(reader, FastStorageReader):
+        reader.partial = "optimizer" not in state_dict
     planner = DefaultLoadPlanner(allow_partial_load=allow_partial)
     load_state_dict(state_dict=state_dict, storage_reader=reader, planner=planner)
     # The tensors were filled in place; callers know them by their names in the model.

@@ -2,7 +2,7 @@
 """In which order GLU rows are stored, who says so, and how a state dict is made to follow.
 
 torch_dist: model and optimizer have contiguous rows, whatever the run that saved them. The content metadata
-and the sidecar say so under ``glu_rows``; a checkpoint that says nothing is taken for contiguous as well.
+and the manifest say so under ``glu_rows``; a checkpoint that says nothing is taken for contiguous as well.
 fsdp_dtensor: the model's rows are contiguous, the optimizer's as they were in memory; the interleave sizes
 are those of ``run_config.yaml``. Local checkpoints: everything as it was in memory, with the sizes beside it.
 """

@@ -11,7 +11,7 @@ from typing import Any
 from ckpt_fast import megatron
 from ckpt_fast.config_checks import hf_source
 from ckpt_fast.trainer.foreign import run_on_all_ranks
-from ckpt_fast.trainer.paths import ensure_directory_exists, sync_files
+from ckpt_fast.trainer.paths import ensure_directory_exists, is_hf_checkpoint_dir, sync_files
 from ckpt_fast.trainer.ranks import (
     barrier_if_distributed,
     get_rank_safe,
@@ -22,6 +22,7 @@ from ckpt_fast.trainer.ranks import (
 from ckpt_fast.trainer.restore import reload_model_params
 
 _HF_WEIGHTS_SUBDIR = "hf"
+_FORMATS = ("torch_dist", "fsdp_dtensor")
 
 
 def require_export(cfg: Any, model: list[Any]) -> None:
@@ -68,6 +69,27 @@ def save_hf_copy(cfg: Any, model: list[Any], checkpoint_name: str) -> None:
             shutil.rmtree(directory, ignore_errors=True)
         raise
     print_rank_0(f"  exported Hugging Face weights to {directory}")
+
+
+def is_hf_source(load_dir: str | None, ckpt_cfg: Any) -> bool:
+    """Whether there are Hugging Face weights to start from. Collective.
+
+    Raises:
+        NotImplementedError: the configured format is not one that can be loaded.
+        ValueError: the run is to be resumed from Hugging Face weights.
+    """
+    if ckpt_cfg.ckpt_format not in _FORMATS:
+        raise NotImplementedError(
+            f"checkpoint format {ckpt_cfg.ckpt_format!r} is not supported; use one of {_FORMATS}"
+        )
+    if not on_rank_0(lambda: is_hf_checkpoint_dir(load_dir)):
+        return False
+    if load_dir == ckpt_cfg.load:
+        raise ValueError(
+            f"checkpoint.load does not support HuggingFace-format directories ({load_dir}); convert it, "
+            "or give it as checkpoint.pretrained_checkpoint"
+        )
+    return True
 
 
 def load_hf_pretrained(

@@ -13,6 +13,7 @@ import collections
 import dataclasses
 import enum
 import functools
+import io
 import pickle
 import sys
 import types
@@ -23,6 +24,7 @@ import numpy as np
 import torch
 
 from ckpt_fast.errors import UnsafeCheckpointError
+from ckpt_fast.pipeline.torch_archive import open_archive, require_plain_pickles
 
 _ENERGON = "megatron.energon."
 _ENERGON_NAMES = ("State", "Checkpoint")
@@ -44,18 +46,23 @@ def inert_load(stream: IO[bytes]) -> Any:
     """The object in a ``torch.save`` file; tensors on the CPU, shared storages shared.
 
     Args:
-        stream: seekable.
+        stream: the file, from its beginning.
 
     Raises:
         RefusedPickleError: (an UnpicklingError) the file is no data; nothing of it has been run.
     """
-    if not zipfile.is_zipfile(stream):
+    payload = stream.read()
+    if not zipfile.is_zipfile(io.BytesIO(payload)):
         raise RefusedPickleError("not a file that torch.save wrote")
-    with zipfile.ZipFile(stream) as archive:
+    with zipfile.ZipFile(io.BytesIO(payload)) as archive:
         # torch.load would hand a TorchScript archive to another, unrestricted reader.
         if any(name.endswith("/constants.pkl") for name in archive.namelist()):
             raise RefusedPickleError("a TorchScript archive instead of the state of a data loader")
-    stream.seek(0)
+    try:
+        require_plain_pickles(payload, open_archive(payload))
+    except Exception as error:
+        raise RefusedPickleError(f"not the state of a data loader: {error}") from error
+    stream = io.BytesIO(payload)
     return torch.load(stream, map_location="cpu", weights_only=False, pickle_module=_inert_pickle)
 
 
@@ -67,7 +74,8 @@ class _Unpickler(pickle.Unpickler):
         known = _known().get((module, name))
         if known is not None:
             return known
-        dtype = getattr(torch, name, None) if module == "torch" else None
+        # Looked up without getattr, for which torch imports modules.
+        dtype = vars(torch).get(name) if module == "torch" else None
         if isinstance(dtype, torch.dtype):
             return dtype
         found = _loaded(module, name)

@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -21,12 +21,18 @@ from ckpt_fast.errors import (
 )
 from ckpt_fast.pipeline.background import wait_staged
 from ckpt_fast.pipeline.group import ControlGroup
-from ckpt_fast.trainer import experiment_loggers as loggers
+from ckpt_fast.trainer.announce import announce_loaded, announce_restored
+from ckpt_fast.trainer.catalog import Found
 from ckpt_fast.trainer.contexts import CheckpointType
 from ckpt_fast.trainer.glu import _get_model_glu_interleave_sizes
 from ckpt_fast.trainer.glu_layout import contiguous_chunks, reorder_late, sizes_to_undo
-from ckpt_fast.trainer.hugging_face import load_hf_pretrained
-from ckpt_fast.trainer.load_base import _load_base_checkpoint, load_strategy
+from ckpt_fast.trainer.hugging_face import is_hf_source, load_hf_pretrained
+from ckpt_fast.trainer.load_base import (
+    choose_or_say,
+    find_data_position,
+    load_chosen,
+    load_strategy,
+)
 from ckpt_fast.trainer.load_plan import (
     build_scaffold,
     drop_states_of_other_ranks,
@@ -38,12 +44,12 @@ from ckpt_fast.trainer.load_plan import (
 from ckpt_fast.trainer.locate import (
     _has_global_non_persistent_checkpoint,
     has_local_checkpoint,
+    holds_checkpoint,
     older_checkpoints,
 )
-from ckpt_fast.trainer.paths import checkpoint_exists, is_hf_checkpoint_dir
+from ckpt_fast.trainer.paths import is_hf_checkpoint_dir, settle_directories
 from ckpt_fast.trainer.ranks import (
     barrier_if_distributed,
-    is_last_rank,
     on_all_ranks,
     on_rank_0,
     print_rank_0,
@@ -51,6 +57,7 @@ from ckpt_fast.trainer.ranks import (
 from ckpt_fast.trainer.restore import (
     find_layer_wise_state,
     load_sections,
+    read_progress,
     restore_model,
     restore_optimizer,
     restore_rerun_and_rng,
@@ -63,8 +70,7 @@ from ckpt_fast.trainer.state_dict import (
     delete_extra_state,
 )
 from ckpt_fast.trainer.version import get_checkpoint_version, set_checkpoint_version
-
-_FORMATS = ("torch_dist", "fsdp_dtensor")
+from ckpt_fast.trainer.visibility import require_same_view
 
 
 def load_checkpoint(
@@ -106,59 +112,72 @@ def load_checkpoint(
         CheckpointError: on every rank, naming rank, path, cause and remedy.
     """
     wait_staged()  # a save in flight may still be reading what is loaded into
+    settle_directories(state.cfg)
     ckpt_cfg = state.cfg.checkpoint
     load_dir, pretrained = ckpt_cfg.load, ckpt_cfg.pretrained_checkpoint
     if pretrained is not None and not _has_resume_checkpoint(load_dir, ckpt_cfg, checkpointing_context):
-        if not on_rank_0(lambda: checkpoint_exists(pretrained) or is_hf_checkpoint_dir(pretrained)):
+        if not on_rank_0(lambda: holds_checkpoint(pretrained) or is_hf_checkpoint_dir(pretrained)):
             raise CheckpointNotFoundError(
                 f"there is no checkpoint in load={load_dir!r}, and pretrained_checkpoint={pretrained!r} does "
                 "not exist or holds none"
             )
+        print_rank_0(f"there is nothing to resume in load={load_dir!r}: starting from {pretrained}")
         load_dir = pretrained
         ckpt_cfg.finetune = True
 
-    def load_from(path: str | None) -> tuple[int, int]:
-        return _load_checkpoint_from_path(
-            path,
-            state,
-            model,
-            optimizer,
-            opt_param_scheduler,
-            strict,
-            checkpointing_context,
-            skip_load_to_model_and_opt=skip_load_to_model_and_opt,
-            pg_collection=pg_collection,
-            module_name=module_name,
-        )
+    training = (state, model, optimizer, opt_param_scheduler, strict, checkpointing_context)
+    options: dict[str, Any] = {
+        "skip_load_to_model_and_opt": skip_load_to_model_and_opt,
+        "pg_collection": pg_collection,
+        "module_name": module_name,
+    }
+    if is_hf_source(load_dir, ckpt_cfg):
+        return _load_checkpoint_from_path(load_dir, *training, **options)
+    chosen = choose_or_say(load_dir, ckpt_cfg, ckpt_cfg.ckpt_step, checkpointing_context)
+    if chosen is None:
+        return 0, 0
+
+    def load_from(path: str | None, checkpoint: Found) -> tuple[int, int]:
+        return _load_chosen_checkpoint(checkpoint, path, ckpt_cfg, *training, **options)
 
     try:
-        return load_from(load_dir)
+        return load_from(load_dir, chosen)
     except (CheckpointCorruptError, CheckpointNotFoundError) as error:
-        return _load_older(load_from, load_dir, ckpt_cfg, error)
+        older = functools.partial(older_checkpoints, load_dir, ckpt_cfg, chosen, checkpointing_context)
+        return _load_older(load_from, older, ckpt_cfg, error)
 
 
 def _load_older(
-    load_from: Callable[[str], tuple[int, int]], load_dir: str | None, ckpt_cfg: Any, error: CheckpointError
+    load_from: Callable[[str, Found], tuple[int, int]],
+    list_older: Callable[[], list[Found]],
+    ckpt_cfg: Any,
+    error: CheckpointError,
 ) -> tuple[int, int]:
-    """Go back, iteration by iteration, to the newest checkpoint that is whole. Collective.
+    """Go back, checkpoint by checkpoint, to the newest one of any tier that is whole. Collective.
 
     Raises:
         CheckpointError: ``error`` itself, where the user asked for one certain checkpoint or for no fall-back
             (``on_corrupt``), and when no older checkpoint can be loaded.
     """
     wanted = getattr(ckpt_cfg, "on_corrupt", "fallback")
-    for path in older_checkpoints(load_dir, ckpt_cfg) if wanted == "fallback" else []:
-        print_rank_0(f"WARNING: {error}\nWARNING: falling back to {path} (on_corrupt='fallback')")
+    problem: CheckpointError = error
+    for older in list_older() if wanted == "fallback" else []:
+        print_rank_0(
+            f"WARNING: {problem} -- falling back to {older} ({older.tier}, iteration {older.iteration}; "
+            "on_corrupt='fallback')"
+        )
         try:
-            return load_from(path)
-        except (CheckpointCorruptError, CheckpointNotFoundError) as older:
-            print_rank_0(f"WARNING: {older}")
+            return load_from(str(older), older)
+        except (CheckpointCorruptError, CheckpointNotFoundError) as older_error:
+            problem = older_error
+    if problem is not error:
+        print_rank_0(f"WARNING: {problem} -- there is no older checkpoint to fall back to")
     raise error
 
 
 def _has_resume_checkpoint(load_dir: str | None, ckpt_cfg: Any, context: dict[str, Any] | None) -> bool:
     """Whether the run has a checkpoint of its own, persistent or for recovery. Collective."""
-    if on_rank_0(lambda: checkpoint_exists(load_dir) or is_hf_checkpoint_dir(load_dir)):
+    if on_rank_0(lambda: holds_checkpoint(load_dir) or is_hf_checkpoint_dir(load_dir)):
         return True
     return _has_global_non_persistent_checkpoint(load_dir, ckpt_cfg) or has_local_checkpoint(
         ckpt_cfg, context
@@ -186,32 +205,62 @@ def _load_checkpoint_from_path(
 
     The other arguments, the result and the errors are those of ``load_checkpoint``.
     """
-    cfg = state.cfg
-    ckpt_cfg = cfg.checkpoint
-    model = megatron.unwrap_model(model)
-    pg_collection = pg_collection or megatron.get_pg_collection(model)
-    if _is_hf_source(load_dir, ckpt_cfg):
-        return load_hf_pretrained(str(load_dir), state, model, optimizer, skip=skip_load_to_model_and_opt)
+    ckpt_cfg = state.cfg.checkpoint
+    if is_hf_source(load_dir, ckpt_cfg):
+        chunks = megatron.unwrap_model(model)
+        return load_hf_pretrained(str(load_dir), state, chunks, optimizer, skip=skip_load_to_model_and_opt)
     if ignore_ckpt_step:
         ckpt_cfg = _without_recovery(ckpt_cfg)
-
-    def load_base(rank0: bool, scaffold: dict[str, Any] | None = None, is_mimo: bool = False) -> Any:
-        return _load_base_checkpoint(
-            load_dir,
-            ckpt_cfg,
-            rank0=rank0,
-            sharded_state_dict=scaffold,
-            checkpointing_context=checkpointing_context,
-            ignore_ckpt_step=ignore_ckpt_step,
-            cfg=cfg,
-            is_megatron_mimo=is_mimo,
-            pg_collection=pg_collection,
-        )
-
-    common, checkpoint_name, release, ckpt_type = load_base(True)
-    if common is None:
+    step = None if ignore_ckpt_step else ckpt_cfg.ckpt_step
+    chosen = choose_or_say(load_dir, ckpt_cfg, step, checkpointing_context)
+    if chosen is None:
         return 0, 0
+    return _load_chosen_checkpoint(
+        chosen,
+        load_dir,
+        ckpt_cfg,
+        state,
+        model,
+        optimizer,
+        opt_param_scheduler,
+        strict,
+        checkpointing_context,
+        skip_load_to_model_and_opt=skip_load_to_model_and_opt,
+        pg_collection=pg_collection,
+        module_name=module_name,
+    )
+
+
+def _load_chosen_checkpoint(
+    chosen: Found,
+    load_dir: str | None,
+    ckpt_cfg: Any,
+    state: Any,
+    model: list[Any],
+    optimizer: Any | None,
+    opt_param_scheduler: Any | None,
+    strict: bool,
+    checkpointing_context: dict[str, Any] | None,
+    *,
+    skip_load_to_model_and_opt: bool,
+    pg_collection: Any | None,
+    module_name: str | None,
+) -> tuple[int, int]:
+    """``load_checkpoint`` of one checkpoint. Collective; arguments, result and errors are those of it."""
+    cfg = state.cfg
+    model = megatron.unwrap_model(model)
+    pg_collection = pg_collection or megatron.get_pg_collection(model)
+    load_base: Callable[..., Any] = functools.partial(
+        load_chosen,
+        chosen,
+        load_dir,
+        checkpointing_context=checkpointing_context,
+        cfg=cfg,
+        pg_collection=pg_collection,
+    )
+    common, checkpoint_name, release, ckpt_type = load_base(ckpt_cfg, rank0=True)
     run_config = find_run_config(common, checkpoint_name, ckpt_type, cfg)
+    progress = None if ckpt_cfg.finetune else read_progress(common, checkpoint_name, ckpt_type)
     plan = make_plan(common, run_config, release, ckpt_type, cfg, model, optimizer)
     plan.metadata["dp_cp_group"] = pg_collection.dp_cp
     scaffold = on_all_ranks(
@@ -226,11 +275,11 @@ def _load_checkpoint_from_path(
         scaffold, ckpt_cfg = _without_model_and_optimizer(scaffold, ckpt_cfg)
     if adapters_only:
         scaffold = apply_peft_adapter_filter_to_state_dict(scaffold, cfg.peft)
-    state_dict, checkpoint_name, release, ckpt_type = load_base(False, scaffold, is_mimo(run_config, cfg))
-    if state_dict is None:
-        return 0, 0
+    state_dict, checkpoint_name, release, ckpt_type = load_base(
+        ckpt_cfg, sharded_state_dict=scaffold, is_megatron_mimo=is_mimo(run_config, cfg)
+    )
     _note_version(state_dict)
-    restore_train_state(state, state_dict, checkpoint_name, release, ckpt_type)
+    restore_train_state(state, progress, state_dict, release, ckpt_type)
 
     def restore() -> None:
         if not skip_load_to_model_and_opt:
@@ -248,8 +297,16 @@ def _load_checkpoint_from_path(
         restore_rerun_and_rng(plan, state_dict, cfg, pg_collection)
 
     on_all_ranks(restore)
-    _announce_loaded(state, load_dir, checkpoint_name, ckpt_type, pg_collection)
+    announce_loaded(state, load_dir, checkpoint_name, ckpt_type, pg_collection)
+    skipped = _skipped(optimizer, opt_param_scheduler, skip_load_to_model_and_opt)
+    announce_restored(plan, chosen, ckpt_cfg, skipped, find_data_position(chosen, load_dir, ckpt_cfg))
     return state.train_state.step, state.train_state.floating_point_operations_so_far
+
+
+def _skipped(optimizer: Any | None, scheduler: Any | None, skip_model_and_optimizer: bool) -> set[str]:
+    """Parts of a checkpoint that the caller does not want, or has nothing to restore into."""
+    absent = {part for part, goal in (("optimizer", optimizer), ("scheduler", scheduler)) if goal is None}
+    return absent | {"weights", "optimizer"} if skip_model_and_optimizer else absent
 
 
 def _note_version(state_dict: dict[str, Any]) -> None:
@@ -277,46 +334,6 @@ def _without_recovery(ckpt_cfg: Any) -> Any:
     return ckpt_cfg
 
 
-def _is_hf_source(load_dir: str | None, ckpt_cfg: Any) -> bool:
-    """Whether there are Hugging Face weights to start from. Collective.
-
-    Raises:
-        NotImplementedError: the configured format is not one that can be loaded.
-        ValueError: the run is to be resumed from Hugging Face weights.
-    """
-    if ckpt_cfg.ckpt_format not in _FORMATS:
-        raise NotImplementedError(
-            f"checkpoint format {ckpt_cfg.ckpt_format!r} is not supported; use one of {_FORMATS}"
-        )
-    if not on_rank_0(lambda: is_hf_checkpoint_dir(load_dir)):
-        return False
-    if load_dir == ckpt_cfg.load:
-        raise ValueError(
-            f"checkpoint.load does not support HuggingFace-format directories ({load_dir}); convert it, "
-            "or give it as checkpoint.pretrained_checkpoint"
-        )
-    return True
-
-
-def _announce_loaded(
-    state: Any, load_dir: str | None, checkpoint_name: Any, ckpt_type: Any, pg_collection: Any
-) -> None:
-    if ckpt_type is CheckpointType.LOCAL and not isinstance(checkpoint_name, (str, bytes, os.PathLike)):
-        checkpoint_name = str(checkpoint_name)
-    barrier_if_distributed()
-    tp, pp = pg_collection.tp, pg_collection.pp
-    print_rank_0(
-        f"  successfully loaded checkpoint from {load_dir} [ t {tp.rank() + 1}/{tp.size()}, "
-        f"p {pp.rank() + 1}/{pp.size()} ] at iteration {state.train_state.step}"
-    )
-    if is_last_rank():
-        loggers.on_load_checkpoint_success(state, checkpoint_name, load_dir or checkpoint_name)
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    if state.train_state.step > 0:
-        loggers.on_checkpoint_loaded(is_local_chkpt=ckpt_type is CheckpointType.LOCAL, global_state=state)
-
-
 def _load_model_weights_from_checkpoint(
     checkpoint_path: str,
     model: list[Any],
@@ -342,6 +359,7 @@ def _load_model_weights_from_checkpoint(
         (state dict, missing keys, unexpected keys).
     """
     wait_staged()
+    require_same_view(checkpoint_path)
     common = ControlGroup().agree(lambda: load_common_state_dict(checkpoint_path))
     metadata = megatron.load_content_metadata(preloaded_state_dict=common)
     print_rank_0(f"sharded_state_dict metadata loaded from the checkpoint: {metadata}")

@@ -18,20 +18,21 @@ from ckpt_fast.doors import megatron_core
 from ckpt_fast.doors.common_state import COMMON_FILE, load_common_state_dict
 from ckpt_fast.errors import CheckpointCorruptError, CheckpointNotFoundError
 from ckpt_fast.pipeline.group import ControlGroup
+from ckpt_fast.pipeline.types import FileRecord
 from ckpt_fast.pipeline.verify import require_complete
+from ckpt_fast.trainer.catalog import Found, why_nothing
 from ckpt_fast.trainer.contexts import CheckpointType
+from ckpt_fast.trainer.data_position import FILES_KEY, files_of, require_files
 from ckpt_fast.trainer.fsdp import load_fsdp_dtensor_checkpoint
 from ckpt_fast.trainer.local import load_local
 from ckpt_fast.trainer.locate import (
-    _DIRECT_ITERATION_DIR_SENTINEL,
+    _NON_PERSISTENT_CKPT_SUBDIR,
     _get_checkpoint_format,
-    _get_global_non_persistent_checkpoint_dirs,
-    _get_non_persistent_iteration,
-    _resolve_checkpoint_iteration,
-    newest_global_non_persistent_checkpoint,
+    choose_checkpoint,
 )
-from ckpt_fast.trainer.paths import file_exists, get_checkpoint_name, join_paths
+from ckpt_fast.trainer.paths import file_exists, get_checkpoint_name, join_paths, settled
 from ckpt_fast.trainer.ranks import barrier_if_distributed, on_rank_0, print_rank_0
+from ckpt_fast.trainer.visibility import require_same_view
 
 LoadedBase = tuple[dict[str, Any] | None, Any, bool, CheckpointType | None]
 
@@ -50,10 +51,7 @@ def _load_base_checkpoint(
     *,
     pg_collection: Any,
 ) -> LoadedBase:
-    """Choose the checkpoint and load its state dict. Collective.
-
-    A directory that is a checkpoint itself is taken as it is. Otherwise an explicit ``ckpt_step`` wins;
-    without one, the newest of the persistent and the recovery checkpoints (on a tie the recovery one).
+    """Choose the checkpoint, as ``choose_checkpoint`` says, and load its state dict. Collective.
 
     Args:
         load_dir: root of checkpoints, one checkpoint, or None.
@@ -74,62 +72,87 @@ def _load_base_checkpoint(
         AssertionError: the checkpoint is of another format than configured.
         NotImplementedError: it is of no known format, or Hugging Face weights.
     """
-    _record_dataloader_state_dir(checkpointing_context, None)
     step = None if ignore_ckpt_step else ckpt_cfg.ckpt_step
-    iteration, release = _resolve_checkpoint_iteration(load_dir=load_dir, ckpt_step_override=step)
-    options: dict[str, Any] = {
-        "rank0": rank0,
-        "sharded_state_dict": sharded_state_dict,
-        "checkpointing_context": checkpointing_context,
-        "is_megatron_mimo": is_megatron_mimo,
-        "cfg": cfg,
-        "pg_collection": pg_collection,
-    }
-    if iteration == _DIRECT_ITERATION_DIR_SENTINEL:
-        assert load_dir is not None
-        root = os.path.dirname(load_dir.rstrip("/"))
-        if root in _get_global_non_persistent_checkpoint_dirs(ckpt_cfg.load, ckpt_cfg):
-            root = _root_of_recovery(root, ckpt_cfg.load, ckpt_cfg) or root
-        _record_dataloader_state_dir(checkpointing_context, root)
-        return _load_global(load_dir, ckpt_cfg, None, False, override=load_dir, **options)
-    if step is None:
-        recovery_dir, recovery = _newest_recovery(load_dir, ckpt_cfg, checkpointing_context)
-        if recovery != -1 and recovery >= iteration:
-            _record_dataloader_state_dir(
-                checkpointing_context, _root_of_recovery(recovery_dir, load_dir, ckpt_cfg)
-            )
-            return _load_non_persistent_base_checkpoint(
-                recovery_dir,
-                ckpt_cfg,
-                rank0,
-                sharded_state_dict,
-                recovery,
-                checkpointing_context,
-                cfg,
-                is_megatron_mimo=is_megatron_mimo,
-                pg_collection=pg_collection,
-            )
-        if recovery != -1:
-            print_rank_0(
-                f"WARNING: the recovery checkpoint of iteration {recovery} is older than the persistent "
-                f"one of {iteration}, which is loaded"
-            )
-    if iteration == -1:
-        return _nothing_found(load_dir, ckpt_cfg, rank0)
-    assert load_dir is not None
-    _record_dataloader_state_dir(checkpointing_context, load_dir)
-    return _load_global(load_dir, ckpt_cfg, iteration, release, **options)
+    chosen = choose_or_say(load_dir, ckpt_cfg, step, checkpointing_context)
+    if chosen is None:
+        return None, "", False, None
+    return load_chosen(
+        chosen,
+        load_dir,
+        ckpt_cfg,
+        rank0=rank0,
+        sharded_state_dict=sharded_state_dict,
+        checkpointing_context=checkpointing_context,
+        cfg=cfg,
+        is_megatron_mimo=is_megatron_mimo,
+        pg_collection=pg_collection,
+    )
 
 
-def _nothing_found(load_dir: str | None, ckpt_cfg: Any, rank0: bool) -> LoadedBase:
-    if not rank0:
-        print_rank_0(f"WARNING: could not find a tracker or a checkpoint in {load_dir}")
-        print_rank_0("    will not load any checkpoints and will start from random")
+def choose_or_say(
+    load_dir: str | None, ckpt_cfg: Any, step: int | None, context: dict[str, Any] | None
+) -> Found | None:
+    """The checkpoint to load; that there is none, and why, is said. Collective.
+
+    Raises:
+        SystemExit: there is none, and ``exit_on_missing_checkpoint`` is set.
+    """
+    _record_dataloader_state_dir(context, None)
+    chosen = choose_checkpoint(load_dir, ckpt_cfg, step, context)
+    if chosen is not None:
+        return chosen
+    why = on_rank_0(lambda: why_nothing(load_dir))
     if ckpt_cfg.exit_on_missing_checkpoint:
-        print_rank_0(f">> '--exit-on-missing-checkpoint' set ... exiting: no checkpoint in {load_dir}")
+        print_rank_0(f">> '--exit-on-missing-checkpoint' set ... exiting: {why}")
         barrier_if_distributed()
         sys.exit(1)
-    return None, "", False, None
+    print_rank_0(f"WARNING: {why}: will not load any checkpoints and will start from random")
+    return None
+
+
+def load_chosen(
+    chosen: Found,
+    load_dir: str | None,
+    ckpt_cfg: Any,
+    *,
+    rank0: bool = False,
+    sharded_state_dict: dict[str, Any] | None = None,
+    checkpointing_context: dict[str, Any] | None,
+    cfg: Any,
+    is_megatron_mimo: bool = False,
+    pg_collection: Any,
+) -> LoadedBase:
+    """Load the state dict of one checkpoint. Collective; the rest is as in ``_load_base_checkpoint``."""
+    position = on_rank_0(lambda: find_data_position(chosen, load_dir, ckpt_cfg))
+    _record_dataloader_state_dir(checkpointing_context, position)
+    if chosen.path and rank0:
+        files = on_rank_0(lambda: _sound_data_files(chosen.path, position, ckpt_cfg))
+        _record_dataloader_files(checkpointing_context, files)
+    if chosen.tier == "persistent":
+        return _load_global(
+            chosen.root or chosen.path,
+            ckpt_cfg,
+            chosen.iteration if chosen.root else None,
+            chosen.is_release,
+            rank0=rank0,
+            sharded_state_dict=sharded_state_dict,
+            checkpointing_context=checkpointing_context,
+            is_megatron_mimo=is_megatron_mimo,
+            cfg=cfg,
+            pg_collection=pg_collection,
+            override=None if chosen.root else chosen.path,
+        )
+    return _load_non_persistent_base_checkpoint(
+        chosen.root,
+        ckpt_cfg,
+        rank0,
+        sharded_state_dict,
+        chosen.iteration,
+        checkpointing_context,
+        cfg,
+        is_megatron_mimo=is_megatron_mimo,
+        pg_collection=pg_collection,
+    )
 
 
 def _load_global(
@@ -148,6 +171,8 @@ def _load_global(
 ) -> LoadedBase:
     path = override or get_checkpoint_name(load_dir, iteration or 0, release)
     found = on_rank_0(lambda: _require_sound(path, ckpt_cfg.ckpt_format))
+    if rank0:
+        require_same_view(path)
     if found == "torch_dist":
         return _load_global_dist_base_checkpoint(
             load_dir,
@@ -202,12 +227,6 @@ def _require_sound(path: str, configured: str) -> str:
     return found
 
 
-def _newest_recovery(load_dir: str | None, ckpt_cfg: Any, context: dict[str, Any] | None) -> tuple[str, int]:
-    if ckpt_cfg.non_persistent_ckpt_type == "global":
-        return newest_global_non_persistent_checkpoint(load_dir, ckpt_cfg)
-    return "", _get_non_persistent_iteration("", ckpt_cfg.non_persistent_ckpt_type, context)
-
-
 def _load_non_persistent_base_checkpoint(
     non_persistent_global_dir: str,
     ckpt_cfg: Any,
@@ -246,8 +265,12 @@ def _load_non_persistent_base_checkpoint(
             return {}, non_persistent_iteration, False, CheckpointType.LOCAL
         assert sharded_state_dict is not None and checkpointing_context is not None
         state_dict, checkpoint_id = load_local(
-            sharded_state_dict, ckpt_cfg, checkpointing_context, pg_collection
+            sharded_state_dict, ckpt_cfg, checkpointing_context, pg_collection, non_persistent_iteration
         )
+        files = [FileRecord(*each) for each in state_dict.pop(FILES_KEY, ())]
+        _record_dataloader_files(checkpointing_context, files)
+        position = checkpointing_context.get("dataloader_state_dir")
+        ControlGroup().agree(lambda: require_files(position, files))
         return state_dict, checkpoint_id, False, CheckpointType.LOCAL
     raise ValueError(f"Invalid non_persistent_ckpt_type: {kind!r}. Must be 'local' or 'global'.")
 
@@ -310,16 +333,44 @@ def load_strategy(fully_parallel: bool, pg_collection: Any, verify: bool | None 
     return strategy
 
 
-def _record_dataloader_state_dir(context: dict[str, Any] | None, base_dir: str | None) -> None:
+def _sound_data_files(checkpoint: str, position: str | None, ckpt_cfg: Any) -> list[FileRecord]:
+    """The files of data loaders that the checkpoint vouches for; they are what they must be.
+
+    Raises:
+        CheckpointCorruptError: one is not, and the run goes on with it.
+    """
+    files = files_of(checkpoint)
+    if not ckpt_cfg.finetune:
+        require_files(position, files)
+    return files
+
+
+def _record_dataloader_files(context: dict[str, Any] | None, files: list[FileRecord]) -> None:
+    if context is not None:
+        context[FILES_KEY] = files
+
+
+def _record_dataloader_state_dir(context: dict[str, Any] | None, directory: str | None) -> None:
     """Leave in the context where the data loader's state of the loaded checkpoint is."""
     if context is not None:
-        context["dataloader_state_dir"] = base_dir and os.path.join(base_dir, _DATALOADER_STATE_SUBDIR)
+        context["dataloader_state_dir"] = directory
 
 
-def _root_of_recovery(recovery_dir: str, load_dir: str | None, ckpt_cfg: Any) -> str | None:
-    """The root a recovery checkpoint's data loader state lies in: that of the run that saved it."""
-    is_default = ckpt_cfg.non_persistent_ckpt_type == "global" and not ckpt_cfg.non_persistent_global_ckpt_dir
-    if is_default and load_dir and os.path.dirname(recovery_dir) == load_dir.rstrip("/"):
-        return load_dir
-    root: str | None = ckpt_cfg.save
-    return root
+def find_data_position(chosen: Found, load_dir: str | None, ckpt_cfg: Any) -> str | None:
+    """The directory of the data loader's states that belong to a checkpoint. Local.
+
+    It is beside the iterations of the run that saved it, and one directory higher for the recovery
+    checkpoints in its ``non_persistent``. Of several places the one that has this iteration is taken, or the
+    first.
+    """
+    root = os.path.dirname(settled(chosen.path)) if chosen.path else ""
+    places = [root] if root else [ckpt_cfg.save, load_dir]
+    if os.path.basename(root) == _NON_PERSISTENT_CKPT_SUBDIR:
+        places.insert(0, os.path.dirname(root))
+    if root and root == ckpt_cfg.non_persistent_global_ckpt_dir:
+        places.insert(0, ckpt_cfg.save)
+    states = [join_paths(place, _DATALOADER_STATE_SUBDIR) for place in places if place]
+    for directory in states:
+        if chosen.iteration >= 0 and file_exists(get_checkpoint_name(directory, chosen.iteration)):
+            return directory
+    return states[0] if states else None

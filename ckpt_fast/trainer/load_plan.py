@@ -10,6 +10,7 @@ from typing import Any
 
 from ckpt_fast import megatron
 from ckpt_fast.doors.common_state import saved_metadata
+from ckpt_fast.errors import DamagedFileError
 from ckpt_fast.pipeline.group import ControlGroup
 from ckpt_fast.trainer.contexts import CheckpointType
 from ckpt_fast.trainer.glu import _get_model_glu_interleave_sizes
@@ -21,7 +22,7 @@ from ckpt_fast.trainer.glu_layout import (
     sizes_to_undo,
 )
 from ckpt_fast.trainer.locate import _get_global_non_persistent_checkpoint_dirs
-from ckpt_fast.trainer.megatron_lm import _extract_megatron_lm_args_from_state_dict
+from ckpt_fast.trainer.megatron_lm import ARGUMENTS, _extract_megatron_lm_args_from_state_dict
 from ckpt_fast.trainer.paths import file_exists, get_checkpoint_run_config_filename
 from ckpt_fast.trainer.ranks import on_rank_0, print_rank_0
 from ckpt_fast.trainer.rng import RNG_KEY, get_rng_state, has_rng_state
@@ -43,6 +44,7 @@ class LoadPlan:
         metadata: content metadata the scaffold is built with.
         glu_sizes: (routed, shared) interleave sizes of rows that the checkpoint has contiguous and the model
             interleaved, to be scattered while they are read.
+        lost: part to why it cannot be restored though the user wants it.
         chunks: the model as the scaffold is built from it, rows in the checkpoint's order.
     """
 
@@ -52,21 +54,37 @@ class LoadPlan:
     rerun: bool = False
     metadata: dict[str, Any] = field(default_factory=dict)
     glu_sizes: Sizes = (None, None)
+    lost: dict[str, str] = field(default_factory=dict)
     chunks: list[Any] = field(default_factory=list)
 
 
 def find_run_config(
     common: dict[str, Any], checkpoint_name: Any, ckpt_type: Any, cfg: Any
 ) -> dict[str, Any] | None:
-    """The configuration the checkpoint was saved with; None when an fsdp_dtensor checkpoint has none."""
+    """The configuration the checkpoint was saved with; None when an fsdp_dtensor checkpoint has none.
+
+    Raises:
+        DamagedFileError: ``run_config.yaml`` is damaged or empty, or missing where Megatron-LM's arguments
+            are not there either.
+    """
     if ckpt_type is CheckpointType.LOCAL:
         return _own_run_config(cfg)
     path = get_checkpoint_run_config_filename(checkpoint_name)
     if on_rank_0(lambda: file_exists(path)):
-        config: dict[str, Any] = read_run_config(path)
+        config: dict[str, Any] | None = read_run_config(path)
+        if config is None:
+            raise DamagedFileError(
+                f"{path} is empty: the configuration of the run is lost. Restore it, or load another "
+                "checkpoint."
+            )
         return config
     if ckpt_type is CheckpointType.FSDP_DTENSOR:
         return None
+    if ARGUMENTS not in common:
+        raise DamagedFileError(
+            f"{path} is missing, and {checkpoint_name} is no checkpoint of Megatron-LM, which has arguments "
+            "instead: its layout is not known. Restore the file, or load another checkpoint."
+        )
     print_rank_0(f"there is no run_config.yaml in {checkpoint_name}; reading it as a Megatron-LM checkpoint")
     return _extract_megatron_lm_args_from_state_dict(common)
 
@@ -140,9 +158,20 @@ def make_plan(
     plan.rerun = resume and not difference and RERUN_KEY in common
     plan.optimizer = plan.scheduler = resume and ckpt_cfg.load_optim and saved.get("save_optim", True)
     if resume and difference:
-        print_rank_0(f"{difference}: RNG and rerun state will be ignored")
+        print_rank_0(f"WARNING: {difference}: RNG and rerun state will be ignored")
+        plan.lost["RNG"] = "saved for another layout"
+        if RERUN_KEY in common:
+            plan.lost["rerun state"] = "saved for another layout"
     if resume and ckpt_cfg.load_optim and not plan.optimizer:
-        print_rank_0("the checkpoint was saved without optimizer: it starts fresh from the loaded weights")
+        print_rank_0(
+            "WARNING: the checkpoint was saved without optimizer: it starts fresh from the loaded weights"
+        )
+        plan.lost["optimizer"] = plan.lost["scheduler"] = "the checkpoint was saved without"
+    if resume and ckpt_cfg.load_rng and not saved.get("save_rng", True):
+        print_rank_0(
+            "WARNING: the checkpoint was saved without RNG states: ranks keep those they were seeded with"
+        )
+        plan.lost["RNG"] = "the checkpoint was saved without"
     sizes = _get_model_glu_interleave_sizes(model, cfg)
     if ckpt_type is not CheckpointType.GLOBAL:
         plan.metadata = _build_sharded_state_dict_metadata(uses_distributed_optimizer(cfg), ckpt_cfg)
@@ -268,8 +297,10 @@ def drop_states_of_other_ranks(
         scaffold.pop(key, None)
         if key == RERUN_KEY:
             plan.rerun = False
+            plan.lost["rerun state"] = "saved by other ranks"
         elif not has_rng_state(common):
             plan.rng = False
+            plan.lost["RNG"] = "saved by other ranks"
         print_rank_0(_DROPPED[key].format(checkpoint_name))
 
 

@@ -44,10 +44,21 @@ def save_local(
 
 
 def load_local(
-    sharded_state_dict: dict[str, Any], ckpt_cfg: Any, context: dict[str, Any], pg_collection: Any
+    sharded_state_dict: dict[str, Any],
+    ckpt_cfg: Any,
+    context: dict[str, Any],
+    pg_collection: Any,
+    iteration: int,
 ) -> tuple[dict[str, Any], Any]:
-    """Collective. (state dict, checkpoint id) of the newest local checkpoint of the same layout."""
-    local_state_dict, checkpoint_id = context["local_checkpoint_manager"].load()
+    """Collective. (state dict, checkpoint id) of a local checkpoint of the same layout.
+
+    Raises:
+        CheckpointCorruptError: on every rank: it is not whole.
+    """
+    manager = context["local_checkpoint_manager"]
+    # That of nvidia-resiliency-ext loads its newest.
+    is_ours = hasattr(manager, "load_iteration")
+    local_state_dict, checkpoint_id = manager.load_iteration(iteration) if is_ours else manager.load()
     state_dict = local_state_dict.to_state_dict(
         sharded_state_dict,
         algo=ckpt_cfg.non_persistent_local_ckpt_algo,

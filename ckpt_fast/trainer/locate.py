@@ -8,27 +8,25 @@ local.
 from __future__ import annotations
 
 import logging
-import re
+import os
 from typing import TYPE_CHECKING, Any, Literal
 
 from ckpt_fast.doors.common_state import is_sealed
-from ckpt_fast.errors import CheckpointNotFoundError, UnknownFormatError
-from ckpt_fast.pipeline.commit import METADATA_FILE, SEAL_FILE
+from ckpt_fast.errors import CheckpointNotFoundError, DamagedFileError, UnknownFormatError
+from ckpt_fast.trainer.catalog import NOTHING, Found, Published, Tier, list_checkpoints, published
 from ckpt_fast.trainer.paths import (
     TRACKER_PREFIX,
     checkpoint_exists,
     file_exists,
     get_checkpoint_name,
-    get_checkpoint_tracker_filename,
-    get_checkpoint_train_state_filename,
     is_checkpoint_iteration_directory,
     is_file,
     is_hf_checkpoint_dir,
+    iteration_of,
     join_paths,
-    names_in,
 )
 from ckpt_fast.trainer.ranks import on_rank_0, print_rank_0
-from ckpt_fast.trainer.trackers import read_metadata, read_train_state
+from ckpt_fast.trainer.trackers import read_metadata
 
 if TYPE_CHECKING:
     from ckpt_fast.config import CheckpointConfig
@@ -46,8 +44,6 @@ _NON_PERSISTENT_CKPT_SUBDIR = "non_persistent"
 
 # Returned instead of an iteration: the directory asked for is a checkpoint itself, not a root.
 _DIRECT_ITERATION_DIR_SENTINEL = -2
-
-_NOTHING_FOUND = -1
 
 
 def find_checkpoint_rank_0(checkpoints_path: str, iteration: int, release: bool = False) -> str | None:
@@ -83,7 +79,8 @@ def _resolve_checkpoint_iteration(load_dir: str | None, ckpt_step_override: int 
     """Which iteration to load. Collective.
 
     A directory that is a checkpoint itself goes before ``ckpt_step_override``, which goes before the
-    trackers (``latest_train_state.pt``, then that of Megatron-LM).
+    trackers (``latest_train_state.pt``, then that of Megatron-LM). Without a sound tracker it is the newest
+    whole one, which is said.
 
     Args:
         load_dir: a root of checkpoints, or one checkpoint, or None.
@@ -96,26 +93,24 @@ def _resolve_checkpoint_iteration(load_dir: str | None, ckpt_step_override: int 
     Raises:
         FileNotFoundError: there is no directory for ``ckpt_step_override``, or ``load_dir`` is a file.
         ValueError: ``ckpt_step_override`` without ``load_dir``.
+        DamagedFileError: the trackers are damaged, and no iteration is whole.
     """
-    source, value = on_rank_0(lambda: _resolve_source(load_dir, ckpt_step_override))
-    if source == "train_state":
-        return int(read_train_state(value).step), False
-    if source == "megatron_lm":
-        return read_metadata(value)
-    return value, False
+    answer = on_rank_0(lambda: _resolve(load_dir, ckpt_step_override))
+    for note in answer.notes:
+        print_rank_0(f"WARNING: {note} The next save writes both trackers anew.")
+    return answer.iteration, answer.is_release
 
 
-def _resolve_source(load_dir: str | None, step: int | None) -> tuple[str, Any]:
-    """Where the iteration comes from: ("known", iteration), or the kind of tracker and its path."""
+def _resolve(load_dir: str | None, step: int | None) -> Published:
     if is_checkpoint_iteration_directory(load_dir):
-        return "known", _DIRECT_ITERATION_DIR_SENTINEL
+        return Published(_DIRECT_ITERATION_DIR_SENTINEL)
     if not load_dir:
         if step is not None:
             raise ValueError(
                 f"ckpt_step={step} specified but checkpoint.load is {load_dir!r}. Please set checkpoint.load "
                 "to the base checkpoint directory."
             )
-        return "known", _NOTHING_FOUND
+        return Published()
     if is_file(load_dir):
         raise CheckpointNotFoundError(
             f"{load_dir} is a file: checkpoint.load must name a directory of checkpoints, or one checkpoint"
@@ -127,14 +122,8 @@ def _resolve_source(load_dir: str | None, step: int | None) -> tuple[str, Any]:
                 f"ckpt_step={step} specified but checkpoint directory does not exist: {directory}\n"
                 f"To see which iterations there are: ls {join_paths(load_dir, 'iter_*')}"
             )
-        return "known", step
-    tracker = get_checkpoint_train_state_filename(load_dir, prefix=TRACKER_PREFIX)
-    if file_exists(tracker):
-        return "train_state", tracker
-    tracker = get_checkpoint_tracker_filename(load_dir)
-    if file_exists(tracker):
-        return "megatron_lm", tracker
-    return "known", _NOTHING_FOUND
+        return Published(step)
+    return published(load_dir)
 
 
 # --- Non-persistent checkpoints --------------------------------------------------------------------------
@@ -156,13 +145,18 @@ def _get_non_persistent_iteration(
         ValueError: another type, or "local" without its manager.
     """
     if non_persistent_ckpt_type is None:
-        return _NOTHING_FOUND
+        return NOTHING
     if non_persistent_ckpt_type == "global":
-        tracker = get_checkpoint_train_state_filename(non_persistent_global_dir, prefix=TRACKER_PREFIX)
-        if on_rank_0(lambda: file_exists(tracker)):
-            return int(read_train_state(tracker).step)
-        print_rank_0(f"WARNING: there is no non-persistent checkpoint in {non_persistent_global_dir}")
-        return _NOTHING_FOUND
+        why = ""
+        try:
+            iteration, _ = _resolve_checkpoint_iteration(non_persistent_global_dir, None)
+        except DamagedFileError as error:
+            iteration, why = NOTHING, f": {error}"
+        if iteration < 0:
+            print_rank_0(
+                f"WARNING: there is no non-persistent checkpoint in {non_persistent_global_dir}{why}"
+            )
+        return max(iteration, NOTHING)
     if non_persistent_ckpt_type == "local":
         if not checkpointing_context or "local_checkpoint_manager" not in checkpointing_context:
             raise ValueError(
@@ -180,8 +174,8 @@ def _get_global_non_persistent_checkpoint_dirs(
     """Roots in which temporary checkpoints of type "global" may be: the configured one alone, or that of
     the directory saved to, then that of the directory loaded from."""
     if ckpt_cfg.non_persistent_global_ckpt_dir:
-        return (ckpt_cfg.non_persistent_global_ckpt_dir,)
-    roots = [root for root in (ckpt_cfg.save, load_dir) if isinstance(root, str) and root]
+        return (os.fspath(ckpt_cfg.non_persistent_global_ckpt_dir),)
+    roots = [root for root in (ckpt_cfg.save, load_dir) if isinstance(root, (str, os.PathLike)) and str(root)]
     return tuple(dict.fromkeys(join_paths(root, _NON_PERSISTENT_CKPT_SUBDIR) for root in roots))
 
 
@@ -190,14 +184,21 @@ def _has_global_non_persistent_checkpoint(load_dir: str | None, ckpt_cfg: Checkp
     if ckpt_cfg.non_persistent_ckpt_type != "global":
         return False
     roots = _get_global_non_persistent_checkpoint_dirs(load_dir, ckpt_cfg)
-    return on_rank_0(lambda: any(checkpoint_exists(root) for root in roots))
+    return on_rank_0(lambda: any(holds_checkpoint(root) for root in roots))
+
+
+def holds_checkpoint(path: str | None) -> bool:
+    """Local. Whether there is something to resume from: a checkpoint, trackers, or a whole iteration."""
+    if not path:
+        return False
+    return checkpoint_exists(path) or published(path).iteration != NOTHING
 
 
 def has_local_checkpoint(ckpt_cfg: CheckpointConfig, checkpointing_context: dict[str, Any] | None) -> bool:
     """Whether there is a temporary checkpoint of type "local" to resume from. Collective."""
     if ckpt_cfg.non_persistent_ckpt_type != "local":
         return False
-    return _get_non_persistent_iteration("", "local", checkpointing_context) != _NOTHING_FOUND
+    return _get_non_persistent_iteration("", "local", checkpointing_context) != NOTHING
 
 
 def newest_global_non_persistent_checkpoint(
@@ -207,7 +208,7 @@ def newest_global_non_persistent_checkpoint(
 
     Of two equally new ones, that beside the directory saved to is taken.
     """
-    newest = ("", _NOTHING_FOUND)
+    newest = ("", NOTHING)
     for root in _get_global_non_persistent_checkpoint_dirs(load_dir, ckpt_cfg):
         iteration = _get_non_persistent_iteration(root, "global")
         if iteration > newest[1]:
@@ -215,39 +216,76 @@ def newest_global_non_persistent_checkpoint(
     return newest
 
 
-# --- When the newest is damaged ---------------------------------------------------------------------------
+# --- The one to load, and those to fall back to -----------------------------------------------------------
 
 
-def older_checkpoints(load_dir: str | None, ckpt_cfg: CheckpointConfig) -> list[str]:
-    """Checkpoints to fall back to when the one that is chosen is damaged, newest first. Collective.
+def choose_checkpoint(
+    load_dir: str | None, ckpt_cfg: CheckpointConfig, step: int | None, context: dict[str, Any] | None
+) -> Found | None:
+    """The checkpoint to load; None if there is nothing. Collective.
 
-    They are those of the run, persistent or for recovery, that are not newer than what their tracker names.
-    None where the user named one certain checkpoint: by ``ckpt_step``, or as ``load_dir`` itself.
+    A directory that is a checkpoint itself is taken as it is. Otherwise an explicit ``step`` wins; without
+    one, the newest of the persistent and the recovery checkpoints (on a tie the recovery one).
+
+    Raises:
+        DamagedFileError: the trackers in ``load_dir`` are damaged, and nothing whole is anywhere.
+        FileNotFoundError, ValueError: see ``_resolve_checkpoint_iteration``.
     """
-    if ckpt_cfg.ckpt_step is not None:
-        return []
-    iteration, release = _resolve_checkpoint_iteration(load_dir, None)
-    if release or iteration == _DIRECT_ITERATION_DIR_SENTINEL:
-        return []
-    newest = {} if load_dir is None else {load_dir: iteration}
-    chosen = (load_dir, iteration)
+    problem = None
+    try:
+        iteration, release = _resolve_checkpoint_iteration(load_dir=load_dir, ckpt_step_override=step)
+    except DamagedFileError as error:
+        problem, iteration, release = error, NOTHING, False
+    if iteration == _DIRECT_ITERATION_DIR_SENTINEL:
+        assert load_dir is not None
+        return Found("persistent", "", iteration_of(load_dir), os.fspath(load_dir))
+    if step is None:
+        root, recovery = _newest_recovery(load_dir, ckpt_cfg, context)
+        if recovery != NOTHING and recovery >= iteration:
+            if problem is not None:
+                print_rank_0(f"WARNING: {problem}")
+            if ckpt_cfg.non_persistent_ckpt_type == "local":
+                return Found("local", "", recovery, "")
+            return Found("recovery", root, recovery, get_checkpoint_name(root, recovery))
+        if recovery != NOTHING:
+            print_rank_0(
+                f"WARNING: the recovery checkpoint of iteration {recovery} is older than the persistent "
+                f"one of {iteration}, which is loaded"
+            )
+    if problem is not None:
+        raise problem
+    if iteration == NOTHING:
+        return None
+    assert load_dir is not None
+    path = get_checkpoint_name(load_dir, iteration, release)
+    return Found("persistent", os.fspath(load_dir), iteration, path, is_release=release)
+
+
+def _newest_recovery(
+    load_dir: str | None, ckpt_cfg: CheckpointConfig, context: dict[str, Any] | None
+) -> tuple[str, int]:
     if ckpt_cfg.non_persistent_ckpt_type == "global":
-        for root in _get_global_non_persistent_checkpoint_dirs(load_dir, ckpt_cfg):
-            newest[root] = _get_non_persistent_iteration(root, "global")
-        recovery = newest_global_non_persistent_checkpoint(load_dir, ckpt_cfg)
-        if recovery[1] >= iteration:
-            chosen = recovery
-    seal = METADATA_FILE if ckpt_cfg.ckpt_format == "fsdp_dtensor" else SEAL_FILE
-    return on_rank_0(lambda: _sealed(newest, chosen, seal))
+        return newest_global_non_persistent_checkpoint(load_dir, ckpt_cfg)
+    kind: Any = ckpt_cfg.non_persistent_ckpt_type
+    return "", _get_non_persistent_iteration("", kind, context)
 
 
-def _sealed(newest: dict[str, int], chosen: tuple[str | None, int], seal: str) -> list[str]:
-    """Complete checkpoints of several roots up to the iterations given, without the one ``chosen``."""
-    found = []
-    for root, last in newest.items():
-        for name in names_in(root, "iter_*"):
-            iteration = int(name[5:]) if re.fullmatch(r"iter_\d{7,}", name) else last + 1
-            is_sealed_one = file_exists(join_paths(root, name, seal))
-            if iteration <= last and (root, iteration) != chosen and is_sealed_one:
-                found.append((iteration, join_paths(root, name)))
-    return [path for _, path in sorted(found, reverse=True)]
+def older_checkpoints(
+    load_dir: str | None, ckpt_cfg: CheckpointConfig, chosen: Found, context: dict[str, Any] | None
+) -> list[Found]:
+    """Checkpoints to fall back to when ``chosen`` is damaged, of any tier, newest first. Collective.
+
+    They are those of the run that were published and are sealed. None where the user named one certain
+    checkpoint: by ``ckpt_step``, or as ``load_dir`` itself; nor for a release.
+    """
+    if ckpt_cfg.ckpt_step is not None or chosen.is_release or not (chosen.root or chosen.tier == "local"):
+        return []
+    roots: dict[str, Tier] = {}
+    if ckpt_cfg.non_persistent_ckpt_type == "global":
+        roots = dict.fromkeys(_get_global_non_persistent_checkpoint_dirs(load_dir, ckpt_cfg), "recovery")
+    if load_dir:
+        roots.setdefault(load_dir, "persistent")
+    local = context if ckpt_cfg.non_persistent_ckpt_type == "local" else None
+    found = list_checkpoints(roots, local, ckpt_cfg.ckpt_format)
+    tried = (chosen.path, chosen.iteration)
+    return [each for each in found if each.is_published and (each.path, each.iteration) != tried]

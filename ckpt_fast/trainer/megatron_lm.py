@@ -7,6 +7,9 @@ from typing import Any
 
 from ckpt_fast.state import TrainState
 
+# Where Megatron-LM keeps its settings in the common state.
+ARGUMENTS = "args"
+
 # Parallel sizes a Namespace may have, with what their absence means.
 _PARALLEL_SIZES = {
     "tensor_model_parallel_size": 1,
@@ -25,12 +28,12 @@ def _extract_megatron_lm_args_from_state_dict(state_dict: dict[str, Any]) -> dic
     Raises:
         RuntimeError: there are no arguments in the state dict.
     """
-    if "args" not in state_dict:
+    if ARGUMENTS not in state_dict:
         raise RuntimeError(
             "Legacy checkpoint missing 'args' field in state_dict: it has neither run_config.yaml nor the "
             "arguments of Megatron-LM, so its parallel layout is unknown"
         )
-    args = state_dict["args"]
+    args = state_dict[ARGUMENTS]
     return {
         "model": {name: getattr(args, name, default) for name, default in _PARALLEL_SIZES.items()},
         "checkpoint": {
@@ -43,7 +46,7 @@ def _extract_megatron_lm_args_from_state_dict(state_dict: dict[str, Any]) -> dic
 
 def _get_train_state_from_state_dict(state_dict: dict[str, Any]) -> TrainState:
     """The progress of a Megatron-LM run; a counter it does not have is 0."""
-    args = state_dict.get("args")
+    args = state_dict.get(ARGUMENTS)
     return TrainState(
         step=state_dict.get("iteration", 0),
         consumed_train_samples=getattr(args, "consumed_train_samples", 0),

@@ -6,12 +6,15 @@ from __future__ import annotations
 import contextlib
 import glob
 import os
-from typing import IO, Any
+import re
+from typing import Any
 
-import yaml
-
-from ckpt_fast.megatron import object_storage
+from ckpt_fast.megatron import as_url, object_storage
 from ckpt_fast.pipeline.commit import fsync, fsync_directory, write_file_atomic
+from ckpt_fast.pipeline.documents import parse_yaml
+from ckpt_fast.pipeline.encode import file_record
+from ckpt_fast.pipeline.small_files import LARGEST_FILE, LARGEST_TEXT, read_small_file
+from ckpt_fast.pipeline.types import FileRecord
 
 TRAIN_STATE_FILE = "train_state.pt"
 TRACKER_PREFIX = "latest"
@@ -45,11 +48,24 @@ def is_file(path: str) -> bool:
     return bool(msc.os.path.isfile(path) if msc else os.path.isfile(path))
 
 
-def open_file(path: str, mode: str = "rb") -> IO[Any]:
-    """Open for reading, wherever the file is."""
+def is_directory(path: str) -> bool:
+    """Whether ``path`` is a directory, or a link to one; in object storage whether there is anything."""
     msc = object_storage(path)
-    stream: IO[Any] = msc.open(path, mode) if msc else open(path, mode)  # noqa: SIM115
-    return stream
+    return bool(msc.os.path.exists(path) if msc else os.path.isdir(path))
+
+
+def read_file(path: str, limit: int = LARGEST_TEXT) -> bytes:
+    """The content of a small file, wherever it is.
+
+    Raises:
+        CheckpointCorruptError: it is no regular file, or longer than ``limit``.
+        OSError: it cannot be read.
+    """
+    msc = object_storage(path)
+    if msc is None:
+        return read_small_file(path, limit)
+    with msc.open(path, "rb") as stream:
+        return bytes(stream.read())
 
 
 def write_file(path: str, data: bytes) -> None:
@@ -72,6 +88,20 @@ def write_file(path: str, data: bytes) -> None:
 def names_in(directory: str, pattern: str) -> list[str]:
     """Names of files and directories in ``directory`` that match a glob pattern."""
     return [os.path.basename(path.rstrip("/")) for path in _glob(directory, pattern)]
+
+
+def records_below(directory: str, name: str) -> list[FileRecord]:
+    """The files in a directory of a checkpoint, by their paths in it; none without that directory."""
+    below = join_paths(directory, name)
+    if object_storage(below):
+        paths = [each for each in _glob(below, "*") if is_file(each)]
+    else:
+        paths = [os.path.join(parent, each) for parent, _, names in os.walk(below) for each in names]
+    records = []
+    for path in sorted(paths):
+        content = read_file(path, LARGEST_FILE)
+        records.append(file_record(join_paths(name, path[len(below) :].lstrip("/")), content))
+    return records
 
 
 def remove_file(path: str) -> None:
@@ -114,6 +144,35 @@ def join_paths(*paths: str) -> str:
     if not paths:
         raise ValueError("join_paths needs at least one path")
     return os.path.join(*(os.fspath(path) for path in paths))
+
+
+# --- Roots -----------------------------------------------------------------------------------------------
+
+
+def settle_directories(cfg: Any) -> None:
+    """Let the configuration name its directories in one way: strings, absolute, without a slash at the end.
+
+    They keep their meaning then if the program changes its directory, and can be compared. ``..`` stays:
+    it may lead out of a link.
+    """
+    fields = {
+        "checkpoint": ("save", "load", "pretrained_checkpoint", "non_persistent_global_ckpt_dir"),
+        "dataset": ("dataloader_save", "dataloader_load"),
+    }
+    for section, names in fields.items():
+        for name in names:
+            value = getattr(getattr(cfg, section, None), name, None)
+            if isinstance(value, (str, os.PathLike)) and os.fspath(value):
+                setattr(getattr(cfg, section), name, settled(value))
+
+
+def settled(path: str | os.PathLike[str]) -> str:
+    """One path in the form that ``settle_directories`` gives it; an URL stays as it is."""
+    name = as_url(path)
+    if "://" in name:
+        return name
+    parts = [part for part in os.path.join(os.getcwd(), name).split("/") if part not in ("", ".")]
+    return "/" + "/".join(parts)
 
 
 # --- Names -----------------------------------------------------------------------------------------------
@@ -186,9 +245,8 @@ def get_hf_model_id_from_checkpoint(path: str) -> str | None:
         children = _glob(path, "iter_*")
         if not children:
             raise FileNotFoundError(f"{path} has neither {CONFIG_FILE} nor iter_* directories")
-        config_file = get_checkpoint_run_config_filename(max(children, key=_iteration_of))
-    with open_file(config_file, "r") as stream:
-        model = (yaml.safe_load(stream) or {}).get("model") or {}
+        config_file = get_checkpoint_run_config_filename(max(children, key=iteration_of))
+    model = (parse_yaml(read_file(config_file)) or {}).get("model") or {}
     extra = model.get("extra_checkpoint_metadata") or {}
     model_id = extra.get("hf_model_id") or model.get("hf_model_id")
     return str(model_id) if model_id else None
@@ -201,6 +259,7 @@ def _glob(directory: str, pattern: str) -> list[str]:
     return glob.glob(os.path.join(glob.escape(directory), pattern))
 
 
-def _iteration_of(directory: str) -> int:
-    digits = os.path.basename(directory.rstrip("/")).removeprefix("iter_")
-    return int(digits) if digits.isdigit() else -1
+def iteration_of(directory: str) -> int:
+    """The number in the name of a directory ``iter_*``; -1 if it has another name."""
+    match = re.fullmatch(r"iter_([0-9]+)", os.path.basename(directory.rstrip("/")))
+    return int(match[1]) if match else -1

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What makes a durable payload the checkpoint to resume from: its iteration files, then the trackers."""
+"""What makes durable tensors the checkpoint to resume from: the files around them, then the trackers."""
 
 from __future__ import annotations
 
@@ -7,18 +7,20 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+from ckpt_fast import megatron
 from ckpt_fast.errors import CheckpointError
+from ckpt_fast.pipeline.encode import file_record
+from ckpt_fast.pipeline.types import FileRecord
 from ckpt_fast.trainer.experiment_loggers import append_to_progress_log
-from ckpt_fast.trainer.paths import get_checkpoint_train_state_filename
+from ckpt_fast.trainer.paths import CONFIG_FILE, TRAIN_STATE_FILE, join_paths, records_below, write_file
 from ckpt_fast.trainer.ranks import get_rank_safe, print_rank_0
-from ckpt_fast.trainer.sidecars import save_tokenizer_assets
+from ckpt_fast.trainer.sidecars import TOKENIZER_DIR, save_tokenizer_assets
 from ckpt_fast.trainer.trackers import (
+    encode_train_state,
     number_of_save,
     publish_trackers,
     snapshot_run_config,
     snapshot_train_state,
-    write_run_config,
-    write_train_state,
 )
 
 
@@ -63,14 +65,34 @@ class Publication:
         self._cfg = state.cfg
         self._step = int(state.train_state.step)
         self._checkpoint_name, self._save_dir = checkpoint_name, save_dir
-        self._suffix, self._is_local = success_suffix, is_local
+        self._suffix, self._is_local, self._is_complete = success_suffix, is_local, False
         self._number = number_of_save()
         self.train_state = snapshot_train_state(state.train_state, num_floating_point_operations_so_far)
         # Rank 0 alone writes it.
         self._run_config = snapshot_run_config(state.cfg) if get_rank_safe() == 0 and not is_local else b""
 
+    def complete(self) -> list[FileRecord]:
+        """Write what else belongs to the checkpoint. Called on rank 0, before the checkpoint is sealed.
+
+        Returns:
+            The files.
+
+        Raises:
+            CheckpointWriteError: a file could not be written; the checkpoint must not be sealed.
+        """
+        contents = {CONFIG_FILE: self._run_config, TRAIN_STATE_FILE: encode_train_state(self.train_state)}
+        for name, content in contents.items():
+            write_file(join_paths(self._checkpoint_name, name), content)
+        self._save_tokenizer()
+        self._is_complete = True
+        return [
+            *(file_record(name, content) for name, content in contents.items()),
+            *records_below(self._checkpoint_name, TOKENIZER_DIR),
+            *records_below(self._checkpoint_name, megatron.MODELOPT_DIR),
+        ]
+
     def publish(self) -> None:
-        """Called on rank 0 once the payload is durable on all ranks.
+        """Called on rank 0 once the checkpoint is sealed.
 
         Raises:
             CheckpointWriteError: a file could not be written; trackers still name the previous checkpoint.
@@ -80,9 +102,8 @@ class Publication:
             print_rank_0(f"  successfully saved local checkpoint from iteration {self._step:7d}")
             self._log_progress("Saved async local checkpoint")
             return
-        write_run_config(self._checkpoint_name, self._run_config)
-        self._save_tokenizer()
-        write_train_state(get_checkpoint_train_state_filename(self._checkpoint_name), self.train_state)
+        if not self._is_complete:
+            self.complete()  # some storage's own writers seal a checkpoint without asking
         publish_trackers(self._save_dir, self._step, self.train_state, self._number)
         where = f"{ckpt_cfg.save} {self._suffix}"
         print_rank_0(f"  successfully saved checkpoint from iteration {self._step:7d} to {where}")

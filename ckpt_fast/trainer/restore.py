@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from ckpt_fast import megatron
-from ckpt_fast.errors import CheckpointMismatchError
+from ckpt_fast.doors.common_state import saved_metadata
+from ckpt_fast.errors import CheckpointMismatchError, DamagedFileError
 from ckpt_fast.state import TrainState
 from ckpt_fast.trainer.contexts import CheckpointType
 from ckpt_fast.trainer.glu import (
@@ -19,20 +20,83 @@ from ckpt_fast.trainer.glu import (
 from ckpt_fast.trainer.glu_layout import LOCAL_SIZES_KEY, Sizes, reorder_late, require_same_sizes
 from ckpt_fast.trainer.load_plan import LoadPlan
 from ckpt_fast.trainer.local import is_layer_wise, layer_wise_optimizer_path
-from ckpt_fast.trainer.megatron_lm import _get_train_state_from_state_dict
-from ckpt_fast.trainer.paths import file_exists, get_checkpoint_train_state_filename
+from ckpt_fast.trainer.megatron_lm import ARGUMENTS, _get_train_state_from_state_dict
+from ckpt_fast.trainer.paths import (
+    file_exists,
+    get_checkpoint_run_config_filename,
+    get_checkpoint_train_state_filename,
+    iteration_of,
+)
 from ckpt_fast.trainer.ranks import on_rank_0, print_rank_0
 from ckpt_fast.trainer.rng import restore_rng_state
 from ckpt_fast.trainer.state_dict import RERUN_KEY, _is_model_section, _load_model_state_dict
 from ckpt_fast.trainer.trackers import read_train_state
 
 
+def read_progress(common: dict[str, Any], checkpoint_name: Any, ckpt_type: Any) -> TrainState | None:
+    """How far the run had come, without having loaded the payload. Collective.
+
+    Args:
+        common: the common state.
+
+    Returns:
+        None where the payload says it: in local checkpoints, and in Megatron-LM's of the format fsdp_dtensor.
+
+    Raises:
+        DamagedFileError: ``train_state.pt`` cannot be read, is of another iteration, or is missing in a
+            checkpoint that is not Megatron-LM's.
+    """
+    if ckpt_type is CheckpointType.LOCAL:
+        return None
+    path = get_checkpoint_train_state_filename(checkpoint_name)
+    config = get_checkpoint_run_config_filename(checkpoint_name)
+    is_there, is_megatron_lm = on_rank_0(
+        lambda: (
+            file_exists(path),
+            not file_exists(config) and _has_arguments(common, checkpoint_name, ckpt_type),
+        )
+    )
+    if is_there:
+        train_state: TrainState = read_train_state(path)
+        _require_same_iteration(int(train_state.step), path, checkpoint_name, common)
+        return train_state
+    if not is_megatron_lm:
+        raise DamagedFileError(
+            f"{path} is missing: nobody can tell how far the run had come. Restore the file, load another "
+            "checkpoint, or take the weights alone (finetune=True)."
+        )
+    return _get_train_state_from_state_dict(common) if ckpt_type is CheckpointType.GLOBAL else None
+
+
+def _has_arguments(common: dict[str, Any], checkpoint_name: Any, ckpt_type: Any) -> bool:
+    """Whether the arguments of Megatron-LM are in the checkpoint. Local."""
+    if ckpt_type is CheckpointType.GLOBAL:
+        return ARGUMENTS in common
+    return any(
+        name.partition(".")[0] == ARGUMENTS for name in saved_metadata(checkpoint_name).state_dict_metadata
+    )
+
+
+def _require_same_iteration(step: int, path: str, checkpoint_name: Any, common: dict[str, Any]) -> None:
+    named = iteration_of(str(checkpoint_name))
+    others = {f"the directory's name says {named}": named if named >= 0 else step}
+    if isinstance(common.get("iteration"), int):
+        others[f"its common state says {common['iteration']}"] = common["iteration"]
+    for what, iteration in others.items():
+        if iteration != step:
+            raise DamagedFileError(
+                f"{path} is of iteration {step}, but {what}. One of them is of another save, or damaged. "
+                "Restore it, or load another checkpoint."
+            )
+
+
 def restore_train_state(
-    state: Any, state_dict: dict[str, Any], checkpoint_name: Any, release: bool, ckpt_type: Any
+    state: Any, progress: TrainState | None, state_dict: dict[str, Any], release: bool, ckpt_type: Any
 ) -> None:
+    """Take over the counters, those that ``read_progress`` read or those in the loaded state."""
     finetune = state.cfg.checkpoint.finetune
     if not finetune:
-        state.train_state = _loaded_train_state(state_dict, checkpoint_name, ckpt_type)
+        state.train_state = progress or _loaded_train_state(state_dict, ckpt_type)
     if finetune or release:
         state.train_state.step = 0
     if not finetune:
@@ -41,18 +105,15 @@ def restore_train_state(
         )
 
 
-def _loaded_train_state(state_dict: dict[str, Any], checkpoint_name: Any, ckpt_type: Any) -> Any:
-    if ckpt_type is CheckpointType.LOCAL:
-        train_state = TrainState(step=state_dict.get("iteration", 0))
-        if "train_state_metadata" in state_dict:
-            train_state.load_state_dict(state_dict["train_state_metadata"])
-        else:
-            print_rank_0("WARNING: the local checkpoint has no train state; only the iteration is restored")
-        return train_state
-    path = get_checkpoint_train_state_filename(checkpoint_name)
-    if on_rank_0(lambda: file_exists(path)):
-        return read_train_state(path)
-    return _get_train_state_from_state_dict(state_dict)
+def _loaded_train_state(state_dict: dict[str, Any], ckpt_type: Any) -> TrainState:
+    if ckpt_type is not CheckpointType.LOCAL:
+        return _get_train_state_from_state_dict(state_dict)
+    train_state = TrainState(step=state_dict.get("iteration", 0))
+    if "train_state_metadata" in state_dict:
+        train_state.load_state_dict(state_dict["train_state_metadata"])
+    else:
+        print_rank_0("WARNING: the local checkpoint has no train state; only the iteration is restored")
+    return train_state
 
 
 def restore_model(

@@ -16,18 +16,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from ckpt_fast.megatron import object_storage
-from ckpt_fast.pipeline.commit import DATA_SUFFIX, METADATA_FILE, SEAL_FILE, SIDECAR_FILE, fsync_directory
+from ckpt_fast.pipeline.commit import (
+    DATA_SUFFIX,
+    METADATA_FILE,
+    SEAL_FILE,
+    SIDECAR_FILE,
+    fsync_directory,
+    is_payload,
+)
+from ckpt_fast.pipeline.decode import decode_object
+from ckpt_fast.trainer.catalog import damage_of, iterations_in
 from ckpt_fast.trainer.paths import (
+    CONFIG_FILE,
     TRACKER_PREFIX,
+    TRAIN_STATE_FILE,
     file_exists,
     get_checkpoint_tracker_filename,
     get_checkpoint_train_state_filename,
     join_paths,
     names_in,
-    open_file,
+    read_file,
 )
 from ckpt_fast.trainer.ranks import get_rank_safe, print_rank_0
 
@@ -36,7 +45,8 @@ logger = logging.getLogger(__name__)
 # Deletions of overlapping saves run one after the other, so that none sees another's half-deleted state.
 _CHECKPOINT_CLEANUP_LOCK = threading.Lock()
 
-_PREFIX = "iter_"
+# What our saves leave besides data, and no other library's alone.
+_OWN_NAMES = {METADATA_FILE, SEAL_FILE, SIDECAR_FILE, CONFIG_FILE, TRAIN_STATE_FILE}
 
 
 @dataclass(frozen=True)
@@ -59,7 +69,7 @@ def cleanup_old_non_persistent_checkpoint(
     Args:
         save_dir: the directory of the checkpoints and their trackers.
         leave_ckpt_num: how many to keep; 0 deletes all that may be deleted, None or a negative number none.
-            Checkpoints that were never finished (data files without ``.metadata``) do not count.
+            Only whole ones count; what a save that died has left is deleted as soon as it is old.
         do_async: delete in a background thread, which a normal exit of the process waits for.
         max_iteration: the last published iteration; newer checkpoints are neither counted nor deleted.
             None: the iteration that the trackers name, if any.
@@ -97,7 +107,7 @@ def cleanup_old_dataloader_states(states_dir: str, checkpoint_roots: Sequence[st
         return
     try:
         old = [each for each in _list_checkpoints(states_dir) if each.iteration <= newest][:-2]
-        needed = {each.iteration for root in checkpoint_roots for each in _list_checkpoints(root)}
+        needed = {iteration for root in checkpoint_roots for iteration, _ in iterations_in(root)}
     except Exception:
         logger.exception("cannot tell which data loader states in %s are old: none is deleted", states_dir)
         return
@@ -115,10 +125,30 @@ def _choose(
     tracked = _tracked_iterations(save_dir)
     newest = max_iteration if max_iteration is not None else max(tracked, default=None)
     old = [each for each in _list_checkpoints(save_dir) if newest is None or each.iteration <= newest]
-    finished = [each for each in old if not _is_unfinished(each.path)]
     kept = {each for each in old if each.iteration in tracked}
-    kept.update(finished[max(0, len(finished) - leave) :])
+    whole = 0
+    for each in reversed(old):
+        if whole < leave and _counts(each.path):
+            kept.add(each)
+            whole += 1
+    if whole == 0:
+        # There is nothing to compare with: the newest may be of a kind that is not known here.
+        kept.update(old[max(0, len(old) - leave) :])
     return [each for each in old if each not in kept], [each for each in old if each in kept]
+
+
+def _counts(path: str) -> bool:
+    """Whether a directory is one of the checkpoints that are to be kept: a whole one, or another library's.
+
+    What is neither was left by a save that died, or by a deletion: nobody can resume from it.
+    """
+    if damage_of(path) is None:
+        return True
+    names = names_in(path, "*")
+    if SEAL_FILE in names and not names_in(path, f"*{DATA_SUFFIX}"):
+        # Of a backend of Megatron-Core that keeps a directory for each tensor.
+        return not file_exists(join_paths(path, METADATA_FILE))
+    return bool(names) and not any(is_payload(name) or name in _OWN_NAMES for name in names)
 
 
 def _names(checkpoints: list[_Checkpoint]) -> list[str]:
@@ -126,23 +156,12 @@ def _names(checkpoints: list[_Checkpoint]) -> list[str]:
 
 
 def _list_checkpoints(save_dir: str) -> list[_Checkpoint]:
-    """The directories ``iter_<number>`` in ``save_dir``, oldest first; other names are not ours to delete."""
-    storage = object_storage(save_dir)
-    if storage:
-        paths = [str(path) for path in storage.Path(save_dir).glob(f"{_PREFIX}*")]
-    elif os.path.isdir(save_dir):
-        with os.scandir(save_dir) as entries:
-            # A link to a checkpoint elsewhere is somebody's own arrangement.
-            paths = [entry.path for entry in entries if entry.is_dir(follow_symlinks=False)]
-    else:
-        return []
-    found = []
-    for path in paths:
-        name = os.path.basename(path.rstrip("/"))
-        digits = name.removeprefix(_PREFIX)
-        if name.startswith(_PREFIX) and digits.isascii() and digits.isdigit():
-            found.append(_Checkpoint(int(digits), path))
-    return sorted(found, key=lambda each: each.iteration)
+    """The directories ``iter_<number>`` in ``save_dir``, oldest first; other names are not ours to delete.
+
+    Nor are links: a checkpoint elsewhere is somebody's own arrangement.
+    """
+    found = (_Checkpoint(iteration, path) for iteration, path in iterations_in(save_dir))
+    return [each for each in found if object_storage(each.path) or not os.path.islink(each.path)]
 
 
 def _tracked_iterations(save_dir: str) -> set[int]:
@@ -154,20 +173,14 @@ def _tracked_iterations(save_dir: str) -> set[int]:
     tracked = set()
     train_state = get_checkpoint_train_state_filename(save_dir, prefix=TRACKER_PREFIX)
     if file_exists(train_state):
-        with open_file(train_state) as stream:
-            tracked.add(int(torch.load(stream, map_location="cpu", weights_only=True)["step"].item()))
+        content = decode_object(read_file(train_state), train_state, verify=True)
+        tracked.add(int(content["step"].item()))
     megatron_lm = get_checkpoint_tracker_filename(save_dir)
     if file_exists(megatron_lm):
-        with open_file(megatron_lm, "r") as stream:
-            text = stream.read().strip()
+        text = read_file(megatron_lm).decode().strip()
         if text != "release":
             tracked.add(int(text))
     return tracked
-
-
-def _is_unfinished(path: str) -> bool:
-    """Whether a save died here: there is data, and nothing that says what it is."""
-    return not file_exists(join_paths(path, METADATA_FILE)) and bool(names_in(path, f"*{DATA_SUFFIX}"))
 
 
 def _remove_checkpoints(paths: list[str]) -> None:

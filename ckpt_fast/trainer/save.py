@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from ckpt_fast import megatron
 from ckpt_fast.doors import megatron_core
@@ -13,11 +13,12 @@ from ckpt_fast.doors.parallel_save import FastParallelSaveWrapper
 from ckpt_fast.errors import CheckpointError
 from ckpt_fast.pipeline.background import SaveHandle
 from ckpt_fast.pipeline.group import ControlGroup
-from ckpt_fast.pipeline.types import SaveReport
+from ckpt_fast.pipeline.types import FileRecord
 from ckpt_fast.settings import Settings
 from ckpt_fast.trainer import experiment_loggers as loggers
 from ckpt_fast.trainer.after_save import fire_callbacks, logger_finalizer, report, retain
 from ckpt_fast.trainer.async_save import end_save_to, make_room, schedule_async_save
+from ckpt_fast.trainer.data_position import FILES_KEY
 from ckpt_fast.trainer.fsdp import save_fsdp_dtensor
 from ckpt_fast.trainer.glu import _get_model_glu_interleave_sizes
 from ckpt_fast.trainer.glu_layout import (
@@ -34,7 +35,7 @@ from ckpt_fast.trainer.publish import Publication, save_errors_tolerated
 from ckpt_fast.trainer.ranks import barrier_if_distributed, print_rank_0
 from ckpt_fast.trainer.rng import get_rng_state
 from ckpt_fast.trainer.save_run import SaveRun, dataloader_path
-from ckpt_fast.trainer.sidecars import maybe_save_dataloader_state
+from ckpt_fast.trainer.sidecars import save_dataloader_state
 from ckpt_fast.trainer.staging import staging_policy
 from ckpt_fast.trainer.state_dict import (
     _build_sharded_state_dict_metadata,
@@ -113,8 +114,7 @@ def save_checkpoint(
         target = choose_target(run.ckpt_cfg, run.context, state.train_state.step, non_persistent_ckpt)
         end_save_to(state, run.ckpt_cfg, target.checkpoint_name)
         _announce(run, target)
-        _save_beside(run, target)
-
+        beside = _save_beside(run, target)
         metadata = _content_metadata(run, target)
         state_dict, publication = ControlGroup().agree(
             lambda: (
@@ -134,7 +134,9 @@ def save_checkpoint(
         state_dict = _to_checkpoint_layout(run, target, state_dict, prebuilt_state_dict is not None)
         if target.is_local:
             state_dict["train_state_metadata"] = publication.train_state
-        request = _hand_over(run, target, state_dict, metadata, preprocess_common_state_dict_fn)
+            state_dict[FILES_KEY] = [list(each) for each in beside]
+        around = _Surroundings(beside, publication.complete)
+        request = _hand_over(run, target, state_dict, metadata, around, preprocess_common_state_dict_fn)
         _finalize(
             run,
             request,
@@ -170,21 +172,33 @@ def _announce(run: SaveRun, target: SaveTarget) -> None:
         require_export(run.cfg, run.model)
 
 
-def _save_beside(run: SaveRun, target: SaveTarget) -> None:
-    """What is stored next to the checkpoint rather than in it."""
+class _Surroundings(NamedTuple):
+    """What belongs to a checkpoint besides its tensors.
+
+    Attributes:
+        beside: files that this rank has written elsewhere.
+        complete: writes files into it, on rank 0, before it is sealed.
+    """
+
+    beside: list[FileRecord]
+    complete: Callable[[], Sequence[FileRecord]]
+
+
+def _save_beside(run: SaveRun, target: SaveTarget) -> list[FileRecord]:
+    """Save what is stored next to the checkpoint; returns the files that the checkpoint vouches for."""
     path = dataloader_path(run)
 
-    def save_beside() -> None:
+    def save_beside() -> list[FileRecord]:
         Settings.read()  # an odd one is refused on all ranks, while nothing has been touched
-        maybe_save_dataloader_state(
-            run.model, run.iterator, target.step, path, pg_collection=run.pg_collection
-        )
+        files = save_dataloader_state(run.model, run.iterator, target.step, path, run.pg_collection)
         if target.is_local:
             save_layer_wise_optimizer(run.optimizer, target.save_dir, run.pg_collection)
+        return files
 
-    ControlGroup().agree(save_beside)
+    files = ControlGroup().agree(save_beside)
     if not target.is_local:
         save_hf_copy(run.cfg, run.model, target.checkpoint_name)
+    return files
 
 
 def _glu_sizes(run: SaveRun) -> Sizes:
@@ -272,6 +286,7 @@ def _hand_over(
     target: SaveTarget,
     state_dict: dict[str, Any],
     metadata: dict[str, Any],
+    surroundings: _Surroundings,
     preprocess_common: Callable[[dict[str, Any]], dict[str, Any]] | None,
 ) -> Any:
     """Give the state dict to the door of its format.
@@ -285,7 +300,7 @@ def _hand_over(
         assert run.context is not None
         return save_local(run.state, state_dict, run.context, target.step, run.pg_collection)
     if ckpt_cfg.ckpt_format == "fsdp_dtensor":
-        return save_fsdp_dtensor(run.cfg, run.model, state_dict, target.checkpoint_name)
+        return save_fsdp_dtensor(run.cfg, run.model, state_dict, target.checkpoint_name, *surroundings)
     strategy, validate = _save_strategy(run)
     job = megatron_core.start_save(
         state_dict,
@@ -294,20 +309,24 @@ def _hand_over(
         validate_access_integrity=validate,
         preprocess_common_before_consistency_check=preprocess_common,
         content_metadata=megatron.clean_metadata_for_serialization(metadata),
-        sidecar_notes={key: metadata[key] for key in (GLU_ROWS_KEY,) if key in metadata},
+        notes={key: metadata[key] for key in (GLU_ROWS_KEY,) if key in metadata},
+        beside=surroundings.beside,
+        finish=surroundings.complete,
         snapshot=run.is_async,
         staging=staging_policy(run.model, run.optimizer) if run.is_async else None,
         host_buffer=getattr(ckpt_cfg, "host_buffer_bytes", None),
     )
-    result: SaveHandle | SaveReport
-    if run.is_async:
-        result = SaveHandle(job)
-    else:
-        job.write()
-        result = job.commit()
     if run.model and not getattr(run.cfg.dist, "use_decentralized_pg", False):
-        megatron.save_sharded_modelopt_state(run.model, target.checkpoint_name, (ckpt_cfg.ckpt_format, 1))
-    return result
+        # It belongs to the checkpoint, so it has to be there before that is sealed.
+        try:
+            megatron.save_sharded_modelopt_state(run.model, target.checkpoint_name, (ckpt_cfg.ckpt_format, 1))
+        except BaseException:
+            job.cancel()
+            raise
+    if run.is_async:
+        return SaveHandle(job)
+    job.write()
+    return job.commit()
 
 
 def _save_strategy(run: SaveRun) -> tuple[Any, bool]:

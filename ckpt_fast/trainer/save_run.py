@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+from ckpt_fast.trainer.paths import settle_directories
 from ckpt_fast.trainer.sidecars import can_save_position
 
 _DATALOADER_STATE_SUBDIR = "energon"
@@ -24,6 +25,9 @@ class SaveRun:
     context: dict[str, Any] | None
     pg_collection: Any
     module_name: str | None
+
+    def __post_init__(self) -> None:
+        settle_directories(self.cfg)
 
     @property
     def cfg(self) -> Any:

@@ -13,16 +13,21 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from ckpt_fast import settings
 from ckpt_fast.megatron import SoloGroup, get_pg_collection, object_storage
 from ckpt_fast.pipeline.commit import fsync_directory
+from ckpt_fast.pipeline.encode import file_record
 from ckpt_fast.pipeline.group import ControlGroup
+from ckpt_fast.pipeline.small_files import LARGEST_FILE
+from ckpt_fast.pipeline.types import FileRecord
+from ckpt_fast.trainer.data_position import FILES_KEY, record_for, require_content
 from ckpt_fast.trainer.inert_load import inert_load
 from ckpt_fast.trainer.paths import (
     ensure_directory_exists,
     file_exists,
     get_checkpoint_name,
     join_paths,
-    open_file,
+    read_file,
     sync_files,
     write_file,
 )
@@ -37,7 +42,7 @@ T = TypeVar("T")
 
 _STATE = "dataloader_state_dict"
 _STATES_OF_STAGES = "dataloader_state_dicts"
-_TOKENIZER_DIR = "tokenizer"
+TOKENIZER_DIR = "tokenizer"
 
 # tokenizer_type -> (field of the configuration, name in the checkpoint)
 _TOKENIZER_FILES: dict[str, tuple[tuple[str, str], ...]] = {
@@ -60,6 +65,14 @@ def can_save_position(train_iterator: Any) -> bool:
     iterators = _iterators(train_iterator)
     return bool(iterators) and all(
         hasattr(getattr(each, "iterable", None), "save_state") for each in iterators
+    )
+
+
+def can_restore_position(train_iterator: Any) -> bool:
+    """Whether the iterator, or each of a list of them, can be put at a position."""
+    iterators = _iterators(train_iterator)
+    return bool(iterators) and all(
+        hasattr(getattr(each, "iterable", None), "restore_state") for each in iterators
     )
 
 
@@ -89,9 +102,21 @@ def maybe_save_dataloader_state(
         RuntimeError: the iterator has no ``save_state``.
         CheckpointError: a rank could not save its state.
     """
+    save_dataloader_state(model, train_iterator, iteration, dataloader_save_path, pg_collection)
+
+
+def save_dataloader_state(
+    model: list[MegatronModule] | MegatronModule,
+    train_iterator: Any,
+    iteration: int,
+    dataloader_save_path: str | None,
+    pg_collection: ProcessGroupCollection | None,
+) -> list[FileRecord]:
+    """``maybe_save_dataloader_state``; returns the file that this rank has written, if any, by its name and
+    that of its directory."""
     iterators = _iterators(train_iterator)
     if not iterators or not dataloader_save_path:
-        return
+        return []
     if not can_save_position(train_iterator):
         raise RuntimeError(
             f"Could not find a save_state in the train dataloader {type(train_iterator).__name__}; give its "
@@ -99,13 +124,14 @@ def maybe_save_dataloader_state(
         )
     groups = pg_collection if pg_collection is not None else get_pg_collection(model)
     if any(_rank_in(getattr(groups, name, None)) != 0 for name in ("tp", "pp", "cp")):
-        return
+        return []
     print_rank_0(f"saving dataloader checkpoint at iteration {iteration} to {dataloader_save_path}")
     data_parallel = _DataParallel(groups.dp)
     path = _dataloader_file(dataloader_save_path, iteration, data_parallel.rank)
     data = data_parallel.agree(lambda: _serialise([each.iterable.save_state() for each in iterators]))
     data_parallel.decide(lambda: _prepare_directory(os.path.dirname(path)))
     data_parallel.agree(lambda: write_file(path, data))
+    return [file_record("/".join(path.rsplit("/", 2)[-2:]), data)]
 
 
 def maybe_load_dataloader_state(
@@ -128,23 +154,28 @@ def maybe_load_dataloader_state(
         return
     directory = get_checkpoint_name(dataloader_load_path, iteration)
     if not file_exists(directory):
-        print_rank_0(f"no dataloader state in {directory}: the data starts from its beginning")
+        print_rank_0(f"WARNING: no dataloader state in {directory}: the data starts from its beginning")
         return
     _restore_dataloader(train_iterator, iteration, dataloader_load_path, pg_collection)
 
 
-def _restore_dataloader(train_iterator: Any, iteration: int, root: str, pg_collection: Any) -> None:
-    iterables: list[Any] = [getattr(each, "iterable", None) for each in _iterators(train_iterator)]
-    if not iterables or not all(hasattr(iterable, "restore_state") for iterable in iterables):
+def _restore_dataloader(
+    train_iterator: Any, iteration: int, root: str, pg_collection: Any, files: Any = ()
+) -> None:
+    if not can_restore_position(train_iterator):
         return
+    iterables: list[Any] = [each.iterable for each in _iterators(train_iterator)]
     path = _dataloader_file(root, iteration, _rank_in(pg_collection.dp))
     if not file_exists(path):
         raise RuntimeError(
             f"{path} does not exist: the dataloader state was saved with a smaller data-parallel size. "
             "Resume with that size, or remove the directory to start the data from its beginning."
         )
-    with open_file(path) as stream:
-        loaded = inert_load(stream)
+    content = read_file(path, LARGEST_FILE)
+    record = record_for(path, files)
+    if record is not None and settings.verify_on_load():
+        require_content(path, content, record)
+    loaded = inert_load(io.BytesIO(content))
     states = loaded.get(_STATES_OF_STAGES) or [loaded[_STATE]]
     if len(states) != len(iterables):
         # All stages read the same data, so any of the states will do.
@@ -172,21 +203,39 @@ def resume_dataloader(
     Raises:
         RuntimeError: states were saved, but by fewer data-parallel ranks than there are now.
         RefusedPickleError: a file holds more than plain data; nothing of it has been run.
+        CheckpointCorruptError: a file is not what was saved with the checkpoint.
         CheckpointError: on the ranks that could read, naming the one that could not.
     """
     step = int(state.train_state.step)
     root = getattr(state.cfg.dataset, "dataloader_load", None)
     if root is None:
         root = (checkpointing_context or {}).get("dataloader_state_dir")
-    if step <= 0 or not root:
+    if step <= 0 or root == "":
+        return
+    wants = can_restore_position(train_iterator)
+    if root is None:
+        if wants:
+            print_rank_0(
+                "WARNING: the position in the data is not restored: nobody says where it is. Pass the "
+                "checkpointing_context of load_checkpoint, or set dataset.dataloader_load."
+            )
         return
     # Rank 0 looks for the directory: the others would start their data anew where they do not see it yet.
     directory = get_checkpoint_name(root, step)
     if not on_rank_0(lambda: file_exists(directory)):
-        print_rank_0(f"no dataloader state in {directory}: the data starts from its beginning")
+        if wants:
+            print_rank_0(f"WARNING: no dataloader state in {directory}: the data starts from its beginning")
         return
     groups = pg_collection if pg_collection is not None else get_pg_collection([])
-    on_all_ranks(lambda: _restore_dataloader(train_iterator, step, root, groups))
+    files = (checkpointing_context or {}).get(FILES_KEY)
+    on_all_ranks(lambda: _restore_dataloader(train_iterator, step, root, groups, files))
+    if wants:
+        print_rank_0(f"  position in the data restored from {directory}")
+    else:
+        print_rank_0(
+            f"WARNING: the position in the data is not restored from {directory}: the train dataloader "
+            f"{type(train_iterator).__name__} has no restore_state"
+        )
 
 
 def _iterators(train_iterator: Any) -> list[Any]:
@@ -260,7 +309,7 @@ def save_tokenizer_assets(tokenizer: Any, tokenizer_config: TokenizerConfig, che
     """
     if tokenizer is None or get_rank_safe() != 0:
         return
-    directory = join_paths(checkpoint_path, _TOKENIZER_DIR)
+    directory = join_paths(checkpoint_path, TOKENIZER_DIR)
     try:
         if object_storage(directory):
             with tempfile.TemporaryDirectory(prefix="ckpt_fast_") as local:

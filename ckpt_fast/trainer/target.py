@@ -50,7 +50,7 @@ def choose_target(
             raise ValueError("checkpoint.save is not set: name the directory to save checkpoints to")
         keep = ckpt_cfg.most_recent_k
         return SaveTarget(
-            CheckpointType.GLOBAL, ckpt_cfg.save, step, None if keep is None or keep < 0 else keep
+            CheckpointType.GLOBAL, os.fspath(ckpt_cfg.save), step, None if keep is None or keep < 0 else keep
         )
     kind = ckpt_cfg.non_persistent_ckpt_type
     if kind == "local":
@@ -68,8 +68,9 @@ def choose_target(
                 "neither checkpoint.non_persistent_global_ckpt_dir nor checkpoint.save is set: name the "
                 "directory to save recovery checkpoints to"
             )
-        save_dir = ckpt_cfg.non_persistent_global_ckpt_dir or os.path.join(
-            ckpt_cfg.save, _NON_PERSISTENT_CKPT_SUBDIR
+        save_dir = os.fspath(
+            ckpt_cfg.non_persistent_global_ckpt_dir
+            or os.path.join(ckpt_cfg.save, _NON_PERSISTENT_CKPT_SUBDIR)
         )
         keep = ckpt_cfg.most_recent_k
         return SaveTarget(

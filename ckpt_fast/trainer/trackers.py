@@ -7,11 +7,13 @@ after everything it names is durable: train state and run config of the iteratio
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import itertools
 import logging
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
@@ -19,17 +21,20 @@ from functools import lru_cache
 from typing import Any, Generic, TypeVar
 
 import torch
-import yaml
 
+from ckpt_fast.errors import CheckpointCorruptError, DamagedFileError
 from ckpt_fast.megatron import object_storage
+from ckpt_fast.pipeline.commit import METADATA_FILE, partial_files
+from ckpt_fast.pipeline.decode import decode_object
+from ckpt_fast.pipeline.documents import parse_yaml
 from ckpt_fast.state import TrainState
 from ckpt_fast.trainer.paths import (
     CONFIG_FILE,
     TRACKER_PREFIX,
-    get_checkpoint_run_config_filename,
+    get_checkpoint_name,
     get_checkpoint_tracker_filename,
     get_checkpoint_train_state_filename,
-    open_file,
+    read_file,
     write_file,
 )
 from ckpt_fast.trainer.ranks import control_device, get_rank_safe, is_distributed, on_rank_0, print_rank_0
@@ -38,6 +43,10 @@ from ckpt_fast.trainer.run_config import apply_run_config_backward_compat, sanit
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+# Beyond what the largest runs count, by factors of thousands.
+_MOST_COUNTED = 1 << 53
+_MOST_FLOPS = 1e33
 
 # (path, mtime in ns, size, inode): a file that was replaced within one clock tick has another inode.
 _Stamp = tuple[str, int, int, int]
@@ -61,26 +70,36 @@ class CachedReader(Generic[T]):
         """The content of ``path``. Collective: all ranks call it.
 
         Raises:
-            RuntimeError: on every rank, if rank 0 cannot read or understand the file.
+            DamagedFileError: on every rank, if rank 0 cannot read or understand the file.
         """
-        return on_rank_0(lambda: self._read(path))
+        return on_rank_0(lambda: self._read_or_say(path))
 
     def cache_clear(self) -> None:
         """Forget what was read."""
         self._cached.cache_clear()
 
-    def _read(self, path: str) -> T:
+    def read(self, path: str) -> T:
+        """The content of ``path``. Local.
+
+        Raises:
+            DamagedFileError: it cannot be read, or makes no sense.
+        """
         try:
             if object_storage(path):
                 return self._parse(path)
             return copy.deepcopy(self._cached(_stamp(path)))
         except Exception as error:
-            message = (
+            raise DamagedFileError(
                 f"Unable to load {self._what} file {path}: {error}. Restore the file, or load another "
                 "checkpoint (ckpt_step, or the directory of one iteration)."
-            )
-            sys.stderr.write(message + "\n")
-            raise RuntimeError(message) from error
+            ) from error
+
+    def _read_or_say(self, path: str) -> T:
+        try:
+            return self.read(path)
+        except DamagedFileError as error:
+            sys.stderr.write(f"{error}\n")
+            raise
 
 
 def _stamp(path: str) -> _Stamp:
@@ -90,17 +109,30 @@ def _stamp(path: str) -> _Stamp:
 
 def _parse_train_state(path: str) -> TrainState:
     """The progress counters of a run, from ``train_state.pt`` or the tracker ``latest_train_state.pt``."""
-    with open_file(path) as stream:
-        state_dict = torch.load(stream, map_location="cpu", weights_only=True)
     train_state = TrainState()
-    train_state.load_state_dict(state_dict)
+    train_state.load_state_dict(decode_object(read_file(path), path, verify=True))
+    _require_sensible(train_state)
     return train_state
+
+
+def _require_sensible(train_state: TrainState) -> None:
+    """Check that a run can be in this state.
+
+    Raises:
+        ValueError: naming the first value that is out of bounds.
+    """
+    for name, value in vars(train_state).items():
+        if name.startswith("do_"):
+            is_sensible = value in (0, 1)
+        else:
+            is_sensible = 0 <= value < (_MOST_FLOPS if name.endswith("so_far") else _MOST_COUNTED)
+        if not is_sensible:
+            raise ValueError(f"{name} is {value!r}, which is no state of a training run")
 
 
 def _parse_run_config(path: str) -> Any:
     """The configuration a checkpoint was saved with, as plain dicts and lists; None for an empty file."""
-    with open_file(path) as stream:
-        content = yaml.safe_load(stream)
+    content = parse_yaml(read_file(path))
     sections = [content.get(name) for name in ("model", "checkpoint")] if isinstance(content, dict) else []
     if content is not None and not (sections and all(isinstance(each, dict | None) for each in sections)):
         raise ValueError("it is no configuration of a run: that has sections, with a name for each setting")
@@ -126,9 +158,9 @@ def read_metadata(tracker_filename: str) -> tuple[int, bool]:
     Raises:
         SystemExit: no rank found an iteration or "release" in the file.
         AssertionError: the iteration is not positive.
-        OSError: no rank could read the file.
+        OSError, CheckpointCorruptError: no rank could read the file.
     """
-    iteration, problem = _parse_tracker(tracker_filename)
+    iteration, problem = parse_tracker(tracker_filename)
     newest = _maximum(iteration)
     if newest < 0 and problem is not None:
         if isinstance(problem, ValueError):
@@ -145,20 +177,21 @@ def read_metadata(tracker_filename: str) -> tuple[int, bool]:
     return newest, newest == 0
 
 
-def _parse_tracker(path: str) -> tuple[int, Exception | None]:
-    """(iteration, None), with 0 for "release", or (-1, what is wrong with the file).
+def parse_tracker(path: str) -> tuple[int, Exception | None]:
+    """Local. (iteration, None), with 0 for "release", or (-1, what is wrong with the file).
 
     Nothing is raised, since the file may look different on other ranks, which go on to a collective.
     """
     try:
-        with open_file(path) as stream:
-            text = stream.read().decode(errors="replace").strip()
+        text = read_file(path).decode(errors="replace").strip()
         if text == "release":
             return 0, None
+        if not re.fullmatch(r"-?[0-9]+", text):
+            raise ValueError
         iteration = int(text)
     except ValueError:
         return -1, ValueError(f"the tracker {path} holds neither an iteration nor 'release': {text[:80]!r}")
-    except OSError as error:
+    except (OSError, CheckpointCorruptError) as error:
         return -1, error
     if iteration <= 0:
         return -1, AssertionError(f"the tracker {path} holds iteration {iteration}; it must be positive")
@@ -200,16 +233,16 @@ def snapshot_run_config(cfg: Any) -> bytes:
             return file.read()
 
 
-def write_train_state(path: str, train_state: Mapping[str, torch.Tensor]) -> None:
-    """Write ``train_state.pt`` or ``latest_train_state.pt`` atomically. Called on rank 0."""
+def encode_train_state(train_state: Mapping[str, torch.Tensor]) -> bytes:
+    """The content of ``train_state.pt``, and of the tracker ``latest_train_state.pt``."""
     buffer = io.BytesIO()
     torch.save(dict(train_state), buffer)
-    write_file(path, buffer.getvalue())
+    return buffer.getvalue()
 
 
-def write_run_config(checkpoint_name: str, run_config: bytes) -> None:
-    """Write ``<checkpoint>/run_config.yaml`` atomically. Called on rank 0."""
-    write_file(get_checkpoint_run_config_filename(checkpoint_name), run_config)
+def write_train_state(path: str, train_state: Mapping[str, torch.Tensor]) -> None:
+    """Write such a file atomically. Called on rank 0."""
+    write_file(path, encode_train_state(train_state))
 
 
 _numbers = itertools.count()
@@ -252,3 +285,15 @@ def publish_trackers(
     write_train_state(get_checkpoint_train_state_filename(save_dir, prefix=TRACKER_PREFIX), train_state)
     write_file(get_checkpoint_tracker_filename(save_dir), str(iteration).encode())
     _published[root] = number
+    _sweep(save_dir, get_checkpoint_name(save_dir, iteration))
+
+
+def _sweep(save_dir: str, checkpoint: str) -> None:
+    """Remove what publications that died have left beside the trackers: files older than this checkpoint."""
+    if object_storage(save_dir):
+        return
+    with contextlib.suppress(OSError):
+        begun = os.stat(os.path.join(checkpoint, METADATA_FILE)).st_mtime_ns
+        for path in partial_files(save_dir, f"{TRACKER_PREFIX}_"):
+            if os.stat(path).st_mtime_ns < begun:
+                os.unlink(path)

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "error.h"
 
+#include <sys/stat.h>
+
 #include <cerrno>
 #include <system_error>
 #include <utility>
@@ -24,6 +26,13 @@ SystemError::SystemError(const std::string& text, int error_number, std::string 
 
 void throw_file_error(const char* verb, const std::string& path, int error_number) {
   throw SystemError(std::string(verb) + " " + path + ": " + reason(error_number), error_number, path);
+}
+
+void throw_not_regular(const char* verb, const std::string& path, uint32_t mode) {
+  if (S_ISDIR(mode)) throw_file_error(verb, path, EISDIR);
+  const char* const kind = S_ISFIFO(mode) ? "FIFO" : S_ISSOCK(mode) ? "socket" : "device";
+  const std::string text = std::string(verb) + " " + path + ": it is a " + kind + ", not a regular file";
+  throw SystemError(text, EIO, path);
 }
 
 void throw_write_error(int64_t nbytes, int64_t offset, const std::string& path, int error_number) {

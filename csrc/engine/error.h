@@ -26,6 +26,10 @@ class SystemError : public std::runtime_error {
 /// Throws "VERB PATH: reason".
 [[noreturn]] void throw_file_error(const char* verb, const std::string& path, int error_number);
 
+/// Throws "VERB PATH: it is a FIFO, not a regular file" with errno EIO; for a directory, its reason and
+/// EISDIR.
+[[noreturn]] void throw_not_regular(const char* verb, const std::string& path, uint32_t mode);
+
 /// Throws "write NBYTES bytes at OFFSET to PATH: reason".
 [[noreturn]] void throw_write_error(int64_t nbytes, int64_t offset, const std::string& path,
                                     int error_number);

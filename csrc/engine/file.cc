@@ -200,12 +200,14 @@ void OutputFile::publish() {
 }
 
 InputFile::InputFile(std::string path, bool direct) : path_(std::move(path)) {
-  file_ = open_file(path_, O_RDONLY, &direct);
-  direct_ = opened_direct_ = direct && !is_in_memory(file_.get());
-  if (!direct_) clear_direct(file_.get());
+  // A FIFO is opened at once that way, and not when somebody writes to it.
+  file_ = open_file(path_, O_RDONLY | O_NONBLOCK, &direct);
   struct stat status;
   if (::fstat(file_.get(), &status) != 0) throw_file_error("stat", path_, errno);
-  size_ = S_ISREG(status.st_mode) ? status.st_size : std::numeric_limits<int64_t>::max();
+  if (!S_ISREG(status.st_mode)) throw_not_regular("open", path_, status.st_mode);
+  size_ = status.st_size;
+  direct_ = opened_direct_ = direct && !is_in_memory(file_.get());
+  if (!direct_) clear_direct(file_.get());
 }
 
 void InputFile::read(std::vector<iovec> parts, int64_t nbytes, int64_t offset) {
@@ -228,6 +230,13 @@ void InputFile::read(std::vector<iovec> parts, int64_t nbytes, int64_t offset) {
     drop_front(&parts, &first, static_cast<size_t>(step));
     done += step;
   }
+}
+
+int64_t regular_file_size(const std::string& path) {
+  struct stat status;
+  if (::stat(path.c_str(), &status) != 0) throw_file_error("open", path, errno);
+  if (!S_ISREG(status.st_mode)) throw_not_regular("open", path, status.st_mode);
+  return status.st_size;
 }
 
 }  // namespace ckpt_fast

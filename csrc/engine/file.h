@@ -74,9 +74,9 @@ class OutputFile {
 /// A file being read. Different ranges may be read from several threads at once.
 class InputFile {
  public:
+  /// Opens a regular file, or a link to one. Anything else is an error: it is not waited for.
   InputFile(std::string path, bool direct);
 
-  /// Bytes in a regular file; INT64_MAX for devices and pipes, which do not say.
   int64_t size() const { return size_; }
 
   /// Reads a range of `nbytes` into `parts`, which have room for it. In direct mode there is one part; its
@@ -93,5 +93,8 @@ class InputFile {
   bool opened_direct_ = false;
   std::atomic<bool> direct_{false};
 };
+
+/// Bytes in a regular file, which is not opened; errors are those of opening it.
+int64_t regular_file_size(const std::string& path);
 
 }  // namespace ckpt_fast

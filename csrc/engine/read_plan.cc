@@ -2,10 +2,13 @@
 #include "read_plan.h"
 
 #include <algorithm>
+#include <initializer_list>
 #include <limits>
 #include <stdexcept>
 #include <tuple>
+#include <utility>
 
+#include "error.h"
 #include "file.h"
 #include "write_plan.h"
 
@@ -27,51 +30,107 @@ constexpr int64_t kGapShare = 16;
 // reads each page once and reads ahead.
 constexpr int64_t kDirectShare = 32;
 
-[[noreturn]] void refuse(size_t row, const std::string& why) {
-  throw std::invalid_argument("extent " + to_string(row) + ": " + why);
+[[noreturn]] void refuse(const char* kind, size_t row, const std::string& why) {
+  throw std::invalid_argument(std::string(kind) + " " + to_string(row) + ": " + why);
 }
 
-void check_columns(const ReadRequest& request) {
-  check_job(request.threads, request.chunk_nbytes);
-  if (request.digest_count < 0) throw std::invalid_argument("digest_count is negative");
-  for (const Column& column :
-       {request.extent_offset, request.extent_nbytes, request.extent_address, request.extent_digest}) {
-    if (column.size != request.extent_file.size) {
-      throw std::invalid_argument("extent columns differ in length: " + to_string(request.extent_file.size) +
-                                  " and " + to_string(column.size));
+void check_lengths(const char* kind, std::initializer_list<Column> columns) {
+  for (const Column& column : columns) {
+    if (column.size != columns.begin()->size) {
+      throw std::invalid_argument(std::string(kind) + " columns differ in length: " +
+                                  to_string(columns.begin()->size) + " and " + to_string(column.size));
     }
   }
+}
+
+void check_row(const char* kind, size_t row, int64_t file, size_t file_count, int64_t offset,
+               int64_t nbytes) {
+  if (file < 0 || file >= static_cast<int64_t>(file_count)) {
+    refuse(kind, row, "file " + to_string(file) + " is not one of " + to_string(file_count));
+  }
+  if (offset < 0 || nbytes < 0 || offset > std::numeric_limits<int64_t>::max() - kDirectAlignment - nbytes) {
+    refuse(kind, row, to_string(nbytes) + " bytes at " + to_string(offset) + " are no range");
+  }
+}
+
+template <typename Row>
+void sort_by_place(std::vector<Row>* rows) {
+  std::stable_sort(rows->begin(), rows->end(), [](const Row& a, const Row& b) {
+    return std::tie(a.file, a.offset) < std::tie(b.file, b.offset);
+  });
 }
 
 void add_extents(const ReadRequest& request, ReadPlan* plan) {
-  const auto file_count = static_cast<int64_t>(request.paths.size());
   for (size_t row = 0; row < request.extent_file.size; ++row) {
-    const Extent extent{row,
-                        request.extent_file[row],
-                        request.extent_offset[row],
-                        request.extent_nbytes[row],
-                        reinterpret_cast<uint8_t*>(request.extent_address[row]),
-                        request.extent_digest[row],
-                        0};
-    if (extent.file < 0 || extent.file >= file_count) {
-      refuse(row, "file " + to_string(extent.file) + " is not one of " + to_string(file_count));
-    }
-    if (extent.offset < 0 || extent.nbytes < 0 ||
-        extent.offset > std::numeric_limits<int64_t>::max() - kDirectAlignment - extent.nbytes) {
-      refuse(row, to_string(extent.nbytes) + " bytes at " + to_string(extent.offset) + " are no range");
-    }
-    if (extent.digest < -1 || extent.digest >= request.digest_count) {
-      refuse(row, "digest " + to_string(extent.digest) + " is not one of " + to_string(request.digest_count));
-    }
-    if (extent.digest >= 0) plan->stream_nbytes[extent.digest] += extent.nbytes;
+    const Extent extent{row, request.extent_file[row], request.extent_offset[row], request.extent_nbytes[row],
+                        reinterpret_cast<uint8_t*>(request.extent_address[row])};
+    check_row("extent", row, extent.file, request.paths.size(), extent.offset, extent.nbytes);
     plan->extents.push_back(extent);
   }
+  sort_by_place(&plan->extents);
 }
 
-void count_digest_behind(ReadPlan* plan) {
-  std::vector<int64_t> missing = plan->stream_nbytes;
-  for (Extent& extent : plan->extents) {
-    if (extent.digest >= 0) extent.digest_behind = missing[extent.digest] -= extent.nbytes;
+/// A range whose bytes have checksums, `block_nbytes` of them one.
+struct CheckedRange {
+  size_t row;  // in the request
+  int64_t file;
+  int64_t offset;
+  int64_t nbytes;
+  int64_t block_nbytes;
+  size_t first_block;
+
+  int64_t end() const { return offset + nbytes; }
+  Block block(int64_t number) const {
+    const int64_t begin = number * block_nbytes;
+    return {file, offset + begin, std::min(block_nbytes, nbytes - begin),
+            first_block + static_cast<size_t>(number)};
+  }
+};
+
+std::vector<CheckedRange> checked_ranges(const ReadRequest& request, ReadPlan* plan) {
+  std::vector<CheckedRange> ranges;
+  for (size_t row = 0; row < request.range_file.size; ++row) {
+    const CheckedRange range{row,
+                             request.range_file[row],
+                             request.range_offset[row],
+                             request.range_nbytes[row],
+                             request.range_block[row],
+                             plan->block_count};
+    check_row("range", row, range.file, request.paths.size(), range.offset, range.nbytes);
+    if (range.block_nbytes < 1) refuse("range", row, "its blocks have no bytes");
+    if (range.nbytes == 0) continue;
+    plan->block_count += static_cast<size_t>((range.nbytes - 1) / range.block_nbytes + 1);
+    ranges.push_back(range);
+  }
+  sort_by_place(&ranges);
+  for (size_t i = 1; i < ranges.size(); ++i) {
+    if (ranges[i].file == ranges[i - 1].file && ranges[i].offset < ranges[i - 1].end()) {
+      refuse("range", ranges[i].row, "overlaps range " + to_string(ranges[i - 1].row));
+    }
+  }
+  return ranges;
+}
+
+/// Collects the blocks that extents touch. Extents and ranges are sorted by place, so one sweep finds them.
+void add_blocks(const std::vector<CheckedRange>& ranges, ReadPlan* plan) {
+  size_t first = 0;  // the first range that an extent from here on may touch
+  size_t range_of_next = 0;
+  int64_t next = 0;  // blocks of that range before this one have been dealt with
+  for (const Extent& extent : plan->extents) {
+    if (extent.nbytes == 0) continue;
+    const auto is_before = [&](const CheckedRange& range) {
+      return range.file < extent.file || (range.file == extent.file && range.end() <= extent.offset);
+    };
+    while (first < ranges.size() && is_before(ranges[first])) ++first;
+    for (size_t i = first; i < ranges.size(); ++i) {
+      const CheckedRange& range = ranges[i];
+      if (range.file != extent.file || range.offset >= extent.end()) break;
+      if (i > range_of_next) range_of_next = i, next = 0;
+      if (i < range_of_next) continue;  // an earlier extent reached beyond it
+      const int64_t last = (std::min(extent.end(), range.end()) - 1 - range.offset) / range.block_nbytes;
+      const int64_t begin = std::max<int64_t>(extent.offset - range.offset, 0) / range.block_nbytes;
+      for (next = std::max(next, begin); next <= last; ++next) plan->blocks.push_back(range.block(next));
+    }
   }
 }
 
@@ -84,31 +143,80 @@ bool are_disjoint(const std::vector<Extent>& extents, size_t first, size_t last)
   return true;
 }
 
-/// Cuts [begin, end), which extents first … last - 1 cover but for small gaps, into transfers. The cuts fall
-/// on multiples of `step`, which keeps direct reads aligned and lets each fit a chunk buffer.
-void cut_run(int64_t step, int64_t begin, int64_t end, size_t first, size_t last, ReadPlan* plan) {
-  const std::vector<Extent>& extents = plan->extents;
-  const auto file = static_cast<size_t>(extents[first].file);
-  size_t from = first;
-  while (begin < end) {
-    const int64_t cut = std::min(end, (begin / step + 1) * step);
-    while (from < last && extents[from].end() <= begin) ++from;
-    size_t to = from;
-    while (to < last && extents[to].offset < cut) ++to;
-    if (from < to) plan->transfers.push_back({file, begin, cut, from, to, are_disjoint(extents, from, to)});
-    begin = cut;
+/// Whether the transfer's extents, which are disjoint, leave out no byte of its blocks.
+bool cover_blocks(const ReadPlan& plan, const Transfer& transfer) {
+  size_t extent = transfer.first;
+  for (size_t i = transfer.first_block; i < transfer.last_block; ++i) {
+    int64_t position = std::max(plan.blocks[i].offset, transfer.begin);
+    const int64_t end = std::min(plan.blocks[i].end(), transfer.end);
+    while (position < end) {
+      while (extent < transfer.last && plan.extents[extent].end() <= position) ++extent;
+      if (extent == transfer.last || plan.extents[extent].offset > position) return false;
+      position = plan.extents[extent].end();
+    }
   }
+  return true;
 }
 
-/// A run of extents that are read together, gaps included.
+/// What is read: an extent, or a block around parts of some.
+struct Span {
+  int64_t file;
+  int64_t offset;
+  int64_t nbytes;
+
+  int64_t end() const { return offset + nbytes; }
+};
+
+/// Cuts runs of spans into transfers. The cuts fall on multiples of a step, which keeps direct reads aligned
+/// and lets each fit a chunk buffer.
+class Cutter {
+ public:
+  Cutter(int64_t step, ReadPlan* plan) : step_(step), plan_(plan) {}
+
+  /// Cuts [begin, end) of a file, behind all that was cut before; spans cover it but for small gaps.
+  void cut(int64_t file, int64_t begin, int64_t end) {
+    while (begin < end) {
+      const int64_t cut = begin + std::min(end - begin, step_ - begin % step_);
+      const auto [first, last] = within(plan_->extents, &extent_, file, begin, cut);
+      const auto [first_block, last_block] = within(plan_->blocks, &block_, file, begin, cut);
+      if (first < last || first_block < last_block) {
+        Transfer transfer{static_cast<size_t>(file), begin, cut, first, last, first_block, last_block, false};
+        transfer.scatters = are_disjoint(plan_->extents, first, last) && cover_blocks(*plan_, transfer);
+        plan_->transfers.push_back(transfer);
+      }
+      begin = cut;
+    }
+  }
+
+ private:
+  /// Those of `rows` that may have a part in [begin, end); `*from` moves on to the first of them.
+  template <typename Row>
+  static std::pair<size_t, size_t> within(const std::vector<Row>& rows, size_t* from, int64_t file,
+                                          int64_t begin, int64_t end) {
+    const auto is_before = [&](const Row& row) {
+      return row.file < file || (row.file == file && row.end() <= begin);
+    };
+    while (*from < rows.size() && is_before(rows[*from])) ++*from;
+    size_t to = *from;
+    while (to < rows.size() && rows[to].file == file && rows[to].offset < end) ++to;
+    return {*from, to};
+  }
+
+  const int64_t step_;
+  ReadPlan* plan_;
+  size_t extent_ = 0;
+  size_t block_ = 0;
+};
+
+/// A run of spans that are read together, gaps included.
 class Run {
  public:
-  explicit Run(const Extent& first) : file_(first.file), end_(first.end()), wanted_(first.nbytes) {}
+  explicit Run(const Span& first) : file_(first.file), end_(first.end()), wanted_(first.nbytes) {}
 
   int64_t end() const { return end_; }
 
-  /// Takes the extent in if that reads little for nothing.
-  bool take(const Extent& next) {
+  /// Takes the span in if that reads little for nothing.
+  bool take(const Span& next) {
     const int64_t gap = std::max<int64_t>(next.offset - end_, 0);
     if (next.file != file_ || gap > kLongestGap) return false;
     if (gap > kFreeGap && unwanted_ + gap > wanted_ / kGapShare) return false;
@@ -125,14 +233,34 @@ class Run {
   int64_t unwanted_ = 0;  // but for free gaps
 };
 
+/// Looks at each file that bytes are wanted of.
+void check_sizes(const ReadRequest& request, const std::vector<Extent>& extents) {
+  size_t file = request.paths.size();
+  for (const Extent& extent : extents) {
+    if (extent.nbytes == 0 || static_cast<size_t>(extent.file) == file) continue;
+    file = static_cast<size_t>(extent.file);
+    require_inside(extents, file, request.paths[file], regular_file_size(request.paths[file]));
+  }
+}
+
+/// Extents and blocks by place.
+std::vector<Span> spans_of(const ReadPlan& plan) {
+  std::vector<Span> spans;
+  for (const Extent& extent : plan.extents) spans.push_back({extent.file, extent.offset, extent.nbytes});
+  for (const Block& block : plan.blocks) spans.push_back({block.file, block.offset, block.nbytes});
+  if (!plan.blocks.empty()) sort_by_place(&spans);
+  return spans;
+}
+
 void cut_transfers(const ReadRequest& request, ReadPlan* plan) {
-  const std::vector<Extent>& extents = plan->extents;
   const int64_t step = request.direct ? request.chunk_nbytes : std::min(request.chunk_nbytes, kCacheHot);
-  for (size_t first = 0; first < extents.size();) {
-    Run run(extents[first]);
+  const std::vector<Span> spans = spans_of(*plan);
+  Cutter cutter(step, plan);
+  for (size_t first = 0; first < spans.size();) {
+    Run run(spans[first]);
     size_t last = first + 1;
-    while (last < extents.size() && run.take(extents[last])) ++last;
-    cut_run(step, extents[first].offset, run.end(), first, last, plan);
+    while (last < spans.size() && run.take(spans[last])) ++last;
+    cutter.cut(spans[first].file, spans[first].offset, run.end());
     first = last;
   }
   int64_t nbytes = 0;
@@ -144,16 +272,30 @@ void cut_transfers(const ReadRequest& request, ReadPlan* plan) {
 }  // namespace
 
 ReadPlan make_read_plan(const ReadRequest& request) {
-  check_columns(request);
+  check_job(request.threads, request.chunk_nbytes);
+  check_lengths("extent",
+                {request.extent_file, request.extent_offset, request.extent_nbytes, request.extent_address});
+  check_lengths("range",
+                {request.range_file, request.range_offset, request.range_nbytes, request.range_block});
   ReadPlan plan;
-  plan.stream_nbytes.assign(static_cast<size_t>(request.digest_count), 0);
   add_extents(request, &plan);
-  count_digest_behind(&plan);
-  std::stable_sort(plan.extents.begin(), plan.extents.end(), [](const Extent& a, const Extent& b) {
-    return std::tie(a.file, a.offset) < std::tie(b.file, b.offset);
-  });
+  const std::vector<CheckedRange> ranges = checked_ranges(request, &plan);
+  check_sizes(request, plan.extents);
+  add_blocks(ranges, &plan);
   cut_transfers(request, &plan);
   return plan;
+}
+
+void require_inside(const std::vector<Extent>& extents, size_t file, const std::string& path, int64_t size) {
+  const auto wanted = static_cast<int64_t>(file);
+  const auto before = [](const Extent& extent, int64_t value) { return extent.file < value; };
+  auto extent = std::lower_bound(extents.begin(), extents.end(), wanted, before);
+  const Extent* first = nullptr;
+  for (; extent != extents.end() && extent->file == wanted; ++extent) {
+    const bool missing = extent->nbytes > 0 && extent->end() > size;
+    if (missing && (first == nullptr || extent->row < first->row)) first = &*extent;
+  }
+  if (first != nullptr) throw_file_ends(first->nbytes, first->offset, path, size);
 }
 
 }  // namespace ckpt_fast

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cerrno>
+#include <cstring>
 #include <memory>
 #include <mutex>
 
@@ -25,35 +26,42 @@ struct OpenFile {
   std::atomic<int64_t> transfers_left{0};
 };
 
+std::vector<int64_t> block_sizes(const ReadPlan& plan) {
+  std::vector<int64_t> sizes;
+  for (const Block& block : plan.blocks) sizes.push_back(block.nbytes);
+  return sizes;
+}
+
 class ReadJob {
  public:
   explicit ReadJob(const ReadRequest& request)
       : request_(request),
         plan_(make_read_plan(request)),
-        digests_(plan_.stream_nbytes),
+        digests_(block_sizes(plan_)),
         open_files_(request.paths.size()) {
     for (const Transfer& transfer : plan_.transfers) ++open_files_[transfer.file].transfers_left;
   }
 
-  std::vector<uint32_t> run();
+  std::vector<int64_t> run();
 
  private:
   void require_going_on(const Transfer& transfer) const;
   InputFile& input_of(size_t file);
-  void check_size(size_t file, const InputFile& input);
   void read_in_place(const Transfer& transfer, InputFile& input);
   void read_through_buffer(const Transfer& transfer, InputFile& input);
   template <typename Visit>
   void for_each_part(const Transfer& transfer, Visit&& visit) const;
-  void add(const Extent& extent, uint32_t crc, int64_t begin, int64_t end);
+  template <typename Visit>
+  void for_each_block_part(const Transfer& transfer, Visit&& visit) const;
+  void add(size_t block, uint32_t crc, int64_t begin, int64_t end);
 
   const ReadRequest& request_;
   const ReadPlan plan_;
-  StreamDigests digests_;
+  StreamDigests digests_;  // of plan_.blocks
   std::vector<OpenFile> open_files_;
 };
 
-std::vector<uint32_t> ReadJob::run() {
+std::vector<int64_t> ReadJob::run() {
   const PoolUse pool_use;
   // As in the writer: a thread can copy out of its buffer while others wait for the device, which likes even
   // more requests at a time when it reads.
@@ -62,7 +70,7 @@ std::vector<uint32_t> ReadJob::run() {
     const Transfer& transfer = plan_.transfers[i];
     require_going_on(transfer);
     InputFile& input = input_of(transfer.file);
-    if (transfer.disjoint && !input.direct()) {
+    if (transfer.scatters && !input.direct()) {
       read_in_place(transfer, input);
     } else {
       read_through_buffer(transfer, input);
@@ -71,7 +79,11 @@ std::vector<uint32_t> ReadJob::run() {
     OpenFile& state = open_files_[transfer.file];
     if (--state.transfers_left == 0) state.input.reset();
   });
-  return digests_.crcs();
+  std::vector<int64_t> crcs(plan_.block_count, -1);
+  for (size_t i = 0; i < plan_.blocks.size(); ++i) {
+    crcs[plan_.blocks[i].index] = digests_.crc(static_cast<int64_t>(i));
+  }
+  return crcs;
 }
 
 void ReadJob::require_going_on(const Transfer& transfer) const {
@@ -85,24 +97,10 @@ InputFile& ReadJob::input_of(size_t file) {
   const std::lock_guard<std::mutex> lock(state.opening);
   if (!state.input) {
     auto input = std::make_unique<InputFile>(request_.paths[file], plan_.direct);
-    check_size(file, *input);
+    require_inside(plan_.extents, file, input->path(), input->size());
     state.input = std::move(input);
   }
   return *state.input;
-}
-
-/// Reports the first row, as given, that a truncated file does not hold: the caller knows rows, not
-/// transfers.
-void ReadJob::check_size(size_t file, const InputFile& input) {
-  const auto wanted = static_cast<int64_t>(file);
-  const auto before = [](const Extent& extent, int64_t value) { return extent.file < value; };
-  auto extent = std::lower_bound(plan_.extents.begin(), plan_.extents.end(), wanted, before);
-  const Extent* first = nullptr;
-  for (; extent != plan_.extents.end() && extent->file == wanted; ++extent) {
-    const bool missing = extent->nbytes > 0 && extent->end() > input.size();
-    if (missing && (first == nullptr || extent->row < first->row)) first = &*extent;
-  }
-  if (first != nullptr) throw_file_ends(first->nbytes, first->offset, input.path(), input.size());
 }
 
 /// One scattering read puts every byte where it belongs, and what is between extents aside.
@@ -116,10 +114,15 @@ void ReadJob::read_in_place(const Transfer& transfer, InputFile& input) {
     position = end;
   });
   input.read(std::move(parts), position - transfer.begin, transfer.begin);
-  for_each_part(transfer, [&](const Extent& extent, int64_t begin, int64_t end) {
-    if (extent.digest < 0) return;
-    const uint8_t* const bytes = extent.destination + (begin - extent.offset);
-    add(extent, crc32(bytes, static_cast<size_t>(end - begin)), begin, end);
+  for_each_block_part(transfer, [&](size_t block, int64_t begin, int64_t end) {
+    uint32_t crc = 0;  // extents follow each other without gaps here
+    for_each_part(transfer, [&](const Extent& extent, int64_t extent_begin, int64_t extent_end) {
+      const int64_t from = std::max(begin, extent_begin);
+      const int64_t to = std::min(end, extent_end);
+      if (from >= to) return;
+      crc = crc32(extent.destination + (from - extent.offset), static_cast<size_t>(to - from), crc);
+    });
+    add(block, crc, begin, end);
   });
 }
 
@@ -129,10 +132,12 @@ void ReadJob::read_through_buffer(const Transfer& transfer, InputFile& input) {
   const int64_t wanted = transfer.end - base;
   const int64_t whole = (wanted + kDirectAlignment - 1) / kDirectAlignment * kDirectAlignment;
   input.read({{buffer.data(), static_cast<size_t>(whole)}}, wanted, base);
+  for_each_block_part(transfer, [&](size_t block, int64_t begin, int64_t end) {
+    add(block, crc32(buffer.data() + (begin - base), static_cast<size_t>(end - begin)), begin, end);
+  });
   for_each_part(transfer, [&](const Extent& extent, int64_t begin, int64_t end) {
-    const uint32_t crc = copy_crc32(extent.destination + (begin - extent.offset),
-                                    buffer.data() + (begin - base), static_cast<size_t>(end - begin));
-    if (extent.digest >= 0) add(extent, crc, begin, end);
+    std::memcpy(extent.destination + (begin - extent.offset), buffer.data() + (begin - base),
+                static_cast<size_t>(end - begin));
   });
 }
 
@@ -147,12 +152,22 @@ void ReadJob::for_each_part(const Transfer& transfer, Visit&& visit) const {
   }
 }
 
-void ReadJob::add(const Extent& extent, uint32_t crc, int64_t begin, int64_t end) {
-  digests_.add(extent.digest, crc, end - begin, extent.digest_behind + (extent.end() - end));
+/// Calls visit(block, begin, end) for each block's part of the transfer, by offset.
+template <typename Visit>
+void ReadJob::for_each_block_part(const Transfer& transfer, Visit&& visit) const {
+  for (size_t i = transfer.first_block; i < transfer.last_block; ++i) {
+    const int64_t begin = std::max(plan_.blocks[i].offset, transfer.begin);
+    const int64_t end = std::min(plan_.blocks[i].end(), transfer.end);
+    if (begin < end) visit(i, begin, end);
+  }
+}
+
+void ReadJob::add(size_t block, uint32_t crc, int64_t begin, int64_t end) {
+  digests_.add(static_cast<int64_t>(block), crc, end - begin, plan_.blocks[block].end() - end);
 }
 
 }  // namespace
 
-std::vector<uint32_t> read_extents(const ReadRequest& request) { return ReadJob(request).run(); }
+std::vector<int64_t> read_extents(const ReadRequest& request) { return ReadJob(request).run(); }
 
 }  // namespace ckpt_fast

@@ -9,8 +9,8 @@
 
 namespace ckpt_fast {
 
-/// Returns the CRC-32 of every stream. Throws std::invalid_argument before any file is touched, SystemError
-/// when reading fails.
-std::vector<uint32_t> read_extents(const ReadRequest& request);
+/// Returns the CRC-32 of every block of the request's ranges, -1 for those that no extent touches. Throws
+/// std::invalid_argument before any file is touched, SystemError when reading fails.
+std::vector<int64_t> read_extents(const ReadRequest& request);
 
 }  // namespace ckpt_fast

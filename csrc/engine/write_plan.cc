@@ -106,6 +106,14 @@ void count_digest_behind(WritePlan* plan) {
   }
 }
 
+void number_blocks(int64_t block_nbytes, WritePlan* plan) {
+  if (block_nbytes == 0) return;
+  for (const int64_t nbytes : plan->stream_nbytes) {
+    plan->first_block.push_back(plan->block_count);
+    plan->block_count += static_cast<size_t>((nbytes + block_nbytes - 1) / block_nbytes);
+  }
+}
+
 void add_patches(const WriteRequest& request, const std::vector<StreamEnd>& ends, WritePlan* plan) {
   for (size_t row = 0; row < request.patch_file.size; ++row) {
     const int64_t file = request.patch_file[row];
@@ -148,11 +156,13 @@ WritePlan make_write_plan(const WriteRequest& request) {
                           request.piece_address, request.piece_digest});
   check_lengths("patch", {request.patch_file, request.patch_offset, request.patch_digest});
   if (request.digest_count < 0) throw std::invalid_argument("digest_count is negative");
+  if (request.block_nbytes < 0) throw std::invalid_argument("block_bytes is negative");
   WritePlan plan;
   plan.stream_nbytes.assign(static_cast<size_t>(request.digest_count), 0);
   add_files(request, &plan);
   const std::vector<StreamEnd> ends = add_pieces(request, &plan);
   count_digest_behind(&plan);
+  number_blocks(request.block_nbytes, &plan);
   add_patches(request, ends, &plan);
   return plan;
 }

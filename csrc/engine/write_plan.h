@@ -23,6 +23,7 @@ struct WriteRequest {
   bool direct = false;
   bool fsync = false;
   Progress* progress = nullptr;
+  int64_t block_nbytes = 0;  // 0: no digests of blocks
 };
 
 /// Bytes of memory and their place in a file.
@@ -52,6 +53,8 @@ struct PlannedFile {
 struct WritePlan {
   std::vector<PlannedFile> files;
   std::vector<int64_t> stream_nbytes;
+  std::vector<size_t> first_block;  // of each stream; empty without digests of blocks
+  size_t block_count = 0;
 };
 
 constexpr int64_t kPatchNbytes = 4;

@@ -42,6 +42,7 @@ class WriteJob {
       : request_(request),
         plan_(make_write_plan(request)),
         digests_(plan_.stream_nbytes),
+        block_crcs_(plan_.block_count),
         open_files_(plan_.files.size()),
         chunks_(cut_chunks()) {}
 
@@ -56,12 +57,14 @@ class WriteJob {
   void publish_files();
 
   void fill(const Chunk& chunk, ChunkImage* image);
+  void append(const Piece& piece, int64_t begin, int64_t end, bool patched, ChunkImage* image);
   bool is_patched(size_t file, int64_t begin, int64_t end) const;
   bool apply_patches(const Chunk& chunk, ChunkImage* image);
 
   const WriteRequest& request_;
   const WritePlan plan_;
   StreamDigests digests_;
+  std::vector<std::atomic<uint32_t>> block_crcs_;
   std::vector<OpenFile> open_files_;
   const std::vector<Chunk> chunks_;
 };
@@ -99,7 +102,7 @@ WriteResult WriteJob::run() {
       chunks_.size(), direct ? 3 * request_.threads : request_.threads,
       [this](size_t i) { write_chunk(chunks_[i]); }, [this] { digests_.abandon(); });
   publish_files();
-  WriteResult result{digests_.crcs(), {}};
+  WriteResult result{digests_.crcs(), {}, {block_crcs_.begin(), block_crcs_.end()}};
   for (const OpenFile& file : open_files_) result.file_crcs.push_back(file.crc);
   return result;
 }
@@ -170,14 +173,36 @@ void WriteJob::fill(const Chunk& chunk, ChunkImage* image) {
     const int64_t begin = std::max(piece->offset, chunk.begin);
     const int64_t end = std::min(piece->end(), chunk.end);
     if (begin > position) image->append_zeros(static_cast<size_t>(begin - position));
-    const uint32_t crc = image->append(piece->source + (begin - piece->offset),
-                                       static_cast<size_t>(end - begin), is_patched(chunk.file, begin, end));
-    if (piece->digest >= 0 && end > begin) {
-      digests_.add(piece->digest, crc, end - begin, piece->digest_behind + (piece->end() - end));
-    }
+    append(*piece, begin, end, is_patched(chunk.file, begin, end), image);
     position = end;
   }
   if (position < chunk.end) image->append_zeros(static_cast<size_t>(chunk.end - position));
+}
+
+/// Appends the piece's bytes between two positions of the file, block of its stream by block.
+void WriteJob::append(const Piece& piece, int64_t begin, int64_t end, bool patched, ChunkImage* image) {
+  const int64_t block_nbytes = request_.block_nbytes;
+  while (begin < end) {
+    int64_t cut = end;
+    int64_t block_behind = 0;  // bytes of the block after this part
+    size_t block = 0;
+    if (piece.digest >= 0 && block_nbytes > 0) {
+      const int64_t stream_nbytes = plan_.stream_nbytes[piece.digest];
+      const int64_t at = stream_nbytes - piece.digest_behind - (piece.end() - begin);
+      const int64_t block_end = std::min((at / block_nbytes + 1) * block_nbytes, stream_nbytes);
+      cut = std::min(end, begin + (block_end - at));
+      block_behind = block_end - at - (cut - begin);
+      block = plan_.first_block[piece.digest] + static_cast<size_t>(at / block_nbytes);
+    }
+    const uint32_t crc =
+        image->append(piece.source + (begin - piece.offset), static_cast<size_t>(cut - begin), patched);
+    if (piece.digest >= 0) {
+      // The block first: whoever sees the stream complete sees its blocks complete.
+      if (block_nbytes > 0) block_crcs_[block] ^= crc32_shift(crc, static_cast<uint64_t>(block_behind));
+      digests_.add(piece.digest, crc, cut - begin, piece.digest_behind + (piece.end() - cut));
+    }
+    begin = cut;
+  }
 }
 
 /// The first patch that ends behind `position`.

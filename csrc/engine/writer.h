@@ -12,6 +12,7 @@ namespace ckpt_fast {
 struct WriteResult {
   std::vector<uint32_t> stream_crcs;
   std::vector<uint32_t> file_crcs;
+  std::vector<uint32_t> block_crcs;  // of all blocks of stream 0, then of stream 1, ...
 };
 
 /// Throws std::invalid_argument before any file is touched, SystemError when writing fails.

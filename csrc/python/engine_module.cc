@@ -15,6 +15,7 @@
 #include "../engine/copier.h"
 #include "../engine/error.h"
 #include "../engine/permute.h"
+#include "../engine/pickle_check.h"
 #include "../engine/reader.h"
 #include "../engine/writer.h"
 
@@ -127,38 +128,55 @@ void copy_runs_at(const py::buffer& destination, const py::buffer& source, const
   });
 }
 
+template <typename Number>
+py::bytes as_bytes(const std::vector<Number>& numbers) {
+  return {reinterpret_cast<const char*>(numbers.data()), numbers.size() * sizeof(Number)};
+}
+
 py::tuple write_files_from(const py::sequence& paths, const py::buffer& file_nbytes,
                            const py::buffer& piece_file, const py::buffer& piece_offset,
                            const py::buffer& piece_nbytes, const py::buffer& piece_address,
                            const py::buffer& piece_digest, const py::buffer& patch_file,
                            const py::buffer& patch_offset, const py::buffer& patch_digest,
                            int64_t digest_count, int threads, int64_t chunk_bytes, bool direct, bool fsync,
-                           Progress* progress) {
+                           Progress* progress, int64_t block_bytes) {
   const ColumnArgument columns[] = {
       {file_nbytes, "file_nbytes"},   {piece_file, "piece_file"},       {piece_offset, "piece_offset"},
       {piece_nbytes, "piece_nbytes"}, {piece_address, "piece_address"}, {piece_digest, "piece_digest"},
       {patch_file, "patch_file"},     {patch_offset, "patch_offset"},   {patch_digest, "patch_digest"}};
-  const WriteRequest request{encode_paths(paths), columns[0], columns[1],   columns[2],
-                             columns[3],          columns[4], columns[5],   columns[6],
-                             columns[7],          columns[8], digest_count, threads,
-                             chunk_bytes,         direct,     fsync,        progress};
+  const WriteRequest request{
+      encode_paths(paths), columns[0], columns[1], columns[2], columns[3],   columns[4],
+      columns[5],          columns[6], columns[7], columns[8], digest_count, threads,
+      chunk_bytes,         direct,     fsync,      progress,   block_bytes};
   const WriteResult result = without_gil([&] { return write_files(request); });
-  return py::make_tuple(result.stream_crcs, result.file_crcs);
+  return py::make_tuple(result.stream_crcs, result.file_crcs, as_bytes(result.block_crcs));
 }
 
-std::vector<uint32_t> read_extents_into(const py::sequence& paths, const py::buffer& extent_file,
-                                        const py::buffer& extent_offset, const py::buffer& extent_nbytes,
-                                        const py::buffer& extent_address, const py::buffer& extent_digest,
-                                        int64_t digest_count, int threads, int64_t chunk_bytes, bool direct,
-                                        Progress* progress) {
-  const ColumnArgument columns[] = {{extent_file, "extent_file"},
-                                    {extent_offset, "extent_offset"},
-                                    {extent_nbytes, "extent_nbytes"},
-                                    {extent_address, "extent_address"},
-                                    {extent_digest, "extent_digest"}};
-  const ReadRequest request{encode_paths(paths), columns[0], columns[1],  columns[2], columns[3], columns[4],
-                            digest_count,        threads,    chunk_bytes, direct,     progress};
-  return without_gil([&] { return read_extents(request); });
+py::bytes read_extents_into(const py::sequence& paths, const py::buffer& extent_file,
+                            const py::buffer& extent_offset, const py::buffer& extent_nbytes,
+                            const py::buffer& extent_address, const py::buffer& range_file,
+                            const py::buffer& range_offset, const py::buffer& range_nbytes,
+                            const py::buffer& range_block, int threads, int64_t chunk_bytes, bool direct,
+                            Progress* progress) {
+  const ColumnArgument columns[] = {{extent_file, "extent_file"},     {extent_offset, "extent_offset"},
+                                    {extent_nbytes, "extent_nbytes"}, {extent_address, "extent_address"},
+                                    {range_file, "range_file"},       {range_offset, "range_offset"},
+                                    {range_nbytes, "range_nbytes"},   {range_block, "range_block"}};
+  const ReadRequest request{encode_paths(paths), columns[0], columns[1], columns[2], columns[3],
+                            columns[4],          columns[5], columns[6], columns[7], threads,
+                            chunk_bytes,         direct,     progress};
+  return as_bytes(without_gil([&] { return read_extents(request); }));
+}
+
+size_t check_pickle_in(const py::buffer& content, bool archive) {
+  const py::buffer_info info = content.request();
+  if (info.ndim != 1 || info.itemsize != 1 || (info.shape[0] > 1 && info.strides[0] != 1)) {
+    throw py::type_error("content is not a buffer of bytes");
+  }
+  const auto reader = archive ? PickleReader::kArchive : PickleReader::kMetadata;
+  return without_gil([&] {
+    return check_pickle(static_cast<const uint8_t*>(info.ptr), static_cast<size_t>(info.shape[0]), reader);
+  });
 }
 
 }  // namespace
@@ -192,12 +210,13 @@ PYBIND11_MODULE(_engine, m) {
         py::arg("piece_offset"), py::arg("piece_nbytes"), py::arg("piece_address"), py::arg("piece_digest"),
         py::arg("patch_file"), py::arg("patch_offset"), py::arg("patch_digest"), py::arg("digest_count"),
         py::arg("threads"), py::arg("chunk_bytes"), py::arg("direct"), py::arg("fsync"),
-        py::arg("progress") = nullptr);
+        py::arg("progress") = nullptr, py::arg("block_bytes") = 0);
   m.def("read_extents", read_extents_into, py::arg("paths"), py::arg("extent_file"), py::arg("extent_offset"),
-        py::arg("extent_nbytes"), py::arg("extent_address"), py::arg("extent_digest"),
-        py::arg("digest_count"), py::arg("threads"), py::arg("chunk_bytes"), py::arg("direct"),
-        py::arg("progress") = nullptr);
+        py::arg("extent_nbytes"), py::arg("extent_address"), py::arg("range_file"), py::arg("range_offset"),
+        py::arg("range_nbytes"), py::arg("range_block"), py::arg("threads"), py::arg("chunk_bytes"),
+        py::arg("direct"), py::arg("progress") = nullptr);
   m.def("permute_rows", permute_rows_at, py::arg("destination"), py::arg("source"), py::arg("rows"),
         py::arg("row_nbytes"), py::arg("block"), py::arg("interleave"), py::arg("threads"));
+  m.def("check_pickle", check_pickle_in, py::arg("content"), py::arg("archive") = false);
   m.def("cpu_features", cpu_features);
 }

@@ -65,3 +65,4 @@ void test_writer_stops();
 void test_reader();
 void test_copy_runs();
 void test_permute();
+void test_pickle_check();

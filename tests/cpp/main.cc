@@ -49,6 +49,7 @@ int main() {
   }
   test_copy_runs();
   test_permute();
+  test_pickle_check();
   std::puts("engine tests passed");
   return 0;
 }

@@ -87,6 +87,25 @@ void files_are_what_was_asked_for() {
       CHECK(result.file_crcs[i] == crc32(image.data(), image.size()));
       CHECK(result.stream_crcs[i] == crc32(image.data(), kPieces * kPieceNbytes));
     }
+    CHECK(result.block_crcs.empty());
+  }
+}
+
+void blocks_of_streams_have_digests() {
+  TemporaryDirectory directory;
+  const Example example;
+  for (const bool direct : {false, true}) {
+    WriteRequest request = example.request({directory.file("a"), directory.file("b")}, direct);
+    request.block_nbytes = 10'000;
+    const WriteResult result = write_files(request);
+    const size_t blocks = (kPieces * kPieceNbytes + 9'999) / 10'000;
+    CHECK(result.block_crcs.size() == 2 * blocks);
+    for (size_t i = 0; i < 2 * blocks; ++i) {
+      const std::vector<uint8_t> image = example.image(i / blocks);
+      const size_t begin = i % blocks * 10'000;
+      const size_t length = std::min<size_t>(10'000, kPieces * kPieceNbytes - begin);
+      CHECK(result.block_crcs[i] == crc32(image.data() + begin, length));
+    }
   }
 }
 
@@ -132,6 +151,7 @@ void bad_requests_name_the_row() {
 
 void test_writer() {
   files_are_what_was_asked_for();
+  blocks_of_streams_have_digests();
   a_failure_ends_all_waits();
   bad_requests_name_the_row();
 }
@@ -171,35 +191,51 @@ void test_reader() {
   const std::vector<std::string> paths = {directory.file("a"), directory.file("b")};
   const Example example;
   write_files(example.request(paths, false));
-  // The same pieces again, last first, so that each file's stream is reversed.
+  // The same pieces again, last first, but for every tenth: blocks around those are read all the same.
   Example mirror;
-  std::vector<uint8_t> expected = mirror.memory;
-  std::fill(mirror.memory.begin(), mirror.memory.end(), uint8_t{0});
-  for (auto* values : {&mirror.file, &mirror.offset, &mirror.address, &mirror.digest}) {
-    std::reverse(values->begin(), values->end());
+  std::vector<int64_t> file, offset, nbytes, address;
+  for (size_t i = mirror.file.size(); i-- > 0;) {
+    if (i % 10 == 3) continue;
+    file.push_back(mirror.file[i]);
+    offset.push_back(mirror.offset[i]);
+    nbytes.push_back(mirror.nbytes[i]);
+    address.push_back(mirror.address[i]);
   }
+  std::vector<uint8_t> expected = mirror.memory;
+  for (size_t i = 3; i < 2 * kPieces; i += 10) {
+    std::fill_n(expected.begin() + static_cast<int64_t>(i * kPieceNbytes), kPieceNbytes, uint8_t{0});
+  }
+  constexpr int64_t kBlockNbytes = 20'000;
+  const std::vector<int64_t> range_file = {1, 0};
+  const std::vector<int64_t> range_offset = {0, 5000};
+  const std::vector<int64_t> range_nbytes = {kPieces * kPieceNbytes, kPieces * kPieceNbytes - 5000};
+  const std::vector<int64_t> range_block = {kBlockNbytes, kPieces * kPieceNbytes};
   for (const bool direct : {false, true}) {
     for (const int64_t chunk_nbytes : {4096, 65536}) {
+      std::fill(mirror.memory.begin(), mirror.memory.end(), uint8_t{0});
       const ReadRequest request{paths,
-                                Example::column(mirror.file),
-                                Example::column(mirror.offset),
-                                Example::column(mirror.nbytes),
-                                Example::column(mirror.address),
-                                Example::column(mirror.digest),
-                                2,
+                                Example::column(file),
+                                Example::column(offset),
+                                Example::column(nbytes),
+                                Example::column(address),
+                                Example::column(range_file),
+                                Example::column(range_offset),
+                                Example::column(range_nbytes),
+                                Example::column(range_block),
                                 4,
                                 chunk_nbytes,
                                 direct,
                                 nullptr};
-      const std::vector<uint32_t> crcs = read_extents(request);
+      const std::vector<int64_t> crcs = read_extents(request);
       CHECK(mirror.memory == expected);
-      for (size_t f = 0; f < 2; ++f) {
-        uint32_t crc = 0;
-        for (size_t i = kPieces; i-- > 0;) {
-          crc = crc32(expected.data() + (f * kPieces + i) * kPieceNbytes, kPieceNbytes, crc);
-        }
-        CHECK(crcs[f] == crc);
+      const std::vector<uint8_t> second = example.image(1);
+      const int64_t blocks = (range_nbytes[0] + kBlockNbytes - 1) / kBlockNbytes;
+      CHECK(static_cast<int64_t>(crcs.size()) == blocks + 1);
+      for (int64_t i = 0; i < blocks; ++i) {
+        const int64_t length = std::min(kBlockNbytes, range_nbytes[0] - i * kBlockNbytes);
+        CHECK(crcs[i] == crc32(second.data() + i * kBlockNbytes, static_cast<size_t>(length)));
       }
+      CHECK(crcs[blocks] == crc32(example.image(0).data() + 5000, static_cast<size_t>(range_nbytes[1])));
     }
   }
 }

@@ -24,7 +24,7 @@ def _missing() -> str | None:
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     missing = _missing() if item.get_closest_marker("gpu") else None
-    if missing is None:
+    if missing is None or item.config.option.setuponly:
         return
     if os.environ.get("FAIL_WITHOUT_GPU") == "1":
         pytest.fail(f"FAIL_WITHOUT_GPU=1, but {missing}", pytrace=False)

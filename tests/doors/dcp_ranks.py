@@ -269,3 +269,28 @@ def objects_of_ranks(rank: int, root: str) -> list[str]:
     problems = [] if found.pop(f"rng.{rank}").getvalue() == b"%d" % rank else ["rng"]
     del state[f"rng.{rank}"]
     return problems + differences(state, found)
+
+
+def flipped_bits_read_in_halves(rank: int, root: str) -> int:
+    """One rank has saved, one bit is flipped, each of two ranks reads a half: how many loads are errors."""
+    tensor = torch.randn(1024, 300, generator=torch.Generator().manual_seed(0))
+    if rank == 0:
+        dcp.save({"w": tensor}, storage_writer=FastStorageWriter(root), no_dist=True)
+    dist.barrier()
+    mesh = init_device_mesh("cpu", (2,))
+    path = Path(root, "__0_0.distcp")
+    content = path.read_bytes()
+    start = content.index(tensor.numpy().tobytes())
+    refused = 0
+    for number in range(10):
+        dist.barrier()
+        if rank == 0:
+            at = start + tensor.nbytes * number // 10
+            path.write_bytes(content[:at] + bytes([content[at] ^ 1 << number % 8]) + content[at + 1 :])
+        dist.barrier()
+        half = distribute_tensor(torch.zeros_like(tensor), mesh, [Shard(number % 2)])
+        try:
+            dcp.load({"w": half}, storage_reader=FastStorageReader(root))
+        except CheckpointException:
+            refused += 1
+    return refused

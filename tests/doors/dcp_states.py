@@ -3,9 +3,6 @@
 
 from __future__ import annotations
 
-import json
-import zlib
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -87,15 +84,3 @@ def differences(expected: Any, found: Any, name: str = "") -> list[str]:
         pairs = enumerate(zip(expected, found, strict=True))
         return [d for number, (a, b) in pairs for d in differences(a, b, f"{name}.{number}")]
     return [] if type(expected) is type(found) and expected == found else [name]
-
-
-def sidecar_lies(directory: Path) -> list[str]:
-    """Names for which the sidecar and the directory disagree."""
-    files = json.loads((directory / "ckpt_fast.json").read_text())["files"]
-    present = {path.name for path in directory.iterdir()} - {"ckpt_fast.json"}
-    wrong = sorted(present.symmetric_difference(files))
-    for name in present.intersection(files):
-        content = (directory / name).read_bytes()
-        if files[name] != {"nbytes": len(content), "crc32": f"{zlib.crc32(content):08x}"}:
-            wrong.append(name)
-    return wrong

@@ -21,7 +21,8 @@ from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from
 
 from ckpt_fast import FastStorageReader, FastStorageWriter
 from ckpt_fast.pipeline.index import CheckpointIndex
-from tests.doors.dcp_states import blank, differences, odd_tensors, sidecar_lies, training_state
+from tests.doors.dcp_states import blank, differences, odd_tensors, training_state
+from tests.manifests import manifest_lies
 from tests.pipeline.test_space import file_system
 
 pytestmark = [
@@ -165,7 +166,7 @@ def test_overwriting(tmp_path: Path) -> None:
     save(tmp_path, {"w": torch.zeros(5), "gone": torch.ones(70000)})
     save(tmp_path, {"w": torch.ones(5)})
     assert torch.equal(load(tmp_path, {"w": torch.zeros(5)})["w"], torch.ones(5))
-    assert sidecar_lies(tmp_path) == []
+    assert manifest_lies(tmp_path) == []
     with pytest.raises(CheckpointException, match="overwrite is False"):
         dcp.save({"w": torch.zeros(5)}, storage_writer=FastStorageWriter(tmp_path, overwrite=False))
     assert torch.equal(load(tmp_path, {"w": torch.zeros(5)})["w"], torch.ones(5))
@@ -196,7 +197,7 @@ def test_a_failed_save_leaves_no_checkpoint_behind(tmp_path: Path) -> None:
 
 def test_no_files_of_one_rank_is_a_checkpoint_too(tmp_path: Path) -> None:
     save(tmp_path, {})
-    assert {path.name for path in tmp_path.iterdir()} == {".metadata", "ckpt_fast.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {".metadata"}
     load(tmp_path, {})
 
 
@@ -204,8 +205,8 @@ def test_no_files_of_one_rank_is_a_checkpoint_too(tmp_path: Path) -> None:
 def test_directory(files: int, tmp_path: Path) -> None:
     dcp.save(training_state(), storage_writer=FastStorageWriter(tmp_path, thread_count=files))
     data = {f"__0_{number}.distcp" for number in range(files)}
-    assert {path.name for path in tmp_path.iterdir()} == {".metadata", "ckpt_fast.json", *data}
-    assert sidecar_lies(tmp_path) == []
+    assert {path.name for path in tmp_path.iterdir()} == {".metadata", *data}
+    assert manifest_lies(tmp_path) == []
 
 
 def test_report(tmp_path: Path) -> None:

@@ -26,8 +26,9 @@ from ckpt_fast.doors import dcp_snapshot
 from ckpt_fast.doors.dcp_upload import Upload
 from ckpt_fast.pipeline import stage as stage_module
 from ckpt_fast.pipeline import waves as waves_module
-from tests.doors.dcp_states import blank, differences, odd_tensors, sidecar_lies, training_state
+from tests.doors.dcp_states import blank, differences, odd_tensors, training_state
 from tests.helpers import run_ranks
+from tests.manifests import manifest_lies
 from tests.pipeline.layouts import random_tensor
 from tests.pipeline.test_stage import Wrapper
 from tests.pipeline.test_waves import HeldDisk, WatchedPool
@@ -86,7 +87,7 @@ def test_later_changes_do_not_reach_the_checkpoint(make: Any, tmp_path: Path) ->
     scramble(state)
     future.result()
     assert differences(expected, load(tmp_path, expected)) == []
-    assert sidecar_lies(tmp_path) == []
+    assert manifest_lies(tmp_path) == []
 
 
 def test_saves_in_flight_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pool: WatchedPool) -> None:
@@ -293,7 +294,7 @@ def save_in_a_process(rank: int, directory: str) -> list[str]:
     future = async_save(Path(directory), state, writer, async_checkpointer_type=AsyncCheckpointerType.PROCESS)
     scramble(state["model"])
     future.result(timeout=100)
-    return differences(expected, load(Path(directory), expected)) + sidecar_lies(Path(directory))
+    return differences(expected, load(Path(directory), expected)) + manifest_lies(Path(directory))
 
 
 @pytest.mark.slow

@@ -10,8 +10,8 @@ import pytest
 import torch.distributed.checkpoint as dcp
 
 from tests.doors import dcp_ranks
-from tests.doors.dcp_states import sidecar_lies
 from tests.helpers import run_ranks
+from tests.manifests import manifest_lies
 
 needs_modes = pytest.mark.skipif(
     "use_collectives" not in inspect.signature(dcp.save).parameters, reason="torch knows no use_collectives"
@@ -43,7 +43,7 @@ def test_fsdp2_on_more_ranks(tmp_path: Path) -> None:
 
 def test_sidecar_names_the_files_of_all_ranks(saved_by_4: Path) -> None:
     for name, files in (("ours", 4), ("ours-2-files", 8), ("async", 4)):
-        assert sidecar_lies(saved_by_4 / name) == []
+        assert manifest_lies(saved_by_4 / name) == []
         assert len(list((saved_by_4 / name).glob("*.distcp"))) == files
 
 
@@ -70,7 +70,7 @@ def test_without_collectives(tmp_path: Path) -> None:
 def test_one_mode_ends_the_checkpoint_of_the_other(tmp_path: Path) -> None:
     data = ["__0_0.distcp", "__1_0.distcp"]
     by_rank = sorted([*data, "__0.metadata", "__1.metadata"])
-    together = sorted([*data[:1], ".metadata", "ckpt_fast.json"])
+    together = sorted([*data[:1], ".metadata"])
     expected = [by_rank, together, by_rank]
     assert run_ranks(dcp_ranks.modes_in_turn, 2, str(tmp_path)) == [expected, expected]
 
@@ -105,3 +105,7 @@ def test_a_rank_that_reads_damaged_data_fails_all(tmp_path: Path) -> None:
 
 def test_objects_of_ranks(tmp_path: Path) -> None:
     assert run_ranks(dcp_ranks.objects_of_ranks, 2, str(tmp_path)) == [[], []]
+
+
+def test_flipped_bits_that_ranks_read_in_halves(tmp_path: Path) -> None:
+    assert run_ranks(dcp_ranks.flipped_bits_read_in_halves, 2, str(tmp_path)) == [10, 10]

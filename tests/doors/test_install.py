@@ -25,6 +25,7 @@ from ckpt_fast.errors import CheckpointError
 from tests.doors.test_stock_queue import make_queue
 from tests.helpers import run_ranks
 from tests.interop.saved import values_of, wrong_values
+from tests.manifests import manifest_of
 from tests.models import Run, Setup, megatron_on_cpu, other
 
 STOCK = (megatron.TorchDistSaveShardedStrategy, megatron.TorchDistLoadShardedStrategy)
@@ -126,7 +127,7 @@ def train_save_and_load(rank: int, root: str) -> None:
                 for step, values in expected.items():
                     run._step()
                     directory = os.path.join(root, step)
-                    assert os.path.exists(os.path.join(directory, "ckpt_fast.json"))
+                    assert manifest_of(Path(directory)).files
                     assert wrong_values(values, load_as_trainers_do(run, directory)) == []
                     assert dist_checkpointing.load_content_metadata(directory) == run.content_metadata()
             finally:

@@ -369,28 +369,3 @@ def read_with_helpers(rank: int, directory: str) -> None:
     assert identical(dist_checkpointing.load_plain_tensors(directory)["t"], filled(3, 2))
     assert dist_checkpointing.load_common_state_dict(directory)["step"] == 4
     assert dist_checkpointing.load_content_metadata(directory) == {"a": 1}
-
-
-@pytest.mark.parametrize("copies", [False, True])
-def test_pieces_that_are_views_are_not_merged_into_a_second_tensor(tmp_path: Path, copies: bool) -> None:
-    """What a factory cuts out of a tensor fills that tensor; what it copies is merged as ever."""
-    merged = []
-
-    def build(key: str, data: torch.Tensor, replica_id: Any, _: Any) -> list[Any]:
-        halves = [half.clone() if copies else half for half in data.chunk(2)]
-        return [from_rank_offsets(f"{key}.{number}", half) for number, half in enumerate(halves)]
-
-    def merge(halves: list[torch.Tensor]) -> torch.Tensor:
-        merged.append(halves)
-        return torch.cat(halves)
-
-    def factory(data: torch.Tensor) -> dict[str, Any]:
-        return {"model": {"gated": megatron.ShardedTensorFactory("gated", data, build, merge)}}
-
-    save(factory(filled(6, 3)), str(tmp_path))
-    destination = torch.nn.Parameter(torch.zeros(6, 3))
-    loaded = megatron_core.load(factory(destination), str(tmp_path))["model"]["gated"]
-    assert torch.equal(loaded, filled(6, 3))
-    assert bool(merged) == copies
-    assert (loaded.data_ptr() == destination.data_ptr()) is not copies
-    assert not loaded.requires_grad

@@ -86,7 +86,8 @@ class WriteCase:
         direct: bool = False,
         fsync: bool = False,
         progress: native.Progress | None = None,
-    ) -> tuple[list[int], list[int]]:
+        block_bytes: int = 0,
+    ) -> tuple[list[int], list[int], bytes]:
         pieces = [column(*values) for values in zip(*self.pieces, strict=True)] or [column()] * 5
         patches = [column(*values) for values in zip(*self.patches, strict=True)] or [column()] * 3
         return native.write_files(
@@ -100,11 +101,17 @@ class WriteCase:
             direct,
             fsync,
             progress,
+            block_bytes,
         )
 
     def digest_count(self) -> int:
         return max(self.streams, default=-1) + 1
 
-    def expected(self) -> tuple[list[int], list[int]]:
-        streams = [zlib.crc32(self.streams.get(digest, b"")) for digest in range(self.digest_count())]
-        return streams, [zlib.crc32(image) for image in self.images]
+    def expected(self, block_bytes: int = 0) -> tuple[list[int], list[int], bytes]:
+        contents = [self.streams.get(digest, b"") for digest in range(self.digest_count())]
+        blocks = array("I")
+        for content in contents if block_bytes else []:
+            blocks.extend(
+                zlib.crc32(content[i : i + block_bytes]) for i in range(0, len(content), block_bytes)
+            )
+        return [zlib.crc32(each) for each in contents], [zlib.crc32(i) for i in self.images], blocks.tobytes()

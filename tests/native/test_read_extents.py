@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import tempfile
 import zlib
 from pathlib import Path
@@ -16,13 +17,12 @@ from ckpt_fast import native
 from tests.native.memory import Memory, column, noise
 
 FILES = [noise(700_001, seed=1), noise(4096, seed=2), b"", noise(300_000, seed=3)]
-STREAMS = 4
 
 offsets = st.one_of(st.sampled_from([0, 1, 4095, 4096, 65_536, 299_999]), st.integers(0, 700_001))
 sizes = st.one_of(st.sampled_from([0, 1, 4096, 262_144, 400_000]), st.integers(0, 9000))
-extents = st.lists(
-    st.tuples(st.integers(0, len(FILES) - 1), offsets, sizes, st.integers(-1, STREAMS - 1)), max_size=25
-)
+extents = st.lists(st.tuples(st.integers(0, len(FILES) - 1), offsets, sizes), max_size=25)
+# Gap before the range, its length, its blocks' length.
+checked = st.lists(st.tuples(sizes, sizes, st.sampled_from([1, 7, 1000, 4096, 65_536, 1 << 20])), max_size=6)
 
 
 @pytest.fixture(scope="module")
@@ -34,70 +34,94 @@ def paths():
         yield [str(path) for path in paths]
 
 
-def read(paths, rows, digest_count=0, threads=2, chunk_bytes=4096, direct=False):
-    """Read (file, offset, nbytes, digest) rows; returns their bytes and the streams' CRCs."""
-    memory = [Memory(bytes(nbytes), misalign=i % 5) for i, (_, _, nbytes, _) in enumerate(rows)]
-    files, offsets, sizes, digests = zip(*rows, strict=True) if rows else ((), (), (), ())
+def read(paths, rows, ranges=(), threads=2, chunk_bytes=4096, direct=False):
+    """Read (file, offset, nbytes) rows; returns their bytes, and CRCs of (file, offset, nbytes, block)."""
+    memory = [Memory(bytes(nbytes), misalign=i % 5) for i, (_, _, nbytes) in enumerate(rows)]
+    columns = [column(*values) for values in zip(*rows, strict=True)] or [column()] * 3
     addresses = column(*(m.address for m in memory))
-    crcs = native.read_extents(
-        paths,
-        column(*files),
-        column(*offsets),
-        column(*sizes),
-        addresses,
-        column(*digests),
-        digest_count,
-        threads,
-        chunk_bytes,
-        direct,
-    )
-    return [m.content() for m in memory], crcs
+    checks = [column(*values) for values in zip(*ranges, strict=True)] or [column()] * 4
+    crcs = native.read_extents(paths, *columns, addresses, *checks, threads, chunk_bytes, direct)
+    return [m.content() for m in memory], list(memoryview(crcs).cast("q"))
+
+
+def expected_crcs(rows, ranges):
+    """By the definition: the CRC of each block that a row touches."""
+    crcs = []
+    for file, offset, nbytes, block in ranges:
+        for begin in range(offset, offset + nbytes, block):
+            end = min(begin + block, offset + nbytes)
+            touched = any(f == file and at < end and at + n > begin for f, at, n in rows if n)
+            crcs.append(zlib.crc32(FILES[file][begin:end]) if touched else -1)
+    return crcs
+
+
+def laid_out(checks):
+    """Ranges in one file after the other, as far as they fit."""
+    ranges, file, end = [], 0, 0
+    for gap, nbytes, block in checks:
+        if end + gap + nbytes > len(FILES[file]):
+            file, end = (file + 1) % len(FILES), 0
+            if file == 0:
+                break
+        if end + gap + nbytes <= len(FILES[file]):
+            ranges.append((file, end + gap, nbytes, max(block, nbytes // 200 + 1)))
+            end += gap + nbytes
+    return ranges
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=150)
 @given(
     wanted=extents,
+    checks=checked,
     threads=st.integers(1, 4),
     chunk_bytes=st.sampled_from([4096, 65_536, 1 << 20]),
     direct=st.booleans(),
 )
-def test_bytes_and_digests_are_the_models(native_impl, paths, wanted, threads, chunk_bytes, direct) -> None:
-    rows = []
-    for file, offset, nbytes, digest in wanted:  # unordered, overlapping, cut to the file's size
+def test_bytes_and_digests_are_the_models(
+    native_impl, paths, wanted, checks, threads, chunk_bytes, direct
+) -> None:
+    rows, ranges = [], laid_out(checks)
+    for file, offset, nbytes in wanted:  # unordered, overlapping, cut to the file's size
         offset = min(offset, len(FILES[file]))  # noqa: PLW2901
-        rows.append((file, offset, min(nbytes, len(FILES[file]) - offset), digest))
-    contents, crcs = read(paths, rows, STREAMS, threads, chunk_bytes, direct)
-    streams = [b""] * STREAMS
-    for (file, offset, nbytes, digest), content in zip(rows, contents, strict=True):
-        expected = FILES[file][offset : offset + nbytes]
-        assert content == expected
-        if digest >= 0:
-            streams[digest] += expected
-    assert crcs == [zlib.crc32(stream) for stream in streams]
+        rows.append((file, offset, min(nbytes, len(FILES[file]) - offset)))
+    contents, crcs = read(paths, rows, ranges, threads, chunk_bytes, direct)
+    for (file, offset, nbytes), content in zip(rows, contents, strict=True):
+        assert content == FILES[file][offset : offset + nbytes]
+    assert crcs == expected_crcs(rows, ranges)
 
 
 @pytest.mark.parametrize("direct", [False, True])
-def test_stream_spans_files_in_the_order_given(native_impl, paths, direct) -> None:
-    rows = [(3, 10, 290_000, 0), (0, 5, 600_000, 0), (1, 0, 4096, 0)]
-    _, crcs = read(paths, rows, 1, direct=direct)
-    expected = FILES[3][10:290_010] + FILES[0][5:600_005] + FILES[1]
-    assert crcs == [zlib.crc32(expected)]
+@pytest.mark.parametrize("apart", [100, 150, 5000])
+def test_thousands_of_small_extents(native_impl, paths, direct, apart) -> None:
+    rows = [(0, at, 100) for at in range(0, 700_000, apart)]
+    ranges = [(0, 1001, 300_000, 4096), (0, 301_001, 390_000, 262_144)]
+    contents, crcs = read(paths, rows, ranges, chunk_bytes=65_536, direct=direct)
+    assert contents == [FILES[0][at : at + 100] for _, at, _ in rows]
+    assert crcs == expected_crcs(rows, ranges)
+
+
+def test_blocks_that_nobody_wants_are_not_read(native_impl, tmp_path) -> None:
+    """Here they could not be: the file ends before."""
+    path = tmp_path / "short"
+    path.write_bytes(FILES[0][:5000])
+    contents, crcs = read([str(path)], [(0, 100, 10)], [(0, 0, 9000, 4096)])
+    assert (contents, crcs) == ([FILES[0][100:110]], [zlib.crc32(FILES[0][:4096]), -1, -1])
 
 
 @pytest.mark.parametrize("direct", [False, True])
-def test_thousands_of_small_extents(native_impl, paths, direct) -> None:
-    rows = [(0, at, 100, i % 3) for i, at in enumerate(range(0, 700_000, 150))]
-    contents, crcs = read(paths, rows, 3, chunk_bytes=65_536, direct=direct)
-    assert contents == [FILES[0][at : at + 100] for _, at, _, _ in rows]
-    assert crcs == [zlib.crc32(b"".join(contents[d::3])) for d in range(3)]
+def test_block_that_the_file_does_not_hold(native_impl, tmp_path, direct) -> None:
+    path = tmp_path / "short"
+    path.write_bytes(FILES[0][:5000])
+    with pytest.raises(OSError, match="file ends at 5000"):
+        read([str(path)], [(0, 4500, 10)], [(0, 0, 9000, 4096)], direct=direct)
 
 
 @pytest.mark.parametrize("direct", [False, True])
 @pytest.mark.parametrize("nbytes", [100, 400_000])
 def test_file_that_ends_early(native_impl, paths, direct, nbytes) -> None:
-    rows = [(3, 0, 10, 0), (3, 299_990, nbytes, 0), (3, 299_980, nbytes, 0)]
+    rows = [(3, 0, 10), (3, 299_990, nbytes), (3, 299_980, nbytes)]
     with pytest.raises(OSError) as caught:
-        read(paths, rows, 1, direct=direct)
+        read(paths, rows, direct=direct)
     expected = f"read {nbytes} bytes at 299990 from {paths[3]}: file ends at 300000"
     assert (caught.value.errno, caught.value.strerror, caught.value.filename) == (5, expected, paths[3])
 
@@ -105,14 +129,52 @@ def test_file_that_ends_early(native_impl, paths, direct, nbytes) -> None:
 def test_missing_file(native_impl, tmp_path) -> None:
     missing = str(tmp_path / "missing")
     with pytest.raises(FileNotFoundError) as caught:
-        read([missing], [(0, 0, 1, -1)])
+        read([missing], [(0, 0, 1)])
     assert caught.value.strerror == f"open {missing}: No such file or directory"
 
 
 def test_directory_instead_of_file(native_impl, tmp_path) -> None:
     with pytest.raises(IsADirectoryError) as caught:
-        read([str(tmp_path)], [(0, 0, 1, -1)])
-    assert caught.value.strerror == f"read 1 bytes at 0 from {tmp_path}: Is a directory"
+        read([str(tmp_path)], [(0, 0, 1)])
+    assert caught.value.strerror == f"open {tmp_path}: Is a directory"
+
+
+@pytest.mark.parametrize("direct", [False, True])
+@pytest.mark.parametrize("kind", ["FIFO", "socket", "device", "link to a device"])
+def test_special_file_is_refused_at_once(native_impl, tmp_path, kind, direct) -> None:
+    path = tmp_path / "special"
+    if kind == "FIFO":
+        os.mkfifo(path)
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(str(path))
+    elif kind == "device":
+        path = Path("/dev/zero")
+    else:
+        path.symlink_to("/dev/zero")
+    with pytest.raises(OSError) as caught:
+        read([str(path)], [(0, 0, 1)], direct=direct)
+    expected = f"open {path}: it is a {kind.split()[-1]}, not a regular file"
+    assert (caught.value.errno, caught.value.strerror, caught.value.filename) == (5, expected, str(path))
+
+
+@pytest.mark.parametrize(
+    ("offset", "nbytes"), [((1 << 63) - 4098, 1), (0, 1 << 62), (4097, (1 << 63) - 8194)]
+)
+@pytest.mark.parametrize("direct", [False, True])
+def test_length_that_no_file_has_is_refused_at_once(native_impl, paths, offset, nbytes, direct) -> None:
+    """Looked up in the file before anything is planned for it."""
+    with pytest.raises(OSError, match=rf"read {nbytes} bytes at {offset} from .*: file ends at 4096"):
+        native.read_extents(
+            paths, column(1), column(offset), column(nbytes), column(8), *[column()] * 4, 1, 4096, direct
+        )
+
+
+@pytest.mark.parametrize("direct", [False, True])
+def test_link_to_a_file(native_impl, paths, tmp_path, direct) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(paths[1])
+    assert read([str(link)], [(0, 0, 4096)], direct=direct)[0] == [FILES[1]]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
@@ -121,16 +183,16 @@ def test_unreadable_file(native_impl, tmp_path) -> None:
     path.write_bytes(b"x")
     path.chmod(0)
     with pytest.raises(PermissionError, match=f"open {path}: Permission denied"):
-        read([str(path)], [(0, 0, 1, -1)])
+        read([str(path)], [(0, 0, 1)])
 
 
 def test_files_without_wanted_bytes_are_not_opened(native_impl, tmp_path) -> None:
-    assert read([str(tmp_path / "missing")], [(0, 7, 0, 0)], 1) == ([b""], [0])
+    assert read([str(tmp_path / "missing")], [(0, 7, 0)]) == ([b""], [])
 
 
 def test_no_descriptor_outlives_the_call(native_impl, paths) -> None:
     before = sorted(os.listdir("/proc/self/fd"))
-    read(paths, [(0, 0, 500_000, -1), (3, 0, 10, -1)])
+    read(paths, [(0, 0, 500_000), (3, 0, 10)])
     with pytest.raises(OSError):
-        read(paths, [(3, 299_999, 10, -1)])
+        read(paths, [(3, 299_999, 10)])
     assert sorted(os.listdir("/proc/self/fd")) == before

@@ -86,17 +86,31 @@ def test_bad_write_requests(native_impl, tmp_path, monkeypatch, change, message)
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ((1, 0, 10, 0), "extent 0: file 1 is not one of 1"),
-        ((0, -1, 10, 0), "extent 0: 10 bytes at -1 are no range"),
-        ((0, 0, -1, 0), "extent 0: -1 bytes at 0 are no range"),
-        ((0, 2**62, 2**62, 0), "extent 0: 4611686018427387904 bytes at 4611686018427387904 are no range"),
-        ((0, 0, 10, 1), "extent 0: digest 1 is not one of 1"),
+        ((1, 0, 10), "extent 0: file 1 is not one of 1"),
+        ((0, -1, 10), "extent 0: 10 bytes at -1 are no range"),
+        ((0, 0, -1), "extent 0: -1 bytes at 0 are no range"),
+        ((0, 2**62, 2**62), "extent 0: 4611686018427387904 bytes at 4611686018427387904 are no range"),
     ],
 )
 def test_bad_read_requests(native_impl, row, message) -> None:
-    file, offset, nbytes, digest = (column(value) for value in row)
+    file, offset, nbytes = (column(value) for value in row)
     with pytest.raises(ValueError, match=re.escape(message)):
-        native.read_extents(["a"], file, offset, nbytes, column(0), digest, 1, 2, 4096, False)
+        native.read_extents(["a"], file, offset, nbytes, column(0), *[column()] * 4, 2, 4096, False)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([(1, 0, 10, 1)], "range 0: file 1 is not one of 1"),
+        ([(0, 0, 10, 1), (0, -1, 10, 1)], "range 1: 10 bytes at -1 are no range"),
+        ([(0, 0, 10, 0)], "range 0: its blocks have no bytes"),
+        ([(0, 9, 10, 5), (0, 0, 10, 5)], "range 0: overlaps range 1"),
+    ],
+)
+def test_bad_checked_ranges(native_impl, rows, message) -> None:
+    columns = [column(*values) for values in zip(*rows, strict=True)]
+    with pytest.raises(ValueError, match=re.escape(message)):
+        native.read_extents(["a"], *[column(0)] * 4, *columns, 2, 4096, False)
 
 
 def big_case(directory) -> WriteCase:

@@ -51,11 +51,15 @@ def build_case(directory: Path, layout: list[tuple[list[tuple[int, int, int]], i
     threads=st.integers(1, 4),
     chunk_bytes=st.sampled_from([4096, 8192, 65_536]),
     direct=st.booleans(),
+    block_bytes=st.sampled_from([0, 1000, 4096, 100_000]),
 )
-def test_files_and_digests_are_the_models(native_impl, layout, threads, chunk_bytes, direct) -> None:
+def test_files_and_digests_are_the_models(
+    native_impl, layout, threads, chunk_bytes, direct, block_bytes
+) -> None:
     with tempfile.TemporaryDirectory() as directory:
         case = build_case(Path(directory), layout)
-        assert case.write(threads, chunk_bytes, direct) == case.expected()
+        written = case.write(threads, chunk_bytes, direct, block_bytes=block_bytes)
+        assert written == case.expected(block_bytes)
         for path, image in zip(case.paths(), case.images, strict=True):
             assert Path(path).read_bytes() == image
 
@@ -97,7 +101,7 @@ def test_existing_longer_file_is_replaced(native_impl, tmp_path, direct) -> None
 def test_file_without_bytes_is_created(native_impl, tmp_path) -> None:
     case = WriteCase(tmp_path)
     case.add_file()
-    assert case.write(fsync=True, direct=True) == ([], [0])
+    assert case.write(fsync=True, direct=True) == ([], [0], b"")
     assert (tmp_path / "file0").read_bytes() == b""
 
 

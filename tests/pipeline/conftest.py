@@ -22,9 +22,3 @@ def native_impl(request: pytest.FixtureRequest) -> Iterator[str]:
     """Name of the implementation that ``native`` uses during the test."""
     with native.using(request.param):
         yield request.param
-
-
-@pytest.fixture
-def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Durability is given up, for tests of many small saves."""
-    monkeypatch.setenv("CKPT_FAST_FSYNC", "0")

@@ -16,10 +16,12 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from ckpt_fast.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
+from ckpt_fast.pipeline.decode import Contents
 from ckpt_fast.pipeline.index import CheckpointIndex
 from ckpt_fast.pipeline.load import load_objects, load_tensors
 from ckpt_fast.pipeline.save import save
 from ckpt_fast.pipeline.types import ObjectShard, TensorRequest
+from tests.manifests import make_older
 from tests.pipeline.layouts import Region, random_tensor, same, shards_of, whole
 
 pytestmark = pytest.mark.usefixtures("native_impl", "no_fsync")
@@ -62,10 +64,12 @@ def load_is_right(directory: str) -> bool:
     return same(wide, WIDE) and same(flat, FLAT) and same(part, SLICE.of(WIDE)) and found == OBJECT
 
 
-@pytest.fixture(params=["ours", "stock"])
+@pytest.fixture(params=["ours", "older", "stock"])
 def checkpoint(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     directory = tmp_path / "checkpoint"
-    (save_ours if request.param == "ours" else save_stock)(str(directory))
+    (save_stock if request.param == "stock" else save_ours)(str(directory))
+    if request.param == "older":
+        make_older(directory)
     return directory
 
 
@@ -144,6 +148,7 @@ def memory_limit(more: int) -> Iterator[None]:
 def test_our_metadata_replaced_by_a_stock_writer(tmp_path: Path) -> None:
     """The sidecar then names a file that is gone."""
     save_ours(str(tmp_path))
+    make_older(tmp_path)
     save_stock(str(tmp_path))
     assert (tmp_path / "ckpt_fast.json").exists()
     assert load_is_right(str(tmp_path))
@@ -151,6 +156,7 @@ def test_our_metadata_replaced_by_a_stock_writer(tmp_path: Path) -> None:
 
 def test_our_metadata_is_compared_with_the_sidecar(ours: Path) -> None:
     """A flip that leaves a sound pickle: the tensor's name."""
+    make_older(ours)
     path = ours / ".metadata"
     path.write_bytes(path.read_bytes().replace(b"wide", b"wild"))
     with pytest.raises(
@@ -162,6 +168,7 @@ def test_our_metadata_is_compared_with_the_sidecar(ours: Path) -> None:
 def test_metadata_of_many_frames_is_compared_too(tmp_path: Path) -> None:
     """Pickles are cut into frames of 64 KiB."""
     save([whole(f"{n:06}" + "x" * 60, torch.zeros(1)) for n in range(600)], str(tmp_path))
+    make_older(tmp_path)
     path = tmp_path / ".metadata"
     assert path.stat().st_size > 1 << 16
     path.write_bytes(path.read_bytes().replace(b"000300", b"000x00"))
@@ -170,6 +177,7 @@ def test_metadata_of_many_frames_is_compared_too(tmp_path: Path) -> None:
 
 
 def test_flipped_bit_in_the_sidecar(ours: Path) -> None:
+    make_older(ours)
     for position in flips(ours / "ckpt_fast.json"):
         with contextlib.suppress(CheckpointCorruptError):
             assert load_is_right(str(ours)), f"byte {position}"
@@ -223,12 +231,22 @@ def test_data_file_with_other_content(checkpoint: Path) -> None:
         load_is_right(str(checkpoint))
 
 
+def test_an_item_is_missing(ours: Path) -> None:
+    metadata = dcp.FileSystemReader(ours).read_metadata()
+    lost = next(index for index in metadata.storage_data if index.fqn == "flat" and index.offset == (20,))
+    del metadata.storage_data[lost]
+    with pytest.raises(CheckpointCorruptError, match=r"makes no sense \(flat has 1 items for 2 pieces\)"):
+        CheckpointIndex(str(ours), metadata)
+
+
 def test_a_shard_is_missing(ours: Path) -> None:
     metadata = dcp.FileSystemReader(ours).read_metadata()
     lost = next(index for index in metadata.storage_data if index.fqn == "flat" and index.offset == (20,))
     del metadata.storage_data[lost]
-    index = CheckpointIndex(str(ours), metadata)
-    with pytest.raises(CheckpointCorruptError, match=r"has only 20 of the 40 elements of flat"):
+    del metadata.state_dict_metadata["flat"].chunks[lost.index]
+    index = CheckpointIndex(str(ours), Contents(metadata, None, ""))
+    message = r"has only 20 of the 40 elements of flat at \(0,\), and none of \(20,\) at \(20,\)"
+    with pytest.raises(CheckpointCorruptError, match=message):
         load_tensors(index, [TensorRequest("flat", torch.zeros_like(FLAT), (0,))])
 
 

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``.metadata`` and the sidecar: what they hold, what stock torch makes of them, what they refuse."""
+"""The pickle in ``.metadata``: what it holds, what stock torch makes of it, what it refuses."""
 
 from __future__ import annotations
 
 import io
-import json
 import pickle
 from typing import Any
 
@@ -20,8 +19,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from ckpt_fast.errors import CheckpointMismatchError
-from ckpt_fast.pipeline.encode import encode_metadata, encode_sidecar, file_record
-from ckpt_fast.pipeline.types import Extent, FileRecord, ItemRecord
+from ckpt_fast.pipeline.encode import encode_metadata
+from ckpt_fast.pipeline.types import Extent, ItemRecord
 from tests.pipeline.layouts import Region, cuts, shapes
 
 
@@ -223,12 +222,3 @@ def test_tensor_properties_are_five_fields(monkeypatch: pytest.MonkeyPatch) -> N
 def test_equal_records_make_equal_bytes() -> None:
     records = [record(Region((n,), (1,)), (3,), rank=n) for n in range(3)]
     assert encode_metadata(records) == encode_metadata(records)
-
-
-def test_sidecar() -> None:
-    files = [FileRecord("b", 7, 0xABC), file_record("a", b"hello")]
-    document = json.loads(encode_sidecar(files))
-    assert document == {
-        "version": 1,
-        "files": {"a": {"nbytes": 5, "crc32": "3610a686"}, "b": {"nbytes": 7, "crc32": "00000abc"}},
-    }

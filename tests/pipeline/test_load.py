@@ -78,8 +78,7 @@ def test_any_region_of_any_sharding(data: st.DataObject) -> None:
         report = load(directory, "w", into, wanted.offsets)
     assert same(into, wanted.of(tensor))
     touched = [region for region in regions if overlap(region, wanted) is not None]
-    inside = [region for region in touched if overlap(region, wanted) == region.sizes]
-    assert (report.verified, report.verified + report.unverified) == (len(inside), len(touched))
+    assert (report.verified, report.unverified) == (len(touched), 0)
 
 
 def overlap(a: Region, b: Region) -> tuple[int, ...] | None:

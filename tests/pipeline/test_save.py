@@ -4,9 +4,7 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from ckpt_fast.pipeline.index import CheckpointIndex
 from ckpt_fast.pipeline.load import load_tensors
 from ckpt_fast.pipeline.save import Save, last_report, save
 from ckpt_fast.pipeline.types import ObjectShard, TensorRequest, TensorShard
+from tests.manifests import manifest_lies
 from tests.pipeline.layouts import PLAIN_DTYPES, random_tensor, same, save_tensors, whole
 from tests.pipeline.test_commit import file_size_limit
 
@@ -43,7 +42,7 @@ def test_files_of_a_checkpoint(tmp_path: Path) -> None:
     tensors = {f"w{n}": random_tensor((50, n), torch.float32, n) for n in range(6)}
     report = save_tensors(tmp_path / "new", tensors, writers=2, **FILES)
     data = {"__0_0.distcp", "__0_1.distcp"}
-    assert names(tmp_path / "new") == {*data, "common.pt", ".metadata", "ckpt_fast.json", "metadata.json"}
+    assert names(tmp_path / "new") == {*data, "common.pt", ".metadata", "metadata.json"}
     assert all(same(loaded(tmp_path / "new", name, tensor), tensor) for name, tensor in tensors.items())
     sizes = [(tmp_path / "new" / name).stat().st_size for name in (*data, "common.pt")]
     assert (report.files, report.nbytes) == (3, sum(sizes))
@@ -52,15 +51,11 @@ def test_files_of_a_checkpoint(tmp_path: Path) -> None:
     assert {"prepare", "plan", "stage", "encode", "write", "commit"} <= set(report.steps)
 
 
-def test_sidecar_describes_the_files(tmp_path: Path) -> None:
+def test_manifest_describes_the_files(tmp_path: Path) -> None:
     tensors = {f"w{n}": random_tensor((n, 77), torch.bfloat16, n) for n in range(9)}
     tensors["large"] = random_tensor((700, 1000), torch.float32)
     save_tensors(tmp_path, tensors, writers=3, **FILES)
-    described = json.loads((tmp_path / "ckpt_fast.json").read_text())["files"]
-    assert set(described) == names(tmp_path) - {"ckpt_fast.json", "metadata.json"}
-    for name, entry in described.items():
-        content = (tmp_path / name).read_bytes()
-        assert entry == {"nbytes": len(content), "crc32": f"{zlib.crc32(content):08x}"}
+    assert manifest_lies(tmp_path) == []
 
 
 @pytest.mark.usefixtures("no_fsync")
@@ -97,7 +92,7 @@ def test_seal_is_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "replace", replace)
     seals = {"first": b"1", "metadata.json": b"{}"}
     save_tensors(tmp_path, {"w": torch.zeros(3)}, common_files={"common.pt": b""}, seal_files=seals)
-    assert published == ["common.pt", "ckpt_fast.json", ".metadata", "first", "metadata.json"]
+    assert published == ["common.pt", ".metadata", "first", "metadata.json"]
 
 
 @pytest.mark.usefixtures("no_fsync")
@@ -107,7 +102,7 @@ def test_overwriting_a_checkpoint(tmp_path: Path) -> None:
     new = random_tensor((7,), torch.int32)
     job = Save([whole("w", new)], str(tmp_path), **FILES)
     job.stage()
-    gone = {"metadata.json", ".metadata", "ckpt_fast.json"}
+    gone = {"metadata.json", ".metadata"}
     assert not names(tmp_path) & gone, "an old seal vouches for new data"
     job.write()
     assert not names(tmp_path) & gone
@@ -119,7 +114,7 @@ def test_overwriting_a_checkpoint(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("no_fsync")
 def test_nothing_to_save_is_a_checkpoint(tmp_path: Path) -> None:
     save([], str(tmp_path))
-    assert names(tmp_path) == {".metadata", "ckpt_fast.json"}
+    assert names(tmp_path) == {".metadata"}
     assert CheckpointIndex(str(tmp_path)).metadata.state_dict_metadata == {}
 
 
@@ -166,7 +161,7 @@ def test_conjugated_and_negated_views_are_saved_by_value(tmp_path: Path) -> None
 
 
 def assert_not_published(directory: Path) -> None:
-    assert not names(directory) & {".metadata", "metadata.json", "ckpt_fast.json"}
+    assert not names(directory) & {".metadata", "metadata.json"}
     assert not [name for name in names(directory) if name.endswith(".partial")]
 
 
@@ -187,9 +182,7 @@ def test_full_disk(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_fsync")
-@pytest.mark.parametrize(
-    "obstacle", ["__0_0.distcp", "common.pt", "ckpt_fast.json", ".metadata", "metadata.json"]
-)
+@pytest.mark.parametrize("obstacle", ["__0_0.distcp", "common.pt", ".metadata", "metadata.json"])
 def test_a_directory_in_the_way_of_any_file(tmp_path: Path, obstacle: str) -> None:
     (tmp_path / obstacle / "inside").mkdir(parents=True)
     with pytest.raises(CheckpointWriteError, match=f"rank 0: .*{obstacle}") as caught:

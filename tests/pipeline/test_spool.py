@@ -73,13 +73,13 @@ def shards(*names: str, rows: int = 256) -> list[TensorShard]:
 def test_order_of_a_save(shelf: Shelf) -> None:
     save(shards("a", "b"), NAME, files=Spool(NAME, shelf), writers=1, **SEALS)
     written = ["put __0_0.distcp", "write common.pt"]
-    written += [f"write {name}" for name in ("ckpt_fast.json", ".metadata", "metadata.json")]
+    written += [f"write {name}" for name in (".metadata", "metadata.json")]
     assert shelf.calls == written
     shelf.calls.clear()
     save(shards("a", "b"), NAME, files=Spool(NAME, shelf), writers=1, **SEALS)
     deleted = shelf.calls[: -len(written)]
-    assert deleted[:3] == [f"delete {name}" for name in ("metadata.json", ".metadata", "ckpt_fast.json")]
-    assert sorted(deleted[3:]) == ["delete __0_0.distcp", "delete common.pt"]
+    assert deleted[:2] == [f"delete {name}" for name in ("metadata.json", ".metadata")]
+    assert sorted(deleted[2:]) == ["delete __0_0.distcp", "delete common.pt"]
     assert shelf.calls[-len(written) :] == written
     assert find_damage(str(shelf.directory)) == []
     assert spooled(shelf) == []

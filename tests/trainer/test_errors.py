@@ -19,6 +19,7 @@ from ckpt_fast.doors import megatron_core
 from ckpt_fast.trainer.load_plan import LoadPlan
 from ckpt_fast.trainer.restore import restore_rerun_and_rng
 from tests.helpers import run_ranks
+from tests.manifests import make_older
 from tests.models import Run, Setup
 from tests.trainer import runs
 from tests.trainer.runs import error_of, require
@@ -72,13 +73,13 @@ def test_tracker_names_what_is_gone(root: Path) -> None:
     require(error, "CheckpointNotFoundError", f"{root}/iter_0000002", "ckpt_step")
 
 
-def test_trackers_that_cannot_be_understood(root: Path) -> None:
+def test_trackers_that_cannot_be_understood_where_nothing_is_whole(root: Path) -> None:
     (root / "latest_train_state.pt").write_bytes(b"\x80nonsense")
-    error = load_on_two(load=str(root))
-    require(error, "RuntimeError", f"{root}/latest_train_state.pt")
-    (root / "latest_train_state.pt").unlink()
     (root / "latest_checkpointed_iteration.txt").write_text("soon")
-    assert load_on_two(load=str(root)) == EXIT_1
+    for directory in root.glob("iter_*"):
+        (directory / "__1_0.distcp").unlink()
+    error = load_on_two(load=str(root))
+    require(error, "DamagedFileError", f"{root}/latest_train_state.pt", "'soon'", "No iteration", "whole")
 
 
 def test_every_exit_has_a_status_that_job_scripts_see(root: Path, tmp_path: Path) -> None:
@@ -178,17 +179,19 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], tuple[str, ...], tuple[str, ...
 }
 
 
-@pytest.mark.parametrize("sidecar", [True, False], ids=["sidecar", "stock"])
+@pytest.mark.parametrize("kind", ["ours", "older", "stock"])
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged_checkpoints(root: Path, damage: str, sidecar: bool) -> None:
+def test_damaged_checkpoints(root: Path, damage: str, kind: str) -> None:
     inflict, kinds, fragments = DAMAGES[damage]
     directory = root / "iter_0000002"
-    inflict(directory)
-    if not sidecar:
+    if kind != "ours":
+        make_older(directory)
+    if kind == "stock":
         # As stock writers leave it: damage has to be noticed without the list of files.
         (directory / "ckpt_fast.json").unlink()
-    kind, text = load_on_two(load=str(root))
-    assert kind in kinds, (kind, text)
+    inflict(directory)
+    error, text = load_on_two(load=str(root))
+    assert error in kinds, (error, text)
     for fragment in (str(directory), "earlier iteration", *fragments):
         assert fragment in text
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from ckpt_fast.checkpointing import _load_model_weights_from_checkpoint, maybe_f
 from tests.glu_models import contiguous_parameters
 from tests.helpers import run_ranks
 from tests.interop.saved import read_with_dcp
+from tests.manifests import manifest_of
 from tests.models import FLOPS, Run, Setup, differences, identical, megatron_on_cpu, other
 
 SIZES = (4, 2)
@@ -135,7 +135,7 @@ def test_interleaving_leaves_no_trace_in_the_checkpoint(tmp_path: Path, ranks: i
     for name in ("again", "background"):
         assert states[name].keys() == states["plain"].keys()
         assert [each for each in tensors if not identical(states["plain"][each], states[name][each])] == []
-        notes = json.loads((Path(iteration(str(tmp_path / name))) / "ckpt_fast.json").read_text())
-        assert notes["glu_rows"] == "contiguous"
+        notes = manifest_of(Path(iteration(str(tmp_path / name)))).notes
+        assert notes == {"glu_rows": "contiguous"}
         common = torch.load(Path(iteration(str(tmp_path / name))) / "common.pt", weights_only=False)
         assert common["content_metadata"]["glu_rows"] == "contiguous"

@@ -113,7 +113,7 @@ def test_what_was_saved_comes_back(bucket: Bucket) -> None:
     assert os.listdir(bucket.spool) == []
     assert iterations(bucket.local) == [2, 3]  # most_recent_k
     _, saved = bucket.of(3)
-    assert {"common.pt", "ckpt_fast.json", ".metadata", "metadata.json"} < set(os.listdir(saved))
+    assert {"common.pt", ".metadata", "metadata.json"} < set(os.listdir(saved))
     assert find_damage(saved) == []
 
 
@@ -214,7 +214,7 @@ def fail_to_upload(rank: int, bucket: Bucket) -> dict[str, tuple[str, str]]:
             lambda: maybe_finalize_async_save(run.state, run.checkpoint, blocking=True)
         )
         run.checkpoint.async_save = False
-        _obstruct(rank, bucket, "ckpt_fast.json")
+        _obstruct(rank, bucket, ".metadata")
         errors["seal"] = error_of(run.save)
         os.environ["CKPT_FAST_SPOOL"] = bucket.config
         errors["spool"] = error_of(run.save)
@@ -236,7 +236,7 @@ def test_a_failed_upload_loses_nothing(bucket: Bucket) -> None:
         upload = f"rank 1: cannot upload __1_0.distcp to {url}: "
         require(errors["data"], "CheckpointWriteError", upload, "See that the storage can be reached")
         require(errors["background"], "AsyncSaveError", upload)
-        require(errors["seal"], "CheckpointWriteError", f"rank 0: cannot write ckpt_fast.json to {url}: ")
+        require(errors["seal"], "CheckpointWriteError", f"rank 0: cannot write .metadata to {url}: ")
         require(
             errors["spool"], "CheckpointWriteError", f"cannot create a spool for {url}", "CKPT_FAST_SPOOL"
         )

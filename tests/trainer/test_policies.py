@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from tests.helpers import RankError, run_ranks
+from tests.manifests import make_older
 from tests.models import FLOPS, Run, Setup
 from tests.trainer import runs
 from tests.trainer.runs import ALL, Loaded
@@ -155,6 +156,7 @@ def test_a_certain_checkpoint_is_not_replaced_by_another(root: str) -> None:
 def test_a_stale_sidecar_does_not_condemn_a_stock_checkpoint(root: str) -> None:
     """A stock writer that overwrote our checkpoint left our sidecar behind."""
     directory = os.path.join(root, "iter_0000003")
+    make_older(Path(directory))
     run_ranks(_overwrite_with_stock, 1, directory)
     assert load(root, 3, on_corrupt="raise").result == (3, FLOPS)
 

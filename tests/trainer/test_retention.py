@@ -19,6 +19,8 @@ from ckpt_fast.trainer.retention import cleanup_old_non_persistent_checkpoint as
 from tests.helpers import run_ranks
 from tests.models import Run, Setup
 
+SEAL = '{"sharded_backend": "torch_dist", "sharded_backend_version": 1}'
+
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch):
@@ -32,7 +34,7 @@ def checkpoint(root: Path, iteration: int, finished: bool = True) -> Path:
     (path / "__0_0.distcp").write_bytes(b"data")
     if finished:
         (path / ".metadata").write_bytes(b"m")
-        (path / "metadata.json").write_text("{}")
+        (path / "metadata.json").write_text(SEAL)
     return path
 
 
@@ -126,6 +128,48 @@ def test_nothing_is_deleted_when_a_tracker_cannot_be_read(tmp_path, tracker, cap
     cleanup(str(tmp_path), leave_ckpt_num=1)
     assert left(tmp_path) == [1, 2]
     assert "none is deleted" in caplog.text
+
+
+@pytest.mark.parametrize("names", [[], [".__0_0.distcp.0badcafe.partial"], ["common.pt", "__0_0.distcp"]])
+def test_what_is_not_whole_is_neither_counted_nor_protected(tmp_path, names):
+    """Saves of 2 and 5 died; one of 7 may be in progress."""
+    for iteration in (1, 3, 4, 6):
+        checkpoint(tmp_path, iteration)
+    for iteration in (2, 5, 7):
+        path = tmp_path / f"iter_{iteration:07d}"
+        path.mkdir()
+        for name in names:
+            (path / name).touch()
+    track(tmp_path, 6)
+    cleanup(str(tmp_path), leave_ckpt_num=3, max_iteration=6)
+    assert left(tmp_path) == [3, 4, 6, 7]
+
+
+def test_a_damaged_one_does_not_count(tmp_path):
+    for iteration in (1, 2, 3):
+        checkpoint(tmp_path, iteration)
+    (tmp_path / "iter_0000002/.metadata").unlink()
+    track(tmp_path, 3)
+    cleanup(str(tmp_path), leave_ckpt_num=2)
+    assert left(tmp_path) == [1, 3]
+
+
+def test_checkpoints_of_other_kinds_count(tmp_path):
+    (tmp_path / "iter_0000001/mp_rank_00").mkdir(parents=True)
+    (tmp_path / "iter_0000002/model.weight").mkdir(parents=True)
+    (tmp_path / "iter_0000002/metadata.json").write_text(SEAL.replace("torch_dist", "zarr"))
+    (tmp_path / "iter_0000002/common.pt").touch()
+    checkpoint(tmp_path, 3)
+    track(tmp_path, 3)
+    cleanup(str(tmp_path), leave_ckpt_num=3)
+    assert left(tmp_path) == [1, 2, 3]
+
+
+def test_the_newest_stay_where_none_is_known_to_be_whole(tmp_path):
+    for iteration in (1, 2, 3):
+        (tmp_path / f"iter_{iteration:07d}").mkdir()
+    cleanup(str(tmp_path), leave_ckpt_num=2)
+    assert left(tmp_path) == [2, 3]
 
 
 def test_unfinished_ones_do_not_count(tmp_path):
@@ -254,7 +298,9 @@ def test_dataloader_states_go_with_their_checkpoints(tmp_path):
         (states / f"iter_{iteration:07d}").mkdir(parents=True)
     (states / "notes").mkdir()
     (tmp_path / "run/iter_0000002").mkdir()
-    (tmp_path / "run/non_persistent/iter_0000004").mkdir(parents=True)
+    (tmp_path / "run/non_persistent").mkdir()
+    (tmp_path / "archive").mkdir()
+    (tmp_path / "run/non_persistent/iter_0000004").symlink_to(tmp_path / "archive")
     roots = [str(tmp_path / "run"), str(tmp_path / "run/non_persistent")]
     cleanup_old_dataloader_states(str(states), roots, newest=8)
     left = sorted(path.name for path in states.iterdir())

@@ -72,10 +72,8 @@ def test_readers_hand_out_objects_of_their_own(tmp_path: Path) -> None:
 
 def test_a_file_is_read_once_until_it_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[str] = []
-    real = trackers.open_file
-    monkeypatch.setattr(
-        trackers, "open_file", lambda path, mode="rb": (opened.append(path), real(path, mode))[1]
-    )
+    real = trackers.read_file
+    monkeypatch.setattr(trackers, "read_file", lambda path: (opened.append(path), real(path))[1])
     path = tmp_path / "latest_train_state.pt"
     save_state(path, 5)
     for _ in range(3):
@@ -130,7 +128,7 @@ def test_every_rank_gets_rank_0s_train_state(tmp_path: Path) -> None:
 def test_a_failure_on_rank_0_reaches_every_rank(tmp_path: Path) -> None:
     with pytest.raises(RankError) as failure:
         run_ranks(read_step, 2, str(tmp_path / "missing"))
-    assert failure.value.errors == {0: "RuntimeError", 1: "RuntimeError"}
+    assert failure.value.errors == {0: "DamagedFileError", 1: "DamagedFileError"}
 
 
 # --- Run config ------------------------------------------------------------------------------------------
@@ -195,8 +193,8 @@ def test_run_config_is_written_as_it_was_when_the_save_began(tmp_path: Path) -> 
     config = Config()
     snapshot = trackers.snapshot_run_config(config)
     config.step = 2
-    trackers.write_run_config(str(tmp_path / "iter_0000001"), snapshot)
-    assert trackers.read_run_config(str(tmp_path / "iter_0000001" / "run_config.yaml")) == {"step": 1}
+    (tmp_path / "run_config.yaml").write_bytes(snapshot)
+    assert trackers.read_run_config(str(tmp_path / "run_config.yaml")) == {"step": 1}
 
 
 # --- Trackers --------------------------------------------------------------------------------------------

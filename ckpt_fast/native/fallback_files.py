@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading for the engine's twin, and what it shares with writing."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import stat
+import threading
+import zlib
+from array import array
+
+from ckpt_fast.native import fallback_checks as checks
+
+_STEP = 1 << 20
+
+
+class Progress:
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._nbytes = 0
+        self._renaming = 0
+        self._stopped = False
+
+    @property
+    def nbytes(self) -> int:
+        return self._nbytes
+
+    @property
+    def stopped(self) -> bool:
+        return self._stopped
+
+    @property
+    def renaming(self) -> bool:
+        return self._renaming > 0
+
+    def stop(self) -> None:
+        with self._lock:
+            self._stopped = True
+
+    def begin_rename(self) -> bool:
+        with self._lock:
+            if not self._stopped:
+                self._renaming += 1
+            return not self._stopped
+
+    def end_rename(self) -> None:
+        with self._lock:
+            self._renaming -= 1
+
+    def add(self, nbytes: int) -> None:
+        with self._lock:
+            self._nbytes += nbytes
+
+    def check(self, verb: str, path: str) -> None:
+        if self._stopped:
+            with named(verb, path):
+                raise OSError(errno.ECANCELED, os.strerror(errno.ECANCELED))
+
+
+def memory(address: int, nbytes: int) -> memoryview:
+    """Writable view of memory that the caller keeps alive."""
+    return memoryview((ctypes.c_ubyte * nbytes).from_address(address)).cast("B")
+
+
+def read_file(
+    path: str,
+    extents: list[checks.Extent],
+    ranges: list[tuple[int, int, int, int]],
+    crcs: array[int],
+    progress: Progress,
+) -> None:
+    """Read extents (offset, nbytes, address) of one file, and the blocks that they touch.
+
+    Args:
+        ranges: (offset, nbytes, block, number of its first block in ``crcs``).
+        crcs: gets the CRC-32 of each block touched.
+    """
+    with named("open", path):
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        require_inside(os.fstat(fd), path, extents)
+        blocks, unchecked = checks.divide(extents, ranges)
+        for (begin, end, number), wanted in blocks.items():
+            crcs[number] = _read_block(fd, begin, end, wanted, path, progress)
+        for offset, nbytes, address in unchecked:
+            _read_fully(fd, memory(address, nbytes), offset, path, progress)
+    finally:
+        os.close(fd)
+
+
+def _read_block(
+    fd: int, begin: int, end: int, wanted: list[checks.Extent], path: str, progress: Progress
+) -> int:
+    """Read [begin, end) once, to where parts of it are wanted; returns its CRC-32."""
+    crc = 0
+    for at in range(begin, end, _STEP):
+        view = memoryview(bytearray(min(_STEP, end - at)))
+        _read_fully(fd, view, at, path, progress)
+        crc = zlib.crc32(view, crc)
+        for offset, nbytes, address in wanted:
+            first, last = max(offset, at), min(offset + nbytes, at + len(view))
+            if first < last:
+                memory(address + first - offset, last - first)[:] = view[first - at : last - at]
+    return crc
+
+
+def _read_fully(fd: int, view: memoryview, offset: int, path: str, progress: Progress) -> None:
+    nbytes, done = len(view), 0
+    while done < nbytes:
+        progress.check("read", path)
+        with named(f"read {nbytes} bytes at {offset} from", path):
+            got = os.preadv(fd, [view[done : done + _STEP]], offset + done)
+        if got == 0:
+            raise _file_ends(nbytes, offset, path, offset + done)
+        progress.add(got)
+        done += got
+
+
+def require_inside(status: os.stat_result, path: str, extents: list[checks.Extent]) -> None:
+    """The file is a regular one that holds the extents."""
+    if stat.S_ISDIR(status.st_mode):
+        raise OSError(errno.EISDIR, f"open {path}: {os.strerror(errno.EISDIR)}", path)
+    if not stat.S_ISREG(status.st_mode):
+        kind = {stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket"}.get(stat.S_IFMT(status.st_mode), "device")
+        raise OSError(errno.EIO, f"open {path}: it is a {kind}, not a regular file", path)
+    for offset, nbytes, _ in extents:
+        if offset + nbytes > status.st_size:
+            raise _file_ends(nbytes, offset, path, status.st_size)
+
+
+def _file_ends(nbytes: int, offset: int, path: str, size: int) -> OSError:
+    return OSError(errno.EIO, f"read {nbytes} bytes at {offset} from {path}: file ends at {size}", path)
+
+
+class named:  # noqa: N801 - reads as a statement
+    """Context in which an OSError's text becomes "ACTION PATH: reason"."""
+
+    def __init__(self, action: str, path: str) -> None:
+        self._action = action
+        self._path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, OSError) and error.errno is not None:
+            text = f"{self._action} {self._path}: {os.strerror(error.errno)}"
+            raise OSError(error.errno, text, self._path) from None

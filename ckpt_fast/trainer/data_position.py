@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The position in the data that belongs to a checkpoint: is what lies beside it what was saved with it?"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable
+from typing import Any
+
+from ckpt_fast import settings
+from ckpt_fast.errors import CheckpointCorruptError, CheckpointError
+from ckpt_fast.megatron import checkpoint_files
+from ckpt_fast.pipeline.commit import METADATA_FILE
+from ckpt_fast.pipeline.decode import read_manifest
+from ckpt_fast.pipeline.small_files import LARGEST_FILE
+from ckpt_fast.pipeline.types import FileRecord
+from ckpt_fast.trainer.paths import file_exists, join_paths, read_file
+
+# In the state dict of a local checkpoint, and in the context that a load leaves.
+FILES_KEY = "dataloader_state_files"
+
+
+def files_of(checkpoint: str) -> list[FileRecord]:
+    """Local. The files of data loaders that a checkpoint vouches for, by names as ``iter_*/FILE``."""
+    with checkpoint_files(checkpoint) as files:
+        files.fetch([METADATA_FILE])
+        try:
+            manifest = read_manifest(files.directory)
+        except CheckpointError:
+            return []  # whoever loads it says so
+    return list(manifest.beside.values()) if manifest is not None else []
+
+
+def require_files(root: str | None, files: Iterable[FileRecord]) -> None:
+    """Local. Check that the states of data loaders below ``root`` are those of the checkpoint.
+
+    A directory that is gone as a whole passes: it may have been left behind when the checkpoint was moved.
+    Resuming then says that the position is lost.
+
+    Raises:
+        CheckpointCorruptError: naming the first that is missing or differs.
+    """
+    if root is None or not settings.verify_on_load():
+        return
+    for record in files:
+        if not file_exists(join_paths(root, record.path.partition("/")[0])):
+            continue
+        path = join_paths(root, record.path)
+        if not file_exists(path):
+            raise CheckpointCorruptError(
+                f"{path} is missing, the state of a data loader that was saved with the checkpoint. Restore "
+                "the file, or remove its directory to start the data from its beginning."
+            )
+        require_content(path, read_file(path, LARGEST_FILE), record)
+
+
+def require_content(path: str, content: bytes, record: FileRecord) -> None:
+    """Check that a file holds what was saved with the checkpoint.
+
+    Raises:
+        CheckpointCorruptError: it does not.
+    """
+    if (len(content), zlib.crc32(content)) != record[1:]:
+        raise CheckpointCorruptError(
+            f"{path} is not the state of the data loader that was saved with the checkpoint: it has "
+            f"{len(content)} bytes of CRC-32 {zlib.crc32(content):08x} instead of {record.nbytes} of "
+            f"{record.crc32:08x}. It is damaged, or of another save. Load an earlier iteration, or restore "
+            "the file."
+        )
+
+
+def record_for(path: str, files: Any) -> FileRecord | None:
+    """What ``files``, if there are any, say of the file at ``path``."""
+    name = "/".join(path.rsplit("/", 2)[-2:])
+    return next((record for record in files or () if record.path == name), None)

@@ -1,0 +1,43 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a pickle of plain data consists of: opcodes with arguments, and the values that they make.
+#pragma once
+
+#include <cstdint>
+
+namespace ckpt_fast {
+
+/// The argument behind an opcode: a number of `width` bytes, or, if it is `counted`, as many bytes as that
+/// says.
+struct Argument {
+  int width;  // -1: no opcode that plain data has a use for
+  bool counted;
+  bool in_metadata;
+};
+
+/// The argument of every opcode.
+struct ArgumentTable {
+  ArgumentTable();
+
+  Argument of[256];
+};
+
+enum class Kind : uint8_t { kPlain, kText, kBytes, kTuple, kList, kDict, kSet, kRange, kGlobal, kMade, kNew };
+
+enum class Makes : uint8_t { kAnything, kBytes, kRange, kEncoded };
+
+/// What is known of a value without making it. There is one for every few bytes, so it is small.
+struct Value {
+  uint64_t weight = 1;  // values in it, shared ones as often as they occur
+  uint32_t begin = 0;   // of a text, in the pickle
+  uint32_t nbytes = 0;
+  uint16_t depth = 0;
+  Kind kind = Kind::kPlain;
+  Makes makes = Makes::kAnything;  // a global that is called
+  bool part = false;               // of another value, which would not notice a change
+  bool has_number = false;         // a tuple directly holds something that bytes() takes for a size
+  bool has_range = false;          // a tuple directly holds a range
+
+  explicit Value(Kind its_kind) : kind(its_kind) {}
+};
+
+}  // namespace ckpt_fast

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What tests ask of manifests."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from pathlib import Path
+
+from ckpt_fast.pipeline.manifest import Manifest, append_manifest, split_manifest
+
+# Not described by the manifest: what it stands in.
+TABLE = ".metadata"
+
+
+def manifest_of(directory: Path, name: str = TABLE) -> Manifest:
+    """The manifest of a checkpoint, which has one."""
+    _, manifest = split_manifest((directory / name).read_bytes())
+    assert manifest is not None
+    return manifest
+
+
+def manifest_lies(directory: Path) -> list[str]:
+    """Names for which the manifest and the directory disagree."""
+    files = manifest_of(directory).files
+    present = {str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()} - {TABLE}
+    wrong = sorted(present.symmetric_difference(files))
+    for name in present.intersection(files):
+        content = (directory / name).read_bytes()
+        if files[name][1:] != (len(content), zlib.crc32(content)):
+            wrong.append(name)
+    return wrong
+
+
+def with_save_id(content: bytes, save_id: str = "") -> bytes:
+    """A ``.metadata`` file as another save would have written it."""
+    pickled, manifest = split_manifest(content)
+    assert manifest is not None
+    manifest.save_id = save_id
+    return append_manifest(pickled, manifest)
+
+
+def make_older(directory: Path) -> None:
+    """Let the checkpoint be as versions before the manifest wrote it: with a sidecar."""
+    path = directory / TABLE
+    pickled, manifest = split_manifest(path.read_bytes())
+    assert manifest is not None
+    path.write_bytes(pickled)
+    named = [(name, file.nbytes, file.crc32) for name, file in manifest.files.items() if "." in name]
+    named = [each for each in named if each[0].endswith(".distcp") or each[0] == "common.pt"]
+    named.append((TABLE, len(pickled), zlib.crc32(pickled)))
+    files = {name: {"nbytes": nbytes, "crc32": f"{crc:08x}"} for name, nbytes, crc in sorted(named)}
+    (directory / "ckpt_fast.json").write_text(json.dumps({"version": 1, "files": files}, indent=1))

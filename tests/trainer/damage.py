@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Damaging every file of a run's checkpoints in every way, and what a load makes of it."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from tests.models import Run, Setup, differences, other
+from tests.trainer.runs import saved_fingerprint
+
+Outcome = Literal["right", "older", "scratch", "error", "WRONG"]
+
+
+class Damage(NamedTuple):
+    """What is done to one file: ``name`` is relative to the root of the checkpoints.
+
+    ``value`` is the bit to flip, the number of bytes that are left, or the name of the file to put there.
+    """
+
+    kind: Literal["flip", "remove", "empty", "cut", "exchange"]
+    name: str
+    value: int | str = 0
+
+
+class Case(NamedTuple):
+    """One damage, what came of it, and the error or the names of the values that are wrong."""
+
+    damage: Damage
+    outcome: Outcome
+    detail: str = ""
+
+
+def inflict(root: str, damage: Damage) -> None:
+    """Damage a file."""
+    path = Path(root, damage.name)
+    content = path.read_bytes()
+    if damage.kind == "remove":
+        path.unlink()
+    elif damage.kind == "exchange":
+        path.write_bytes(Path(root, str(damage.value)).read_bytes())
+    elif damage.kind == "flip":
+        byte, bit = divmod(int(damage.value), 8)
+        path.write_bytes(content[:byte] + bytes([content[byte] ^ 1 << bit]) + content[byte + 1 :])
+    else:
+        path.write_bytes(content[: int(damage.value)])
+
+
+def files_of(root: str, step: int) -> list[str]:
+    """Names, relative to the root, of all files of an iteration, and of the trackers."""
+    directory = os.path.join(root, f"iter_{step:07d}")
+    inner = [os.path.join(parent, name) for parent, _, names in os.walk(directory) for name in names]
+    trackers = [entry.path for entry in os.scandir(root) if entry.is_file()]
+    return sorted(os.path.relpath(path, root) for path in inner + trackers)
+
+
+def flips(root: str, name: str, every: int = 1, first: int = 0) -> list[Damage]:
+    """Flips of every so many bits of a file."""
+    return [Damage("flip", name, bit) for bit in range(first, 8 * os.path.getsize(f"{root}/{name}"), every)]
+
+
+def whole_file_damages(root: str, step: int, older: int) -> list[Damage]:
+    """Each file removed, emptied, cut, and exchanged with that of the same name in the older iteration."""
+    damages: list[Damage] = []
+    for name in files_of(root, step):
+        size = os.path.getsize(os.path.join(root, name))
+        damages += [Damage("remove", name), Damage("empty", name), Damage("cut", name, size // 2)]
+        counterpart = name.replace(f"iter_{step:07d}", f"iter_{older:07d}")
+        if counterpart != name and os.path.exists(os.path.join(root, counterpart)):
+            damages.append(Damage("exchange", name, counterpart))
+    return damages
+
+
+def outcomes(
+    rank: int,
+    setup: Setup,
+    root: str,
+    steps: tuple[int, int],
+    damages: Sequence[Damage],
+    config: dict[str, Any] | None = None,
+) -> list[Case]:
+    """On every rank: inflict one damage after the other, each on the sound files, and load.
+
+    Args:
+        root: of ``runs.save_steps``, with the fingerprints beside it.
+        steps: the newest iteration, and the one that is to be fallen back to.
+        config: fields of CheckpointConfig besides ``load``.
+    """
+    expected = [saved_fingerprint(root, step, rank) for step in steps]
+    cases = []
+    with Run(other(setup), load=root, **(config or {})) as run:
+        run.train(1)
+        for damage in damages:
+            path = Path(root, damage.name)
+            content = path.read_bytes()
+            _on_rank_0(rank, lambda damage=damage: inflict(root, damage))
+            _scramble(run)
+            cases.append(_load(run, damage, expected))
+            _on_rank_0(rank, lambda path=path, content=content: path.write_bytes(content))
+    return cases
+
+
+def _load(run: Run, damage: Damage, expected: list[dict[str, Any]]) -> Case:
+    try:
+        result = run.load()
+    except (Exception, SystemExit) as error:
+        return Case(damage, "error", f"{type(error).__name__}: {error}")
+    found = run.fingerprint()
+    wrong = [differences(values, found) for values in expected]
+    if not wrong[0]:
+        return Case(damage, "right")
+    if not wrong[1]:
+        return Case(damage, "older")
+    if result == (0, 0):
+        return Case(damage, "scratch")
+    return Case(damage, "WRONG", ", ".join(wrong[0][:5]))
+
+
+def _scramble(run: Run) -> None:
+    """Leave nothing of what the last load restored."""
+    with torch.no_grad():
+        for parameter in run.model[0].parameters():
+            parameter.fill_(7.0)
+        for part in getattr(run.optimizer, "chained_optimizers", [run.optimizer]):
+            for group in part.optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.fill_(7.0)
+                    for value in part.optimizer.state[parameter].values():
+                        if isinstance(value, torch.Tensor):
+                            value.fill_(7.0)
+    torch.manual_seed(99)
+    run.state.train_state.step = 1_000_000
+    run.state.train_state.consumed_train_samples = 1_000_000
+
+
+def _on_rank_0(rank: int, action: Any) -> None:
+    dist.barrier()
+    if rank == 0:
+        action()
+    dist.barrier()
+
+
+def count(cases: Iterable[Case]) -> dict[str, int]:
+    """How often there was which outcome."""
+    return dict(Counter(case.outcome for case in cases))
+
+
+def unwanted(cases: Iterable[Case], *wanted: Outcome) -> list[Case]:
+    """Those with another outcome."""
+    return [case for case in cases if case.outcome not in wanted]

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every file of a checkpoint, the large ones too, damaged or exchanged: no wrong value, and no mixture."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from tests.helpers import run_ranks
+from tests.models import Setup
+from tests.trainer import damage, runs
+from tests.trainer.damage import Case, Damage
+
+SETUP = Setup()
+STEPS = (2, 1)
+NEWEST = "iter_0000002"
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["1-rank", "2-ranks"])
+def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, str]:
+    """Number of ranks, and the root of iterations 1 and 2 that they saved."""
+    root = str(tmp_path_factory.mktemp("everywhere") / "run")
+    run_ranks(runs.save_steps, request.param, SETUP, root, 2, {})
+    return request.param, root
+
+
+def outcomes(saved: tuple[int, str], damages: list[Damage]) -> list[Case]:
+    ranks, root = saved
+    first, *others = run_ranks(damage.outcomes, ranks, SETUP, root, STEPS, damages, timeout_s=3000)
+    for cases in others:
+        assert [case.outcome for case in cases] == [case.outcome for case in first]
+    return first  # type: ignore[no-any-return]
+
+
+def names(saved: tuple[int, str]) -> list[str]:
+    return [name for name in damage.files_of(saved[1], 2) if name.startswith(NEWEST)]
+
+
+def test_a_file_that_is_missing_cut_or_of_another_save(saved: tuple[int, str]) -> None:
+    assert len(names(saved)) >= 6
+    damages = [each for each in damage.whole_file_damages(saved[1], 2, 1) if each.name.startswith(NEWEST)]
+    exchanged = [each.name for each in damages if each.kind == "exchange"]
+    assert exchanged == names(saved)
+    # The seal and what the run looked like are the same in both.
+    equal = [
+        Damage("exchange", name, name.replace(NEWEST, "iter_0000001"))
+        for name in names(saved)
+        if os.path.basename(name) in ("metadata.json", "run_config.yaml")
+    ]
+    assert damage.unwanted(outcomes(saved, [each for each in damages if each not in equal]), "older") == []
+    assert damage.unwanted(outcomes(saved, equal), "right", "older") == []
+
+
+def sampled(saved: tuple[int, str], per_file: int, first: int = 0) -> list[Damage]:
+    root = saved[1]
+    return [
+        each
+        for name in names(saved)
+        for each in damage.flips(root, name, max(1, 8 * os.path.getsize(f"{root}/{name}") // per_file), first)
+    ]
+
+
+def test_flipped_bits_of_every_file(saved: tuple[int, str]) -> None:
+    assert damage.unwanted(outcomes(saved, sampled(saved, 8, first=5)), "right", "older") == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_many_flipped_bits_of_every_file(saved: tuple[int, str]) -> None:
+    assert damage.unwanted(outcomes(saved, sampled(saved, 400)), "right", "older") == []
