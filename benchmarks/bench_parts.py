@@ -22,6 +22,7 @@ import states
 import torch
 
 from ckpt_fast import native, settings
+from ckpt_fast.pipeline import manifest
 from ckpt_fast.pipeline.archive import tensor_archive
 from ckpt_fast.pipeline.encode import WriteProgram, encode_metadata
 from ckpt_fast.pipeline.index import CheckpointIndex
@@ -119,15 +120,23 @@ def test_read(benchmark: Any, block: torch.Tensor, in_memory: Path, function: st
     (in_memory / "file").write_bytes(block.numpy().tobytes())
     into, threads = torch.zeros_like(block), settings.io_threads()
 
-    def read(digest: int) -> None:
-        column = [array("q", [value]) for value in (0, 0, block.nbytes, into.data_ptr(), digest)]
+    place = [array("q", [value]) for value in (0, 0, block.nbytes)]
+    none = array("q")
+
+    def read(*ranges: Any) -> None:
         native.read_extents(
-            [str(in_memory / "file")], *column, digest + 1, threads, settings.chunk_bytes(), False
+            [str(in_memory / "file")],
+            *place,
+            array("q", [into.data_ptr()]),
+            *ranges,
+            threads,
+            settings.chunk_bytes(),
+            False,
         )
 
     work = {
-        "read_extents": lambda: read(-1),
-        "read_extents, checked": lambda: read(0),
+        "read_extents": lambda: read(none, none, none, none),
+        "read_extents, checked": lambda: read(*place, array("q", [manifest.BLOCK_NBYTES])),
         "memcpy": limits.copier([into], [block], limits.Threads(threads)),
     }
     measure_bytes(benchmark, "read from memory", block.nbytes, work[function])

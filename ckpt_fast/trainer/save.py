@@ -149,12 +149,7 @@ def save_checkpoint(
             ],
         )
         if run.is_async:
-            print_rank_0(
-                f"  scheduled an async checkpoint save at iteration {target.step:7d} to {target.save_dir}"
-            )
-        if isinstance(request, SaveHandle):
-            request.report.stall_s = time.perf_counter() - begin
-            print_rank_0(f"  training waited {request.report.stall_s:.3f} s for it; it is being written")
+            _announce_scheduled(request, target, begin)
     loggers.on_checkpointing_end(global_state=state, is_async_finalization=False)
     if not run.is_async:
         barrier_if_distributed()
@@ -170,6 +165,13 @@ def _announce(run: SaveRun, target: SaveTarget) -> None:
         )
     if not target.is_local:
         require_export(run.cfg, run.model)
+
+
+def _announce_scheduled(request: Any, target: SaveTarget, begin: float) -> None:
+    print_rank_0(f"  scheduled an async checkpoint save at iteration {target.step:7d} to {target.save_dir}")
+    if isinstance(request, SaveHandle):
+        request.report.stall_s = time.perf_counter() - begin
+        print_rank_0(f"  training waited {request.report.stall_s:.3f} s for it; it is being written")
 
 
 class _Surroundings(NamedTuple):

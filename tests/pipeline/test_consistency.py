@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 
 from ckpt_fast.errors import CheckpointCorruptError
 from ckpt_fast.pipeline.consistency import Region, UsedBytes, missing_region, require_apart
+from ckpt_fast.pipeline.decode import Contents
 from ckpt_fast.pipeline.index import CheckpointIndex
 from ckpt_fast.pipeline.load import load_tensors
 from ckpt_fast.pipeline.types import TensorRequest
@@ -162,14 +163,14 @@ def test_contradictions_are_damage(name: str, saved: Path) -> None:
     metadata = pickle.loads((saved / ".metadata").read_bytes())
     change(metadata)
     with pytest.raises(CheckpointCorruptError, match=message):
-        CheckpointIndex(str(saved), metadata).tensor("a")
+        CheckpointIndex(str(saved), Contents(metadata, None, "")).tensor("a")
 
 
 def test_a_piece_without_an_item_at_its_place(saved: Path) -> None:
     metadata = pickle.loads((saved / ".metadata").read_bytes())
     metadata.state_dict_metadata["a"].chunks = [ChunkStorageMetadata(torch.Size([1]), torch.Size([5]))]
     with pytest.raises(CheckpointCorruptError, match=r"a has no item for its piece \(5,\) at \(1,\)"):
-        CheckpointIndex(str(saved), metadata).tensor("a")
+        CheckpointIndex(str(saved), Contents(metadata, None, "")).tensor("a")
 
 
 @pytest.mark.usefixtures("native_impl")
@@ -177,6 +178,6 @@ def test_an_item_of_another_dtype(saved: Path) -> None:
     """Of one length with it, so that nothing but the item itself knows."""
     metadata = pickle.loads((saved / ".metadata").read_bytes())
     metadata.state_dict_metadata["n"].properties.dtype = torch.float64
-    index = CheckpointIndex(str(saved), metadata)
+    index = CheckpointIndex(str(saved), Contents(metadata, None, ""))
     with pytest.raises(CheckpointCorruptError, match=r"n in .* is not the torch\.float64 tensor"):
         load_tensors(index, [TensorRequest("n", torch.zeros(6, dtype=torch.float64), (0,))])

@@ -236,7 +236,7 @@ def test_an_item_is_missing(ours: Path) -> None:
     lost = next(index for index in metadata.storage_data if index.fqn == "flat" and index.offset == (20,))
     del metadata.storage_data[lost]
     with pytest.raises(CheckpointCorruptError, match=r"makes no sense \(flat has 1 items for 2 pieces\)"):
-        CheckpointIndex(str(ours), metadata)
+        CheckpointIndex(str(ours), Contents(metadata, None, ""))
 
 
 def test_a_shard_is_missing(ours: Path) -> None:

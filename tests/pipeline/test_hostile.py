@@ -20,10 +20,11 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
 from ckpt_fast import native
 from ckpt_fast.errors import CheckpointCorruptError, CheckpointError, UnsafeCheckpointError
-from ckpt_fast.pipeline.decode import decode_object, read_metadata, read_sidecar
+from ckpt_fast.pipeline.decode import decode_object, read_contents, read_metadata, read_sidecar
 from ckpt_fast.pipeline.index import CheckpointIndex
 from ckpt_fast.pipeline.load import load_tensors
 from ckpt_fast.pipeline.types import TensorRequest
+from tests.manifests import make_older
 from tests.pipeline.test_damage import WIDE, data_file, save_ours
 from tests.pipeline.test_small_files import SPECIAL, make_special
 
@@ -90,8 +91,8 @@ def test_every_flipped_bit_of_metadata(tmp_path: Path, kind: str, native_impl: s
             os.pwrite(file.fileno(), damaged, at)
             begin = time.monotonic()
             try:
-                metadata = read_metadata(str(tmp_path))
-                index = CheckpointIndex(str(tmp_path), metadata)
+                contents = read_contents(str(tmp_path))
+                metadata, index = contents.metadata, CheckpointIndex(str(tmp_path), contents)
                 for name in metadata.state_dict_metadata:
                     index.tensor(name)
                 assert kind != "ours" or metadata == original
@@ -172,6 +173,8 @@ def test_large_metadata_is_not_suspicious(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", [".metadata", "ckpt_fast.json"])
 def test_special_file_of_ours(tmp_path: Path, kind: str, name: str, at_once: None) -> None:
     save_ours(str(tmp_path))
+    if name == "ckpt_fast.json":
+        make_older(tmp_path)
     (tmp_path / name).unlink()
     make_special(tmp_path / name, kind)
     with pytest.raises(CheckpointCorruptError, match=rf"{name} is a {kind}, where"):

@@ -116,7 +116,7 @@ def test_what_appears_late_is_waited_for(root: Path, tmp_path: Path, late: str) 
     (view / late).rename(view / f"{late}.late")
     answers = run_ranks(load, 2, str(root), str(view), late, None, fresh=True)
     assert [outcome for outcome, _ in answers] == [("no error", str((2, float(FLOPS))))] * 2
-    assert all(1.5 < seconds < 15 for _, seconds in answers)
+    assert all(seconds > 1.5 for _, seconds in answers)
 
 
 def test_one_rank_looks_at_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
