@@ -112,7 +112,6 @@ def save_checkpoint(
     loggers.on_checkpointing_start(state)
     with save_errors_tolerated(run.ckpt_cfg):
         target = choose_target(run.ckpt_cfg, run.context, state.train_state.step, non_persistent_ckpt)
-        end_save_to(state, run.ckpt_cfg, target.checkpoint_name)
         _announce(run, target)
         beside = _save_beside(run, target)
         metadata = _content_metadata(run, target)
@@ -139,6 +138,7 @@ def save_checkpoint(
         request = _hand_over(run, target, state_dict, metadata, around, preprocess_common_state_dict_fn)
         _finalize(
             run,
+            target,
             request,
             [
                 lambda: ControlGroup().decide(publication.publish),
@@ -148,10 +148,6 @@ def save_checkpoint(
                 lambda: retain(run, target),
             ],
         )
-        if run.is_async:
-            print_rank_0(
-                f"  scheduled an async checkpoint save at iteration {target.step:7d} to {target.save_dir}"
-            )
         if isinstance(request, SaveHandle):
             request.report.stall_s = time.perf_counter() - begin
             print_rank_0(f"  training waited {request.report.stall_s:.3f} s for it; it is being written")
@@ -186,6 +182,7 @@ class _Surroundings(NamedTuple):
 
 def _save_beside(run: SaveRun, target: SaveTarget) -> list[FileRecord]:
     """Save what is stored next to the checkpoint; returns the files that the checkpoint vouches for."""
+    end_save_to(run.state, run.ckpt_cfg, target.checkpoint_name)
     path = dataloader_path(run)
 
     def save_beside() -> list[FileRecord]:
@@ -346,7 +343,9 @@ def _save_strategy(run: SaveRun) -> tuple[Any, bool]:
     return strategy, validate
 
 
-def _finalize(run: SaveRun, request: Any, finalizers: Sequence[Callable[[], None]]) -> None:
+def _finalize(
+    run: SaveRun, target: SaveTarget, request: Any, finalizers: Sequence[Callable[[], None]]
+) -> None:
     """Run the finalizers now that the data is durable, or leave them to the request that is scheduled."""
     if not run.is_async:
         for finalizer in finalizers:
@@ -355,6 +354,7 @@ def _finalize(run: SaveRun, request: Any, finalizers: Sequence[Callable[[], None
     for finalizer in finalizers:
         request.add_finalize_fn(finalizer)
     schedule_async_save(run.state, request)
+    print_rank_0(f"  scheduled an async checkpoint save at iteration {target.step:7d} to {target.save_dir}")
 
 
 def _rank_suffix(pg_collection: Any, tensor_rank: int | None, pipeline_rank: int | None) -> str:

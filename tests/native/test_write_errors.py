@@ -232,8 +232,8 @@ def test_a_read_that_is_stopped(native_impl, tmp_path) -> None:
     case = big_case(tmp_path)
     case.write()
     into, progress = ctypes.create_string_buffer(100 * 4096), native.Progress()
-    rows = [column(0), column(0), column(100 * 4096), column(ctypes.addressof(into)), column(-1)]
-    arguments = (case.paths(), *rows, 0, 2, 4096, False)
+    rows = [column(0), column(0), column(100 * 4096), column(ctypes.addressof(into))]
+    arguments = (case.paths(), *rows, *[column()] * 4, 2, 4096, False)
     native.read_extents(*arguments, progress=progress)
     assert progress.nbytes == 100 * 4096
     progress.stop()

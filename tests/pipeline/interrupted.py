@@ -53,7 +53,7 @@ def load(directory: str) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def slow(milliseconds: int = 40) -> Iterator[None]:
+def slow(milliseconds: int = 300) -> Iterator[None]:
     os.environ["SLOW_DISK_MS"] = str(milliseconds)
     try:
         yield
@@ -73,15 +73,21 @@ def interrupted_after(seconds: float, action: Callable[[], object]) -> bool:
     try:
         action()
     except (KeyboardInterrupt, CheckpointException):  # torch makes the second of the first
-        requires(time.monotonic() - sent < 1.0, f"the signal took {time.monotonic() - sent:.2f} s")
+        requires(time.monotonic() - sent < 4.0, f"the signal took {time.monotonic() - sent:.2f} s")
         return True
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
     return False
 
 
-def jobs_left() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("ckpt_fast")]
+def jobs_left(wait_s: float = 0.5) -> list[str]:
+    """Names of threads; one whose start was interrupted may still look whether there is anything to do."""
+    deadline = time.monotonic() + wait_s
+    while True:
+        names = [thread.name for thread in threading.enumerate() if thread.name.startswith("ckpt_fast")]
+        if not names or time.monotonic() > deadline:
+            return names
+        time.sleep(0.01)
 
 
 def holds(directory: str, value: float) -> bool:
@@ -95,20 +101,20 @@ def rounds(directory: str) -> None:
     signal.signal(signal.SIGALRM, signal.default_int_handler)
     for writes in (pipeline_save, dcp_save):
         count = 0
-        for number in range(20):
+        for number in range(15):
             shutil.rmtree(directory, ignore_errors=True)
             with slow():
-                count += interrupted_after(0.02 + 0.05 * number, functools.partial(writes, directory, 1.0))
+                count += interrupted_after(0.02 + 0.07 * number, functools.partial(writes, directory, 1.0))
             requires(not jobs_left(), f"still at work: {jobs_left()}")
             writes(directory, 2.0)
             requires(holds(directory, 2.0), f"{writes.__name__}, round {number}: other values")
-        requires(count > 10, f"only {count} saves were interrupted")
+        requires(count == 15, f"only {count} saves were interrupted")
     count = 0
     for number in range(10):
         with slow():
             count += interrupted_after(0.02 + 0.05 * number, lambda: load(directory))
         requires(not jobs_left(), f"still at work: {jobs_left()}")
-    requires(count > 5, f"only {count} loads were interrupted")
+    requires(count == 10, f"only {count} loads were interrupted")
 
 
 def given_up(directory: str) -> None:
@@ -157,7 +163,7 @@ def one_save(directory: str) -> None:
 
 def one_load(directory: str) -> None:
     pipeline_save(directory, 1.0)
-    with slow(100):
+    with slow():
         sys.stdout.write("begun\n")
         sys.stdout.flush()
         load(directory)
