@@ -10,6 +10,8 @@ from __future__ import annotations
 import atexit
 import contextlib
 import logging
+import math
+import os
 import threading
 import time
 import weakref
@@ -22,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 # A chunk that is on its way takes so long on a slow disk, not longer.
 LEAVE_S = 2.0
+_SIGNALS_S = 0.1
 
 
 class Worker:
@@ -38,22 +41,30 @@ class Worker:
     def __init__(self, name: str, stop: Callable[[], None] | None = None) -> None:
         self._actions: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        # ``Thread.join``, once interrupted, takes a thread that runs for one that has ended (before 3.13).
-        self._ended = threading.Event()
         self._stop = stop
         self._closed = False
+        # ``Thread`` does not tell after a signal: ``start``, interrupted, may or may not have started it, and
+        # ``join``, interrupted, takes a thread that runs for one that has ended (before Python 3.13).
+        self._process: int | None = None  # that started it
+        self._taken = threading.Lock()  # by the thread, or by whoever runs the actions in its place
+        self._ended = threading.Event()
 
     def submit(self, action: Callable[[], None]) -> None:
         """Run ``action`` behind those submitted so far. It is expected to handle its own errors.
 
         Raises:
-            RuntimeError: the worker is closed.
+            RuntimeError: the worker is closed, or the process may start no more threads.
         """
         if self._closed:
             raise RuntimeError(f"{self._thread.name} takes no more work")
-        if self._thread.ident is None:
-            self._thread.start()
+        if self._process is None:
+            self._process = os.getpid()
             _running.add(self)
+            try:
+                self._thread.start()
+            except RuntimeError:
+                self._process = None
+                raise
         self._actions.put(action)
 
     def close(self) -> None:
@@ -64,11 +75,15 @@ class Worker:
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Wait for the end of a closed worker; returns whether it came in time."""
-        if not self._is_running:
-            return True
-        if self._ended.wait(timeout_s):
+        deadline = math.inf if timeout_s is None else time.monotonic() + timeout_s
+        while self._is_running:
+            left = deadline - time.monotonic()
+            # A signal that comes just before the thread blocks is not seen until that ends.
+            if not self._ended.wait(min(max(left, 0.0), _SIGNALS_S)) and left <= 0:
+                return False
+        if self._thread.is_alive() and self._process == os.getpid():
             self._thread.join()
-        return not self._is_running
+        return True
 
     def abandon(self, wait_s: float = LEAVE_S) -> bool:
         """Close it, let it stop what can be stopped, and wait; returns whether it has ended.
@@ -81,17 +96,14 @@ class Worker:
         deadline = time.monotonic() + wait_s
         while True:
             with contextlib.suppress(BaseException):
+                if self._is_running and self._stop is not None:
+                    self._run()  # unless the thread does: a signal may have kept it from starting
                 return self.wait(max(deadline - time.monotonic(), 0.0))
 
     @property
     def can_stop(self) -> bool:
         """Whether there is a way to hurry it."""
         return self._stop is not None
-
-    @property
-    def is_started(self) -> bool:
-        """Whether something was submitted."""
-        return self._thread.ident is not None
 
     @property
     def is_closed(self) -> bool:
@@ -106,22 +118,21 @@ class Worker:
     @property
     def _is_running(self) -> bool:
         # In a process that was forked there is no thread, nor will it say that it has ended.
-        return self._thread.is_alive() and not self._ended.is_set()
+        return self._process == os.getpid() and not self._ended.is_set()
 
     def _run(self) -> None:
+        if not self._taken.acquire(blocking=False):
+            return
         try:
-            self._run_actions()
+            while (action := self._actions.get()) is not None:
+                try:
+                    action()
+                except BaseException:
+                    logger.exception("unhandled in thread %s", self._thread.name)
+                # What the action owns must not live on until the next one comes.
+                del action
         finally:
             self._ended.set()
-
-    def _run_actions(self) -> None:
-        while (action := self._actions.get()) is not None:
-            try:
-                action()
-            except BaseException:
-                logger.exception("unhandled in thread %s", self._thread.name)
-            # What the action owns must not live on until the next one comes.
-            del action
 
 
 _running: weakref.WeakSet[Worker] = weakref.WeakSet()
@@ -131,7 +142,7 @@ _running: weakref.WeakSet[Worker] = weakref.WeakSet()
 def stop_all() -> None:
     """The process ends: stop the jobs that can be stopped, and wait for them together."""
     deadline = time.monotonic() + LEAVE_S
-    left = [worker for worker in list(_running) if worker.can_stop and worker.is_started]
+    left = [worker for worker in list(_running) if worker.can_stop]
     for worker in left:
         worker.abandon(0.0)
     for worker in left:
