@@ -43,6 +43,8 @@ class Worker:
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._stop = stop
         self._closed = False
+        # While the process ends, and torch's threads finish what they are at, Python 3.12 starts no other.
+        self._is_inline = False
         # ``Thread`` does not tell after a signal: ``start``, interrupted, may or may not have started it, and
         # ``join``, interrupted, takes a thread that runs for one that has ended (before Python 3.13).
         self._process: int | None = None  # that started it
@@ -57,15 +59,20 @@ class Worker:
         """
         if self._closed:
             raise RuntimeError(f"{self._thread.name} takes no more work")
-        if self._process is None:
+        if self._process is None and not self._is_inline:
             self._process = os.getpid()
             _running.add(self)
             try:
                 self._thread.start()
-            except RuntimeError:
+            except RuntimeError as error:
                 self._process = None
-                raise
-        self._actions.put(action)
+                self._is_inline = "interpreter shutdown" in str(error)
+                if not self._is_inline:
+                    raise
+        if self._is_inline:
+            self._do(action)
+        else:
+            self._actions.put(action)
 
     def close(self) -> None:
         """Take no more actions; the thread ends after the last one."""
@@ -125,14 +132,17 @@ class Worker:
             return
         try:
             while (action := self._actions.get()) is not None:
-                try:
-                    action()
-                except BaseException:
-                    logger.exception("unhandled in thread %s", self._thread.name)
+                self._do(action)
                 # What the action owns must not live on until the next one comes.
                 del action
         finally:
             self._ended.set()
+
+    def _do(self, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except BaseException:
+            logger.exception("unhandled in thread %s", self._thread.name)
 
 
 _running: weakref.WeakSet[Worker] = weakref.WeakSet()

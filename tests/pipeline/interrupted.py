@@ -173,10 +173,25 @@ def one_failing_save(directory: str) -> None:
     """A save in the background whose future nobody asks for."""
     os.environ["SLOW_DISK_ERRORS"] = "1000"
     os.environ["CKPT_FAST_RETRIES"] = "0"
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", RANK="0", WORLD_SIZE="1")
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     dcp.async_save({"w": tensor(1.0)}, storage_writer=FastStorageWriter(directory))
+
+
+def one_save_of_torchs(directory: str) -> None:
+    """In the background, and the program ends without waiting for it."""
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    with slow(0):
+        dcp.async_save({"w": tensor(1.0)}, storage_writer=HeldWriter(directory))
+
+
+class HeldWriter(FastStorageWriter):
+    """Begins to write when the program is about to end."""
+
+    def write_data(self, *arguments: Any) -> Any:
+        time.sleep(1.0)
+        return super().write_data(*arguments)
 
 
 def one_failing_background_save(directory: str) -> None:
