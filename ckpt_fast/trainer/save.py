@@ -323,7 +323,7 @@ def _hand_over(
         try:
             megatron.save_sharded_modelopt_state(run.model, target.checkpoint_name, (ckpt_cfg.ckpt_format, 1))
         except BaseException:
-            job.cancel()
+            job.abandon()
             raise
     if run.is_async:
         return SaveHandle(job)

@@ -30,19 +30,6 @@ constexpr int64_t kGapShare = 16;
 // reads each page once and reads ahead.
 constexpr int64_t kDirectShare = 32;
 
-[[noreturn]] void refuse(const char* kind, size_t row, const std::string& why) {
-  throw std::invalid_argument(std::string(kind) + " " + to_string(row) + ": " + why);
-}
-
-void check_lengths(const char* kind, std::initializer_list<Column> columns) {
-  for (const Column& column : columns) {
-    if (column.size != columns.begin()->size) {
-      throw std::invalid_argument(std::string(kind) + " columns differ in length: " +
-                                  to_string(columns.begin()->size) + " and " + to_string(column.size));
-    }
-  }
-}
-
 void check_row(const char* kind, size_t row, int64_t file, size_t file_count, int64_t offset,
                int64_t nbytes) {
   if (file < 0 || file >= static_cast<int64_t>(file_count)) {

@@ -26,6 +26,9 @@ struct OpenFile {
   std::atomic<int64_t> transfers_left{0};
 };
 
+/// In the place of a block's number.
+constexpr size_t kNoBlock = static_cast<size_t>(-1);
+
 std::vector<int64_t> block_sizes(const ReadPlan& plan) {
   std::vector<int64_t> sizes;
   for (const Block& block : plan.blocks) sizes.push_back(block.nbytes);
@@ -51,6 +54,8 @@ class ReadJob {
   void read_through_buffer(const Transfer& transfer, InputFile& input);
   template <typename Visit>
   void for_each_part(const Transfer& transfer, Visit&& visit) const;
+  template <typename Visit>
+  void for_each_piece(const Transfer& transfer, Visit&& visit) const;
   template <typename Visit>
   void for_each_block_part(const Transfer& transfer, Visit&& visit) const;
   void add(size_t block, uint32_t crc, int64_t begin, int64_t end);
@@ -114,15 +119,10 @@ void ReadJob::read_in_place(const Transfer& transfer, InputFile& input) {
     position = end;
   });
   input.read(std::move(parts), position - transfer.begin, transfer.begin);
-  for_each_block_part(transfer, [&](size_t block, int64_t begin, int64_t end) {
-    uint32_t crc = 0;  // extents follow each other without gaps here
-    for_each_part(transfer, [&](const Extent& extent, int64_t extent_begin, int64_t extent_end) {
-      const int64_t from = std::max(begin, extent_begin);
-      const int64_t to = std::min(end, extent_end);
-      if (from >= to) return;
-      crc = crc32(extent.destination + (from - extent.offset), static_cast<size_t>(to - from), crc);
-    });
-    add(block, crc, begin, end);
+  for_each_piece(transfer, [&](const Extent& extent, int64_t begin, int64_t end, size_t block) {
+    if (block == kNoBlock) return;
+    const uint8_t* const bytes = extent.destination + (begin - extent.offset);
+    add(block, crc32(bytes, static_cast<size_t>(end - begin)), begin, end);
   });
 }
 
@@ -132,6 +132,19 @@ void ReadJob::read_through_buffer(const Transfer& transfer, InputFile& input) {
   const int64_t wanted = transfer.end - base;
   const int64_t whole = (wanted + kDirectAlignment - 1) / kDirectAlignment * kDirectAlignment;
   input.read({{buffer.data(), static_cast<size_t>(whole)}}, wanted, base);
+  if (transfer.scatters) {
+    for_each_piece(transfer, [&](const Extent& extent, int64_t begin, int64_t end, size_t block) {
+      uint8_t* const destination = extent.destination + (begin - extent.offset);
+      const uint8_t* const source = buffer.data() + (begin - base);
+      const auto nbytes = static_cast<size_t>(end - begin);
+      if (block == kNoBlock) {
+        std::memcpy(destination, source, nbytes);
+      } else {
+        add(block, copy_crc32(destination, source, nbytes), begin, end);
+      }
+    });
+    return;
+  }
   for_each_block_part(transfer, [&](size_t block, int64_t begin, int64_t end) {
     add(block, crc32(buffer.data() + (begin - base), static_cast<size_t>(end - begin)), begin, end);
   });
@@ -150,6 +163,24 @@ void ReadJob::for_each_part(const Transfer& transfer, Visit&& visit) const {
     const int64_t end = std::min(extent.end(), transfer.end);
     if (begin < end) visit(extent, begin, end);
   }
+}
+
+/// Calls visit(extent, begin, end, block) for what extents have of one block or, as kNoBlock, between blocks.
+/// The transfer scatters: extents are disjoint, so that one sweep over both finds all.
+template <typename Visit>
+void ReadJob::for_each_piece(const Transfer& transfer, Visit&& visit) const {
+  size_t block = transfer.first_block;
+  for_each_part(transfer, [&](const Extent& extent, int64_t begin, int64_t end) {
+    while (begin < end) {
+      while (block < transfer.last_block && plan_.blocks[block].end() <= begin) ++block;
+      const bool any = block < transfer.last_block;
+      const bool inside = any && plan_.blocks[block].offset <= begin;
+      const int64_t limit = inside ? plan_.blocks[block].end() : any ? plan_.blocks[block].offset : end;
+      const int64_t cut = std::min(end, limit);
+      visit(extent, begin, cut, inside ? block : kNoBlock);
+      begin = cut;
+    }
+  });
 }
 
 /// Calls visit(block, begin, end) for each block's part of the transfer, by offset.

@@ -14,19 +14,6 @@ namespace {
 
 using std::to_string;
 
-[[noreturn]] void refuse(const char* kind, size_t row, const std::string& why) {
-  throw std::invalid_argument(std::string(kind) + " " + to_string(row) + ": " + why);
-}
-
-void check_lengths(const char* kind, std::initializer_list<Column> columns) {
-  for (const Column& column : columns) {
-    if (column.size != columns.begin()->size) {
-      throw std::invalid_argument(std::string(kind) + " columns differ in length: " +
-                                  to_string(columns.begin()->size) + " and " + to_string(column.size));
-    }
-  }
-}
-
 void check_range(const char* kind, size_t row, int64_t offset, int64_t nbytes, int64_t file_nbytes) {
   if (offset < 0 || nbytes < 0 || nbytes > file_nbytes || offset > file_nbytes - nbytes) {
     refuse(kind, row,
@@ -141,6 +128,19 @@ void add_patches(const WriteRequest& request, const std::vector<StreamEnd>& ends
 }
 
 }  // namespace
+
+void refuse(const char* kind, size_t row, const std::string& why) {
+  throw std::invalid_argument(std::string(kind) + " " + to_string(row) + ": " + why);
+}
+
+void check_lengths(const char* kind, std::initializer_list<Column> columns) {
+  for (const Column& column : columns) {
+    if (column.size != columns.begin()->size) {
+      throw std::invalid_argument(std::string(kind) + " columns differ in length: " +
+                                  to_string(columns.begin()->size) + " and " + to_string(column.size));
+    }
+  }
+}
 
 void check_job(int threads, int64_t chunk_nbytes) {
   if (threads < 1) throw std::invalid_argument("threads is " + to_string(threads) + ", not at least 1");

@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
 #include <string>
 #include <vector>
 
@@ -61,6 +62,12 @@ constexpr int64_t kPatchNbytes = 4;
 
 /// Throws std::invalid_argument naming the first row that breaks the contract of write_files.
 WritePlan make_write_plan(const WriteRequest& request);
+
+/// Throws std::invalid_argument that names a row of a table.
+[[noreturn]] void refuse(const char* kind, size_t row, const std::string& why);
+
+/// Throws std::invalid_argument unless all columns of a table have one entry per row.
+void check_lengths(const char* kind, std::initializer_list<Column> columns);
 
 /// Throws std::invalid_argument unless `threads` and `chunk_nbytes` can drive a job.
 void check_job(int threads, int64_t chunk_nbytes);

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.distributed as dist
 
+from tests.helpers import run_ranks
 from tests.models import Run, Setup, differences, other
 from tests.trainer.runs import saved_fingerprint
 
@@ -144,6 +145,17 @@ def _on_rank_0(rank: int, action: Any) -> None:
     if rank == 0:
         action()
     dist.barrier()
+
+
+def same_on_all(
+    ranks: int, setup: Setup, root: str, steps: tuple[int, int], damages: list[Damage]
+) -> list[Case]:
+    """``outcomes`` of rank 0; the others have the same."""
+    first: list[Case]
+    first, *others = run_ranks(outcomes, ranks, setup, root, steps, damages, timeout_s=3000)
+    for cases in others:
+        assert [case.outcome for case in cases] == [case.outcome for case in first]
+    return first
 
 
 def count(cases: Iterable[Case]) -> dict[str, int]:
