@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -97,24 +98,49 @@ LAUGHS = b"a: &a0 [x, x, x, x, x, x, x, x, x]\n" + b"".join(
         (b"a: &a [*a]", "contains itself"),
         (b"a: &a {b: [1, {c: *a}]}", "contains itself"),
         (b"[" * 500 + b"]" * 500, "nested too deep"),
+        (b"- " * 1_000_000, "nested too deep"),
         (b"x: " + b"1:" * 100_000 + b"1", "a number of 200001 digits"),
         (b"x: 0x" + b"f" * 100_000, "a number of 100002 digits"),
     ],
-    ids=["billion laughs", "list in itself", "mapping in itself", "deep", "base 60", "hexadecimal"],
+    ids=[
+        "billion laughs",
+        "list in itself",
+        "mapping in itself",
+        "deep",
+        "deep block",
+        "base 60",
+        "hexadecimal",
+    ],
 )
 def test_yaml_that_is_refused(content: bytes, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         parse_yaml(content)
 
 
-@pytest.mark.parametrize(
-    "content",
-    [b"[" * 1_000_000, b"- " * 1_000_000, b"a: !!python/name:os.system"],
-    ids=["deep", "deep block", "name of a function"],
-)
-def test_text_that_is_no_yaml_of_plain_data(content: bytes) -> None:
+def test_depth_is_bounded_in_a_small_stack() -> None:
+    """The parsers' own recursion would end the process."""
+    refusals: list[Exception] = []
+
+    def parse() -> None:
+        for content in (b"[" * 100_000, b"- " * 100_000, b"{a: " * 100_000):
+            try:
+                parse_yaml(content)
+            except (ValueError, yaml.YAMLError) as error:
+                refusals.append(error)
+
+    before = threading.stack_size(256 << 10)
+    try:
+        thread = threading.Thread(target=parse)
+        thread.start()
+        thread.join()
+    finally:
+        threading.stack_size(before)
+    assert len(refusals) == 3
+
+
+def test_text_that_is_no_yaml_of_plain_data() -> None:
     with pytest.raises(yaml.YAMLError):
-        parse_yaml(content)
+        parse_yaml(b"a: !!python/name:os.system")
 
 
 def test_yaml_that_is_read() -> None:
