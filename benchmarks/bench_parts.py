@@ -29,6 +29,7 @@ from ckpt_fast.pipeline.index import CheckpointIndex
 from ckpt_fast.pipeline.load import load_tensors
 from ckpt_fast.pipeline.plan import item_records, plan_save
 from ckpt_fast.pipeline.save import Save
+from ckpt_fast.pipeline.save_parts import Share
 from ckpt_fast.pipeline.stage import stage
 from ckpt_fast.pipeline.types import Shard, TensorRequest, TensorShard
 
@@ -191,7 +192,7 @@ def test_item_records(benchmark: Any, shards: list[Shard]) -> None:
 
 
 def save(shards: list[Shard], path: Path) -> None:
-    job = Save(shards, str(path))
+    job = Save(str(path), lambda: Share(shards))
     job.stage()
     job.write()
     job.commit()

@@ -33,6 +33,7 @@ from ckpt_fast.async_queue import AsyncCallsQueue
 from ckpt_fast.doors import megatron_core
 from ckpt_fast.pipeline.background import SaveHandle, wait_staged
 from ckpt_fast.pipeline.device_copy import StagingPolicy
+from ckpt_fast.pipeline.save_parts import SaveOptions
 
 BLOCKED, STEP, DURABLE = "blocked", "step", "durable"
 Finish = Callable[[], None]
@@ -70,7 +71,8 @@ class Fast(AsyncRival):
 
     def start(self, wrapped: Any, path: Path) -> Finish:
         strategy = megatron_core.FastSaveStrategy()
-        job = megatron_core.start_save(wrapped, str(path), strategy, snapshot=True, staging=self._staging)
+        options = SaveOptions(snapshot=True, staging=self._staging)
+        job = megatron_core.start_save(wrapped, str(path), strategy, options)
         self._queue.schedule_async_request(SaveHandle(job))
         return lambda: self._queue.maybe_finalize_async_calls(blocking=True) and None
 

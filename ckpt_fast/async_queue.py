@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from ckpt_fast.errors import AsyncSaveError, CheckpointError
+from ckpt_fast import settings
+from ckpt_fast.errors import CheckpointError
 from ckpt_fast.pipeline import untold
 from ckpt_fast.pipeline.background import SaveHandle, SaveQueue
 from ckpt_fast.pipeline.group import ControlGroup
-from ckpt_fast.pipeline.types import SaveReport
+from ckpt_fast.pipeline.job import Job, too_late
 from ckpt_fast.pipeline.worker import Worker
 
 
@@ -39,74 +40,67 @@ class RequestHandle(SaveHandle):
     """
 
     def __init__(self, request: Any) -> None:
-        # Not SaveHandle's: there is no job of the pipeline behind this save.
-        self._request = request.freeze()
-        self._failure: BaseException | None = None
-        self._worker = Worker("ckpt_fast-request")
-        self.report = SaveReport(f"a request of {type(request).__module__}")
-        self.finalize_fns = [self._agree, *request.finalize_fns]
-        self._deadline = None
-        self._outcome = None
-
-    @property
-    def ranks(self) -> int:
-        """All ranks."""
-        return ControlGroup().size
+        frozen = request.freeze()
+        self._request_job = _RequestJob(frozen, type(request).__module__)
+        super().__init__(self._request_job)
+        self.finalize_fns += frozen.finalize_fns
 
     def start(self) -> None:
         """Stage now, write in a thread."""
+        self._request_job.start()
+        super().start()
+
+
+class _RequestJob(Job):
+    """What the request's function writes, nobody knows. It cannot be stopped, only be left alone."""
+
+    def __init__(self, request: Any, package: str) -> None:
+        super().__init__(f"a request of {package}", ControlGroup())
+        self._request = request
+        self._error: BaseException | None = None
+        self._thread = Worker("ckpt_fast-request")
+
+    def start(self) -> None:
+        """Local. Run the part that stages, and let a thread run the rest."""
         arguments = list(self._request.async_fn_args or ())
         if self._request.preload_fn is not None:
             # By convention what was staged takes the place of the second argument.
             arguments[1] = self._request.preload_fn()
-        self._worker.submit(lambda: self._write(arguments))
-        self._worker.close()
-        super().start()
+        self._thread.submit(lambda: self._run(arguments))
+        self._thread.close()
 
-    def wait_staged(self) -> None:
-        """Nothing: the request owns its bytes since ``start``."""
-
-    def progress(self) -> tuple[int, int]:
-        """Not known of a foreign request: (0, 0)."""
-        return 0, 0
-
-    def is_written(self) -> bool:
-        """Whether the request's function has returned, or raised."""
-        return self._worker.is_done
-
-    def wait(self, timeout_s: float | None = None) -> bool:
-        """Block until it has; returns whether that was within ``timeout_s``."""
-        return self._worker.wait(timeout_s)
-
-    def cancel(self) -> None:
-        """The function cannot be stopped; its finalizers will not run."""
-        self._failure = self._failure or CheckpointError("it was cancelled")
+    @property
+    def _worker(self) -> Worker:
+        return self._thread
 
     @property
     def failure(self) -> BaseException | None:
         """What the request's function raised; None until then."""
-        return self._failure
+        return self._error
 
-    def _abandon(self, wait_s: float) -> bool:
-        self.cancel()
-        return self.wait(wait_s)
+    def cancel(self) -> None:
+        """The function goes on; its finalizers will not run."""
+        self._error = self._error or CheckpointError("it was cancelled")
 
-    def _agree(self) -> None:
-        try:
-            ControlGroup().agree(self._raise_failure)
-        except CheckpointError as error:
-            raise AsyncSaveError(f"a save in the background failed: {error}") from error
+    def write(self, timeout_s: float | None = None) -> None:
+        """Wait for the function."""
+        if not self.wait(timeout_s):
+            self._error = too_late(self.directory, settings.timeout_s())
 
-    def _write(self, arguments: list[Any]) -> None:
+    def commit(self) -> None:
+        """Collective. Raise on every rank if the function failed on any."""
+        self._group.agree(self._raise_error)
+
+    def _run(self, arguments: list[Any]) -> None:
         try:
             if self._request.async_fn is not None:
                 self._request.async_fn(*arguments, **(self._request.async_fn_kwargs or {}))
         except BaseException as error:
-            self._failure = error
+            self._error = error
             untold.report(self.directory, error)
 
-    def _raise_failure(self) -> None:
-        if not self.wait(max(self._remaining_s(), 0.0)):
-            raise CheckpointError("it did not end within the time that CKPT_FAST_TIMEOUT allows")
-        if self._failure is not None:
-            raise CheckpointError(f"{type(self._failure).__name__}: {self._failure}") from self._failure
+    def _raise_error(self) -> None:
+        if isinstance(self._error, CheckpointError):
+            raise self._error
+        if self._error is not None:
+            raise CheckpointError(f"{type(self._error).__name__}: {self._error}") from self._error

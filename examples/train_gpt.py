@@ -52,7 +52,7 @@ from ckpt_fast.checkpointing import (
     save_checkpoint,
 )
 from ckpt_fast.config import CheckpointConfig, ConfigContainer, RNGConfig
-from ckpt_fast.pipeline.save import last_report
+from ckpt_fast.pipeline.seal import last_report
 from ckpt_fast.pipeline.types import SaveReport
 from ckpt_fast.state import GlobalState
 

@@ -11,8 +11,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from ckpt_fast.cli import main
-from ckpt_fast.pipeline.save import save
 from ckpt_fast.pipeline.types import TensorShard
+from tests.saves import save
 
 
 @pytest.fixture

@@ -12,12 +12,14 @@ from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.planner import SavePlan
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 
 from ckpt_fast.doors.dcp_writer import shards_of
 from ckpt_fast.pipeline.garbage import without_collections
 from ckpt_fast.pipeline.group import ControlGroup
 from ckpt_fast.pipeline.save import Save
+from ckpt_fast.pipeline.save_parts import Completion, SaveOptions, Share
 from ckpt_fast.pipeline.types import FileRecord
 
 
@@ -25,13 +27,11 @@ from ckpt_fast.pipeline.types import FileRecord
 def start_save(
     state_dict: dict[str, Any],
     directory: str,
+    options: SaveOptions | None = None,
+    completion: Completion | None = None,
     *,
     process_group: dist.ProcessGroup | None = None,
-    writers: int | None = None,
-    snapshot: bool = False,
-    host_buffer: int | None = None,
-    beside: Sequence[FileRecord] = (),
-    finish: Callable[[], Sequence[FileRecord]] | None = None,
+    write_beside: Callable[[], Sequence[FileRecord]] = lambda: (),
 ) -> Save:
     """Collective. Everything up to and including staging; the caller then runs ``write`` and ``commit``.
 
@@ -40,42 +40,61 @@ def start_save(
     Args:
         state_dict: nested, of DTensors, tensors and objects.
         directory: the same on every rank; an older checkpoint in it is invalidated.
+        options: see ``SaveOptions``.
+        completion: see ``Completion``.
         process_group: the ranks that save together; None means all.
-        writers: files per rank; None: as many as are fastest there.
-        snapshot: the tensors may change as soon as this returns.
-        host_buffer: bound on the host memory staged into; see ``Save``.
-        beside, finish: see ``Save``.
+        write_beside: see ``Share``.
 
     Raises:
         CheckpointError: on every rank, naming the rank that failed; nothing has been published.
     """
-    group = ControlGroup(process_group)
     planner = DefaultSavePlanner()
-    central: list[SavePlan] = []
-    planner_data: dict[str, Any] = {}
+    group = ControlGroup(process_group)
 
     def plan_locally() -> SavePlan:
         planner.set_up_planner(state_dict, None, group.is_coordinator)
         return planner.create_local_plan()
 
-    def plan_centrally() -> None:
-        plans, metadata = planner.create_global_plan(local)
-        central.extend(plans)
-        planner_data.update(metadata.planner_data or {})
+    plan, metadata = plan_together(group, planner, plan_locally)
 
-    local = group.gather(group.agree(plan_locally))
-    group.decide(plan_centrally)
-    mine = group.scatter(central)
-    job = Save(
-        group.agree(lambda: shards_of(planner.finish_plan(mine), planner)),
-        directory,
-        process_group=process_group,
-        writers=writers,
-        planner_data=planner_data,
-        snapshot=snapshot,
-        host_buffer=host_buffer,
-        beside=beside,
-        finish=finish,
-    )
+    def collect() -> Share:
+        shards = shards_of(planner.finish_plan(plan), planner)
+        planner_data = metadata.planner_data if metadata is not None else None
+        return Share(shards, planner_data=planner_data or {}, write_beside=write_beside)
+
+    job = Save(directory, collect, options, completion, process_group)
     job.stage()
     return job
+
+
+def plan_together(
+    group: ControlGroup,
+    planner: SavePlanner,
+    plan_locally: Callable[[], SavePlan],
+    divide: Callable[[list[SavePlan]], list[SavePlan]] = lambda plans: plans,
+) -> tuple[SavePlan, Metadata | None]:
+    """Collective. torch DCP's planning: every rank's plan, then the plan of all, then each its own part.
+
+    Args:
+        group: the ranks that save together.
+        planner: makes the plan of all.
+        plan_locally: makes this rank's.
+        divide: has the last word on the plan of all, which it gets in rank order. Runs on the coordinator.
+
+    Returns:
+        This rank's part; and what ``.metadata`` will say, on the coordinator.
+
+    Raises:
+        CheckpointError: on every rank, naming the rank that failed.
+    """
+    plans: list[SavePlan] = []
+    metadata: list[Metadata] = []
+
+    def plan_globally() -> None:
+        together, described = planner.create_global_plan([each.value for each in local if each.value])
+        plans.extend(divide(together))
+        metadata.append(described)
+
+    local = group.collect(plan_locally)
+    group.decide(plan_globally, local)
+    return group.scatter(plans), metadata[0] if metadata else None

@@ -16,17 +16,19 @@ from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 
 from ckpt_fast import settings
+from ckpt_fast.doors.dcp_save import plan_together
 from ckpt_fast.doors.dcp_snapshot import snapshots
 from ckpt_fast.errors import CheckpointError
-from ckpt_fast.pipeline import untold
+from ckpt_fast.pipeline import seal, untold
 from ckpt_fast.pipeline.group import ControlGroup, Outcome
+from ckpt_fast.pipeline.job import Job, too_late
 from ckpt_fast.pipeline.types import SaveReport
 from ckpt_fast.pipeline.worker import Worker
 from ckpt_fast.settings import Settings
 
 
-class Upload:
-    """One save in progress, with the interface of the pipeline's ``Save``. ``SaveHandle`` takes it.
+class Upload(Job):
+    """One save in progress.
 
     The writer can neither be interrupted nor asked how far it is. What it has written of a save that is given
     up is left where it is, without metadata.
@@ -45,17 +47,16 @@ class Upload:
         directory: str,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        self.report = SaveReport(directory)
+        super().__init__(directory, ControlGroup(process_group))
         self._state_dict = state_dict
         self._writer = writer
-        self._group = ControlGroup(process_group)
         self._planner = DefaultSavePlanner()
         self._metadata: Metadata | None = None
         self._results: list[WriteResult] = []
         self._error: BaseException | None = None
         self._cancelled = False
         self._outcome: Outcome[list[WriteResult]] | None = None
-        self._worker = Worker("ckpt_fast-upload")
+        self._thread = Worker("ckpt_fast-upload")
         self._begun = time.perf_counter()
 
     def stage(self) -> None:
@@ -71,39 +72,16 @@ class Upload:
         self._state_dict = {}
         with self.report.timed("plan"):
             plan = self._plan(copied)
-        self._group.agree(lambda: self._worker.submit(lambda: self._write(plan)))
-        self._worker.close()
+            self._group.agree(lambda: self._begin_writing(plan))
         self.report.stall_s = time.perf_counter() - self._begun
 
     @property
-    def ranks(self) -> int:
-        """How many ranks save together."""
-        return self._group.size
-
-    @property
-    def progress(self) -> tuple[int, int]:
-        """Bytes written and bytes in all, of this rank; both are known at the end only."""
-        return self.report.nbytes, self.report.nbytes
-
-    def wait_staged(self) -> None:
-        """Nothing is left to wait for when ``stage`` has returned."""
-
-    def is_written(self) -> bool:
-        """Whether this rank has nothing left to write (or has failed)."""
-        return self._worker.is_done
-
-    def wait(self, timeout_s: float | None = None) -> bool:
-        """Wait until this rank has nothing left to write; returns whether that was in time."""
-        return self._worker.wait(timeout_s)
+    def _worker(self) -> Worker:
+        return self._thread
 
     def cancel(self) -> None:
         """Local. ``commit`` will raise on every rank, and nothing is published."""
         self._cancelled = True
-
-    def abandon(self, wait_s: float) -> bool:
-        """Local. Give the save up without the other ranks; returns whether the writer has returned."""
-        self.cancel()
-        return self._worker.abandon(wait_s)
 
     @property
     def failure(self) -> BaseException | None:
@@ -120,28 +98,26 @@ class Upload:
         with self.report.timed("commit"):
             outcomes = self._group.gather(self._outcome)
             self._group.decide(lambda: self._publish(outcomes), outcomes)
-        untold.forget()
         self.report.seconds = time.perf_counter() - self._begun
+        seal.report(self.report, self._group.global_rank)
         return self.report
 
     def _plan(self, state_dict: dict[str, Any]) -> SavePlan:
-        group, planner, writer = self._group, self._planner, self._writer
-        central: list[SavePlan] = []
+        planner, writer = self._planner, self._writer
 
         def plan_locally() -> SavePlan:
             Settings.read()
-            planner.set_up_planner(state_dict, None, group.is_coordinator)
-            writer.set_up_storage_writer(group.is_coordinator)
+            planner.set_up_planner(state_dict, None, self._group.is_coordinator)
+            writer.set_up_storage_writer(self._group.is_coordinator)
             return writer.prepare_local_plan(planner.create_local_plan())
 
-        def plan_centrally() -> None:
-            plans, self._metadata = planner.create_global_plan(local)
-            central.extend(writer.prepare_global_plan(plans))
+        plan, self._metadata = plan_together(self._group, planner, plan_locally, writer.prepare_global_plan)
+        return plan
 
-        local = group.gather(group.agree(plan_locally))
-        group.decide(plan_centrally)
-        mine = group.scatter(central)
-        return group.agree(lambda: planner.finish_plan(mine))
+    def _begin_writing(self, plan: SavePlan) -> None:
+        finished = self._planner.finish_plan(plan)
+        self._worker.submit(lambda: self._write(finished))
+        self._worker.close()
 
     def _write(self, plan: SavePlan) -> None:
         try:
@@ -162,10 +138,7 @@ class Upload:
     def _finish_writing(self, timeout_s: float | None) -> list[WriteResult]:
         if not self._worker.wait(timeout_s):
             self.cancel()
-            raise CheckpointError(
-                f"writing to {self.report.directory} did not end within the {settings.timeout_s():.0f} s "
-                "that CKPT_FAST_TIMEOUT allows. The storage may hang: look at it, or allow more time."
-            )
+            raise too_late(self.directory, settings.timeout_s())
         if self._error is not None:
             raise self._error
         if self._cancelled:

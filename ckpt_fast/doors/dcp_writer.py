@@ -24,10 +24,12 @@ from ckpt_fast.doors.dcp_reader import StrPath, is_local_path
 from ckpt_fast.doors.dcp_snapshot import snapshots
 from ckpt_fast.doors.dcp_steps import hold, last_step, let_go, step, written_by
 from ckpt_fast.errors import CheckpointMismatchError, CheckpointWriteError
-from ckpt_fast.pipeline import commit
+from ckpt_fast.pipeline import commit, seal
 from ckpt_fast.pipeline.encode import pickle_metadata, share_parts
+from ckpt_fast.pipeline.files import Directory
 from ckpt_fast.pipeline.garbage import without_collections
-from ckpt_fast.pipeline.manifest import Manifest, append_manifest, new_save_id
+from ckpt_fast.pipeline.group import ControlGroup
+from ckpt_fast.pipeline.manifest import Manifest, new_save_id
 from ckpt_fast.pipeline.plan import file_prefix
 from ckpt_fast.pipeline.space import require_space
 from ckpt_fast.pipeline.types import (
@@ -56,12 +58,18 @@ class _Written(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Save:
-    """What one save was told: where to, under which name, on which rank, and whether ranks act together."""
+    """What one save was told: where to, under which name, on which rank, and how ranks act together."""
 
     path: str
     save_id: str = dataclasses.field(default_factory=lambda: str(uuid.uuid4()))
     rank: int | None = None
     use_collectives: bool = True
+    is_coordinator: bool = True
+
+    @property
+    def publishes(self) -> bool:
+        """Whether this rank will learn that the save is published: torch tells no other."""
+        return self.is_coordinator or not self.use_collectives
 
     @property
     def lone_rank(self) -> int | None:
@@ -83,7 +91,7 @@ class FastStorageWriter(AsyncStager, StorageWriter):
             of this process; False frees it once it is written.
 
     Attributes:
-        report: of the newest save whose bytes this rank has written; None before.
+        report: of the newest save that this rank has begun to write; None before.
     """
 
     # ``stage`` returns when the copy is complete.
@@ -118,7 +126,10 @@ class FastStorageWriter(AsyncStager, StorageWriter):
         announced = self._announced()
         self._of_thread.announced = None
         self._of_thread.save = self._latest = dataclasses.replace(
-            announced, rank=kwargs.get("rank"), use_collectives=kwargs.get("use_collectives", True)
+            announced,
+            rank=kwargs.get("rank"),
+            use_collectives=kwargs.get("use_collectives", True),
+            is_coordinator=is_coordinator,
         )
 
     @step
@@ -166,7 +177,7 @@ class FastStorageWriter(AsyncStager, StorageWriter):
             CheckpointWriteError: naming file, offset and cause.
         """
         begin = time.perf_counter()
-        report = SaveReport(self._save.path)
+        self.report = self._of_thread.report = report = SaveReport(self._save.path)
         waves = self._waves(report, plan.storage_data.prefix, self._settings)
         written_by(waves.progress)
         # The planners of torch and Megatron-Core keep what they were given under this name.
@@ -176,7 +187,8 @@ class FastStorageWriter(AsyncStager, StorageWriter):
         if snapshot is not None:
             report.stall_s = snapshot.seconds
             report.host_memory_allocated += snapshot.allocated_nbytes
-        self.report = report
+        if not self._save.publishes:
+            seal.report(report, ControlGroup().global_rank)
         future: Future[list[WriteResult]] = Future()
         future.set_result(_results(plan, record))
         return future
@@ -197,7 +209,8 @@ class FastStorageWriter(AsyncStager, StorageWriter):
         )
         lone = save.lone_rank
         name = commit.METADATA_FILE if lone is None else commit.rank_metadata_file(lone)
-        commit.publish(save.path, {name: append_manifest(pickle_metadata(metadata), manifest)})
+        seal.seal(Directory(save.path), pickle_metadata(metadata), manifest, name=name)
+        seal.report(self._of_thread.report, ControlGroup().global_rank)
 
     def storage_meta(self) -> StorageMeta:
         """What ``.metadata`` says of the save that is about to begin."""

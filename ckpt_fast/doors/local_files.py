@@ -26,8 +26,9 @@ from ckpt_fast.pipeline.encode import encode_metadata
 from ckpt_fast.pipeline.files import Directory
 from ckpt_fast.pipeline.index import CheckpointIndex
 from ckpt_fast.pipeline.load import load_objects, load_tensors
-from ckpt_fast.pipeline.manifest import Manifest, append_manifest
+from ckpt_fast.pipeline.manifest import Manifest
 from ckpt_fast.pipeline.plan import file_prefix, is_plain
+from ckpt_fast.pipeline.seal import seal
 from ckpt_fast.pipeline.types import ObjectShard, SaveReport, Shard, TensorRequest, TensorShard
 from ckpt_fast.pipeline.verify import require_complete
 from ckpt_fast.pipeline.waves import Waves
@@ -134,8 +135,7 @@ def write_local(
         record = waves.run(shards)
         notes = {"iteration": origin.iteration, "rank": origin.rank}
         manifest = Manifest(origin.save_id, record.files, record.digests, notes=notes)
-        content = append_manifest(encode_metadata(record.items), manifest)
-        commit.publish(partial, {commit.METADATA_FILE: content}, progress)
+        seal(Directory(partial), encode_metadata(record.items), manifest, progress=progress)
         with commit.renaming(directory, progress):
             _replace(partial, directory)
     except CheckpointWriteError:

@@ -5,22 +5,23 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable, Container
 from typing import Any
 
 from ckpt_fast import native
 from ckpt_fast.doors.local_files import Packed
 from ckpt_fast.errors import CheckpointError
-from ckpt_fast.pipeline import untold
+from ckpt_fast.pipeline import seal, untold
 from ckpt_fast.pipeline.group import ControlGroup
+from ckpt_fast.pipeline.job import Job, too_late
 from ckpt_fast.pipeline.manifest import new_save_id
-from ckpt_fast.pipeline.types import SaveReport
 from ckpt_fast.pipeline.worker import Worker
 from ckpt_fast.settings import Settings
 
 
-class LocalSave:
-    """One save of this rank's states, with the interface of ``pipeline.save.Save`` from ``stage`` on.
+class LocalSave(Job):
+    """One save of this rank's states.
 
     When it is made, the states are packed, so that the trainer may go on; a thread begins to write them.
     ``commit`` is collective.
@@ -34,48 +35,32 @@ class LocalSave:
         live: Container[int],
         when_written: Callable[[], None] | None = None,
     ) -> None:
-        self.directory = os.fspath(manager.local_ckpt_dir)
-        self.report = SaveReport(self.directory)
-        self.ranks = ControlGroup().size
-        self._save_id = ControlGroup().broadcast(new_save_id())
+        super().__init__(os.fspath(manager.local_ckpt_dir), ControlGroup())
+        self._begun = time.perf_counter()
+        self._save_id = self._group.broadcast(new_save_id())
         self._manager = manager
         self._iteration = iteration
         self._in_background = when_written is not None
         self._progress: native.Progress | None = None
-        outcome = ControlGroup().attempt(lambda: self._pack(states, live))
+        outcome = self._group.attempt(lambda: self._pack(states, live))
         self._packed: dict[Any, Packed] = outcome.value or {}
-        self._error: CheckpointError | None = outcome.error
-        self._worker = Worker("ckpt_fast-local", self.cancel)
+        self._error: BaseException | None = outcome.error
+        self._thread = Worker("ckpt_fast-local", self.cancel)
         self._worker.submit(self._write)
         if when_written is not None:
             self._worker.submit(when_written)
         self._worker.close()
+        self.report.stall_s = time.perf_counter() - self._begun
 
     @property
-    def progress(self) -> tuple[int, int]:
-        """Bytes in files that are complete; how many there will be is known in the end."""
-        return self.report.nbytes, self.report.nbytes
-
-    def wait_staged(self) -> None:
-        """Nothing: the states are this save's own."""
-
-    def is_written(self) -> bool:
-        """Whether this rank has nothing left to write."""
-        return self._worker.is_done
-
-    def wait(self, timeout_s: float | None = None) -> bool:
-        """Wait for that; returns whether it came in time."""
-        return self._worker.wait(timeout_s)
+    def _worker(self) -> Worker:
+        return self._thread
 
     def cancel(self) -> None:
         """Stop writing soon. ``commit`` will raise; files that are being written are deleted then."""
         self._error = self._error or CheckpointError(f"the local save to {self.directory} was cancelled")
         if self._progress is not None:
             self._progress.stop()
-
-    def abandon(self, wait_s: float) -> bool:
-        """Local. Give the save up without the other ranks; returns whether the thread has ended."""
-        return self._worker.abandon(wait_s)
 
     @property
     def failure(self) -> BaseException | None:
@@ -85,19 +70,20 @@ class LocalSave:
     def write(self, timeout_s: float | None = None) -> None:
         """Local. Return when every state is written; what went wrong is raised by ``commit``."""
         if not self.wait(timeout_s):
-            self._error = CheckpointError(
-                f"writing to {self.directory} did not end within the time that CKPT_FAST_TIMEOUT allows. The "
-                "file system may hang: look at it, or allow more time."
-            )
+            self._error = too_late(self.directory, timeout_s or 0.0)
             self.cancel()
 
     def commit(self) -> None:
         """Collective. Older local checkpoints end here if every rank has written, else this one does."""
         try:
-            ControlGroup().agree(self._raise_error)
+            self._group.agree(self._raise_error)
         except CheckpointError:
             self._manager._cleanup_failed_save(self._iteration)
             raise
+        self.report.seconds = time.perf_counter() - self._begun
+        if not self._in_background:
+            self.report.stall_s = self.report.seconds
+        seal.report(self.report, self._group.global_rank)
         if self._in_background:
             threading.Thread(target=self._manager._cleanup, args=(self._iteration,)).start()
         else:
@@ -110,8 +96,10 @@ class LocalSave:
         return {identity: self._manager._pack(state, identity, live) for identity, state in states.items()}
 
     def _write(self) -> None:
-        outcome = ControlGroup().attempt(self._write_states)
+        outcome = self._group.attempt(self._write_states)
         self._packed = {}
+        self.report.written_s = time.perf_counter() - self._begun
+        self.report.directory = self.directory
         if self._in_background and outcome.error is not None and self._error is None:
             untold.report(self.directory, outcome.error)
         self._error = self._error or outcome.error

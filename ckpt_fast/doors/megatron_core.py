@@ -11,7 +11,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,17 +28,17 @@ from ckpt_fast.doors.common_state import (
 )
 from ckpt_fast.doors.glu_factory import in_place
 from ckpt_fast.doors.load_wanted import load_wanted
+from ckpt_fast.doors.parallel_save import FastParallelSaveWrapper
 from ckpt_fast.doors.sharded_state import load_sharded, merge_in_place, shards_of, torch_bytes
 from ckpt_fast.doors.stock_queue import Flag, as_request
 from ckpt_fast.errors import CheckpointMismatchError
 from ckpt_fast.pipeline import commit
-from ckpt_fast.pipeline.device_copy import StagingPolicy
-from ckpt_fast.pipeline.files import Files
 from ckpt_fast.pipeline.garbage import without_collections
 from ckpt_fast.pipeline.group import ControlGroup
 from ckpt_fast.pipeline.index import CheckpointIndex
 from ckpt_fast.pipeline.remove import remove_named
 from ckpt_fast.pipeline.save import Save
+from ckpt_fast.pipeline.save_parts import Completion, SaveOptions, Share
 from ckpt_fast.pipeline.small_files import read_small_file
 from ckpt_fast.pipeline.types import FileRecord, Shard
 
@@ -134,21 +135,16 @@ class FastSaveStrategy(megatron.TorchDistSaveShardedStrategy):  # type: ignore[m
     def _staged(
         self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | os.PathLike[str], **options: Any
     ) -> Save:
-        directory, group = os.fspath(checkpoint_dir), ControlGroup()
+        directory = os.fspath(checkpoint_dir)
 
-        def collect() -> tuple[list[Shard], dict[str, bytes], Files]:
-            common = _common_file(sharded_state_dict, directory) if group.is_coordinator else {}
-            return shards_of(sharded_state_dict), common, megatron.checkpoint_files(directory)
+        def collect() -> Share:
+            common = _common_file(sharded_state_dict, directory) if ControlGroup().is_coordinator else {}
+            return Share(shards_of(sharded_state_dict), common, files=megatron.checkpoint_files(directory))
 
-        shards, common_files, files = group.agree(collect)
         job = Save(
-            shards,
             directory,
-            files=files,
-            writers=self.writers,
-            common_files=common_files,
-            separate=self.separation_hint,
-            **options,
+            collect,
+            SaveOptions(writers=self.writers, separate=self.separation_hint, **options),
         )
         job.stage()
         return job
@@ -212,33 +208,30 @@ class FastLoadStrategy(megatron.TorchDistLoadShardedStrategy):  # type: ignore[m
 
 @without_collections
 def start_save(
-    sharded_state_dict: dict[str, Any],
+    sharded_state_dict: dict[str, Any] | Callable[[], dict[str, Any]],
     checkpoint_dir: str,
     strategy: Any,
+    options: SaveOptions | None = None,
+    completion: Completion | None = None,
     *,
     validate_access_integrity: bool = True,
     preprocess_common_before_consistency_check: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
     content_metadata: dict[str, Any] | None = None,
-    notes: Mapping[str, Any] | None = None,
-    beside: Sequence[FileRecord] = (),
-    finish: Callable[[], Sequence[FileRecord]] | None = None,
-    snapshot: bool = False,
-    staging: StagingPolicy | None = None,
-    host_buffer: int | None = None,
+    write_beside: Callable[[], Sequence[FileRecord]] = lambda: (),
 ) -> Save:
     """Collective. Everything up to and including staging; the caller then runs ``write`` and ``commit``.
 
     Args:
-        sharded_state_dict: Megatron-Core's sharded state dict.
+        sharded_state_dict: Megatron-Core's sharded state dict, or what collects it. A rank where collecting
+            fails does not leave the others alone.
         checkpoint_dir: the same on every rank.
         strategy: FastSaveStrategy, or FullyParallelSaveStrategyWrapper around one.
+        options: see ``SaveOptions``; the strategy says how many files there are.
+        completion: see ``Completion``; its seal files are Megatron-Core's.
         validate_access_integrity: check that all ranks together save every element exactly once.
         preprocess_common_before_consistency_check: applied to the common state before ranks compare it.
         content_metadata: stored in the common state under ``content_metadata``.
-        notes, beside, finish: see ``Save``.
-        snapshot: the shards' memory may change as soon as this returns, as far as ``staging`` allows.
-        staging: how tensors on GPUs are copied then; see ``Save``.
-        host_buffer: bound on the host memory staged into; see ``Save``.
+        write_beside: see ``Share``.
 
     Raises:
         CheckpointError: on every rank, naming the rank that failed; nothing has been written.
@@ -246,41 +239,62 @@ def start_save(
     """
     _require_class(strategy, FastSaveStrategy)
     group = ControlGroup()
-    if content_metadata is not None:
-        sharded_state_dict[CONTENT_METADATA_KEY] = content_metadata
-    distributed = dist.is_available() and dist.is_initialized()
+    validate = validate_access_integrity and dist.is_available() and dist.is_initialized()
+    is_wrapped = isinstance(strategy, megatron.FullyParallelSaveStrategyWrapper)
 
     def preprocess() -> tuple[dict[str, Any], dict[str, Any]]:
+        state_dict = sharded_state_dict() if callable(sharded_state_dict) else sharded_state_dict
+        if content_metadata is not None:
+            state_dict[CONTENT_METADATA_KEY] = content_metadata
         with _mismatches(f"nothing was saved to {checkpoint_dir}"):
             result: tuple[dict[str, Any], dict[str, Any]] = megatron.save_preprocess(
-                in_place(sharded_state_dict),
-                validate_access_integrity and distributed,
-                preprocess_common_before_consistency_check,
+                in_place(state_dict), validate, preprocess_common_before_consistency_check
             )
             return result
 
-    sharded, common = group.agree(preprocess)
-    base = strategy
-    if isinstance(strategy, megatron.FullyParallelSaveStrategyWrapper):
-        strategy.apply_saving_parallelization(sharded)
-        base = strategy.base_strategy
-    shards, files = group.agree(lambda: (shards_of(sharded), megatron.checkpoint_files(checkpoint_dir)))
+    # What validates has collectives of its own. Without it all is local.
+    preprocessed = group.agree(preprocess) if validate else None
+
+    def collect() -> Share:
+        sharded, common = preprocessed or preprocess()
+        with _mismatches(f"nothing was saved to {checkpoint_dir}"):
+            share = _divided(strategy, sharded) if is_wrapped else Share(shards_of(sharded))
+        return replace(
+            share,
+            common_files={COMMON_FILE: torch_bytes(common)} if group.is_coordinator else {},
+            files=megatron.checkpoint_files(checkpoint_dir),
+            write_beside=write_beside,
+        )
+
+    base = strategy.base_strategy if is_wrapped else strategy
     job = Save(
-        shards,
         checkpoint_dir,
-        files=files,
-        writers=base.writers,
-        common_files={COMMON_FILE: torch_bytes(common)} if group.is_coordinator else None,
-        seal_files={commit.SEAL_FILE: json.dumps(_SEAL).encode()},
-        notes=notes,
-        beside=beside,
-        finish=finish,
-        snapshot=snapshot,
-        staging=staging,
-        host_buffer=host_buffer,
+        collect,
+        replace(options or SaveOptions(), writers=base.writers),
+        replace(completion or Completion(), seal_files={commit.SEAL_FILE: json.dumps(_SEAL).encode()}),
     )
     job.stage()
     return job
+
+
+def _divided(strategy: Any, sharded: dict[str, Any]) -> Share:
+    """Local. What this rank saves of a state dict that a wrapper divides: as last time, if that fits it."""
+    entries = [each for each in megatron.nested_values(sharded) if isinstance(each, megatron.ShardedTensor)]
+    as_given = [entry.replica_id for entry in entries]
+    is_ours = isinstance(strategy, FastParallelSaveWrapper)
+    is_divided = is_ours and strategy.is_unchanged(sharded)
+    if is_divided:
+        strategy.distribute_as_before(sharded)
+
+    def divide() -> list[Shard]:
+        for entry, replica_id in zip(entries, as_given, strict=True):
+            entry.replica_id = replica_id
+        # The checks of the whole find mistakes on rank 0 only.
+        with _mismatches("nothing was saved"):
+            (strategy.distribute_anew if is_ours else strategy.apply_saving_parallelization)(sharded)
+        return shards_of(sharded)
+
+    return Share(shards_of(sharded), is_divided=is_divided, divide=divide)
 
 
 @without_collections

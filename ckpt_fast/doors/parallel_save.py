@@ -17,17 +17,31 @@ class FastParallelSaveWrapper(megatron.FullyParallelSaveStrategyWrapper):  # typ
     and all ranks distribute anew.
     """
 
+    cached_distribution: Any
     _structure: list[Any] | None = None
+
+    def is_unchanged(self, sharded_state_dict: dict[str, Any]) -> bool:
+        """Local. Whether the cached distribution fits this rank's part, which is remembered."""
+        structure = [
+            (entry.key, tuple(entry.global_offset), tuple(entry.local_shape), entry.replica_id)
+            for entry in megatron.nested_values(sharded_state_dict)
+            if isinstance(entry, megatron.ShardedTensor)
+        ]
+        before, self._structure = self._structure, structure
+        return self.do_cache_distribution and self.cached_distribution is not None and structure == before
 
     def apply_saving_parallelization(self, sharded_state_dict: dict[str, Any]) -> None:
         """Collective, over all ranks. Choose the rank that saves each tensor: ``replica_id`` is 0 there."""
-        if self.do_cache_distribution:
-            structure = [
-                (entry.key, tuple(entry.global_offset), tuple(entry.local_shape), entry.replica_id)
-                for entry in megatron.nested_values(sharded_state_dict)
-                if isinstance(entry, megatron.ShardedTensor)
-            ]
-            if not ControlGroup().all_true(structure == self._structure):
-                self.cached_distribution = None
-            self._structure = structure
+        if ControlGroup().all_true(self.is_unchanged(sharded_state_dict)):
+            self.distribute_as_before(sharded_state_dict)
+        else:
+            self.distribute_anew(sharded_state_dict)
+
+    def distribute_anew(self, sharded_state_dict: dict[str, Any]) -> None:
+        """Collective. Choose the ranks whatever was chosen before."""
+        self.cached_distribution = None
+        super().apply_saving_parallelization(sharded_state_dict)
+
+    def distribute_as_before(self, sharded_state_dict: dict[str, Any]) -> None:
+        """Local. Choose the ranks as last time; all ranks have agreed that nothing has changed."""
         super().apply_saving_parallelization(sharded_state_dict)

@@ -16,7 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ckpt_fast.pipeline.background import Job, SaveHandle
+from ckpt_fast.pipeline.background import SaveHandle
+from ckpt_fast.pipeline.job import Job
 
 _POLL_S = 0.01
 _SHARED_MEMORY = "/dev/shm"

@@ -8,36 +8,16 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Protocol
 
 from ckpt_fast import settings
 from ckpt_fast.errors import AsyncSaveError
 from ckpt_fast.pipeline import untold, worker
 from ckpt_fast.pipeline.group import ControlGroup
+from ckpt_fast.pipeline.job import Job
 from ckpt_fast.pipeline.types import SaveReport
 from ckpt_fast.pipeline.worker import LEAVE_S
 
 logger = logging.getLogger(__name__)
-
-
-class Job(Protocol):
-    """What a handle needs of a staged save: the interface of ``Save``."""
-
-    report: SaveReport
-
-    @property
-    def ranks(self) -> int: ...
-    @property
-    def progress(self) -> tuple[int, int]: ...
-    def wait_staged(self) -> None: ...
-    def is_written(self) -> bool: ...
-    def wait(self, timeout_s: float | None = None) -> bool: ...
-    def cancel(self) -> None: ...
-    def abandon(self, wait_s: float) -> bool: ...
-    @property
-    def failure(self) -> BaseException | None: ...
-    def write(self, timeout_s: float | None = None) -> None: ...
-    def commit(self) -> object: ...
 
 
 class SaveHandle:
@@ -160,15 +140,12 @@ class SaveHandle:
         """
         if self in _in_flight:
             _in_flight.remove(self)
-        return self._abandon(wait_s)
+        return self._job.abandon(wait_s)
 
     @property
     def failure(self) -> BaseException | None:
         """What went wrong on this rank while it wrote, whether or not anybody has asked; None if nothing."""
         return self._job.failure
-
-    def _abandon(self, wait_s: float) -> bool:
-        return self._job.abandon(wait_s)
 
     def _remaining_s(self) -> float:
         assert self._deadline is not None, "the save was not started"

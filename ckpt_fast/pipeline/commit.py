@@ -134,7 +134,7 @@ def invalidate(directory: str, rank: int | None = None) -> None:
             filename=directory,
         )
     try:
-        _make_directory(os.path.abspath(directory))
+        make_directory(os.path.abspath(directory))
         names = set(os.listdir(directory))
         own = (f"__{rank}_", f".__{rank}_")
         for seal in seals_among(names, rank):
@@ -186,12 +186,12 @@ def _unlink(path: str) -> bool:
     return True
 
 
-def _make_directory(path: str) -> None:
+def make_directory(path: str) -> None:
     """Create a directory, and those above it that are missing, so that they outlive a power failure."""
     parent = os.path.dirname(path)
     if not os.path.isdir(path):
         if not os.path.isdir(parent):
-            _make_directory(parent)
+            make_directory(parent)
         with contextlib.suppress(FileExistsError):
             os.mkdir(path)
         if not os.path.isdir(path):

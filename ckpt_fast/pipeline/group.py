@@ -8,11 +8,13 @@ the same.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-from collections.abc import Callable, Sequence
+import pickle
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,16 +23,27 @@ from ckpt_fast.errors import CheckpointError, CheckpointWriteError
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+_FAILED = -1
 
 
 @dataclass(frozen=True)
 class Outcome(Generic[T]):
-    """A value, or the error that took its place on ``rank`` (and others of their own on ``others`` ranks)."""
+    """A value, or the error that took its place on ``rank`` (and others of their own on ``others`` ranks).
+
+    The error can travel to other ranks. ``raised`` is what was raised, on the rank where it was.
+    """
 
     rank: int
     value: T | None = None
-    error: CheckpointError | None = None
+    error: BaseException | None = None
     others: int = 0
+    raised: BaseException | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "raised": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
 
 
 def ranks_on_this_node() -> int:
@@ -56,6 +69,13 @@ class ControlGroup:
         self.size = dist.get_world_size(process_group) if self._distributed else 1
         self.global_rank = dist.get_rank() if self._distributed else 0
 
+    @classmethod
+    def of_one(cls) -> ControlGroup:
+        """This process alone."""
+        group = cls()
+        group.rank, group.size = 0, 1
+        return group
+
     @property
     def is_coordinator(self) -> bool:
         """Whether this is the rank that publishes."""
@@ -66,15 +86,26 @@ class ControlGroup:
         if self.size == 1:
             return [value]
         values: list[T] | None = [value] * self.size if self.is_coordinator else None
-        dist.gather_object(value, values, dst=self._coordinator(), group=self._group)
+        with self._in_touch():
+            dist.gather_object(value, values, dst=self._coordinator(), group=self._group)
         return values or []
+
+    def all_gather(self, value: T) -> list[T]:
+        """Collective. All ranks' values in rank order, on every rank."""
+        if self.size == 1:
+            return [value]
+        values: list[T] = [value] * self.size
+        with self._in_touch():
+            dist.all_gather_object(values, value, group=self._group)
+        return values
 
     def broadcast(self, value: T) -> T:
         """Collective. The coordinator's value on every rank."""
         if self.size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=self._coordinator(), group=self._group)
+        with self._in_touch():
+            dist.broadcast_object_list(box, src=self._coordinator(), group=self._group)
         return box[0]
 
     def scatter(self, values: Sequence[T]) -> T:
@@ -82,52 +113,110 @@ class ControlGroup:
         if self.size == 1:
             return values[0]
         box: list[Any] = [None]
-        dist.scatter_object_list(
-            box, list(values) if self.is_coordinator else None, src=self._coordinator(), group=self._group
-        )
+        with self._in_touch():
+            dist.scatter_object_list(
+                box, list(values) if self.is_coordinator else None, src=self._coordinator(), group=self._group
+            )
         value: T = box[0]
         return value
 
     def all_true(self, value: bool) -> bool:
         """Collective. Whether ``value`` holds on every rank; one small all-reduce."""
-        if self.size == 1:
-            return value
-        flag = torch.tensor([int(value)], dtype=torch.int32, device=_device_of(self._group))
-        dist.all_reduce(flag, op=dist.ReduceOp.MIN, group=self._group)
-        return bool(flag.item())
+        return self._least(int(value)) > 0
 
-    def attempt(self, action: Callable[[], T]) -> Outcome[T]:
-        """Run a local action that may fail; its error becomes a value that can travel."""
+    def attempt(self, action: Callable[[], T], *, keep_kind: bool = False) -> Outcome[T]:
+        """Run a local action that may fail; its error becomes a value that can travel.
+
+        Args:
+            action: anything local.
+            keep_kind: leave the error of the kind it is, ``SystemExit`` included; otherwise what is no
+                CheckpointError becomes one.
+        """
         try:
             return Outcome(self.global_rank, action())
         except CheckpointError as error:
             logger.debug("rank %d failed", self.global_rank, exc_info=True)
-            return Outcome(self.global_rank, error=_portable(error))
-        except Exception as error:
+            portable = _picklable(error) if keep_kind else _portable(error)
+            return Outcome(self.global_rank, error=portable, raised=error)
+        except (Exception, SystemExit) as error:
+            if keep_kind:
+                return Outcome(self.global_rank, error=_picklable(error), raised=error)
+            if isinstance(error, SystemExit):
+                raise
             logger.exception("rank %d failed", self.global_rank)
             wrapped = CheckpointError(f"{type(error).__name__}: {error}")
             wrapped.__cause__ = error
-            return Outcome(self.global_rank, error=wrapped)
+            return Outcome(self.global_rank, error=wrapped, raised=error)
 
-    def decide(self, action: Callable[[], T], outcomes: Sequence[Outcome[Any]] = ()) -> T:
+    def collect(self, action: Callable[[], T]) -> list[Outcome[T]]:
+        """Collective. Every rank runs ``action``; the outcomes in rank order on the coordinator.
+
+        They are for ``decide``, which raises a failure among them everywhere.
+        """
+        return self.gather(self.attempt(action))
+
+    def decide(
+        self,
+        action: Callable[[], T],
+        outcomes: Sequence[Outcome[Any]] = (),
+        *,
+        keep_kind: bool = False,
+    ) -> T:
         """Collective. The coordinator runs ``action``; its value, or its error, reaches every rank.
 
         Args:
             action: not run if there is a failure among ``outcomes``, which then takes the place of its error.
             outcomes: of all ranks, on the coordinator.
+            keep_kind: see ``attempt``; the error is then raised as it is.
         """
-        outcome: Outcome[T] = Outcome(self.global_rank)
+        mine: Outcome[T] = Outcome(self.global_rank)
         if self.is_coordinator:
-            outcome = _first_failure(outcomes) or self.attempt(action)
-        outcome = self.broadcast(outcome)
-        _raise_failure(outcome)
-        return outcome.value  # type: ignore[return-value]
+            mine = _first_failure(outcomes) or self.attempt(action, keep_kind=keep_kind)
+        outcome = self.broadcast(mine)
+        if outcome.error is not None:
+            _raise_failure(outcome, mine, named=not keep_kind)
+        # The coordinator gets the very object, the others a copy.
+        return (mine if self.is_coordinator else outcome).value  # type: ignore[return-value]
 
-    def agree(self, action: Callable[[], T]) -> T:
-        """Collective. Every rank runs ``action``; returns its value, or raises everywhere if any failed."""
-        mine = self.attempt(action)
-        self.decide(lambda: None, self.gather(Outcome[T](mine.rank, error=mine.error)))
+    def agree(self, action: Callable[[], T], *, keep_kind: bool = False) -> T:
+        """Collective. Every rank runs ``action``; returns its value, or raises the same everywhere.
+
+        While nothing fails, this is one small all-reduce.
+
+        Args:
+            action: local; or with collectives in which no rank waits for one that failed before.
+            keep_kind: see ``attempt``.
+        """
+        mine = self.attempt(action, keep_kind=keep_kind)
+        if self._least(_FAILED if mine.error is not None else 1) == _FAILED:
+            outcomes: list[Outcome[Any]] = self.all_gather(Outcome(mine.rank, error=mine.error))
+            failure = _first_failure(outcomes)
+            assert failure is not None
+            _raise_failure(failure, mine, named=True)
         return mine.value  # type: ignore[return-value]
+
+    def _least(self, value: int) -> int:
+        """Collective. The least of all ranks' small integers."""
+        if self.size == 1:
+            return value
+        with self._in_touch():
+            least = torch.tensor([value], dtype=torch.int32, device=_device_of(self._group))
+            dist.all_reduce(least, op=dist.ReduceOp.MIN, group=self._group)
+            return int(least.item())
+
+    @contextlib.contextmanager
+    def _in_touch(self) -> Iterator[None]:
+        """What the transport says of a rank that is gone, in words of ours."""
+        try:
+            yield
+        except RuntimeError as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise CheckpointError(
+                f"rank {self.global_rank} has lost touch with the other {self.size - 1} ranks, so nobody can "
+                f"tell whether all had done their part: {reason}. One of them has ended (killed, out of "
+                "memory, its node gone) or does not answer; its own log says why. What was published before "
+                "is as it was. Start the job again, from the newest checkpoint."
+            ) from error
 
     def _coordinator(self) -> int:
         return dist.get_global_rank(self._group, 0) if self._group is not None else 0
@@ -152,18 +241,36 @@ def _portable(error: CheckpointError) -> CheckpointError:
     return portable
 
 
+def _picklable(error: BaseException) -> BaseException:
+    """The error, or one with the same text if it cannot travel to other ranks."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
+
+
 def _first_failure(outcomes: Sequence[Outcome[Any]]) -> Outcome[Any] | None:
     failed = [outcome for outcome in outcomes if outcome.error is not None]
     return replace(failed[0], value=None, others=len(failed) - 1) if failed else None
 
 
-def _raise_failure(outcome: Outcome[Any]) -> None:
-    """Raise the outcome's error, if it is one, naming its rank and how many others failed."""
+def _raise_failure(outcome: Outcome[Any], mine: Outcome[Any], *, named: bool) -> NoReturn:
+    """Raise the outcome's error.
+
+    Args:
+        outcome: of the rank that failed first.
+        mine: this rank's own; if it is that one, what it raised is the cause, with its traceback.
+        named: let the text of a CheckpointError begin with that rank, and say how many others failed.
+    """
     error = outcome.error
-    if error is None:
-        return
+    assert error is not None
+    cause = mine.raised if mine.rank == outcome.rank and mine.raised is not None else error
+    if not named or not isinstance(error, CheckpointError):
+        raise cause
+    error = _portable(error)
     others = f" ({outcome.others} more ranks failed)" if outcome.others else ""
     message = f"rank {outcome.rank}: {error}{others}"
     if isinstance(error, CheckpointWriteError):
-        raise CheckpointWriteError(message, error.errno, error.filename) from error
-    raise type(error)(message) from error
+        raise CheckpointWriteError(message, error.errno, error.filename) from cause
+    raise type(error)(message) from cause

@@ -14,7 +14,7 @@ from ckpt_fast.pipeline import commit
 from ckpt_fast.pipeline.decode import read_contents
 from ckpt_fast.pipeline.encode import LAYOUT_ATTRIBUTE, pickle_metadata
 from ckpt_fast.pipeline.files import Files
-from ckpt_fast.pipeline.manifest import Manifest, append_manifest
+from ckpt_fast.pipeline.seal import seal
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -55,18 +55,10 @@ def remove_named(files: Files, prefix: str) -> list[str]:
     # A name with a folder in it may be anybody's file.
     unused = {name for name in before - _files_of(metadata) if name == os.path.basename(name)}
     own = hasattr(metadata, LAYOUT_ATTRIBUTE)
-    _publish(files, pickle_metadata(metadata, own_layout=own), manifest, unused)
+    left = manifest.without(unused) if manifest is not None else None
+    seal(files, pickle_metadata(metadata, own_layout=own), left)
     _delete(files, unused)
     return names
-
-
-def _publish(files: Files, pickled: bytes, manifest: Manifest | None, unused: set[str]) -> None:
-    if manifest is not None:
-        files.publish({commit.METADATA_FILE: append_manifest(pickled, manifest.without(unused))})
-        return
-    # The sidecar of an older checkpoint would not fit the new .metadata.
-    files.delete([commit.SIDECAR_FILE])
-    files.publish({commit.METADATA_FILE: pickled})
 
 
 def _delete(files: Files, names: set[str]) -> None:

@@ -14,6 +14,7 @@ from ckpt_fast.errors import CheckpointError, CheckpointWriteError
 from ckpt_fast.pipeline.device_copy import BLOCKING, DeviceCopies, StagingPolicy
 from ckpt_fast.pipeline.encode import WriteProgram
 from ckpt_fast.pipeline.files import Directory, Files
+from ckpt_fast.pipeline.job import too_late
 from ckpt_fast.pipeline.plan import FilePlan, cut_waves, item_records, plan_save
 from ckpt_fast.pipeline.stage import Staged, copied_nbytes, stage
 from ckpt_fast.pipeline.types import RankRecord, SaveReport, Shard
@@ -81,7 +82,7 @@ class Waves:
         self._begun = time.perf_counter()
         self.progress = progress if progress is not None else native.Progress()
         self.error: BaseException | None = None
-        self._worker = Worker("ckpt_fast-write", self.progress.stop)
+        self.worker = Worker("ckpt_fast-write", self.progress.stop)
 
     def stage(self, shards: Sequence[Shard]) -> None:
         """Plan, bring the bytes to host memory and begin to write them.
@@ -109,34 +110,29 @@ class Waves:
             self._report.staged_nbytes += staged.copied_nbytes
             self._report.host_memory_allocated += staged.allocated_nbytes
             try:
-                self._worker.submit(functools.partial(self._write_wave, files, staged))
+                self.worker.submit(functools.partial(self._write_wave, files, staged))
             except RuntimeError:  # the process may start no more threads
                 staged.release()
                 raise
 
     def then(self, action: Callable[[], None]) -> None:
         """Run ``action`` in the writing thread, once all that has been staged so far is written."""
-        self._worker.submit(lambda: self._unless_failed(action))
+        self.worker.submit(lambda: self._unless_failed(action))
 
     def at_end(self, action: Callable[[], None]) -> None:
         """Run ``action`` in the writing thread behind all that has been staged, even after a failure."""
-        self._worker.submit(action)
+        self.worker.submit(action)
 
     def close(self) -> None:
         """All is staged: the thread ends once it has written the rest. May be called again."""
-        if not self._worker.is_closed:
-            self._worker.submit(self._note_end)
-            self._worker.close()
+        if not self.worker.is_closed:
+            self.worker.submit(self._note_end)
+            self.worker.close()
 
     def order_behind_copies(self) -> None:
         """What the calling thread enqueues on GPUs from now on comes after the copies of what is staged."""
         for copies in self._device_copies:
             copies.order_behind()
-
-    @property
-    def is_done(self) -> bool:
-        """Whether the thread has ended."""
-        return self._worker.is_done
 
     @property
     def written_nbytes(self) -> int:
@@ -153,7 +149,7 @@ class Waves:
         It has not if the file system hangs. Even then none of the files gets its name any more, unless
         ``progress.renaming``.
         """
-        ended = self._worker.abandon(wait_s)
+        ended = self.worker.abandon(wait_s)
         if not ended:
             logger.error(
                 "the save to %s is given up, but its thread still waits for the file system, which hangs. "
@@ -161,10 +157,6 @@ class Waves:
                 self._report.directory,
             )
         return ended
-
-    def wait(self, timeout_s: float | None = None) -> bool:
-        """Wait for the thread; returns whether it ended in time."""
-        return self._worker.wait(timeout_s)
 
     def finish(self, timeout_s: float | None = None) -> RankRecord:
         """Wait until everything is written; raises what went wrong first.
@@ -175,13 +167,12 @@ class Waves:
             CheckpointError: it is not written within ``timeout_s``, or was cancelled.
         """
         self.close()
-        if not self._worker.wait(timeout_s):
+        if not self.worker.wait(timeout_s):
             self.cancel()
-            raise CheckpointError(
-                f"writing to {self._report.directory} did not end within the "
-                f"{self._settings.timeout_s:.0f} s that CKPT_FAST_TIMEOUT allows "
-                f"({self.written_nbytes} bytes were written). The file system may hang: look at it, or allow "
-                "more time."
+            raise too_late(
+                self._report.directory,
+                self._settings.timeout_s,
+                f" ({self.written_nbytes} bytes were written)",
             )
         if self.error is not None and not (self.progress.stopped and _is_cancellation(self.error)):
             raise self.error

@@ -12,7 +12,7 @@ from ckpt_fast.pipeline.background import SaveHandle
 from ckpt_fast.pipeline.types import SaveReport
 from ckpt_fast.trainer import experiment_loggers as loggers
 from ckpt_fast.trainer.locate import _get_global_non_persistent_checkpoint_dirs
-from ckpt_fast.trainer.ranks import is_last_rank, print_rank_0
+from ckpt_fast.trainer.ranks import is_last_rank, on_all_ranks, print_rank_0
 from ckpt_fast.trainer.retention import (
     cleanup_old_dataloader_states,
     cleanup_old_non_persistent_checkpoint,
@@ -35,14 +35,14 @@ def logger_finalizer(run: SaveRun, target: SaveTarget) -> Callable[[], None]:
 
 
 def fire_callbacks(run: SaveRun, manager: Any | None) -> None:
-    if should_fire(manager, "on_checkpoint_save"):
-        assert manager is not None
-        manager.fire(
-            "on_checkpoint_save",
-            CallbackContext(
-                state=run.state, model=run.model, user_state=manager.user_state, optimizer=run.optimizer
-            ),
-        )
+    """Collective, where there are any: all ranks have the same, and one that fails is raised on all."""
+    if not should_fire(manager, "on_checkpoint_save"):
+        return
+    assert manager is not None
+    context = CallbackContext(
+        state=run.state, model=run.model, user_state=manager.user_state, optimizer=run.optimizer
+    )
+    on_all_ranks(lambda: manager.fire("on_checkpoint_save", context))
 
 
 def retain(run: SaveRun, target: SaveTarget) -> None:

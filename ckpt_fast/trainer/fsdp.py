@@ -19,6 +19,7 @@ from ckpt_fast.doors.dcp_save import start_save
 from ckpt_fast.doors.dcp_upload import Upload
 from ckpt_fast.pipeline.background import SaveHandle
 from ckpt_fast.pipeline.commit import METADATA_FILE
+from ckpt_fast.pipeline.save_parts import Completion, SaveOptions
 from ckpt_fast.pipeline.types import FileRecord, SaveReport
 from ckpt_fast.trainer.contexts import CheckpointType
 from ckpt_fast.trainer.paths import get_checkpoint_name, remove_file
@@ -113,13 +114,14 @@ def save_fsdp_dtensor(
     model: list[Any],
     state_dict: dict[str, Any],
     checkpoint_name: str,
-    beside: Sequence[FileRecord] = (),
-    complete: Callable[[], Sequence[FileRecord]] | None = None,
+    options: SaveOptions,
+    completion: Completion,
+    write_beside: Callable[[], Sequence[FileRecord]],
 ) -> SaveHandle | SaveReport | None:
     """Collective. The fsdp_dtensor part of ``save_checkpoint``.
 
     Args:
-        beside, complete: ``beside`` and ``finish`` of ``pipeline.save.Save``; not used on object storage.
+        options, completion, write_beside: see ``dcp_save.start_save``; not used on object storage.
 
     Returns:
         With ``async_save`` the save to schedule. Otherwise the checkpoint is durable, and the report of the
@@ -140,11 +142,9 @@ def save_fsdp_dtensor(
     job = start_save(
         preprocess_fsdp_dtensor_state_dict(cfg, state_dict, model[0]),
         checkpoint_name,
-        writers=getattr(ckpt_cfg, "storage_writers_per_rank", None),
-        snapshot=ckpt_cfg.async_save,
-        host_buffer=getattr(ckpt_cfg, "host_buffer_bytes", None),
-        beside=beside,
-        finish=complete,
+        options,
+        completion,
+        write_beside=write_beside,
     )
     if ckpt_cfg.async_save:
         return SaveHandle(job)

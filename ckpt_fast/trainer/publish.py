@@ -7,6 +7,8 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+
 from ckpt_fast import megatron
 from ckpt_fast.errors import CheckpointError
 from ckpt_fast.pipeline.encode import file_record
@@ -50,8 +52,10 @@ class Publication:
         is_local: a local checkpoint has neither iteration files nor trackers.
 
     Attributes:
-        train_state: what ``train_state.pt`` will hold.
+        train_state: what ``train_state.pt`` will hold; known once the facts are captured.
     """
+
+    train_state: dict[str, torch.Tensor]
 
     def __init__(
         self,
@@ -67,9 +71,14 @@ class Publication:
         self._checkpoint_name, self._save_dir = checkpoint_name, save_dir
         self._suffix, self._is_local, self._is_complete = success_suffix, is_local, False
         self._number = number_of_save()
-        self.train_state = snapshot_train_state(state.train_state, num_floating_point_operations_so_far)
-        # Rank 0 alone writes it.
-        self._run_config = snapshot_run_config(state.cfg) if get_rank_safe() == 0 and not is_local else b""
+        self._flops = num_floating_point_operations_so_far
+        self._run_config = b""
+
+    def capture(self, train_state: Any) -> None:
+        """Take the train state and the configuration as they are now. Local."""
+        self.train_state = snapshot_train_state(train_state, self._flops)
+        if get_rank_safe() == 0 and not self._is_local:
+            self._run_config = snapshot_run_config(self._cfg)
 
     def complete(self) -> list[FileRecord]:
         """Write what else belongs to the checkpoint. Called on rank 0, before the checkpoint is sealed.

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pickle
 from collections.abc import Callable
 from typing import TypeVar
 
 import torch
 
-from ckpt_fast.errors import CheckpointError
 from ckpt_fast.pipeline.group import ControlGroup
 
 T = TypeVar("T")
@@ -86,18 +84,7 @@ def on_rank_0(decide: Callable[[], T]) -> T:
     Raises:
         Exception: whatever ``decide`` raised on rank 0, on every rank.
     """
-    group = ControlGroup()
-    answer: T | None = None
-    failure: BaseException | None = None
-    if group.is_coordinator:
-        try:
-            answer = decide()
-        except (Exception, SystemExit) as error:
-            failure = _picklable(error)
-    answer, failure = group.broadcast((answer, failure))
-    if failure is not None:
-        raise failure
-    return answer  # type: ignore[return-value]
+    return ControlGroup().decide(decide, keep_kind=True)
 
 
 def on_all_ranks(action: Callable[[], T]) -> T:
@@ -109,36 +96,10 @@ def on_all_ranks(action: Callable[[], T]) -> T:
         This rank's own result.
 
     Raises:
-        BaseException: what ``action`` raised, on the rank where it did.
-        CheckpointError: on the others, naming that rank.
+        Exception: what ``action`` raised on the first rank where it did, on every rank. A CheckpointError
+            names that rank.
     """
-    failure: BaseException | None = None
-
-    def attempt() -> T:
-        nonlocal failure
-        try:
-            return action()
-        except CheckpointError:
-            raise
-        except (Exception, SystemExit) as error:
-            failure = error
-            raise CheckpointError(f"{type(error).__name__}: {error}") from error
-
-    try:
-        return ControlGroup().agree(attempt)
-    except CheckpointError:
-        if failure is not None:
-            raise failure  # noqa: B904
-        raise
-
-
-def _picklable(error: BaseException) -> BaseException:
-    """The exception, or one with the same text if it cannot travel to other ranks."""
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:
-        return RuntimeError(f"{type(error).__name__}: {error}")
-    return error
+    return ControlGroup().agree(action, keep_kind=True)
 
 
 def _from_environment(launcher: str, slurm: str, default: int) -> int:

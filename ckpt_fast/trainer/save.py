@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ckpt_fast import megatron
@@ -13,7 +13,7 @@ from ckpt_fast.doors.parallel_save import FastParallelSaveWrapper
 from ckpt_fast.errors import CheckpointError
 from ckpt_fast.pipeline.background import SaveHandle
 from ckpt_fast.pipeline.group import ControlGroup
-from ckpt_fast.pipeline.types import FileRecord
+from ckpt_fast.pipeline.save_parts import Completion, SaveOptions
 from ckpt_fast.settings import Settings
 from ckpt_fast.trainer import experiment_loggers as loggers
 from ckpt_fast.trainer.after_save import fire_callbacks, logger_finalizer, report, retain
@@ -32,10 +32,10 @@ from ckpt_fast.trainer.glu_layout import (
 from ckpt_fast.trainer.hugging_face import require_export, save_hf_copy
 from ckpt_fast.trainer.local import save_layer_wise_optimizer, save_local
 from ckpt_fast.trainer.publish import Publication, save_errors_tolerated
-from ckpt_fast.trainer.ranks import barrier_if_distributed, print_rank_0
+from ckpt_fast.trainer.ranks import on_all_ranks, print_rank_0
 from ckpt_fast.trainer.rng import get_rng_state
 from ckpt_fast.trainer.save_run import SaveRun, dataloader_path
-from ckpt_fast.trainer.sidecars import save_dataloader_state
+from ckpt_fast.trainer.sidecars import LoaderPosition
 from ckpt_fast.trainer.staging import staging_policy
 from ckpt_fast.trainer.state_dict import (
     _build_sharded_state_dict_metadata,
@@ -114,34 +114,21 @@ def save_checkpoint(
         target = choose_target(run.ckpt_cfg, run.context, state.train_state.step, non_persistent_ckpt)
         end_save_to(state, run.ckpt_cfg, target.checkpoint_name)
         _announce(run, target)
-        beside = _save_beside(run, target)
+        parts = _parts_of(run, target, num_floating_point_operations_so_far, tensor_rank, pipeline_rank)
         metadata = _content_metadata(run, target)
-        state_dict, publication = ControlGroup().agree(
-            lambda: (
-                _collect(run, target, metadata) if prebuilt_state_dict is None else prebuilt_state_dict,
-                Publication(
-                    state,
-                    target.checkpoint_name,
-                    target.save_dir,
-                    num_floating_point_operations_so_far,
-                    success_suffix=_rank_suffix(run.pg_collection, tensor_rank, pipeline_rank),
-                    is_local=target.is_local,
-                ),
-            )
+        request = _hand_over(
+            run,
+            target,
+            lambda: _collect(run, target, metadata, parts, prebuilt_state_dict),
+            metadata,
+            parts,
+            preprocess_common_state_dict_fn,
         )
-        if prebuilt_state_dict is not None:
-            print_rank_0("Using pre-built state dict (low-memory save)")
-        state_dict = _to_checkpoint_layout(run, target, state_dict, prebuilt_state_dict is not None)
-        if target.is_local:
-            state_dict["train_state_metadata"] = publication.train_state
-            state_dict[FILES_KEY] = [list(each) for each in beside]
-        around = _Surroundings(beside, publication.complete)
-        request = _hand_over(run, target, state_dict, metadata, around, preprocess_common_state_dict_fn)
         _finalize(
             run,
             request,
             [
-                lambda: ControlGroup().decide(publication.publish),
+                *([] if _publishes_itself(run, target) else [parts.publish]),
                 lambda: report(request, begin),
                 logger_finalizer(run, target),
                 lambda: fire_callbacks(run, callback_manager),
@@ -151,8 +138,6 @@ def save_checkpoint(
         if run.is_async:
             _announce_scheduled(request, target, begin)
     loggers.on_checkpointing_end(global_state=state, is_async_finalization=False)
-    if not run.is_async:
-        barrier_if_distributed()
 
 
 def _announce(run: SaveRun, target: SaveTarget) -> None:
@@ -174,33 +159,60 @@ def _announce_scheduled(request: Any, target: SaveTarget, begin: float) -> None:
         print_rank_0(f"  training waited {request.report.stall_s:.3f} s for it; it is being written")
 
 
-class _Surroundings(NamedTuple):
-    """What belongs to a checkpoint besides its tensors.
+class _Parts(NamedTuple):
+    """What belongs to a checkpoint besides its tensors, in the order in which it is dealt with.
 
     Attributes:
-        beside: files that this rank has written elsewhere.
-        complete: writes files into it, on rank 0, before it is sealed.
+        position: of the data loader.
+        publication: the files around the tensors, and the trackers.
     """
 
-    beside: list[FileRecord]
-    complete: Callable[[], Sequence[FileRecord]]
+    position: LoaderPosition
+    publication: Publication
+
+    def completion(self, notes: Mapping[str, Any]) -> Completion:
+        """What the coordinator does for them in a save of the pipeline."""
+        return Completion(
+            prepare=self.position.prepare,
+            finish=self.publication.complete,
+            notes=notes,
+            select=self.publication.publish,
+        )
+
+    def save_position(self) -> None:
+        """Collective. For formats that do not save it along with the tensors."""
+        group = ControlGroup()
+        group.decide(self.position.prepare)
+        group.agree(self.position.write)
+
+    def publish(self) -> None:
+        """Collective. For formats that do not do it along with the seal."""
+        ControlGroup().decide(self.publication.publish)
 
 
-def _save_beside(run: SaveRun, target: SaveTarget) -> list[FileRecord]:
-    """Save what is stored next to the checkpoint; returns the files that the checkpoint vouches for."""
-    path = dataloader_path(run)
-
-    def save_beside() -> list[FileRecord]:
-        Settings.read()  # an odd one is refused on all ranks, while nothing has been touched
-        files = save_dataloader_state(run.model, run.iterator, target.step, path, run.pg_collection)
-        if target.is_local:
-            save_layer_wise_optimizer(run.optimizer, target.save_dir, run.pg_collection)
-        return files
-
-    files = ControlGroup().agree(save_beside)
+def _parts_of(
+    run: SaveRun, target: SaveTarget, flops: int, tensor_rank: int | None, pipeline_rank: int | None
+) -> _Parts:
     if not target.is_local:
         save_hf_copy(run.cfg, run.model, target.checkpoint_name)
-    return files
+    return _Parts(
+        LoaderPosition(run.iterator, target.step, dataloader_path(run), run.pg_collection),
+        Publication(
+            run.state,
+            target.checkpoint_name,
+            target.save_dir,
+            flops,
+            success_suffix=_rank_suffix(run.pg_collection, tensor_rank, pipeline_rank),
+            is_local=target.is_local,
+        ),
+    )
+
+
+def _publishes_itself(run: SaveRun, target: SaveTarget) -> bool:
+    """Whether the trackers move along with the seal."""
+    if target.is_local:
+        return False
+    return run.ckpt_cfg.ckpt_format != "fsdp_dtensor" or not megatron.object_storage(target.checkpoint_name)
 
 
 def _glu_sizes(run: SaveRun) -> Sizes:
@@ -219,7 +231,31 @@ def _content_metadata(run: SaveRun, target: SaveTarget) -> dict[str, Any]:
     return metadata
 
 
-def _collect(run: SaveRun, target: SaveTarget, metadata: dict[str, Any]) -> dict[str, Any]:
+def _collect(
+    run: SaveRun,
+    target: SaveTarget,
+    metadata: dict[str, Any],
+    parts: _Parts,
+    prebuilt: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """The state dict in the layout of the format; what goes beside it is captured too.
+
+    As local as what Megatron does for it.
+    """
+    Settings.read()  # an odd one is refused on all ranks, while nothing has been touched
+    parts.position.capture()
+    parts.publication.capture(run.state.train_state)
+    if prebuilt is not None:
+        print_rank_0("Using pre-built state dict (low-memory save)")
+    state_dict = _generate(run, target, metadata) if prebuilt is None else prebuilt
+    state_dict = _to_checkpoint_layout(run, target, state_dict, prebuilt is not None)
+    if target.is_local:
+        state_dict["train_state_metadata"] = parts.publication.train_state
+        state_dict[FILES_KEY] = [list(each) for each in parts.position.records]
+    return state_dict
+
+
+def _generate(run: SaveRun, target: SaveTarget, metadata: dict[str, Any]) -> dict[str, Any]:
     ckpt_cfg = run.ckpt_cfg
     if not run.model:
         raise CheckpointError(
@@ -269,14 +305,12 @@ def _to_checkpoint_layout(
     sizes = _glu_sizes(run)
     if sizes != (None, None):
         use_megatron_fsdp = bool(getattr(run.cfg.ddp, "use_megatron_fsdp", False))
-        state_dict = ControlGroup().agree(
-            lambda: rows_in_stored_order(
-                state_dict,
-                sizes,
-                is_local=target.is_local,
-                is_arranged=_is_torch_dist(run, target) and not is_prebuilt,
-                use_megatron_fsdp=use_megatron_fsdp,
-            )
+        state_dict = rows_in_stored_order(
+            state_dict,
+            sizes,
+            is_local=target.is_local,
+            is_arranged=_is_torch_dist(run, target) and not is_prebuilt,
+            use_megatron_fsdp=use_megatron_fsdp,
         )
     if run.cfg.peft is not None:
         state_dict = apply_peft_adapter_filter_to_state_dict(state_dict, run.cfg.peft)
@@ -286,9 +320,9 @@ def _to_checkpoint_layout(
 def _hand_over(
     run: SaveRun,
     target: SaveTarget,
-    state_dict: dict[str, Any],
+    collect: Callable[[], dict[str, Any]],
     metadata: dict[str, Any],
-    surroundings: _Surroundings,
+    parts: _Parts,
     preprocess_common: Callable[[dict[str, Any]], dict[str, Any]] | None,
 ) -> Any:
     """Give the state dict to the door of its format.
@@ -298,25 +332,37 @@ def _hand_over(
         SaveReport is returned where the format has one.
     """
     ckpt_cfg = run.ckpt_cfg
-    if target.is_local:
-        assert run.context is not None
-        return save_local(run.state, state_dict, run.context, target.step, run.pg_collection)
-    if ckpt_cfg.ckpt_format == "fsdp_dtensor":
-        return save_fsdp_dtensor(run.cfg, run.model, state_dict, target.checkpoint_name, *surroundings)
-    strategy, validate = _save_strategy(run)
-    job = megatron_core.start_save(
-        state_dict,
-        target.checkpoint_name,
-        strategy,
-        validate_access_integrity=validate,
-        preprocess_common_before_consistency_check=preprocess_common,
-        content_metadata=megatron.clean_metadata_for_serialization(metadata),
-        notes={key: metadata[key] for key in (GLU_ROWS_KEY,) if key in metadata},
-        beside=surroundings.beside,
-        finish=surroundings.complete,
+    options = SaveOptions(
+        writers=ckpt_cfg.storage_writers_per_rank,
         snapshot=run.is_async,
         staging=staging_policy(run.model, run.optimizer) if run.is_async else None,
         host_buffer=getattr(ckpt_cfg, "host_buffer_bytes", None),
+    )
+    completion = parts.completion({key: metadata[key] for key in (GLU_ROWS_KEY,) if key in metadata})
+    if target.is_local:
+        assert run.context is not None
+        state_dict = ControlGroup().agree(collect)
+        parts.save_position()
+        on_all_ranks(lambda: save_layer_wise_optimizer(run.optimizer, target.save_dir, run.pg_collection))
+        return save_local(run.state, state_dict, run.context, target.step, run.pg_collection)
+    if ckpt_cfg.ckpt_format == "fsdp_dtensor":
+        state_dict = ControlGroup().agree(collect)
+        if not _publishes_itself(run, target):
+            parts.save_position()
+        return save_fsdp_dtensor(
+            run.cfg, run.model, state_dict, target.checkpoint_name, options, completion, parts.position.write
+        )
+    strategy, validate = _save_strategy(run)
+    job = megatron_core.start_save(
+        collect,
+        target.checkpoint_name,
+        strategy,
+        options,
+        completion,
+        validate_access_integrity=validate,
+        preprocess_common_before_consistency_check=preprocess_common,
+        content_metadata=megatron.clean_metadata_for_serialization(metadata),
+        write_beside=parts.position.write,
     )
     if run.model and not getattr(run.cfg.dist, "use_decentralized_pg", False):
         # It belongs to the checkpoint, so it has to be there before that is sealed.

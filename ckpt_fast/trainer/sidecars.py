@@ -8,14 +8,13 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from ckpt_fast import settings
 from ckpt_fast.megatron import SoloGroup, get_pg_collection, object_storage
-from ckpt_fast.pipeline.commit import fsync_directory
+from ckpt_fast.pipeline.commit import make_directory
 from ckpt_fast.pipeline.encode import file_record
 from ckpt_fast.pipeline.group import ControlGroup
 from ckpt_fast.pipeline.small_files import LARGEST_FILE
@@ -102,36 +101,73 @@ def maybe_save_dataloader_state(
         RuntimeError: the iterator has no ``save_state``.
         CheckpointError: a rank could not save its state.
     """
-    save_dataloader_state(model, train_iterator, iteration, dataloader_save_path, pg_collection)
-
-
-def save_dataloader_state(
-    model: list[MegatronModule] | MegatronModule,
-    train_iterator: Any,
-    iteration: int,
-    dataloader_save_path: str | None,
-    pg_collection: ProcessGroupCollection | None,
-) -> list[FileRecord]:
-    """``maybe_save_dataloader_state``; returns the file that this rank has written, if any, by its name and
-    that of its directory."""
-    iterators = _iterators(train_iterator)
-    if not iterators or not dataloader_save_path:
-        return []
-    if not can_save_position(train_iterator):
-        raise RuntimeError(
-            f"Could not find a save_state in the train dataloader {type(train_iterator).__name__}; give its "
-            "iterable a save_state method or unset dataset.dataloader_save"
-        )
+    if not _iterators(train_iterator) or not dataloader_save_path:
+        return
     groups = pg_collection if pg_collection is not None else get_pg_collection(model)
-    if any(_rank_in(getattr(groups, name, None)) != 0 for name in ("tp", "pp", "cp")):
-        return []
-    print_rank_0(f"saving dataloader checkpoint at iteration {iteration} to {dataloader_save_path}")
-    data_parallel = _DataParallel(groups.dp)
-    path = _dataloader_file(dataloader_save_path, iteration, data_parallel.rank)
-    data = data_parallel.agree(lambda: _serialise([each.iterable.save_state() for each in iterators]))
-    data_parallel.decide(lambda: _prepare_directory(os.path.dirname(path)))
-    data_parallel.agree(lambda: write_file(path, data))
-    return [file_record("/".join(path.rsplit("/", 2)[-2:]), data)]
+    position = LoaderPosition(train_iterator, iteration, dataloader_save_path, groups)
+    if not position.is_saved_here:
+        position.capture()
+        return
+    ranks = _data_parallel_ranks(groups.dp)
+    ranks.agree(position.capture)
+    ranks.decide(position.prepare)
+    ranks.agree(position.write)
+
+
+class LoaderPosition:
+    """The data loader's position on its way beside a checkpoint. All methods are local.
+
+    Args:
+        train_iterator: see ``maybe_save_dataloader_state``.
+        iteration: the iteration of the checkpoint.
+        root: where positions are saved; None or "": nowhere.
+        groups: process groups. The first ranks of the tensor, pipeline and context groups save.
+
+    Attributes:
+        records: what this rank saves, by the name of the file and that of its directory; known once it is
+            captured.
+    """
+
+    def __init__(self, train_iterator: Any, iteration: int, root: str | None, groups: Any) -> None:
+        self.records: list[FileRecord] = []
+        self._iterator, self._iteration, self._root = train_iterator, iteration, root
+        self._content = b""
+        self.is_saved_here = bool(_iterators(train_iterator) and root) and all(
+            _rank_in(getattr(groups, name, None)) == 0 for name in ("tp", "pp", "cp")
+        )
+        self._path = _dataloader_file(root, iteration, _rank_in(groups.dp)) if root else ""
+
+    def capture(self) -> None:
+        """Take the position as it is now.
+
+        Raises:
+            RuntimeError: the iterator cannot tell it.
+        """
+        iterators = _iterators(self._iterator)
+        if not iterators or not self._root:
+            return
+        if not can_save_position(self._iterator):
+            raise RuntimeError(
+                f"Could not find a save_state in the train dataloader {type(self._iterator).__name__}; give "
+                "its iterable a save_state method or unset dataset.dataloader_save"
+            )
+        if not self.is_saved_here:
+            return
+        print_rank_0(f"saving dataloader checkpoint at iteration {self._iteration} to {self._root}")
+        self._content = _serialise([each.iterable.save_state() for each in iterators])
+        name = "/".join(self._path.rsplit("/", 2)[-2:])
+        self.records = [file_record(name, self._content)]
+
+    def prepare(self) -> None:
+        """For one rank: remove what an earlier save of the iteration, maybe by more ranks, has left."""
+        if self.records:
+            _prepare_directory(os.path.dirname(self._path))
+
+    def write(self) -> list[FileRecord]:
+        """Write what was captured, durably; returns ``records``."""
+        if self.records:
+            write_file(self._path, self._content)
+        return self.records
 
 
 def maybe_load_dataloader_state(
@@ -270,28 +306,13 @@ def _prepare_directory(directory: str) -> None:
         return
     if os.path.isdir(directory):
         shutil.rmtree(directory)
-    ensure_directory_exists(directory, check_parent=False)
-    fsync_directory(os.path.dirname(directory))
+    make_directory(directory)
 
 
-class _DataParallel:
-    """The writers of one save: a process group, or this process alone where there is none."""
-
-    def __init__(self, group: Any) -> None:
-        alone = group is None or isinstance(group, SoloGroup) or not is_distributed()
-        self.rank = _rank_in(group)
-        self._ranks = None if alone else ControlGroup(group)
-
-    def agree(self, action: Callable[[], T]) -> T:
-        """Every rank acts; all raise if one fails."""
-        return action() if self._ranks is None else self._ranks.agree(action)
-
-    def decide(self, action: Callable[[], None]) -> None:
-        """Rank 0 acts while the others wait; all raise if it fails."""
-        if self._ranks is None:
-            action()
-        else:
-            self._ranks.decide(action)
+def _data_parallel_ranks(group: Any) -> ControlGroup:
+    """The ranks that save together: a process group, or this process alone where there is none."""
+    alone = group is None or isinstance(group, SoloGroup) or not is_distributed()
+    return ControlGroup.of_one() if alone else ControlGroup(group)
 
 
 # --- Tokenizer -------------------------------------------------------------------------------------------

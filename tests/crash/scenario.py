@@ -17,9 +17,9 @@ from ckpt_fast.pipeline.background import SaveHandle, SaveQueue
 from ckpt_fast.pipeline.commit import invalidate, write_file_atomic
 from ckpt_fast.pipeline.index import CheckpointIndex
 from ckpt_fast.pipeline.load import load_objects, load_tensors
-from ckpt_fast.pipeline.save import Save
 from ckpt_fast.pipeline.types import ObjectShard, Shard, TensorRequest, TensorShard
 from tests.pipeline.test_decode import archive_of
+from tests.saves import new_save
 
 SEAL = "metadata.json"
 SHAPES = [(0, 3), (), (17,), (300, 70), (32, 512)]
@@ -52,7 +52,7 @@ def save_iteration(root: str, iteration: int) -> None:
     shards: list[Shard] = [ObjectShard("iteration", archive_of(iteration))]
     for fqn, tensor in tensors_of(iteration).items():
         shards.append(TensorShard(fqn, tensor, (0,) * tensor.dim(), tuple(tensor.shape)))
-    job = Save(
+    job = new_save(
         shards,
         directory_of(root, iteration),
         writers=2,

@@ -14,10 +14,10 @@ from ckpt_fast.pipeline.background import SaveHandle, SaveQueue
 from ckpt_fast.pipeline.device_copy import SMALL_NBYTES, StagingPolicy
 from ckpt_fast.pipeline.index import CheckpointIndex
 from ckpt_fast.pipeline.load import load_tensors
-from ckpt_fast.pipeline.save import Save
 from ckpt_fast.pipeline.types import TensorRequest
 from tests.pipeline.layouts import same, whole
 from tests.pipeline.test_save import FILES
+from tests.saves import new_save
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("no_fsync")]
 
@@ -53,7 +53,7 @@ def save_and_change(
     for tensor in state.values():
         tensor.mul_(2)
     shards = [whole(fqn, tensor) for fqn, tensor in state.items()]
-    job = Save(shards, str(directory), snapshot=True, staging=policy, **FILES)
+    job = new_save(shards, str(directory), snapshot=True, staging=policy, **FILES)
     job.stage()
     queue.schedule_async_request(SaveHandle(job))
     if policy.mode == "overlapped":
@@ -94,7 +94,7 @@ def test_the_optimizer_waits_by_itself(tmp_path: Path) -> None:
         state = {name: parameter.detach() for name, parameter in model.named_parameters()}
         expected = {name: tensor.clone() for name, tensor in state.items()}
         policy = staging_policy([model], member)
-        job = Save(
+        job = new_save(
             [whole(fqn, tensor) for fqn, tensor in state.items()],
             str(tmp_path / str(number)),
             snapshot=True,
@@ -118,7 +118,7 @@ def test_memory_that_is_freed_and_used_again_meanwhile(tmp_path: Path) -> None:
     queue = SaveQueue()
     state = {f"w{i}": torch.full((1_000_000,), float(i), device="cuda") for i in range(20)}
     shards = [whole(fqn, tensor) for fqn, tensor in state.items()]
-    job = Save(shards, str(tmp_path), snapshot=True, staging=StagingPolicy("overlapped"), **FILES)
+    job = new_save(shards, str(tmp_path), snapshot=True, staging=StagingPolicy("overlapped"), **FILES)
     job.stage()
     del shards
     state.clear()

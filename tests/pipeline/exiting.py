@@ -14,8 +14,8 @@ import torch.distributed as dist
 
 from ckpt_fast import native
 from ckpt_fast.pipeline.background import SaveHandle, SaveQueue
-from ckpt_fast.pipeline.save import Save, save
 from ckpt_fast.pipeline.types import TensorShard
+from tests.saves import new_save, save
 
 
 def main(directory: str, how: str) -> None:
@@ -35,7 +35,7 @@ def main(directory: str, how: str) -> None:
 
     native.engine().write_files = slowly
     queue = SaveQueue()
-    job = Save([shard], f"{directory}/second", snapshot=True, seal_files={"metadata.json": b"{}"})
+    job = new_save([shard], f"{directory}/second", snapshot=True, seal_files={"metadata.json": b"{}"})
     job.stage()
     request = SaveHandle(job)
     request.add_finalize_fn(print_finalized)

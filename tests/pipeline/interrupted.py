@@ -27,8 +27,8 @@ from ckpt_fast.errors import AsyncSaveError
 from ckpt_fast.pipeline.background import SaveHandle
 from ckpt_fast.pipeline.index import CheckpointIndex
 from ckpt_fast.pipeline.load import load_tensors
-from ckpt_fast.pipeline.save import Save, save
 from ckpt_fast.pipeline.types import TensorRequest, TensorShard
+from tests.saves import new_save, save
 
 ROWS = 100  # of 64 KiB, one chunk each
 FILES: dict[str, Any] = {"common_files": {"common.pt": b"c"}, "seal_files": {"metadata.json": b"{}"}}
@@ -119,7 +119,7 @@ def rounds(directory: str) -> None:
 
 def given_up(directory: str) -> None:
     """The disk takes longer than the time there is; another save to the directory is published meanwhile."""
-    job = Save([TensorShard("w", tensor(1.0), (0, 0), (ROWS, 16384))], directory, snapshot=True, **FILES)
+    job = new_save([TensorShard("w", tensor(1.0), (0, 0), (ROWS, 16384))], directory, snapshot=True, **FILES)
     with slow(6000):
         job.stage()
         handle = SaveHandle(job)
@@ -142,7 +142,7 @@ def given_up(directory: str) -> None:
 def failing(directory: str) -> None:
     """A save waits to try again; given up, it neither does, nor waits for long."""
     os.environ["SLOW_DISK_ERRORS"] = "1000"
-    job = Save([TensorShard("w", tensor(1.0), (0, 0), (ROWS, 16384))], directory, snapshot=True, **FILES)
+    job = new_save([TensorShard("w", tensor(1.0), (0, 0), (ROWS, 16384))], directory, snapshot=True, **FILES)
     job.stage()
     time.sleep(0.3)
     requires(not job.is_written(), "it does not try again")
@@ -197,7 +197,7 @@ class HeldWriter(FastStorageWriter):
 def one_failing_background_save(directory: str) -> None:
     os.environ["SLOW_DISK_ERRORS"] = "1000"
     os.environ["CKPT_FAST_RETRIES"] = "0"
-    job = Save([TensorShard("w", tensor(1.0), (0, 0), (ROWS, 16384))], directory, snapshot=True, **FILES)
+    job = new_save([TensorShard("w", tensor(1.0), (0, 0), (ROWS, 16384))], directory, snapshot=True, **FILES)
     job.stage()
     job.wait()
 

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from hypothesis import strategies as st
 
-from ckpt_fast.pipeline.save import save
 from ckpt_fast.pipeline.types import SaveReport, Shard, TensorShard
+from tests.saves import save
 
 # Every dtype whose tensors are plain bytes in a torch.save archive.
 PLAIN_DTYPES = [

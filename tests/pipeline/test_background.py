@@ -18,12 +18,12 @@ from ckpt_fast import native
 from ckpt_fast.errors import AsyncSaveError, CheckpointWriteError
 from ckpt_fast.pipeline import background
 from ckpt_fast.pipeline.background import SaveHandle, SaveQueue
-from ckpt_fast.pipeline.save import Save
 from ckpt_fast.pipeline.types import TensorShard
 from tests.helpers import run_ranks
 from tests.pipeline.layouts import same
 from tests.pipeline.test_commit import file_size_limit
 from tests.pipeline.test_save import FILES, assert_not_published, loaded, names
+from tests.saves import new_save
 
 pytestmark = pytest.mark.usefixtures("no_fsync")
 
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("no_fsync")
 def handle(directory: Path | str, tensor: torch.Tensor, rows: int = 1, row: int = 0) -> SaveHandle:
     """A staged save of one row of ``w``."""
     shard = TensorShard("w", tensor.view(1, -1), (row, 0), (rows, tensor.numel()))
-    job = Save([shard], os.fspath(directory), snapshot=True, **FILES)
+    job = new_save([shard], os.fspath(directory), snapshot=True, **FILES)
     job.stage()
     return SaveHandle(job)
 

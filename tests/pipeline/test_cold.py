@@ -16,8 +16,8 @@ from ckpt_fast.pipeline.files import Directory
 from ckpt_fast.pipeline.index import CheckpointIndex
 from ckpt_fast.pipeline.load import load_tensors
 from ckpt_fast.pipeline.read import ReadProgram
-from ckpt_fast.pipeline.save import save
 from ckpt_fast.pipeline.types import Extent, TensorRequest, TensorShard
+from tests.saves import save
 
 ROWS, COLUMNS = 1024, 4096
 

@@ -19,10 +19,10 @@ from ckpt_fast.errors import CheckpointCorruptError, CheckpointError, Checkpoint
 from ckpt_fast.pipeline.decode import Contents
 from ckpt_fast.pipeline.index import CheckpointIndex
 from ckpt_fast.pipeline.load import load_objects, load_tensors
-from ckpt_fast.pipeline.save import save
 from ckpt_fast.pipeline.types import ObjectShard, TensorRequest
 from tests.manifests import make_older
 from tests.pipeline.layouts import Region, random_tensor, same, shards_of, whole
+from tests.saves import save
 
 pytestmark = pytest.mark.usefixtures("native_impl", "no_fsync")
 

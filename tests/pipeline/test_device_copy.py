@@ -18,12 +18,12 @@ from ckpt_fast.pipeline.background import SaveHandle, SaveQueue
 from ckpt_fast.pipeline.device_copy import StagingPolicy
 from ckpt_fast.pipeline.host_buffer import HostBufferPool
 from ckpt_fast.pipeline.plan import plan_save
-from ckpt_fast.pipeline.save import Save
 from ckpt_fast.pipeline.stage import Staged, stage
 from tests.pipeline.layouts import raw_bytes, same, whole
 from tests.pipeline.simulated_gpu import SimulatedGpu, install
 from tests.pipeline.test_save import FILES, loaded
 from tests.pipeline.test_stage import staged_bytes
+from tests.saves import new_save
 
 LARGE = 1030
 MODES = ["blocking", "overlapped", "device", "auto"]
@@ -162,7 +162,7 @@ def test_a_save_is_of_the_moment_it_was_asked_for(tmp_path: Path, no_fsync: None
         begin = threading.Event()
         patch.setattr(Staged, "wait", lambda staged: (begin.wait(), staged.device_copies.wait()))
         policy = StagingPolicy("auto", lambda tensor: True)
-        job = Save([whole("w", tensor)], str(tmp_path), snapshot=True, staging=policy, **FILES)
+        job = new_save([whole("w", tensor)], str(tmp_path), snapshot=True, staging=policy, **FILES)
         job.stage()
         queue.schedule_async_request(SaveHandle(job))
         if asked:

@@ -18,7 +18,6 @@ from ckpt_fast.errors import CheckpointMismatchError
 from ckpt_fast.pipeline import load as load_module
 from ckpt_fast.pipeline.index import CheckpointIndex
 from ckpt_fast.pipeline.load import LoadReport, load_objects, load_tensors
-from ckpt_fast.pipeline.save import save
 from ckpt_fast.pipeline.types import ObjectShard, TensorRequest, TensorShard
 from tests.pipeline.layouts import (
     PLAIN_DTYPES,
@@ -33,6 +32,7 @@ from tests.pipeline.layouts import (
     shards_of,
     whole,
 )
+from tests.saves import save
 
 pytestmark = pytest.mark.usefixtures("native_impl", "no_fsync")
 

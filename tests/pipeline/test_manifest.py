@@ -20,10 +20,10 @@ from ckpt_fast.pipeline.decode import read_contents, read_manifest
 from ckpt_fast.pipeline.index import CheckpointIndex
 from ckpt_fast.pipeline.load import load_objects, load_tensors
 from ckpt_fast.pipeline.manifest import BLOCK_NBYTES, Manifest, append_manifest, split_manifest
-from ckpt_fast.pipeline.save import save
 from ckpt_fast.pipeline.types import BlockDigests, FileRecord, ObjectShard, TensorRequest
 from tests.manifests import manifest_lies, manifest_of, with_save_id
 from tests.pipeline.layouts import random_tensor, same, whole
+from tests.saves import save
 
 pytestmark = pytest.mark.usefixtures("native_impl", "no_fsync")
 

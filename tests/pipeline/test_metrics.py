@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from ckpt_fast.pipeline import metrics
-from ckpt_fast.pipeline.save import Save, save
 from ckpt_fast.pipeline.types import SaveReport, TensorShard
+from tests.saves import new_save, save
 
 pytestmark = pytest.mark.usefixtures("no_fsync")
 
@@ -25,7 +25,7 @@ def test_every_save_is_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     path = tmp_path / "saves.jsonl"
     monkeypatch.setenv("CKPT_FAST_METRICS", str(path))
     first = save(SHARDS, str(tmp_path / "a"))
-    job = Save(SHARDS, str(tmp_path / "b"), snapshot=True)
+    job = new_save(SHARDS, str(tmp_path / "b"), snapshot=True)
     job.stage()
     job.write()
     assert len(path.read_text().splitlines()) == 1, "the second is not committed yet"

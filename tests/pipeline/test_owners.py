@@ -18,10 +18,11 @@ from ckpt_fast import FastStorageReader, FastStorageWriter
 from ckpt_fast.errors import CheckpointError, CheckpointWriteError
 from ckpt_fast.pipeline import owners
 from ckpt_fast.pipeline.background import SaveHandle
-from ckpt_fast.pipeline.save import Save, save
+from ckpt_fast.pipeline.save import Save
 from tests.pipeline.layouts import same, whole
 from tests.pipeline.test_save import FILES, loaded
 from tests.pipeline.test_waves import HeldDisk
+from tests.saves import new_save, save
 
 pytestmark = [
     pytest.mark.usefixtures("no_fsync"),
@@ -57,7 +58,7 @@ def test_what_nobody_holds_any_more_is_over(tmp_path: Path) -> None:
 
 
 def staged(directory: Path, value: float) -> Save:
-    job = Save([whole("w", torch.full((4, 8), value))], os.fspath(directory), snapshot=True, **FILES)
+    job = new_save([whole("w", torch.full((4, 8), value))], os.fspath(directory), snapshot=True, **FILES)
     job.stage()
     return job
 

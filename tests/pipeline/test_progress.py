@@ -13,9 +13,9 @@ import torch
 
 from ckpt_fast import native
 from ckpt_fast.pipeline import progress
-from ckpt_fast.pipeline.save import save
 from tests.pipeline.layouts import whole
 from tests.pipeline.test_save import FILES
+from tests.saves import save
 
 pytestmark = pytest.mark.usefixtures("no_fsync")
 

@@ -16,11 +16,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from ckpt_fast import FastStorageWriter
 from ckpt_fast.errors import CheckpointError
-from ckpt_fast.pipeline.save import save
 from ckpt_fast.pipeline.types import TensorShard
 from tests.helpers import run_ranks
 from tests.pipeline.layouts import whole
 from tests.pipeline.test_save import FILES
+from tests.saves import save
 from tests.test_settings import ODD
 
 pytestmark = pytest.mark.usefixtures("no_fsync")

@@ -16,11 +16,12 @@ from hypothesis import strategies as st
 from ckpt_fast.errors import CheckpointError, CheckpointMismatchError, CheckpointWriteError
 from ckpt_fast.pipeline.index import CheckpointIndex
 from ckpt_fast.pipeline.load import load_tensors
-from ckpt_fast.pipeline.save import Save, last_report, save
+from ckpt_fast.pipeline.seal import last_report
 from ckpt_fast.pipeline.types import ObjectShard, TensorRequest, TensorShard
 from tests.manifests import manifest_lies
 from tests.pipeline.layouts import PLAIN_DTYPES, random_tensor, same, save_tensors, whole
 from tests.pipeline.test_commit import file_size_limit
+from tests.saves import new_save, save
 
 pytestmark = pytest.mark.usefixtures("native_impl")
 
@@ -100,7 +101,7 @@ def test_overwriting_a_checkpoint(tmp_path: Path) -> None:
     save_tensors(tmp_path, {f"w{n}": torch.zeros(5) for n in range(4)}, writers=4, **FILES)
     (tmp_path / "train_state.pt").write_bytes(b"of the caller")
     new = random_tensor((7,), torch.int32)
-    job = Save([whole("w", new)], str(tmp_path), **FILES)
+    job = new_save([whole("w", new)], str(tmp_path), **FILES)
     job.stage()
     gone = {"metadata.json", ".metadata"}
     assert not names(tmp_path) & gone, "an old seal vouches for new data"
@@ -136,7 +137,7 @@ def test_snapshot_keeps_the_values_of_the_call(
         originals[f"w{number}"] = tensor.clone()
     bound = data.draw(st.sampled_from([None, 100, 10_000]))
     shards = [whole(fqn, tensor) for fqn, tensor in tensors.items()]
-    job = Save(shards, str(directory), snapshot=True, writers=2, host_buffer=bound)
+    job = new_save(shards, str(directory), snapshot=True, writers=2, host_buffer=bound)
     job.stage()
     for tensor in tensors.values():
         tensor.untyped_storage().fill_(1)
@@ -195,7 +196,7 @@ def test_a_directory_in_the_way_of_any_file(tmp_path: Path, obstacle: str) -> No
 def test_a_file_that_vanished_before_the_commit(tmp_path: Path) -> None:
     """As where a rank's disk is not the one that the coordinator sees."""
     for damage, text in (("unlink", "is missing"), ("truncate", r"has 5 bytes instead of \d+")):
-        job = Save([whole("w", torch.zeros(9))], str(tmp_path), **FILES)
+        job = new_save([whole("w", torch.zeros(9))], str(tmp_path), **FILES)
         job.stage()
         job.write()
         if damage == "unlink":

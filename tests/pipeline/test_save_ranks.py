@@ -14,12 +14,12 @@ import torch.distributed as dist
 
 from ckpt_fast.errors import CheckpointError
 from ckpt_fast.pipeline.commit import METADATA_FILE
-from ckpt_fast.pipeline.save import save
 from ckpt_fast.pipeline.types import ObjectShard, TensorShard
 from tests.helpers import run_ranks
 from tests.pipeline.layouts import same, whole
 from tests.pipeline.test_commit import file_size_limit
 from tests.pipeline.test_save import FILES, assert_not_published, loaded
+from tests.saves import save
 
 
 def save_rows(rank: int, directory: str, value: int, failing: int | None = None, **options: Any) -> Any:

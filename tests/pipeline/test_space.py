@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from ckpt_fast.errors import CheckpointWriteError
-from ckpt_fast.pipeline.save import save
 from ckpt_fast.pipeline.space import require_space
 from tests.helpers import run_ranks
 from tests.pipeline.layouts import same, whole
 from tests.pipeline.test_save import FILES, loaded
+from tests.saves import save
 
 pytestmark = pytest.mark.usefixtures("no_fsync")
 TENSOR = torch.arange(100_000.0)

@@ -14,10 +14,10 @@ from ckpt_fast.errors import CheckpointError, CheckpointNotFoundError, Checkpoin
 from ckpt_fast.pipeline.files import Directory
 from ckpt_fast.pipeline.index import CheckpointIndex
 from ckpt_fast.pipeline.load import load_tensors
-from ckpt_fast.pipeline.save import Save, save
 from ckpt_fast.pipeline.spool import Claim, Spool
 from ckpt_fast.pipeline.types import TensorRequest, TensorShard
 from ckpt_fast.pipeline.verify import find_damage, require_complete
+from tests.saves import new_save, save
 
 NAME = "store://checkpoint"
 SEALS = {"seal_files": {"metadata.json": b"{}"}, "common_files": {"common.pt": b"common"}}
@@ -101,7 +101,9 @@ def test_only_what_is_wanted_is_fetched(shelf: Shelf) -> None:
 
 def test_one_wave_at_a_time_is_in_the_spool(shelf: Shelf) -> None:
     names = [f"t{number}" for number in range(8)]
-    job = Save(shards(*names), NAME, files=Spool(NAME, shelf), writers=1, snapshot=True, host_buffer=4 << 20)
+    job = new_save(
+        shards(*names), NAME, files=Spool(NAME, shelf), writers=1, snapshot=True, host_buffer=4 << 20
+    )
     job.stage()
     job.write()
     job.commit()
@@ -111,7 +113,7 @@ def test_one_wave_at_a_time_is_in_the_spool(shelf: Shelf) -> None:
 
 
 def test_a_cancelled_save_uploads_no_more(shelf: Shelf) -> None:
-    job = Save(shards("a"), NAME, files=Spool(NAME, shelf), snapshot=True, **SEALS)
+    job = new_save(shards("a"), NAME, files=Spool(NAME, shelf), snapshot=True, **SEALS)
     job.stage()
     job.cancel()
     job.write()

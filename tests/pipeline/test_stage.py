@@ -18,10 +18,10 @@ from ckpt_fast.pipeline.host_buffer import HostBufferPool
 from ckpt_fast.pipeline.index import CheckpointIndex
 from ckpt_fast.pipeline.load import load_tensors
 from ckpt_fast.pipeline.plan import is_plain, plan_save
-from ckpt_fast.pipeline.save import save
 from ckpt_fast.pipeline.stage import Staged, copied_nbytes, copy_to_host, needs_copy, stage
 from ckpt_fast.pipeline.types import ObjectShard, Shard, TensorRequest, TensorShard
 from tests.pipeline.layouts import PLAIN_DTYPES, random_tensor, raw_bytes, same, whole
+from tests.saves import save
 
 
 @pytest.fixture(autouse=True)

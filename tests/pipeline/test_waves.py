@@ -20,10 +20,10 @@ from ckpt_fast.pipeline.host_buffer import HostBuffer, HostBufferPool
 from ckpt_fast.pipeline.index import CheckpointIndex
 from ckpt_fast.pipeline.load import load_objects, load_tensors
 from ckpt_fast.pipeline.plan import cut_waves
-from ckpt_fast.pipeline.save import Save, save
 from ckpt_fast.pipeline.types import ObjectShard, SaveReport, Shard, TensorRequest
 from ckpt_fast.pipeline.waves import Waves
 from tests.pipeline.layouts import random_tensor, same, whole
+from tests.saves import new_save, save
 
 pytestmark = pytest.mark.usefixtures("no_fsync")
 KIB = 1024
@@ -164,7 +164,7 @@ def test_two_saves_at_once_share_the_bound(
     disk = HeldDisk(monkeypatch)
     first_state, second_state = state([60], seed=1), state([70], seed=2)
     jobs = [
-        Save(shards_of(tensors), str(tmp_path / name), snapshot=True, host_buffer=100 * KIB)
+        new_save(shards_of(tensors), str(tmp_path / name), snapshot=True, host_buffer=100 * KIB)
         for name, tensors in (("1", first_state), ("2", second_state))
     ]
     jobs[0].stage()
@@ -189,7 +189,7 @@ def test_two_saves_at_once_have_their_own_memory(
     before = {fqn: tensor.clone() for fqn, tensor in tensors.items()}
     jobs = []
     for name in ("1", "2"):
-        job = Save(shards_of(tensors), str(tmp_path / name), snapshot=True)
+        job = new_save(shards_of(tensors), str(tmp_path / name), snapshot=True)
         job.stage()
         jobs.append(job)
         for tensor in tensors.values():
@@ -208,7 +208,7 @@ def test_a_wave_is_copied_while_the_one_before_is_written(
 ) -> None:
     disk = HeldDisk(monkeypatch)
     tensors = state([40] * 5)
-    job = Save(shards_of(tensors), str(tmp_path), snapshot=True, host_buffer=80 * KIB)
+    job = new_save(shards_of(tensors), str(tmp_path), snapshot=True, host_buffer=80 * KIB)
     staging = threading.Thread(target=job.stage)
     staging.start()
     staging.join(0.2)

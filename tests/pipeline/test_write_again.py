@@ -16,8 +16,8 @@ from ckpt_fast.errors import CheckpointWriteError
 from ckpt_fast.pipeline import write as write_module
 from ckpt_fast.pipeline.index import CheckpointIndex
 from ckpt_fast.pipeline.load import load_tensors
-from ckpt_fast.pipeline.save import save
 from ckpt_fast.pipeline.types import TensorRequest, TensorShard
+from tests.saves import save
 
 TENSOR = torch.arange(5000.0)
 

@@ -18,6 +18,7 @@ from ckpt_fast import megatron
 from ckpt_fast.checkpointing import _load_model_weights_from_checkpoint, maybe_finalize_async_save
 from ckpt_fast.doors import megatron_core
 from ckpt_fast.errors import CheckpointError
+from ckpt_fast.pipeline.save_parts import SaveOptions
 from tests.helpers import run_ranks
 from tests.models import Run, Setup
 from tests.trainer import runs
@@ -188,7 +189,7 @@ def remove_the_directory_in_between(rank: int, root: str) -> tuple[str, str]:
     with Run(SETUP, save=root) as run:
         run.train(1)
         job = megatron_core.start_save(
-            run.sharded_state_dict(), root, megatron_core.FastSaveStrategy(), snapshot=True
+            run.sharded_state_dict(), root, megatron_core.FastSaveStrategy(), SaveOptions(snapshot=True)
         )
         job.write()
         torch.distributed.barrier()
