@@ -9,7 +9,7 @@ from typing import Any
 
 from ckpt_fast import megatron
 from ckpt_fast.pipeline import unasked
-from ckpt_fast.pipeline.group import ControlGroup, Outcome
+from ckpt_fast.pipeline.group import ControlGroup
 
 logger = logging.getLogger(__name__)
 
@@ -17,19 +17,13 @@ logger = logging.getLogger(__name__)
 def load_wanted(wanted: dict[str, Any], checkpoint_dir: str, strategy: Any) -> dict[str, Any]:
     """Collective. Load, and let rank 0 say which sections of the checkpoint no rank wanted."""
     group = ControlGroup()
-    loaded = group.attempt(lambda: strategy.load(wanted, checkpoint_dir))
+    loaded: dict[str, Any] = group.agree(lambda: strategy.load(wanted, checkpoint_dir))
     mine = {section for key in _keys(wanted) for section in unasked.sections_of(key)}
-    everyone = group.gather((Outcome[Any](loaded.rank, error=loaded.error), mine))
-    group.decide(
-        lambda: _warn_of_unasked(
-            checkpoint_dir,
-            getattr(getattr(strategy, "base_strategy", strategy), "cached_global_metadata", None),
-            set().union(*(sections for _, sections in everyone)),
-        ),
-        [outcome for outcome, _ in everyone],
-    )
-    result: dict[str, Any] = loaded.value or {}
-    return result
+    everyone = group.gather(mine)
+    if group.is_coordinator:
+        metadata = getattr(getattr(strategy, "base_strategy", strategy), "cached_global_metadata", None)
+        _warn_of_unasked(checkpoint_dir, metadata, set().union(*everyone))
+    return loaded
 
 
 def _keys(wanted: dict[str, Any]) -> Iterator[str]:

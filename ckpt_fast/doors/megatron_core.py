@@ -28,7 +28,7 @@ from ckpt_fast.doors.common_state import (
 )
 from ckpt_fast.doors.glu_factory import in_place
 from ckpt_fast.doors.load_wanted import load_wanted
-from ckpt_fast.doors.parallel_save import FastParallelSaveWrapper
+from ckpt_fast.doors.parallel_save import share_of
 from ckpt_fast.doors.sharded_state import load_sharded, merge_in_place, shards_of, torch_bytes
 from ckpt_fast.doors.stock_queue import Flag, as_request
 from ckpt_fast.errors import CheckpointMismatchError
@@ -40,7 +40,7 @@ from ckpt_fast.pipeline.remove import remove_named
 from ckpt_fast.pipeline.save import Save
 from ckpt_fast.pipeline.save_parts import Completion, SaveOptions, Share
 from ckpt_fast.pipeline.small_files import read_small_file
-from ckpt_fast.pipeline.types import FileRecord, Shard
+from ckpt_fast.pipeline.types import FileRecord
 
 CONTENT_METADATA_KEY = "content_metadata"
 # All four keys: versions before 0.19 want each of them and accept no other.
@@ -170,12 +170,20 @@ class FastLoadStrategy(megatron.TorchDistLoadShardedStrategy):  # type: ignore[m
         checkpoint_dir: str | os.PathLike[str],
         async_strategy: str = "mcore",
     ) -> dict[str, Any]:
-        """Local. A dict of the same nesting with every sharded entry replaced by its loaded value."""
-        with megatron.checkpoint_files(checkpoint_dir) as files:
-            require_torch_dist(files)
-            index = CheckpointIndex(files.directory, files=files)
-            self.cached_global_metadata = index.metadata
-            return load_sharded(sharded_state_dict, index, self._verify)
+        """Collective. A dict of the same nesting with every sharded entry replaced by its loaded value.
+
+        Raises:
+            CheckpointError: on every rank, naming the one that failed: no rank goes on, or waits, alone.
+        """
+
+        def load() -> dict[str, Any]:
+            with megatron.checkpoint_files(checkpoint_dir) as files:
+                require_torch_dist(files)
+                index = CheckpointIndex(files.directory, files=files)
+                self.cached_global_metadata = index.metadata
+                return load_sharded(sharded_state_dict, index, self._verify)
+
+        return ControlGroup().agree(load)
 
     def load_tensors_metadata(
         self, checkpoint_dir: str | os.PathLike[str], metadata: Any = None
@@ -242,25 +250,28 @@ def start_save(
     validate = validate_access_integrity and dist.is_available() and dist.is_initialized()
     is_wrapped = isinstance(strategy, megatron.FullyParallelSaveStrategyWrapper)
 
-    def preprocess() -> tuple[dict[str, Any], dict[str, Any]]:
-        state_dict = sharded_state_dict() if callable(sharded_state_dict) else sharded_state_dict
+    def state_dict() -> dict[str, Any]:
+        collected = sharded_state_dict() if callable(sharded_state_dict) else sharded_state_dict
         if content_metadata is not None:
-            state_dict[CONTENT_METADATA_KEY] = content_metadata
+            collected[CONTENT_METADATA_KEY] = content_metadata
+        return collected
+
+    def preprocess(collected: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         with _mismatches(f"nothing was saved to {checkpoint_dir}"):
             result: tuple[dict[str, Any], dict[str, Any]] = megatron.save_preprocess(
-                in_place(state_dict), validate, preprocess_common_before_consistency_check
+                in_place(collected), validate, preprocess_common_before_consistency_check
             )
             return result
 
-    # What validates has collectives of its own. Without it all is local.
-    preprocessed = group.agree(preprocess) if validate else None
+    preprocessed = None
+    if validate:  # with collectives, in which no rank may wait for one that cannot collect its part
+        collected = group.agree(state_dict)
+        preprocessed = group.agree(lambda: preprocess(collected))
 
     def collect() -> Share:
-        sharded, common = preprocessed or preprocess()
-        with _mismatches(f"nothing was saved to {checkpoint_dir}"):
-            share = _divided(strategy, sharded) if is_wrapped else Share(shards_of(sharded))
+        sharded, common = preprocessed or preprocess(state_dict())
         return replace(
-            share,
+            share_of(strategy, sharded) if is_wrapped else Share(shards_of(sharded)),
             common_files={COMMON_FILE: torch_bytes(common)} if group.is_coordinator else {},
             files=megatron.checkpoint_files(checkpoint_dir),
             write_beside=write_beside,
@@ -275,26 +286,6 @@ def start_save(
     )
     job.stage()
     return job
-
-
-def _divided(strategy: Any, sharded: dict[str, Any]) -> Share:
-    """Local. What this rank saves of a state dict that a wrapper divides: as last time, if that fits it."""
-    entries = [each for each in megatron.nested_values(sharded) if isinstance(each, megatron.ShardedTensor)]
-    as_given = [entry.replica_id for entry in entries]
-    is_ours = isinstance(strategy, FastParallelSaveWrapper)
-    is_divided = is_ours and strategy.is_unchanged(sharded)
-    if is_divided:
-        strategy.distribute_as_before(sharded)
-
-    def divide() -> list[Shard]:
-        for entry, replica_id in zip(entries, as_given, strict=True):
-            entry.replica_id = replica_id
-        # The checks of the whole find mistakes on rank 0 only.
-        with _mismatches("nothing was saved"):
-            (strategy.distribute_anew if is_ours else strategy.apply_saving_parallelization)(sharded)
-        return shards_of(sharded)
-
-    return Share(shards_of(sharded), is_divided=is_divided, divide=divide)
 
 
 @without_collections

@@ -6,7 +6,38 @@ from __future__ import annotations
 from typing import Any
 
 from ckpt_fast import megatron
+from ckpt_fast.doors.sharded_state import shards_of
+from ckpt_fast.errors import CheckpointMismatchError
 from ckpt_fast.pipeline.group import ControlGroup
+from ckpt_fast.pipeline.save_parts import Share
+from ckpt_fast.pipeline.types import Shard
+
+
+def share_of(strategy: Any, sharded: dict[str, Any]) -> Share:
+    """Local. What this rank saves of a state dict that a wrapper divides: as last time, if that fits it.
+
+    Args:
+        strategy: any FullyParallelSaveStrategyWrapper.
+        sharded: preprocessed.
+    """
+    entries = [each for each in megatron.nested_values(sharded) if isinstance(each, megatron.ShardedTensor)]
+    as_given = [entry.replica_id for entry in entries]
+    is_ours = isinstance(strategy, FastParallelSaveWrapper)
+    is_divided = is_ours and strategy.is_unchanged(sharded)
+    if is_divided:
+        strategy.distribute_as_before(sharded)
+
+    def divide() -> list[Shard]:
+        for entry, replica_id in zip(entries, as_given, strict=True):
+            entry.replica_id = replica_id
+        try:
+            # Mistakes in the whole are found on rank 0 only.
+            (strategy.distribute_anew if is_ours else strategy.apply_saving_parallelization)(sharded)
+        except megatron.CheckpointingException as error:
+            raise CheckpointMismatchError(f"nothing was saved: {error}") from error
+        return shards_of(sharded)
+
+    return Share(shards_of(sharded), is_divided=is_divided, divide=divide)
 
 
 class FastParallelSaveWrapper(megatron.FullyParallelSaveStrategyWrapper):  # type: ignore[misc]

@@ -267,6 +267,8 @@ def _raise_failure(outcome: Outcome[Any], mine: Outcome[Any], *, named: bool) ->
     assert error is not None
     cause = mine.raised if mine.rank == outcome.rank and mine.raised is not None else error
     if not named or not isinstance(error, CheckpointError):
+        if named and hasattr(cause, "add_note"):
+            cause.add_note(f"raised by rank {outcome.rank} of a collective operation of ckpt_fast")
         raise cause
     error = _portable(error)
     others = f" ({outcome.others} more ranks failed)" if outcome.others else ""

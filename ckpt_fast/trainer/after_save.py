@@ -35,14 +35,17 @@ def logger_finalizer(run: SaveRun, target: SaveTarget) -> Callable[[], None]:
 
 
 def fire_callbacks(run: SaveRun, manager: Any | None) -> None:
-    """Collective, where there are any: all ranks have the same, and one that fails is raised on all."""
-    if not should_fire(manager, "on_checkpoint_save"):
-        return
-    assert manager is not None
-    context = CallbackContext(
-        state=run.state, model=run.model, user_state=manager.user_state, optimizer=run.optimizer
-    )
-    on_all_ranks(lambda: manager.fire("on_checkpoint_save", context))
+    """Collective: a callback may be on some ranks only, and its error is raised on all."""
+
+    def fire() -> None:
+        if should_fire(manager, "on_checkpoint_save"):
+            assert manager is not None
+            context = CallbackContext(
+                state=run.state, model=run.model, user_state=manager.user_state, optimizer=run.optimizer
+            )
+            manager.fire("on_checkpoint_save", context)
+
+    on_all_ranks(fire)
 
 
 def retain(run: SaveRun, target: SaveTarget) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -114,9 +115,9 @@ def save_fsdp_dtensor(
     model: list[Any],
     state_dict: dict[str, Any],
     checkpoint_name: str,
-    options: SaveOptions,
-    completion: Completion,
-    write_beside: Callable[[], Sequence[FileRecord]],
+    options: SaveOptions | None = None,
+    completion: Completion | None = None,
+    write_beside: Callable[[], Sequence[FileRecord]] = lambda: (),
 ) -> SaveHandle | SaveReport | None:
     """Collective. The fsdp_dtensor part of ``save_checkpoint``.
 
@@ -142,7 +143,7 @@ def save_fsdp_dtensor(
     job = start_save(
         preprocess_fsdp_dtensor_state_dict(cfg, state_dict, model[0]),
         checkpoint_name,
-        options,
+        replace(options or SaveOptions(), snapshot=bool(ckpt_cfg.async_save)),
         completion,
         write_beside=write_beside,
     )

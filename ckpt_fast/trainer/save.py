@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from ckpt_fast import megatron
 from ckpt_fast.doors import megatron_core
@@ -13,7 +13,7 @@ from ckpt_fast.doors.parallel_save import FastParallelSaveWrapper
 from ckpt_fast.errors import CheckpointError
 from ckpt_fast.pipeline.background import SaveHandle
 from ckpt_fast.pipeline.group import ControlGroup
-from ckpt_fast.pipeline.save_parts import Completion, SaveOptions
+from ckpt_fast.pipeline.save_parts import SaveOptions
 from ckpt_fast.settings import Settings
 from ckpt_fast.trainer import experiment_loggers as loggers
 from ckpt_fast.trainer.after_save import fire_callbacks, logger_finalizer, report, retain
@@ -29,13 +29,12 @@ from ckpt_fast.trainer.glu_layout import (
     require_whole_parameters,
     rows_in_stored_order,
 )
-from ckpt_fast.trainer.hugging_face import require_export, save_hf_copy
+from ckpt_fast.trainer.hugging_face import require_export
 from ckpt_fast.trainer.local import save_layer_wise_optimizer, save_local
-from ckpt_fast.trainer.publish import Publication, save_errors_tolerated
+from ckpt_fast.trainer.publish import save_errors_tolerated
 from ckpt_fast.trainer.ranks import on_all_ranks, print_rank_0
 from ckpt_fast.trainer.rng import get_rng_state
-from ckpt_fast.trainer.save_run import SaveRun, dataloader_path
-from ckpt_fast.trainer.sidecars import LoaderPosition
+from ckpt_fast.trainer.save_run import SaveRun
 from ckpt_fast.trainer.staging import staging_policy
 from ckpt_fast.trainer.state_dict import (
     _build_sharded_state_dict_metadata,
@@ -43,6 +42,7 @@ from ckpt_fast.trainer.state_dict import (
     generate_state_dict,
     uses_distributed_optimizer,
 )
+from ckpt_fast.trainer.surroundings import Surroundings, surroundings_of
 from ckpt_fast.trainer.target import SaveTarget, choose_target
 
 _ASYNC_FORMATS = ("torch_dist", "fsdp_dtensor")
@@ -114,21 +114,23 @@ def save_checkpoint(
         target = choose_target(run.ckpt_cfg, run.context, state.train_state.step, non_persistent_ckpt)
         end_save_to(state, run.ckpt_cfg, target.checkpoint_name)
         _announce(run, target)
-        parts = _parts_of(run, target, num_floating_point_operations_so_far, tensor_rank, pipeline_rank)
+        around = surroundings_of(
+            run, target, num_floating_point_operations_so_far, tensor_rank, pipeline_rank
+        )
         metadata = _content_metadata(run, target)
         request = _hand_over(
             run,
             target,
-            lambda: _collect(run, target, metadata, parts, prebuilt_state_dict),
+            lambda: _collect(run, target, metadata, around, prebuilt_state_dict),
             metadata,
-            parts,
+            around,
             preprocess_common_state_dict_fn,
         )
         _finalize(
             run,
             request,
             [
-                *([] if _publishes_itself(run, target) else [parts.publish]),
+                *([] if _publishes_itself(run, target) else [around.publish]),
                 lambda: report(request, begin),
                 logger_finalizer(run, target),
                 lambda: fire_callbacks(run, callback_manager),
@@ -159,55 +161,6 @@ def _announce_scheduled(request: Any, target: SaveTarget, begin: float) -> None:
         print_rank_0(f"  training waited {request.report.stall_s:.3f} s for it; it is being written")
 
 
-class _Parts(NamedTuple):
-    """What belongs to a checkpoint besides its tensors, in the order in which it is dealt with.
-
-    Attributes:
-        position: of the data loader.
-        publication: the files around the tensors, and the trackers.
-    """
-
-    position: LoaderPosition
-    publication: Publication
-
-    def completion(self, notes: Mapping[str, Any]) -> Completion:
-        """What the coordinator does for them in a save of the pipeline."""
-        return Completion(
-            prepare=self.position.prepare,
-            finish=self.publication.complete,
-            notes=notes,
-            select=self.publication.publish,
-        )
-
-    def save_position(self) -> None:
-        """Collective. For formats that do not save it along with the tensors."""
-        group = ControlGroup()
-        group.decide(self.position.prepare)
-        group.agree(self.position.write)
-
-    def publish(self) -> None:
-        """Collective. For formats that do not do it along with the seal."""
-        ControlGroup().decide(self.publication.publish)
-
-
-def _parts_of(
-    run: SaveRun, target: SaveTarget, flops: int, tensor_rank: int | None, pipeline_rank: int | None
-) -> _Parts:
-    if not target.is_local:
-        save_hf_copy(run.cfg, run.model, target.checkpoint_name)
-    return _Parts(
-        LoaderPosition(run.iterator, target.step, dataloader_path(run), run.pg_collection),
-        Publication(
-            run.state,
-            target.checkpoint_name,
-            target.save_dir,
-            flops,
-            success_suffix=_rank_suffix(run.pg_collection, tensor_rank, pipeline_rank),
-            is_local=target.is_local,
-        ),
-    )
-
-
 def _publishes_itself(run: SaveRun, target: SaveTarget) -> bool:
     """Whether the trackers move along with the seal."""
     if target.is_local:
@@ -235,7 +188,7 @@ def _collect(
     run: SaveRun,
     target: SaveTarget,
     metadata: dict[str, Any],
-    parts: _Parts,
+    around: Surroundings,
     prebuilt: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """The state dict in the layout of the format; what goes beside it is captured too.
@@ -243,15 +196,15 @@ def _collect(
     As local as what Megatron does for it.
     """
     Settings.read()  # an odd one is refused on all ranks, while nothing has been touched
-    parts.position.capture()
-    parts.publication.capture(run.state.train_state)
+    around.position.capture()
+    around.publication.capture(run.state.train_state)
     if prebuilt is not None:
         print_rank_0("Using pre-built state dict (low-memory save)")
     state_dict = _generate(run, target, metadata) if prebuilt is None else prebuilt
     state_dict = _to_checkpoint_layout(run, target, state_dict, prebuilt is not None)
     if target.is_local:
-        state_dict["train_state_metadata"] = parts.publication.train_state
-        state_dict[FILES_KEY] = [list(each) for each in parts.position.records]
+        state_dict["train_state_metadata"] = around.publication.train_state
+        state_dict[FILES_KEY] = [list(each) for each in around.position.records]
     return state_dict
 
 
@@ -322,7 +275,7 @@ def _hand_over(
     target: SaveTarget,
     collect: Callable[[], dict[str, Any]],
     metadata: dict[str, Any],
-    parts: _Parts,
+    around: Surroundings,
     preprocess_common: Callable[[dict[str, Any]], dict[str, Any]] | None,
 ) -> Any:
     """Give the state dict to the door of its format.
@@ -338,19 +291,19 @@ def _hand_over(
         staging=staging_policy(run.model, run.optimizer) if run.is_async else None,
         host_buffer=getattr(ckpt_cfg, "host_buffer_bytes", None),
     )
-    completion = parts.completion({key: metadata[key] for key in (GLU_ROWS_KEY,) if key in metadata})
+    completion = around.completion({key: metadata[key] for key in (GLU_ROWS_KEY,) if key in metadata})
     if target.is_local:
         assert run.context is not None
         state_dict = ControlGroup().agree(collect)
-        parts.save_position()
+        around.save_position()
         on_all_ranks(lambda: save_layer_wise_optimizer(run.optimizer, target.save_dir, run.pg_collection))
         return save_local(run.state, state_dict, run.context, target.step, run.pg_collection)
     if ckpt_cfg.ckpt_format == "fsdp_dtensor":
         state_dict = ControlGroup().agree(collect)
         if not _publishes_itself(run, target):
-            parts.save_position()
+            around.save_position()
         return save_fsdp_dtensor(
-            run.cfg, run.model, state_dict, target.checkpoint_name, options, completion, parts.position.write
+            run.cfg, run.model, state_dict, target.checkpoint_name, options, completion, around.position.write
         )
     strategy, validate = _save_strategy(run)
     job = megatron_core.start_save(
@@ -362,7 +315,7 @@ def _hand_over(
         validate_access_integrity=validate,
         preprocess_common_before_consistency_check=preprocess_common,
         content_metadata=megatron.clean_metadata_for_serialization(metadata),
-        write_beside=parts.position.write,
+        write_beside=around.position.write,
     )
     if run.model and not getattr(run.cfg.dist, "use_decentralized_pg", False):
         # It belongs to the checkpoint, so it has to be there before that is sealed.
@@ -403,10 +356,3 @@ def _finalize(run: SaveRun, request: Any, finalizers: Sequence[Callable[[], None
     for finalizer in finalizers:
         request.add_finalize_fn(finalizer)
     schedule_async_save(run.state, request)
-
-
-def _rank_suffix(pg_collection: Any, tensor_rank: int | None, pipeline_rank: int | None) -> str:
-    """``[ t 1/2, p 1/1 ]``: 1-based tensor and pipeline ranks."""
-    tensor = pg_collection.tp.rank() if tensor_rank is None else tensor_rank
-    pipeline = pg_collection.pp.rank() if pipeline_rank is None else pipeline_rank
-    return f"[ t {tensor + 1}/{pg_collection.tp.size()}, p {pipeline + 1}/{pg_collection.pp.size()} ]"

@@ -105,8 +105,8 @@ def maybe_save_dataloader_state(
         return
     groups = pg_collection if pg_collection is not None else get_pg_collection(model)
     position = LoaderPosition(train_iterator, iteration, dataloader_save_path, groups)
+    position.require_known()
     if not position.is_saved_here:
-        position.capture()
         return
     ranks = _data_parallel_ranks(groups.dp)
     ranks.agree(position.capture)
@@ -137,24 +137,22 @@ class LoaderPosition:
         )
         self._path = _dataloader_file(root, iteration, _rank_in(groups.dp)) if root else ""
 
-    def capture(self) -> None:
-        """Take the position as it is now.
-
-        Raises:
-            RuntimeError: the iterator cannot tell it.
-        """
-        iterators = _iterators(self._iterator)
-        if not iterators or not self._root:
-            return
-        if not can_save_position(self._iterator):
+    def require_known(self) -> None:
+        """Raise RuntimeError if there is an iterator that cannot tell its position."""
+        if _iterators(self._iterator) and self._root and not can_save_position(self._iterator):
             raise RuntimeError(
                 f"Could not find a save_state in the train dataloader {type(self._iterator).__name__}; give "
                 "its iterable a save_state method or unset dataset.dataloader_save"
             )
+
+    def capture(self) -> None:
+        """Take the position as it is now; RuntimeError as in ``require_known``."""
+        self.require_known()
         if not self.is_saved_here:
             return
         print_rank_0(f"saving dataloader checkpoint at iteration {self._iteration} to {self._root}")
-        self._content = _serialise([each.iterable.save_state() for each in iterators])
+        states = [each.iterable.save_state() for each in _iterators(self._iterator)]
+        self._content = _serialise(states)
         name = "/".join(self._path.rsplit("/", 2)[-2:])
         self.records = [file_record(name, self._content)]
 

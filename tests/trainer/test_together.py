@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ranks act together: what fails on one is the same error on all, soon, and there are few collectives."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import ShardedTensor
+
+from ckpt_fast import FastLoadStrategy, FastSaveStrategy
+from ckpt_fast.callbacks import Callback, CallbackManager
+from tests.helpers import run_ranks
+from tests.models import Run, Setup
+from tests.trainer.runs import error_of, require
+
+SETUP = Setup(bf16=True, distributed=True)
+_COLLECTIVES = (
+    *("all_gather", "all_gather_into_tensor", "all_gather_object", "all_reduce", "barrier", "broadcast"),
+    *("broadcast_object_list", "gather", "gather_object", "reduce", "reduce_scatter", "scatter"),
+    "scatter_object_list",
+)
+# gloo's own timeout is longer in these tests.
+_SOON_S = 20.0
+
+
+@contextmanager
+def counted() -> Iterator[Counter[str]]:
+    """Counts what a program calls, not what that calls in turn."""
+    calls: Counter[str] = Counter()
+    depth = 0
+
+    def counting(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal depth
+            calls[name] += depth == 0
+            depth += 1
+            try:
+                return function(*args, **kwargs)
+            finally:
+                depth -= 1
+
+        return call
+
+    with patch.multiple(dist, **{name: counting(name, getattr(dist, name)) for name in _COLLECTIVES}):
+        yield calls
+
+
+def count_collectives(rank: int, root: str, config: dict[str, Any]) -> dict[str, int]:
+    with Run(SETUP, save=root, ckpt_assume_constant_structure=True, **config) as run:
+        context: dict[str, Any] = {}
+        run.save(checkpointing_context=context)
+        run.train(1)
+        with counted() as calls:
+            run.save(checkpointing_context=context)
+    return {name: count for name, count in calls.items() if count}
+
+
+def test_a_save_of_a_known_structure_makes_five_collectives(tmp_path: Path) -> None:
+    for calls in run_ranks(count_collectives, 2, str(tmp_path), {}):
+        assert sum(calls.values()) <= 5, calls
+
+
+def fail(rank: int, root: str, what: str) -> tuple[str, str, float]:
+    """Save a second time, with something wrong on rank 1; the error, and how long it took."""
+    with Run(SETUP, save=root, ckpt_assume_constant_structure=True) as run:
+        context: dict[str, Any] = {}
+        run.save(checkpointing_context=context)
+        run.train(1)
+        options = FAILURES[what](rank, run)
+        begin = time.monotonic()
+        error = error_of(lambda: run.save(checkpointing_context=context, **options))
+        return *error, time.monotonic() - begin
+
+
+def wrong_structure(rank: int, run: Run) -> dict[str, Any]:
+    if rank == 1:
+        norm = next(each for name, each in run.model[0].named_modules() if name.endswith("final_layernorm"))
+        norm.register_buffer("extra", torch.ones(4))
+    return {}
+
+
+class Failing(Callback):  # type: ignore[misc]
+    def on_checkpoint_save(self, context: Any) -> None:
+        raise OSError("the callback has no room")
+
+
+def callback(rank: int, run: Run) -> dict[str, Any]:
+    """Only one rank has one."""
+    manager = CallbackManager()
+    if rank == 1:
+        manager.add(Failing())
+    return {"callback_manager": manager if rank == 1 else None}
+
+
+def iterator_without_a_state(rank: int, run: Run) -> dict[str, Any]:
+    run.state.cfg.dataset = SimpleNamespace(dataloader_save=os.path.join(run.checkpoint.save, "loader"))
+    iterable = SimpleNamespace(save_state=lambda: {"at": 3}) if rank == 0 else SimpleNamespace()
+    return {"train_data_iterator": SimpleNamespace(iterable=iterable)}
+
+
+def odd_setting(rank: int, run: Run) -> dict[str, Any]:
+    if rank == 1:
+        os.environ["CKPT_FAST_HOST_BUFFER"] = "0"
+    return {}
+
+
+FAILURES = {
+    each.__name__: each for each in (wrong_structure, callback, iterator_without_a_state, odd_setting)
+}
+
+
+@pytest.mark.parametrize(
+    ("what", "texts"),
+    [
+        ("wrong_structure", ["rank 0: "]),
+        ("callback", ["the callback has no room"]),
+        ("iterator_without_a_state", ["rank 1: RuntimeError: Could not find a save_state"]),
+        ("odd_setting", ["rank 1: ", "CKPT_FAST_HOST_BUFFER"]),
+    ],
+)
+def test_what_fails_on_one_rank_is_the_same_error_on_both(
+    tmp_path: Path, what: str, texts: list[str]
+) -> None:
+    (kind, message, seconds), (other_kind, other_message, other_seconds) = run_ranks(
+        fail, 2, str(tmp_path), what, fresh=True
+    )
+    assert (kind, message) == (other_kind, other_message)
+    require((kind, message), kind, *texts)
+    assert kind != "no error"
+    assert max(seconds, other_seconds) < _SOON_S
+
+
+def load_damaged(rank: int, root: str) -> tuple[str, str]:
+    def state(value: float) -> dict[str, ShardedTensor]:
+        return {
+            key: ShardedTensor.from_rank_offsets(key, torch.full((5000,), value), (0, rank, 2))
+            for key in "ab"
+        }
+
+    dist_checkpointing.save(state(1.0 + rank), root, FastSaveStrategy())
+    dist.barrier()
+    if rank == 0:
+        path = next(Path(root).glob("__1_0*.distcp"))
+        content = bytearray(path.read_bytes())
+        content[len(content) // 4] ^= 1
+        path.write_bytes(content)
+    dist.barrier()
+    return error_of(lambda: dist_checkpointing.load(state(0.0), root, FastLoadStrategy()))
+
+
+def test_no_rank_goes_on_with_a_load_that_failed_on_another(tmp_path: Path) -> None:
+    first, second = run_ranks(load_damaged, 2, str(tmp_path))
+    assert first == second
+    require(first, "CheckpointCorruptError", "rank 1: ")
