@@ -17,7 +17,7 @@ PYTHON ?= python3
 PYTHON_B ?= $(shell for python in python3.12 "$$(pyenv prefix 3.12 2>/dev/null)/bin/python" $(PYTHON); do \
 	"$$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null && echo "$$python" && break; \
 	done)
-PYTEST ?= -n 2 --dist worksteal -m "not slow"
+PYTEST ?= -n 2 --dist worksteal -m "not slow and not long"
 
 A := .venv
 B := .venv-b
@@ -27,7 +27,7 @@ TORCH ?= 2.13.0
 MCORE ?= 0.19.2
 NVRX ?= 0.7.0
 # What meets other packages: the doors, and training runs.
-VERSIONS_PYTEST ?= -n 2 --dist worksteal -m "not slow" tests/test_megatron.py tests/api/test_signatures.py \
+VERSIONS_PYTEST ?= -n 2 --dist worksteal -m "not slow and not long" tests/test_megatron.py tests/api/test_signatures.py \
 	tests/doors tests/interop $(addprefix tests/trainer/test_, \
 	resume_matrix.py save.py load.py async_save.py fsdp.py local.py bridge.py resharding.py)
 BUILD_INPUTS := setup.py pyproject.toml \
@@ -62,8 +62,12 @@ test-versions: $(X)/.versions-$(TORCH)-$(MCORE)-$(NVRX) ## part of the tests wit
 test-bridge: $(B)/.installed $(BRIDGE)/.requirements ## Megatron Bridge's own objects, on stack B
 	@PYTHONPATH=$(CURDIR)/$(BRIDGE) $(B)/bin/python -m pytest -n 2 tests/interop/test_bridge*.py
 
+.PHONY: test-long
+test-long: $(B)/.installed ## the tests that take long, on stack B: many processes, many cases
+	@$(B)/bin/python -m pytest -n 2 --dist worksteal -m "long and not slow"
+
 .PHONY: test-slow
-test-slow: $(A)/.installed ## the tests that take minutes: kills at random moments, four ranks, long runs
+test-slow: $(A)/.installed ## the tests that take hours: campaigns of faults, four ranks, long runs
 	@$(A)/bin/python -m pytest -n 2 -m slow
 
 .PHONY: demo

@@ -42,12 +42,14 @@ def run_script(script: str, path: Path, *arguments: str) -> str:
     return report.read_text()
 
 
+@pytest.mark.long
 def test_save(tmp_path: Path) -> None:
     report = run_script("bench_save.py", tmp_path)
     for name in ("limit: ", "ckpt_fast ", "ckpt_fast DCP ", "mcore ", "DCP, 2 threads ", "torch.save "):
         assert f"\n  {name}" in report
 
 
+@pytest.mark.long
 def test_load(tmp_path: Path) -> None:
     """Loads are compared with what was saved, so a pass says more than that the script ends."""
     report = run_script("bench_load.py", tmp_path)
@@ -55,6 +57,7 @@ def test_load(tmp_path: Path) -> None:
         assert title in report
 
 
+@pytest.mark.long
 def test_plot(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     run_script("bench_save.py", tmp_path)
@@ -63,18 +66,22 @@ def test_plot(tmp_path: Path) -> None:
     assert "durable save" in picture and "ckpt_fast DCP" in picture
 
 
+@pytest.mark.long
 def test_stall(tmp_path: Path) -> None:
     report = run_script("bench_stall.py", tmp_path)
     for title in ("the trainer is blocked", "the next step takes", "from the call until durable"):
         assert title in report
 
 
+@pytest.mark.long
 def test_plan(tmp_path: Path) -> None:
     report = run_script("bench_plan.py", tmp_path)
     assert report.count("MB of .metadata") == 4
 
 
-@pytest.mark.parametrize("implementation", ["1", "0"], ids=["engine", "fallback"])
+@pytest.mark.parametrize(
+    "implementation", ["1", pytest.param("0", marks=pytest.mark.long)], ids=["engine", "fallback"]
+)
 def test_parts(implementation: str) -> None:
     run(
         ["-m", "pytest", "-p", "no:cacheprovider", "--benchmark-disable", str(BENCHMARKS / "bench_parts.py")],
@@ -84,6 +91,7 @@ def test_parts(implementation: str) -> None:
     )
 
 
+@pytest.mark.long
 def test_glu(tmp_path: Path) -> None:
     report = run_script("bench_glu.py", tmp_path)
     for title in ("8B, dense, into new memory", "64 experts, into used memory", "durable save", "warm load"):

@@ -65,7 +65,9 @@ def test_every_call_fails(
 
 
 @pytest.mark.parametrize("kind", SAVES)
-@pytest.mark.parametrize(("fault", "implementation"), [(die, "engine"), (tear, "fallback")])
+@pytest.mark.parametrize(
+    ("fault", "implementation"), [(die, "engine"), pytest.param(tear, "fallback", marks=pytest.mark.long)]
+)
 def test_the_process_ends_at_every_call(
     tmp_path: Path, kind: str, fault: Callable[..., Any], implementation: native.Implementation
 ) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
@@ -27,6 +28,7 @@ SMALL = (
 )
 
 
+@pytest.mark.long
 def test_killed_run_resumes_bit_identically(tmp_path: Path) -> None:
     """Saving in the background, as opposed to ``make demo``, and with bf16 parameters."""
     command = [sys.executable, EXAMPLES / "demo.py", f"--directory={tmp_path / 'run'}"]

@@ -39,6 +39,7 @@ def losses(output: str) -> dict[int, str]:
     return {int(step): loss for step, loss in re.findall(r"^step (\d+) loss (\S+)$", output, re.M)}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("example", ["fsdp2_dcp.py", "megatron_core_install.py"])
 def test_a_run_goes_on_from_the_newest_checkpoint(tmp_path: Path, example: str) -> None:
     whole = losses(torchrun(example, tmp_path, "--steps=6"))
@@ -53,6 +54,7 @@ def test_a_run_goes_on_from_the_newest_checkpoint(tmp_path: Path, example: str) 
         assert dcp.FileSystemReader(directory).read_metadata().state_dict_metadata
 
 
+@pytest.mark.long
 @pytest.mark.skipif(importlib.util.find_spec("nvidia_resiliency_ext") is None, reason="needs nvrx")
 def test_a_lost_directory_costs_nothing(tmp_path: Path) -> None:
     output = torchrun("local_checkpoints.py", tmp_path)

@@ -25,6 +25,7 @@ def other_python() -> Path | None:
     return pythons[0] if both else None
 
 
+@pytest.mark.long
 @pytest.mark.skipif(other_python() is None, reason="needs both stacks: make venv && make test-b")
 def test_each_stack_reads_the_other(tmp_path: Path) -> None:
     here, there = tmp_path / "here", tmp_path / "there"

@@ -35,7 +35,14 @@ class Saved(NamedTuple):
     root: str
 
 
-@pytest.fixture(scope="module", params=LAYOUTS)
+# The others of these take most of the time.
+QUICK = ("1-rank", "1-rank-distributed", "dp2-distributed", "tp2")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=() if name in QUICK else pytest.mark.long) for name in LAYOUTS],
+)
 def checkpoints(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Saved:
     """The same state, saved by every writer, in every layout."""
     ranks, setup = LAYOUTS[request.param]

@@ -30,7 +30,7 @@ def run(directory: Path, how: str, ranks: int = 1) -> subprocess.CompletedProces
     )
 
 
-@pytest.mark.parametrize("how", ["normally", "exception"])
+@pytest.mark.parametrize("how", ["normally", pytest.param("exception", marks=pytest.mark.long)])
 def test_one_rank_finishes_its_save(tmp_path: Path, how: str) -> None:
     done = run(tmp_path, how)
     assert done.returncode == (how == "exception"), done.stderr
@@ -40,7 +40,7 @@ def test_one_rank_finishes_its_save(tmp_path: Path, how: str) -> None:
     assert same(loaded(tmp_path / "second", "w", torch.ones(1, 100_000)), expected)
 
 
-@pytest.mark.parametrize("how", ["normally", "exception"])
+@pytest.mark.parametrize("how", ["normally", pytest.param("exception", marks=pytest.mark.long)])
 def test_several_ranks_abandon_it_and_say_so(tmp_path: Path, how: str) -> None:
     done = run(tmp_path, how, ranks=2)
     assert (done.returncode != 0) == (how == "exception"), done.stderr

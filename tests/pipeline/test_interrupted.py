@@ -54,14 +54,16 @@ def run(slow_disk: Path, what: str, directory: Path, **environment: str) -> str:
 
 
 @pytest.mark.parametrize("native", ["1", "0"])
-@pytest.mark.parametrize("what", ["rounds", "given_up", "failing"])
+@pytest.mark.parametrize(
+    "what", [*(pytest.param(each, marks=pytest.mark.long) for each in ("rounds", "given_up")), "failing"]
+)
 def test_what_is_ended_early_leaves_nothing(slow_disk: Path, tmp_path: Path, what: str, native: str) -> None:
     run(slow_disk, what, tmp_path / "checkpoint", CKPT_FAST_NATIVE=native, CKPT_FAST_TIMEOUT="1")
 
 
 @pytest.mark.parametrize("what", ["one_save", "one_load"])
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, -signal.SIGINT), (signal.SIGTERM, 3)])
-@pytest.mark.parametrize("after", [0.05, 0.4])
+@pytest.mark.parametrize("after", [pytest.param(0.05, marks=pytest.mark.long), 0.4])
 def test_the_process_ends_as_it_should(
     slow_disk: Path, tmp_path: Path, what: str, number: signal.Signals, status: int, after: float
 ) -> None:

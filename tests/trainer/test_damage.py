@@ -30,7 +30,9 @@ TRACKERS = ["latest_train_state.pt", "latest_checkpointed_iteration.txt"]
 SMALL = [f"{NEWEST}/{name}" for name in ("train_state.pt", "run_config.yaml", "metadata.json")]
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["1-rank", "2-ranks"])
+@pytest.fixture(
+    scope="module", params=[1, pytest.param(2, marks=pytest.mark.long)], ids=["1-rank", "2-ranks"]
+)
 def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, str]:
     """Number of ranks, and the root of iterations 1 and 2 that they saved."""
     root = str(tmp_path_factory.mktemp("damage") / "run")
