@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A process that saves again and again to where ``test_one_save`` loads from; run by its path.
+"""A process that saves again and again to where ``test_one_save`` loads from.
 
-Arguments: directory, writer, manner. Everything of save ``n`` is ``n``: the object, and every element.
+Everything of save ``n`` is ``n``: the object, and every element.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
-import sys
+import time
 import warnings
 from typing import Any
 
@@ -49,14 +49,13 @@ def save_beside(directory: str, writer: str, number: int) -> None:
 
 
 def main(directory: str, writer: str, manner: str) -> None:
+    """Save until the parent ends it, or is gone."""
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     saving = {"in place": save, "beside": save_beside}[manner]
+    parent = os.getppid()
     for number in itertools.count(1):
         saving(directory, writer, number % 100 + 1)
-        if os.getppid() == 1:
+        time.sleep(number % 3 / 100)  # now and then a load is done in between
+        if os.getppid() != parent:
             return
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

