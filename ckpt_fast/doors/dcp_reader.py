@@ -37,8 +37,8 @@ _OF_ONE_RANK = "of one rank"
 class FastStorageReader(StorageReader):
     """Reads torch DCP checkpoints straight into the tensors, checking what is read whole.
 
-    A load is of one save: ranks that see another ``.metadata`` than rank 0, and a ``.metadata`` that is
-    replaced while its data is read, are errors. Of a tensor that is loaded no element is left as it was.
+    A load is of one save: ranks that see another ``.metadata`` than rank 0, and files that are replaced while
+    they are read, are errors. Of a tensor that is loaded no element is left as it was.
     Whole sections of the checkpoint that no rank asks for (a top-level key, an optimizer's moments) are one
     line of warning, unless the load is partial on purpose.
 
