@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ckpt_fast.doors.dcp import FastStorageReader, FastStorageWriter
     from ckpt_fast.doors.install import install, uninstall
+    from ckpt_fast.doors.load_strategy import FastLoadStrategy
     from ckpt_fast.doors.local import FastLocalCheckpointManager
-    from ckpt_fast.doors.megatron_core import FastLoadStrategy, FastSaveStrategy
+    from ckpt_fast.doors.megatron_core import FastSaveStrategy
     from ckpt_fast.pipeline.background import wait_staged
     from ckpt_fast.pipeline.host_buffer import reserve_host_memory
     from ckpt_fast.trainer.bridge import FastCheckpointManager
@@ -38,7 +39,7 @@ __all__ = [
 # Imported on first use: who saves with torch DCP need not wait for Megatron's import.
 _HOMES = {
     "FastCheckpointManager": "ckpt_fast.trainer.bridge",
-    "FastLoadStrategy": "ckpt_fast.doors.megatron_core",
+    "FastLoadStrategy": "ckpt_fast.doors.load_strategy",
     "FastLocalCheckpointManager": "ckpt_fast.doors.local",
     "FastSaveStrategy": "ckpt_fast.doors.megatron_core",
     "FastStorageReader": "ckpt_fast.doors.dcp",

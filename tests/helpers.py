@@ -104,7 +104,7 @@ class _Ranks:
     """Processes that run what they are sent."""
 
     def __init__(self, world_size: int) -> None:
-        context = _context()
+        context = preloaded_processes()
         self._connections: list[Connection] = []
         self._processes = []
         for rank in range(world_size):
@@ -166,7 +166,8 @@ class _Ranks:
 
 
 @functools.cache
-def _context() -> Any:
+def preloaded_processes() -> Any:
+    """Makes processes that have imported torch and Megatron already, where that can be."""
     import torch
 
     # CUDA does not survive a fork, and an import may have asked it for something.

@@ -16,14 +16,16 @@ from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
 from ckpt_fast.doors.dcp_coverage import require_covered
-from ckpt_fast.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError
+from ckpt_fast.errors import CheckpointError, CheckpointMismatchError
 from ckpt_fast.pipeline.commit import METADATA_FILE
 from ckpt_fast.pipeline.decode import Contents, decode_object, read_contents
 from ckpt_fast.pipeline.garbage import without_collections
 from ckpt_fast.pipeline.index import CheckpointIndex
-from ckpt_fast.pipeline.load import Part, load_parts, load_payloads
+from ckpt_fast.pipeline.load import load_parts
+from ckpt_fast.pipeline.parts import Part
 from ckpt_fast.pipeline.place import Box
 from ckpt_fast.pipeline.unasked import Unasked, find_unasked, warning_text
+from ckpt_fast.pipeline.versions import FileVersions
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +37,8 @@ _OF_ONE_RANK = "of one rank"
 class FastStorageReader(StorageReader):
     """Reads torch DCP checkpoints straight into the tensors, checking what is read whole.
 
-    A load is of one save: ranks that see another ``.metadata`` than rank 0, and a ``.metadata`` that is
-    replaced while its data is read, are errors. Of a tensor that is loaded no element is left as it was.
+    A load is of one save: ranks that see another ``.metadata`` than rank 0, and files that are replaced while
+    they are read, are errors. Of a tensor that is loaded no element is left as it was.
     Whole sections of the checkpoint that no rank asks for (a top-level key, an optimizer's moments) are one
     line of warning, unless the load is partial on purpose.
 
@@ -56,10 +58,9 @@ class FastStorageReader(StorageReader):
         self._path = os.fspath(path)
         self._extensions = extension_registry
         self._index: CheckpointIndex | None = None
-        self._metadata_name = METADATA_FILE
         self._contents: Contents | None = None
         self._identity: str | None = None
-        self._version: tuple[int, ...] | None = None
+        self._versions: FileVersions | None = None
         self._asked: set[str] | None = None
         self.partial = False
         self.unasked: Unasked | None = None
@@ -68,7 +69,7 @@ class FastStorageReader(StorageReader):
         """Begin a new load, from ``checkpoint_id`` if one is given."""
         if checkpoint_id:
             self._path = os.fspath(checkpoint_id)
-        self._index = self._contents = self._identity = self._version = self._asked = self.unasked = None
+        self._index = self._contents = self._identity = self._versions = self._asked = self.unasked = None
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """The checkpoint's metadata; with ``rank`` that of one rank, saved without collectives.
@@ -78,8 +79,8 @@ class FastStorageReader(StorageReader):
         """
         rank = kwargs.get("rank")
         prefix = "" if rank is None else f"__{rank}"
-        self._metadata_name = prefix + METADATA_FILE
-        self._version = self._version_now()
+        self._versions = FileVersions(self._path)
+        self._versions.note([prefix + METADATA_FILE])
         self._contents = read_contents(self._path, prefix)
         self._identity = self._contents.identity if rank is None else _OF_ONE_RANK
         metadata = self._contents.metadata
@@ -95,7 +96,7 @@ class FastStorageReader(StorageReader):
         if contents is None or contents.metadata is not metadata:
             # Somebody else has read it; no manifest is known to belong to it.
             contents = Contents(metadata, None, "")
-        self._index = CheckpointIndex(self._path, contents, self._extensions)
+        self._index = CheckpointIndex(self._path, contents, self._extensions, versions=self._versions)
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         """The plan, with what identifies the save that it was made for."""
@@ -132,15 +133,9 @@ class FastStorageReader(StorageReader):
         """
         assert self._index is not None, "read_data before set_up_storage_reader"
         require_covered(plan, planner, self._index.metadata, self._path)
-        objects = [item for item in plan.items if item.type == LoadItemType.BYTE_IO]
-        payloads = load_payloads(self._index, {item.storage_index.fqn for item in objects})
-        for item in objects:
-            payload = payloads[item.storage_index.fqn]
-            # torch's planner unpickles without restriction; what is not plain data must not reach it.
-            decode_object(payload, f"{item.storage_index.fqn} in {self._path}", verify=True)
-            planner.load_bytes(item, io.BytesIO(payload))
-        self._read_tensors([item for item in plan.items if item.type != LoadItemType.BYTE_IO], planner)
-        self._require_same_version()
+        self._read(plan, planner)
+        # A save ends the checkpoint that it overwrites before it touches the data files.
+        self._index.versions.require_unchanged()
         self._report_unasked(planner)
         future: Future[None] = Future()
         future.set_result(None)
@@ -161,29 +156,23 @@ class FastStorageReader(StorageReader):
             )
             logger.warning("%s", warning_text(self._path, self.unasked.sections, remedy))
 
-    def _version_now(self) -> tuple[int, ...] | None:
-        """What changes when another save puts its ``.metadata`` there; None if there is none."""
-        try:
-            status = os.stat(os.path.join(self._path, self._metadata_name))
-        except OSError:
-            return None
-        return status.st_ino, status.st_size, status.st_mtime_ns
-
-    def _require_same_version(self) -> None:
-        # A save ends the checkpoint that it overwrites before it touches the data files.
-        if self._version is not None and self._version_now() != self._version:
-            raise CheckpointCorruptError(
-                f"{self._path} was replaced or removed while it was being read, so that the values may be of "
-                "two saves. Load again, from a directory that nobody saves to."
-            )
-
     @without_collections
-    def _read_tensors(self, items: list[ReadItem], planner: LoadPlanner) -> None:
-        assert self._index is not None
+    def _read(self, plan: LoadPlan, planner: LoadPlanner) -> None:
+        index = self._index
+        assert index is not None
+        objects = [item for item in plan.items if item.type == LoadItemType.BYTE_IO]
+        items = [item for item in plan.items if item.type != LoadItemType.BYTE_IO]
         targets = [planner.resolve_tensor(item).detach() for item in items]
-        load_parts(
-            self._index, [_part(self._index, item, to) for item, to in zip(items, targets, strict=True)]
+        _, payloads = load_parts(
+            index,
+            [_part(index, item, target) for item, target in zip(items, targets, strict=True)],
+            [item.storage_index.fqn for item in objects],
         )
+        for fqn, payload in payloads.items():
+            # torch's planner unpickles without restriction; what is not plain data must not reach it.
+            decode_object(payload, f"{fqn} in {self._path}", verify=True)
+        for item in objects:
+            planner.load_bytes(item, io.BytesIO(payloads[item.storage_index.fqn]))
         for item, target in zip(items, targets, strict=True):
             planner.commit_tensor(item, target)
 

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from types import TracebackType
 
 from ckpt_fast import megatron
-from ckpt_fast.doors.megatron_core import FastLoadStrategy, FastSaveStrategy
+from ckpt_fast.doors.load_strategy import FastLoadStrategy
+from ckpt_fast.doors.megatron_core import FastSaveStrategy
 from ckpt_fast.doors.parallel_save import FastParallelSaveWrapper
 from ckpt_fast.errors import CheckpointError
 

@@ -25,7 +25,7 @@ from ckpt_fast.pipeline.decode import decode_object
 from ckpt_fast.pipeline.encode import encode_metadata
 from ckpt_fast.pipeline.files import Directory
 from ckpt_fast.pipeline.index import CheckpointIndex
-from ckpt_fast.pipeline.load import load_objects, load_tensors
+from ckpt_fast.pipeline.load import load_tensors_and_objects
 from ckpt_fast.pipeline.manifest import Manifest
 from ckpt_fast.pipeline.plan import file_prefix, is_plain
 from ckpt_fast.pipeline.seal import seal
@@ -171,7 +171,6 @@ def read_local(directory: str, iteration: int, rank: int) -> tuple[Any, str | No
             f"not that of rank {rank} at {iteration} as its name says: it was copied or renamed"
         )
     require_complete(Directory(directory))
-    hollow = load_objects(index, [_STATE_KEY], verify=True)[_STATE_KEY]
     tensors = []
     for number in range(len(index.metadata.state_dict_metadata) - 1):
         saved = index.tensor(str(number))
@@ -181,7 +180,7 @@ def read_local(directory: str, iteration: int, rank: int) -> tuple[Any, str | No
         for number, tensor in enumerate(tensors)
         if tensor.numel()
     ]
-    load_tensors(index, requests, verify=True)
+    hollow = load_tensors_and_objects(index, requests, [_STATE_KEY], verify=True)[_STATE_KEY]
     try:
         return _with_tensors(hollow, tensors), save_id
     except (KeyError, IndexError, TypeError) as error:

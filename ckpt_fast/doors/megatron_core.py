@@ -15,28 +15,20 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from ckpt_fast import megatron
-from ckpt_fast.doors.common_state import (
-    COMMON_FILE,
-    COMMON_STATE_KEY,
-    load_common_state_dict,
-    require_torch_dist,
-    saved_metadata,
-)
+from ckpt_fast.doors.common_state import COMMON_FILE, COMMON_STATE_KEY, load_common_state_dict
 from ckpt_fast.doors.glu_factory import in_place
+from ckpt_fast.doors.load_strategy import FastLoadStrategy
 from ckpt_fast.doors.load_wanted import load_wanted
 from ckpt_fast.doors.parallel_save import share_of
-from ckpt_fast.doors.sharded_state import load_sharded, merge_in_place, shards_of, torch_bytes
+from ckpt_fast.doors.sharded_state import merge_in_place, shards_of, torch_bytes
 from ckpt_fast.doors.stock_queue import Flag, as_request
 from ckpt_fast.errors import CheckpointMismatchError
 from ckpt_fast.pipeline import commit
 from ckpt_fast.pipeline.garbage import without_collections
 from ckpt_fast.pipeline.group import ControlGroup
-from ckpt_fast.pipeline.index import CheckpointIndex
-from ckpt_fast.pipeline.remove import remove_named
 from ckpt_fast.pipeline.save import Save
 from ckpt_fast.pipeline.save_parts import Completion, SaveOptions, Share
 from ckpt_fast.pipeline.small_files import read_small_file
@@ -150,70 +142,6 @@ class FastSaveStrategy(megatron.TorchDistSaveShardedStrategy):  # type: ignore[m
         return job
 
 
-class FastLoadStrategy(megatron.TorchDistLoadShardedStrategy):  # type: ignore[misc]
-    """Megatron-Core load strategy on the ckpt_fast pipeline: tensors by offset, no code from pickles.
-
-    Args:
-        options, named_options: of the installed Megatron-Core's strategy.
-        verify: compare the CRC-32 of every item that is read whole; None follows ``CKPT_FAST_VERIFY``.
-    """
-
-    def __init__(self, *options: Any, verify: bool | None = None, **named_options: Any) -> None:
-        super().__init__(*options, **named_options)
-        self._verify = verify
-        # Tensors of quantised kinds are made plain ones by Megatron-Core before they come here.
-        self.stream_ckpt_dequant = False
-
-    def load(
-        self,
-        sharded_state_dict: dict[str, Any],
-        checkpoint_dir: str | os.PathLike[str],
-        async_strategy: str = "mcore",
-    ) -> dict[str, Any]:
-        """Collective. A dict of the same nesting with every sharded entry replaced by its loaded value.
-
-        Raises:
-            CheckpointError: on every rank, naming the one that failed: no rank goes on, or waits, alone.
-        """
-
-        def load() -> dict[str, Any]:
-            with megatron.checkpoint_files(checkpoint_dir) as files:
-                require_torch_dist(files)
-                index = CheckpointIndex(files.directory, files=files)
-                self.cached_global_metadata = index.metadata
-                return load_sharded(sharded_state_dict, index, self._verify)
-
-        return ControlGroup().agree(load)
-
-    def load_tensors_metadata(
-        self, checkpoint_dir: str | os.PathLike[str], metadata: Any = None
-    ) -> dict[str, Any]:
-        """Name to ShardedTensor without data, of the whole global shape, for every saved tensor."""
-        metadata = metadata or saved_metadata(checkpoint_dir)
-        return {
-            fqn: megatron.ShardedTensor.from_rank_offsets(
-                fqn, torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
-            ).without_data()
-            for fqn, entry in metadata.state_dict_metadata.items()
-            if hasattr(entry, "chunks")
-        }
-
-    def load_sharded_metadata(self, checkpoint_dir: str | os.PathLike[str]) -> dict[str, Any]:
-        """``load_tensors_metadata`` and, by unique key, a ShardedObject without data per saved object."""
-        metadata = saved_metadata(checkpoint_dir)
-        objects = {
-            fqn: megatron.ShardedObject.empty_from_unique_key(fqn)
-            for fqn, entry in metadata.state_dict_metadata.items()
-            if not hasattr(entry, "chunks") and fqn != COMMON_STATE_KEY
-        }
-        return {**objects, **self.load_tensors_metadata(checkpoint_dir, metadata)}
-
-    def remove_sharded_tensors(self, checkpoint_dir: str | os.PathLike[str], key_prefix: str) -> None:
-        """Local: for one rank. Take all tensors and objects whose key begins so out of the checkpoint."""
-        with megatron.checkpoint_files(checkpoint_dir) as files:
-            remove_named(files, key_prefix)
-
-
 @without_collections
 def start_save(
     sharded_state_dict: dict[str, Any] | Callable[[], dict[str, Any]],
@@ -323,14 +251,17 @@ def load(
     megatron.force_all_tensors_to_non_fp8(sharded_state_dict)
     if isinstance(strategy, FastLoadStrategy):  # a wrapper exchanges tensors, which views are not
         sharded_state_dict = group.agree(lambda: in_place(sharded_state_dict))
-    state_dict = group.agree(lambda: load_common_state_dict(checkpoint_dir))
-    wanted, nonpersistent, factories = megatron.load_preprocess(merge_in_place(sharded_state_dict))
-    megatron.merge(state_dict, nonpersistent)
-    wanted, _ = megatron.extract_sharded_base(wanted)
-    wanted, missing, unexpected = _check_keys(
-        wanted, checkpoint_dir, strategy, strict, validate_access_integrity
-    )
-    megatron.merge(state_dict, load_wanted(wanted, checkpoint_dir, strategy))
+    base = getattr(strategy, "base_strategy", strategy)
+    with contextlib.ExitStack() as stack:
+        checkpoint = group.agree(lambda: stack.enter_context(base.one_reading(checkpoint_dir)))
+        state_dict = group.agree(lambda: load_common_state_dict(checkpoint_dir, checkpoint))
+        wanted, nonpersistent, factories = megatron.load_preprocess(merge_in_place(sharded_state_dict))
+        megatron.merge(state_dict, nonpersistent)
+        wanted, _ = megatron.extract_sharded_base(wanted)
+        wanted, missing, unexpected = _check_keys(
+            wanted, checkpoint_dir, strategy, strict, validate_access_integrity
+        )
+        megatron.merge(state_dict, load_wanted(wanted, checkpoint_dir, strategy))
     state_dict = megatron.apply_factory_merges(state_dict, factories)
     if megatron.StrictHandling.requires_returning_mismatch_keys(strict):
         return state_dict, missing, unexpected

@@ -16,7 +16,7 @@ from ckpt_fast import megatron
 from ckpt_fast.doors.glu_factory import RowShard
 from ckpt_fast.errors import CheckpointMismatchError
 from ckpt_fast.pipeline.index import CheckpointIndex
-from ckpt_fast.pipeline.load import load_objects, load_tensors
+from ckpt_fast.pipeline.load import load_tensors_and_objects
 from ckpt_fast.pipeline.types import ObjectShard, Shard, TensorRequest, TensorShard
 
 
@@ -52,9 +52,9 @@ def load_sharded(
     """Local. The same nesting with every ShardedTensor and ShardedObject replaced by its loaded value."""
     entries = list(megatron.nested_values(sharded_state_dict))
     tensors = [entry for entry in entries if isinstance(entry, megatron.ShardedTensor)]
-    load_tensors(index, list(_requests(tensors, index)), verify)
     keys = {entry.unique_key for entry in entries if isinstance(entry, megatron.ShardedObject)}
-    values = {key: iter(value) for key, value in load_objects(index, sorted(keys), verify).items()}
+    objects = load_tensors_and_objects(index, list(_requests(tensors, index)), sorted(keys), verify)
+    values = {key: iter(value) for key, value in objects.items()}
 
     def loaded(entry: Any) -> Any:
         if isinstance(entry, megatron.ShardedTensor):

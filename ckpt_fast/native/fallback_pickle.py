@@ -29,8 +29,10 @@ _ARGUMENTS = {
     **dict.fromkeys(b"T\x8b", (4, True, False)),
     **dict.fromkeys(b"\x8d\x8e\x96", (8, True, False)),
 }
+# Its keys are compared by the unpickler of metadata, which counts.
+_COUNTED = (b"torch.distributed.checkpoint.metadata", b"MetadataIndex")
 _MAKERS = {b"bytes": "bytes", b"bytearray": "bytes", b"range": "range", b"xrange": "range"}
-_MADE_BY = {"range": "range", "encoded": "bytes"}
+_MADE_BY = {"range": "range", "encoded": "bytes", "counted": "counted"}
 _SIZED = ("text", "bytes", "tuple", "list")
 
 
@@ -65,6 +67,7 @@ class _Checker:
         self._stack: list[_Value] = []
         self._marks: list[int] = []
         self._memo: dict[int, _Value] = {}
+        self._keys = self._comparisons = 0
 
     def fail(self, reason: str) -> NoReturn:
         raise ValueError(f"opcode 0x{self._opcode:02x} at {self._start}: {reason}")
@@ -158,6 +161,8 @@ class _Checker:
             value.makes = _MAKERS.get(name, "")
         elif module == b"_codecs" and name == b"encode":
             value.makes = "encoded"  # how protocol 2 spells bytes
+        elif (module, name) == _COUNTED:
+            value.makes = "counted"
         self._push(value)
 
     def _line(self) -> bytes:
@@ -192,6 +197,7 @@ class _Checker:
 
     def make_frozen_set(self) -> None:
         first = self.pop_mark()
+        self._count_keys(first, 1)
         value = _Value("plain")
         for item in self._stack[first:]:
             self._include(value, item)
@@ -206,11 +212,26 @@ class _Checker:
         target = self._stack[first - 1]
         if target.kind not in (kind, "made", "new"):
             self.fail("what it adds to does not hold items")
+        if kind != "list":
+            self._count_keys(first, 2 if kind == "dict" else 1)
         for item in self._stack[first:]:
             self._include(target, item)
         if target.part:
             self.fail("it changes what is part of something already")
         del self._stack[first:]
+
+    def _count_keys(self, first: int, step: int) -> None:
+        """Keys may all have the same hash; each is compared with those before it then. That of a text is
+        random."""
+        if not self._metadata:
+            return
+        for key in self._stack[first::step]:
+            if key.kind in ("text", "bytes", "counted"):
+                continue
+            self._keys += 1
+            self._comparisons += self._keys * key.weight
+            if self._comparisons > self._limit:
+                self.fail("it has too many keys that are no texts")
 
     def call(self, made: str) -> None:
         arguments, function = self._pop(), self._pop()
@@ -236,7 +257,7 @@ class _Checker:
 
     def build(self) -> None:
         state, target = self._pop(), self._top()
-        if target.kind != "new" and (self._metadata or target.kind != "made"):
+        if target.kind not in ("new", "counted") and (self._metadata or target.kind != "made"):
             self.fail("what it changes is no new object")
         self._include(target, state)
         if target.part:

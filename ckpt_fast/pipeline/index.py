@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import os
 from collections import defaultdict
@@ -31,6 +32,7 @@ from ckpt_fast.pipeline.files import Directory, Files
 from ckpt_fast.pipeline.garbage import without_collections
 from ckpt_fast.pipeline.read import ByteArena, ReadProgram
 from ckpt_fast.pipeline.types import Extent
+from ckpt_fast.pipeline.versions import FileVersions
 
 _FOREIGN_TAIL_NBYTES = 1024
 _LARGEST_FILE = 1 << 62
@@ -90,6 +92,7 @@ class CheckpointIndex:
         contents: its ``.metadata``, where it has been read already.
         extensions: torch DCP's registry of the stream transforms that items may need; None: torch's own.
         files: where the checkpoint's files are, if they are not simply in ``directory``.
+        versions: what the files were like before ``contents`` was read.
 
     Raises:
         CheckpointNotFoundError, CheckpointCorruptError, UnsafeCheckpointError: see ``read_metadata``.
@@ -105,6 +108,7 @@ class CheckpointIndex:
         contents: Contents | None = None,
         extensions: Any = None,
         files: Files | None = None,
+        versions: FileVersions | None = None,
     ) -> None:
         if "://" in os.fspath(directory):
             raise CheckpointMismatchError(
@@ -114,9 +118,11 @@ class CheckpointIndex:
             )
         self.directory = directory
         self.files = files if files is not None else Directory(directory)
+        self.versions = versions if versions is not None else FileVersions(directory)
         self.extensions = extensions
         if contents is None:
             self.files.fetch((METADATA_FILE, SIDECAR_FILE))
+            self.versions.note([METADATA_FILE])
             contents = read_contents(directory)
         self.metadata = contents.metadata
         self.manifest = contents.manifest
@@ -157,9 +163,11 @@ class CheckpointIndex:
                 if fqn not in self._objects:
                     raise ValueError(f"{fqn} has no item")
             elif len(self._pieces[fqn]) != len(entry.chunks):
-                places = {tuple(chunk.offsets) for chunk in entry.chunks}
-                if len(self._pieces[fqn]) != len(places):
-                    raise ValueError(f"{fqn} has {len(self._pieces[fqn])} items for {len(places)} pieces")
+                # Sorted, since the hashes of places that somebody has chosen may all be equal.
+                places = itertools.groupby(sorted(tuple(chunk.offsets) for chunk in entry.chunks))
+                count = sum(1 for _ in places)
+                if len(self._pieces[fqn]) != count:
+                    raise ValueError(f"{fqn} has {len(self._pieces[fqn])} items for {count} pieces")
 
     def tensor(self, fqn: str) -> SavedTensor:
         """The saved tensor of this name.

@@ -10,10 +10,11 @@ import importlib
 import io
 import pathlib
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
 from ckpt_fast import native, settings
 from ckpt_fast.errors import UnsafeCheckpointError
@@ -42,6 +43,8 @@ _ALLOWED = {
     "pathlib": {"PosixPath", "PurePosixPath", "Path"},
     "pathlib._local": {"PosixPath", "PurePosixPath", "Path"},
 }
+# Two keys are compared if they have the same hash: never, or somebody has looked for such.
+_MOST_COMPARISONS = 64
 _RETIRED = "megatron.core.dist_checkpointing.strategies.torch"  # before 0.16
 
 
@@ -57,7 +60,10 @@ def unpickle_metadata(content: bytes | memoryview) -> tuple[Metadata, int]:
     end = native.check_pickle(content)
     # All of it, where that is one: no copy is made then.
     pickled = content if end == len(content) else memoryview(content)[:end]
-    metadata = _MetadataUnpickler(io.BytesIO(pickled)).load()
+    unpickler = _MetadataUnpickler(io.BytesIO(pickled))
+    metadata = unpickler.load()
+    for index in unpickler.indices:
+        object.__setattr__(index, "__class__", MetadataIndex)
     if not isinstance(metadata, Metadata):
         raise TypeError(f"it holds a {type(metadata).__name__}, not checkpoint metadata")
     for name in metadata.state_dict_metadata:
@@ -67,7 +73,16 @@ def unpickle_metadata(content: bytes | memoryview) -> tuple[Metadata, int]:
 
 
 class _MetadataUnpickler(pickle.Unpickler):
+    """Attributes: indices: every MetadataIndex made, of a class that counts how often it is compared."""
+
+    def __init__(self, content: io.BytesIO) -> None:
+        super().__init__(content)
+        self.indices: list[MetadataIndex] = []
+        self._counting = _counting_index()
+
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == (f"{_DCP}.metadata", "MetadataIndex"):
+            return _stand_in_for(self._counting, self.indices.append)
         if name in _ALLOWED.get(module, ()):
             return _stand_in(module, name)
         # Looked up without getattr, for which torch imports modules.
@@ -106,6 +121,36 @@ class _StandIn(type):
 
     def __setstate__(cls, _state: Any) -> None:
         raise UnsafeCheckpointError(f"refused to change {cls.real!r}, as checkpoint metadata never does")
+
+
+def _counting_index() -> type[MetadataIndex]:
+    comparisons = 0
+
+    class CountingIndex(MetadataIndex):
+        __hash__ = MetadataIndex.__hash__
+
+        def __eq__(self, other: object) -> bool:
+            nonlocal comparisons
+            comparisons += 1
+            if comparisons > _MOST_COMPARISONS:
+                raise ValueError("the names of too many items have the same hash")
+            return super().__eq__(other)
+
+    return CountingIndex
+
+
+def _stand_in_for(kind: type, made: Callable[[Any], object]) -> _StandIn:
+    def remembered(instance: Any) -> Any:
+        made(instance)
+        return instance
+
+    def make(*args: Any) -> Any:
+        return remembered(kind(*args))
+
+    def new(_cls: type, *args: Any) -> Any:
+        return remembered(kind.__new__(kind, *args))
+
+    return _StandIn(kind.__name__, (), {"real": staticmethod(make), "__new__": new})
 
 
 @functools.cache

@@ -19,7 +19,7 @@ from ckpt_fast.pipeline.files import Files
 from ckpt_fast.pipeline.types import Extent, Runs
 from ckpt_fast.pipeline.worker import interruptibly
 
-# Reserving so much for nothing does no harm; .metadata may be damaged and name any length.
+# Reserving so much for nothing does no harm; .metadata may be damaged and name any lengths.
 _TRUSTED_NBYTES = 1 << 20
 # What a file, not this process, is to blame for.
 _DAMAGE = (errno.EIO, errno.EISDIR, errno.ENOTDIR, errno.EBADMSG, errno.EUCLEAN, errno.ENODATA)
@@ -183,6 +183,8 @@ class ByteArena:
         self._program = program
         self._blocks: list[ctypes.Array[ctypes.c_char]] = []
         self._free = 0  # bytes left at the end of the last block
+        self._reserved = 0
+        self._file_nbytes: dict[str, int | None] = {}
         self._places: list[tuple[int, int, int]] = []  # (block, position, nbytes), by handle
 
     def add(self, extent: Extent) -> int:
@@ -192,7 +194,8 @@ class ByteArena:
             CheckpointCorruptError: the file ends before the extent does.
         """
         nbytes = extent.nbytes
-        if nbytes > _TRUSTED_NBYTES:
+        self._reserved += nbytes
+        if self._reserved > _TRUSTED_NBYTES:
             self._require_in_file(extent)
         if nbytes > self._free or not self._blocks:
             self._free = max(nbytes, _BLOCK_NBYTES)
@@ -207,14 +210,17 @@ class ByteArena:
     def _require_in_file(self, extent: Extent) -> None:
         """Do not reserve memory for a length that is itself damaged."""
         path = os.path.join(self._program.directory, extent.path)
-        self._program.files.fetch([extent.path])
-        with contextlib.suppress(OSError):  # then reading fails, and says so better
-            nbytes = os.stat(path).st_size
-            if extent.offset + extent.nbytes > nbytes:
-                raise CheckpointCorruptError(
-                    f"{path} should have {extent.nbytes} bytes at {extent.offset}, but the file ends at "
-                    f"{nbytes}. The checkpoint is damaged; load an earlier iteration."
-                )
+        if extent.path not in self._file_nbytes:
+            self._program.files.fetch([extent.path])
+            self._file_nbytes[extent.path] = None
+            with contextlib.suppress(OSError):  # then reading fails, and says so better
+                self._file_nbytes[extent.path] = os.stat(path).st_size
+        nbytes = self._file_nbytes[extent.path]
+        if nbytes is not None and extent.offset + extent.nbytes > nbytes:
+            raise CheckpointCorruptError(
+                f"{path} should have {extent.nbytes} bytes at {extent.offset}, but the file ends at "
+                f"{nbytes}. The checkpoint is damaged; load an earlier iteration."
+            )
 
     def content(self, handle: int) -> bytes:
         """The bytes read."""

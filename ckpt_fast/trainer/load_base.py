@@ -16,6 +16,7 @@ import torch
 from ckpt_fast import megatron
 from ckpt_fast.doors import megatron_core
 from ckpt_fast.doors.common_state import COMMON_FILE, load_common_state_dict
+from ckpt_fast.doors.load_strategy import FastLoadStrategy
 from ckpt_fast.errors import CheckpointCorruptError, CheckpointNotFoundError
 from ckpt_fast.pipeline.group import ControlGroup
 from ckpt_fast.pipeline.types import FileRecord
@@ -327,7 +328,7 @@ def load_strategy(fully_parallel: bool, pg_collection: Any, verify: bool | None 
     Without one every rank reads what it needs: the exchange of Megatron-Core goes through GPU memory, and a
     second read of the same bytes comes from the page cache.
     """
-    strategy = megatron_core.FastLoadStrategy(verify=verify)
+    strategy = FastLoadStrategy(verify=verify)
     if fully_parallel and torch.cuda.is_available():
         return megatron.FullyParallelLoadStrategyWrapper(strategy, pg_collection.dp_cp)
     return strategy

@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
-#include <limits>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -14,15 +13,6 @@
 namespace ckpt_fast {
 
 namespace {
-
-constexpr size_t kLargestPickle = std::numeric_limits<uint32_t>::max();
-constexpr uint64_t kWeightPerByte = 64;
-constexpr uint64_t kFreeWeight = 100'000;
-constexpr uint64_t kTextPerWeight = 8;  // bytes; what is made of a text may look at all of it
-constexpr int kDeepest = 256;           // hashing and comparing call themselves for every level
-constexpr uint64_t kLongestInteger = 64;
-constexpr int64_t kLongestName = 1024;
-constexpr uint32_t kEmpty = std::numeric_limits<uint32_t>::max();
 
 class PickleChecker {
  public:
@@ -56,6 +46,7 @@ class PickleChecker {
   void tuple(size_t first);
   void frozen_set(size_t first);
   void extend(Kind kind, size_t first);
+  void count_keys(size_t first, size_t step);
   void call(Kind made);
   void call_with_names();
   void build();
@@ -83,6 +74,8 @@ class PickleChecker {
   std::vector<size_t> marks_;
   std::vector<uint32_t> memo_;
   uint64_t memo_count_ = 0;
+  uint64_t keys_ = 0;
+  uint64_t comparisons_ = 0;
 };
 
 void PickleChecker::fail(const std::string& reason) const {
@@ -238,12 +231,7 @@ void PickleChecker::push_text(Kind kind) {
 
 void PickleChecker::push_global(const std::string& module, const std::string& name) {
   Value value(Kind::kGlobal);
-  if (module == "builtins" || module == "__builtin__") {
-    if (name == "bytes" || name == "bytearray") value.makes = Makes::kBytes;
-    if (name == "range" || name == "xrange") value.makes = Makes::kRange;
-  }
-  // How protocol 2 spells bytes.
-  if (module == "_codecs" && name == "encode") value.makes = Makes::kEncoded;
+  value.makes = makes_when_called(module, name);
   push(value);
 }
 
@@ -283,9 +271,7 @@ void PickleChecker::tuple(size_t first) {
   Value value(Kind::kTuple);
   for (size_t i = first; i < stack_.size(); ++i) {
     const Kind kind = values_[stack_[i]].kind;
-    const bool sized =
-        kind == Kind::kText || kind == Kind::kBytes || kind == Kind::kTuple || kind == Kind::kList;
-    value.has_number |= !sized;
+    value.has_number |= !is_sized(kind);
     value.has_range |= kind == Kind::kRange;
     include(&value, stack_[i]);
   }
@@ -294,6 +280,7 @@ void PickleChecker::tuple(size_t first) {
 }
 
 void PickleChecker::frozen_set(size_t first) {
+  count_keys(first, 1);
   Value value(Kind::kPlain);
   for (size_t i = first; i < stack_.size(); ++i) include(&value, stack_[i]);
   stack_.resize(first);
@@ -308,9 +295,21 @@ void PickleChecker::extend(Kind kind, size_t first) {
   const Kind found = values_[target].kind;
   if (found != kind && found != Kind::kMade && found != Kind::kNew)
     fail("what it adds to does not hold items");
+  if (kind != Kind::kList) count_keys(first, kind == Kind::kDict ? 2 : 1);
   for (size_t i = first; i < stack_.size(); ++i) include(&values_[target], stack_[i]);
   if (values_[target].part) fail("it changes what is part of something already");
   stack_.resize(first);
+}
+
+/// Keys may all have the same hash; each is compared with those before it then. That of a text is random.
+void PickleChecker::count_keys(size_t first, size_t step) {
+  if (!metadata_) return;
+  for (size_t i = first; i < stack_.size(); i += step) {
+    const Value& key = values_[stack_[i]];
+    if (key.kind == Kind::kText || key.kind == Kind::kBytes || key.kind == Kind::kCounted) continue;
+    comparisons_ += ++keys_ * key.weight;
+    if (comparisons_ > limit_) fail("it has too many keys that are no texts");
+  }
 }
 
 void PickleChecker::call(Kind made) {
@@ -322,8 +321,7 @@ void PickleChecker::call(Kind made) {
   if (values_[callable].makes == Makes::kBytes && values_[arguments].has_number) {
     fail("it makes as many bytes as a number says");
   }
-  const Makes makes = values_[callable].makes;
-  Value value(makes == Makes::kRange ? Kind::kRange : makes == Makes::kEncoded ? Kind::kBytes : made);
+  Value value(kind_made(values_[callable].makes, made));
   include(&value, callable);
   include(&value, arguments);
   push(value);
@@ -346,7 +344,8 @@ void PickleChecker::build() {
   const uint32_t state = pop();
   const uint32_t target = top();
   const Kind kind = values_[target].kind;
-  if (kind != Kind::kNew && (metadata_ || kind != Kind::kMade)) fail("what it changes is no new object");
+  const bool is_new = kind == Kind::kNew || kind == Kind::kCounted;
+  if (!is_new && (metadata_ || kind != Kind::kMade)) fail("what it changes is no new object");
   include(&values_[target], state);
   if (values_[target].part) fail("it changes what is part of something already");
 }

@@ -32,6 +32,35 @@ Argument look_up(uint8_t opcode) {
 
 }  // namespace
 
+Makes makes_when_called(const std::string& module, const std::string& name) {
+  if (module == "builtins" || module == "__builtin__") {
+    if (name == "bytes" || name == "bytearray") return Makes::kBytes;
+    if (name == "range" || name == "xrange") return Makes::kRange;
+  }
+  // How protocol 2 spells bytes.
+  if (module == "_codecs" && name == "encode") return Makes::kEncoded;
+  // The unpickler of metadata counts how often such are compared.
+  if (module == "torch.distributed.checkpoint.metadata" && name == "MetadataIndex") return Makes::kCounted;
+  return Makes::kAnything;
+}
+
+Kind kind_made(Makes makes, Kind otherwise) {
+  switch (makes) {
+    case Makes::kRange:
+      return Kind::kRange;
+    case Makes::kEncoded:
+      return Kind::kBytes;
+    case Makes::kCounted:
+      return Kind::kCounted;
+    default:
+      return otherwise;
+  }
+}
+
+bool is_sized(Kind kind) {
+  return kind == Kind::kText || kind == Kind::kBytes || kind == Kind::kTuple || kind == Kind::kList;
+}
+
 ArgumentTable::ArgumentTable() {
   for (int opcode = 0; opcode < 256; ++opcode) of[opcode] = look_up(static_cast<uint8_t>(opcode));
 }

@@ -2,9 +2,21 @@
 // What a pickle of plain data consists of: opcodes with arguments, and the values that they make.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+#include <limits>
+#include <string>
 
 namespace ckpt_fast {
+
+constexpr size_t kLargestPickle = std::numeric_limits<uint32_t>::max();
+constexpr uint64_t kWeightPerByte = 64;
+constexpr uint64_t kFreeWeight = 100'000;
+constexpr uint64_t kTextPerWeight = 8;  // bytes; what is made of a text may look at all of it
+constexpr int kDeepest = 256;           // hashing and comparing call themselves for every level
+constexpr uint64_t kLongestInteger = 64;
+constexpr int64_t kLongestName = 1024;
+constexpr uint32_t kEmpty = std::numeric_limits<uint32_t>::max();  // a place of the memo
 
 /// The argument behind an opcode: a number of `width` bytes, or, if it is `counted`, as many bytes as that
 /// says.
@@ -21,9 +33,18 @@ struct ArgumentTable {
   Argument of[256];
 };
 
-enum class Kind : uint8_t { kPlain, kText, kBytes, kTuple, kList, kDict, kSet, kRange, kGlobal, kMade, kNew };
+enum class Kind : uint8_t { kPlain, kText, kBytes, kTuple, kList, kDict, kSet, kRange, kGlobal, kMade, kNew, kCounted };
 
-enum class Makes : uint8_t { kAnything, kBytes, kRange, kEncoded };
+enum class Makes : uint8_t { kAnything, kBytes, kRange, kEncoded, kCounted };
+
+/// What a class or function makes when it is called.
+Makes makes_when_called(const std::string& module, const std::string& name);
+
+/// The kind of what is made; `otherwise` if nothing more is known.
+Kind kind_made(Makes makes, Kind otherwise);
+
+/// Whether bytes() of it is no longer than it is itself.
+bool is_sized(Kind kind);
 
 /// What is known of a value without making it. There is one for every few bytes, so it is small.
 struct Value {

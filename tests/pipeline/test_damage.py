@@ -64,7 +64,7 @@ def load_is_right(directory: str) -> bool:
     return same(wide, WIDE) and same(flat, FLAT) and same(part, SLICE.of(WIDE)) and found == OBJECT
 
 
-@pytest.fixture(params=["ours", "older", "stock"])
+@pytest.fixture(params=["ours", pytest.param("older", marks=pytest.mark.long), "stock"])
 def checkpoint(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     directory = tmp_path / "checkpoint"
     (save_stock if request.param == "stock" else save_ours)(str(directory))

@@ -9,7 +9,7 @@ import pickle
 import time
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from ckpt_fast import native
 from ckpt_fast.errors import CheckpointCorruptError, CheckpointError, UnsafeCheckpointError
 from ckpt_fast.pipeline.decode import decode_object, read_contents, read_metadata, read_sidecar
 from ckpt_fast.pipeline.index import CheckpointIndex
-from ckpt_fast.pipeline.load import load_tensors
+from ckpt_fast.pipeline.load import load_objects, load_tensors
 from ckpt_fast.pipeline.types import TensorRequest
 from tests.manifests import make_older
 from tests.pipeline.test_damage import WIDE, data_file, save_ours
@@ -261,3 +261,64 @@ def test_object_that_grows_is_refused(name: str, before_zip: bool, at_once: None
         payload = payload[:at] + bomb
     with pytest.raises(UnsafeCheckpointError, match=r"it holds more than .*opcode 0x"):
         decode_object(payload, "it", verify=True)
+
+
+# --- keys whose hashes are equal, items that are not there ------------------------------------------------
+
+# Multiples of it have the hash 0.
+_MODULUS = (1 << 61) - 1
+
+
+def number(value: int) -> bytes:
+    content = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
+    return pickle.LONG1 + bytes([len(content)]) + content
+
+
+def equal_hashes(kind: str) -> bytes:
+    """A pickle of 400 kB with as many keys of one hash as it can have."""
+    key: Callable[[bytes], bytes] = {
+        "integers": lambda each: each,
+        "tuples": lambda each: each + pickle.TUPLE1,
+        "sets": lambda each: each,
+        "frozen sets": lambda each: pickle.MARK + each + pickle.FROZENSET,
+        # Global 0 is MetadataIndex, text 1 "fqn", text 2 "offset".
+        "indices": lambda each: b"h\x00)\x81}(h\x01h\x01h\x02" + each + b"\x85ub",
+    }[kind]
+    header = b"\x80\x04(ctorch.distributed.checkpoint.metadata\nMetadataIndex\nq\x00X\x03\0\0\0fqnq\x01"
+    header += b"X\x06\0\0\0offsetq\x02"
+    begin, value = (pickle.EMPTY_SET, b"") if kind == "sets" else (pickle.EMPTY_DICT, pickle.NONE)
+    parts, nbytes = [], 0
+    while nbytes < 400_000:
+        parts.append(key(number((len(parts) + 1) * _MODULUS)) + value)
+        nbytes += len(parts[-1])
+    end = pickle.ADDITEMS if kind == "sets" else pickle.SETITEMS
+    return header + begin + pickle.MARK + b"".join(parts) + end + pickle.TUPLE + pickle.STOP
+
+
+@pytest.mark.parametrize("kind", ["integers", "tuples", "sets", "frozen sets", "indices"])
+def test_keys_of_one_hash(tmp_path: Path, kind: str, at_once: None) -> None:
+    (tmp_path / ".metadata").write_bytes(equal_hashes(kind))
+    with pytest.raises(CheckpointCorruptError, match=r"keys that are no texts|have the same hash"):
+        read_contents(str(tmp_path))
+
+
+def test_other_keys_may_be_there(tmp_path: Path) -> None:
+    keys = {**dict.fromkeys(range(500)), ("a", 1): 2, "b": {1.5, None}}
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(Metadata({}, planner_data=keys)))
+    assert read_contents(str(tmp_path)).metadata.planner_data == keys
+
+
+def test_metadata_has_the_indices_of_torch(tmp_path: Path) -> None:
+    save_stock(tmp_path, {"w": torch.ones(2), "n": 3})
+    assert {type(index) for index in read_metadata(str(tmp_path)).storage_data} == {MetadataIndex}
+
+
+def test_many_objects_that_are_not_there(tmp_path: Path, bounded: None) -> None:
+    save_stock(tmp_path, {f"o{number}": number for number in range(1000)})
+    metadata = pickle.loads((tmp_path / ".metadata").read_bytes())
+    for place, info in enumerate(metadata.storage_data.values()):
+        info.offset, info.length = place << 20, 1 << 20
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(metadata))
+    index = CheckpointIndex(str(tmp_path))
+    with pytest.raises(CheckpointCorruptError, match="but the file ends at"):
+        load_objects(index, [f"o{number}" for number in range(1000)])
