@@ -31,7 +31,7 @@ _listeners: list[Callable[[Any], None]] = []
 def add_listener(listener: Callable[[Any], None]) -> Callable[[], None]:
     """Call ``listener`` with the ``SaveReport`` of every save that this rank commits from now on.
 
-    It is called in the thread that commits, before the trackers move. An exception in it is logged.
+    It is called in the thread that commits, once the checkpoint is published. An exception in it is logged.
 
     Returns:
         A function that takes the listener away again.
