@@ -22,6 +22,7 @@ from ckpt_fast.pipeline.decode import Contents, decode_object, read_contents
 from ckpt_fast.pipeline.garbage import without_collections
 from ckpt_fast.pipeline.index import CheckpointIndex
 from ckpt_fast.pipeline.load import Part, load_parts, load_payloads
+from ckpt_fast.pipeline.opened import OpenCheckpoint, Version, version_of
 from ckpt_fast.pipeline.place import Box
 from ckpt_fast.pipeline.unasked import Unasked, find_unasked, warning_text
 
@@ -49,17 +50,21 @@ class FastStorageReader(StorageReader):
         path: checkpoint directory, written by FastStorageWriter or by torch's own writer.
         extension_registry: torch DCP's registry of stream transforms (compression), where torch's writer has
             used some that torch itself does not know.
+        checkpoint: the checkpoint at ``path``, if it is open already.
     """
 
-    def __init__(self, path: StrPath, extension_registry: Any = None) -> None:
+    def __init__(
+        self, path: StrPath, extension_registry: Any = None, checkpoint: OpenCheckpoint | None = None
+    ) -> None:
         super().__init__()
         self._path = os.fspath(path)
         self._extensions = extension_registry
+        self._opened = checkpoint
         self._index: CheckpointIndex | None = None
         self._metadata_name = METADATA_FILE
         self._contents: Contents | None = None
         self._identity: str | None = None
-        self._version: tuple[int, ...] | None = None
+        self._version: Version | None = None
         self._asked: set[str] | None = None
         self.partial = False
         self.unasked: Unasked | None = None
@@ -68,6 +73,7 @@ class FastStorageReader(StorageReader):
         """Begin a new load, from ``checkpoint_id`` if one is given."""
         if checkpoint_id:
             self._path = os.fspath(checkpoint_id)
+            self._opened = None
         self._index = self._contents = self._identity = self._version = self._asked = self.unasked = None
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
@@ -79,8 +85,11 @@ class FastStorageReader(StorageReader):
         rank = kwargs.get("rank")
         prefix = "" if rank is None else f"__{rank}"
         self._metadata_name = prefix + METADATA_FILE
-        self._version = self._version_now()
-        self._contents = read_contents(self._path, prefix)
+        if self._opened is not None and rank is None:
+            self._contents, self._version = self._opened.contents, self._opened.version
+        else:
+            self._version = self._version_now()
+            self._contents = read_contents(self._path, prefix)
         self._identity = self._contents.identity if rank is None else _OF_ONE_RANK
         metadata = self._contents.metadata
         if getattr(metadata, "storage_meta", None) is None:
@@ -161,13 +170,8 @@ class FastStorageReader(StorageReader):
             )
             logger.warning("%s", warning_text(self._path, self.unasked.sections, remedy))
 
-    def _version_now(self) -> tuple[int, ...] | None:
-        """What changes when another save puts its ``.metadata`` there; None if there is none."""
-        try:
-            status = os.stat(os.path.join(self._path, self._metadata_name))
-        except OSError:
-            return None
-        return status.st_ino, status.st_size, status.st_mtime_ns
+    def _version_now(self) -> Version | None:
+        return version_of(os.path.join(self._path, self._metadata_name))
 
     def _require_same_version(self) -> None:
         # A save ends the checkpoint that it overwrites before it touches the data files.

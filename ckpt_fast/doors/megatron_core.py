@@ -16,29 +16,27 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.metadata import Metadata
 
 from ckpt_fast import megatron
 from ckpt_fast.doors.common_state import (
     COMMON_FILE,
     COMMON_STATE_KEY,
-    load_common_state_dict,
+    open_checkpoint,
     require_torch_dist,
-    saved_metadata,
 )
 from ckpt_fast.doors.glu_factory import in_place
-from ckpt_fast.doors.load_wanted import load_wanted
-from ckpt_fast.doors.sharded_state import load_sharded, merge_in_place, shards_of, torch_bytes
+from ckpt_fast.doors.load_wanted import check_keys, load_wanted, prepare
+from ckpt_fast.doors.sharded_state import load_sharded, mismatches, shards_of, torch_bytes
 from ckpt_fast.doors.stock_queue import Flag, as_request
-from ckpt_fast.errors import CheckpointMismatchError
 from ckpt_fast.pipeline import commit
 from ckpt_fast.pipeline.device_copy import StagingPolicy
 from ckpt_fast.pipeline.files import Files
 from ckpt_fast.pipeline.garbage import without_collections
 from ckpt_fast.pipeline.group import ControlGroup
-from ckpt_fast.pipeline.index import CheckpointIndex
+from ckpt_fast.pipeline.opened import OpenCheckpoint
 from ckpt_fast.pipeline.remove import remove_named
 from ckpt_fast.pipeline.save import Save
-from ckpt_fast.pipeline.small_files import read_small_file
 from ckpt_fast.pipeline.types import FileRecord, Shard
 
 CONTENT_METADATA_KEY = "content_metadata"
@@ -165,6 +163,7 @@ class FastLoadStrategy(megatron.TorchDistLoadShardedStrategy):  # type: ignore[m
     def __init__(self, *options: Any, verify: bool | None = None, **named_options: Any) -> None:
         super().__init__(*options, **named_options)
         self._verify = verify
+        self._opened: OpenCheckpoint | None = None
         # Tensors of quantised kinds are made plain ones by Megatron-Core before they come here.
         self.stream_ckpt_dequant = False
 
@@ -175,17 +174,36 @@ class FastLoadStrategy(megatron.TorchDistLoadShardedStrategy):  # type: ignore[m
         async_strategy: str = "mcore",
     ) -> dict[str, Any]:
         """Local. A dict of the same nesting with every sharded entry replaced by its loaded value."""
-        with megatron.checkpoint_files(checkpoint_dir) as files:
-            require_torch_dist(files)
-            index = CheckpointIndex(files.directory, files=files)
-            self.cached_global_metadata = index.metadata
-            return load_sharded(sharded_state_dict, index, self._verify)
+        with self._open(checkpoint_dir) as checkpoint, checkpoint.named():
+            require_torch_dist(checkpoint)
+            self.cached_global_metadata = checkpoint.index.metadata
+            return load_sharded(sharded_state_dict, checkpoint.index, self._verify)
+
+    @contextlib.contextmanager
+    def reading(self, checkpoint: OpenCheckpoint) -> Iterator[None]:
+        """A block in which what is asked of this checkpoint's directory is taken from it, as it is open."""
+        self._opened = checkpoint
+        try:
+            yield
+        finally:
+            self._opened = None
+
+    def _open(
+        self, checkpoint_dir: str | os.PathLike[str]
+    ) -> contextlib.AbstractContextManager[OpenCheckpoint]:
+        if self._opened is not None and self._opened.name == megatron.as_url(checkpoint_dir):
+            return contextlib.nullcontext(self._opened)
+        return open_checkpoint(checkpoint_dir)
+
+    def _saved_metadata(self, checkpoint_dir: str | os.PathLike[str]) -> Metadata:
+        with self._open(checkpoint_dir) as checkpoint, checkpoint.named():
+            return checkpoint.index.metadata
 
     def load_tensors_metadata(
         self, checkpoint_dir: str | os.PathLike[str], metadata: Any = None
     ) -> dict[str, Any]:
         """Name to ShardedTensor without data, of the whole global shape, for every saved tensor."""
-        metadata = metadata or saved_metadata(checkpoint_dir)
+        metadata = metadata or self._saved_metadata(checkpoint_dir)
         return {
             fqn: megatron.ShardedTensor.from_rank_offsets(
                 fqn, torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
@@ -196,7 +214,7 @@ class FastLoadStrategy(megatron.TorchDistLoadShardedStrategy):  # type: ignore[m
 
     def load_sharded_metadata(self, checkpoint_dir: str | os.PathLike[str]) -> dict[str, Any]:
         """``load_tensors_metadata`` and, by unique key, a ShardedObject without data per saved object."""
-        metadata = saved_metadata(checkpoint_dir)
+        metadata = self._saved_metadata(checkpoint_dir)
         objects = {
             fqn: megatron.ShardedObject.empty_from_unique_key(fqn)
             for fqn, entry in metadata.state_dict_metadata.items()
@@ -251,7 +269,7 @@ def start_save(
     distributed = dist.is_available() and dist.is_initialized()
 
     def preprocess() -> tuple[dict[str, Any], dict[str, Any]]:
-        with _mismatches(f"nothing was saved to {checkpoint_dir}"):
+        with mismatches(f"nothing was saved to {checkpoint_dir}"):
             result: tuple[dict[str, Any], dict[str, Any]] = megatron.save_preprocess(
                 in_place(sharded_state_dict),
                 validate_access_integrity and distributed,
@@ -288,6 +306,8 @@ def load(
     sharded_state_dict: dict[str, Any],
     checkpoint_dir: str,
     *,
+    checkpoint: OpenCheckpoint | None = None,
+    common: dict[str, Any] | None = None,
     strategy: Any = None,
     strict: Any = megatron.StrictHandling.ASSUME_OK_UNEXPECTED,
     validate_access_integrity: bool = True,
@@ -299,6 +319,8 @@ def load(
     Args:
         sharded_state_dict: what to load; tensors with data are filled in place.
         checkpoint_dir: directory of a torch_dist checkpoint, of ours or of stock Megatron-Core.
+        checkpoint: the same, where the caller has opened it already.
+        common: its common state, where the caller has read it already. It becomes the state dict returned.
         strategy: FastLoadStrategy (default), or a wrapper around one.
         strict: Megatron-Core's ``StrictHandling`` or its string value.
         validate_access_integrity: check that the ranks' requests fit together.
@@ -316,45 +338,23 @@ def load(
     group = ControlGroup()
     strict = megatron.parse_strict_flag(strict)
     megatron.force_all_tensors_to_non_fp8(sharded_state_dict)
-    if isinstance(strategy, FastLoadStrategy):  # a wrapper exchanges tensors, which views are not
-        sharded_state_dict = group.agree(lambda: in_place(sharded_state_dict))
-    state_dict = group.agree(lambda: load_common_state_dict(checkpoint_dir))
-    wanted, nonpersistent, factories = megatron.load_preprocess(merge_in_place(sharded_state_dict))
-    megatron.merge(state_dict, nonpersistent)
-    wanted, _ = megatron.extract_sharded_base(wanted)
-    wanted, missing, unexpected = _check_keys(
-        wanted, checkpoint_dir, strategy, strict, validate_access_integrity
-    )
-    megatron.merge(state_dict, load_wanted(wanted, checkpoint_dir, strategy))
-    state_dict = megatron.apply_factory_merges(state_dict, factories)
+    base = getattr(strategy, "base_strategy", strategy)
+    with contextlib.ExitStack() as stack:
+        opened = checkpoint or stack.enter_context(open_checkpoint(checkpoint_dir))
+        stack.enter_context(base.reading(opened))
+        wanted = group.agree(
+            # A wrapper exchanges tensors, which views are not.
+            lambda: prepare(sharded_state_dict, opened, common, into_views=strategy is base)
+        )
+        sharded, missing, unexpected = check_keys(
+            wanted.sharded, checkpoint_dir, strategy, strict, validate_access_integrity
+        )
+        state_dict = wanted.state_dict
+        megatron.merge(state_dict, load_wanted(sharded, checkpoint_dir, strategy))
+    state_dict = megatron.apply_factory_merges(state_dict, wanted.factories)
     if megatron.StrictHandling.requires_returning_mismatch_keys(strict):
         return state_dict, missing, unexpected
     return state_dict
-
-
-def _check_keys(
-    wanted: dict[str, Any], checkpoint_dir: str, strategy: Any, strict: Any, validate_access_integrity: bool
-) -> tuple[dict[str, Any], set[str], set[str]]:
-    group = ControlGroup()
-    validate = validate_access_integrity and dist.is_available() and dist.is_initialized()
-    saved = None
-    if megatron.StrictHandling.requires_explicit_ckpt_mismatch_check(strict):
-        saved = group.agree(lambda: strategy.load_sharded_metadata(checkpoint_dir))
-    local = everyone = None
-    if validate:
-        local, everyone = megatron.determine_global_metadata(wanted)
-    elif megatron.StrictHandling.requires_global_app_metadata(strict):
-        local = [entry.without_data() for entry in megatron.nested_values(wanted)]
-        everyone = [local]
-
-    def check() -> tuple[dict[str, Any], set[str], set[str]]:
-        with _mismatches(f"{checkpoint_dir} does not fit what is asked of it"):
-            result: tuple[dict[str, Any], set[str], set[str]] = megatron.validate_integrity_and_strict_load(
-                wanted, strict, validate, local, everyone, saved
-            )
-            return result
-
-    return group.agree(check)
 
 
 def _common_file(sharded_state_dict: dict[str, Any], directory: str) -> dict[str, bytes]:
@@ -364,9 +364,8 @@ def _common_file(sharded_state_dict: dict[str, Any], directory: str) -> dict[str
             return {COMMON_FILE: torch_bytes(entry.data)}
     # Versions before 0.19 have written the file already, not durably, and read nothing else.
     with megatron.checkpoint_files(directory) as files:
-        files.fetch([COMMON_FILE])
         try:
-            return {COMMON_FILE: read_small_file(os.path.join(files.directory, COMMON_FILE))}
+            return {COMMON_FILE: files.read(COMMON_FILE)}
         except FileNotFoundError:
             return {}
 
@@ -378,15 +377,3 @@ def _require_class(strategy: Any, wanted: type) -> None:
         raise TypeError(
             f"this door takes a {wanted.__name__}, alone or in Megatron-Core's wrapper; got {got}"
         )
-
-
-@contextlib.contextmanager
-def _mismatches(consequence: str) -> Iterator[None]:
-    """Megatron-Core's complaints about keys and sharding, as an error of ours."""
-    try:
-        yield
-    except megatron.CheckpointingException as error:
-        raise CheckpointMismatchError(
-            f"{consequence}: {error}. Check that all ranks build the same model, with the configuration of "
-            "the checkpoint."
-        ) from error
