@@ -146,7 +146,7 @@ def read_common_state(checkpoint: OpenCheckpoint) -> dict[str, Any]:
         )
     path = os.path.join(checkpoint.directory, COMMON_FILE)
     try:
-        content = checkpoint.read(COMMON_FILE)
+        content = checkpoint.take(COMMON_FILE)
     except FileNotFoundError:
         if COMMON_STATE_KEY not in checkpoint.contents.metadata.state_dict_metadata:
             raise CheckpointNotFoundError(

@@ -77,6 +77,12 @@ class OpenCheckpoint:
             self._kept[name] = content
         return content
 
+    def take(self, name: str) -> bytes:
+        """``read`` for the last time: the file's content is not kept any longer."""
+        content = self.read(name)
+        self._kept.pop(name, None)
+        return content
+
     def holds(self, name: str) -> bool:
         """Whether there is a small file of this name; if it cannot be read, whoever reads it says so."""
         try:
@@ -126,15 +132,13 @@ class OpenCheckpoint:
     @cached_property
     def _sections(self) -> Sections:
         try:
-            content = self.read(METADATA_FILE)
+            content = self.take(METADATA_FILE)
         except FileNotFoundError as error:
             raise missing_metadata(self.directory) from error
         self._has_sidecar = has_own_mark(content)
         if self._has_sidecar:
             self.files.fetch([SIDECAR_FILE])
-        sections = cut_metadata(content, self.directory)
-        self._kept.pop(METADATA_FILE, None)
-        return sections
+        return cut_metadata(content, self.directory)
 
     def records(self) -> list[FileRecord] | None:
         """The files that the manifest, or the sidecar of an older checkpoint, names; None without either.

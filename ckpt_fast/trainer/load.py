@@ -12,7 +12,6 @@ import torch
 
 from ckpt_fast import megatron
 from ckpt_fast.doors import megatron_core
-from ckpt_fast.doors.common_state import read_common_state
 from ckpt_fast.errors import (
     CheckpointCorruptError,
     CheckpointError,
@@ -43,7 +42,7 @@ from ckpt_fast.trainer.locate import (
     holds_checkpoint,
     older_checkpoints,
 )
-from ckpt_fast.trainer.located import Located, locate, opened_by_all
+from ckpt_fast.trainer.located import Located, locate, opened_torch_dist
 from ckpt_fast.trainer.paths import is_hf_checkpoint_dir, settle_directories
 from ckpt_fast.trainer.ranks import (
     barrier_if_distributed,
@@ -320,11 +319,7 @@ def _load_model_weights_from_checkpoint(
         (state dict, missing keys, unexpected keys).
     """
     wait_staged()
-    with opened_by_all(checkpoint_path, lambda _: None, lambda opened, _: read_common_state(opened)) as (
-        opened,
-        _,
-        common,
-    ):
+    with opened_torch_dist(checkpoint_path) as (opened, common):
         metadata = megatron.load_content_metadata(preloaded_state_dict=common)
         print_rank_0(f"sharded_state_dict metadata loaded from the checkpoint: {metadata}")
         megatron.restore_modelopt_state(model, common)

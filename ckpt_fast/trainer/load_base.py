@@ -10,7 +10,6 @@ import torch
 
 from ckpt_fast import megatron
 from ckpt_fast.doors import megatron_core
-from ckpt_fast.doors.common_state import read_common_state
 from ckpt_fast.pipeline.group import ControlGroup
 from ckpt_fast.pipeline.types import FileRecord
 from ckpt_fast.trainer.catalog import NOTHING, Found, why_nothing
@@ -23,7 +22,7 @@ from ckpt_fast.trainer.locate import choose_checkpoint
 from ckpt_fast.trainer.located import (
     Located,
     locate,
-    opened_by_all,
+    opened_torch_dist,
     record_data_files,
     record_data_position,
 )
@@ -155,7 +154,8 @@ def _load_base_checkpoint(
     chosen = choose_or_say(run, load_dir, None if ignore_ckpt_step else ckpt_cfg.ckpt_step)
     if chosen is None:
         return None, "", False, None
-    return _load_found(run, load_dir, chosen, rank0, sharded_state_dict, is_megatron_mimo)
+    with locate(run, load_dir, chosen) as located:
+        return _load_base(run, located, rank0, sharded_state_dict, is_megatron_mimo)
 
 
 def _load_non_persistent_base_checkpoint(
@@ -186,7 +186,8 @@ def _load_non_persistent_base_checkpoint(
     else:
         raise ValueError(f"Invalid non_persistent_ckpt_type: {kind!r}. Must be 'local' or 'global'.")
     run = LoadRun(ckpt_cfg, cfg, checkpointing_context, pg_collection)
-    return _load_found(run, non_persistent_global_dir, found, rank0, sharded_state_dict, is_megatron_mimo)
+    with locate(run, non_persistent_global_dir, found) as located:
+        return _load_base(run, located, rank0, sharded_state_dict, is_megatron_mimo)
 
 
 def _load_global_dist_base_checkpoint(
@@ -216,28 +217,12 @@ def _load_global_dist_base_checkpoint(
     path = checkpoint_path_override or get_checkpoint_name(load_dir, iteration or 0, release)
     found = Found("persistent", "", NOTHING if iteration is None else iteration, path, is_release=release)
     run = LoadRun(ckpt_cfg, None, checkpointing_context, pg_collection)
-    with opened_by_all(path, lambda _: None, lambda opened, _: read_common_state(opened)) as (
-        opened,
-        _,
-        common,
-    ):
+    with opened_torch_dist(path) as (opened, common):
         located = Located(found, CheckpointType.GLOBAL, opened, common)
-        return _load_located(run, located, rank0, sharded_state_dict, is_megatron_mimo)
+        return _load_base(run, located, rank0, sharded_state_dict, is_megatron_mimo)
 
 
-def _load_found(
-    run: LoadRun,
-    load_dir: str | None,
-    found: Found,
-    rank0: bool,
-    sharded_state_dict: dict[str, Any] | None,
-    is_mimo: bool,
-) -> LoadedBase:
-    with locate(run, load_dir, found) as located:
-        return _load_located(run, located, rank0, sharded_state_dict, is_mimo)
-
-
-def _load_located(
+def _load_base(
     run: LoadRun,
     located: Located,
     common_state_only: bool,

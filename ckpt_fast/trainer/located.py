@@ -108,14 +108,29 @@ def locate(run: LoadRun, load_dir: str | None, found: Found) -> Iterator[Located
     def decode(checkpoint: OpenCheckpoint, facts: _Facts) -> dict[str, Any]:
         return read_common_state(checkpoint) if facts.kind is CheckpointType.GLOBAL else {}
 
-    with opened_by_all(found.path, examine, decode) as (checkpoint, facts, common):
+    with _opened_by_all(found.path, examine, decode) as (checkpoint, facts, common):
         record_data_position(run.context, facts.position)
         record_data_files(run.context, facts.files)
         yield Located(found, facts.kind, checkpoint, common, facts.position)
 
 
 @contextlib.contextmanager
-def opened_by_all(
+def opened_torch_dist(path: str) -> Iterator[tuple[OpenCheckpoint, dict[str, Any]]]:
+    """A torch_dist checkpoint, open on every rank until the block ends, and its common state. Collective.
+
+    Raises:
+        CheckpointError: on every rank: it is damaged on one, or one does not see what rank 0 sees.
+    """
+    with _opened_by_all(path, lambda _: None, lambda opened, _: read_common_state(opened)) as (
+        opened,
+        _,
+        common,
+    ):
+        yield opened, common
+
+
+@contextlib.contextmanager
+def _opened_by_all(
     path: str, examine: Callable[[OpenCheckpoint], T], decode: Callable[[OpenCheckpoint, T], D]
 ) -> Iterator[tuple[OpenCheckpoint, T, D]]:
     """The checkpoint at ``path``, open on every rank until the block ends, and the same for all. Collective.
