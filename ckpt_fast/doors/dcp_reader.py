@@ -22,6 +22,7 @@ from ckpt_fast.pipeline.decode import Contents, decode_object, read_contents
 from ckpt_fast.pipeline.garbage import without_collections
 from ckpt_fast.pipeline.index import CheckpointIndex
 from ckpt_fast.pipeline.load import load_parts
+from ckpt_fast.pipeline.opened import OpenCheckpoint
 from ckpt_fast.pipeline.parts import Part
 from ckpt_fast.pipeline.place import Box
 from ckpt_fast.pipeline.unasked import Unasked, find_unasked, warning_text
@@ -51,12 +52,16 @@ class FastStorageReader(StorageReader):
         path: checkpoint directory, written by FastStorageWriter or by torch's own writer.
         extension_registry: torch DCP's registry of stream transforms (compression), where torch's writer has
             used some that torch itself does not know.
+        checkpoint: the checkpoint at ``path``, if it is open already.
     """
 
-    def __init__(self, path: StrPath, extension_registry: Any = None) -> None:
+    def __init__(
+        self, path: StrPath, extension_registry: Any = None, checkpoint: OpenCheckpoint | None = None
+    ) -> None:
         super().__init__()
         self._path = os.fspath(path)
         self._extensions = extension_registry
+        self._opened = checkpoint
         self._index: CheckpointIndex | None = None
         self._contents: Contents | None = None
         self._identity: str | None = None
@@ -69,6 +74,7 @@ class FastStorageReader(StorageReader):
         """Begin a new load, from ``checkpoint_id`` if one is given."""
         if checkpoint_id:
             self._path = os.fspath(checkpoint_id)
+            self._opened = None
         self._index = self._contents = self._identity = self._versions = self._asked = self.unasked = None
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
@@ -79,9 +85,12 @@ class FastStorageReader(StorageReader):
         """
         rank = kwargs.get("rank")
         prefix = "" if rank is None else f"__{rank}"
-        self._versions = FileVersions(self._path)
-        self._versions.note([prefix + METADATA_FILE])
-        self._contents = read_contents(self._path, prefix)
+        if self._opened is not None and rank is None:
+            self._contents, self._versions = self._opened.contents, self._opened.versions
+        else:
+            self._versions = FileVersions(self._path)
+            self._versions.note([prefix + METADATA_FILE])
+            self._contents = read_contents(self._path, prefix)
         self._identity = self._contents.identity if rank is None else _OF_ONE_RANK
         metadata = self._contents.metadata
         if getattr(metadata, "storage_meta", None) is None:

@@ -13,9 +13,10 @@ import torch
 from torch.distributed.checkpoint.metadata import Metadata
 
 from ckpt_fast import megatron
-from ckpt_fast.doors.common_state import COMMON_STATE_KEY, OpenCheckpoint, open_checkpoint
+from ckpt_fast.doors.common_state import COMMON_STATE_KEY, open_checkpoint, require_torch_dist
 from ckpt_fast.doors.sharded_state import load_sharded
 from ckpt_fast.pipeline.group import ControlGroup
+from ckpt_fast.pipeline.opened import OpenCheckpoint
 from ckpt_fast.pipeline.remove import remove_named
 
 
@@ -30,7 +31,7 @@ class FastLoadStrategy(megatron.TorchDistLoadShardedStrategy):  # type: ignore[m
     def __init__(self, *options: Any, verify: bool | None = None, **named_options: Any) -> None:
         super().__init__(*options, **named_options)
         self._verify = verify
-        self._being_read: tuple[str, OpenCheckpoint] | None = None
+        self._opened: OpenCheckpoint | None = None
         # Tensors of quantised kinds are made plain ones by Megatron-Core before they come here.
         self.stream_ckpt_dequant = False
 
@@ -47,32 +48,36 @@ class FastLoadStrategy(megatron.TorchDistLoadShardedStrategy):  # type: ignore[m
         """
 
         def load() -> dict[str, Any]:
-            with self._opened(checkpoint_dir) as checkpoint:
+            with self._open(checkpoint_dir) as checkpoint, checkpoint.named():
+                require_torch_dist(checkpoint)
                 self.cached_global_metadata = checkpoint.index.metadata
                 return load_sharded(sharded_state_dict, checkpoint.index, self._verify)
 
         return ControlGroup().agree(load)
 
     @contextlib.contextmanager
-    def one_reading(self, checkpoint_dir: str | os.PathLike[str]) -> Iterator[OpenCheckpoint]:
-        """Local. All that is asked of this strategy in the context is of one ``.metadata``, read once."""
-        with open_checkpoint(checkpoint_dir) as checkpoint:
-            self._being_read = os.fspath(checkpoint_dir), checkpoint
-            try:
-                yield checkpoint
-            finally:
-                self._being_read = None
+    def reading(self, checkpoint: OpenCheckpoint) -> Iterator[None]:
+        """A block in which what is asked of this checkpoint's directory is taken from it, as it is open."""
+        self._opened = checkpoint
+        try:
+            yield
+        finally:
+            self._opened = None
 
-    def _opened(self, checkpoint_dir: str | os.PathLike[str]) -> AbstractContextManager[OpenCheckpoint]:
-        if self._being_read is not None and self._being_read[0] == os.fspath(checkpoint_dir):
-            return contextlib.nullcontext(self._being_read[1])
+    def _open(self, checkpoint_dir: str | os.PathLike[str]) -> AbstractContextManager[OpenCheckpoint]:
+        if self._opened is not None and self._opened.name == megatron.as_url(checkpoint_dir):
+            return contextlib.nullcontext(self._opened)
         return open_checkpoint(checkpoint_dir)
+
+    def _saved_metadata(self, checkpoint_dir: str | os.PathLike[str]) -> Metadata:
+        with self._open(checkpoint_dir) as checkpoint, checkpoint.named():
+            return checkpoint.index.metadata
 
     def load_tensors_metadata(
         self, checkpoint_dir: str | os.PathLike[str], metadata: Any = None
     ) -> dict[str, Any]:
         """Name to ShardedTensor without data, of the whole global shape, for every saved tensor."""
-        metadata = metadata or self._metadata(checkpoint_dir)
+        metadata = metadata or self._saved_metadata(checkpoint_dir)
         return {
             fqn: megatron.ShardedTensor.from_rank_offsets(
                 fqn, torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
@@ -83,7 +88,7 @@ class FastLoadStrategy(megatron.TorchDistLoadShardedStrategy):  # type: ignore[m
 
     def load_sharded_metadata(self, checkpoint_dir: str | os.PathLike[str]) -> dict[str, Any]:
         """``load_tensors_metadata`` and, by unique key, a ShardedObject without data per saved object."""
-        metadata = self._metadata(checkpoint_dir)
+        metadata = self._saved_metadata(checkpoint_dir)
         objects = {
             fqn: megatron.ShardedObject.empty_from_unique_key(fqn)
             for fqn, entry in metadata.state_dict_metadata.items()
@@ -95,7 +100,3 @@ class FastLoadStrategy(megatron.TorchDistLoadShardedStrategy):  # type: ignore[m
         """Local: for one rank. Take all tensors and objects whose key begins so out of the checkpoint."""
         with megatron.checkpoint_files(checkpoint_dir) as files:
             remove_named(files, key_prefix)
-
-    def _metadata(self, checkpoint_dir: str | os.PathLike[str]) -> Metadata:
-        with self._opened(checkpoint_dir) as checkpoint:
-            return checkpoint.index.metadata

@@ -1,17 +1,87 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The reading part of a load through the Megatron-Core door, and what it leaves lying."""
+"""The steps of a load through the Megatron-Core door: what is wanted, is it there, read it, what is left."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
 
 from ckpt_fast import megatron
+from ckpt_fast.doors.common_state import read_common_state
+from ckpt_fast.doors.glu_factory import in_place
+from ckpt_fast.doors.sharded_state import merge_in_place, mismatches
 from ckpt_fast.pipeline import unasked
 from ckpt_fast.pipeline.group import ControlGroup
+from ckpt_fast.pipeline.opened import OpenCheckpoint
 
 logger = logging.getLogger(__name__)
+
+
+class Wanted(NamedTuple):
+    """What a sharded state dict asks for.
+
+    Attributes:
+        sharded: what is to be read.
+        factories: what joins some of it afterwards.
+        state_dict: what needs no reading: the common state, and what the sharded state dict itself holds.
+    """
+
+    sharded: dict[str, Any]
+    factories: Any
+    state_dict: dict[str, Any]
+
+
+def prepare(
+    sharded_state_dict: dict[str, Any],
+    checkpoint: OpenCheckpoint,
+    common: dict[str, Any] | None,
+    *,
+    into_views: bool,
+) -> Wanted:
+    """Local. Take a sharded state dict apart.
+
+    Args:
+        checkpoint: to be loaded.
+        common: its common state, if it has been read; it is merged into.
+        into_views: gated layers may be read into views of them.
+    """
+    with checkpoint.named():
+        state_dict = read_common_state(checkpoint) if common is None else common
+    asked = in_place(sharded_state_dict) if into_views else sharded_state_dict
+    wanted, nonpersistent, factories = megatron.load_preprocess(merge_in_place(asked))
+    megatron.merge(state_dict, nonpersistent)
+    return Wanted(megatron.extract_sharded_base(wanted)[0], factories, state_dict)
+
+
+def check_keys(
+    wanted: dict[str, Any], checkpoint_dir: str, strategy: Any, strict: Any, validate_access_integrity: bool
+) -> tuple[dict[str, Any], set[str], set[str]]:
+    """Collective. What is to be read, what is missing in the checkpoint, and what nobody asks for.
+
+    Raises:
+        CheckpointError: on every rank: the ranks' requests do not fit together, or not what was saved.
+    """
+    validate = validate_access_integrity and dist.is_available() and dist.is_initialized()
+    explicit = megatron.StrictHandling.requires_explicit_ckpt_mismatch_check(strict)
+    local = everyone = None
+    if validate:
+        local, everyone = megatron.determine_global_metadata(wanted)
+    elif megatron.StrictHandling.requires_global_app_metadata(strict):
+        local = [entry.without_data() for entry in megatron.nested_values(wanted)]
+        everyone = [local]
+
+    def check() -> tuple[dict[str, Any], set[str], set[str]]:
+        saved = strategy.load_sharded_metadata(checkpoint_dir) if explicit else None
+        with mismatches(f"{checkpoint_dir} does not fit what is asked of it"):
+            result: tuple[dict[str, Any], set[str], set[str]] = megatron.validate_integrity_and_strict_load(
+                wanted, strict, validate, local, everyone, saved
+            )
+            return result
+
+    return ControlGroup().agree(check)
 
 
 def load_wanted(wanted: dict[str, Any], checkpoint_dir: str, strategy: Any) -> dict[str, Any]:

@@ -24,9 +24,9 @@ from ckpt_fast.pipeline import commit
 from ckpt_fast.pipeline.decode import decode_object
 from ckpt_fast.pipeline.encode import encode_metadata
 from ckpt_fast.pipeline.files import Directory
-from ckpt_fast.pipeline.index import CheckpointIndex
 from ckpt_fast.pipeline.load import load_tensors_and_objects
 from ckpt_fast.pipeline.manifest import Manifest
+from ckpt_fast.pipeline.opened import OpenCheckpoint
 from ckpt_fast.pipeline.plan import file_prefix, is_plain
 from ckpt_fast.pipeline.seal import seal
 from ckpt_fast.pipeline.types import ObjectShard, SaveReport, Shard, TensorRequest, TensorShard
@@ -162,7 +162,8 @@ def read_local(directory: str, iteration: int, rank: int) -> tuple[Any, str | No
     Raises:
         CheckpointNotFoundError, CheckpointCorruptError, UnsafeCheckpointError: naming the file.
     """
-    index = CheckpointIndex(directory)
+    checkpoint = OpenCheckpoint(Directory(directory))
+    index = checkpoint.index
     save_id = index.manifest.save_id if index.manifest is not None else None
     notes = index.manifest.notes if index.manifest is not None else {}
     if (notes.get("iteration", iteration), notes.get("rank", rank)) != (iteration, rank):
@@ -170,7 +171,7 @@ def read_local(directory: str, iteration: int, rank: int) -> tuple[Any, str | No
             f"{directory} holds the state of rank {notes.get('rank')} at iteration {notes.get('iteration')}, "
             f"not that of rank {rank} at {iteration} as its name says: it was copied or renamed"
         )
-    require_complete(Directory(directory))
+    require_complete(checkpoint)
     tensors = []
     for number in range(len(index.metadata.state_dict_metadata) - 1):
         saved = index.tensor(str(number))

@@ -11,27 +11,26 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch.distributed as dist
 
 from ckpt_fast import megatron
-from ckpt_fast.doors.common_state import COMMON_FILE, COMMON_STATE_KEY, load_common_state_dict
+from ckpt_fast.doors.common_state import COMMON_FILE, COMMON_STATE_KEY, open_checkpoint
 from ckpt_fast.doors.glu_factory import in_place
 from ckpt_fast.doors.load_strategy import FastLoadStrategy
-from ckpt_fast.doors.load_wanted import load_wanted
+from ckpt_fast.doors.load_wanted import check_keys, load_wanted, prepare
 from ckpt_fast.doors.parallel_save import share_of
-from ckpt_fast.doors.sharded_state import merge_in_place, shards_of, torch_bytes
+from ckpt_fast.doors.sharded_state import mismatches, shards_of, torch_bytes
 from ckpt_fast.doors.stock_queue import Flag, as_request
-from ckpt_fast.errors import CheckpointMismatchError
 from ckpt_fast.pipeline import commit
 from ckpt_fast.pipeline.garbage import without_collections
 from ckpt_fast.pipeline.group import ControlGroup
+from ckpt_fast.pipeline.opened import OpenCheckpoint
 from ckpt_fast.pipeline.save import Save
 from ckpt_fast.pipeline.save_parts import Completion, SaveOptions, Share
-from ckpt_fast.pipeline.small_files import read_small_file
 from ckpt_fast.pipeline.types import FileRecord
 
 CONTENT_METADATA_KEY = "content_metadata"
@@ -185,7 +184,7 @@ def start_save(
         return collected
 
     def preprocess(collected: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        with _mismatches(f"nothing was saved to {checkpoint_dir}"):
+        with mismatches(f"nothing was saved to {checkpoint_dir}"):
             result: tuple[dict[str, Any], dict[str, Any]] = megatron.save_preprocess(
                 in_place(collected), validate, preprocess_common_before_consistency_check
             )
@@ -221,6 +220,8 @@ def load(
     sharded_state_dict: dict[str, Any],
     checkpoint_dir: str,
     *,
+    checkpoint: OpenCheckpoint | None = None,
+    common: dict[str, Any] | None = None,
     strategy: Any = None,
     strict: Any = megatron.StrictHandling.ASSUME_OK_UNEXPECTED,
     validate_access_integrity: bool = True,
@@ -232,6 +233,8 @@ def load(
     Args:
         sharded_state_dict: what to load; tensors with data are filled in place.
         checkpoint_dir: directory of a torch_dist checkpoint, of ours or of stock Megatron-Core.
+        checkpoint: the same, where the caller has opened it already.
+        common: its common state, where the caller has read it already. It becomes the state dict returned.
         strategy: FastLoadStrategy (default), or a wrapper around one.
         strict: Megatron-Core's ``StrictHandling`` or its string value.
         validate_access_integrity: check that the ranks' requests fit together.
@@ -249,48 +252,23 @@ def load(
     group = ControlGroup()
     strict = megatron.parse_strict_flag(strict)
     megatron.force_all_tensors_to_non_fp8(sharded_state_dict)
-    if isinstance(strategy, FastLoadStrategy):  # a wrapper exchanges tensors, which views are not
-        sharded_state_dict = group.agree(lambda: in_place(sharded_state_dict))
     base = getattr(strategy, "base_strategy", strategy)
     with contextlib.ExitStack() as stack:
-        checkpoint = group.agree(lambda: stack.enter_context(base.one_reading(checkpoint_dir)))
-        state_dict = group.agree(lambda: load_common_state_dict(checkpoint_dir, checkpoint))
-        wanted, nonpersistent, factories = megatron.load_preprocess(merge_in_place(sharded_state_dict))
-        megatron.merge(state_dict, nonpersistent)
-        wanted, _ = megatron.extract_sharded_base(wanted)
-        wanted, missing, unexpected = _check_keys(
-            wanted, checkpoint_dir, strategy, strict, validate_access_integrity
+        opened = checkpoint or stack.enter_context(open_checkpoint(checkpoint_dir))
+        stack.enter_context(base.reading(opened))
+        wanted = group.agree(
+            # A wrapper exchanges tensors, which views are not.
+            lambda: prepare(sharded_state_dict, opened, common, into_views=strategy is base)
         )
-        megatron.merge(state_dict, load_wanted(wanted, checkpoint_dir, strategy))
-    state_dict = megatron.apply_factory_merges(state_dict, factories)
+        sharded, missing, unexpected = check_keys(
+            wanted.sharded, checkpoint_dir, strategy, strict, validate_access_integrity
+        )
+        state_dict = wanted.state_dict
+        megatron.merge(state_dict, load_wanted(sharded, checkpoint_dir, strategy))
+    state_dict = megatron.apply_factory_merges(state_dict, wanted.factories)
     if megatron.StrictHandling.requires_returning_mismatch_keys(strict):
         return state_dict, missing, unexpected
     return state_dict
-
-
-def _check_keys(
-    wanted: dict[str, Any], checkpoint_dir: str, strategy: Any, strict: Any, validate_access_integrity: bool
-) -> tuple[dict[str, Any], set[str], set[str]]:
-    group = ControlGroup()
-    validate = validate_access_integrity and dist.is_available() and dist.is_initialized()
-    saved = None
-    if megatron.StrictHandling.requires_explicit_ckpt_mismatch_check(strict):
-        saved = group.agree(lambda: strategy.load_sharded_metadata(checkpoint_dir))
-    local = everyone = None
-    if validate:
-        local, everyone = megatron.determine_global_metadata(wanted)
-    elif megatron.StrictHandling.requires_global_app_metadata(strict):
-        local = [entry.without_data() for entry in megatron.nested_values(wanted)]
-        everyone = [local]
-
-    def check() -> tuple[dict[str, Any], set[str], set[str]]:
-        with _mismatches(f"{checkpoint_dir} does not fit what is asked of it"):
-            result: tuple[dict[str, Any], set[str], set[str]] = megatron.validate_integrity_and_strict_load(
-                wanted, strict, validate, local, everyone, saved
-            )
-            return result
-
-    return group.agree(check)
 
 
 def _common_file(sharded_state_dict: dict[str, Any], directory: str) -> dict[str, bytes]:
@@ -300,9 +278,8 @@ def _common_file(sharded_state_dict: dict[str, Any], directory: str) -> dict[str
             return {COMMON_FILE: torch_bytes(entry.data)}
     # Versions before 0.19 have written the file already, not durably, and read nothing else.
     with megatron.checkpoint_files(directory) as files:
-        files.fetch([COMMON_FILE])
         try:
-            return {COMMON_FILE: read_small_file(os.path.join(files.directory, COMMON_FILE))}
+            return {COMMON_FILE: files.read(COMMON_FILE)}
         except FileNotFoundError:
             return {}
 
@@ -314,15 +291,3 @@ def _require_class(strategy: Any, wanted: type) -> None:
         raise TypeError(
             f"this door takes a {wanted.__name__}, alone or in Megatron-Core's wrapper; got {got}"
         )
-
-
-@contextlib.contextmanager
-def _mismatches(consequence: str) -> Iterator[None]:
-    """Megatron-Core's complaints about keys and sharding, as an error of ours."""
-    try:
-        yield
-    except megatron.CheckpointingException as error:
-        raise CheckpointMismatchError(
-            f"{consequence}: {error}. Check that all ranks build the same model, with the configuration of "
-            "the checkpoint."
-        ) from error

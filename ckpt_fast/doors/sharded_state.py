@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import io
@@ -159,3 +160,15 @@ def torch_bytes(value: Any) -> bytes:
     buffer = io.BytesIO()
     torch.save(value, buffer)
     return buffer.getvalue()
+
+
+@contextlib.contextmanager
+def mismatches(consequence: str) -> Iterator[None]:
+    """Megatron-Core's complaints about keys and sharding, as an error of ours that names the consequence."""
+    try:
+        yield
+    except megatron.CheckpointingException as error:
+        raise CheckpointMismatchError(
+            f"{consequence}: {error}. Check that all ranks build the same model, with the configuration of "
+            "the checkpoint."
+        ) from error

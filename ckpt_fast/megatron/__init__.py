@@ -16,7 +16,7 @@ from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 
 # The vocabulary of a sharded state dict and its checks: identical in every supported version.
 from megatron.core.dist_checkpointing import load, load_common_state_dict, load_content_metadata
-from megatron.core.dist_checkpointing.core import CheckpointingException, check_is_distributed_checkpoint
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import (
     dict_list_map_inplace,
     dict_list_map_outplace,
@@ -146,7 +146,6 @@ __all__ = [
     "apply_factories",
     "apply_factory_merges",
     "as_url",
-    "check_is_distributed_checkpoint",
     "checkpoint_files",
     "clean_metadata_for_serialization",
     "convert_cuda_rng_state",

@@ -38,6 +38,14 @@ _OWN_MARK = b"\x8c\x09" + LAYOUT_ATTRIBUTE.encode() + b"\x94"
 _OWN_MARK_WITHIN = 128
 
 
+class Sections(NamedTuple):
+    """``.metadata`` cut in its parts, the table of contents not yet parsed; see ``Contents`` for the rest."""
+
+    pickled: bytes
+    manifest: Manifest | None
+    identity: str
+
+
 class Contents(NamedTuple):
     """What ``.metadata`` says of a checkpoint.
 
@@ -57,7 +65,6 @@ def read_metadata(directory: str, prefix: str = "") -> Metadata:
     return read_contents(directory, prefix).metadata
 
 
-@without_collections
 def read_contents(directory: str, prefix: str = "") -> Contents:
     """The parsed ``.metadata`` of a checkpoint, from one reading of the file.
 
@@ -71,8 +78,13 @@ def read_contents(directory: str, prefix: str = "") -> Contents:
         UnsafeCheckpointError: it names something other than torch DCP's data classes.
     """
     name = prefix + METADATA_FILE
-    path = os.path.join(directory, name)
-    pickled, manifest, identity = _read_pickle_and_manifest(directory, name)
+    return parse_contents(_read_sections(directory, name), os.path.join(directory, name))
+
+
+@without_collections
+def parse_contents(sections: Sections, path: str) -> Contents:
+    """``read_contents`` of what ``cut_metadata`` has made of the file at ``path``."""
+    pickled, manifest, identity = sections
     try:
         metadata, end = unpickle_metadata(pickled)
     except UnsafeCheckpointError as error:
@@ -92,42 +104,55 @@ def read_contents(directory: str, prefix: str = "") -> Contents:
 
 def read_manifest(directory: str) -> Manifest | None:
     """The manifest alone, for those who want nothing of the tensors; errors as of ``read_contents``."""
-    return _read_pickle_and_manifest(directory, METADATA_FILE)[1]
+    return _read_sections(directory, METADATA_FILE).manifest
 
 
-def _read_pickle_and_manifest(directory: str, name: str) -> tuple[bytes, Manifest | None, str]:
-    path = os.path.join(directory, name)
+def _read_sections(directory: str, name: str) -> Sections:
     try:
-        content = read_small_file(path)
+        content = read_small_file(os.path.join(directory, name))
     except FileNotFoundError as error:
-        missing = f"it has no {name} file"
-        if not os.path.isdir(directory):
-            missing = "the directory does not exist"
-        raise CheckpointNotFoundError(
-            f"{directory} is not a complete checkpoint: {missing}. A save that was interrupted leaves such a "
-            "directory behind; load an earlier iteration."
-        ) from error
+        raise missing_metadata(directory, name) from error
+    return cut_metadata(content, directory, name)
+
+
+def missing_metadata(directory: str, name: str = METADATA_FILE) -> CheckpointNotFoundError:
+    """The error for a directory that has no file of this name."""
+    missing = f"it has no {name} file" if os.path.isdir(directory) else "the directory does not exist"
+    return CheckpointNotFoundError(
+        f"{directory} is not a complete checkpoint: {missing}. A save that was interrupted leaves such a "
+        "directory behind; load an earlier iteration."
+    )
+
+
+def cut_metadata(content: bytes, directory: str, name: str = METADATA_FILE) -> Sections:
+    """The parts of a ``.metadata`` file, as far as its CRC-32, or the sidecar, says sound.
+
+    Args:
+        content: of the file.
+        directory: the checkpoint, whose sidecar is looked at if there is no manifest.
+        name: of the file.
+
+    Raises:
+        CheckpointCorruptError: the file is not as it was written.
+    """
+    path = os.path.join(directory, name)
     try:
         pickled, manifest = split_manifest(content)
     except ValueError as error:
         raise CheckpointCorruptError(f"{path} is damaged: {error}. Load an earlier iteration.") from error
     if manifest is not None:
-        return pickled, manifest, manifest.save_id
+        return Sections(pickled, manifest, manifest.save_id)
     # Only our own .metadata must be the one the sidecar names; a stock writer may have replaced it.
     checked = settings.verify_on_load() and has_own_mark(content)
     if checked and _differs_from_sidecar(directory, name, content):
         raise CheckpointCorruptError(
             f"{path} is damaged: it is not what {SIDECAR_FILE} says was written. Load an earlier iteration."
         )
-    return pickled, None, f"{len(content)} bytes of CRC-32 {zlib.crc32(content):08x}"
+    return Sections(pickled, None, f"{len(content)} bytes of CRC-32 {zlib.crc32(content):08x}")
 
 
-def is_own(directory: str) -> bool:
-    """Whether ckpt_fast, of whatever version, wrote the ``.metadata`` in a directory."""
-    try:
-        content = read_small_file(os.path.join(directory, METADATA_FILE))
-    except (OSError, CheckpointCorruptError):
-        return False
+def is_own(content: bytes) -> bool:
+    """Whether ckpt_fast, of whatever version, wrote this ``.metadata``."""
     return has_manifest(content) or has_own_mark(content)
 
 

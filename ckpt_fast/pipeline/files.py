@@ -10,11 +10,13 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import NamedTuple, Protocol
 
 from ckpt_fast import native
 from ckpt_fast.pipeline import commit
+from ckpt_fast.pipeline.small_files import LARGEST_FILE, read_small_file
 from ckpt_fast.pipeline.space import require_space
 from ckpt_fast.pipeline.types import FileRecord
 
@@ -60,8 +62,14 @@ class Files(Protocol):
     def fetch(self, names: Iterable[str]) -> None:
         """Local. Have these files in ``directory``, if there are such."""
 
+    def read(self, name: str, limit: int = LARGEST_FILE) -> bytes:
+        """Local. What a small file holds; errors as of ``read_small_file``."""
+
     def missing(self, files: Sequence[FileRecord]) -> list[tuple[FileRecord, int | None]]:
         """Those that are not where they belong (None), or have another length there (which)."""
+
+    def named(self) -> AbstractContextManager[None]:
+        """A block whose errors name the checkpoint, wherever ``directory`` is."""
 
     def close(self) -> None:
         """Nothing is asked any more. May be called again."""
@@ -121,10 +129,18 @@ class Directory:
     def fetch(self, names: Iterable[str]) -> None:
         """Nothing: they are there."""
 
+    def read(self, name: str, limit: int = LARGEST_FILE) -> bytes:
+        """What a small file holds; errors as of ``read_small_file``."""
+        return read_small_file(os.path.join(self.directory, name), limit)
+
     def missing(self, files: Sequence[FileRecord]) -> list[tuple[FileRecord, int | None]]:
         """Those that are not there (None), or have another length (which)."""
         found = ((file, self._nbytes(file.path)) for file in files)
         return [(file, nbytes) for file, nbytes in found if nbytes != file.nbytes]
+
+    def named(self) -> AbstractContextManager[None]:
+        """A block whose errors name the checkpoint, as they do anyway."""
+        return contextlib.nullcontext()
 
     def close(self) -> None:
         """Nothing: the files stay."""

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from ckpt_fast.errors import CheckpointCorruptError
-from ckpt_fast.pipeline.small_files import read_small_file
+from ckpt_fast.pipeline.opened import OpenCheckpoint
 
 
 class Fingerprint(NamedTuple):
@@ -19,21 +19,21 @@ class Fingerprint(NamedTuple):
     nbytes: int
 
 
-def fingerprints(directory: str, names: Sequence[str]) -> dict[str, Fingerprint | None]:
-    """Local. Name to fingerprint of files in ``directory``, as they are now; None for one that is not there.
+def fingerprints(checkpoint: OpenCheckpoint, names: Sequence[str]) -> dict[str, Fingerprint | None]:
+    """Local. Name to fingerprint of files of a checkpoint, as it is open; None for one that is not there.
 
     The directory is listed first: a network file system then looks for names that it remembers as absent.
     """
     try:
-        os.listdir(directory)
+        os.listdir(checkpoint.directory)
     except OSError:
         return dict.fromkeys(names)
-    return {name: _fingerprint(os.path.join(directory, name)) for name in names}
+    return {name: _fingerprint(checkpoint, name) for name in names}
 
 
-def _fingerprint(path: str) -> Fingerprint | None:
+def _fingerprint(checkpoint: OpenCheckpoint, name: str) -> Fingerprint | None:
     try:
-        content = read_small_file(path)
+        content = checkpoint.read(name)
     except (OSError, CheckpointCorruptError):
         return None
     return Fingerprint(zlib.crc32(content), len(content))

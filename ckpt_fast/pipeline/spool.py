@@ -23,6 +23,7 @@ from ckpt_fast import native, settings
 from ckpt_fast.errors import CheckpointError, CheckpointWriteError
 from ckpt_fast.pipeline import commit
 from ckpt_fast.pipeline.files import Claim
+from ckpt_fast.pipeline.small_files import LARGEST_FILE, read_small_file
 from ckpt_fast.pipeline.space import OVERHEAD
 from ckpt_fast.pipeline.types import FileRecord
 
@@ -162,6 +163,12 @@ class Spool:
                     "CKPT_FAST_SPOOL is, and load again."
                 ) from error
 
+    def read(self, name: str, limit: int = LARGEST_FILE) -> bytes:
+        """Download a small file, unless it is here already, and read it; errors as of ``fetch`` and
+        ``read_small_file``."""
+        self.fetch([name])
+        return read_small_file(os.path.join(self.directory, name), limit)
+
     def missing(self, files: Sequence[FileRecord]) -> list[tuple[FileRecord, int | None]]:
         """Those that the remote storage does not list (None), or with another length (which).
 
@@ -177,6 +184,15 @@ class Spool:
             ) from error
         return [(file, sizes.get(file.path)) for file in files if sizes.get(file.path) != file.nbytes]
 
+    @contextlib.contextmanager
+    def named(self) -> Iterator[None]:
+        """A block whose errors name the checkpoint, and not the spool."""
+        try:
+            yield
+        except CheckpointError as error:
+            self._name_in(error)
+            raise
+
     def close(self) -> None:
         """Remove the spool."""
         self._remove()
@@ -188,9 +204,13 @@ class Spool:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if isinstance(error, CheckpointError) and self._directory is not None:
-            error.args = tuple(str(part).replace(self._directory, self.name) for part in error.args)
+        if isinstance(error, CheckpointError):
+            self._name_in(error)
         self.close()
+
+    def _name_in(self, error: CheckpointError) -> None:
+        if self._directory is not None:
+            error.args = tuple(str(part).replace(self._directory, self.name) for part in error.args)
 
     def _require_space(self, claims: Sequence[Claim]) -> None:
         if not settings.space_check():

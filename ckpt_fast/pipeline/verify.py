@@ -5,24 +5,23 @@ from __future__ import annotations
 
 import functools
 import os
+import zlib
 from array import array
 
 import torch
 
 from ckpt_fast import native, settings
 from ckpt_fast.errors import CheckpointCorruptError, CheckpointNotFoundError
-from ckpt_fast.pipeline.commit import DATA_SUFFIX, METADATA_FILE, SIDECAR_FILE
-from ckpt_fast.pipeline.decode import has_own_mark, read_manifest, read_sidecar
-from ckpt_fast.pipeline.files import Directory, Files
-from ckpt_fast.pipeline.manifest import Manifest
-from ckpt_fast.pipeline.small_files import read_small_file
+from ckpt_fast.pipeline.commit import DATA_SUFFIX, METADATA_FILE
+from ckpt_fast.pipeline.files import Directory
+from ckpt_fast.pipeline.opened import OpenCheckpoint
 from ckpt_fast.pipeline.types import FileRecord
 from ckpt_fast.pipeline.worker import interruptibly
 
 _WINDOW = 64 << 20
 
 
-def require_complete(files: Files) -> None:
+def require_complete(checkpoint: OpenCheckpoint) -> None:
     """Local. Check that every file of the checkpoint is there with its full length, and what the small ones
     hold; costs one stat a data file.
 
@@ -31,17 +30,23 @@ def require_complete(files: Files) -> None:
     Raises:
         CheckpointCorruptError: naming the first file that is missing, or not what the save has written.
     """
-    files.fetch((METADATA_FILE, SIDECAR_FILE))
-    manifest, records = _records(files.directory)
-    for record, nbytes in files.missing(records or ()):
-        damage = _length_damage(files.name, record, nbytes)
+    try:
+        manifest, records = checkpoint.manifest, checkpoint.records()
+    except CheckpointNotFoundError:
+        return
+    for record, nbytes in checkpoint.files.missing(records or ()):
+        damage = _length_damage(checkpoint.name, record, nbytes)
         raise CheckpointCorruptError(f"{damage}. Load an earlier iteration, or restore the file.")
     if manifest is None or not settings.verify_on_load():
         return
-    small = [each for each in manifest.files.values() if not each.path.endswith(DATA_SUFFIX)]
-    files.fetch(record.path for record in small)
-    for record in small:
-        damaged = _content_damage(files.directory, record)
+    for record in manifest.files.values():
+        if record.path.endswith(DATA_SUFFIX):
+            continue
+        if record.path in checkpoint.wanted:
+            damaged = _difference(checkpoint, record)
+        else:
+            checkpoint.files.fetch([record.path])
+            damaged = _content_damage(checkpoint.directory, record)
         if damaged is not None:
             raise CheckpointCorruptError(
                 f"{damaged}: it is damaged, or of another save than {manifest.save_id}, whose .metadata "
@@ -58,7 +63,7 @@ def find_damage(directory: str) -> list[str]:
     """
     if not os.path.exists(os.path.join(directory, METADATA_FILE)):
         raise CheckpointNotFoundError(f"{directory} is not a complete checkpoint: it has no {METADATA_FILE}")
-    _, records = _records(directory)
+    records = OpenCheckpoint(Directory(directory)).records()
     if records is None:
         raise CheckpointNotFoundError(
             f"{directory} has no checksums of whole files: it was written by another library, whose items "
@@ -74,19 +79,14 @@ def find_damage(directory: str) -> list[str]:
     return [damage for damage in damages if damage is not None]
 
 
-def _records(directory: str) -> tuple[Manifest | None, list[FileRecord] | None]:
-    """The manifest, and the files that it or an older checkpoint's sidecar names; None if there are neither.
-
-    A sidecar counts unless the files it speaks of have been replaced by another library's.
-    """
+def _difference(checkpoint: OpenCheckpoint, record: FileRecord) -> str | None:
+    """What is wrong with a file that will be decoded, and is read for that now."""
+    path = os.path.join(checkpoint.directory, record.path)
     try:
-        manifest = read_manifest(directory)
-        if manifest is not None:
-            return manifest, list(manifest.files.values())
-        content = read_small_file(os.path.join(directory, METADATA_FILE))
-    except FileNotFoundError:
-        return None, None
-    return None, read_sidecar(directory) if has_own_mark(content) else None
+        content = checkpoint.read(record.path)
+    except OSError as error:
+        return f"{path} cannot be read ({error.strerror})"
+    return _crc_damage(path, zlib.crc32(content), record)
 
 
 def _length_damage(directory: str, record: FileRecord, nbytes: int | None) -> str:
@@ -119,4 +119,8 @@ def _content_damage(directory: str, record: FileRecord) -> str | None:
         except OSError as error:
             return str(error.strerror)
         crc = native.crc32_combine(crc, memoryview(found).cast("q")[0], nbytes)
+    return _crc_damage(path, crc, record)
+
+
+def _crc_damage(path: str, crc: int, record: FileRecord) -> str | None:
     return None if crc == record.crc32 else f"{path} has CRC-32 {crc:08x} instead of {record.crc32:08x}"

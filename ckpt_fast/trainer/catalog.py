@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ckpt_fast.doors.common_state import COMMON_FILE, is_sealed, load_common_state_dict
+from ckpt_fast.doors.common_state import COMMON_FILE, is_sealed, load_common_state_dict, open_checkpoint
 from ckpt_fast.errors import CheckpointError, DamagedFileError
-from ckpt_fast.megatron import checkpoint_files, object_storage
+from ckpt_fast.megatron import object_storage
 from ckpt_fast.pipeline.commit import METADATA_FILE
 from ckpt_fast.pipeline.verify import require_complete
 from ckpt_fast.trainer.megatron_lm import ARGUMENTS
@@ -153,8 +153,8 @@ def damage_of(path: str) -> str | None:
     if object_storage(path):
         return None
     try:
-        with checkpoint_files(path) as files:
-            require_complete(files)
+        with open_checkpoint(path) as checkpoint:
+            require_complete(checkpoint)
     except CheckpointError as error:
         return str(error)
     return None

@@ -9,9 +9,7 @@ from typing import Any
 
 from ckpt_fast import settings
 from ckpt_fast.errors import CheckpointCorruptError, CheckpointError
-from ckpt_fast.megatron import checkpoint_files
-from ckpt_fast.pipeline.commit import METADATA_FILE
-from ckpt_fast.pipeline.decode import read_manifest
+from ckpt_fast.pipeline.opened import OpenCheckpoint
 from ckpt_fast.pipeline.small_files import LARGEST_FILE
 from ckpt_fast.pipeline.types import FileRecord
 from ckpt_fast.trainer.paths import file_exists, join_paths, read_file
@@ -20,14 +18,12 @@ from ckpt_fast.trainer.paths import file_exists, join_paths, read_file
 FILES_KEY = "dataloader_state_files"
 
 
-def files_of(checkpoint: str) -> list[FileRecord]:
+def files_of(checkpoint: OpenCheckpoint) -> list[FileRecord]:
     """Local. The files of data loaders that a checkpoint vouches for, by names as ``iter_*/FILE``."""
-    with checkpoint_files(checkpoint) as files:
-        files.fetch([METADATA_FILE])
-        try:
-            manifest = read_manifest(files.directory)
-        except CheckpointError:
-            return []  # whoever loads it says so
+    try:
+        manifest = checkpoint.manifest
+    except CheckpointError:
+        return []  # whoever loads it says so
     return list(manifest.beside.values()) if manifest is not None else []
 
 

@@ -20,6 +20,7 @@ from ckpt_fast.doors.dcp_save import start_save
 from ckpt_fast.doors.dcp_upload import Upload
 from ckpt_fast.pipeline.background import SaveHandle
 from ckpt_fast.pipeline.commit import METADATA_FILE
+from ckpt_fast.pipeline.opened import OpenCheckpoint
 from ckpt_fast.pipeline.save_parts import Completion, SaveOptions
 from ckpt_fast.pipeline.types import FileRecord, SaveReport
 from ckpt_fast.trainer.contexts import CheckpointType
@@ -208,8 +209,23 @@ def load_fsdp_dtensor_checkpoint(
         RuntimeError: Megatron FSDP is not available, or no scaffold was given.
     """
     name = checkpoint_path_override or get_checkpoint_name(load_dir, iteration or 0, release)
-    if rank0:
-        return {}, name, release, CheckpointType.FSDP_DTENSOR
+    state_dict = {} if rank0 else load_fsdp_dtensor(name, ckpt_cfg, sharded_state_dict, cfg)
+    return state_dict, name, release, CheckpointType.FSDP_DTENSOR
+
+
+def load_fsdp_dtensor(
+    name: str,
+    ckpt_cfg: Any,
+    sharded_state_dict: dict[str, Any] | None,
+    cfg: Any | None,
+    checkpoint: OpenCheckpoint | None = None,
+) -> dict[str, Any]:
+    """The state dict of one checkpoint; arguments and errors as of ``load_fsdp_dtensor_checkpoint``.
+
+    Args:
+        name: its directory.
+        checkpoint: the same, if it is open already.
+    """
     _require_megatron_fsdp("loading")
     if sharded_state_dict is None:
         raise RuntimeError("loading an FSDP DTensor checkpoint needs a sharded state dict to load into")
@@ -218,7 +234,7 @@ def load_fsdp_dtensor_checkpoint(
     }
     model = sharded_state_dict.pop("_model")
     state_dict = preprocess_fsdp_dtensor_state_dict(cfg, sharded_state_dict, model[0])
-    reader = get_filesystem_reader(name)
+    reader = get_filesystem_reader(name, checkpoint)
     allow_partial = not getattr(ckpt_cfg, "strict_fsdp_dtensor_load", False)
     if allow_partial:
         _report_differences(reader, state_dict, name, ckpt_cfg)
@@ -228,15 +244,15 @@ def load_fsdp_dtensor_checkpoint(
     load_state_dict(state_dict=state_dict, storage_reader=reader, planner=planner)
     # The tensors were filled in place; callers know them by their names in the model.
     state_dict.update(raw)
-    return state_dict, name, release, CheckpointType.FSDP_DTENSOR
+    return state_dict
 
 
-def get_filesystem_reader(checkpoint_path: str) -> Any:
+def get_filesystem_reader(checkpoint_path: str, checkpoint: OpenCheckpoint | None = None) -> Any:
     """Our reader for torch DCP, or multi-storage-client's where the path is one of its own."""
     msc = megatron.object_storage(checkpoint_path)
     if msc:
         return msc.torch.MultiStorageFileSystemReader(checkpoint_path, thread_count=2)
-    return FastStorageReader(checkpoint_path)
+    return FastStorageReader(checkpoint_path, checkpoint=checkpoint)
 
 
 def _report_differences(reader: Any, state_dict: dict[str, Any], name: str, ckpt_cfg: Any) -> None:

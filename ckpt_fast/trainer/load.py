@@ -4,35 +4,28 @@
 from __future__ import annotations
 
 import copy
-import functools
 import gc
-from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from ckpt_fast import megatron
 from ckpt_fast.doors import megatron_core
-from ckpt_fast.doors.common_state import load_common_state_dict
 from ckpt_fast.errors import (
     CheckpointCorruptError,
     CheckpointError,
     CheckpointNotFoundError,
 )
 from ckpt_fast.pipeline.background import wait_staged
-from ckpt_fast.pipeline.group import ControlGroup
+from ckpt_fast.state import TrainState
 from ckpt_fast.trainer.announce import announce_loaded, announce_restored
 from ckpt_fast.trainer.catalog import Found
 from ckpt_fast.trainer.contexts import CheckpointType
 from ckpt_fast.trainer.glu import _get_model_glu_interleave_sizes
 from ckpt_fast.trainer.glu_layout import contiguous_chunks, reorder_late, sizes_to_undo
 from ckpt_fast.trainer.hugging_face import is_hf_source, load_hf_pretrained
-from ckpt_fast.trainer.load_base import (
-    choose_or_say,
-    find_data_position,
-    load_chosen,
-    load_strategy,
-)
+from ckpt_fast.trainer.load_base import choose_or_say, load_state_dict, load_strategy
 from ckpt_fast.trainer.load_plan import (
     build_scaffold,
     drop_states_of_other_ranks,
@@ -40,13 +33,16 @@ from ckpt_fast.trainer.load_plan import (
     is_mimo,
     is_peft_resume,
     make_plan,
+    own_run_config,
 )
+from ckpt_fast.trainer.load_run import LoadRun
 from ckpt_fast.trainer.locate import (
     _has_global_non_persistent_checkpoint,
     has_local_checkpoint,
     holds_checkpoint,
     older_checkpoints,
 )
+from ckpt_fast.trainer.located import Located, locate, opened_torch_dist
 from ckpt_fast.trainer.paths import is_hf_checkpoint_dir, settle_directories
 from ckpt_fast.trainer.ranks import (
     barrier_if_distributed,
@@ -55,7 +51,6 @@ from ckpt_fast.trainer.ranks import (
     print_rank_0,
 )
 from ckpt_fast.trainer.restore import (
-    find_layer_wise_state,
     load_sections,
     read_progress,
     restore_model,
@@ -70,7 +65,6 @@ from ckpt_fast.trainer.state_dict import (
     delete_extra_state,
 )
 from ckpt_fast.trainer.version import get_checkpoint_version, set_checkpoint_version
-from ckpt_fast.trainer.visibility import require_same_view
 
 
 def load_checkpoint(
@@ -125,49 +119,50 @@ def load_checkpoint(
         load_dir = pretrained
         ckpt_cfg.finetune = True
 
-    training = (state, model, optimizer, opt_param_scheduler, strict, checkpointing_context)
-    options: dict[str, Any] = {
-        "skip_load_to_model_and_opt": skip_load_to_model_and_opt,
-        "pg_collection": pg_collection,
-        "module_name": module_name,
-    }
-    if is_hf_source(load_dir, ckpt_cfg):
-        return _load_checkpoint_from_path(load_dir, *training, **options)
-    chosen = choose_or_say(load_dir, ckpt_cfg, ckpt_cfg.ckpt_step, checkpointing_context)
+    run = LoadRun(
+        ckpt_cfg,
+        cfg=state.cfg,
+        context=checkpointing_context,
+        pg_collection=pg_collection,
+        state=state,
+        model=megatron.unwrap_model(model),
+        optimizer=optimizer,
+        scheduler=opt_param_scheduler,
+        strict=strict,
+        skip_model_and_optimizer=skip_load_to_model_and_opt,
+        module_name=module_name,
+    )
+    return _load_with_fall_back(run, load_dir)
+
+
+def _load_with_fall_back(run: LoadRun, load_dir: str | None) -> tuple[int, int]:
+    if is_hf_source(load_dir, run.ckpt_cfg):
+        return _load_hugging_face(run, load_dir)
+    chosen = choose_or_say(run, load_dir, run.ckpt_cfg.ckpt_step)
     if chosen is None:
         return 0, 0
-
-    def load_from(path: str | None, checkpoint: Found) -> tuple[int, int]:
-        return _load_chosen_checkpoint(checkpoint, path, ckpt_cfg, *training, **options)
-
     try:
-        return load_from(load_dir, chosen)
+        return _load_found(run, load_dir, chosen)
     except (CheckpointCorruptError, CheckpointNotFoundError) as error:
-        older = functools.partial(older_checkpoints, load_dir, ckpt_cfg, chosen, checkpointing_context)
-        return _load_older(load_from, older, ckpt_cfg, error)
+        return _load_older(run, load_dir, chosen, error)
 
 
-def _load_older(
-    load_from: Callable[[str, Found], tuple[int, int]],
-    list_older: Callable[[], list[Found]],
-    ckpt_cfg: Any,
-    error: CheckpointError,
-) -> tuple[int, int]:
+def _load_older(run: LoadRun, load_dir: str | None, chosen: Found, error: CheckpointError) -> tuple[int, int]:
     """Go back, checkpoint by checkpoint, to the newest one of any tier that is whole. Collective.
 
     Raises:
         CheckpointError: ``error`` itself, where the user asked for one certain checkpoint or for no fall-back
             (``on_corrupt``), and when no older checkpoint can be loaded.
     """
-    wanted = getattr(ckpt_cfg, "on_corrupt", "fallback")
     problem: CheckpointError = error
-    for older in list_older() if wanted == "fallback" else []:
+    falls_back = getattr(run.ckpt_cfg, "on_corrupt", "fallback") == "fallback"
+    for older in older_checkpoints(load_dir, run.ckpt_cfg, chosen, run.context) if falls_back else []:
         print_rank_0(
             f"WARNING: {problem} -- falling back to {older} ({older.tier}, iteration {older.iteration}; "
             "on_corrupt='fallback')"
         )
         try:
-            return load_from(str(older), older)
+            return _load_found(run, str(older), older)
         except (CheckpointCorruptError, CheckpointNotFoundError) as older_error:
             problem = older_error
     if problem is not error:
@@ -206,107 +201,72 @@ def _load_checkpoint_from_path(
     The other arguments, the result and the errors are those of ``load_checkpoint``.
     """
     ckpt_cfg = state.cfg.checkpoint
-    if is_hf_source(load_dir, ckpt_cfg):
-        chunks = megatron.unwrap_model(model)
-        return load_hf_pretrained(str(load_dir), state, chunks, optimizer, skip=skip_load_to_model_and_opt)
-    if ignore_ckpt_step:
-        ckpt_cfg = _without_recovery(ckpt_cfg)
-    step = None if ignore_ckpt_step else ckpt_cfg.ckpt_step
-    chosen = choose_or_say(load_dir, ckpt_cfg, step, checkpointing_context)
-    if chosen is None:
-        return 0, 0
-    return _load_chosen_checkpoint(
-        chosen,
-        load_dir,
-        ckpt_cfg,
-        state,
-        model,
-        optimizer,
-        opt_param_scheduler,
-        strict,
-        checkpointing_context,
-        skip_load_to_model_and_opt=skip_load_to_model_and_opt,
+    run = LoadRun(
+        _without_recovery(ckpt_cfg) if ignore_ckpt_step else ckpt_cfg,
+        cfg=state.cfg,
+        context=checkpointing_context,
         pg_collection=pg_collection,
+        state=state,
+        model=megatron.unwrap_model(model),
+        optimizer=optimizer,
+        scheduler=opt_param_scheduler,
+        strict=strict,
+        skip_model_and_optimizer=skip_load_to_model_and_opt,
         module_name=module_name,
     )
+    if is_hf_source(load_dir, ckpt_cfg):
+        return _load_hugging_face(run, load_dir)
+    chosen = choose_or_say(run, load_dir, None if ignore_ckpt_step else ckpt_cfg.ckpt_step)
+    return (0, 0) if chosen is None else _load_found(run, load_dir, chosen)
 
 
-def _load_chosen_checkpoint(
-    chosen: Found,
-    load_dir: str | None,
-    ckpt_cfg: Any,
-    state: Any,
-    model: list[Any],
-    optimizer: Any | None,
-    opt_param_scheduler: Any | None,
-    strict: bool,
-    checkpointing_context: dict[str, Any] | None,
-    *,
-    skip_load_to_model_and_opt: bool,
-    pg_collection: Any | None,
-    module_name: str | None,
-) -> tuple[int, int]:
-    """``load_checkpoint`` of one checkpoint. Collective; arguments, result and errors are those of it."""
-    cfg = state.cfg
-    model = megatron.unwrap_model(model)
-    pg_collection = pg_collection or megatron.get_pg_collection(model)
-    load_base: Callable[..., Any] = functools.partial(
-        load_chosen,
-        chosen,
-        load_dir,
-        checkpointing_context=checkpointing_context,
-        cfg=cfg,
-        pg_collection=pg_collection,
-    )
-    common, checkpoint_name, release, ckpt_type = load_base(ckpt_cfg, rank0=True)
-    run_config = find_run_config(common, checkpoint_name, ckpt_type, cfg)
-    progress = None if ckpt_cfg.finetune else read_progress(common, checkpoint_name, ckpt_type)
-    plan = make_plan(common, run_config, release, ckpt_type, cfg, model, optimizer)
-    plan.metadata["dp_cp_group"] = pg_collection.dp_cp
-    scaffold = on_all_ranks(
-        lambda: build_scaffold(
-            plan, state, model, optimizer, opt_param_scheduler, pg_collection, module_name, checkpoint_name
-        )
-    )
-    drop_states_of_other_ranks(plan, scaffold, common, run_config, checkpoint_name, ckpt_type)
-    adapters_only = is_peft_resume(cfg, checkpoint_name, ckpt_type)
-    left_alone = skip_load_to_model_and_opt and _can_leave_alone(cfg, ckpt_type)
-    if left_alone:
-        scaffold, ckpt_cfg = _without_model_and_optimizer(scaffold, ckpt_cfg)
-    if adapters_only:
-        scaffold = apply_peft_adapter_filter_to_state_dict(scaffold, cfg.peft)
-    state_dict, checkpoint_name, release, ckpt_type = load_base(
-        ckpt_cfg, sharded_state_dict=scaffold, is_megatron_mimo=is_mimo(run_config, cfg)
-    )
+def _load_hugging_face(run: LoadRun, load_dir: str | None) -> tuple[int, int]:
+    skip = run.skip_model_and_optimizer
+    return load_hf_pretrained(str(load_dir), run.state, run.model, run.optimizer, skip=skip)
+
+
+def _load_found(run: LoadRun, load_dir: str | None, found: Found) -> tuple[int, int]:
+    """``load_checkpoint`` of one checkpoint. Collective; result and errors are those of it."""
+    state, cfg = run.state, run.state.cfg
+    with locate(run, load_dir, found) as located:
+        run_config, progress = _read_history(run, located)
+        plan = make_plan(run, located, run_config)
+        scaffold = on_all_ranks(lambda: build_scaffold(run, plan))
+        drop_states_of_other_ranks(plan, scaffold, located, run_config)
+        adapters_only = is_peft_resume(cfg, located)
+        left_alone = run.skip_model_and_optimizer and _can_leave_alone(cfg, located)
+        reading = run
+        if left_alone:
+            scaffold, reading = _without_model_and_optimizer(scaffold, run)
+        if adapters_only:
+            scaffold = apply_peft_adapter_filter_to_state_dict(scaffold, cfg.peft)
+        state_dict, name = load_state_dict(reading, located, scaffold, is_mimo=is_mimo(run_config, cfg))
     _note_version(state_dict)
-    restore_train_state(state, progress, state_dict, release, ckpt_type)
+    restore_train_state(state, progress, state_dict, located)
 
     def restore() -> None:
-        if not skip_load_to_model_and_opt:
-            restore_model(plan, model, state_dict, cfg, ckpt_type, strict and not adapters_only)
-        restore_optimizer(
-            plan,
-            state_dict,
-            cfg,
-            optimizer,
-            opt_param_scheduler,
-            skip=skip_load_to_model_and_opt,
-            left_alone=left_alone,
-            layer_wise_path=find_layer_wise_state(optimizer, ckpt_type, checkpointing_context, pg_collection),
-        )
-        restore_rerun_and_rng(plan, state_dict, cfg, pg_collection)
+        if not run.skip_model_and_optimizer:
+            restore_model(run, plan, located, state_dict, run.strict and not adapters_only)
+        restore_optimizer(run, plan, located, state_dict, left_alone=left_alone)
+        restore_rerun_and_rng(plan, state_dict, cfg, run.groups)
 
     on_all_ranks(restore)
-    announce_loaded(state, load_dir, checkpoint_name, ckpt_type, pg_collection)
-    skipped = _skipped(optimizer, opt_param_scheduler, skip_load_to_model_and_opt)
-    announce_restored(plan, chosen, ckpt_cfg, skipped, find_data_position(chosen, load_dir, ckpt_cfg))
+    announce_loaded(run, load_dir, name, located.kind)
+    announce_restored(run, plan, located)
     return state.train_state.step, state.train_state.floating_point_operations_so_far
 
 
-def _skipped(optimizer: Any | None, scheduler: Any | None, skip_model_and_optimizer: bool) -> set[str]:
-    """Parts of a checkpoint that the caller does not want, or has nothing to restore into."""
-    absent = {part for part, goal in (("optimizer", optimizer), ("scheduler", scheduler)) if goal is None}
-    return absent | {"weights", "optimizer"} if skip_model_and_optimizer else absent
+def _read_history(run: LoadRun, located: Located) -> tuple[dict[str, Any] | None, TrainState | None]:
+    """The configuration and the counters of the run that saved the checkpoint, as far as it has them beside
+    the payload. Collective."""
+    if located.kind is CheckpointType.LOCAL:
+        return own_run_config(run.state.cfg), None
+
+    def read() -> tuple[dict[str, Any] | None, TrainState | None]:
+        with located.opened.named():
+            return find_run_config(located), None if run.ckpt_cfg.finetune else read_progress(located)
+
+    return on_rank_0(read)
 
 
 def _note_version(state_dict: dict[str, Any]) -> None:
@@ -314,17 +274,17 @@ def _note_version(state_dict: dict[str, Any]) -> None:
     print_rank_0(f" checkpoint version {get_checkpoint_version()}")
 
 
-def _can_leave_alone(cfg: Any, ckpt_type: Any) -> bool:
+def _can_leave_alone(cfg: Any, located: Located) -> bool:
     """Whether nothing is restored by filling the scaffold: torch FSDP2 relies on that."""
-    return ckpt_type is CheckpointType.GLOBAL and not getattr(cfg.dist, "use_torch_fsdp2", False)
+    return located.kind is CheckpointType.GLOBAL and not getattr(cfg.dist, "use_torch_fsdp2", False)
 
 
-def _without_model_and_optimizer(scaffold: dict[str, Any], ckpt_cfg: Any) -> tuple[dict[str, Any], Any]:
-    """The scaffold without what it would fill in place, and a config that does not miss it."""
-    ckpt_cfg = copy.copy(ckpt_cfg)
+def _without_model_and_optimizer(scaffold: dict[str, Any], run: LoadRun) -> tuple[dict[str, Any], LoadRun]:
+    """The scaffold without what it would fill in place, and a load that does not miss it."""
+    ckpt_cfg = copy.copy(run.ckpt_cfg)
     ckpt_cfg.dist_ckpt_strictness = "assume_ok_unexpected"
     kept = {key: part for key, part in scaffold.items() if key != "optimizer" and not _is_model_section(key)}
-    return kept, ckpt_cfg
+    return kept, replace(run, ckpt_cfg=ckpt_cfg)
 
 
 def _without_recovery(ckpt_cfg: Any) -> Any:
@@ -359,24 +319,25 @@ def _load_model_weights_from_checkpoint(
         (state dict, missing keys, unexpected keys).
     """
     wait_staged()
-    require_same_view(checkpoint_path)
-    common = ControlGroup().agree(lambda: load_common_state_dict(checkpoint_path))
-    metadata = megatron.load_content_metadata(preloaded_state_dict=common)
-    print_rank_0(f"sharded_state_dict metadata loaded from the checkpoint: {metadata}")
-    megatron.restore_modelopt_state(model, common)
-    model = megatron.unwrap_model(model)
-    pg_collection = megatron.get_pg_collection(model)
-    sizes = sizes_to_undo(metadata or {}, None, None, _get_model_glu_interleave_sizes(model, None))
-    chunks = contiguous_chunks(model, sizes, is_loading=True)
-    scaffold = on_all_ranks(
-        lambda: _generate_model_state_dict(chunks, {"metadata": metadata}, pg_collection=pg_collection)
-    )
-    loaded = megatron_core.load(
-        scaffold,
-        checkpoint_path,
-        strategy=load_strategy(fully_parallel_load, pg_collection),
-        strict=dist_ckpt_strictness,
-    )
+    with opened_torch_dist(checkpoint_path) as (opened, common):
+        metadata = megatron.load_content_metadata(preloaded_state_dict=common)
+        print_rank_0(f"sharded_state_dict metadata loaded from the checkpoint: {metadata}")
+        megatron.restore_modelopt_state(model, common)
+        model = megatron.unwrap_model(model)
+        pg_collection = megatron.get_pg_collection(model)
+        sizes = sizes_to_undo(metadata or {}, None, None, _get_model_glu_interleave_sizes(model, None))
+        chunks = contiguous_chunks(model, sizes, is_loading=True)
+        scaffold = on_all_ranks(
+            lambda: _generate_model_state_dict(chunks, {"metadata": metadata}, pg_collection=pg_collection)
+        )
+        loaded = megatron_core.load(
+            scaffold,
+            checkpoint_path,
+            checkpoint=opened,
+            common=common,
+            strategy=load_strategy(fully_parallel_load, pg_collection),
+            strict=dist_ckpt_strictness,
+        )
     state_dict = loaded[0] if isinstance(loaded, tuple) else loaded
     for section in filter(_is_model_section, state_dict):
         delete_extra_state(state_dict[section])

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
 from ckpt_fast import megatron
-from ckpt_fast.doors.common_state import saved_metadata
 from ckpt_fast.errors import DamagedFileError
 from ckpt_fast.pipeline.group import ControlGroup
+from ckpt_fast.pipeline.opened import OpenCheckpoint
 from ckpt_fast.trainer.contexts import CheckpointType
 from ckpt_fast.trainer.glu import _get_model_glu_interleave_sizes
 from ckpt_fast.trainer.glu_layout import (
@@ -21,10 +22,12 @@ from ckpt_fast.trainer.glu_layout import (
     require_whole_parameters,
     sizes_to_undo,
 )
+from ckpt_fast.trainer.load_run import LoadRun
 from ckpt_fast.trainer.locate import _get_global_non_persistent_checkpoint_dirs
+from ckpt_fast.trainer.located import Located
 from ckpt_fast.trainer.megatron_lm import ARGUMENTS, _extract_megatron_lm_args_from_state_dict
-from ckpt_fast.trainer.paths import file_exists, get_checkpoint_run_config_filename
-from ckpt_fast.trainer.ranks import on_rank_0, print_rank_0
+from ckpt_fast.trainer.paths import CONFIG_FILE, get_checkpoint_run_config_filename
+from ckpt_fast.trainer.ranks import print_rank_0
 from ckpt_fast.trainer.rng import RNG_KEY, get_rng_state, has_rng_state
 from ckpt_fast.trainer.state_dict import (
     RERUN_KEY,
@@ -58,38 +61,37 @@ class LoadPlan:
     chunks: list[Any] = field(default_factory=list)
 
 
-def find_run_config(
-    common: dict[str, Any], checkpoint_name: Any, ckpt_type: Any, cfg: Any
-) -> dict[str, Any] | None:
-    """The configuration the checkpoint was saved with; None when an fsdp_dtensor checkpoint has none.
+def find_run_config(located: Located) -> dict[str, Any] | None:
+    """The configuration a checkpoint that is not local was saved with. On rank 0, for all.
+
+    Returns:
+        None when an fsdp_dtensor checkpoint has none.
 
     Raises:
         DamagedFileError: ``run_config.yaml`` is damaged or empty, or missing where Megatron-LM's arguments
             are not there either.
     """
-    if ckpt_type is CheckpointType.LOCAL:
-        return _own_run_config(cfg)
-    path = get_checkpoint_run_config_filename(checkpoint_name)
-    if on_rank_0(lambda: file_exists(path)):
-        config: dict[str, Any] | None = read_run_config(path)
+    path = get_checkpoint_run_config_filename(located.name)
+    if located.opened.holds(CONFIG_FILE):
+        config: dict[str, Any] | None = read_run_config.read_from(located.opened, CONFIG_FILE)
         if config is None:
             raise DamagedFileError(
                 f"{path} is empty: the configuration of the run is lost. Restore it, or load another "
                 "checkpoint."
             )
         return config
-    if ckpt_type is CheckpointType.FSDP_DTENSOR:
+    if located.kind is CheckpointType.FSDP_DTENSOR:
         return None
-    if ARGUMENTS not in common:
+    if ARGUMENTS not in located.common:
         raise DamagedFileError(
-            f"{path} is missing, and {checkpoint_name} is no checkpoint of Megatron-LM, which has arguments "
+            f"{path} is missing, and {located.name} is no checkpoint of Megatron-LM, which has arguments "
             "instead: its layout is not known. Restore the file, or load another checkpoint."
         )
-    print_rank_0(f"there is no run_config.yaml in {checkpoint_name}; reading it as a Megatron-LM checkpoint")
-    return _extract_megatron_lm_args_from_state_dict(common)
+    print_rank_0(f"there is no run_config.yaml in {located.name}; reading it as a Megatron-LM checkpoint")
+    return _extract_megatron_lm_args_from_state_dict(located.common)
 
 
-def _own_run_config(cfg: Any) -> dict[str, Any]:
+def own_run_config(cfg: Any) -> dict[str, Any]:
     """A local checkpoint has no config of its own: it is of this very run."""
     model, checkpoint = cfg.model, cfg.checkpoint
     return {
@@ -134,25 +136,17 @@ def _expert_difference(run_config: dict[str, Any] | None, cfg: Any) -> str:
     return f"EP mismatch after resume ({ours} vs {saved} from checkpoint)"
 
 
-def make_plan(
-    common: dict[str, Any],
-    run_config: dict[str, Any] | None,
-    release: bool,
-    ckpt_type: Any,
-    cfg: Any,
-    model: list[Any],
-    optimizer: Any | None,
-) -> LoadPlan:
+def make_plan(run: LoadRun, located: Located, run_config: dict[str, Any] | None) -> LoadPlan:
     """Decide what to restore.
 
     Raises:
         RuntimeError: TP, PP or EP changed, and the optimizer's sharding does not allow it.
         CheckpointMismatchError: GLU rows are stored in an order that does not fit this run.
     """
-    ckpt_cfg = cfg.checkpoint
+    cfg, ckpt_cfg, common = run.state.cfg, run.state.cfg.checkpoint, located.common
     saved = (run_config or {}).get("checkpoint") or {}
     difference = _layout_difference(run_config, cfg)
-    resume = not release and not ckpt_cfg.finetune
+    resume = not located.found.is_release and not ckpt_cfg.finetune
     plan = LoadPlan()
     plan.rng = resume and ckpt_cfg.load_rng and not difference and saved.get("save_rng", True)
     plan.rerun = resume and not difference and RERUN_KEY in common
@@ -172,18 +166,19 @@ def make_plan(
             "WARNING: the checkpoint was saved without RNG states: ranks keep those they were seeded with"
         )
         plan.lost["RNG"] = "the checkpoint was saved without"
-    sizes = _get_model_glu_interleave_sizes(model, cfg)
-    if ckpt_type is not CheckpointType.GLOBAL:
+    sizes = _get_model_glu_interleave_sizes(run.model, cfg)
+    if located.kind is not CheckpointType.GLOBAL:
         plan.metadata = _build_sharded_state_dict_metadata(uses_distributed_optimizer(cfg), ckpt_cfg)
-        if plan.optimizer and optimizer is not None and ckpt_type is CheckpointType.FSDP_DTENSOR:
+        if plan.optimizer and run.optimizer is not None and located.kind is CheckpointType.FSDP_DTENSOR:
             require_same_fsdp_optimizer(run_config, sizes)
-        return plan
-    plan.metadata = dict(megatron.load_content_metadata(preloaded_state_dict=common) or {})
-    plan.glu_sizes = sizes_to_undo(plan.metadata, run_config, ckpt_cfg, sizes)
-    if plan.optimizer and optimizer is not None and uses_distributed_optimizer(cfg):
-        experts = _expert_difference(run_config, cfg)
-        _settle_sharding_type(plan.metadata, saved, difference or experts)
-    print_rank_0(f"sharded_state_dict metadata loaded from the checkpoint: {plan.metadata}")
+    else:
+        plan.metadata = dict(megatron.load_content_metadata(preloaded_state_dict=common) or {})
+        plan.glu_sizes = sizes_to_undo(plan.metadata, run_config, ckpt_cfg, sizes)
+        if plan.optimizer and run.optimizer is not None and uses_distributed_optimizer(cfg):
+            experts = _expert_difference(run_config, cfg)
+            _settle_sharding_type(plan.metadata, saved, difference or experts)
+        print_rank_0(f"sharded_state_dict metadata loaded from the checkpoint: {plan.metadata}")
+    plan.metadata["dp_cp_group"] = run.groups.dp_cp
     return plan
 
 
@@ -206,26 +201,17 @@ def _settle_sharding_type(metadata: dict[str, Any], saved: dict[str, Any], diffe
         )
 
 
-def build_scaffold(
-    plan: LoadPlan,
-    state: Any,
-    model: list[Any],
-    optimizer: Any | None,
-    scheduler: Any | None,
-    pg_collection: Any,
-    module_name: str | None,
-    checkpoint_name: Any,
-) -> dict[str, Any]:
-    """The sharded state dict that asks for what the plan restores."""
-    cfg, ckpt_cfg = state.cfg, state.cfg.checkpoint
+def build_scaffold(run: LoadRun, plan: LoadPlan) -> dict[str, Any]:
+    """The sharded state dict that asks for what the plan restores. Local."""
+    cfg, ckpt_cfg, model = run.state.cfg, run.state.cfg.checkpoint, run.model
     is_fsdp = ckpt_cfg.ckpt_format == "fsdp_dtensor"
     rng_state = rerun_state = None
     if plan.rng:
         rng_state = get_rng_state(
             cfg.rng.data_parallel_random_init,
             ckpt_cfg.ckpt_format,
-            pg_collection=pg_collection,
-            module_name=module_name,
+            pg_collection=run.groups,
+            module_name=run.module_name,
         )
     if plan.rerun:
         rerun_state = megatron.get_rerun_state_machine().state_dict(
@@ -239,14 +225,14 @@ def build_scaffold(
         scaffold = generate_state_dict(
             ckpt_cfg,
             plan.chunks,
-            optimizer if plan.optimizer else None,
-            scheduler if plan.scheduler else None,
+            run.optimizer if plan.optimizer else None,
+            run.scheduler if plan.scheduler else None,
             rng_state,
             iteration=1 if is_fsdp else None,
             optim_sd_kwargs={"metadata": plan.metadata, "is_loading": True},
             model_sd_kwargs={"metadata": plan.metadata},
             rerun_state=rerun_state,
-            pg_collection=pg_collection,
+            pg_collection=run.groups,
         )
     if "optimizer" in scaffold:
         require_whole_parameters(
@@ -264,19 +250,14 @@ def build_scaffold(
 
 
 def drop_states_of_other_ranks(
-    plan: LoadPlan,
-    scaffold: dict[str, Any],
-    common: dict[str, Any],
-    run_config: dict[str, Any] | None,
-    checkpoint_name: Any,
-    ckpt_type: Any,
+    plan: LoadPlan, scaffold: dict[str, Any], located: Located, run_config: dict[str, Any] | None
 ) -> None:
     """Do without RNG and rerun states that are not there for every rank of this run. Collective.
 
     Rerun states are stored by rank, and with expert parallelism RNG states by data-parallel rank, so that a
     run of another size finds none under its own names. In a multi-module model they bear the module's name.
     """
-    if ckpt_type is not CheckpointType.GLOBAL:
+    if located.kind is not CheckpointType.GLOBAL:
         return
     wanted = {key: _sharded_objects(scaffold.get(key)) for key in (RNG_KEY, RERUN_KEY)}
     saved_model = (run_config or {}).get("model") or {}
@@ -287,10 +268,9 @@ def drop_states_of_other_ranks(
         for each in wanted[RNG_KEY]
     )
     ranks = ControlGroup()
-    # Reading the names costs what reading .metadata costs: only where they can differ.
     if ranks.all_true(not may_differ):
         return
-    saved = on_rank_0(lambda: _saved_names(checkpoint_name, (RNG_KEY, RERUN_KEY)))
+    saved = ranks.agree(lambda: _saved_names(located.opened))
     for key, objects in wanted.items():
         if ranks.all_true(all(each.unique_key in saved for each in objects)):
             continue
@@ -298,10 +278,10 @@ def drop_states_of_other_ranks(
         if key == RERUN_KEY:
             plan.rerun = False
             plan.lost["rerun state"] = "saved by other ranks"
-        elif not has_rng_state(common):
+        elif not has_rng_state(located.common):
             plan.rng = False
             plan.lost["RNG"] = "saved by other ranks"
-        print_rank_0(_DROPPED[key].format(checkpoint_name))
+        print_rank_0(_DROPPED[key].format(located.name))
 
 
 _DROPPED = {
@@ -322,20 +302,21 @@ def _sharded_objects(part: Any) -> list[Any]:
     return [each for each in values if isinstance(each, megatron.ShardedObject)]
 
 
-def _saved_names(checkpoint_name: str, beginnings: tuple[str, ...]) -> set[str]:
-    entries = saved_metadata(checkpoint_name).state_dict_metadata
-    return {name for name in entries if name.startswith(beginnings)}
+def _saved_names(checkpoint: OpenCheckpoint) -> Collection[str]:
+    with checkpoint.named():
+        return checkpoint.index.metadata.state_dict_metadata.keys()
 
 
-def is_peft_resume(cfg: Any, checkpoint_name: Any, ckpt_type: Any) -> bool:
+def is_peft_resume(cfg: Any, located: Located) -> bool:
     """Whether the checkpoint holds adapters only: a PEFT run's own, not its base model."""
     ckpt_cfg = cfg.checkpoint
     if cfg.peft is None or ckpt_cfg.finetune:
         return False
-    if ckpt_type is CheckpointType.LOCAL:
+    if located.kind is CheckpointType.LOCAL:
         return True
     own = [ckpt_cfg.load, *_get_global_non_persistent_checkpoint_dirs(ckpt_cfg.load, ckpt_cfg)]
     # A directory may have been named as a root or as the checkpoint itself.
-    places = {str(checkpoint_name).rstrip("/"), os.path.dirname(str(checkpoint_name).rstrip("/"))}
+    directory = str(located.name).rstrip("/")
+    places = {directory, os.path.dirname(directory)}
     pretrained = (ckpt_cfg.pretrained_checkpoint or "").rstrip("/")
     return pretrained not in places and any(root and root.rstrip("/") in places for root in own)

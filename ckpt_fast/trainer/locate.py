@@ -59,8 +59,13 @@ def _get_checkpoint_format(checkpoint_path: str) -> str:
         NotImplementedError: it is none of these, or not complete.
         CheckpointCorruptError: its ``metadata.json`` cannot be understood.
     """
+    return format_of(checkpoint_path, is_sealed(checkpoint_path))
+
+
+def format_of(checkpoint_path: str, has_seal: bool) -> str:
+    """``_get_checkpoint_format`` of a directory, where it is known whether it has a ``metadata.json``."""
     # torch_dist first: its directories contain a .metadata as well.
-    if is_sealed(checkpoint_path):
+    if has_seal:
         print_rank_0(f"auto-detected the torch_dist checkpoint format in {checkpoint_path}")
         return "torch_dist"
     if file_exists(join_paths(checkpoint_path, ".metadata")):

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from ckpt_fast import megatron
-from ckpt_fast.doors.common_state import saved_metadata
 from ckpt_fast.errors import CheckpointMismatchError, DamagedFileError
 from ckpt_fast.state import TrainState
 from ckpt_fast.trainer.contexts import CheckpointType
@@ -19,66 +18,55 @@ from ckpt_fast.trainer.glu import (
 )
 from ckpt_fast.trainer.glu_layout import LOCAL_SIZES_KEY, Sizes, reorder_late, require_same_sizes
 from ckpt_fast.trainer.load_plan import LoadPlan
+from ckpt_fast.trainer.load_run import LoadRun
 from ckpt_fast.trainer.local import is_layer_wise, layer_wise_optimizer_path
+from ckpt_fast.trainer.located import Located
 from ckpt_fast.trainer.megatron_lm import ARGUMENTS, _get_train_state_from_state_dict
 from ckpt_fast.trainer.paths import (
-    file_exists,
-    get_checkpoint_run_config_filename,
+    CONFIG_FILE,
+    TRAIN_STATE_FILE,
     get_checkpoint_train_state_filename,
     iteration_of,
 )
-from ckpt_fast.trainer.ranks import on_rank_0, print_rank_0
+from ckpt_fast.trainer.ranks import print_rank_0
 from ckpt_fast.trainer.rng import restore_rng_state
 from ckpt_fast.trainer.state_dict import RERUN_KEY, _is_model_section, _load_model_state_dict
 from ckpt_fast.trainer.trackers import read_train_state
 
 
-def read_progress(common: dict[str, Any], checkpoint_name: Any, ckpt_type: Any) -> TrainState | None:
-    """How far the run had come, without having loaded the payload. Collective.
-
-    Args:
-        common: the common state.
+def read_progress(located: Located) -> TrainState | None:
+    """How far the run of a checkpoint that is not local had come. On rank 0, for all.
 
     Returns:
-        None where the payload says it: in local checkpoints, and in Megatron-LM's of the format fsdp_dtensor.
+        None where only the payload says it: in Megatron-LM's of the format fsdp_dtensor.
 
     Raises:
         DamagedFileError: ``train_state.pt`` cannot be read, is of another iteration, or is missing in a
             checkpoint that is not Megatron-LM's.
     """
-    if ckpt_type is CheckpointType.LOCAL:
-        return None
-    path = get_checkpoint_train_state_filename(checkpoint_name)
-    config = get_checkpoint_run_config_filename(checkpoint_name)
-    is_there, is_megatron_lm = on_rank_0(
-        lambda: (
-            file_exists(path),
-            not file_exists(config) and _has_arguments(common, checkpoint_name, ckpt_type),
-        )
-    )
-    if is_there:
-        train_state: TrainState = read_train_state(path)
-        _require_same_iteration(int(train_state.step), path, checkpoint_name, common)
+    path, checkpoint = get_checkpoint_train_state_filename(located.name), located.opened
+    if checkpoint.holds(TRAIN_STATE_FILE):
+        train_state = read_train_state.read_from(checkpoint, TRAIN_STATE_FILE)
+        _require_same_iteration(int(train_state.step), path, located)
         return train_state
-    if not is_megatron_lm:
+    if checkpoint.holds(CONFIG_FILE) or not _has_arguments(located):
         raise DamagedFileError(
             f"{path} is missing: nobody can tell how far the run had come. Restore the file, load another "
             "checkpoint, or take the weights alone (finetune=True)."
         )
-    return _get_train_state_from_state_dict(common) if ckpt_type is CheckpointType.GLOBAL else None
+    return _get_train_state_from_state_dict(located.common) if located.kind is CheckpointType.GLOBAL else None
 
 
-def _has_arguments(common: dict[str, Any], checkpoint_name: Any, ckpt_type: Any) -> bool:
+def _has_arguments(located: Located) -> bool:
     """Whether the arguments of Megatron-LM are in the checkpoint. Local."""
-    if ckpt_type is CheckpointType.GLOBAL:
-        return ARGUMENTS in common
-    return any(
-        name.partition(".")[0] == ARGUMENTS for name in saved_metadata(checkpoint_name).state_dict_metadata
-    )
+    if located.kind is CheckpointType.GLOBAL:
+        return ARGUMENTS in located.common
+    names = located.opened.contents.metadata.state_dict_metadata
+    return any(name.partition(".")[0] == ARGUMENTS for name in names)
 
 
-def _require_same_iteration(step: int, path: str, checkpoint_name: Any, common: dict[str, Any]) -> None:
-    named = iteration_of(str(checkpoint_name))
+def _require_same_iteration(step: int, path: str, located: Located) -> None:
+    named, common = iteration_of(str(located.name)), located.common
     others = {f"the directory's name says {named}": named if named >= 0 else step}
     if isinstance(common.get("iteration"), int):
         others[f"its common state says {common['iteration']}"] = common["iteration"]
@@ -91,13 +79,13 @@ def _require_same_iteration(step: int, path: str, checkpoint_name: Any, common: 
 
 
 def restore_train_state(
-    state: Any, progress: TrainState | None, state_dict: dict[str, Any], release: bool, ckpt_type: Any
+    state: Any, progress: TrainState | None, state_dict: dict[str, Any], located: Located
 ) -> None:
     """Take over the counters, those that ``read_progress`` read or those in the loaded state."""
     finetune = state.cfg.checkpoint.finetune
     if not finetune:
-        state.train_state = progress or _loaded_train_state(state_dict, ckpt_type)
-    if finetune or release:
+        state.train_state = progress or _loaded_train_state(state_dict, located.kind)
+    if finetune or located.found.is_release:
         state.train_state.step = 0
     if not finetune:
         megatron.update_num_microbatches(
@@ -105,8 +93,8 @@ def restore_train_state(
         )
 
 
-def _loaded_train_state(state_dict: dict[str, Any], ckpt_type: Any) -> TrainState:
-    if ckpt_type is not CheckpointType.LOCAL:
+def _loaded_train_state(state_dict: dict[str, Any], kind: CheckpointType) -> TrainState:
+    if kind is not CheckpointType.LOCAL:
         return _get_train_state_from_state_dict(state_dict)
     train_state = TrainState(step=state_dict.get("iteration", 0))
     if "train_state_metadata" in state_dict:
@@ -117,21 +105,21 @@ def _loaded_train_state(state_dict: dict[str, Any], ckpt_type: Any) -> TrainStat
 
 
 def restore_model(
-    plan: LoadPlan, model: list[Any], state_dict: dict[str, Any], cfg: Any, ckpt_type: Any, strict: bool
+    run: LoadRun, plan: LoadPlan, located: Located, state_dict: dict[str, Any], strict: bool
 ) -> None:
     """Give the model its state, with GLU rows in the order it has them.
 
     Raises:
         CheckpointMismatchError: a section does not fit its chunk, or the rows of a local checkpoint do not.
     """
-    sizes = _get_model_glu_interleave_sizes(model, cfg)
-    if ckpt_type is CheckpointType.LOCAL:
+    sizes = _get_model_glu_interleave_sizes(run.model, run.state.cfg)
+    if located.kind is CheckpointType.LOCAL:
         require_same_sizes(state_dict.get(LOCAL_SIZES_KEY, (None, None)), sizes, "The rows of gated MLPs")
-    elif ckpt_type is CheckpointType.FSDP_DTENSOR:
-        _interleave_fsdp(state_dict, sizes, cfg)
+    elif located.kind is CheckpointType.FSDP_DTENSOR:
+        _interleave_fsdp(state_dict, sizes, run.state.cfg)
     else:
         reorder_late(plan.chunks, state_dict)
-    load_sections(model, state_dict, strict)
+    load_sections(run.model, state_dict, strict)
 
 
 def load_sections(model: list[Any], state_dict: dict[str, Any], strict: bool) -> None:
@@ -162,22 +150,21 @@ def _interleave_fsdp(state_dict: dict[str, Any], sizes: Sizes, cfg: Any) -> None
 
 
 def restore_optimizer(
-    plan: LoadPlan,
-    state_dict: dict[str, Any],
-    cfg: Any,
-    optimizer: Any | None,
-    scheduler: Any | None,
-    *,
-    skip: bool,
-    left_alone: bool,
-    layer_wise_path: str | None,
+    run: LoadRun, plan: LoadPlan, located: Located, state_dict: dict[str, Any], *, left_alone: bool
 ) -> None:
+    """Give optimizer and scheduler their state; ``left_alone``: nothing was loaded for the optimizer."""
+    optimizer, scheduler = run.optimizer, run.scheduler
     if not plan.optimizer:
         if not left_alone:
-            reload_model_params(state_dict, cfg, optimizer)
+            reload_model_params(state_dict, run.state.cfg, optimizer)
         return
+    layer_wise_path = _find_layer_wise_state(run, located)
     try:
-        if not skip and optimizer is not None and not getattr(optimizer, "is_stub_optimizer", False):
+        if (
+            not run.skip_model_and_optimizer
+            and optimizer is not None
+            and not getattr(optimizer, "is_stub_optimizer", False)
+        ):
             if layer_wise_path is not None:
                 optimizer.load_state_dict_from_file(layer_wise_path)
             else:
@@ -232,13 +219,11 @@ def reload_model_params(state_dict: dict[str, Any] | None, cfg: Any, optimizer: 
         optimizer.reload_model_params()
 
 
-def find_layer_wise_state(
-    optimizer: Any | None, ckpt_type: Any, context: dict[str, Any] | None, pg_collection: Any
-) -> str | None:
-    if ckpt_type is not CheckpointType.LOCAL or not is_layer_wise(optimizer):
+def _find_layer_wise_state(run: LoadRun, located: Located) -> str | None:
+    if located.kind is not CheckpointType.LOCAL or not is_layer_wise(run.optimizer):
         return None
-    assert context is not None
-    return layer_wise_optimizer_path(context["local_checkpoint_manager"].local_ckpt_dir, pg_collection)
+    assert run.context is not None
+    return layer_wise_optimizer_path(run.context["local_checkpoint_manager"].local_ckpt_dir, run.groups)
 
 
 def restore_rerun_and_rng(plan: LoadPlan, state_dict: dict[str, Any], cfg: Any, pg_collection: Any) -> None:

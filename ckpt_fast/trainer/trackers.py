@@ -16,7 +16,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from typing import Any, Generic, TypeVar
 
@@ -27,6 +27,8 @@ from ckpt_fast.megatron import object_storage
 from ckpt_fast.pipeline.commit import METADATA_FILE, partial_files
 from ckpt_fast.pipeline.decode import decode_object
 from ckpt_fast.pipeline.documents import parse_yaml
+from ckpt_fast.pipeline.opened import OpenCheckpoint
+from ckpt_fast.pipeline.small_files import LARGEST_TEXT
 from ckpt_fast.state import TrainState
 from ckpt_fast.trainer.paths import (
     CONFIG_FILE,
@@ -34,6 +36,7 @@ from ckpt_fast.trainer.paths import (
     get_checkpoint_name,
     get_checkpoint_tracker_filename,
     get_checkpoint_train_state_filename,
+    join_paths,
     read_file,
     write_file,
 )
@@ -59,11 +62,11 @@ class CachedReader(Generic[T]):
     Objects in object storage have no stamp to compare and are read each time.
     """
 
-    def __init__(self, parse: Callable[[str], T], what: str) -> None:
-        """``parse`` turns a path into the value; ``what`` names the kind of file in errors."""
+    def __init__(self, parse: Callable[[bytes, str], T], what: str) -> None:
+        """``parse`` turns the content of a path into the value; ``what`` names the kind of file in errors."""
         self._parse = parse
         self._what = what
-        self._cached = lru_cache(maxsize=16)(lambda stamp: parse(stamp[0]))
+        self._cached = lru_cache(maxsize=16)(lambda stamp: parse(read_file(stamp[0]), stamp[0]))
         self.__doc__ = parse.__doc__
 
     def __call__(self, path: str) -> T:
@@ -84,10 +87,21 @@ class CachedReader(Generic[T]):
         Raises:
             DamagedFileError: it cannot be read, or makes no sense.
         """
-        try:
+        with self._damage(path):
             if object_storage(path):
-                return self._parse(path)
+                return self._parse(read_file(path), path)
             return copy.deepcopy(self._cached(_stamp(path)))
+
+    def read_from(self, checkpoint: OpenCheckpoint, name: str) -> T:
+        """The content of a file of a checkpoint that is open. Local; errors as of ``read``."""
+        path = join_paths(checkpoint.name, name)
+        with self._damage(path):
+            return self._parse(checkpoint.read(name, LARGEST_TEXT), path)
+
+    @contextlib.contextmanager
+    def _damage(self, path: str) -> Iterator[None]:
+        try:
+            yield
         except Exception as error:
             raise DamagedFileError(
                 f"Unable to load {self._what} file {path}: {error}. Restore the file, or load another "
@@ -107,10 +121,10 @@ def _stamp(path: str) -> _Stamp:
     return path, status.st_mtime_ns, status.st_size, status.st_ino
 
 
-def _parse_train_state(path: str) -> TrainState:
+def _parse_train_state(content: bytes, path: str) -> TrainState:
     """The progress counters of a run, from ``train_state.pt`` or the tracker ``latest_train_state.pt``."""
     train_state = TrainState()
-    train_state.load_state_dict(decode_object(read_file(path), path, verify=True))
+    train_state.load_state_dict(decode_object(content, path, verify=True))
     _require_sensible(train_state)
     return train_state
 
@@ -130,13 +144,13 @@ def _require_sensible(train_state: TrainState) -> None:
             raise ValueError(f"{name} is {value!r}, which is no state of a training run")
 
 
-def _parse_run_config(path: str) -> Any:
+def _parse_run_config(content: bytes, path: str) -> Any:
     """The configuration a checkpoint was saved with, as plain dicts and lists; None for an empty file."""
-    content = parse_yaml(read_file(path))
-    sections = [content.get(name) for name in ("model", "checkpoint")] if isinstance(content, dict) else []
-    if content is not None and not (sections and all(isinstance(each, dict | None) for each in sections)):
+    config = parse_yaml(content)
+    sections = [config.get(name) for name in ("model", "checkpoint")] if isinstance(config, dict) else []
+    if config is not None and not (sections and all(isinstance(each, dict | None) for each in sections)):
         raise ValueError("it is no configuration of a run: that has sections, with a name for each setting")
-    return apply_run_config_backward_compat(sanitize_run_config_object(content))
+    return apply_run_config_backward_compat(sanitize_run_config_object(config))
 
 
 read_train_state = CachedReader(_parse_train_state, "train state")

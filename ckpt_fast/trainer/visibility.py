@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Mapping
+from dataclasses import dataclass
 
 from ckpt_fast import settings
 from ckpt_fast.doors.common_state import COMMON_FILE
@@ -18,65 +18,65 @@ from ckpt_fast.megatron import object_storage
 from ckpt_fast.pipeline.commit import METADATA_FILE, SEAL_FILE
 from ckpt_fast.pipeline.fingerprint import Fingerprint, fingerprints
 from ckpt_fast.pipeline.group import ControlGroup
-
-View = Mapping[str, Fingerprint | None]
+from ckpt_fast.pipeline.opened import OpenCheckpoint
 
 _NAMES = (METADATA_FILE, SEAL_FILE, COMMON_FILE)
 _FIRST_PAUSE_S = 0.05
 _LONGEST_PAUSE_S = 1.0
-_MOST_RANKS_NAMED = 4
 
 
-def require_same_view(directory: str) -> None:
-    """Return when every rank sees the checkpoint that rank 0 sees in ``directory``. Collective.
+@dataclass(frozen=True)
+class View:
+    """What rank 0 sees of a checkpoint, and how long the others may take to see it.
 
-    Object storage shows everybody the same.
+    Attributes:
+        node: of rank 0.
+        files: name to fingerprint of each file that is compared.
+        timeout_s: for the others.
+    """
+
+    node: str
+    files: dict[str, Fingerprint | None]
+    timeout_s: float
+
+
+def view_of(checkpoint: OpenCheckpoint) -> View | None:
+    """On rank 0: what the others must see. None if there are none, or all see the same: in object storage."""
+    if ControlGroup().size == 1 or object_storage(checkpoint.name):
+        return None
+    return View(socket.gethostname(), fingerprints(checkpoint, _NAMES), settings.visible_timeout_s())
+
+
+def wait_for_view(checkpoint: OpenCheckpoint, expected: View | None) -> None:
+    """Local. Return when this rank sees in ``checkpoint`` what rank 0 has seen.
 
     Raises:
-        CheckpointError: on every rank, if some still see another one, or none, when the time is over.
+        CheckpointError: it still sees another one, or none, when the time is over.
     """
-    ranks = ControlGroup()
-    if ranks.size == 1 or object_storage(directory):
+    if expected is None or ControlGroup().is_coordinator:
         return
-    expected, timeout_s = ranks.decide(
-        lambda: (fingerprints(directory, _NAMES), settings.visible_timeout_s())
-    )
-    seen = expected if ranks.is_coordinator else _wait_for(expected, directory, timeout_s)
-    if ranks.all_true(seen == expected):
-        return
-    views = ranks.gather((ranks.rank, socket.gethostname(), seen))
-    ranks.decide(lambda: _refuse(directory, views, timeout_s))
-
-
-def _wait_for(expected: View, directory: str, timeout_s: float) -> View:
-    """What this rank sees: what is expected, or what there is when the time is over."""
-    deadline = time.monotonic() + timeout_s
+    deadline = time.monotonic() + expected.timeout_s
     pause = _FIRST_PAUSE_S
-    while (seen := fingerprints(directory, _NAMES)) != expected and time.monotonic() < deadline:
+    while (seen := fingerprints(checkpoint, _NAMES)) != expected.files:
+        if time.monotonic() >= deadline:
+            raise CheckpointError(_difference(checkpoint.name, expected, seen))
         time.sleep(max(0.0, min(pause, deadline - time.monotonic())))
         pause = min(2 * pause, _LONGEST_PAUSE_S)
-    return seen
+        checkpoint.forget()
 
 
-def _refuse(directory: str, views: list[tuple[int, str, View]], timeout_s: float) -> None:
-    (_, node, expected), *others = views
-    different = [(rank, host, seen) for rank, host, seen in others if seen != expected]
-    named = "; ".join(
-        f"rank {rank} ({host}) sees {_difference(expected, seen)}"
-        for rank, host, seen in different[:_MOST_RANKS_NAMED]
-    )
-    if len(different) > _MOST_RANKS_NAMED:
-        named += f"; {len(different) - _MOST_RANKS_NAMED} more ranks differ"
-    raise CheckpointError(
-        f"not all ranks see the same checkpoint in {directory}: rank 0 ({node}) sees a whole one, but "
-        f"{named}. "
+def _difference(directory: str, expected: View, seen: dict[str, Fingerprint | None]) -> str:
+    this = f"rank {ControlGroup().rank} ({socket.gethostname()})"
+    return (
+        f"not all ranks see the same checkpoint in {directory}: rank 0 ({expected.node}) sees a whole one, "
+        f"but {this} sees {_instead(expected.files, seen)}. "
         "All ranks must be given a directory on a file system that they share. If they are, it is slow to "
         "show what was written: CKPT_FAST_VISIBLE_TIMEOUT is how many seconds the ranks wait for it "
-        f"({timeout_s:g} now)."
+        f"({expected.timeout_s:g} now)."
     )
 
 
-def _difference(expected: View, seen: View) -> str:
+def _instead(expected: dict[str, Fingerprint | None], seen: dict[str, Fingerprint | None]) -> str:
     if not any(seen.values()):
         return "none"
     name = next(name for name in expected if seen[name] != expected[name])

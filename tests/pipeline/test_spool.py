@@ -14,6 +14,7 @@ from ckpt_fast.errors import CheckpointError, CheckpointNotFoundError, Checkpoin
 from ckpt_fast.pipeline.files import Directory
 from ckpt_fast.pipeline.index import CheckpointIndex
 from ckpt_fast.pipeline.load import load_tensors
+from ckpt_fast.pipeline.opened import OpenCheckpoint
 from ckpt_fast.pipeline.spool import Claim, Spool
 from ckpt_fast.pipeline.types import TensorRequest, TensorShard
 from ckpt_fast.pipeline.verify import find_damage, require_complete
@@ -135,7 +136,7 @@ def test_what_is_not_there_is_missed(shelf: Shelf) -> None:
         pytest.raises(CheckpointError, match=rf"{NAME}/__0_0\.distcp is missing"),
         Spool(NAME, shelf) as files,
     ):
-        require_complete(files)
+        require_complete(OpenCheckpoint(files))
     with pytest.raises(CheckpointNotFoundError, match=rf"{NAME}/__0_0\.distcp"), Spool(NAME, shelf) as files:
         index = CheckpointIndex(files.directory, files=files)
         load_tensors(index, [TensorRequest("a", torch.zeros(256, 1024), (0, 0))])

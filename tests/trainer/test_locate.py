@@ -10,10 +10,15 @@ from typing import Any
 import pytest
 
 from ckpt_fast.config import CheckpointConfig
+from ckpt_fast.doors.common_state import open_checkpoint
 from ckpt_fast.errors import CheckpointNotFoundError
+from ckpt_fast.pipeline.opened import OpenCheckpoint
 from ckpt_fast.state import TrainState
-from ckpt_fast.trainer import load_plan, locate, trackers
+from ckpt_fast.trainer import load as load_module
+from ckpt_fast.trainer import locate, trackers
+from ckpt_fast.trainer.catalog import Found
 from ckpt_fast.trainer.contexts import CheckpointType
+from ckpt_fast.trainer.load_run import LoadRun
 from ckpt_fast.trainer.locate import (
     _DIRECT_ITERATION_DIR_SENTINEL,
     _get_checkpoint_format,
@@ -24,6 +29,7 @@ from ckpt_fast.trainer.locate import (
     find_checkpoint_rank_0,
     newest_global_non_persistent_checkpoint,
 )
+from ckpt_fast.trainer.located import Located
 from tests.helpers import RankError, run_ranks
 
 SEAL = '{"sharded_backend": "torch_dist", "sharded_backend_version": 1}'
@@ -225,8 +231,12 @@ def test_rank_0_decides_about_presence(tmp_path: Path) -> None:
 def find_own_run_config(rank: int, directory: str) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         if rank == 1:
-            patch.setattr(load_plan, "file_exists", lambda path: False)
-        return load_plan.find_run_config({}, directory, CheckpointType.GLOBAL, None)
+            patch.setattr(OpenCheckpoint, "holds", lambda self, name: False)
+        found = Found("persistent", "", 1, directory)
+        run = LoadRun(CheckpointConfig(finetune=True), None, None, None)
+        with open_checkpoint(directory) as checkpoint:
+            located = Located(found, CheckpointType.FSDP_DTENSOR, checkpoint)
+            return load_module._read_history(run, located)[0]
 
 
 def test_a_rank_that_does_not_see_the_configuration_gets_it(tmp_path: Path) -> None:

@@ -15,7 +15,9 @@ from typing import Any
 import pytest
 
 from ckpt_fast.checkpointing import _load_model_weights_from_checkpoint
+from ckpt_fast.pipeline.files import Directory
 from ckpt_fast.pipeline.fingerprint import Fingerprint, fingerprints
+from ckpt_fast.pipeline.opened import OpenCheckpoint
 from ckpt_fast.trainer import visibility
 from tests.helpers import run_ranks
 from tests.models import FLOPS, Run, Setup
@@ -41,8 +43,9 @@ def root(sound: str, tmp_path: Path) -> Path:
 
 def test_fingerprints(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"123456789")
-    assert fingerprints(str(tmp_path), ["a", "b"]) == {"a": Fingerprint(0xCBF43926, 9), "b": None}
-    assert fingerprints(str(tmp_path / "absent"), ["a"]) == {"a": None}
+    checkpoint = OpenCheckpoint(Directory(str(tmp_path)))
+    assert fingerprints(checkpoint, ["a", "b"]) == {"a": Fingerprint(0xCBF43926, 9), "b": None}
+    assert fingerprints(OpenCheckpoint(Directory(str(tmp_path / "absent"))), ["a"]) == {"a": None}
 
 
 def can_mount() -> bool:
@@ -121,4 +124,6 @@ def test_what_appears_late_is_waited_for(root: Path, tmp_path: Path, late: str) 
 
 def test_one_rank_looks_at_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(visibility, "fingerprints", None)
-    visibility.require_same_view("/nowhere")
+    nowhere = OpenCheckpoint(Directory("/nowhere"))
+    assert visibility.view_of(nowhere) is None
+    visibility.wait_for_view(nowhere, None)
