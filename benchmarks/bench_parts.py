@@ -94,13 +94,20 @@ def test_copy(benchmark: Any, block: torch.Tensor, function: str) -> None:
 def test_write(benchmark: Any, block: torch.Tensor, in_memory: Path, function: str) -> None:
     """One file without streams or patches, as native.write_files sees it; pwrite is the limit."""
     threads = settings.io_threads()
-    column = [array("q", [value]) for value in (0, 0, block.nbytes, block.data_ptr(), 0)]
+    piece = dict(
+        zip(
+            ("piece_file", "piece_offset", "piece_nbytes", "piece_address", "piece_digest"),
+            (array("q", [value]) for value in (0, 0, block.nbytes, block.data_ptr(), 0)),
+            strict=True,
+        )
+    )
     none = array("q")
     path = str(in_memory / "file")
     work = {
         "write_files": lambda: native.write_files(
-            [path], array("q", [block.nbytes]), *column, none, none, none, 1,
-            threads, settings.chunk_bytes(), False, False,
+            [path], file_nbytes=array("q", [block.nbytes]), **piece,
+            patch_file=none, patch_offset=none, patch_digest=none, digest_count=1,
+            threads=threads, chunk_bytes=settings.chunk_bytes(), direct=False, fsync=False,
         ),
         "pwrite": limits.buffered_writer(in_memory / "raw", [block], limits.Threads(threads)),
     }  # fmt: skip
@@ -125,14 +132,21 @@ def test_read(benchmark: Any, block: torch.Tensor, in_memory: Path, function: st
     none = array("q")
 
     def read(*ranges: Any) -> None:
+        file, offset, nbytes = place
+        range_file, range_offset, range_nbytes, range_block = ranges
         native.read_extents(
             [str(in_memory / "file")],
-            *place,
-            array("q", [into.data_ptr()]),
-            *ranges,
-            threads,
-            settings.chunk_bytes(),
-            False,
+            extent_file=file,
+            extent_offset=offset,
+            extent_nbytes=nbytes,
+            extent_address=array("q", [into.data_ptr()]),
+            range_file=range_file,
+            range_offset=range_offset,
+            range_nbytes=range_nbytes,
+            range_block=range_block,
+            threads=threads,
+            chunk_bytes=settings.chunk_bytes(),
+            direct=False,
         )
 
     work = {

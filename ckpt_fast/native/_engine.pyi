@@ -59,6 +59,7 @@ class Progress:
 
 def write_files(
     paths: Sequence[str],
+    *,
     file_nbytes: array[int],
     piece_file: array[int],
     piece_offset: array[int],
@@ -102,6 +103,7 @@ def write_files(
 
 def read_extents(
     paths: Sequence[str],
+    *,
     extent_file: array[int],
     extent_offset: array[int],
     extent_nbytes: array[int],

@@ -80,6 +80,21 @@ class WriteProgram:
             self.patch_offset.append(tail_offset + crc_offset)
             self.patch_digest.append(digest)
 
+    def columns(self) -> dict[str, Any]:
+        """The columns by the names that ``native.write_files`` has for them."""
+        return {
+            "file_nbytes": self.file_nbytes,
+            "piece_file": self.piece_file,
+            "piece_offset": self.piece_offset,
+            "piece_nbytes": self.piece_nbytes,
+            "piece_address": self.piece_address,
+            "piece_digest": self.piece_digest,
+            "patch_file": self.patch_file,
+            "patch_offset": self.patch_offset,
+            "patch_digest": self.patch_digest,
+            "digest_count": self.digest_count,
+        }
+
     @property
     def digest_count(self) -> int:
         """How many digests there are: one for the payload of each item."""

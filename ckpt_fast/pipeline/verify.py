@@ -100,19 +100,23 @@ def _content_damage(directory: str, record: FileRecord) -> str | None:
     crc, zero = 0, array("q", [0])
     for offset in range(0, record.nbytes, _WINDOW):
         nbytes = min(_WINDOW, record.nbytes - offset)
-        place = (zero, array("q", [offset]), array("q", [nbytes]))
+        at, length = array("q", [offset]), array("q", [nbytes])
         try:
             progress = native.Progress()
             read = functools.partial(
                 native.read_extents,
                 [path],
-                *place,
-                array("q", [window.data_ptr()]),
-                *place,
-                array("q", [nbytes]),
-                settings.io_threads(),
-                settings.chunk_bytes(),
-                False,
+                extent_file=zero,
+                extent_offset=at,
+                extent_nbytes=length,
+                extent_address=array("q", [window.data_ptr()]),
+                range_file=zero,
+                range_offset=at,
+                range_nbytes=length,
+                range_block=length,
+                threads=settings.io_threads(),
+                chunk_bytes=settings.chunk_bytes(),
+                direct=False,
                 progress=progress,
             )
             found = interruptibly(read, progress.stop)

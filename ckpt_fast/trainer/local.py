@@ -7,8 +7,11 @@ import os
 from typing import Any
 
 from ckpt_fast import megatron
+from ckpt_fast.pipeline.group import ControlGroup
 from ckpt_fast.trainer.paths import ensure_directory_exists
 from ckpt_fast.trainer.ranks import barrier_if_distributed, print_rank_0
+
+_STRUCTURE = "local_checkpoint_structure"
 
 
 def save_local(
@@ -28,7 +31,7 @@ def save_local(
     ckpt_cfg = state.cfg.checkpoint
     print_rank_0("WARNING: Local checkpointing does not support nvidia_modelopt.")
     tensor_aware_state_dict = megatron.import_tensor_aware_state_dict()
-    cached = context.get("local_checkpoint_cache") if ckpt_cfg.ckpt_assume_constant_structure else None
+    cached = _known_distribution(state_dict, context) if ckpt_cfg.ckpt_assume_constant_structure else None
     local_state_dict, context["local_checkpoint_cache"] = tensor_aware_state_dict.from_state_dict(
         state_dict,
         algo=ckpt_cfg.non_persistent_local_ckpt_algo,
@@ -41,6 +44,24 @@ def save_local(
     if not ckpt_cfg.async_save:
         barrier_if_distributed()
     return request
+
+
+def _known_distribution(state_dict: dict[str, Any], context: dict[str, Any]) -> Any:
+    """Collective. Which rank keeps what, as at the last save; None if the structure changed on any rank."""
+    structure = [
+        (
+            entry.key,
+            entry.replica_id,
+            getattr(entry, "global_shape", None),
+            getattr(entry, "global_offset", None),
+            getattr(entry.data, "shape", None),
+            getattr(entry.data, "dtype", None),
+        )
+        for entry in megatron.nested_values(state_dict)
+        if isinstance(entry, (megatron.ShardedTensor, megatron.ShardedTensorFactory, megatron.ShardedObject))
+    ]
+    before, context[_STRUCTURE] = context.get(_STRUCTURE), structure
+    return context.get("local_checkpoint_cache") if ControlGroup().all_true(structure == before) else None
 
 
 def load_local(

@@ -5,6 +5,7 @@
 
 #include <unistd.h>
 
+#include <deque>
 #include <exception>
 #include <optional>
 #include <string>
@@ -41,6 +42,15 @@ class ColumnArgument {
 
  private:
   py::buffer_info info_;
+};
+
+/// The columns of one call, by name.
+class ColumnArguments {
+ public:
+  Column hold(const py::buffer& buffer, const char* name) { return held_.emplace_back(buffer, name); }
+
+ private:
+  std::deque<ColumnArgument> held_;
 };
 
 std::vector<std::string> encode_paths(const py::sequence& paths) {
@@ -140,14 +150,25 @@ py::tuple write_files_from(const py::sequence& paths, const py::buffer& file_nby
                            const py::buffer& patch_offset, const py::buffer& patch_digest,
                            int64_t digest_count, int threads, int64_t chunk_bytes, bool direct, bool fsync,
                            Progress* progress, int64_t block_bytes) {
-  const ColumnArgument columns[] = {
-      {file_nbytes, "file_nbytes"},   {piece_file, "piece_file"},       {piece_offset, "piece_offset"},
-      {piece_nbytes, "piece_nbytes"}, {piece_address, "piece_address"}, {piece_digest, "piece_digest"},
-      {patch_file, "patch_file"},     {patch_offset, "patch_offset"},   {patch_digest, "patch_digest"}};
-  const WriteRequest request{
-      encode_paths(paths), columns[0], columns[1], columns[2], columns[3],   columns[4],
-      columns[5],          columns[6], columns[7], columns[8], digest_count, threads,
-      chunk_bytes,         direct,     fsync,      progress,   block_bytes};
+  ColumnArguments columns;
+  WriteRequest request;
+  request.paths = encode_paths(paths);
+  request.file_nbytes = columns.hold(file_nbytes, "file_nbytes");
+  request.piece_file = columns.hold(piece_file, "piece_file");
+  request.piece_offset = columns.hold(piece_offset, "piece_offset");
+  request.piece_nbytes = columns.hold(piece_nbytes, "piece_nbytes");
+  request.piece_address = columns.hold(piece_address, "piece_address");
+  request.piece_digest = columns.hold(piece_digest, "piece_digest");
+  request.patch_file = columns.hold(patch_file, "patch_file");
+  request.patch_offset = columns.hold(patch_offset, "patch_offset");
+  request.patch_digest = columns.hold(patch_digest, "patch_digest");
+  request.digest_count = digest_count;
+  request.threads = threads;
+  request.chunk_nbytes = chunk_bytes;
+  request.direct = direct;
+  request.fsync = fsync;
+  request.progress = progress;
+  request.block_nbytes = block_bytes;
   const WriteResult result = without_gil([&] { return write_files(request); });
   return py::make_tuple(result.stream_crcs, result.file_crcs, as_bytes(result.block_crcs));
 }
@@ -158,13 +179,21 @@ py::bytes read_extents_into(const py::sequence& paths, const py::buffer& extent_
                             const py::buffer& range_offset, const py::buffer& range_nbytes,
                             const py::buffer& range_block, int threads, int64_t chunk_bytes, bool direct,
                             Progress* progress) {
-  const ColumnArgument columns[] = {{extent_file, "extent_file"},     {extent_offset, "extent_offset"},
-                                    {extent_nbytes, "extent_nbytes"}, {extent_address, "extent_address"},
-                                    {range_file, "range_file"},       {range_offset, "range_offset"},
-                                    {range_nbytes, "range_nbytes"},   {range_block, "range_block"}};
-  const ReadRequest request{encode_paths(paths), columns[0], columns[1], columns[2], columns[3],
-                            columns[4],          columns[5], columns[6], columns[7], threads,
-                            chunk_bytes,         direct,     progress};
+  ColumnArguments columns;
+  ReadRequest request;
+  request.paths = encode_paths(paths);
+  request.extent_file = columns.hold(extent_file, "extent_file");
+  request.extent_offset = columns.hold(extent_offset, "extent_offset");
+  request.extent_nbytes = columns.hold(extent_nbytes, "extent_nbytes");
+  request.extent_address = columns.hold(extent_address, "extent_address");
+  request.range_file = columns.hold(range_file, "range_file");
+  request.range_offset = columns.hold(range_offset, "range_offset");
+  request.range_nbytes = columns.hold(range_nbytes, "range_nbytes");
+  request.range_block = columns.hold(range_block, "range_block");
+  request.threads = threads;
+  request.chunk_nbytes = chunk_bytes;
+  request.direct = direct;
+  request.progress = progress;
   return as_bytes(without_gil([&] { return read_extents(request); }));
 }
 
@@ -206,12 +235,12 @@ PYBIND11_MODULE(_engine, m) {
       .def("stop", &Progress::stop)
       .def("begin_rename", &Progress::begin_rename)
       .def("end_rename", &Progress::end_rename);
-  m.def("write_files", write_files_from, py::arg("paths"), py::arg("file_nbytes"), py::arg("piece_file"),
+  m.def("write_files", write_files_from, py::arg("paths"), py::kw_only(), py::arg("file_nbytes"), py::arg("piece_file"),
         py::arg("piece_offset"), py::arg("piece_nbytes"), py::arg("piece_address"), py::arg("piece_digest"),
         py::arg("patch_file"), py::arg("patch_offset"), py::arg("patch_digest"), py::arg("digest_count"),
         py::arg("threads"), py::arg("chunk_bytes"), py::arg("direct"), py::arg("fsync"),
         py::arg("progress") = nullptr, py::arg("block_bytes") = 0);
-  m.def("read_extents", read_extents_into, py::arg("paths"), py::arg("extent_file"), py::arg("extent_offset"),
+  m.def("read_extents", read_extents_into, py::arg("paths"), py::kw_only(), py::arg("extent_file"), py::arg("extent_offset"),
         py::arg("extent_nbytes"), py::arg("extent_address"), py::arg("range_file"), py::arg("range_offset"),
         py::arg("range_nbytes"), py::arg("range_block"), py::arg("threads"), py::arg("chunk_bytes"),
         py::arg("direct"), py::arg("progress") = nullptr);

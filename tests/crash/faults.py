@@ -37,7 +37,7 @@ class Faults:
             "replace": os.replace,
             "unlink": os.unlink,
             "fsync": lambda _: None,
-            "write_files": lambda *arguments, **options: write_files(*arguments[:-1], False, **options),
+            "write_files": lambda *paths, **columns: write_files(*paths, **{**columns, "fsync": False}),
         }
         with contextlib.ExitStack() as stack:
             for name, original in originals.items():

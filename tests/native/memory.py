@@ -7,8 +7,10 @@ import ctypes
 import random
 import zlib
 from array import array
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ckpt_fast import native
 
@@ -38,6 +40,17 @@ class Memory:
 
 def noise(nbytes: int, seed: int = 0) -> bytes:
     return random.Random(seed).randbytes(nbytes)
+
+
+PIECE = ("piece_file", "piece_offset", "piece_nbytes", "piece_address", "piece_digest")
+PATCH = ("patch_file", "patch_offset", "patch_digest")
+EXTENT = ("extent_file", "extent_offset", "extent_nbytes", "extent_address")
+RANGE = ("range_file", "range_offset", "range_nbytes", "range_block")
+
+
+def named(names: Sequence[str], columns: Iterable[Any]) -> dict[str, Any]:
+    """Columns by their names."""
+    return dict(zip(names, columns, strict=True))
 
 
 def column(*values: int) -> array[int]:
@@ -92,16 +105,16 @@ class WriteCase:
         patches = [column(*values) for values in zip(*self.patches, strict=True)] or [column()] * 3
         return native.write_files(
             self.paths(),
-            column(*map(len, self.images)),
-            *pieces,
-            *patches,
-            self.digest_count(),
-            threads,
-            chunk_bytes,
-            direct,
-            fsync,
-            progress,
-            block_bytes,
+            file_nbytes=column(*map(len, self.images)),
+            **named(PIECE, pieces),
+            **named(PATCH, patches),
+            digest_count=self.digest_count(),
+            threads=threads,
+            chunk_bytes=chunk_bytes,
+            direct=direct,
+            fsync=fsync,
+            progress=progress,
+            block_bytes=block_bytes,
         )
 
     def digest_count(self) -> int:

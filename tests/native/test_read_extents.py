@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ckpt_fast import native
-from tests.native.memory import Memory, column, noise
+from tests.native.memory import EXTENT, RANGE, Memory, column, named, noise
 
 FILES = [noise(700_001, seed=1), noise(4096, seed=2), b"", noise(300_000, seed=3)]
 
@@ -40,7 +40,14 @@ def read(paths, rows, ranges=(), threads=2, chunk_bytes=4096, direct=False):
     columns = [column(*values) for values in zip(*rows, strict=True)] or [column()] * 3
     addresses = column(*(m.address for m in memory))
     checks = [column(*values) for values in zip(*ranges, strict=True)] or [column()] * 4
-    crcs = native.read_extents(paths, *columns, addresses, *checks, threads, chunk_bytes, direct)
+    crcs = native.read_extents(
+        paths,
+        **named(EXTENT, [*columns, addresses]),
+        **named(RANGE, checks),
+        threads=threads,
+        chunk_bytes=chunk_bytes,
+        direct=direct,
+    )
     return [m.content() for m in memory], list(memoryview(crcs).cast("q"))
 
 
@@ -166,7 +173,12 @@ def test_length_that_no_file_has_is_refused_at_once(native_impl, paths, offset, 
     """Looked up in the file before anything is planned for it."""
     with pytest.raises(OSError, match=rf"read {nbytes} bytes at {offset} from .*: file ends at 4096"):
         native.read_extents(
-            paths, column(1), column(offset), column(nbytes), column(8), *[column()] * 4, 1, 4096, direct
+            paths,
+            **named(EXTENT, [column(1), column(offset), column(nbytes), column(8)]),
+            **named(RANGE, [column()] * 4),
+            threads=1,
+            chunk_bytes=4096,
+            direct=direct,
         )
 
 

@@ -9,12 +9,14 @@ import os
 import re
 import resource
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 
 from ckpt_fast import native
-from tests.native.memory import WriteCase, column, noise
+from tests.native.memory import EXTENT, PATCH, PIECE, RANGE, WriteCase, column, named, noise
 
+HOW: dict[str, Any] = {"threads": 2, "chunk_bytes": 4096, "direct": False}
 GOOD = {
     "paths": ["a", "b"],
     "file_nbytes": column(100, 50),
@@ -95,7 +97,9 @@ def test_bad_write_requests(native_impl, tmp_path, monkeypatch, change, message)
 def test_bad_read_requests(native_impl, row, message) -> None:
     file, offset, nbytes = (column(value) for value in row)
     with pytest.raises(ValueError, match=re.escape(message)):
-        native.read_extents(["a"], file, offset, nbytes, column(0), *[column()] * 4, 2, 4096, False)
+        native.read_extents(
+            ["a"], **named(EXTENT, [file, offset, nbytes, column(0)]), **named(RANGE, [column()] * 4), **HOW
+        )
 
 
 @pytest.mark.parametrize(
@@ -110,7 +114,7 @@ def test_bad_read_requests(native_impl, row, message) -> None:
 def test_bad_checked_ranges(native_impl, rows, message) -> None:
     columns = [column(*values) for values in zip(*rows, strict=True)]
     with pytest.raises(ValueError, match=re.escape(message)):
-        native.read_extents(["a"], *[column(0)] * 4, *columns, 2, 4096, False)
+        native.read_extents(["a"], **named(EXTENT, [column(0)] * 4), **named(RANGE, columns), **HOW)
 
 
 def big_case(directory) -> WriteCase:
@@ -173,7 +177,15 @@ def test_path_is_a_directory(native_impl, tmp_path) -> None:
 def test_name_that_is_not_utf8(native_impl, tmp_path) -> None:
     directory = os.fsdecode(os.fsencode(str(tmp_path)) + b"/\xff")
     with pytest.raises(FileNotFoundError) as caught:
-        native.write_files([directory + "/x"], column(0), *[column()] * 8, 0, 1, 4096, False, False)
+        native.write_files(
+            [directory + "/x"],
+            file_nbytes=column(0),
+            **named(PIECE, [column()] * 5),
+            **named(PATCH, [column()] * 3),
+            digest_count=0,
+            fsync=False,
+            **HOW,
+        )
     assert caught.value.filename == directory + "/x"
 
 
@@ -233,10 +245,10 @@ def test_a_read_that_is_stopped(native_impl, tmp_path) -> None:
     case.write()
     into, progress = ctypes.create_string_buffer(100 * 4096), native.Progress()
     rows = [column(0), column(0), column(100 * 4096), column(ctypes.addressof(into))]
-    arguments = (case.paths(), *rows, *[column()] * 4, 2, 4096, False)
-    native.read_extents(*arguments, progress=progress)
+    request = {**named(EXTENT, rows), **named(RANGE, [column()] * 4), **HOW, "progress": progress}
+    native.read_extents(case.paths(), **request)
     assert progress.nbytes == 100 * 4096
     progress.stop()
     with pytest.raises(OSError, match=r"read .*file0: Operation canceled") as caught:
-        native.read_extents(*arguments, progress=progress)
+        native.read_extents(case.paths(), **request)
     assert caught.value.errno == errno.ECANCELED

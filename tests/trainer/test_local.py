@@ -71,3 +71,42 @@ def test_recovery_from_local_files(
         assert found == {"result": (2, FLOPS + 1), "wrong": [], "persistent": ([1], (1, 1))}
     found = {os.path.relpath(directory, local) for directory, _, names in os.walk(local) if names}
     assert found == {f"{rank}/iter_0000002_{rank}_local" for rank in range(2)}
+
+
+def save_before_and_after_a_change(_rank: int, root: str, local: str) -> tuple[tuple[int, int], list[str]]:
+    """Local checkpoints of steps 1 and 2 with constant structure, though a parameter's type changes."""
+    config = {
+        "non_persistent_ckpt_type": "local",
+        "non_persistent_local_ckpt_dir": local,
+        "non_persistent_local_ckpt_algo": "fully_parallel",
+        "ckpt_assume_constant_structure": True,
+        "save_optim": False,
+        "load_optim": False,
+    }
+
+    def widen(run: Run) -> None:
+        for name, parameter in run.model[0].named_parameters():
+            if name.endswith("final_layernorm.weight"):
+                parameter.data = parameter.data.double()
+
+    setup = Setup()
+    with megatron_on_cpu(), Run(setup, save=root, **config) as run:
+        context = init_checkpointing_context(run.checkpoint)
+        run.train(1)
+        run.save(checkpointing_context=context, non_persistent_ckpt=True)
+        run.train(1)
+        widen(run)
+        run.save(checkpointing_context=context, non_persistent_ckpt=True)
+        expected = run.fingerprint()
+    with megatron_on_cpu(), Run(other(setup), save=root, load=root, **config) as run:
+        widen(run)
+        result = run.load(checkpointing_context=init_checkpointing_context(run.checkpoint))
+        wrong = [name for name in differences(expected, run.fingerprint()) if name.startswith("model")]
+    return result, wrong
+
+
+def test_a_structure_that_changes_though_it_is_said_not_to(tmp_path: Path) -> None:
+    for found in run_ranks(
+        save_before_and_after_a_change, 2, str(tmp_path / "root"), str(tmp_path / "local")
+    ):
+        assert found == ((2, FLOPS), [])
