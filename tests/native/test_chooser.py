@@ -60,7 +60,7 @@ def test_unknown_names_are_attribute_errors() -> None:
 def test_all_three_declare_the_same_arguments() -> None:
     stub = Path(inspect.getfile(native)).with_name("_engine.pyi").read_text(encoding="utf-8")
     declared = {
-        node.name: [argument.arg for argument in node.args.args]
+        node.name: [argument.arg for argument in (*node.args.args, *node.args.kwonlyargs)]
         for node in ast.parse(stub).body
         if isinstance(node, ast.FunctionDef)
     }
