@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import random
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -11,10 +12,12 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint import FileSystemReader
 
+from ckpt_fast import resume_dataloader
 from tests.helpers import run_ranks
-from tests.models import Run, Setup, differences, other
-from tests.trainer.runs import saved_fingerprint
+from tests.models import FLOPS, Run, Setup, differences, other, seed_everything
+from tests.trainer.runs import Loader, iterator, saved_fingerprint
 
 Outcome = Literal["right", "older", "scratch", "error", "WRONG"]
 
@@ -54,9 +57,14 @@ def inflict(root: str, damage: Damage) -> None:
 
 
 def files_of(root: str, step: int) -> list[str]:
-    """Names, relative to the root, of all files of an iteration, and of the trackers."""
-    directory = os.path.join(root, f"iter_{step:07d}")
-    inner = [os.path.join(parent, name) for parent, _, names in os.walk(directory) for name in names]
+    """Names, relative to the root, of all files of an iteration and its data loaders, and of the trackers."""
+    directories = [os.path.join(root, parent, f"iter_{step:07d}") for parent in ("", "energon")]
+    inner = [
+        os.path.join(parent, name)
+        for directory in directories
+        for parent, _, names in os.walk(directory)
+        for name in names
+    ]
     trackers = [entry.path for entry in os.scandir(root) if entry.is_file()]
     return sorted(os.path.relpath(path, root) for path in inner + trackers)
 
@@ -64,6 +72,46 @@ def files_of(root: str, step: int) -> list[str]:
 def flips(root: str, name: str, every: int = 1, first: int = 0) -> list[Damage]:
     """Flips of every so many bits of a file."""
     return [Damage("flip", name, bit) for bit in range(first, 8 * os.path.getsize(f"{root}/{name}"), every)]
+
+
+def sampled_flips(root: str, step: int, per_file: int, per_item: int) -> list[Damage]:
+    """Flips of so many bits of every file, and of every item in the data files.
+
+    They are spread over all bytes, the ends of files and items more densely. Equal calls give equal flips.
+    """
+    flips: list[Damage] = []
+    extents = _items(root, step)
+    for name in files_of(root, step):
+        nbytes = os.path.getsize(os.path.join(root, name))
+        parts = [(0, nbytes, per_file)]
+        parts += [(begin, end, per_item) for path, begin, end in extents if path == name]
+        chance = random.Random(f"{name} {per_file} {per_item}")
+        bits = {
+            8 * _position(chance, begin, end, number) + chance.randrange(8)
+            for begin, end, count in parts
+            for number in range(count)
+        }
+        flips += [Damage("flip", name, bit) for bit in sorted(bits)]
+    return flips
+
+
+def _items(root: str, step: int) -> list[tuple[str, int, int]]:
+    """File, begin and end of every item of the data files."""
+    directory = f"iter_{step:07d}"
+    storage = FileSystemReader(os.path.join(root, directory)).read_metadata().storage_data
+    return sorted(
+        {
+            (f"{directory}/{item.relative_path}", item.offset, item.offset + item.length)
+            for item in storage.values()
+        }
+    )
+
+
+def _position(chance: random.Random, begin: int, end: int, number: int) -> int:
+    """By turns: anywhere, among the first and among the last bytes of a range."""
+    edge = min(512, end - begin)
+    low, high = [(begin, end), (begin, begin + edge), (end - edge, end)][number % 3]
+    return chance.randrange(low, high)
 
 
 def whole_file_damages(root: str, step: int, older: int) -> list[Damage]:
@@ -85,18 +133,26 @@ def outcomes(
     steps: tuple[int, int],
     damages: Sequence[Damage],
     config: dict[str, Any] | None = None,
+    resharded: bool = False,
 ) -> list[Case]:
     """On every rank: inflict one damage after the other, each on the sound files, and load.
 
     Args:
+        setup: of the run that loads.
         root: of ``runs.save_steps``, with the fingerprints beside it.
         steps: the newest iteration, and the one that is to be fallen back to.
         config: fields of CheckpointConfig besides ``load``.
+        resharded: the layout is not the one that saved. Expected is what the sound files give then: the
+            ranks that saved had other pieces of it.
     """
-    expected = [saved_fingerprint(root, step, rank) for step in steps]
     cases = []
     with Run(other(setup), load=root, **(config or {})) as run:
         run.train(1)
+        if resharded:
+            expected = [_values_of_sound_files(run, step) for step in steps]
+            assert differences(*expected)
+        else:
+            expected = [saved_fingerprint(root, step, rank) for step in steps]
         for damage in damages:
             path = Path(root, damage.name)
             content = path.read_bytes()
@@ -107,19 +163,39 @@ def outcomes(
     return cases
 
 
-def _load(run: Run, damage: Damage, expected: list[dict[str, Any]]) -> Case:
+def _values_of_sound_files(run: Run, step: int) -> dict[str, Any]:
+    run.checkpoint.ckpt_step = step
+    _scramble(run)
+    context: dict[str, Any] = {}
+    assert run.load(checkpointing_context=context) == (step, FLOPS)
+    run.checkpoint.ckpt_step = None
+    return _found(run, context)
+
+
+def _found(run: Run, context: dict[str, Any]) -> dict[str, Any]:
+    """The fingerprint, and the position in the data that the context leads to."""
+    loader = Loader(-1)
     try:
-        result = run.load()
+        resume_dataloader(run.state, iterator(loader), context)
+        position: Any = loader.position
+    except Exception as error:  # more ranks than saved have no positions
+        position = type(error).__name__
+    return {**run.fingerprint(), "data": position}
+
+
+def _load(run: Run, damage: Damage, expected: list[dict[str, Any]]) -> Case:
+    context: dict[str, Any] = {}
+    try:
+        result = run.load(checkpointing_context=context)
     except (Exception, SystemExit) as error:
         return Case(damage, "error", f"{type(error).__name__}: {error}")
-    found = run.fingerprint()
+    found = _found(run, context) if "data" in expected[0] else run.fingerprint()
     wrong = [differences(values, found) for values in expected]
-    if not wrong[0]:
-        return Case(damage, "right")
-    if not wrong[1]:
-        return Case(damage, "older")
     if result == (0, 0):
         return Case(damage, "scratch")
+    for outcome, values, names in zip(("right", "older"), expected, wrong, strict=True):
+        if not names and result == (values["train_state"]["step"], FLOPS):
+            return Case(damage, outcome)  # type: ignore[arg-type]
     return Case(damage, "WRONG", ", ".join(wrong[0][:5]))
 
 
@@ -130,12 +206,14 @@ def _scramble(run: Run) -> None:
             parameter.fill_(7.0)
         for part in getattr(run.optimizer, "chained_optimizers", [run.optimizer]):
             for group in part.optimizer.param_groups:
+                group["lr"], group["weight_decay"] = 7.0, 7.0
                 for parameter in group["params"]:
                     parameter.fill_(7.0)
                     for value in part.optimizer.state[parameter].values():
                         if isinstance(value, torch.Tensor):
                             value.fill_(7.0)
-    torch.manual_seed(99)
+    run.scheduler.num_steps = 1_000_000
+    seed_everything(99)
     run.state.train_state.step = 1_000_000
     run.state.train_state.consumed_train_samples = 1_000_000
 
@@ -148,11 +226,16 @@ def _on_rank_0(rank: int, action: Any) -> None:
 
 
 def same_on_all(
-    ranks: int, setup: Setup, root: str, steps: tuple[int, int], damages: list[Damage]
+    ranks: int,
+    setup: Setup,
+    root: str,
+    steps: tuple[int, int],
+    damages: list[Damage],
+    resharded: bool = False,
 ) -> list[Case]:
     """``outcomes`` of rank 0; the others have the same."""
     first: list[Case]
-    first, *others = run_ranks(outcomes, ranks, setup, root, steps, damages, timeout_s=3000)
+    first, *others = run_ranks(outcomes, ranks, setup, root, steps, damages, {}, resharded, timeout_s=7000)
     for cases in others:
         assert [case.outcome for case in cases] == [case.outcome for case in first]
     return first

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -23,13 +24,38 @@ class Loaded(NamedTuple):
     kept: set[str]
 
 
-def save_steps(rank: int, setup: Setup, root: str, steps: int, config: dict[str, Any]) -> None:
-    """Train ``steps`` steps and save after each; ``config`` are fields of CheckpointConfig."""
+class Loader:
+    """A data loader that knows its position."""
+
+    def __init__(self, position: int) -> None:
+        self.position = position
+
+    def save_state(self) -> dict[str, int]:
+        return {"position": self.position}
+
+    def restore_state(self, state: dict[str, int]) -> None:
+        self.position = state["position"]
+
+
+def iterator(loader: Any) -> Any:
+    return SimpleNamespace(iterable=loader)
+
+
+def save_steps(
+    rank: int, setup: Setup, root: str, steps: int, config: dict[str, Any], with_data: bool = False
+) -> None:
+    """Train ``steps`` steps and save after each; ``config`` are fields of CheckpointConfig.
+
+    ``with_data``: and the state of a data loader, another one in every step and on every rank; "data" in the
+    fingerprint.
+    """
     with Run(setup, save=root, **config) as run:
         for step in range(1, steps + 1):
             run.train(1)
-            run.save()
-            torch.save(run.fingerprint(), _expected(root, step, rank))
+            loader = Loader(100 * step + rank)
+            run.save(**({"train_data_iterator": iterator(loader)} if with_data else {}))
+            position = {"data": loader.position} if with_data else {}
+            torch.save({**run.fingerprint(), **position}, _expected(root, step, rank))
 
 
 def saved_fingerprint(root: str, step: int, rank: int) -> dict[str, Any]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import pytest
 
@@ -21,7 +22,7 @@ NEWEST = "iter_0000002"
 def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, str]:
     """Number of ranks, and the root of iterations 1 and 2 that they saved."""
     root = str(tmp_path_factory.mktemp("everywhere") / "run")
-    run_ranks(runs.save_steps, request.param, SETUP, root, 2, {})
+    run_ranks(runs.save_steps, request.param, SETUP, root, 2, {}, True)
     return request.param, root
 
 
@@ -30,12 +31,12 @@ def outcomes(saved: tuple[int, str], damages: list[Damage]) -> list[Case]:
 
 
 def names(saved: tuple[int, str]) -> list[str]:
-    return [name for name in damage.files_of(saved[1], 2) if name.startswith(NEWEST)]
+    return [name for name in damage.files_of(saved[1], 2) if NEWEST in name]
 
 
 def test_a_file_that_is_missing_cut_or_of_another_save(saved: tuple[int, str]) -> None:
     assert len(names(saved)) >= 6
-    damages = [each for each in damage.whole_file_damages(saved[1], 2, 1) if each.name.startswith(NEWEST)]
+    damages = [each for each in damage.whole_file_damages(saved[1], 2, 1) if NEWEST in each.name]
     exchanged = [each.name for each in damages if each.kind == "exchange"]
     assert exchanged == names(saved)
     # The seal and what the run looked like are the same in both.
@@ -48,20 +49,17 @@ def test_a_file_that_is_missing_cut_or_of_another_save(saved: tuple[int, str]) -
     assert damage.unwanted(outcomes(saved, equal), "right", "older") == []
 
 
-def sampled(saved: tuple[int, str], per_file: int, first: int = 0) -> list[Damage]:
-    root = saved[1]
-    return [
-        each
-        for name in names(saved)
-        for each in damage.flips(root, name, max(1, 8 * os.path.getsize(f"{root}/{name}") // per_file), first)
-    ]
-
-
 def test_flipped_bits_of_every_file(saved: tuple[int, str]) -> None:
-    assert damage.unwanted(outcomes(saved, sampled(saved, 8, first=5)), "right", "older") == []
+    flips = damage.sampled_flips(saved[1], 2, per_file=6, per_item=0)
+    assert damage.unwanted(outcomes(saved, flips), "right", "older") == []
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
-def test_many_flipped_bits_of_every_file(saved: tuple[int, str]) -> None:
-    assert damage.unwanted(outcomes(saved, sampled(saved, 400)), "right", "older") == []
+def test_many_flipped_bits_of_every_file_and_item(
+    saved: tuple[int, str], record_property: Callable[[str, object], None]
+) -> None:
+    cases = outcomes(saved, damage.sampled_flips(saved[1], 2, per_file=100, per_item=8))
+    record_property("outcomes", damage.count(cases))
+    assert len(cases) > 1000
+    assert damage.unwanted(cases, "right", "older") == []

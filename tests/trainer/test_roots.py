@@ -18,25 +18,9 @@ from ckpt_fast.trainer.paths import settle_directories, settled
 from tests.helpers import RankError, run_ranks
 from tests.models import FLOPS, Run, Setup
 from tests.trainer import runs
+from tests.trainer.runs import Loader, iterator
 
 SETUP = Setup()
-
-
-class Loader:
-    """A data loader that knows its position."""
-
-    def __init__(self, position: int) -> None:
-        self.position = position
-
-    def save_state(self) -> dict[str, int]:
-        return {"position": self.position}
-
-    def restore_state(self, state: dict[str, int]) -> None:
-        self.position = state["position"]
-
-
-def iterator(loader: Any) -> Any:
-    return SimpleNamespace(iterable=loader)
 
 
 def save(rank: int, root: Any) -> None:
