@@ -46,11 +46,15 @@ class LocalSave(Job):
         self._packed: dict[Any, Packed] = outcome.value or {}
         self._error: BaseException | None = outcome.error
         self._thread = Worker("ckpt_fast-local", self.cancel)
-        self._worker.submit(self._write)
-        if when_written is not None:
-            self._worker.submit(when_written)
-        self._worker.close()
-        self.report.stall_s = time.perf_counter() - self._begun
+        try:
+            self._worker.submit(self._write)
+            if when_written is not None:
+                self._worker.submit(when_written)
+            self._worker.close()
+            self.report.stall_s = time.perf_counter() - self._begun
+        except BaseException:
+            self.abandon()
+            raise
 
     @property
     def _worker(self) -> Worker:

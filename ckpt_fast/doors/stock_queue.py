@@ -12,6 +12,7 @@ import contextlib
 import os
 import tempfile
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -52,21 +53,29 @@ def as_request(job: Job, flag: Flag, request_class: Callable[..., Any]) -> Any:
 
     Returns:
         A request whose one finalizer is collective: it publishes the save, or raises AsyncSaveError on every
-        rank if a rank failed. What its owner appends runs behind that.
+        rank if a rank failed. What its owner appends runs behind that. Who drops the request gives the save
+        up.
     """
     handle = SaveHandle(job)
-    handle.start()
 
     def finalize() -> None:
         flag.remove()
         handle.finalize()
 
+    weakref.finalize(finalize, _give_up, handle, flag).atexit = False
+    handle.start()
     return request_class(
         async_fn=wait_until_written,
         async_fn_args=(flag.path, os.getpid()),
         finalize_fns=[finalize],
         async_fn_kwargs={},
     )
+
+
+def _give_up(handle: SaveHandle, flag: Flag) -> None:
+    """Nobody is left who could finalize the save, or it is finalized."""
+    flag.remove()
+    handle.abandon(0.0)
 
 
 def wait_until_written(flag: str, writer: int) -> None:

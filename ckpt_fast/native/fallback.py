@@ -13,13 +13,20 @@ import secrets
 import zlib
 from array import array
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 
 import numpy as np
 
 from ckpt_fast.native import fallback_checks as checks
-from ckpt_fast.native.fallback_files import Progress, memory, named, read_file, require_inside
+from ckpt_fast.native.fallback_files import (
+    Progress,
+    in_threads,
+    memory,
+    named,
+    read_file,
+    require_inside,
+)
 from ckpt_fast.native.fallback_pickle import check_pickle
 
 __all__ = [
@@ -113,24 +120,21 @@ def write_files(
     progress = progress or Progress()
     partials = [_partial_name(file.path) for file in planned]
     try:
-        with ThreadPoolExecutor(threads) as pool:
-            written = [
-                pool.submit(_write_file, file, partial, chunk_bytes, fsync, streams, progress)
-                for file, partial in zip(planned, partials, strict=True)
-            ]
-            try:
-                file_crcs = [future.result() for future in written]
-            finally:
-                for future in written:
-                    future.cancel()
-        for file, partial in zip(planned, partials, strict=True):
-            _publish(partial, file.path, progress)
+        file_crcs = in_threads(
+            [
+                partial(_write_file, file, name, chunk_bytes, fsync, streams, progress)
+                for file, name in zip(planned, partials, strict=True)
+            ],
+            threads,
+        )
+        for file, name in zip(planned, partials, strict=True):
+            _publish(name, file.path, progress)
         blocks = array("I", (crc for stream in streams for crc in stream.blocks))
         return [stream.crc for stream in streams], file_crcs, blocks.tobytes()
     except BaseException:
-        for partial in partials:
+        for name in partials:
             with suppress(OSError):
-                os.unlink(partial)
+                os.unlink(name)
         raise
 
 
@@ -171,13 +175,13 @@ def read_extents(
             status = os.stat(paths[file])
         require_inside(status, paths[file], rows)
     progress = progress or Progress()
-    with ThreadPoolExecutor(threads) as pool:
-        reads = [
-            pool.submit(read_file, paths[file], rows, ranges.get(file, []), crcs, progress)
+    in_threads(
+        [
+            partial(read_file, paths[file], rows, ranges.get(file, []), crcs, progress)
             for file, rows in sorted(extents.items())
-        ]
-        for done in reads:
-            done.result()
+        ],
+        threads,
+    )
     return crcs.tobytes()
 
 

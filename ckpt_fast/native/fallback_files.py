@@ -10,10 +10,14 @@ import stat
 import threading
 import zlib
 from array import array
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 from ckpt_fast.native import fallback_checks as checks
 
 _STEP = 1 << 20
+T = TypeVar("T")
 
 
 class Progress:
@@ -57,6 +61,25 @@ class Progress:
         if self._stopped:
             with named(verb, path):
                 raise OSError(errno.ECANCELED, os.strerror(errno.ECANCELED))
+
+
+def in_threads(calls: Sequence[Callable[[], T]], threads: int) -> list[T]:
+    """The results of independent calls; after an error, which is raised, those not begun are not made.
+
+    While the interpreter ends, other threads of the program still do, and it starts no more: then the calls
+    are made one by one in this thread.
+    """
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            futures = [pool.submit(call) for call in calls[:1]]
+        except RuntimeError:
+            return [call() for call in calls]
+        futures += [pool.submit(call) for call in calls[1:]]
+        try:
+            return [future.result() for future in futures]
+        finally:
+            for future in futures:
+                future.cancel()
 
 
 def memory(address: int, nbytes: int) -> memoryview:

@@ -30,13 +30,13 @@ class SaveHandle:
 
     Attributes:
         report: the save's times and sizes; complete once it is finalized.
-        finalize_fns: run by ``finalize``, the commit first.
+        finalize_fns: run by ``finalize``, behind the commit.
     """
 
     def __init__(self, job: Job) -> None:
         self._job = job
         self.report = job.report
-        self.finalize_fns: list[Callable[[], None]] = [self._commit]
+        self.finalize_fns: list[Callable[[], None]] = []
         self._deadline: float | None = None
         self._outcome: SaveReport | Exception | None = None
 
@@ -107,6 +107,7 @@ class SaveHandle:
         if self in _in_flight:
             _in_flight.remove(self)
         try:
+            self._commit()
             for finalize_fn in self.finalize_fns:
                 finalize_fn()
         except Exception as error:
@@ -148,7 +149,8 @@ class SaveHandle:
         return self._job.failure
 
     def _remaining_s(self) -> float:
-        assert self._deadline is not None, "the save was not started"
+        if self._deadline is None:  # a signal came before it was started
+            self._deadline = time.monotonic() + settings.timeout_s()
         return self._deadline - time.monotonic()
 
     def _commit(self) -> None:
@@ -185,7 +187,12 @@ class SaveQueue:
         index = self._next_index
         self._next_index += 1
         self._scheduled.append((index, async_request))
-        async_request.start()
+        try:
+            async_request.start()
+        except BaseException:
+            self._scheduled.pop()
+            async_request.abandon()
+            raise
         return index
 
     def maybe_finalize_async_calls(self, blocking: bool = False, no_dist: bool = False) -> list[int]:

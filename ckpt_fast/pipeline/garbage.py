@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import gc
 import threading
+import weakref
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
@@ -17,8 +18,15 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _lock = threading.Lock()
-_depth = 0
-_was_enabled = False
+
+
+class _Pause:
+    """One call during which there is no collection."""
+
+
+# By weak reference, and counted by nobody: a signal may keep a call from ending its pause.
+_pauses: weakref.WeakSet[_Pause] = weakref.WeakSet()
+_is_ours = False  # that the collector is off
 
 
 def without_collections(function: Callable[P, T]) -> Callable[P, T]:
@@ -26,27 +34,29 @@ def without_collections(function: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(function)
     def paused(*args: P.args, **kwargs: P.kwargs) -> T:
-        _pause()
+        pause = _Pause()
         try:
+            _begin(pause)
             return function(*args, **kwargs)
         finally:
-            _resume()
+            _end(pause)
 
     return paused
 
 
-def _pause() -> None:
-    global _depth, _was_enabled
+def _begin(pause: _Pause) -> None:
+    global _is_ours
     with _lock:
-        if _depth == 0:
-            _was_enabled = gc.isenabled()
+        _pauses.add(pause)
+        if gc.isenabled():
+            _is_ours = True
             gc.disable()
-        _depth += 1
 
 
-def _resume() -> None:
-    global _depth
+def _end(pause: _Pause) -> None:
+    global _is_ours
     with _lock:
-        _depth -= 1
-        if _depth == 0 and _was_enabled:
+        _pauses.discard(pause)
+        if _is_ours and not _pauses:
             gc.enable()
+            _is_ours = False

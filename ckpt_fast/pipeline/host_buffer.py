@@ -27,6 +27,7 @@ from ckpt_fast.errors import CheckpointError
 logger = logging.getLogger(__name__)
 
 _HUGE_PAGE = 2 << 20
+_LOOK_AGAIN_S = 1.0
 _MADV_WIPEONFORK = 18  # of Linux; Python has no name for it
 
 
@@ -64,7 +65,9 @@ class HostBuffer:
         self.memory = self.slot(0, nbytes)
         if touch:
             self._touch()
-        self._pinned = torch.cuda.is_available() and self._pin()
+        self._unpin: Callable[[], object] | None = None
+        if torch.cuda.is_available():
+            self._pin()
 
     def slot(self, offset: int, nbytes: int) -> torch.Tensor:
         """``nbytes`` from ``offset`` on as a uint8 tensor with a storage of its own.
@@ -111,8 +114,9 @@ class HostBuffer:
             settings.io_threads(),
         )
 
-    def _pin(self) -> bool:
-        code = _cuda_runtime().cudaHostRegister(self.memory.data_ptr(), self.nbytes, 0)
+    def _pin(self) -> None:
+        address = self.memory.data_ptr()
+        code = _cuda_runtime().cudaHostRegister(address, self.nbytes, 0)
         if int(code) != 0:
             logger.warning(
                 "cannot page-lock %d bytes of host memory (CUDA error %s): copies from the GPU will be "
@@ -120,14 +124,14 @@ class HostBuffer:
                 self.nbytes,
                 code,
             )
-            return False
-        return True
+            return
+        self._unpin = unpin = weakref.finalize(self, _cuda_runtime().cudaHostUnregister, address)
+        unpin.atexit = False
 
     def close(self) -> None:
         """Undo the page lock; the memory itself goes with the last tensor that shows it."""
-        if self._pinned:
-            _cuda_runtime().cudaHostUnregister(self.memory.data_ptr())
-            self._pinned = False
+        if self._unpin is not None:
+            self._unpin()
 
 
 def _cuda_runtime() -> Any:
@@ -137,15 +141,26 @@ def _cuda_runtime() -> Any:
 class HostBufferPool:
     """The process's host buffers. Thread-safe.
 
-    A buffer is taken for the bytes of one wave of a save and given back when they are written.
+    A buffer is taken for the bytes of one wave of a save and given back when they are written. One that is
+    dropped instead, as a signal's handler that raises between two instructions may have it, is no longer in
+    use either.
     """
 
     def __init__(self) -> None:
-        self._changed = threading.Condition()
+        # Entered by itself: a signal that comes while a Condition is entered leaves it locked.
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._idle: list[HostBuffer] = []
+        self._in_use: weakref.WeakSet[HostBuffer] = weakref.WeakSet()
         # Filled at any moment, even by a destructor that runs while this thread holds the lock.
         self._returned: deque[tuple[HostBuffer, bool]] = deque()
-        self._used_nbytes = 0
+
+    @property
+    def used_nbytes(self) -> int:
+        """Bytes of the buffers that are in use."""
+        with self._lock:
+            self._collect()
+            return self._sum_used()
 
     def take(
         self, nbytes: int, bound: int | None = None, at_least: int = 0, wait_s: float | None = None
@@ -162,15 +177,17 @@ class HostBufferPool:
             CheckpointError: the memory cannot be had, or none was given back in time.
         """
         deadline = time.monotonic() + (settings.timeout_s() if wait_s is None else wait_s)
-        with self._changed:
+        with self._lock:
             while (buffer := self._find(nbytes, bound, at_least)) is None:
-                if not self._changed.wait(deadline - time.monotonic()):
+                left = deadline - time.monotonic()
+                # Nobody is told of a buffer that was dropped.
+                if not self._changed.wait(min(left, _LOOK_AGAIN_S)) and left <= _LOOK_AGAIN_S:
                     raise CheckpointError(
-                        f"{nbytes} bytes of host memory are needed, but other saves hold {self._used_nbytes} "
+                        f"{nbytes} bytes of host memory are needed, but other saves hold {self._sum_used()} "
                         f"of the {bound} that CKPT_FAST_HOST_BUFFER allows. Wait for the save before to end "
                         "(and drop what it returned if it failed), or raise the bound."
                     )
-            self._used_nbytes += buffer.nbytes
+            self._in_use.add(buffer)
             return buffer
 
     def reserve(self, nbytes: int) -> threading.Thread:
@@ -185,8 +202,6 @@ class HostBufferPool:
             except CheckpointError:
                 logger.warning("no host memory was reserved", exc_info=True)
                 return
-            with self._changed:
-                self._used_nbytes += nbytes
             self.give_back(buffer)
 
         thread = threading.Thread(target=make, name="ckpt_fast-reserve", daemon=True)
@@ -196,13 +211,14 @@ class HostBufferPool:
     def give_back(self, buffer: HostBuffer, keep: bool = True) -> None:
         """Keep the buffer for the next save, or let it go; the caller no longer touches it."""
         self._returned.append((buffer, keep))
-        with self._changed:
+        with self._lock:
             self._changed.notify_all()
 
     def _find(self, nbytes: int, bound: int | None, at_least: int) -> HostBuffer | None:
         """The smallest idle buffer that suffices, else a new one; None while the bound forbids both."""
         self._collect()
-        room = None if bound is None or not self._used_nbytes else bound - self._used_nbytes
+        used = self._sum_used()
+        room = None if bound is None or not used else bound - used
         fitting = [
             buffer
             for buffer in self._idle
@@ -224,12 +240,15 @@ class HostBufferPool:
     def _collect(self) -> None:
         while self._returned:
             buffer, keep = self._returned.popleft()
-            self._used_nbytes -= buffer.nbytes
+            self._in_use.discard(buffer)
             if keep:
                 buffer.is_new = False
                 self._idle.append(buffer)
             else:
                 buffer.close()
+
+    def _sum_used(self) -> int:
+        return sum(buffer.nbytes for buffer in self._in_use)
 
 
 host_buffers = HostBufferPool()

@@ -15,6 +15,7 @@ import time
 import weakref
 from typing import Protocol
 
+from ckpt_fast import native
 from ckpt_fast.errors import CheckpointWriteError
 
 logger = logging.getLogger(__name__)
@@ -27,6 +28,29 @@ class Owner(Protocol):
 
     def is_over(self) -> bool:
         """Whether it neither will be published any more nor can still give a file its name."""
+
+
+class Hold:
+    """A save's hold on its directory.
+
+    Attributes:
+        progress: of its writing; None until there is one.
+    """
+
+    def __init__(self) -> None:
+        self.progress: native.Progress | None = None
+        self._let_go = False
+
+    def let_go(self) -> None:
+        """The save has ended, in whatever way."""
+        self._let_go = True
+
+    def is_over(self) -> bool:
+        """See ``Owner``."""
+        progress = self.progress
+        if progress is None:
+            return self._let_go
+        return (self._let_go or progress.stopped) and not progress.renaming
 
 
 _lock = threading.Lock()

@@ -8,6 +8,7 @@ import functools
 import logging
 import os
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -22,6 +23,7 @@ from ckpt_fast.pipeline.files import Claim, Directory, Files
 from ckpt_fast.pipeline.group import ControlGroup, Outcome
 from ckpt_fast.pipeline.job import Job
 from ckpt_fast.pipeline.manifest import Manifest, new_save_id
+from ckpt_fast.pipeline.owners import Hold
 from ckpt_fast.pipeline.plan import file_prefix
 from ckpt_fast.pipeline.save_parts import Completion, SaveOptions, Share
 from ckpt_fast.pipeline.types import FileRecord, RankRecord, SaveReport, shard_nbytes
@@ -65,11 +67,11 @@ class Save(Job):
         self._share: Share | None = None
         self._files: Files = Directory(self.directory)
         self._waves_or_none: Waves | None = None
-        self._is_over = False
+        self._hold = Hold()
         self._nbytes = 0
         self._planner_data: Mapping[str, Any] | None = None
         self._common_files: Mapping[str, bytes] = {}
-        self._beside: Sequence[FileRecord] = ()
+        self._beside: list[FileRecord] = []
         self._written: Outcome[RankRecord] | None = None
         self._started = time.perf_counter()
 
@@ -116,14 +118,8 @@ class Save(Job):
     def abandon(self, wait_s: float = LEAVE_S) -> bool:
         """Local. Give the save up without the other ranks; returns whether nothing of it is under way."""
         ended = self._waves_or_none is None or self._waves.abandon(wait_s)
-        self._is_over = True
+        self._hold.let_go()
         return ended
-
-    def is_over(self) -> bool:
-        """Whether this will not be published any more, and gives no file its name."""
-        waves = self._waves_or_none
-        stopped = waves is not None and waves.progress.stopped
-        return (self._is_over or stopped) and not (waves is not None and waves.progress.renaming)
 
     def write(self, timeout_s: float | None = None) -> None:
         """Local. Return when this rank's files are written; ``commit`` raises what went wrong, everywhere.
@@ -145,7 +141,7 @@ class Save(Job):
         with self.report.timed("commit"), self._abandoned_if_left():
             outcomes = self._group.gather(self._written)
             self._group.decide(lambda: self._publish(outcomes), outcomes)
-        self._is_over = True
+        self._hold.let_go()
         self.report.seconds = time.perf_counter() - self._started
         if not self._options.snapshot:
             self.report.stall_s = self.report.seconds
@@ -185,7 +181,10 @@ class Save(Job):
             files=self._files,
             settings=chosen,
         )
-        owners.occupy(self.directory, self)
+        self._hold.progress = self._waves.progress
+        # Nobody could commit it any more: the thread, which knows nothing of this object, is to stop.
+        weakref.finalize(self, self._waves.cancel).atexit = False
+        owners.occupy(self.directory, self._hold)
         return self._files.claim(sum(map(shard_nbytes, self._share.shards)))
 
     def _prepare(self) -> None:
@@ -221,25 +220,26 @@ class Save(Job):
         assert share is not None
         self._planner_data = share.planner_data
         self._common_files = share.common_files if self._group.is_coordinator else {}
+        # The thread knows nothing of this object, nor of the shards beyond their wave.
+        files, common, beside, waves = self._files, self._common_files, self._beside, self._waves
+        write_beside = share.write_beside
         try:
             self._nbytes = sum(map(shard_nbytes, share.shards))
-            self._waves.stage(share.shards)
-            self._waves.then(lambda: self._files.publish(self._common_files, self._waves.progress))
-            self._waves.then(functools.partial(self._write_beside, share.write_beside))
+            waves.stage(share.shards)
+            waves.then(lambda: files.publish(common, waves.progress))
+            waves.then(lambda: beside.extend(write_beside()))
         finally:
-            self._waves.at_end(self._end_writing)
-            self._waves.close()
-
-    def _write_beside(self, write: Callable[[], Sequence[FileRecord]]) -> None:
-        self._beside = write()
-
-    def _end_writing(self) -> None:
-        """In the writing thread, which so keeps this object, and with it the directory, to its end."""
-        self._files.close()
-        error = self._waves.error
-        if self._options.snapshot and error is not None and not self._waves.progress.stopped:
-            untold.report(self.directory, error)
-        self._options.when_written()
+            waves.at_end(
+                functools.partial(
+                    _end_writing,
+                    files,
+                    waves,
+                    self._hold,
+                    self.directory if self._options.snapshot else None,
+                    self._options.when_written,
+                )
+            )
+            waves.close()
 
     def _finish_writing(self, timeout_s: float | None) -> RankRecord:
         record = self._waves.finish(timeout_s)
@@ -278,3 +278,17 @@ class Save(Job):
                 "object storage.",
                 filename=path,
             )
+
+
+def _end_writing(
+    files: Files,
+    waves: Waves,
+    _hold: Hold,
+    in_background: str | None,
+    when_written: Callable[[], None],
+) -> None:
+    """In the writing thread, which so keeps the hold on the directory to its end."""
+    files.close()
+    if in_background is not None and waves.error is not None and not waves.progress.stopped:
+        untold.report(in_background, waves.error)
+    when_written()

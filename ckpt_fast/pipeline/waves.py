@@ -150,7 +150,7 @@ class Waves:
         ``progress.renaming``.
         """
         ended = self.worker.abandon(wait_s)
-        if not ended:
+        if not ended and wait_s:
             logger.error(
                 "the save to %s is given up, but its thread still waits for the file system, which hangs. "
                 "Nothing of the save will appear.",

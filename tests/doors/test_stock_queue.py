@@ -109,6 +109,26 @@ def test_stock_queues_publish_what_we_write(tmp_path: Path, kind: str, world_siz
     assert torch.unique(loaded["w"]).tolist() == [20.0 + rank for rank in range(world_size)]
 
 
+def drop_and_save_again(rank: int, directory: str) -> float:
+    """What a signal between the call and the queue does: the request is gone."""
+    with megatron_on_cpu():
+        request = start_save(sharded(rank, 1, torch.ones(ROWS, 50)), directory, "mcore")
+        flag = request.async_fn_args[0]
+        del request
+        assert not os.path.exists(flag)
+        queue = AsyncCallsQueue()
+        queue.schedule_async_request(
+            start_save(sharded(rank, 1, torch.full((ROWS, 50), 2.0)), directory, "mcore")
+        )
+        queue.close()
+    loaded = megatron_core.load(sharded(0, 1, torch.zeros(ROWS, 50)), directory)
+    return float(loaded["w"].unique())
+
+
+def test_a_request_that_is_dropped_is_given_up(tmp_path: Path) -> None:
+    assert run_ranks(drop_and_save_again, 1, str(tmp_path)) == [2.0]
+
+
 def test_no_rank_publishes_what_another_did_not_write(tmp_path: Path) -> None:
     """Megatron-Core's metadata.json would come next."""
     answers = run_ranks(save_on_a_full_disk, 2, str(tmp_path), fresh=True)

@@ -126,18 +126,32 @@ def test_bound_makes_wait() -> None:
 
 def test_bound_has_room_for_two() -> None:
     pool = HostBufferPool()
-    assert [pool.take(50, bound=100, wait_s=0).nbytes for _ in range(2)] == [50, 50]
+    buffers = [pool.take(50, bound=100, wait_s=0) for _ in range(2)]
+    assert [buffer.nbytes for buffer in buffers] == [50, 50]
     with pytest.raises(CheckpointError, match="hold 100 of the 100 that CKPT_FAST_HOST_BUFFER allows"):
         pool.take(1, bound=100, wait_s=0)
 
 
 def test_waiting_ends_with_an_error() -> None:
     pool = HostBufferPool()
-    pool.take(100, bound=100)
+    held = pool.take(100, bound=100)
     begin = time.monotonic()
     with pytest.raises(CheckpointError, match="Wait for the save before"):
         pool.take(1, bound=100, wait_s=0.1)
     assert 0.1 <= time.monotonic() - begin < 2
+    pool.give_back(held)
+
+
+def test_what_is_dropped_is_in_use_no_longer() -> None:
+    """As after a signal whose handler raises between taking a buffer and keeping it."""
+    pool = HostBufferPool()
+    pool.take(100, bound=100)
+    assert pool.used_nbytes == 0
+    held = pool.take(100, bound=100, wait_s=0)
+    with ThreadPoolExecutor(1) as executor:
+        waiting = executor.submit(pool.take, 50, 100, 0, 20.0)
+        del held
+        assert waiting.result().nbytes == 50
 
 
 def test_more_than_the_bound_waits_for_all_others() -> None:

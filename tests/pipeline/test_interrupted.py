@@ -87,8 +87,11 @@ def test_a_failure_that_nobody_asks_for_is_said_twice(slow_disk: Path, tmp_path:
     assert f"this process ends, and its save to {tmp_path}/checkpoint had failed: Checkpoint" in errors
 
 
-def test_a_save_of_torchs_that_nobody_waits_for_is_finished_at_exit(slow_disk: Path, tmp_path: Path) -> None:
-    run(slow_disk, "one_save_of_torchs", tmp_path / "checkpoint")
+@pytest.mark.parametrize("native", ["1", "0"])
+def test_a_save_of_torchs_that_nobody_waits_for_is_finished_at_exit(
+    slow_disk: Path, tmp_path: Path, native: str
+) -> None:
+    run(slow_disk, "one_save_of_torchs", tmp_path / "checkpoint", CKPT_FAST_NATIVE=native)
     index = CheckpointIndex(str(tmp_path / "checkpoint"))
     into = torch.zeros(100, 16384)
     load_tensors(index, [TensorRequest("w", into, (0, 0))])

@@ -14,7 +14,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
-from ckpt_fast import FastStorageReader, FastStorageWriter
+from ckpt_fast import FastStorageReader, FastStorageWriter, native
 from ckpt_fast.errors import CheckpointError, CheckpointWriteError
 from ckpt_fast.pipeline import owners
 from ckpt_fast.pipeline.background import SaveHandle
@@ -102,6 +102,36 @@ def test_a_save_that_will_not_be_committed_is_over(
         monkeypatch.undo()
     save([whole("w", torch.full((4, 8), 2.0))], str(tmp_path), **FILES)
     assert same(values(tmp_path), torch.full((4, 8), 2.0))
+
+
+def test_a_save_that_is_dropped_while_it_is_written_is_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a signal between two calls: nobody could commit it, and its thread is to stop."""
+    disk = HeldDisk(monkeypatch)
+    first = staged(tmp_path, 1.0)
+    thread = first._worker
+    del first
+    second = staged(tmp_path, 2.0)
+    disk.go.set()
+    assert thread.wait(20)
+    second.write()
+    second.commit()
+    assert same(values(tmp_path), torch.full((4, 8), 2.0))
+    assert not list(tmp_path.glob(".*.partial"))
+
+
+@pytest.mark.usefixtures("native_impl")
+def test_a_rename_that_hangs_keeps_the_directory() -> None:
+    """Whenever it returns, the file has its name: a save that began meanwhile would be destroyed."""
+    hold = owners.Hold()
+    hold.progress = progress = native.Progress()
+    assert progress.begin_rename()
+    progress.stop()
+    hold.let_go()
+    assert not hold.is_over()
+    progress.end_rename()
+    assert hold.is_over()
 
 
 def test_saves_in_torchs_threads_wait_for_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

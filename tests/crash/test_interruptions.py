@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Saves and loads of every door, interrupted at many moments; what comes after is right each time."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ckpt_fast import megatron
+
+pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="a C compiler makes the slow disk")
+
+DOORS = [
+    "pipeline",
+    "pipeline-queue",
+    "dcp",
+    "dcp-async",
+    "megatron-core",
+    "megatron-core-async",
+    "documented",
+    "documented-async",
+    "local",
+    "local-async",
+]
+LOADS = ["pipeline", "dcp", "megatron-core", "documented", "local"]
+
+
+@pytest.fixture(scope="module")
+def slow_disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    library = tmp_path_factory.mktemp("slow_disk") / "slow_disk.so"
+    source = Path(__file__).parents[1] / "pipeline/slow_disk.c"
+    subprocess.run(["cc", "-shared", "-fPIC", str(source), "-o", str(library), "-ldl"], check=True)
+    return library
+
+
+def run(
+    slow_disk: Path, door: str, what: str, directory: Path, moments: int, native: str, timeout_s: float
+) -> dict[str, Any]:
+    if door.startswith("local") and not megatron.HAVE_RESIL:
+        pytest.skip("needs nvidia-resiliency-ext")
+    arguments = (door, what, str(directory), str(moments))
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "tests.crash.interruptions", *arguments],
+        env={
+            **os.environ,
+            "LD_PRELOAD": str(slow_disk),
+            "CKPT_FAST_FSYNC": "0",
+            "CKPT_FAST_CHUNK": "64K",
+            "CKPT_FAST_THREADS": "2",
+            "CKPT_FAST_NATIVE": native,
+        },
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    assert result["failures"] == []
+    assert result["interrupted"] > moments // 2
+    return result
+
+
+@pytest.mark.parametrize(
+    ("door", "what", "native"),
+    [("pipeline-queue", "lines_of_saves", "1"), ("dcp", "saves", "0"), ("pipeline", "loads", "1")],
+)
+def test_a_few_moments(slow_disk: Path, tmp_path: Path, door: str, what: str, native: str) -> None:
+    run(slow_disk, door, what, tmp_path / "checkpoints", 15, native, timeout_s=120)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("native", ["1", "0"])
+@pytest.mark.parametrize(
+    ("door", "what"),
+    [(door, what) for door in DOORS for what in ("saves", "lines_of_saves")]
+    + [(door, "loads") for door in LOADS],
+)
+def test_two_hundred_moments(slow_disk: Path, tmp_path: Path, door: str, what: str, native: str) -> None:
+    result = run(slow_disk, door, what, tmp_path / "checkpoints", 200, native, timeout_s=3500)
+    sys.stdout.write(f"{door} {what} {native}: {result}\n")
