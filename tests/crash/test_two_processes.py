@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 from collections import Counter
 from pathlib import Path
@@ -30,16 +31,10 @@ def save_often(directory: str, numbers: range) -> None:
             save(shards, directory, seal_files={"metadata.json": b"{}"})
 
 
-def forked(directory: str, numbers: range) -> int:
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            save_often(directory, numbers)
-            code = 0
-        finally:
-            os._exit(code)
-    return child
+def save_often_with(implementation: native.Implementation, directory: str, numbers: range) -> None:
+    os.environ["CKPT_FAST_FSYNC"] = "0"
+    with native.using(implementation):
+        save_often(directory, numbers)
 
 
 def load(directory: str) -> float | None:
@@ -55,16 +50,20 @@ def load(directory: str) -> float | None:
     return numbers.pop()
 
 
-def overwrite_each_other(directory: str, saves: int) -> Counter[str]:
-    children = [forked(directory, range(first, first + saves)) for first in (0, 1_000_000)]
+def overwrite_each_other(directory: str, saves: int, implementation: native.Implementation) -> Counter[str]:
+    # Forked off a process that has torch imported and has no threads.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    children = [
+        context.Process(target=save_often_with, args=(implementation, directory, range(first, first + saves)))
+        for first in (0, 1_000_000)
+    ]
     counts: Counter[str] = Counter()
-    while children:
+    for child in children:
+        child.start()
+    while any(child.is_alive() for child in children):
         counts["refused" if load(directory) is None else "whole"] += 1
-        for child in list(children):
-            ended, status = os.waitpid(child, os.WNOHANG)
-            if ended:
-                assert status == 0, "a process that saves has failed"
-                children.remove(child)
+    assert [child.exitcode for child in children] == [0, 0], "a process that saves has failed"
     # Nobody disturbs it any more.
     save_often(directory, range(7, 8))
     assert load(directory) == 7
@@ -76,7 +75,7 @@ def test_what_is_loaded_is_whole(
     tmp_path: Path, no_fsync: None, implementation: native.Implementation
 ) -> None:
     with native.using(implementation):
-        assert overwrite_each_other(str(tmp_path / "c"), 15).total()
+        assert overwrite_each_other(str(tmp_path / "c"), 15, implementation).total()
 
 
 @pytest.mark.slow
@@ -85,5 +84,5 @@ def test_what_is_loaded_is_whole_a_thousand_times(
     tmp_path: Path, no_fsync: None, implementation: native.Implementation
 ) -> None:
     with native.using(implementation):
-        counts = overwrite_each_other(str(tmp_path / "c"), 1000)
+        counts = overwrite_each_other(str(tmp_path / "c"), 1000, implementation)
     assert counts["whole"] and counts["refused"]

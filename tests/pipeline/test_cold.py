@@ -50,7 +50,7 @@ def spy_on_direct(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     read_extents = native.read_extents
 
     def spying(*args: Any, **options: Any) -> list[int]:
-        seen.append(args[-1])
+        seen.append(options["direct"])
         return read_extents(*args, **options)
 
     monkeypatch.setattr(native, "read_extents", spying)
