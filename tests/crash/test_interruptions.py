@@ -70,7 +70,11 @@ def run(
 
 @pytest.mark.parametrize(
     ("door", "what", "native"),
-    [("pipeline-queue", "lines_of_saves", "1"), ("dcp", "saves", "0"), ("pipeline", "loads", "1")],
+    [
+        pytest.param("pipeline-queue", "lines_of_saves", "1", marks=pytest.mark.long),
+        pytest.param("dcp", "saves", "0", marks=pytest.mark.long),
+        ("pipeline", "loads", "1"),
+    ],
 )
 def test_a_few_moments(slow_disk: Path, tmp_path: Path, door: str, what: str, native: str) -> None:
     run(slow_disk, door, what, tmp_path / "checkpoints", 15, native, timeout_s=120)

@@ -38,7 +38,13 @@ LAYOUTS = {
 }
 
 
-@pytest.fixture(scope="module", params=LAYOUTS)
+QUICK = ("tp-2-to-1", "1-to-tp-2")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=() if name in QUICK else pytest.mark.long) for name in LAYOUTS],
+)
 def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Layouts, str]:
     """The layouts, and the root of iterations 1 and 2."""
     layouts = LAYOUTS[request.param]
