@@ -33,7 +33,20 @@ struct ArgumentTable {
   Argument of[256];
 };
 
-enum class Kind : uint8_t { kPlain, kText, kBytes, kTuple, kList, kDict, kSet, kRange, kGlobal, kMade, kNew, kCounted };
+enum class Kind : uint8_t {
+  kPlain,
+  kText,
+  kBytes,
+  kTuple,
+  kList,
+  kDict,
+  kSet,
+  kRange,
+  kGlobal,
+  kMade,
+  kNew,
+  kCounted
+};
 
 enum class Makes : uint8_t { kAnything, kBytes, kRange, kEncoded, kCounted };
 

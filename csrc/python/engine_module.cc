@@ -235,15 +235,15 @@ PYBIND11_MODULE(_engine, m) {
       .def("stop", &Progress::stop)
       .def("begin_rename", &Progress::begin_rename)
       .def("end_rename", &Progress::end_rename);
-  m.def("write_files", write_files_from, py::arg("paths"), py::kw_only(), py::arg("file_nbytes"), py::arg("piece_file"),
-        py::arg("piece_offset"), py::arg("piece_nbytes"), py::arg("piece_address"), py::arg("piece_digest"),
-        py::arg("patch_file"), py::arg("patch_offset"), py::arg("patch_digest"), py::arg("digest_count"),
-        py::arg("threads"), py::arg("chunk_bytes"), py::arg("direct"), py::arg("fsync"),
-        py::arg("progress") = nullptr, py::arg("block_bytes") = 0);
-  m.def("read_extents", read_extents_into, py::arg("paths"), py::kw_only(), py::arg("extent_file"), py::arg("extent_offset"),
-        py::arg("extent_nbytes"), py::arg("extent_address"), py::arg("range_file"), py::arg("range_offset"),
-        py::arg("range_nbytes"), py::arg("range_block"), py::arg("threads"), py::arg("chunk_bytes"),
-        py::arg("direct"), py::arg("progress") = nullptr);
+  m.def("write_files", write_files_from, py::arg("paths"), py::kw_only(), py::arg("file_nbytes"),
+        py::arg("piece_file"), py::arg("piece_offset"), py::arg("piece_nbytes"), py::arg("piece_address"),
+        py::arg("piece_digest"), py::arg("patch_file"), py::arg("patch_offset"), py::arg("patch_digest"),
+        py::arg("digest_count"), py::arg("threads"), py::arg("chunk_bytes"), py::arg("direct"),
+        py::arg("fsync"), py::arg("progress") = nullptr, py::arg("block_bytes") = 0);
+  m.def("read_extents", read_extents_into, py::arg("paths"), py::kw_only(), py::arg("extent_file"),
+        py::arg("extent_offset"), py::arg("extent_nbytes"), py::arg("extent_address"), py::arg("range_file"),
+        py::arg("range_offset"), py::arg("range_nbytes"), py::arg("range_block"), py::arg("threads"),
+        py::arg("chunk_bytes"), py::arg("direct"), py::arg("progress") = nullptr);
   m.def("permute_rows", permute_rows_at, py::arg("destination"), py::arg("source"), py::arg("rows"),
         py::arg("row_nbytes"), py::arg("block"), py::arg("interleave"), py::arg("threads"));
   m.def("check_pickle", check_pickle_in, py::arg("content"), py::arg("archive") = false);
