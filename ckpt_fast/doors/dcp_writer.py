@@ -188,7 +188,7 @@ class FastStorageWriter(AsyncStager, StorageWriter):
             report.stall_s = snapshot.seconds
             report.host_memory_allocated += snapshot.allocated_nbytes
         if not self._save.publishes:
-            seal.report(report, ControlGroup().global_rank)
+            seal.report(report, ControlGroup().global_rank, is_published=False)
         future: Future[list[WriteResult]] = Future()
         future.set_result(_results(plan, record))
         return future

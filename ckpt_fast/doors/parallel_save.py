@@ -52,14 +52,9 @@ class FastParallelSaveWrapper(megatron.FullyParallelSaveStrategyWrapper):  # typ
     _structure: list[Any] | None = None
 
     def is_unchanged(self, sharded_state_dict: dict[str, Any]) -> bool:
-        """Local. Whether the cached distribution fits this rank's part, which is remembered."""
-        structure = [
-            (entry.key, tuple(entry.global_offset), tuple(entry.local_shape), entry.replica_id)
-            for entry in megatron.nested_values(sharded_state_dict)
-            if isinstance(entry, megatron.ShardedTensor)
-        ]
-        before, self._structure = self._structure, structure
-        return self.do_cache_distribution and self.cached_distribution is not None and structure == before
+        """Local. Whether the cached distribution was made for what this rank has."""
+        is_cached = self.do_cache_distribution and self.cached_distribution is not None
+        return bool(is_cached and self._structure == _structure_of(sharded_state_dict))
 
     def apply_saving_parallelization(self, sharded_state_dict: dict[str, Any]) -> None:
         """Collective, over all ranks. Choose the rank that saves each tensor: ``replica_id`` is 0 there."""
@@ -70,9 +65,20 @@ class FastParallelSaveWrapper(megatron.FullyParallelSaveStrategyWrapper):  # typ
 
     def distribute_anew(self, sharded_state_dict: dict[str, Any]) -> None:
         """Collective. Choose the ranks whatever was chosen before."""
-        self.cached_distribution = None
+        structure = _structure_of(sharded_state_dict)  # before replicas change their ids
+        self.cached_distribution = self._structure = None
         super().apply_saving_parallelization(sharded_state_dict)
+        # Only now: with a structure that nothing was distributed for, a tensor would be saved by nobody.
+        self._structure = structure
 
     def distribute_as_before(self, sharded_state_dict: dict[str, Any]) -> None:
         """Local. Choose the ranks as last time; all ranks have agreed that nothing has changed."""
         super().apply_saving_parallelization(sharded_state_dict)
+
+
+def _structure_of(sharded_state_dict: dict[str, Any]) -> list[Any]:
+    return [
+        (entry.key, tuple(entry.global_offset), tuple(entry.local_shape), entry.replica_id)
+        for entry in megatron.nested_values(sharded_state_dict)
+        if isinstance(entry, megatron.ShardedTensor)
+    ]

@@ -12,6 +12,7 @@ import contextlib
 import logging
 import os
 import pickle
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, NoReturn, TypeVar
@@ -24,6 +25,7 @@ from ckpt_fast.errors import CheckpointError, CheckpointWriteError
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 _FAILED = -1
+_NAMES_RANK = re.compile(r"rank \d+: ")
 
 
 @dataclass(frozen=True)
@@ -41,9 +43,6 @@ class Outcome(Generic[T]):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "raised": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
 
 
 def ranks_on_this_node() -> int:
@@ -271,8 +270,10 @@ def _raise_failure(outcome: Outcome[Any], mine: Outcome[Any], *, named: bool) ->
             cause.add_note(f"raised by rank {outcome.rank} of a collective operation of ckpt_fast")
         raise cause
     error = _portable(error)
-    others = f" ({outcome.others} more ranks failed)" if outcome.others else ""
-    message = f"rank {outcome.rank}: {error}{others}"
+    message = str(error)
+    if not _NAMES_RANK.match(message):  # as that of an agreement within this one does
+        others = f" ({outcome.others} more ranks failed)" if outcome.others else ""
+        message = f"rank {outcome.rank}: {message}{others}"
     if isinstance(error, CheckpointWriteError):
         raise CheckpointWriteError(message, error.errno, error.filename) from cause
     raise type(error)(message) from cause

@@ -53,10 +53,17 @@ def seal(
     files.publish({name: content, **(seal_files or {})}, progress)
 
 
-def report(facts: SaveReport, rank: int) -> None:
-    """Local. A save of this process is durable: tell all who want to know. None of it can fail the save."""
+def report(facts: SaveReport, rank: int, *, is_published: bool = True) -> None:
+    """Local. A save of this process is durable: tell all who want to know. None of it can fail the save.
+
+    Args:
+        facts: of the save.
+        rank: this one.
+        is_published: False where nobody will say whether it is; failures before it are still told at exit.
+    """
     global _last_report
     _last_report = facts
-    untold.forget()
+    if is_published:
+        untold.forget()
     metrics.publish(facts, rank)
     logger.debug("saved %s", facts)

@@ -10,6 +10,7 @@ from typing import Any
 
 from ckpt_fast import megatron
 from ckpt_fast.config_checks import hf_source
+from ckpt_fast.settings import Settings
 from ckpt_fast.trainer.foreign import run_on_all_ranks
 from ckpt_fast.trainer.paths import ensure_directory_exists, is_hf_checkpoint_dir, sync_files
 from ckpt_fast.trainer.ranks import (
@@ -60,6 +61,7 @@ def save_hf_copy(cfg: Any, model: list[Any], checkpoint_name: str) -> None:
         if get_rank_safe() == 0 or cfg.checkpoint.hf_distributed_save:
             sync_files(directory)
 
+    on_all_ranks(Settings.read)  # an odd one is refused while nothing has been touched
     on_rank_0(prepare)
     try:
         run_on_all_ranks(export, f"exporting Hugging Face weights to {directory}")

@@ -31,13 +31,17 @@ def save_local(
     ckpt_cfg = state.cfg.checkpoint
     print_rank_0("WARNING: Local checkpointing does not support nvidia_modelopt.")
     tensor_aware_state_dict = megatron.import_tensor_aware_state_dict()
-    cached = _known_distribution(state_dict, context) if ckpt_cfg.ckpt_assume_constant_structure else None
+    structure = _structure_of(state_dict)
+    is_known = ckpt_cfg.ckpt_assume_constant_structure and ControlGroup().all_true(
+        structure == context.get(_STRUCTURE)
+    )
     local_state_dict, context["local_checkpoint_cache"] = tensor_aware_state_dict.from_state_dict(
         state_dict,
         algo=ckpt_cfg.non_persistent_local_ckpt_algo,
-        cached_metadata=cached,
+        cached_metadata=context.get("local_checkpoint_cache") if is_known else None,
         parallelization_group=pg_collection.dp_cp,
     )
+    context[_STRUCTURE] = structure  # of what the cache was made for
     request = context["local_checkpoint_manager"].save(
         local_state_dict, step, is_async=bool(ckpt_cfg.async_save)
     )
@@ -46,9 +50,9 @@ def save_local(
     return request
 
 
-def _known_distribution(state_dict: dict[str, Any], context: dict[str, Any]) -> Any:
-    """Collective. Which rank keeps what, as at the last save; None if the structure changed on any rank."""
-    structure = [
+def _structure_of(state_dict: dict[str, Any]) -> list[Any]:
+    """What decides which rank keeps what."""
+    return [
         (
             entry.key,
             entry.replica_id,
@@ -60,8 +64,6 @@ def _known_distribution(state_dict: dict[str, Any], context: dict[str, Any]) -> 
         for entry in megatron.nested_values(state_dict)
         if isinstance(entry, (megatron.ShardedTensor, megatron.ShardedTensorFactory, megatron.ShardedObject))
     ]
-    before, context[_STRUCTURE] = context.get(_STRUCTURE), structure
-    return context.get("local_checkpoint_cache") if ControlGroup().all_true(structure == before) else None
 
 
 def load_local(

@@ -21,9 +21,12 @@ from megatron.core.dist_checkpointing import ShardedTensor
 
 from ckpt_fast import FastLoadStrategy, FastSaveStrategy
 from ckpt_fast.callbacks import Callback, CallbackManager
-from tests.helpers import run_ranks
+from ckpt_fast.doors import megatron_core
+from ckpt_fast.doors.parallel_save import FastParallelSaveWrapper
+from ckpt_fast.pipeline.save_parts import SaveOptions
+from tests.helpers import RankError, run_ranks
 from tests.models import Run, Setup
-from tests.trainer.runs import error_of, require
+from tests.trainer.runs import error_of, require, tracked
 
 SETUP = Setup(bf16=True, distributed=True)
 _COLLECTIVES = (
@@ -140,6 +143,54 @@ def test_what_fails_on_one_rank_is_the_same_error_on_both(
     require((kind, message), kind, *texts)
     assert kind != "no error"
     assert max(seconds, other_seconds) < _SOON_S
+
+
+def save_after_one_that_was_refused(rank: int, root: str) -> list[float]:
+    """A tensor comes along; the first save with it is refused on rank 1, after rank 0 has looked at it."""
+    strategy = FastParallelSaveWrapper(FastSaveStrategy(), dist.group.WORLD, do_cache_distribution=True)
+
+    def state(names: str, value: float) -> dict[str, ShardedTensor]:
+        return {
+            name: ShardedTensor.from_rank_offsets(name, torch.full((50,), value), replica_id=rank)
+            for name in names
+        }
+
+    def save(names: str, value: float, host_buffer: int | None = None) -> None:
+        options = SaveOptions(host_buffer=host_buffer)
+        job = megatron_core.start_save(
+            state(names, value), root, strategy, options, validate_access_integrity=False
+        )
+        job.write()
+        job.commit()
+
+    save("ab", 1.0)
+    refused = error_of(lambda: save("abc", 2.0, host_buffer=0 if rank == 1 else None))
+    require(refused, "CheckpointError", "rank 1: ", "a bound of 0 bytes")
+    save("abc", 3.0)
+    loaded = megatron_core.load(state("abc", 0.0), root)
+    return [float(loaded[name][-1]) for name in "abc"]
+
+
+def test_a_refused_save_leaves_no_idea_of_who_saves_what(tmp_path: Path) -> None:
+    for values in run_ranks(save_after_one_that_was_refused, 2, str(tmp_path)):
+        assert values == [3.0, 3.0, 3.0]
+
+
+def lose_a_rank(rank: int, root: str) -> None:
+    with Run(SETUP, save=root) as run:
+        run.save()
+        run.train(1)
+        if rank == 1:
+            run.optimizer.sharded_state_dict = lambda *_, **__: os._exit(9)  # as if it were killed
+        run.save()
+
+
+def test_a_rank_that_is_gone_is_an_error_that_says_so(tmp_path: Path) -> None:
+    with pytest.raises(RankError) as caught:
+        run_ranks(lose_a_rank, 2, str(tmp_path), fresh=True)
+    assert caught.value.errors[0] == "CheckpointError"
+    assert "rank 0 has lost touch with the other 1 ranks" in str(caught.value)
+    assert tracked(str(tmp_path)) == (0, 0)
 
 
 def load_damaged(rank: int, root: str) -> tuple[str, str]:
