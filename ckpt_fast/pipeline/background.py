@@ -213,8 +213,14 @@ class SaveQueue:
             index, handle = self._scheduled[0]
             if not blocking and not self._is_due_everywhere(handle, no_dist):
                 break
-            self._scheduled.popleft()
-            handle.finalize()
+            try:
+                self._scheduled.popleft()
+                handle.finalize()
+            except Exception:
+                raise
+            except BaseException:  # an interruption: nobody finds it here any more, to give it up
+                handle.abandon()
+                raise
             finalized.append(index)
         return finalized
 
@@ -227,8 +233,9 @@ class SaveQueue:
         if not abort:
             self.maybe_finalize_async_calls(blocking=True)
         while self._scheduled:
-            _, handle = self._scheduled.popleft()
+            _, handle = self._scheduled[0]
             handle.abandon(settings.timeout_s())
+            self._scheduled.popleft()
 
     @staticmethod
     def _is_due_everywhere(handle: SaveHandle, no_dist: bool) -> bool:

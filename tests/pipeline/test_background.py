@@ -5,9 +5,12 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -108,6 +111,53 @@ def test_abort_publishes_nothing_and_leaves_nobody_writing(tmp_path: Path) -> No
     for number in range(2):
         assert_not_published(tmp_path / str(number))
     assert not [thread for thread in threading.enumerate() if thread.name == "ckpt_fast-write"]
+
+
+def interrupted_at(number: int, action: Callable[[], object]) -> bool:
+    """Whether Ctrl-C ended the action at the line of that number that it runs of the module."""
+    left = number
+
+    def trace(frame: FrameType, event: str, _: Any) -> Any:
+        nonlocal left
+        if frame.f_code.co_filename != background.__file__:
+            return None
+        left -= event == "line"
+        if left == 0:
+            sys.settrace(None)
+            raise KeyboardInterrupt
+        return trace
+
+    sys.settrace(trace)
+    try:
+        action()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(None)
+    return False
+
+
+def test_a_save_that_is_interrupted_anywhere_can_be_given_up(tmp_path: Path) -> None:
+    number = 1
+    while True:
+        queue = SaveQueue()
+        request = handle(tmp_path, torch.full((4,), 1.0))
+
+        def finish(queue: SaveQueue = queue, request: SaveHandle = request) -> None:
+            queue.schedule_async_request(request)
+            queue.maybe_finalize_async_calls(blocking=True)
+
+        was_interrupted = interrupted_at(number, finish)
+        queue.close(abort=True)
+        assert queue.get_num_unfinalized_calls() == 0 and request not in background._in_flight
+        del request, finish
+        queue.schedule_async_request(handle(tmp_path, torch.full((4,), 2.0)))  # the directory is free
+        queue.close()
+        assert same(loaded(tmp_path, "w", torch.zeros(1, 4)), torch.full((1, 4), 2.0))
+        if not was_interrupted:
+            break
+        number += 1
+    assert number > 20
 
 
 def test_finalizers_are_added_before_scheduling(tmp_path: Path) -> None:
