@@ -58,29 +58,37 @@ def parse_yaml(content: bytes) -> Any:
 
 
 def _parse_yaml(content: bytes, loader_class: Any) -> Any:
-    _require_shallow(content, loader_class)
+    is_plain = _scan(content, loader_class)
     loader = loader_class(content)
     try:
         node = loader.get_single_node()
         if node is None:
             return None
-        if _written_out(node) > _GROWTH_PER_BYTE * len(content) + _FREE_GROWTH:
+        if not is_plain and _written_out(node) > _GROWTH_PER_BYTE * len(content) + _FREE_GROWTH:
             raise ValueError("its aliases repeat more than a document of this length may hold")
         return loader.construct_document(node)
     finally:
         loader.dispose()
 
 
-def _require_shallow(content: bytes, loader_class: Any) -> None:
-    """Count the levels in the stream of events, which is made without recursion."""
-    depth = 0
+def _scan(content: bytes, loader_class: Any) -> bool:
+    """Whether it has neither an alias nor a scalar too long for a number.
+
+    The levels are counted in the stream of events, which is made without recursion.
+    """
+    depth, is_plain = 0, True
     for event in yaml.parse(content, loader_class):
-        if isinstance(event, yaml.CollectionStartEvent):
+        if isinstance(event, yaml.ScalarEvent):
+            is_plain &= len(event.value) <= _LONGEST_NUMBER
+        elif isinstance(event, yaml.CollectionStartEvent):
             depth += 1
             if depth > _DEEPEST:
                 raise ValueError("it is nested too deep")
         elif isinstance(event, yaml.CollectionEndEvent):
             depth -= 1
+        elif isinstance(event, yaml.AliasEvent):
+            is_plain = False
+    return is_plain
 
 
 def _written_out(root: yaml.Node) -> float:
