@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
+from ckpt_fast.pipeline.gate import Gate
 from ckpt_fast.pipeline.types import readable
 
 # Short saves pass without a word.
@@ -28,17 +29,17 @@ def shown(name: str, progress: Callable[[], tuple[int, int]]) -> Iterator[None]:
     if not sys.stderr.isatty():
         yield
         return
-    ended = threading.Event()
+    ended = Gate()
     thread = threading.Thread(target=_show, args=(name, progress, ended), daemon=True)
     thread.start()
     try:
         yield
     finally:
-        ended.set()
+        ended.open()
         thread.join()
 
 
-def _show(name: str, progress: Callable[[], tuple[int, int]], ended: threading.Event) -> None:
+def _show(name: str, progress: Callable[[], tuple[int, int]], ended: Gate) -> None:
     begin = time.monotonic()
     done_before = progress()[0]
     if ended.wait(_AFTER_S):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import logging
-import math
 import os
 import threading
 import time
@@ -19,12 +18,13 @@ from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Generic, TypeVar
 
+from ckpt_fast.pipeline.gate import Gate
+
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 # A chunk that is on its way takes so long on a slow disk, not longer.
 LEAVE_S = 2.0
-_SIGNALS_S = 0.1
 
 
 class Worker:
@@ -49,7 +49,7 @@ class Worker:
         # ``join``, interrupted, takes a thread that runs for one that has ended (before Python 3.13).
         self._process: int | None = None  # that started it
         self._taken = threading.Lock()  # by the thread, or by whoever runs the actions in its place
-        self._ended = threading.Event()
+        self._ended = Gate()
 
     def submit(self, action: Callable[[], None]) -> None:
         """Run ``action`` behind those submitted so far. It is expected to handle its own errors.
@@ -82,12 +82,8 @@ class Worker:
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Wait for the end of a closed worker; returns whether it came in time."""
-        deadline = math.inf if timeout_s is None else time.monotonic() + timeout_s
-        while self._is_running:
-            left = deadline - time.monotonic()
-            # A signal that comes just before the thread blocks is not seen until that ends.
-            if not self._ended.wait(min(max(left, 0.0), _SIGNALS_S)) and left <= 0:
-                return False
+        if self._is_running and not self._ended.wait(timeout_s):
+            return False
         if self._thread.is_alive() and self._process == os.getpid():
             self._thread.join()
         return True
@@ -125,7 +121,7 @@ class Worker:
     @property
     def _is_running(self) -> bool:
         # In a process that was forked there is no thread, nor will it say that it has ended.
-        return self._process == os.getpid() and not self._ended.is_set()
+        return self._process == os.getpid() and not self._ended.is_open
 
     def _run(self) -> None:
         if not self._taken.acquire(blocking=False):
@@ -136,7 +132,7 @@ class Worker:
                 # What the action owns must not live on until the next one comes.
                 del action
         finally:
-            self._ended.set()
+            self._ended.open()
 
     def _do(self, action: Callable[[], None]) -> None:
         try:

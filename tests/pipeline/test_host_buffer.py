@@ -182,7 +182,7 @@ def test_given_back_by_a_destructor() -> None:
     """One may run at any time, also in a thread that is just taking a buffer."""
     pool = HostBufferPool()
     buffer = pool.take(100, bound=100)
-    with pool._changed:
+    with pool._lock:
         pool.give_back(buffer)
     assert pool.take(100, bound=100, wait_s=0) is buffer
 

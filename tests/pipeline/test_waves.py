@@ -39,13 +39,13 @@ class WatchedPool(HostBufferPool):
 
     def take(self, *args: Any, **options: Any) -> HostBuffer:
         buffer = super().take(*args, **options)
-        with self._changed:
+        with self._lock:
             self.in_use += buffer.nbytes
             self.peak = max(self.peak, self.in_use)
         return buffer
 
     def give_back(self, buffer: HostBuffer, keep: bool = True) -> None:
-        with self._changed:
+        with self._lock:
             self.in_use -= buffer.nbytes
         super().give_back(buffer, keep)
 
