@@ -31,7 +31,7 @@ def start_save(
     completion: Completion | None = None,
     *,
     process_group: dist.ProcessGroup | None = None,
-    write_beside: Callable[[], Sequence[FileRecord]] = lambda: (),
+    write_beside: Callable[[str], Sequence[FileRecord]] = lambda _: (),
 ) -> Save:
     """Collective. Everything up to and including staging; the caller then runs ``write`` and ``commit``.
 
@@ -39,7 +39,7 @@ def start_save(
 
     Args:
         state_dict: nested, of DTensors, tensors and objects.
-        directory: the same on every rank; an older checkpoint in it is invalidated.
+        directory: the same on every rank; an older checkpoint in it is replaced.
         options: see ``SaveOptions``.
         completion: see ``Completion``.
         process_group: the ranks that save together; None means all.

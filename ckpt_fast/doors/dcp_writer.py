@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import logging
 import math
 import os
 import threading
@@ -31,7 +32,7 @@ from ckpt_fast.pipeline.garbage import without_collections
 from ckpt_fast.pipeline.group import ControlGroup
 from ckpt_fast.pipeline.manifest import Manifest, new_save_id
 from ckpt_fast.pipeline.plan import file_prefix
-from ckpt_fast.pipeline.space import require_space
+from ckpt_fast.pipeline.space import has_room_beside, require_space
 from ckpt_fast.pipeline.types import (
     BlockDigests,
     FileRecord,
@@ -43,6 +44,8 @@ from ckpt_fast.pipeline.types import (
 )
 from ckpt_fast.pipeline.waves import Waves
 from ckpt_fast.settings import Settings
+
+logger = logging.getLogger(__name__)
 
 
 class _Written(NamedTuple):
@@ -76,6 +79,12 @@ class _Save:
         """The rank that saves without the others, with metadata of its own; None if they act together."""
         return None if self.use_collectives else self.rank
 
+    @property
+    def seal(self) -> str:
+        """The file that makes it a checkpoint."""
+        lone = self.lone_rank
+        return commit.METADATA_FILE if lone is None else commit.rank_metadata_file(lone)
+
 
 class FastStorageWriter(AsyncStager, StorageWriter):
     """Writes torch DCP checkpoints: parallel, checksummed, fsynced, published atomically.
@@ -84,7 +93,9 @@ class FastStorageWriter(AsyncStager, StorageWriter):
     the state dict. (With several ranks they need a process group each, as in torch.)
 
     Args:
-        path: checkpoint directory; an older checkpoint in it is invalidated before anything is written.
+        path: checkpoint directory. An older checkpoint of torch DCP in it is one until this one is published,
+            which then has other data files; any other ends before anything is written, and so it does where
+            there is no room for both.
         thread_count: files per rank; None: as many as are fastest there.
         overwrite: False refuses a directory that holds a complete checkpoint.
         cache_staged_state_dict: keep the host memory that ``dcp.async_save`` copies into, for the next save
@@ -148,7 +159,7 @@ class FastStorageWriter(AsyncStager, StorageWriter):
 
     @step
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Coordinator only (without collectives: every rank), before writing: the older checkpoint ends here.
+        """Coordinator only (without collectives: every rank), before writing: room is made.
 
         A save of this process to the same directory that is not over is waited for.
 
@@ -160,8 +171,7 @@ class FastStorageWriter(AsyncStager, StorageWriter):
         name = save.path if save.lone_rank is None else os.path.join(save.path, file_prefix(save.lone_rank))
         hold(name, chosen.timeout_s)
         self._refuse_overwriting(save)
-        require_space(save.path, sum(map(_planned_nbytes, plans)))
-        commit.invalidate(save.path, rank=save.lone_rank)
+        self._make_room(save, sum(map(_planned_nbytes, plans)))
         return [
             plan
             if plan.storage_data is not None
@@ -178,7 +188,9 @@ class FastStorageWriter(AsyncStager, StorageWriter):
         """
         begin = time.perf_counter()
         self.report = self._of_thread.report = report = SaveReport(self._save.path)
-        waves = self._waves(report, plan.storage_data.prefix, self._settings)
+        prefix = plan.storage_data.prefix
+        first = commit.first_free_number(self._save.path, prefix, self._save.seal)
+        waves = self._waves(report, prefix, self._settings, first)
         written_by(waves.progress)
         # The planners of torch and Megatron-Core keep what they were given under this name.
         with snapshots.read(getattr(planner, "state_dict", {}).values()) as snapshot:
@@ -207,9 +219,11 @@ class FastStorageWriter(AsyncStager, StorageWriter):
             {data.file for _, data in written},
             [digests for _, data in written for digests in data.digests],
         )
-        lone = save.lone_rank
-        name = commit.METADATA_FILE if lone is None else commit.rank_metadata_file(lone)
-        seal.seal(Directory(save.path), pickle_metadata(metadata), manifest, name=name)
+        seal.seal(Directory(save.path), pickle_metadata(metadata), manifest, name=save.seal)
+        try:
+            commit.remove_superseded(save.path, {save.seal, *manifest.files}, save.lone_rank)
+        except CheckpointWriteError as error:
+            logger.warning("%s", error)
         seal.report(self._of_thread.report, ControlGroup().global_rank)
 
     def storage_meta(self) -> StorageMeta:
@@ -246,8 +260,9 @@ class FastStorageWriter(AsyncStager, StorageWriter):
 
     # --- -----------------------------------------------------------------------------------------------
 
-    def _waves(self, report: SaveReport, prefix: str, chosen: Settings) -> Waves:
-        return Waves(report, prefix, self._thread_count, bound=chosen.host_buffer_bytes, settings=chosen)
+    def _waves(self, report: SaveReport, prefix: str, chosen: Settings, first: int = 0) -> Waves:
+        bound = chosen.host_buffer_bytes
+        return Waves(report, prefix, self._thread_count, bound=bound, settings=chosen, first=first)
 
     @property
     def _settings(self) -> Settings:
@@ -263,11 +278,23 @@ class FastStorageWriter(AsyncStager, StorageWriter):
         """The save that the next calls in this thread are for."""
         return getattr(self._of_thread, "announced", None) or self._latest
 
+    def _make_room(self, save: _Save, nbytes: int) -> None:
+        if _can_stay(save):
+            if has_room_beside(save.path, nbytes):
+                commit.remove_partial_files(save.path, save.lone_rank)
+                return
+            logger.warning(
+                "%s is overwritten: the checkpoint in it ends now, and until this save is whole there is "
+                "none. There is no room for both.",
+                save.path,
+            )
+        require_space(save.path, nbytes)
+        commit.invalidate(save.path, rank=save.lone_rank)
+
     def _refuse_overwriting(self, save: _Save) -> None:
         if self._overwrite:
             return
-        name = commit.METADATA_FILE if save.lone_rank is None else commit.rank_metadata_file(save.lone_rank)
-        if os.path.exists(os.path.join(save.path, name)):
+        if os.path.exists(os.path.join(save.path, save.seal)):
             raise CheckpointWriteError(
                 f"{save.path} holds a checkpoint and overwrite is False; choose another directory",
                 filename=save.path,
@@ -279,6 +306,15 @@ class FastStorageWriter(AsyncStager, StorageWriter):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _of_thread=threading.local())
+
+
+def _can_stay(save: _Save) -> bool:
+    """Whether there is an older checkpoint that the new seal alone takes the place of."""
+    try:
+        names = os.listdir(save.path)
+    except OSError:
+        return False
+    return save.seal in names and commit.SEAL_FILE not in names
 
 
 def _planned_nbytes(plan: SavePlan) -> int:

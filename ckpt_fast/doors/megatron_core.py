@@ -135,7 +135,8 @@ class FastSaveStrategy(megatron.TorchDistSaveShardedStrategy):  # type: ignore[m
         job = Save(
             directory,
             collect,
-            SaveOptions(writers=self.writers, separate=self.separation_hint, **options),
+            # The seal is Megatron-Core's, and comes later: an older one may not vouch for these files.
+            SaveOptions(writers=self.writers, separate=self.separation_hint, replace=False, **options),
         )
         job.stage()
         return job
@@ -152,7 +153,7 @@ def start_save(
     validate_access_integrity: bool = True,
     preprocess_common_before_consistency_check: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
     content_metadata: dict[str, Any] | None = None,
-    write_beside: Callable[[], Sequence[FileRecord]] = lambda: (),
+    write_beside: Callable[[str], Sequence[FileRecord]] = lambda _: (),
 ) -> Save:
     """Collective. Everything up to and including staging; the caller then runs ``write`` and ``commit``.
 

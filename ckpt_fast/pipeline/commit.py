@@ -19,7 +19,7 @@ import errno
 import os
 import re
 import secrets
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 from ckpt_fast import native, settings
 from ckpt_fast.errors import CheckpointWriteError
@@ -148,6 +148,62 @@ def invalidate(directory: str, rank: int | None = None) -> None:
             f"cannot prepare the checkpoint directory {directory}: {error.strerror or error} "
             f"({error.filename or directory}). Nothing was saved; check that the path exists, is a directory "
             "and is writable for this user on the rank named above.",
+            error.errno,
+            error.filename or directory,
+        ) from error
+
+
+def first_free_number(directory: str, prefix: str, seal: str) -> int:
+    """Local. The number from which on data files can be added to those of an older checkpoint.
+
+    Args:
+        directory: the checkpoint.
+        prefix: start of the files' names.
+        seal: what makes it a checkpoint; without it no name is taken.
+    """
+    if not os.path.exists(os.path.join(directory, seal)):
+        return 0
+    pattern = re.compile(f"{re.escape(prefix)}([0-9]+){re.escape(DATA_SUFFIX)}")
+    matches = filter(None, map(pattern.fullmatch, os.listdir(directory)))
+    return max((int(match[1]) + 1 for match in matches), default=0)
+
+
+def remove_partial_files(directory: str, rank: int | None = None) -> None:
+    """Remove what saves that have ended did not finish; those of one rank only, if it is given.
+
+    Raises:
+        CheckpointWriteError: one cannot be removed.
+    """
+    _remove(directory, lambda name: name.endswith(_PARTIAL_SUFFIX), rank)
+
+
+def remove_superseded(directory: str, current: Collection[str], rank: int | None = None) -> None:
+    """Remove what the checkpoint in ``directory``, just sealed, has taken the place of.
+
+    Args:
+        directory: the checkpoint.
+        current: its data files and its seal.
+        rank: given by a rank that saves without the others; it removes just its own.
+
+    Raises:
+        CheckpointWriteError: one cannot be removed. The checkpoint is whole.
+    """
+    seals = seals_among(os.listdir(directory), rank)
+    _remove(directory, lambda name: (is_payload(name) or name in seals) and name not in current, rank, seals)
+
+
+def _remove(
+    directory: str, is_wanted: Callable[[str], bool], rank: int | None, more: Collection[str] = ()
+) -> None:
+    own = (f"__{rank}_", f".__{rank}_")
+    try:
+        for name in os.listdir(directory):
+            if is_wanted(name) and (rank is None or name.startswith(own) or name in more):
+                _unlink(os.path.join(directory, name))
+    except OSError as error:
+        raise CheckpointWriteError(
+            f"cannot remove what was left in {directory}: {error.strerror or error} "
+            f"({error.filename or directory}). See that this user may, on the rank named above.",
             error.errno,
             error.filename or directory,
         ) from error

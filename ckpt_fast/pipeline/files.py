@@ -8,6 +8,7 @@ these files belong to.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -15,10 +16,12 @@ from types import TracebackType
 from typing import NamedTuple, Protocol
 
 from ckpt_fast import native
-from ckpt_fast.pipeline import commit
+from ckpt_fast.pipeline import commit, replacement
 from ckpt_fast.pipeline.small_files import LARGEST_FILE, read_small_file
-from ckpt_fast.pipeline.space import require_space
+from ckpt_fast.pipeline.space import has_room_beside, require_space
 from ckpt_fast.pipeline.types import FileRecord
+
+logger = logging.getLogger(__name__)
 
 
 class Claim(NamedTuple):
@@ -44,8 +47,25 @@ class Files(Protocol):
     def claim(self, nbytes: int) -> Claim:
         """Local. Get ready to write; what this rank wants of which file system."""
 
-    def prepare(self, claims: Sequence[Claim]) -> None:
-        """Coordinator. Look whether there is room for all, then invalidate an older checkpoint."""
+    def prepare(self, claims: Sequence[Claim], *, replace: bool) -> str | None:
+        """Coordinator. Look whether there is room for all, and make it.
+
+        Args:
+            claims: of all ranks.
+            replace: let an older checkpoint in the same place be one until ``take_place``, if that can be.
+
+        Returns:
+            For ``write_to``: where all ranks are to write meanwhile. None: an older one is invalidated.
+        """
+
+    def write_to(self, place: str) -> None:
+        """Local. What ``prepare`` has returned to the coordinator."""
+
+    def take_place(self) -> None:
+        """Coordinator. The files are a checkpoint: they replace the older one that ``prepare`` has kept."""
+
+    def withdraw(self) -> None:
+        """Coordinator. They will not be one: what ``prepare`` has made for them goes."""
 
     def hand_over(self, files: Sequence[FileRecord], go_on: Callable[[], bool]) -> None:
         """Local. Bring what the engine has written to where it belongs; stop soon if ``go_on`` says no."""
@@ -88,6 +108,9 @@ class Directory:
 
     Args:
         path: the checkpoint; need not exist.
+
+    Attributes:
+        directory: the same; while an older checkpoint there is being replaced, one beside it.
     """
 
     durable = True
@@ -99,14 +122,59 @@ class Directory:
         """What this rank will write."""
         return Claim(nbytes)
 
-    def prepare(self, claims: Sequence[Claim]) -> None:
-        """See ``require_space`` and ``commit.invalidate``.
+    def prepare(self, claims: Sequence[Claim], *, replace: bool) -> str | None:
+        """See ``replacement.begin``; otherwise ``require_space`` and ``commit.invalidate``.
 
         Raises:
             CheckpointWriteError: there is no room, or the directory cannot be prepared.
         """
-        require_space(self.directory, sum(claim.nbytes for claim in claims))
-        commit.invalidate(self.directory)
+        nbytes = sum(claim.nbytes for claim in claims)
+        if self._is_checkpoint():
+            replacement.sweep(self.name)
+            place = self._beside(nbytes) if replace else None
+            if place is not None:
+                return place
+        require_space(self.name, nbytes)
+        commit.invalidate(self.name)
+        return None
+
+    def write_to(self, place: str) -> None:
+        """``directory`` is ``place`` from now on."""
+        self.directory = place
+
+    def take_place(self) -> None:
+        """See ``replacement.exchange``.
+
+        Raises:
+            CheckpointWriteError: the older checkpoint is where it was.
+        """
+        place, self.directory = self.directory, self.name
+        if place != self.name:
+            replacement.exchange(place, self.name)
+
+    def withdraw(self) -> None:
+        """Remove what lies beside the checkpoint."""
+        place, self.directory = self.directory, self.name
+        if place != self.name:
+            replacement.discard(place, self.name)
+
+    def _is_checkpoint(self) -> bool:
+        with contextlib.suppress(OSError):  # what is wrong with the directory is said when it is used
+            replacement.put_back(self.name)
+            seals = commit.seals_among(os.listdir(self.name))
+            # A directory of such a name is somebody's, and in the way.
+            return bool(seals) and all(os.path.isfile(os.path.join(self.name, seal)) for seal in seals)
+        return False
+
+    def _beside(self, nbytes: int) -> str | None:
+        consequence = "the checkpoint in it ends now, and until this save is whole there is none"
+        if not has_room_beside(self.name, nbytes):
+            logger.warning("%s is overwritten: %s. There is no room for both.", self.name, consequence)
+            return None
+        place = replacement.begin(self.name)
+        if place is None:
+            logger.warning("%s is overwritten: %s. Nothing can be put beside it.", self.name, consequence)
+        return place
 
     def hand_over(self, files: Sequence[FileRecord], go_on: Callable[[], bool]) -> None:
         """Nothing: they are where they belong."""

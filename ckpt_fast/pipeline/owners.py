@@ -58,6 +58,14 @@ _lock = threading.Lock()
 _owners: dict[str, weakref.ref[Owner]] = {}
 
 
+def is_occupied(directory: str) -> bool:
+    """Local. Whether a save of this process to the directory is not over."""
+    with _lock:
+        reference = _owners.get(_key(directory))
+        owner = reference() if reference is not None else None
+        return owner is not None and not owner.is_over()
+
+
 def occupy(directory: str, owner: Owner, wait_s: float = 0.0) -> None:
     """Local. From now on the directory is ``owner``'s, until that is over.
 
@@ -69,7 +77,7 @@ def occupy(directory: str, owner: Owner, wait_s: float = 0.0) -> None:
     Raises:
         CheckpointWriteError: errno EBUSY: another save is still at it.
     """
-    key = directory if "://" in directory else os.path.realpath(directory)
+    key = _key(directory)
     begin, said = time.monotonic(), False
     while True:
         with _lock:
@@ -92,3 +100,7 @@ def occupy(directory: str, owner: Owner, wait_s: float = 0.0) -> None:
             said = True
             logger.warning("a save to %s waits for the one before it to the same directory", directory)
         time.sleep(_POLL_S)
+
+
+def _key(directory: str) -> str:
+    return directory if "://" in directory else os.path.realpath(directory)

@@ -33,6 +33,8 @@ from ckpt_fast.settings import Settings
 
 logger = logging.getLogger(__name__)
 
+_Claims = Sequence[Outcome[tuple[Claim, bool]]]
+
 
 class Save(Job):
     """One save in progress. Every rank calls ``stage``, ``write`` and ``commit``, in this order.
@@ -44,7 +46,8 @@ class Save(Job):
     staged in waves, each in files of its own: a wave is copied while the one before it is being written.
 
     Args:
-        directory: the checkpoint directory, the same on every rank; an older checkpoint in it is invalidated.
+        directory: the checkpoint directory, the same on every rank. An older checkpoint in it is one until
+            this one is sealed, if ``options.replace`` says so; otherwise it is invalidated by ``stage``.
         collect: gives what this rank brings. Run by ``stage``, before anything is touched, and local.
         options: how it is made.
         completion: what the coordinator does besides.
@@ -102,6 +105,14 @@ class Save(Job):
         """Bytes that this rank has handed to the file system, and those it will have in the end, roughly."""
         return min(self._waves.written_nbytes, self._nbytes), self._nbytes
 
+    @property
+    def written_to(self) -> str:
+        """Where, until it is committed, the checkpoint's files are: in its directory, or beside an older one.
+
+        In object storage always the checkpoint itself.
+        """
+        return self._files.directory if isinstance(self._files, Directory) else self.directory
+
     def wait_staged(self) -> None:
         """Local. What the calling thread does to the shards from now on no longer reaches the checkpoint."""
         self._waves.order_behind_copies()
@@ -118,6 +129,8 @@ class Save(Job):
     def abandon(self, wait_s: float = LEAVE_S) -> bool:
         """Local. Give the save up without the other ranks; returns whether nothing of it is under way."""
         ended = self._waves_or_none is None or self._waves.abandon(wait_s)
+        if ended and self._group.is_coordinator:
+            self._files.withdraw()
         self._hold.let_go()
         return ended
 
@@ -190,9 +203,12 @@ class Save(Job):
     def _prepare(self) -> None:
         try:
             claims = self._group.collect(lambda: (self._claim(), self._is_divided()))
-            if not self._group.decide(lambda: self._prepare_if_divided(claims), claims):
+            is_prepared, place = self._group.decide(lambda: self._prepare_if_divided(claims), claims)
+            if not is_prepared:
                 self._group.agree(self._divide)
-                self._group.decide(lambda: self._prepare_files(claims))
+                place = self._group.decide(lambda: self._prepare_files(claims))
+            if place is not None:
+                self._files.write_to(place)
         except BaseException:
             self._files.close()
             raise
@@ -205,15 +221,18 @@ class Save(Job):
         if self._share.divide is not None:
             self._share = replace(self._share, shards=self._share.divide())
 
-    def _prepare_if_divided(self, claims: Sequence[Outcome[tuple[Claim, bool]]]) -> bool:
+    def _prepare_if_divided(self, claims: _Claims) -> tuple[bool, str | None]:
         if not all(each.value is not None and each.value[1] for each in claims):
-            return False
-        self._prepare_files(claims)
-        return True
+            return False, None
+        return True, self._prepare_files(claims)
 
-    def _prepare_files(self, claims: Sequence[Outcome[tuple[Claim, bool]]]) -> None:
-        self._files.prepare([each.value[0] for each in claims if each.value is not None])
-        self._completion.prepare()
+    def _prepare_files(self, claims: _Claims) -> str | None:
+        values = [each.value[0] for each in claims if each.value is not None]
+        place = self._files.prepare(values, replace=self._options.replace)
+        if place is not None:
+            self._files.write_to(place)
+        self._completion.prepare(place or self.directory)
+        return place
 
     def _stage_shards(self) -> None:
         share, self._share = self._share, None
@@ -222,12 +241,12 @@ class Save(Job):
         self._common_files = share.common_files if self._group.is_coordinator else {}
         # The thread knows nothing of this object, nor of the shards beyond their wave.
         files, common, beside, waves = self._files, self._common_files, self._beside, self._waves
-        write_beside = share.write_beside
+        write_beside, directory = share.write_beside, self.written_to
         try:
             self._nbytes = sum(map(shard_nbytes, share.shards))
             waves.stage(share.shards)
             waves.then(lambda: files.publish(common, waves.progress))
-            waves.then(lambda: beside.extend(write_beside()))
+            waves.then(lambda: beside.extend(write_beside(directory)))
         finally:
             waves.at_end(
                 functools.partial(
@@ -255,7 +274,7 @@ class Save(Job):
         files = [file for record in records for file in record.files]
         self._require_all_present(files)
         completion = self._completion
-        files.extend(completion.finish())
+        files.extend(completion.finish(self.written_to))
         files.extend(file_record(name, content) for name, content in completion.seal_files.items())
         manifest = Manifest(
             new_save_id(),
@@ -265,6 +284,7 @@ class Save(Job):
             notes=completion.notes,
         )
         seal.seal(self._files, metadata, manifest, completion.seal_files)
+        self._files.take_place()
         completion.select()
 
     def _require_all_present(self, files: Sequence[FileRecord]) -> None:

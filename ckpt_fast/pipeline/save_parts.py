@@ -12,11 +12,11 @@ from ckpt_fast.pipeline.files import Files
 from ckpt_fast.pipeline.types import FileRecord, Shard
 
 
-def _nothing() -> None:
+def _nothing(*_: str) -> None:
     pass
 
 
-def _no_files() -> Sequence[FileRecord]:
+def _no_files(_: str) -> Sequence[FileRecord]:
     return ()
 
 
@@ -30,7 +30,7 @@ class Share:
         planner_data: torch DCP's name to path mapping, None for Megatron-Core; the coordinator's counts.
         files: where the checkpoint's files go; None: into its directory. Closed once they are written.
         write_beside: writes, durably, what this rank has to put beside the checkpoint, and returns what that
-            is. Run in the writing thread.
+            is. Gets the directory of the files. Run in the writing thread.
         is_divided: False where the ranks have to agree first which of them saves what: ``shards`` are then
             only what this rank could save.
         divide: gives this rank's shards once the ranks have agreed. Collective; run by all ranks, before
@@ -41,7 +41,7 @@ class Share:
     common_files: Mapping[str, bytes] = field(default_factory=dict)
     planner_data: Mapping[str, Any] | None = None
     files: Files | None = None
-    write_beside: Callable[[], Sequence[FileRecord]] = _no_files
+    write_beside: Callable[[str], Sequence[FileRecord]] = _no_files
     is_divided: bool = True
     divide: Callable[[], Sequence[Shard]] | None = None
 
@@ -57,6 +57,7 @@ class SaveOptions:
         host_buffer: bound on the host buffers in use, in bytes; None follows ``CKPT_FAST_HOST_BUFFER``.
             With a bound smaller than the state, staging waits for the writes of all but the last waves.
         separate: shards whose name begins so get files of their own; see ``plan_save``.
+        replace: keep an older checkpoint in the directory until this one is sealed, where that can be.
         when_written: called in the writing thread once this rank has written its last byte, or has failed.
     """
 
@@ -65,6 +66,7 @@ class SaveOptions:
     staging: StagingPolicy | None = None
     host_buffer: int | None = None
     separate: str | None = None
+    replace: bool = True
     when_written: Callable[[], None] = _nothing
 
 
@@ -72,8 +74,11 @@ class SaveOptions:
 class Completion:
     """What the coordinator does besides, in the order in which it happens.
 
+    ``prepare`` and ``finish`` get the directory of the files. If that is not the checkpoint's, an older
+    checkpoint is still there, and is replaced before ``select``.
+
     Attributes:
-        prepare: makes room beside the checkpoint, once an older one in its directory has been invalidated.
+        prepare: makes room beside the checkpoint.
         finish: writes, durably, what else belongs to the checkpoint, once all ranks have written; returns
             what that is.
         notes: what the manifest is to say besides.
@@ -81,8 +86,8 @@ class Completion:
         select: makes others choose this checkpoint, which is published.
     """
 
-    prepare: Callable[[], None] = _nothing
-    finish: Callable[[], Sequence[FileRecord]] = _no_files
+    prepare: Callable[[str], None] = _nothing
+    finish: Callable[[str], Sequence[FileRecord]] = _no_files
     notes: Mapping[str, Any] = field(default_factory=dict)
     seal_files: Mapping[str, bytes] = field(default_factory=dict)
     select: Callable[[], None] = _nothing

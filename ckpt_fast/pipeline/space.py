@@ -15,6 +15,12 @@ from ckpt_fast.pipeline.commit import is_payload
 OVERHEAD = 1.01
 
 
+def has_room_beside(directory: str, nbytes: int) -> bool:
+    """Whether the file system has room for so many bytes of values without losing any it has; see below."""
+    free = _free_nbytes(directory)
+    return free is None or free >= int(nbytes * OVERHEAD)
+
+
 def require_space(directory: str, nbytes: int) -> None:
     """Refuse a save that the file system has no room for; one that is replaced counts as free.
 
@@ -28,18 +34,10 @@ def require_space(directory: str, nbytes: int) -> None:
     Raises:
         CheckpointWriteError: errno ENOSPC, with both sizes.
     """
-    if not settings.space_check():
+    free = _free_nbytes(directory)
+    if free is None:
         return
-    existing = os.path.abspath(directory)
-    while not os.path.isdir(existing) and existing != os.path.dirname(existing):
-        existing = os.path.dirname(existing)
-    try:
-        status = os.statvfs(existing)
-    except OSError:
-        return  # preparing the directory says better what is wrong with it
-    if not status.f_blocks:
-        return
-    free = status.f_bavail * status.f_frsize + _replaced_nbytes(directory)
+    free += _replaced_nbytes(directory)
     needed = int(nbytes * OVERHEAD)
     if free < needed:
         raise CheckpointWriteError(
@@ -49,6 +47,20 @@ def require_space(directory: str, nbytes: int) -> None:
             errno.ENOSPC,
             directory,
         )
+
+
+def _free_nbytes(directory: str) -> int | None:
+    """What is free there; None if nobody asks, or knows."""
+    if not settings.space_check():
+        return None
+    existing = os.path.abspath(directory)
+    while not os.path.isdir(existing) and existing != os.path.dirname(existing):
+        existing = os.path.dirname(existing)
+    try:
+        status = os.statvfs(existing)
+    except OSError:
+        return None  # preparing the directory says better what is wrong with it
+    return status.f_bavail * status.f_frsize if status.f_blocks else None
 
 
 def _replaced_nbytes(directory: str) -> int:

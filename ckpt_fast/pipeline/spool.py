@@ -94,8 +94,10 @@ class Spool:
         free = status.f_bavail * status.f_frsize if status.f_blocks else None
         return Claim(nbytes, f"{socket.gethostname()} {device}", free)
 
-    def prepare(self, claims: Sequence[Claim]) -> None:
+    def prepare(self, claims: Sequence[Claim], *, replace: bool) -> None:
         """Look whether every spool has room for the ranks that share its file system; then invalidate.
+
+        An older checkpoint cannot be kept until it is replaced: objects have no common name.
 
         Raises:
             CheckpointWriteError: there is no room, or the older checkpoint cannot be removed.
@@ -104,6 +106,15 @@ class Spool:
         with self._failures("list", "Nothing was saved"):
             names = [name for name in self._remote.sizes() if "/" not in name]
         self.delete((*commit.seals_among(names), *filter(commit.is_payload, names)))
+
+    def write_to(self, place: str) -> None:
+        """Never asked."""
+
+    def take_place(self) -> None:
+        """Nothing: they are in their place."""
+
+    def withdraw(self) -> None:
+        """Nothing: what was uploaded is no checkpoint."""
 
     def hand_over(self, files: Sequence[FileRecord], go_on: Callable[[], bool]) -> None:
         """Upload what the engine has written, and make room for the next. A file that is under way arrives.

@@ -42,6 +42,7 @@ class Waves:
         files: where the files go; None: into ``report.directory``, which must exist.
         settings: of the save; None: those in force.
         progress: stops the writing, where that is for others to decide as well.
+        first: number of the first file.
 
     Raises:
         ValueError: a setting, ``writers`` or ``bound`` makes no sense.
@@ -60,6 +61,7 @@ class Waves:
         files: Files | None = None,
         settings: Settings | None = None,
         progress: native.Progress | None = None,
+        first: int = 0,
     ) -> None:
         self._settings = settings if settings is not None else Settings.read()
         if writers is not None and writers < 1:
@@ -78,6 +80,7 @@ class Waves:
         self._policy = policy
         self._device_copies: list[DeviceCopies] = []
         self._separate = separate
+        self._first = first
         self._record = RankRecord([], [])
         self._begun = time.perf_counter()
         self.progress = progress if progress is not None else native.Progress()
@@ -99,7 +102,7 @@ class Waves:
                 limit = self._bound // 2
                 waves = cut_waves(shards, sizes, limit)
         writers = self._writers or automatic_writers(self._files.directory, self._settings)
-        number = 0
+        number = self._first
         for wave in waves:
             with self._report.timed("plan"):
                 files = plan_save(wave, self._prefix, writers, number, self._separate)

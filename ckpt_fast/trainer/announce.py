@@ -10,10 +10,11 @@ import torch
 
 from ckpt_fast.trainer import experiment_loggers as loggers
 from ckpt_fast.trainer.contexts import CheckpointType
+from ckpt_fast.trainer.data_position import places_of
 from ckpt_fast.trainer.load_plan import LoadPlan
 from ckpt_fast.trainer.load_run import LoadRun
 from ckpt_fast.trainer.located import Located
-from ckpt_fast.trainer.paths import file_exists, get_checkpoint_name
+from ckpt_fast.trainer.paths import get_checkpoint_name
 from ckpt_fast.trainer.ranks import get_rank_safe, is_last_rank, print_rank_0
 
 
@@ -56,7 +57,7 @@ def announce_restored(run: LoadRun, plan: LoadPlan, located: Located) -> None:
         line += f"; not restored: {', '.join(left)}"
     if not ckpt_cfg.finetune:
         directory = position and found.iteration >= 0 and get_checkpoint_name(position, found.iteration)
-        is_there = directory and file_exists(directory)
+        is_there = directory and places_of(directory)
         line += f"; position in the data: {directory if is_there else 'none was saved'}"
     print_rank_0(line)
 

@@ -7,6 +7,7 @@ published, and whether one is whole. Links to directories are followed.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,6 +15,7 @@ from typing import Any, Literal
 from ckpt_fast.doors.common_state import COMMON_FILE, is_sealed, load_common_state_dict, open_checkpoint
 from ckpt_fast.errors import CheckpointError, DamagedFileError
 from ckpt_fast.megatron import object_storage
+from ckpt_fast.pipeline import replacement
 from ckpt_fast.pipeline.commit import METADATA_FILE
 from ckpt_fast.pipeline.verify import require_complete
 from ckpt_fast.trainer.megatron_lm import ARGUMENTS
@@ -120,6 +122,21 @@ def iterations_in(root: str) -> list[tuple[int, str]]:
     paths = ((name, join_paths(root, name)) for name in names_in(root, "iter_*"))
     found = ((iteration_of(name), path) for name, path in paths)
     return sorted((iteration, path) for iteration, path in found if iteration >= 0 and is_directory(path))
+
+
+def put_back(path: str | None) -> None:
+    """Local. Give a checkpoint, or those of a root, their names again, if a crash has left them without.
+
+    That is where a file system cannot exchange two directories; see ``pipeline.replacement``. Where this user
+    may not rename them they stay unseen, and an older one is found.
+    """
+    if not path or object_storage(path):
+        return
+    with contextlib.suppress(OSError):
+        replacement.put_back(path)
+        if is_directory(path):
+            for each in replacement.replaced_in(path):
+                replacement.put_back(each)
 
 
 # --- Whether one is whole ---------------------------------------------------------------------------------

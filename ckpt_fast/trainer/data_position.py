@@ -9,6 +9,8 @@ from typing import Any
 
 from ckpt_fast import settings
 from ckpt_fast.errors import CheckpointCorruptError, CheckpointError
+from ckpt_fast.megatron import object_storage
+from ckpt_fast.pipeline import replacement
 from ckpt_fast.pipeline.opened import OpenCheckpoint
 from ckpt_fast.pipeline.small_files import LARGEST_FILE
 from ckpt_fast.pipeline.types import FileRecord
@@ -39,30 +41,45 @@ def require_files(root: str | None, files: Iterable[FileRecord]) -> None:
     if root is None or not settings.verify_on_load():
         return
     for record in files:
-        if not file_exists(join_paths(root, record.path.partition("/")[0])):
-            continue
-        path = join_paths(root, record.path)
-        if not file_exists(path):
-            raise CheckpointCorruptError(
-                f"{path} is missing, the state of a data loader that was saved with the checkpoint. Restore "
-                "the file, or remove its directory to start the data from its beginning."
-            )
-        require_content(path, read_file(path, LARGEST_FILE), record)
+        if places_of(join_paths(root, record.path.partition("/")[0])):
+            read_recorded(join_paths(root, record.path), record)
 
 
-def require_content(path: str, content: bytes, record: FileRecord) -> None:
-    """Check that a file holds what was saved with the checkpoint.
+def places_of(directory: str) -> list[str]:
+    """Local. Where the states of data loaders of one iteration may be; nowhere if there are none.
+
+    A save that replaces an iteration exchanges first the checkpoint, and then ``directory``, with what lies
+    beside it. If it was killed in between, the states of the new checkpoint still lie there.
+    """
+    if object_storage(directory):
+        return [directory] if file_exists(directory) else []
+    return replacement.places(directory)
+
+
+def read_recorded(path: str, record: FileRecord) -> bytes:
+    """Local. The state of a data loader that was saved with the checkpoint, by its path and record.
 
     Raises:
-        CheckpointCorruptError: it does not.
+        CheckpointCorruptError: it is missing, or what is there differs.
     """
-    if (len(content), zlib.crc32(content)) != record[1:]:
+    directory, name = path.rsplit("/", 1)
+    paths = [join_paths(place, name) for place in places_of(directory)]
+    contents = {each: read_file(each, LARGEST_FILE) for each in paths if file_exists(each)}
+    for content in contents.values():
+        if (len(content), zlib.crc32(content)) == record[1:]:
+            return content
+    if path not in contents:
         raise CheckpointCorruptError(
-            f"{path} is not the state of the data loader that was saved with the checkpoint: it has "
-            f"{len(content)} bytes of CRC-32 {zlib.crc32(content):08x} instead of {record.nbytes} of "
-            f"{record.crc32:08x}. It is damaged, or of another save. Load an earlier iteration, or restore "
-            "the file."
+            f"{path} is missing, the state of a data loader that was saved with the checkpoint. Restore "
+            "the file, or remove its directory to start the data from its beginning."
         )
+    content = contents[path]
+    raise CheckpointCorruptError(
+        f"{path} is not the state of the data loader that was saved with the checkpoint: it has "
+        f"{len(content)} bytes of CRC-32 {zlib.crc32(content):08x} instead of {record.nbytes} of "
+        f"{record.crc32:08x}. It is damaged, or of another save. Load an earlier iteration, or restore "
+        "the file."
+    )
 
 
 def record_for(path: str, files: Any) -> FileRecord | None:

@@ -21,6 +21,7 @@ from ckpt_fast.doors.dcp_upload import Upload
 from ckpt_fast.pipeline.background import SaveHandle
 from ckpt_fast.pipeline.commit import METADATA_FILE
 from ckpt_fast.pipeline.opened import OpenCheckpoint
+from ckpt_fast.pipeline.save import Save
 from ckpt_fast.pipeline.save_parts import Completion, SaveOptions
 from ckpt_fast.pipeline.types import FileRecord, SaveReport
 from ckpt_fast.trainer.contexts import CheckpointType
@@ -118,12 +119,14 @@ def save_fsdp_dtensor(
     checkpoint_name: str,
     options: SaveOptions | None = None,
     completion: Completion | None = None,
-    write_beside: Callable[[], Sequence[FileRecord]] = lambda: (),
+    write_beside: Callable[[str], Sequence[FileRecord]] = lambda _: (),
+    write_more: Callable[[str], None] = lambda _: None,
 ) -> SaveHandle | SaveReport | None:
     """Collective. The fsdp_dtensor part of ``save_checkpoint``.
 
     Args:
         options, completion, write_beside: see ``dcp_save.start_save``; not used on object storage.
+        write_more: collective; writes what else belongs to the checkpoint, to the directory of its files.
 
     Returns:
         With ``async_save`` the save to schedule. Otherwise the checkpoint is durable, and the report of the
@@ -140,6 +143,7 @@ def save_fsdp_dtensor(
     _require_megatron_fsdp("saving")
     ckpt_cfg = cfg.checkpoint
     if megatron.object_storage(checkpoint_name):
+        write_more(checkpoint_name)
         return _save_to_object_storage(cfg, model[0], state_dict, checkpoint_name)
     job = start_save(
         preprocess_fsdp_dtensor_state_dict(cfg, state_dict, model[0]),
@@ -148,10 +152,25 @@ def save_fsdp_dtensor(
         completion,
         write_beside=write_beside,
     )
+    write_along(job, write_more)
     if ckpt_cfg.async_save:
         return SaveHandle(job)
     job.write()
     return job.commit()
+
+
+def write_along(job: Save, write: Callable[[str], None]) -> None:
+    """Collective. Write what belongs to a staged checkpoint and must be there before it is sealed.
+
+    Args:
+        job: the save; it is abandoned if that fails.
+        write: gets the directory of the checkpoint's files.
+    """
+    try:
+        write(job.written_to)
+    except BaseException:
+        job.abandon()
+        raise
 
 
 def _save_to_object_storage(

@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ckpt_fast.doors.common_state import is_sealed
 from ckpt_fast.errors import CheckpointNotFoundError, DamagedFileError, UnknownFormatError
-from ckpt_fast.trainer.catalog import NOTHING, Found, Published, Tier, list_checkpoints, published
+from ckpt_fast.trainer.catalog import (
+    NOTHING,
+    Found,
+    Published,
+    Tier,
+    list_checkpoints,
+    published,
+    put_back,
+)
 from ckpt_fast.trainer.paths import (
     TRACKER_PREFIX,
     checkpoint_exists,
@@ -107,6 +115,7 @@ def _resolve_checkpoint_iteration(load_dir: str | None, ckpt_step_override: int 
 
 
 def _resolve(load_dir: str | None, step: int | None) -> Published:
+    put_back(load_dir)
     if is_checkpoint_iteration_directory(load_dir):
         return Published(_DIRECT_ITERATION_DIR_SENTINEL)
     if not load_dir:
@@ -196,6 +205,7 @@ def holds_checkpoint(path: str | None) -> bool:
     """Local. Whether there is something to resume from: a checkpoint, trackers, or a whole iteration."""
     if not path:
         return False
+    put_back(path)
     return checkpoint_exists(path) or published(path).iteration != NOTHING
 
 

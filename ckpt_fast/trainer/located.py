@@ -18,7 +18,7 @@ from ckpt_fast.pipeline.types import FileRecord
 from ckpt_fast.pipeline.verify import require_complete
 from ckpt_fast.trainer.catalog import Found
 from ckpt_fast.trainer.contexts import CheckpointType
-from ckpt_fast.trainer.data_position import FILES_KEY, files_of, require_files
+from ckpt_fast.trainer.data_position import FILES_KEY, files_of, places_of, require_files
 from ckpt_fast.trainer.load_run import LoadRun
 from ckpt_fast.trainer.locate import _NON_PERSISTENT_CKPT_SUBDIR, format_of
 from ckpt_fast.trainer.paths import (
@@ -219,6 +219,6 @@ def _find_data_position(found: Found, load_dir: str | None, ckpt_cfg: Any) -> st
         places.insert(0, ckpt_cfg.save)
     states = [join_paths(place, _DATALOADER_STATE_SUBDIR) for place in places if place]
     for directory in states:
-        if found.iteration >= 0 and file_exists(get_checkpoint_name(directory, found.iteration)):
+        if found.iteration >= 0 and places_of(get_checkpoint_name(directory, found.iteration)):
             return directory
     return states[0] if states else None

@@ -10,7 +10,7 @@ import re
 from typing import Any
 
 from ckpt_fast.megatron import as_url, object_storage
-from ckpt_fast.pipeline.commit import fsync, fsync_directory, write_file_atomic
+from ckpt_fast.pipeline.commit import fsync, fsync_directory, make_directory, write_file_atomic
 from ckpt_fast.pipeline.documents import parse_yaml
 from ckpt_fast.pipeline.encode import file_record
 from ckpt_fast.pipeline.small_files import LARGEST_FILE, LARGEST_TEXT, read_small_file
@@ -124,15 +124,18 @@ def sync_files(directory: str) -> None:
 
 
 def ensure_directory_exists(filename: str, check_parent: bool = True) -> None:
-    """Create the directory of a file, or with ``check_parent=False`` the directory ``filename`` itself."""
+    """Create the directory of a file, or with ``check_parent=False`` the directory ``filename`` itself.
+
+    Like those above it that are missing, it outlives a power failure.
+    """
     directory = os.path.dirname(filename) if check_parent else filename
     if not directory:
         return
     msc = object_storage(directory)
     if msc:
         msc.os.makedirs(directory, exist_ok=True)
-    else:
-        os.makedirs(directory, exist_ok=True)
+    elif not os.path.isdir(directory):
+        make_directory(os.path.abspath(directory))
 
 
 def join_paths(*paths: str) -> str:

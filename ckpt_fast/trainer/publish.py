@@ -80,8 +80,11 @@ class Publication:
         if get_rank_safe() == 0 and not self._is_local:
             self._run_config = snapshot_run_config(self._cfg)
 
-    def complete(self) -> list[FileRecord]:
+    def complete(self, directory: str) -> list[FileRecord]:
         """Write what else belongs to the checkpoint. Called on rank 0, before the checkpoint is sealed.
+
+        Args:
+            directory: where its files are.
 
         Returns:
             The files.
@@ -91,13 +94,13 @@ class Publication:
         """
         contents = {CONFIG_FILE: self._run_config, TRAIN_STATE_FILE: encode_train_state(self.train_state)}
         for name, content in contents.items():
-            write_file(join_paths(self._checkpoint_name, name), content)
-        self._save_tokenizer()
+            write_file(join_paths(directory, name), content)
+        self._save_tokenizer(directory)
         self._is_complete = True
         return [
             *(file_record(name, content) for name, content in contents.items()),
-            *records_below(self._checkpoint_name, TOKENIZER_DIR),
-            *records_below(self._checkpoint_name, megatron.MODELOPT_DIR),
+            *records_below(directory, TOKENIZER_DIR),
+            *records_below(directory, megatron.MODELOPT_DIR),
         ]
 
     def publish(self) -> None:
@@ -112,16 +115,17 @@ class Publication:
             self._log_progress("Saved async local checkpoint")
             return
         if not self._is_complete:
-            self.complete()  # some storage's own writers seal a checkpoint without asking
+            # Some storage's own writers seal a checkpoint without asking.
+            self.complete(self._checkpoint_name)
         publish_trackers(self._save_dir, self._step, self.train_state, self._number)
         where = f"{ckpt_cfg.save} {self._suffix}"
         print_rank_0(f"  successfully saved checkpoint from iteration {self._step:7d} to {where}")
         self._log_progress("Saved async checkpoint")
 
-    def _save_tokenizer(self) -> None:
+    def _save_tokenizer(self, directory: str) -> None:
         tokenizer = getattr(self._cfg.dataset, "tokenizer", None)
         if self._cfg.checkpoint.save_tokenizer_assets and tokenizer is not None:
-            save_tokenizer_assets(tokenizer, self._cfg.tokenizer, self._checkpoint_name)
+            save_tokenizer_assets(tokenizer, self._cfg.tokenizer, directory)
 
     def _log_progress(self, event: str) -> None:
         logger_cfg, ckpt_cfg = self._cfg.logger, self._cfg.checkpoint

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ckpt_fast.megatron import object_storage
+from ckpt_fast.pipeline import replacement
 from ckpt_fast.pipeline.commit import (
     DATA_SUFFIX,
     METADATA_FILE,
@@ -76,6 +77,7 @@ def cleanup_old_non_persistent_checkpoint(
     """
     if get_rank_safe() != 0 or leave_ckpt_num is None or leave_ckpt_num < 0:
         return
+    _sweep(save_dir)
     try:
         removed, kept = _choose(save_dir, leave_ckpt_num, max_iteration)
     except Exception:
@@ -111,7 +113,11 @@ def cleanup_old_dataloader_states(states_dir: str, checkpoint_roots: Sequence[st
     except Exception:
         logger.exception("cannot tell which data loader states in %s are old: none is deleted", states_dir)
         return
-    _remove_checkpoints([each.path for each in old if each.iteration not in needed])
+    removed = [each.path for each in old if each.iteration not in needed]
+    _remove_checkpoints(removed)
+    for path in removed:
+        if not object_storage(path):
+            replacement.sweep(path)
 
 
 def _choose(
@@ -149,6 +155,18 @@ def _counts(path: str) -> bool:
         # Of a backend of Megatron-Core that keeps a directory for each tensor.
         return not file_exists(join_paths(path, METADATA_FILE))
     return bool(names) and not any(is_payload(name) or name in _OWN_NAMES for name in names)
+
+
+def _sweep(save_dir: str) -> None:
+    """Remove what saves over an older iteration have left beside it, if they were killed."""
+    if object_storage(save_dir):
+        return
+    try:
+        for path in replacement.replaced_in(save_dir):
+            replacement.put_back(path)
+            replacement.sweep(path)
+    except OSError as error:
+        logger.warning("cannot remove what was left in %s: %s", save_dir, error)
 
 
 def _names(checkpoints: list[_Checkpoint]) -> list[str]:

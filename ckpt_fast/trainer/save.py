@@ -19,7 +19,7 @@ from ckpt_fast.trainer import experiment_loggers as loggers
 from ckpt_fast.trainer.after_save import fire_callbacks, logger_finalizer, report, retain
 from ckpt_fast.trainer.async_save import end_save_to, make_room, schedule_async_save
 from ckpt_fast.trainer.data_position import FILES_KEY
-from ckpt_fast.trainer.fsdp import save_fsdp_dtensor
+from ckpt_fast.trainer.fsdp import save_fsdp_dtensor, write_along
 from ckpt_fast.trainer.glu import _get_model_glu_interleave_sizes
 from ckpt_fast.trainer.glu_layout import (
     CONTIGUOUS,
@@ -29,7 +29,7 @@ from ckpt_fast.trainer.glu_layout import (
     require_whole_parameters,
     rows_in_stored_order,
 )
-from ckpt_fast.trainer.hugging_face import require_export
+from ckpt_fast.trainer.hugging_face import require_export, save_hf_copy
 from ckpt_fast.trainer.local import save_layer_wise_optimizer, save_local
 from ckpt_fast.trainer.publish import save_errors_tolerated
 from ckpt_fast.trainer.ranks import on_all_ranks, print_rank_0
@@ -303,7 +303,14 @@ def _hand_over(
         if not _publishes_itself(run, target):
             around.save_position()
         return save_fsdp_dtensor(
-            run.cfg, run.model, state_dict, target.checkpoint_name, options, completion, around.position.write
+            run.cfg,
+            run.model,
+            state_dict,
+            target.checkpoint_name,
+            options,
+            completion,
+            around.write_position,
+            lambda directory: save_hf_copy(run.cfg, run.model, directory),
         )
     strategy, validate = _save_strategy(run)
     job = megatron_core.start_save(
@@ -315,19 +322,19 @@ def _hand_over(
         validate_access_integrity=validate,
         preprocess_common_before_consistency_check=preprocess_common,
         content_metadata=megatron.clean_metadata_for_serialization(metadata),
-        write_beside=around.position.write,
+        write_beside=around.write_position,
     )
-    if run.model and not getattr(run.cfg.dist, "use_decentralized_pg", False):
-        # It belongs to the checkpoint, so it has to be there before that is sealed.
-        try:
-            megatron.save_sharded_modelopt_state(run.model, target.checkpoint_name, (ckpt_cfg.ckpt_format, 1))
-        except BaseException:
-            job.abandon()
-            raise
+    write_along(job, lambda directory: _write_other_formats(run, directory))
     if run.is_async:
         return SaveHandle(job)
     job.write()
     return job.commit()
+
+
+def _write_other_formats(run: SaveRun, directory: str) -> None:
+    save_hf_copy(run.cfg, run.model, directory)
+    if run.model and not getattr(run.cfg.dist, "use_decentralized_pg", False):
+        megatron.save_sharded_modelopt_state(run.model, directory, (run.ckpt_cfg.ckpt_format, 1))
 
 
 def _save_strategy(run: SaveRun) -> tuple[Any, bool]:

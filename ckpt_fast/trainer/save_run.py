@@ -7,8 +7,8 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+from ckpt_fast.trainer.loader_position import can_save_position
 from ckpt_fast.trainer.paths import settle_directories
-from ckpt_fast.trainer.sidecars import can_save_position
 
 _DATALOADER_STATE_SUBDIR = "energon"
 

@@ -10,17 +10,20 @@ import shutil
 import tempfile
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
-
 from ckpt_fast import settings
 from ckpt_fast.megatron import SoloGroup, get_pg_collection, object_storage
-from ckpt_fast.pipeline.commit import make_directory
-from ckpt_fast.pipeline.encode import file_record
 from ckpt_fast.pipeline.group import ControlGroup
 from ckpt_fast.pipeline.small_files import LARGEST_FILE
-from ckpt_fast.pipeline.types import FileRecord
-from ckpt_fast.trainer.data_position import FILES_KEY, record_for, require_content
+from ckpt_fast.trainer.data_position import FILES_KEY, places_of, read_recorded, record_for
 from ckpt_fast.trainer.inert_load import inert_load
+from ckpt_fast.trainer.loader_position import (
+    STATE,
+    STATES_OF_STAGES,
+    LoaderPosition,
+    iterators_of,
+    position_file,
+    rank_in,
+)
 from ckpt_fast.trainer.paths import (
     ensure_directory_exists,
     file_exists,
@@ -39,8 +42,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-_STATE = "dataloader_state_dict"
-_STATES_OF_STAGES = "dataloader_state_dicts"
 TOKENIZER_DIR = "tokenizer"
 
 # tokenizer_type -> (field of the configuration, name in the checkpoint)
@@ -59,17 +60,9 @@ _HF_TOKENIZERS = ("HuggingFaceTokenizer", "MultimodalTokenizer")
 # --- Data loader -----------------------------------------------------------------------------------------
 
 
-def can_save_position(train_iterator: Any) -> bool:
-    """Whether the iterator, or each of a list of them, can give its position."""
-    iterators = _iterators(train_iterator)
-    return bool(iterators) and all(
-        hasattr(getattr(each, "iterable", None), "save_state") for each in iterators
-    )
-
-
 def can_restore_position(train_iterator: Any) -> bool:
     """Whether the iterator, or each of a list of them, can be put at a position."""
-    iterators = _iterators(train_iterator)
+    iterators = iterators_of(train_iterator)
     return bool(iterators) and all(
         hasattr(getattr(each, "iterable", None), "restore_state") for each in iterators
     )
@@ -101,7 +94,7 @@ def maybe_save_dataloader_state(
         RuntimeError: the iterator has no ``save_state``.
         CheckpointError: a rank could not save its state.
     """
-    if not _iterators(train_iterator) or not dataloader_save_path:
+    if not iterators_of(train_iterator) or not dataloader_save_path:
         return
     groups = pg_collection if pg_collection is not None else get_pg_collection(model)
     position = LoaderPosition(train_iterator, iteration, dataloader_save_path, groups)
@@ -112,60 +105,6 @@ def maybe_save_dataloader_state(
     ranks.agree(position.capture)
     ranks.decide(position.prepare)
     ranks.agree(position.write)
-
-
-class LoaderPosition:
-    """The data loader's position on its way beside a checkpoint. All methods are local.
-
-    Args:
-        train_iterator: see ``maybe_save_dataloader_state``.
-        iteration: the iteration of the checkpoint.
-        root: where positions are saved; None or "": nowhere.
-        groups: process groups. The first ranks of the tensor, pipeline and context groups save.
-
-    Attributes:
-        records: what this rank saves, by the name of the file and that of its directory; known once it is
-            captured.
-    """
-
-    def __init__(self, train_iterator: Any, iteration: int, root: str | None, groups: Any) -> None:
-        self.records: list[FileRecord] = []
-        self._iterator, self._iteration, self._root = train_iterator, iteration, root
-        self._content = b""
-        self.is_saved_here = bool(_iterators(train_iterator) and root) and all(
-            _rank_in(getattr(groups, name, None)) == 0 for name in ("tp", "pp", "cp")
-        )
-        self._path = _dataloader_file(root, iteration, _rank_in(groups.dp)) if root else ""
-
-    def require_known(self) -> None:
-        """Raise RuntimeError if there is an iterator that cannot tell its position."""
-        if _iterators(self._iterator) and self._root and not can_save_position(self._iterator):
-            raise RuntimeError(
-                f"Could not find a save_state in the train dataloader {type(self._iterator).__name__}; give "
-                "its iterable a save_state method or unset dataset.dataloader_save"
-            )
-
-    def capture(self) -> None:
-        """Take the position as it is now; RuntimeError as in ``require_known``."""
-        self.require_known()
-        if not self.is_saved_here:
-            return
-        print_rank_0(f"saving dataloader checkpoint at iteration {self._iteration} to {self._root}")
-        states = [each.iterable.save_state() for each in _iterators(self._iterator)]
-        self._content = _serialise(states)
-        name = "/".join(self._path.rsplit("/", 2)[-2:])
-        self.records = [file_record(name, self._content)]
-
-    def prepare(self) -> None:
-        """For one rank: remove what an earlier save of the iteration, maybe by more ranks, has left."""
-        if self.records:
-            _prepare_directory(os.path.dirname(self._path))
-
-    def write(self) -> list[FileRecord]:
-        """Write what was captured, durably; returns ``records``."""
-        if self.records:
-            write_file(self._path, self._content)
-        return self.records
 
 
 def maybe_load_dataloader_state(
@@ -198,22 +137,24 @@ def _restore_dataloader(
 ) -> None:
     if not can_restore_position(train_iterator):
         return
-    iterables: list[Any] = [each.iterable for each in _iterators(train_iterator)]
-    path = _dataloader_file(root, iteration, _rank_in(pg_collection.dp))
-    if not file_exists(path):
+    iterables: list[Any] = [each.iterable for each in iterators_of(train_iterator)]
+    path = position_file(root, iteration, rank_in(pg_collection.dp))
+    directory, name = path.rsplit("/", 1)
+    if not any(file_exists(join_paths(place, name)) for place in places_of(directory)):
         raise RuntimeError(
             f"{path} does not exist: the dataloader state was saved with a smaller data-parallel size. "
             "Resume with that size, or remove the directory to start the data from its beginning."
         )
-    content = read_file(path, LARGEST_FILE)
     record = record_for(path, files)
     if record is not None and settings.verify_on_load():
-        require_content(path, content, record)
+        content = read_recorded(path, record)
+    else:
+        content = read_file(path, LARGEST_FILE)
     loaded = inert_load(io.BytesIO(content))
-    states = loaded.get(_STATES_OF_STAGES) or [loaded[_STATE]]
+    states = loaded.get(STATES_OF_STAGES) or [loaded[STATE]]
     if len(states) != len(iterables):
         # All stages read the same data, so any of the states will do.
-        states = [loaded[_STATE]] * len(iterables)
+        states = [loaded[STATE]] * len(iterables)
     for iterable, state in zip(iterables, states, strict=True):
         iterable.restore_state(state)
 
@@ -256,7 +197,7 @@ def resume_dataloader(
         return
     # Rank 0 looks for the directory: the others would start their data anew where they do not see it yet.
     directory = get_checkpoint_name(root, step)
-    if not on_rank_0(lambda: file_exists(directory)):
+    if not on_rank_0(lambda: bool(places_of(directory))):
         if wants:
             print_rank_0(f"WARNING: no dataloader state in {directory}: the data starts from its beginning")
         return
@@ -270,41 +211,6 @@ def resume_dataloader(
             f"WARNING: the position in the data is not restored from {directory}: the train dataloader "
             f"{type(train_iterator).__name__} has no restore_state"
         )
-
-
-def _iterators(train_iterator: Any) -> list[Any]:
-    several = isinstance(train_iterator, (list, tuple))
-    return [each for each in (train_iterator if several else [train_iterator]) if each is not None]
-
-
-def _rank_in(group: Any) -> int:
-    """0 where a program has no such group."""
-    return 0 if group is None else int(group.rank())
-
-
-def _dataloader_file(root: str, iteration: int, data_parallel_rank: int) -> str:
-    name = f"train_dataloader_dprank{data_parallel_rank:03d}.pt"
-    return join_paths(get_checkpoint_name(root, iteration), name)
-
-
-def _serialise(states: list[Any]) -> bytes:
-    content = {_STATE: states[0]}
-    if len(states) > 1:
-        content[_STATES_OF_STAGES] = states
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    return buffer.getvalue()
-
-
-def _prepare_directory(directory: str) -> None:
-    storage = object_storage(directory)
-    if storage:
-        if storage.os.path.isdir(directory):
-            storage.delete(directory, recursive=True)
-        return
-    if os.path.isdir(directory):
-        shutil.rmtree(directory)
-    make_directory(directory)
 
 
 def _data_parallel_ranks(group: Any) -> ControlGroup:

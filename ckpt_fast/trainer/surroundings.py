@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from ckpt_fast.pipeline.group import ControlGroup
+from ckpt_fast.pipeline.replacement import token_of
 from ckpt_fast.pipeline.save_parts import Completion
-from ckpt_fast.trainer.hugging_face import save_hf_copy
+from ckpt_fast.pipeline.types import FileRecord
+from ckpt_fast.trainer.loader_position import LoaderPosition
 from ckpt_fast.trainer.publish import Publication
 from ckpt_fast.trainer.save_run import SaveRun, dataloader_path
-from ckpt_fast.trainer.sidecars import LoaderPosition
 from ckpt_fast.trainer.target import SaveTarget
 
 
@@ -29,29 +30,35 @@ class Surroundings(NamedTuple):
     def completion(self, notes: Mapping[str, Any]) -> Completion:
         """What the coordinator does for them in a save of the pipeline."""
         return Completion(
-            prepare=self.position.prepare,
+            prepare=lambda directory: self.position.prepare(token_of(directory)),
             finish=self.publication.complete,
             notes=notes,
-            select=self.publication.publish,
+            select=self._select,
         )
+
+    def write_position(self, directory: str) -> list[FileRecord]:
+        """Local. Along with the tensors, whose files are in ``directory``."""
+        return self.position.write(token_of(directory))
 
     def save_position(self) -> None:
         """Collective. For formats that do not save it along with the tensors."""
         group = ControlGroup()
-        group.decide(self.position.prepare)
-        group.agree(self.position.write)
+        token = group.decide(self.position.prepare_alone)
+        group.agree(lambda: self.position.write(token))
 
     def publish(self) -> None:
         """Collective. For formats that do not do it along with the seal."""
-        ControlGroup().decide(self.publication.publish)
+        ControlGroup().decide(self._select)
+
+    def _select(self) -> None:
+        self.position.take_place()
+        self.publication.publish()
 
 
 def surroundings_of(
     run: SaveRun, target: SaveTarget, flops: int, tensor_rank: int | None, pipeline_rank: int | None
 ) -> Surroundings:
-    """Collective. What belongs to one save; the copy in Hugging Face's format is written already."""
-    if not target.is_local:
-        save_hf_copy(run.cfg, run.model, target.checkpoint_name)
+    """What belongs to one save."""
     return Surroundings(
         LoaderPosition(run.iterator, target.step, dataloader_path(run), run.pg_collection),
         Publication(

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 from unittest import mock
 
 from ckpt_fast import native
+from ckpt_fast.pipeline import replacement
 
 
 class Faults:
@@ -34,14 +35,16 @@ class Faults:
         write_files = implementation.write_files
         originals: dict[str, Callable[..., Any]] = {
             "mkdir": os.mkdir,
+            "rename": os.rename,
             "replace": os.replace,
+            "_exchange": replacement._exchange,
             "unlink": os.unlink,
             "fsync": lambda _: None,
             "write_files": lambda *paths, **columns: write_files(*paths, **{**columns, "fsync": False}),
         }
         with contextlib.ExitStack() as stack:
             for name, original in originals.items():
-                home = implementation if name == "write_files" else os
+                home = {"write_files": implementation, "_exchange": replacement}.get(name, os)
                 stack.enter_context(mock.patch.object(home, name, self._counted(name, original)))
             yield self
 

@@ -102,6 +102,13 @@ class Interruption:
         raise KeyboardInterrupt if self._count % 2 else Terminated(3)
 
     def _ended(self, action: Callable[[], object], arm: Callable[[], object]) -> bool:
+        try:
+            return self._ended_before(action, arm)
+        except (KeyboardInterrupt, Terminated):  # when it was over already
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            return False
+
+    def _ended_before(self, action: Callable[[], object], arm: Callable[[], object]) -> bool:
         self._sent = None
         faulthandler.dump_traceback_later(HANGS_S, exit=True)
         try:

@@ -98,17 +98,34 @@ def test_seal_is_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("no_fsync")
 def test_overwriting_a_checkpoint(tmp_path: Path) -> None:
-    save_tensors(tmp_path, {f"w{n}": torch.zeros(5) for n in range(4)}, writers=4, **FILES)
-    (tmp_path / "train_state.pt").write_bytes(b"of the caller")
+    directory, old = tmp_path / "a", torch.arange(5)
+    save_tensors(directory, {f"w{n}": old + n for n in range(4)}, writers=4, **FILES)
+    (directory / "notes.txt").write_bytes(b"of the user")
+    before = {path.name: path.read_bytes() for path in directory.iterdir()}
     new = random_tensor((7,), torch.int32)
-    job = new_save([whole("w", new)], str(tmp_path), **FILES)
+    job = new_save([whole("w", new)], str(directory), **FILES)
+    job.stage()
+    job.write()
+    assert {path.name: path.read_bytes() for path in directory.iterdir()} == before
+    assert same(loaded(directory, "w3", torch.zeros_like(old)), old + 3)
+    job.commit()
+    assert names(directory) == {"metadata.json", ".metadata", "common.pt", "notes.txt", "__0_0.distcp"}
+    assert same(loaded(directory, "w", new), new)
+    assert names(tmp_path) == {"a"}
+
+
+@pytest.mark.usefixtures("no_fsync")
+def test_a_save_that_does_not_replace_ends_the_older_one_first(tmp_path: Path) -> None:
+    save_tensors(tmp_path, {f"w{n}": torch.zeros(5) for n in range(4)}, writers=4, **FILES)
+    new = random_tensor((7,), torch.int32)
+    job = new_save([whole("w", new)], str(tmp_path), replace=False, **FILES)
     job.stage()
     gone = {"metadata.json", ".metadata"}
     assert not names(tmp_path) & gone, "an old seal vouches for new data"
     job.write()
     assert not names(tmp_path) & gone
     job.commit()
-    assert names(tmp_path) == {*gone, "common.pt", "train_state.pt", "__0_0.distcp"}
+    assert names(tmp_path) == {*gone, "common.pt", "__0_0.distcp"}
     assert same(loaded(tmp_path, "w", new), new)
 
 

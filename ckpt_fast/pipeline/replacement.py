@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A directory that takes the place of an older one: filled beside it, and exchanged with it once it is whole.
+
+Beside ``iter_0000005`` that is ``.iter_0000005.<8 hex digits>.new``. No reader looks at such names. After the
+exchange the older one has that name, until it is removed. Where the file system cannot exchange two names
+(network file systems mostly), the older one is renamed to ``.old`` first; who finds only that, puts it back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import logging
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Collection
+from functools import cache
+from typing import Any
+
+from ckpt_fast.errors import CheckpointError, CheckpointWriteError
+from ckpt_fast.pipeline import owners
+from ckpt_fast.pipeline.commit import METADATA_FILE, fsync_directory, is_payload, seals_among
+from ckpt_fast.pipeline.manifest import split_manifest
+from ckpt_fast.pipeline.small_files import LARGEST_FILE, read_small_file
+
+logger = logging.getLogger(__name__)
+
+_NEW, _OLD = ".new", ".old"
+_BESIDE = re.compile(r"\.(?P<name>.+)\.(?P<token>[0-9a-f]{8})(?P<kind>\.new|\.old)")
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+# What renameat2 says where the kernel, or the file system, has no exchange.
+_NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)
+
+
+def begin(directory: str, token: str | None = None) -> str | None:
+    """An empty directory beside ``directory``, to be exchanged with it.
+
+    Args:
+        directory: need not exist.
+        token: that of another directory that is exchanged along with this one.
+
+    Returns:
+        None where that cannot be: ``directory`` is a mount point, or nobody may write beside it.
+
+    Raises:
+        CheckpointWriteError: it cannot be made for another reason.
+    """
+    real = os.path.realpath(directory)
+    if _is_mount_point(real):
+        return None
+    path = beside(real, token or secrets.token_hex(4))
+    try:
+        os.mkdir(path)
+        if os.path.isdir(real):
+            shutil.copymode(real, path)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            return None
+        raise CheckpointWriteError(
+            f"cannot create {path}: {error.strerror or error}. Nothing was saved; {directory} is as before.",
+            error.errno,
+            path,
+        ) from error
+    return path
+
+
+def beside(directory: str, token: str) -> str:
+    """The path that ``begin`` makes of a directory."""
+    parent, name = os.path.split(directory)
+    return os.path.join(parent, f".{name}.{token}{_NEW}")
+
+
+def token_of(path: str) -> str | None:
+    """What tells a path that ``begin`` has made from others beside the same directory; else None."""
+    match = _BESIDE.fullmatch(os.path.basename(path))
+    return match["token"] if match else None
+
+
+def exchange(new: str, directory: str) -> None:
+    """What is in ``new`` takes the place of what is in ``directory``, durably. That is removed.
+
+    Files in it that are nobody's of a checkpoint stay under their names. Where the two names cannot be
+    exchanged there is a moment without ``directory``; see ``put_back``.
+
+    Args:
+        new: as ``begin`` made it; its files are durable.
+        directory: a path or a link to it; need not exist.
+
+    Raises:
+        CheckpointWriteError: nothing has changed, or the exchange may not outlive a power failure; the text
+            says which.
+    """
+    real = os.path.realpath(directory)
+    state = "What was there is as before"
+    try:
+        fsync_directory(new)
+        _exchange(new, real)
+        state = "It was exchanged, but that may not outlive a power failure"
+        fsync_directory(os.path.dirname(real))
+    except OSError as error:
+        raise CheckpointWriteError(
+            f"cannot put {new} in the place of {directory}: {error.strerror or error}. {state}; see that "
+            "both can be renamed by this user on the rank named above, then save again.",
+            error.errno,
+            directory,
+        ) from error
+    if os.path.lexists(new):
+        discard(new, real)
+
+
+def discard(left: str, directory: str) -> None:
+    """Remove a directory that lies beside ``directory``; what in it is no checkpoint's goes there.
+
+    A failure is logged: it costs disk space only.
+    """
+    try:
+        names = os.listdir(left)
+        if seals_among(names):  # else it is of a save that did not come to its end
+            _keep_foreign(left, names, directory)
+        shutil.rmtree(left)
+    except OSError as error:
+        logger.warning("cannot remove %s: %s. It can be removed by hand.", left, error)
+
+
+def put_back(directory: str) -> None:
+    """If a crash has left ``directory`` under another name only, give it its own again.
+
+    Raises:
+        OSError: that could not be done.
+    """
+    real = os.path.realpath(directory)
+    if os.path.lexists(real):
+        return
+    for path in _beside(real, _OLD):
+        os.rename(path, real)
+        fsync_directory(os.path.dirname(real))
+        logger.warning("%s was found as %s, where an interrupted save has left it", directory, path)
+        return
+
+
+def sweep(directory: str) -> None:
+    """Remove what saves that have ended left beside ``directory``, which is in its place."""
+    real = os.path.realpath(directory)
+    for path in _beside(real):
+        discard(path, real)
+
+
+def replaced_in(root: str) -> set[str]:
+    """The paths in ``root`` beside which something lies that no save of this process is at."""
+    matches = filter(None, map(_BESIDE.fullmatch, os.listdir(root)))
+    paths = {os.path.join(root, match["name"]) for match in matches}
+    return {path for path in paths if not owners.is_occupied(path)}
+
+
+def places(directory: str) -> list[str]:
+    """``directory``, if it is there, and what lies beside it."""
+    return [path for path in (directory, *_beside(directory)) if os.path.isdir(path)]
+
+
+def _beside(directory: str, *kinds: str) -> list[str]:
+    parent, name = os.path.split(os.path.abspath(directory))
+    with contextlib.suppress(OSError):
+        matches = filter(None, map(_BESIDE.fullmatch, os.listdir(parent)))
+        return [
+            os.path.join(parent, match[0])
+            for match in matches
+            if match["name"] == name and match["kind"] in (kinds or (_NEW, _OLD))
+        ]
+    return []
+
+
+def _keep_foreign(left: str, names: Collection[str], directory: str) -> None:
+    own = {*seals_among(names), *_recorded(left)}
+    moved = False
+    for name in names:
+        target = os.path.join(directory, name)
+        if name not in own and not is_payload(name) and not os.path.lexists(target):
+            os.rename(os.path.join(left, name), target)
+            moved = True
+    if moved:
+        fsync_directory(directory)
+
+
+def _recorded(directory: str) -> set[str]:
+    """Files and directories in it that its manifest, if it has one, counts as the checkpoint's."""
+    try:
+        content = read_small_file(os.path.join(directory, METADATA_FILE), LARGEST_FILE)
+        manifest = split_manifest(content)[1]
+    except (CheckpointError, OSError, ValueError):
+        return set()
+    return {path.partition("/")[0] for path in manifest.files} if manifest is not None else set()
+
+
+def _exchange(new: str, directory: str) -> None:
+    if not os.path.lexists(directory):
+        os.rename(new, directory)
+        return
+    if _renameat2() is not None:
+        paths = os.fsencode(new), os.fsencode(directory)
+        if _renameat2()(_AT_FDCWD, paths[0], _AT_FDCWD, paths[1], _RENAME_EXCHANGE) == 0:
+            return
+        code = ctypes.get_errno()
+        if code not in _NO_EXCHANGE:
+            raise OSError(code, os.strerror(code), directory)
+    old = new.removesuffix(_NEW) + _OLD
+    os.rename(directory, old)
+    try:
+        os.rename(new, directory)
+    except BaseException:
+        os.rename(old, directory)
+        raise
+    os.rename(old, new)
+
+
+@cache
+def _renameat2() -> Any:
+    """The function of the C library; None where it has none."""
+    return getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+
+
+def _is_mount_point(path: str) -> bool:
+    with contextlib.suppress(OSError), open("/proc/self/mountinfo", "rb") as file:
+        escaped = re.sub(rb"[ \t\n\\]", lambda match: b"\\%03o" % match[0][0], os.fsencode(path))
+        return any(line.split(b" ", 5)[4] == escaped for line in file)
+    return os.path.ismount(path)
