@@ -7,22 +7,18 @@ Dim 0 of a gated ``linear_fc1`` weight or bias holds F gate rows W and F up rows
 
 from __future__ import annotations
 
-import contextlib
 import operator
 from array import array
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextvars import ContextVar
+from collections.abc import Sequence
 
 import torch
 
 from ckpt_fast import native, settings
 from ckpt_fast.errors import CheckpointMismatchError
 
-# By device, stream and direction: the arguments of each permutation, and the tensors that must stay alive.
+# A device and a stream of it.
 _Place = tuple[torch.device, int]
-_Waiting = dict[tuple[_Place, bool], list[tuple[tuple[int, ...], tuple[torch.Tensor, ...]]]]
-_waiting: ContextVar[_Waiting | None] = ContextVar("waiting", default=None)
 
 
 class GluRowsError(CheckpointMismatchError, RuntimeError):
@@ -49,37 +45,41 @@ def permute_rows(tensor: torch.Tensor, interleave_size: int, interleave: bool, n
     Raises:
         CheckpointMismatchError: see ``require_pairs``.
     """
-    block = require_pairs(tensor, interleave_size, name)
-    # The bits as they are seen: a lazily conjugated or negated tensor has others in memory.
-    data = tensor.detach().resolve_conj().resolve_neg()
-    place = _native_place(data)
-    if place is None:
-        return _permute_by_views(data, block, interleave)
-    permuted = torch.empty_like(data)
-    rows = data.shape[0]
-    row = (permuted.data_ptr(), data.data_ptr(), rows, data.nbytes // rows, block)
-    waiting = _waiting.get()
-    if waiting is None:
-        _permute_natively([row], interleave, place)
-    else:
-        waiting[place, interleave].append((row, (permuted, data)))
+    moves = RowMoves()
+    permuted = moves.add(tensor, interleave_size, interleave, name)
+    moves.run()
     return permuted
 
 
-@contextlib.contextmanager
-def together() -> Iterator[None]:
-    """What ``permute_rows`` is asked for in here is done at the end, all at once: in one launch on a GPU.
+class RowMoves:
+    """Tensors whose rows will be copied in the other order, all at once: in one launch on a GPU."""
 
-    Until then the results are undefined.
-    """
-    waiting: _Waiting = defaultdict(list)
-    token = _waiting.set(waiting)
-    try:
-        yield
-    finally:
-        _waiting.reset(token)
-    for (place, interleave), rows in waiting.items():
-        _permute_natively([row for row, _ in rows], interleave, place)
+    def __init__(self) -> None:
+        # For each device, stream and direction the arguments, and the tensors that must stay alive.
+        self._waiting: defaultdict[tuple[_Place, bool], list[tuple[int, ...]]] = defaultdict(list)
+        self._alive: list[torch.Tensor] = []
+
+    def add(self, tensor: torch.Tensor, interleave_size: int, interleave: bool, name: str) -> torch.Tensor:
+        """``permute_rows``, but what is in the result is undefined until ``run``."""
+        block = require_pairs(tensor, interleave_size, name)
+        # The bits as they are seen: a lazily conjugated or negated tensor has others in memory.
+        data = tensor.detach().resolve_conj().resolve_neg()
+        place = _native_place(data)
+        if place is None:
+            return _permute_by_views(data, block, interleave)
+        permuted = torch.empty_like(data)
+        rows = data.shape[0]
+        row = (permuted.data_ptr(), data.data_ptr(), rows, data.nbytes // rows, block)
+        self._waiting[place, interleave].append(row)
+        self._alive += permuted, data
+        return permuted
+
+    def run(self) -> None:
+        """Copy the rows. On a GPU that is ordered on the streams that were current when they were added."""
+        for (place, interleave), rows in self._waiting.items():
+            _permute_natively(rows, interleave, place)
+        self._waiting.clear()
+        self._alive.clear()
 
 
 def contiguous_view(

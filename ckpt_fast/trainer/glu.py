@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from ckpt_fast import megatron
 from ckpt_fast.doors.glu_factory import require_whole_pairs
 from ckpt_fast.errors import CheckpointMismatchError
-from ckpt_fast.pipeline.glu_rows import permute_rows, require_pairs, together
+from ckpt_fast.pipeline.glu_rows import RowMoves, permute_rows, require_pairs
 from ckpt_fast.trainer.ranks import print_rank_0
 
 
@@ -116,22 +116,24 @@ def _process_state_dict_for_glu_interleaving(
         return model_state_dict  # type: ignore[unreachable]  # callers need not look first
     if use_megatron_fsdp:
         _describe_uneven_shards(model_state_dict)
-    permute = _permute_megatron_fsdp if use_megatron_fsdp else permute_value
     processed: dict[str, Any] = {}
-    count = 0
-    # Megatron FSDP cuts each result at once.
-    with contextlib.nullcontext() if use_megatron_fsdp else together():
-        # Sorted, so that the collectives of Megatron FSDP meet their like on the other ranks.
-        for key in sorted(model_state_dict):
-            value = processed[key] = model_state_dict[key]
-            if _is_swiglu_fc1_checkpoint_key(
-                key,
-                include_routed_experts=include_routed_experts,
-                include_shared_experts=include_shared_experts,
-                include_dense=include_dense,
-            ):
-                processed[key] = permute(key, value, interleave_size, interleave)
-                count += processed[key] is not value
+    moves, count = RowMoves(), 0
+    # Sorted, so that the collectives of Megatron FSDP meet their like on the other ranks.
+    for key in sorted(model_state_dict):
+        value = processed[key] = model_state_dict[key]
+        if not _is_swiglu_fc1_checkpoint_key(
+            key,
+            include_routed_experts=include_routed_experts,
+            include_shared_experts=include_shared_experts,
+            include_dense=include_dense,
+        ):
+            continue
+        if use_megatron_fsdp:
+            processed[key] = _permute_megatron_fsdp(key, value, interleave_size, interleave)
+        else:
+            processed[key] = _add_value(moves, key, value, interleave_size, interleave)
+        count += processed[key] is not value
+    moves.run()
     if count:
         verb = "interleaved" if interleave else "de-interleaved"
         print_rank_0(f"GLU rows: {verb} {count} fc1 weights and biases (interleave size {interleave_size})")
@@ -193,25 +195,35 @@ def _process_state_dict_for_model_glu_interleaving(
 
 def permute_value(key: str, value: Any, interleave_size: int, interleave: bool) -> Any:
     """A state dict value with its rows reordered; the value itself where it has no rows to reorder."""
+    moves = RowMoves()
+    permuted = _add_value(moves, key, value, interleave_size, interleave)
+    moves.run()
+    return permuted
+
+
+def _add_value(moves: RowMoves, key: str, value: Any, interleave_size: int, interleave: bool) -> Any:
+    """``permute_value`` as far as it can be done before ``moves.run``."""
     if isinstance(value, list):
-        return _permute_expanded_factory(key, value, interleave_size, interleave)
+        return _add_expanded_factory(moves, key, value, interleave_size, interleave)
     if isinstance(value, torch.Tensor):
-        return permute_rows(value, interleave_size, interleave, key)
+        return moves.add(value, interleave_size, interleave, key)
     sharded = (megatron.ShardedTensor, megatron.ShardedObject, megatron.ShardedTensorFactory)
     if not isinstance(value, sharded) or not isinstance(value.data, torch.Tensor):
         return value
     if isinstance(value, megatron.ShardedTensorFactory):
         require_whole_pairs(key, value)
-    return dataclasses.replace(value, data=permute_rows(value.data, interleave_size, interleave, key))
+    return dataclasses.replace(value, data=moves.add(value.data, interleave_size, interleave, key))
 
 
-def _permute_expanded_factory(key: str, shards: list[Any], interleave_size: int, interleave: bool) -> Any:
+def _add_expanded_factory(
+    moves: RowMoves, key: str, shards: list[Any], interleave_size: int, interleave: bool
+) -> Any:
     """The rows of shards that lie behind each other in one tensor, reordered across all of them."""
     if not shards or not all(
         isinstance(shard, megatron.ShardedTensor) and shard.data is not None for shard in shards
     ):
         return shards
-    rows = permute_rows(torch.cat([shard.data for shard in shards]), interleave_size, interleave, key)
+    rows = moves.add(torch.cat([shard.data for shard in shards]), interleave_size, interleave, key)
     pieces = torch.split(rows, [shard.data.shape[0] for shard in shards])
     return [dataclasses.replace(shard, data=piece) for shard, piece in zip(shards, pieces, strict=True)]
 
