@@ -37,6 +37,9 @@ SECRET = "ckpt_fast_secret"
 _TYPE, _REPR = "_type_", "_repr_"
 _REPR_LIMIT = 200
 _T = TypeVar("_T")
+_SCALARS = frozenset((str, int, float, bool))
+# That in C is five times as fast.
+_Dumper: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -50,9 +53,22 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def to_yaml(config: Any) -> str:
     """The text of ``run_config.yaml`` for our container or Megatron Bridge's; never fails on a value."""
-    described = _describe(config, _plain, ())
+    return as_yaml(plain(config))
+
+
+def plain(config: Any) -> Any:
+    """``config`` as it is now, in new containers and the types that YAML's safe reader knows."""
+    return _describe(config, _plain, ())
+
+
+def as_yaml(described: Any) -> str:
+    """The text of what ``plain`` returned."""
     # Escaped, because PyYAML writes some line breaks of Unicode as they are and reads them as spaces.
-    return str(yaml.safe_dump(described, default_flow_style=False, sort_keys=False, allow_unicode=False))
+    options = {"default_flow_style": False, "sort_keys": False, "allow_unicode": False}
+    try:
+        return str(yaml.dump(described, Dumper=_Dumper, **options))
+    except UnicodeEncodeError:  # a path that is no UTF-8
+        return str(yaml.dump(described, Dumper=yaml.SafeDumper, **options))
 
 
 def write_yaml(config: Any, path: str) -> None:
@@ -121,6 +137,8 @@ def _remote_storage(path: str) -> Any:
 
 def _describe(value: Any, leaf: Callable[[Any], Any], above: tuple[int, ...]) -> Any:
     """Containers recursively, everything else through ``leaf``; ``above`` are the ids of those around it."""
+    if value is None or type(value) in _SCALARS:
+        return leaf(value)
     if id(value) in above:
         return leaf(_Cycle())
     if leaf is _plain and isinstance(value, (set, frozenset)):

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -72,7 +72,7 @@ class Publication:
         self._suffix, self._is_local, self._is_complete = success_suffix, is_local, False
         self._number = number_of_save()
         self._flops = num_floating_point_operations_so_far
-        self._run_config = b""
+        self._run_config: Callable[[], bytes] = bytes
 
     def capture(self, train_state: Any) -> None:
         """Take the train state and the configuration as they are now. Local."""
@@ -92,7 +92,7 @@ class Publication:
         Raises:
             CheckpointWriteError: a file could not be written; the checkpoint must not be sealed.
         """
-        contents = {CONFIG_FILE: self._run_config, TRAIN_STATE_FILE: encode_train_state(self.train_state)}
+        contents = {CONFIG_FILE: self._run_config(), TRAIN_STATE_FILE: encode_train_state(self.train_state)}
         for name, content in contents.items():
             write_file(join_paths(directory, name), content)
         self._save_tokenizer(directory)

@@ -22,6 +22,8 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
+from ckpt_fast import config_yaml
+from ckpt_fast.config import ConfigContainer
 from ckpt_fast.errors import CheckpointCorruptError, DamagedFileError
 from ckpt_fast.megatron import object_storage
 from ckpt_fast.pipeline.commit import METADATA_FILE, partial_files
@@ -238,13 +240,17 @@ def snapshot_train_state(
     return snapshot
 
 
-def snapshot_run_config(cfg: Any) -> bytes:
-    """What ``run_config.yaml`` will hold, as of now, as ``cfg.to_yaml(path)`` writes it."""
+def snapshot_run_config(cfg: Any) -> Callable[[], bytes]:
+    """What ``run_config.yaml`` will hold: what ``cfg.to_yaml(path)`` writes now. Text is made when asked."""
+    if getattr(type(cfg), "to_yaml", None) is ConfigContainer.to_yaml:
+        described = config_yaml.plain(cfg)
+        return lambda: config_yaml.as_yaml(described).encode()
     with tempfile.TemporaryDirectory(prefix="ckpt_fast_") as directory:
         path = os.path.join(directory, CONFIG_FILE)
         cfg.to_yaml(path)
         with open(path, "rb") as file:
-            return file.read()
+            content = file.read()
+    return lambda: content
 
 
 def encode_train_state(train_state: Mapping[str, torch.Tensor]) -> bytes:

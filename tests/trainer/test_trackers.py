@@ -15,6 +15,7 @@ from ckpt_fast.state import TrainState
 from ckpt_fast.trainer import trackers
 from ckpt_fast.trainer.run_config import sanitize_run_config_object
 from tests.helpers import RankError, run_ranks
+from tests.models import Run, Setup
 
 TIMERS = {"_target_": "megatron.core.timers.Timers", "log_level": 0}
 RECIPE = "megatron.core.quantization.quant_config.RecipeConfig"
@@ -193,8 +194,22 @@ def test_run_config_is_written_as_it_was_when_the_save_began(tmp_path: Path) -> 
     config = Config()
     snapshot = trackers.snapshot_run_config(config)
     config.step = 2
-    (tmp_path / "run_config.yaml").write_bytes(snapshot)
+    (tmp_path / "run_config.yaml").write_bytes(snapshot())
     assert trackers.read_run_config(str(tmp_path / "run_config.yaml")) == {"step": 1}
+
+
+def change_after_the_snapshot(_: int, directory: str) -> bytes:
+    with Run(Setup(), save=directory) as run:
+        cfg = run.state.cfg
+        snapshot = trackers.snapshot_run_config(cfg)
+        cfg.to_yaml(f"{directory}/expected.yaml")
+        cfg.checkpoint.save_interval, cfg.model = 12345, None
+        return snapshot()
+
+
+def test_our_configuration_is_of_the_moment_too(tmp_path: Path) -> None:
+    (content,) = run_ranks(change_after_the_snapshot, 1, str(tmp_path))
+    assert content == (tmp_path / "expected.yaml").read_bytes()
 
 
 # --- Trackers --------------------------------------------------------------------------------------------
