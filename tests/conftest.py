@@ -5,8 +5,13 @@ from __future__ import annotations
 
 import os
 
+import hypothesis
 import pytest
 import torch
+
+# How long an example takes says something of the machine.
+hypothesis.settings.register_profile("ckpt_fast", deadline=None)
+hypothesis.settings.load_profile("ckpt_fast")
 
 
 @pytest.fixture
