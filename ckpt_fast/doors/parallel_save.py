@@ -53,8 +53,8 @@ class FastParallelSaveWrapper(megatron.FullyParallelSaveStrategyWrapper):  # typ
 
     def is_unchanged(self, sharded_state_dict: dict[str, Any]) -> bool:
         """Local. Whether the cached distribution was made for what this rank has."""
-        is_cached = self.do_cache_distribution and self.cached_distribution is not None
-        return bool(is_cached and self._structure == _structure_of(sharded_state_dict))
+        is_cached = self.do_cache_distribution and self._structure is not None
+        return is_cached and self._structure == _structure_of(sharded_state_dict)
 
     def apply_saving_parallelization(self, sharded_state_dict: dict[str, Any]) -> None:
         """Collective, over all ranks. Choose the rank that saves each tensor: ``replica_id`` is 0 there."""
@@ -73,7 +73,8 @@ class FastParallelSaveWrapper(megatron.FullyParallelSaveStrategyWrapper):  # typ
 
     def distribute_as_before(self, sharded_state_dict: dict[str, Any]) -> None:
         """Local. Choose the ranks as last time; all ranks have agreed that nothing has changed."""
-        super().apply_saving_parallelization(sharded_state_dict)
+        if self.cached_distribution is not None:  # as in a group of one
+            super().apply_saving_parallelization(sharded_state_dict)
 
 
 def _structure_of(sharded_state_dict: dict[str, Any]) -> list[Any]:

@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -60,8 +61,8 @@ def counted() -> Iterator[Counter[str]]:
         yield calls
 
 
-def count_collectives(rank: int, root: str, config: dict[str, Any]) -> dict[str, int]:
-    with Run(SETUP, save=root, ckpt_assume_constant_structure=True, **config) as run:
+def count_collectives(rank: int, root: str, setup: Setup) -> dict[str, int]:
+    with Run(setup, save=root, ckpt_assume_constant_structure=True) as run:
         context: dict[str, Any] = {}
         run.save(checkpointing_context=context)
         run.train(1)
@@ -70,8 +71,9 @@ def count_collectives(rank: int, root: str, config: dict[str, Any]) -> dict[str,
     return {name: count for name, count in calls.items() if count}
 
 
-def test_a_save_of_a_known_structure_makes_five_collectives(tmp_path: Path) -> None:
-    for calls in run_ranks(count_collectives, 2, str(tmp_path), {}):
+@pytest.mark.parametrize("setup", [SETUP, replace(SETUP, tp=2)], ids=["dp 2", "tp 2"])
+def test_a_save_of_a_known_structure_makes_five_collectives(tmp_path: Path, setup: Setup) -> None:
+    for calls in run_ranks(count_collectives, 2, str(tmp_path), setup):
         assert sum(calls.values()) <= 5, calls
 
 
