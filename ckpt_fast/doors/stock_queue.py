@@ -43,6 +43,29 @@ class Flag:
             os.unlink(self.path)
 
 
+class Publication:
+    """The finalizer of a request: collective, it publishes the save. Who drops it gives the save up.
+
+    Args:
+        handle: the save, started.
+        flag: of it.
+    """
+
+    def __init__(self, handle: SaveHandle, flag: Flag) -> None:
+        self._handle = handle
+        self._flag = flag
+        weakref.finalize(self, _give_up, handle, flag).atexit = False
+
+    def __call__(self) -> None:
+        """Collective. AsyncSaveError on every rank if a rank failed."""
+        self._flag.remove()
+        self._handle.finalize()
+
+    def give_up(self, wait_s: float) -> bool:
+        """Local. The request will not be finalized; returns whether the save has ended within ``wait_s``."""
+        return _give_up(self._handle, self._flag, wait_s)
+
+
 def as_request(job: Job, flag: Flag, request_class: Callable[..., Any]) -> Any:
     """The request that ends when a staged save is written.
 
@@ -57,25 +80,20 @@ def as_request(job: Job, flag: Flag, request_class: Callable[..., Any]) -> Any:
         up.
     """
     handle = SaveHandle(job)
-
-    def finalize() -> None:
-        flag.remove()
-        handle.finalize()
-
-    weakref.finalize(finalize, _give_up, handle, flag).atexit = False
+    publication = Publication(handle, flag)
     handle.start()
     return request_class(
         async_fn=wait_until_written,
         async_fn_args=(flag.path, os.getpid()),
-        finalize_fns=[finalize],
+        finalize_fns=[publication],
         async_fn_kwargs={},
     )
 
 
-def _give_up(handle: SaveHandle, flag: Flag) -> None:
+def _give_up(handle: SaveHandle, flag: Flag, wait_s: float = 0.0) -> bool:
     """Nobody is left who could finalize the save, or it is finalized."""
     flag.remove()
-    handle.abandon(0.0)
+    return handle.abandon(wait_s)
 
 
 def wait_until_written(flag: str, writer: int) -> None:
