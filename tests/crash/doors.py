@@ -22,11 +22,14 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from ckpt_fast import FastLoadStrategy, FastSaveStrategy, FastStorageReader, FastStorageWriter, megatron
 from ckpt_fast.async_queue import AsyncCallsQueue
 from ckpt_fast.checkpointing import maybe_finalize_async_save
+from ckpt_fast.doors import dcp_save
 from ckpt_fast.errors import CheckpointError
-from ckpt_fast.pipeline.background import SaveHandle, SaveQueue
+from ckpt_fast.pipeline.background import SaveHandle
 from ckpt_fast.pipeline.index import CheckpointIndex
 from ckpt_fast.pipeline.load import load_tensors
+from ckpt_fast.pipeline.save_parts import SaveOptions
 from ckpt_fast.pipeline.types import TensorRequest, TensorShard
+from ckpt_fast.trainer.async_save import is_empty_async_queue
 from tests.models import Run, Setup, differences, megatron_on_cpu
 from tests.saves import new_save, save
 
@@ -50,9 +53,11 @@ class Door(ABC):
 
     Attributes:
         seal: of the files in a checkpoint's directory, the one that makes it a checkpoint.
+        polls: whether a save in the background is asked again and again if it is written, instead of awaited.
     """
 
     seal = ".metadata"
+    polls = False
 
     @abstractmethod
     def save(self, directory: str, number: float) -> None:
@@ -70,6 +75,23 @@ class Door(ABC):
         """Whoever caught an interruption drops what is in flight."""
 
 
+class Queued:
+    """Doors whose saves are in the background, in a queue of their own."""
+
+    polls: bool
+
+    def __init__(self) -> None:
+        self._queue = AsyncCallsQueue()
+
+    def _finish(self, request: Any) -> None:
+        self._queue.schedule_async_request(request)
+        while self._queue.get_num_unfinalized_calls():
+            self._queue.maybe_finalize_async_calls(blocking=not self.polls)
+
+    def give_up(self) -> None:
+        self._queue.close(abort=True)
+
+
 class Pipeline(Door):
     seal = "metadata.json"
 
@@ -82,21 +104,14 @@ class Pipeline(Door):
         return number_in(into)
 
 
-class PipelineQueue(Pipeline):
+class PipelineQueue(Queued, Pipeline):
     """In the background."""
-
-    def __init__(self) -> None:
-        self._queue = SaveQueue()
 
     def save(self, directory: str, number: float) -> None:
         shard = TensorShard("w", values(number), (0, 0), (ROWS, COLUMNS))
         job = new_save([shard], directory, snapshot=True, **FILES)
         job.stage()
-        self._queue.schedule_async_request(SaveHandle(job))
-        self._queue.maybe_finalize_async_calls(blocking=True)
-
-    def give_up(self) -> None:
-        self._queue.close(abort=True)
+        self._finish(SaveHandle(job))
 
 
 class Dcp(Door):
@@ -114,6 +129,14 @@ class DcpAsync(Dcp):
     def save(self, directory: str, number: float) -> None:
         writer = FastStorageWriter(directory)
         dcp.async_save({"w": values(number), "step": number}, storage_writer=writer).result()  # type: ignore
+
+
+class DcpQueue(Queued, Dcp):
+    """In the background, without torch's own thread."""
+
+    def save(self, directory: str, number: float) -> None:
+        state = {"w": values(number), "step": number}
+        self._finish(SaveHandle(dcp_save.start_save(state, directory, SaveOptions(snapshot=True))))
 
 
 class MegatronCore(Door):
@@ -139,16 +162,12 @@ class MegatronCore(Door):
         return {"w": ShardedTensor.from_rank_offsets("w", values(number)), "iteration": number}
 
 
-class MegatronCoreAsync(MegatronCore):
+class MegatronCoreAsync(Queued, MegatronCore):
     options: dict[str, Any] = {"async_sharded_save": True}  # noqa: RUF012
-
-    def __init__(self) -> None:
-        self._queue = AsyncCallsQueue()
 
     def _save(self, state: dict[str, Any], directory: str) -> None:
         with megatron_on_cpu():
-            self._queue.schedule_async_request(super()._save(state, directory))
-            self._queue.maybe_finalize_async_calls(blocking=True)
+            self._finish(super()._save(state, directory))
 
     def give_up(self) -> None:
         with contextlib.suppress(CheckpointError):
@@ -170,7 +189,7 @@ class Documented(Door):
         self._set(directory, number)
         self._expected[number] = self._run.fingerprint()
         self._run.save()
-        maybe_finalize_async_save(self._run.state, self._run.checkpoint, blocking=True)
+        self._finish()
 
     def load(self, directory: str) -> float:
         self._set(directory, -1.0)
@@ -183,6 +202,10 @@ class Documented(Door):
 
     def is_published(self, directory: str) -> bool:
         return os.path.exists(os.path.join(directory, "latest_checkpointed_iteration.txt"))
+
+    def _finish(self) -> None:
+        while not is_empty_async_queue(self._run.state):
+            maybe_finalize_async_save(self._run.state, self._run.checkpoint, blocking=not self.polls)
 
     def _set(self, directory: str, number: float) -> None:
         self._run.checkpoint.save = directory
@@ -197,20 +220,19 @@ class DocumentedAsync(Documented):
 
     def __init__(self) -> None:
         super().__init__()
+        self._run.checkpoint.save = "set by each save"  # without one there is no queue
         self._run.state.initialize_async_checkpoint_worker()
+        assert self._run.state.async_calls_queue is not None
 
     def give_up(self) -> None:
         with contextlib.suppress(CheckpointError):
-            maybe_finalize_async_save(self._run.state, self._run.checkpoint, blocking=True)
+            self._finish()
 
 
-class Local(Door):
+class Local(Queued, Door):
     """Local checkpoints; ``directory`` is the root, the iteration its number."""
 
     is_async = False
-
-    def __init__(self) -> None:
-        self._queue = AsyncCallsQueue()
 
     def save(self, directory: str, number: float) -> None:
         manager = self._manager(directory)
@@ -219,8 +241,7 @@ class Local(Door):
         with megatron_on_cpu():
             request = manager.save(state, int(number), is_async=self.is_async)
         if request is not None:
-            self._queue.schedule_async_request(request)
-            self._queue.maybe_finalize_async_calls(blocking=True)
+            self._finish(request)
 
     def load(self, directory: str) -> float:
         manager = self._manager(directory)
@@ -260,6 +281,7 @@ DOORS: dict[str, type[Door]] = {
     "pipeline-queue": PipelineQueue,
     "dcp": Dcp,
     "dcp-async": DcpAsync,
+    "dcp-queue": DcpQueue,
     "megatron-core": MegatronCore,
     "megatron-core-async": MegatronCoreAsync,
     "documented": Documented,

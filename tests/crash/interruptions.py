@@ -25,6 +25,8 @@ from typing import Any
 
 from torch.distributed.checkpoint.api import CheckpointException
 
+from ckpt_fast import settings
+from ckpt_fast.errors import CheckpointError
 from ckpt_fast.pipeline.host_buffer import host_buffers
 from tests.crash.doors import DOORS, Documented, Door, one_rank
 
@@ -255,6 +257,44 @@ def lines_of_saves(door: Door, directory: str, moments: int) -> dict[str, Any]:
         was_interrupted = interruption.at_line(1 + lines * number // moments, job.save)
         job.look(was_interrupted, interruption.where)
     return job.result(lines=lines, longest_s=interruption.longest_s)
+
+
+def deadlines(door: Door, directory: str, moments: int) -> dict[str, Any]:
+    """Their time is up at moments spread evenly over a save in the background to a slow disk."""
+    return _deadlines(door, directory, moments, milliseconds=20)
+
+
+def deadlines_of_a_disk_that_hangs(door: Door, directory: str, moments: int) -> dict[str, Any]:
+    """The same, where a write takes longer than anybody waits who gives a save up."""
+    return _deadlines(door, directory, moments, milliseconds=3000)
+
+
+def _deadlines(door: Door, directory: str, moments: int, milliseconds: int) -> dict[str, Any]:
+    job = Saves(door, directory)
+    with slow(20):
+        duration_s = seconds_of(job.save)
+    for number in range(moments):
+        job.renew()
+        door.polls = number % 2 == 1
+        with slow(milliseconds):
+            was_late = is_late(duration_s * number / moments, job.save)
+        job.look(was_late, f"deadline {number} of {moments}")
+    return job.result(duration_s=duration_s)
+
+
+def is_late(allowed_s: float, save: Callable[[], object]) -> bool:
+    """Whether a save in the background failed since it may not take longer than that."""
+    faulthandler.dump_traceback_later(HANGS_S, exit=True)
+    original = settings.timeout_s
+    settings.timeout_s = lambda: allowed_s  # the variable is of whole seconds
+    try:
+        save()
+    except CheckpointError as error:
+        require("did not end within" in str(error), f"it failed of something else: {error}")
+        return True
+    finally:
+        settings.timeout_s = original
+    return False
 
 
 def loads(door: Door, directory: str, moments: int) -> dict[str, Any]:
