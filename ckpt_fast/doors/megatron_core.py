@@ -115,12 +115,7 @@ class FastSaveStrategy(megatron.TorchDistSaveShardedStrategy):  # type: ignore[m
         """
         _, request_class = megatron.get_async_strategy(async_strategy, "AsyncRequest")
         flag = Flag()
-        try:
-            job = self._staged(sharded_state_dict, checkpoint_dir, snapshot=True, when_written=flag.set)
-        except BaseException:
-            flag.set()
-            flag.remove()
-            raise
+        job = self._staged(sharded_state_dict, checkpoint_dir, snapshot=True, when_written=flag.set)
         return as_request(job, flag, request_class)
 
     def _staged(

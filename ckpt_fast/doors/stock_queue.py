@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import tempfile
 import time
 import weakref
 from collections.abc import Callable
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -25,22 +27,39 @@ _SHARED_MEMORY = "/dev/shm"
 
 
 class Flag:
-    """A byte in a file in memory, set once a save is written. The file goes with ``remove``."""
+    """A byte in a file in memory, set once a save is written. Who drops the flag removes the file.
+
+    Attributes:
+        path: of the file.
+    """
 
     def __init__(self) -> None:
-        home = _SHARED_MEMORY if os.access(_SHARED_MEMORY, os.W_OK) else None
-        self._descriptor, self.path = tempfile.mkstemp(prefix="ckpt_fast-written-", dir=home)
-        os.write(self._descriptor, b"\0")
+        home = _SHARED_MEMORY if os.access(_SHARED_MEMORY, os.W_OK) else tempfile.gettempdir()
+        self.path = os.path.join(home, f"ckpt_fast-written-{os.getpid()}-{secrets.token_hex(8)}")
+        # Empty once the flag is set: a descriptor that is closed may be that of another file.
+        self._files: list[FileIO] = []
+        # Before there is a file: a signal may come at any time.
+        self._remove = weakref.finalize(self, _discard, self.path, self._files, os.getpid())
+        self._files.append(FileIO(self.path, "x"))
+        self._files[0].write(b"\0")
 
     def set(self) -> None:
-        """Call it once."""
-        os.pwrite(self._descriptor, b"\1", 0)
-        os.close(self._descriptor)
+        """The save is written. May be called again, and after ``remove``."""
+        with contextlib.suppress(IndexError), self._files.pop() as file:
+            os.pwrite(file.fileno(), b"\1", 0)
 
     def remove(self) -> None:
         """Whoever still waits for the flag stops."""
+        self._remove()
+
+
+def _discard(path: str, files: list[FileIO], owner: int) -> None:
+    # A process that was forked has a copy of everything but the file.
+    if os.getpid() == owner:
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(self.path)
+            os.unlink(path)
+    with contextlib.suppress(IndexError):
+        files.pop().close()
 
 
 class Publication:

@@ -19,7 +19,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from ckpt_fast import FastLoadStrategy, FastSaveStrategy, megatron, native
 from ckpt_fast.async_queue import AsyncCallsQueue
 from ckpt_fast.doors import megatron_core
-from ckpt_fast.doors.stock_queue import wait_until_written
+from ckpt_fast.doors.stock_queue import Flag, wait_until_written
 from ckpt_fast.errors import AsyncSaveError
 from ckpt_fast.pipeline import background
 from ckpt_fast.pipeline.host_buffer import host_buffers
@@ -130,6 +130,26 @@ def drop_and_save_again(rank: int, directory: str) -> float:
 
 def test_a_request_that_is_dropped_is_given_up(tmp_path: Path) -> None:
     assert run_ranks(drop_and_save_again, 1, str(tmp_path)) == [2.0]
+
+
+def test_a_flag_is_set_once(tmp_path: Path) -> None:
+    """The descriptor is somebody else's afterwards."""
+    flag = Flag()
+    flag.set()
+    with open(tmp_path / "other", "w+b", buffering=0) as other:
+        other.write(b"\0")
+        flag.set()
+        assert Path(other.name).read_bytes() == b"\0" and os.fstat(other.fileno())
+    flag.remove()
+
+
+def test_a_flag_goes_with_its_owner() -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    flag = Flag()
+    path = flag.path
+    assert Path(path).read_bytes() == b"\0"
+    del flag
+    assert not os.path.exists(path) and len(os.listdir("/proc/self/fd")) == before
 
 
 def give_up_and_save_again(rank: int, directory: str, how: str) -> float:
