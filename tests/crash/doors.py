@@ -30,7 +30,7 @@ from ckpt_fast.pipeline.load import load_tensors
 from ckpt_fast.pipeline.save_parts import SaveOptions
 from ckpt_fast.pipeline.types import TensorRequest, TensorShard
 from ckpt_fast.trainer.async_save import is_empty_async_queue
-from tests.models import Run, Setup, differences, megatron_on_cpu
+from tests.models import FLOPS, Run, Setup, differences, megatron_on_cpu
 from tests.saves import new_save, save
 
 ROWS, COLUMNS = 12, 16384  # a row is one chunk of 64 KiB
@@ -39,6 +39,17 @@ FILES: dict[str, Any] = {"common_files": {"common.pt": b"c"}, "seal_files": {"me
 
 def values(number: float) -> torch.Tensor:
     return torch.full((ROWS, COLUMNS), number)
+
+
+def mine() -> tuple[int, int]:
+    """This rank, and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def shard(number: float) -> TensorShard:
+    """This rank's part of one tensor."""
+    rank, ranks = mine()
+    return TensorShard("w", values(number), (rank * ROWS, 0), (ranks * ROWS, COLUMNS))
 
 
 def number_in(tensor: torch.Tensor) -> float:
@@ -96,11 +107,11 @@ class Pipeline(Door):
     seal = "metadata.json"
 
     def save(self, directory: str, number: float) -> None:
-        save([TensorShard("w", values(number), (0, 0), (ROWS, COLUMNS))], directory, **FILES)
+        save([shard(number)], directory, **FILES)
 
     def load(self, directory: str) -> float:
         into = torch.zeros(ROWS, COLUMNS)
-        load_tensors(CheckpointIndex(directory), [TensorRequest("w", into, (0, 0))])
+        load_tensors(CheckpointIndex(directory), [TensorRequest("w", into, (mine()[0] * ROWS, 0))])
         return number_in(into)
 
 
@@ -108,35 +119,39 @@ class PipelineQueue(Queued, Pipeline):
     """In the background."""
 
     def save(self, directory: str, number: float) -> None:
-        shard = TensorShard("w", values(number), (0, 0), (ROWS, COLUMNS))
-        job = new_save([shard], directory, snapshot=True, **FILES)
+        job = new_save([shard(number)], directory, snapshot=True, **FILES)
         job.stage()
         self._finish(SaveHandle(job))
 
 
 class Dcp(Door):
     def save(self, directory: str, number: float) -> None:
-        dcp.save({"w": values(number), "step": number}, storage_writer=FastStorageWriter(directory))
+        dcp.save(self._state(number), storage_writer=FastStorageWriter(directory))
 
     def load(self, directory: str) -> float:
-        state = {"w": torch.zeros(ROWS, COLUMNS), "step": -1.0}
+        state = self._state(-1.0)
         dcp.load(state, storage_reader=FastStorageReader(directory))
-        assert state["step"] == number_in(state["w"])  # type: ignore[arg-type]
-        return number_in(state["w"])  # type: ignore[arg-type]
+        tensor, step = state.values()
+        assert step == number_in(tensor)
+        return number_in(tensor)
+
+    @staticmethod
+    def _state(number: float) -> dict[str, Any]:
+        return {f"w{mine()[0]}": values(number), "step": number}
 
 
 class DcpAsync(Dcp):
     def save(self, directory: str, number: float) -> None:
         writer = FastStorageWriter(directory)
-        dcp.async_save({"w": values(number), "step": number}, storage_writer=writer).result()  # type: ignore
+        dcp.async_save(self._state(number), storage_writer=writer).result()  # type: ignore
 
 
 class DcpQueue(Queued, Dcp):
     """In the background, without torch's own thread."""
 
     def save(self, directory: str, number: float) -> None:
-        state = {"w": values(number), "step": number}
-        self._finish(SaveHandle(dcp_save.start_save(state, directory, SaveOptions(snapshot=True))))
+        options = SaveOptions(snapshot=True)
+        self._finish(SaveHandle(dcp_save.start_save(self._state(number), directory, options)))
 
 
 class MegatronCore(Door):
@@ -159,7 +174,9 @@ class MegatronCore(Door):
 
     @staticmethod
     def _state(number: float) -> dict[str, Any]:
-        return {"w": ShardedTensor.from_rank_offsets("w", values(number)), "iteration": number}
+        rank, ranks = mine()
+        tensor = ShardedTensor.from_rank_offsets("w", values(number), (0, rank, ranks))
+        return {"w": tensor, "iteration": number}
 
 
 class MegatronCoreAsync(Queued, MegatronCore):
@@ -185,9 +202,15 @@ class Documented(Door):
         self._run.train(1)
         self._expected: dict[float, dict[str, Any]] = {}
 
+    def expect(self, *numbers: float) -> None:
+        """Know what these are of without having saved them; before anything is loaded."""
+        for number in numbers:
+            self._set("", number)
+            self._expected[number] = self._run.fingerprint()
+
     def save(self, directory: str, number: float) -> None:
+        self.expect(number)
         self._set(directory, number)
-        self._expected[number] = self._run.fingerprint()
         self._run.save()
         self._finish()
 
@@ -210,6 +233,7 @@ class Documented(Door):
     def _set(self, directory: str, number: float) -> None:
         self._run.checkpoint.save = directory
         self._run.state.train_state.step = int(number)
+        self._run.state.train_state.floating_point_operations_so_far = float(FLOPS)
         with torch.no_grad():
             for parameter in self._run.model[0].parameters():
                 parameter.fill_(number)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +13,6 @@ from typing import Any
 import pytest
 
 from ckpt_fast import megatron
-
-pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="a C compiler makes the slow disk")
 
 DOORS = [
     "pipeline",
@@ -31,14 +28,6 @@ DOORS = [
 ]
 BACKGROUND = ["pipeline-queue", "dcp-queue", "megatron-core-async", "documented-async", "local-async"]
 LOADS = ["pipeline", "dcp", "megatron-core", "documented", "local"]
-
-
-@pytest.fixture(scope="module")
-def slow_disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    library = tmp_path_factory.mktemp("slow_disk") / "slow_disk.so"
-    source = Path(__file__).parents[1] / "pipeline/slow_disk.c"
-    subprocess.run(["cc", "-shared", "-fPIC", str(source), "-o", str(library), "-ldl"], check=True)
-    return library
 
 
 def run(
