@@ -49,7 +49,10 @@ class Worker:
         # ``join``, interrupted, takes a thread that runs for one that has ended (before Python 3.13).
         self._process: int | None = None  # that started it
         self._taken = threading.Lock()  # by the thread, or by whoever runs the actions in its place
-        self._ended = threading.Event()
+        # Not an Event: a signal that comes while its Condition is entered leaves that locked, for ever.
+        self._has_ended = False
+        self._end = threading.Lock()  # held until then
+        self._end.acquire()
 
     def submit(self, action: Callable[[], None]) -> None:
         """Run ``action`` behind those submitted so far. It is expected to handle its own errors.
@@ -85,8 +88,11 @@ class Worker:
         deadline = math.inf if timeout_s is None else time.monotonic() + timeout_s
         while self._is_running:
             left = deadline - time.monotonic()
-            # A signal that comes just before the thread blocks is not seen until that ends.
-            if not self._ended.wait(min(max(left, 0.0), _SIGNALS_S)) and left <= 0:
+            # A signal that comes just before the thread blocks is not seen until that ends. One that comes
+            # just behind leaves the lock to nobody: who has it does not matter once the end is noted.
+            if self._end.acquire(timeout=min(max(left, 0.0), _SIGNALS_S)):
+                self._end.release()
+            elif left <= 0:
                 return False
         if self._thread.is_alive() and self._process == os.getpid():
             self._thread.join()
@@ -125,7 +131,7 @@ class Worker:
     @property
     def _is_running(self) -> bool:
         # In a process that was forked there is no thread, nor will it say that it has ended.
-        return self._process == os.getpid() and not self._ended.is_set()
+        return self._process == os.getpid() and not self._has_ended
 
     def _run(self) -> None:
         if not self._taken.acquire(blocking=False):
@@ -136,7 +142,8 @@ class Worker:
                 # What the action owns must not live on until the next one comes.
                 del action
         finally:
-            self._ended.set()
+            self._has_ended = True
+            self._end.release()
 
     def _do(self, action: Callable[[], None]) -> None:
         try:
