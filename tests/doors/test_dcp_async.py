@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.staging import AsyncStager
 from ckpt_fast import FastStorageReader, FastStorageWriter
 from ckpt_fast.doors import dcp_snapshot
 from ckpt_fast.doors.dcp_upload import Upload
+from ckpt_fast.errors import CheckpointWriteError
 from ckpt_fast.pipeline import stage as stage_module
 from ckpt_fast.pipeline import waves as waves_module
 from tests.doors.dcp_states import blank, differences, odd_tensors, training_state
@@ -354,16 +355,18 @@ def test_the_memory_stays_while_a_view_of_a_copy_does(tmp_path: Path, pool: Watc
 class HeldWriter(dcp.FileSystemWriter):
     """Writes once ``go`` is set."""
 
-    go: threading.Event
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.begun, self.go = threading.Event(), threading.Event()
 
     def write_data(self, plan: Any, planner: Any) -> Any:
+        self.begun.set()
         assert self.go.wait(30)
         return super().write_data(plan, planner)
 
 
 def test_an_upload_keeps_its_memory_until_it_is_written(tmp_path: Path, pool: WatchedPool) -> None:
     writer = HeldWriter(tmp_path / "1")
-    writer.go = threading.Event()
     state = {"w": torch.full((1000,), 1.0)}
     upload = Upload(state, writer, str(tmp_path / "1"))
     upload.stage()
@@ -373,3 +376,38 @@ def test_an_upload_keeps_its_memory_until_it_is_written(tmp_path: Path, pool: Wa
     upload.commit()
     assert torch.equal(load(tmp_path / "1", state)["w"], state["w"])
     assert pool.in_use == 0
+
+
+def test_an_upload_that_is_given_up_keeps_its_place_while_it_writes(tmp_path: Path) -> None:
+    writer, state = HeldWriter(tmp_path), {"w": torch.full((1000,), 1.0)}
+    given_up = Upload(state, writer, str(tmp_path))
+    given_up.stage()
+    assert writer.begun.wait(20)
+    assert not given_up.abandon(0.0)
+    touched: list[int] = []
+    again = Upload(state, dcp.FileSystemWriter(tmp_path), str(tmp_path), lambda: touched.append(1))
+    with pytest.raises(CheckpointWriteError, match="is not over"):
+        again.stage()
+    assert not touched, "an older checkpoint"
+    writer.go.set()
+    assert given_up.wait(20)
+    upload = Upload(state, dcp.FileSystemWriter(tmp_path), str(tmp_path), lambda: touched.append(1))
+    upload.stage()
+    upload.write()
+    upload.commit()
+    assert touched and torch.equal(load(tmp_path, state)["w"], state["w"])
+
+
+def test_an_upload_that_is_interrupted_leaves_no_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload = Upload({"w": torch.ones(1000)}, dcp.FileSystemWriter(tmp_path), str(tmp_path))
+
+    def interrupted() -> None:
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(upload._worker, "close", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        upload.stage()
+    assert not [each for each in threading.enumerate() if each.name == "ckpt_fast-upload"]
