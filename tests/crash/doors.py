@@ -64,10 +64,12 @@ class Door(ABC):
 
     Attributes:
         seal: of the files in a checkpoint's directory, the one that makes it a checkpoint.
+        is_run: whether a directory is the root of several checkpoints, those of a run.
         polls: whether a save in the background is asked again and again if it is written, instead of awaited.
     """
 
     seal = ".metadata"
+    is_run = False
     polls = False
 
     @abstractmethod
@@ -84,6 +86,10 @@ class Door(ABC):
 
     def give_up(self) -> None:  # noqa: B027
         """Whoever caught an interruption drops what is in flight."""
+
+    def left(self) -> list[str]:
+        """What is left of saves outside of their directories, when all have ended."""
+        return []
 
 
 class Queued:
@@ -131,6 +137,10 @@ class Dcp(Door):
     def load(self, directory: str) -> float:
         state = self._state(-1.0)
         dcp.load(state, storage_reader=FastStorageReader(directory))
+        return self._number_in(state)
+
+    @staticmethod
+    def _number_in(state: dict[str, Any]) -> float:
         tensor, step = state.values()
         assert step == number_in(tensor)
         return number_in(tensor)
@@ -159,7 +169,8 @@ class MegatronCore(Door):
     options: dict[str, Any] = {}  # noqa: RUF012
 
     def save(self, directory: str, number: float) -> None:
-        os.makedirs(directory, exist_ok=True)
+        if "://" not in directory:
+            os.makedirs(directory, exist_ok=True)
         self._save(self._state(number), directory)
 
     def load(self, directory: str) -> float:
@@ -194,6 +205,7 @@ class MegatronCoreAsync(Queued, MegatronCore):
 class Documented(Door):
     """``save_checkpoint`` and ``load_checkpoint``; ``directory`` is the root, the step its number."""
 
+    is_run = True
     config: dict[str, Any] = {}  # noqa: RUF012
 
     def __init__(self) -> None:

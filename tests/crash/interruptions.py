@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from ckpt_fast import settings
 from ckpt_fast.errors import CheckpointError
 from ckpt_fast.pipeline.host_buffer import host_buffers
-from tests.crash.doors import DOORS, Documented, Door, one_rank
+from tests.crash.doors import DOORS, Door, one_rank
 
 PACKAGE = os.sep + "ckpt_fast" + os.sep
 PATIENCE_S = 20.0  # of a busy machine
@@ -157,8 +157,7 @@ class Saves:
 
     def __init__(self, door: Door, directory: str) -> None:
         self._door = door
-        # The documented API keeps a run's checkpoints below one root.
-        self._is_run = isinstance(door, Documented)
+        self._is_run = door.is_run
         self._before = os.path.join(directory, "run" if self._is_run else "before")
         self._target = self._before if self._is_run else os.path.join(directory, "target")
         door.save(self._before, 1.0)
@@ -199,6 +198,8 @@ class Saves:
         no_partial_files(self._target)
         require(self._facts.items() <= self._of_before().items(), "what was published before was touched")
         let_go()
+        left = self._door.left()
+        require(not left, f"left: {left}")
 
     def result(self, **more: Any) -> dict[str, Any]:
         """What to report."""

@@ -31,13 +31,20 @@ LOADS = ["pipeline", "dcp", "megatron-core", "documented", "local"]
 
 
 def run(
-    slow_disk: Path, door: str, what: str, directory: Path, moments: int, native: str, timeout_s: float
+    slow_disk: Path,
+    door: str,
+    what: str,
+    directory: Path,
+    moments: int,
+    native: str,
+    timeout_s: float,
+    module: str = "interruptions",
 ) -> dict[str, Any]:
     if door.startswith("local") and not megatron.HAVE_RESIL:
         pytest.skip("needs nvidia-resiliency-ext")
     arguments = (door, what, str(directory), str(moments))
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.crash.interruptions", *arguments],
+        [sys.executable, "-W", "ignore", "-m", f"tests.crash.{module}", *arguments],
         env={
             **os.environ,
             "LD_PRELOAD": str(slow_disk),

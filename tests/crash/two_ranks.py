@@ -148,8 +148,7 @@ class Campaign:
 
     def __init__(self, name: str, directory: str) -> None:
         self._name = name
-        # The documented API keeps a run's checkpoints below one root.
-        self._is_run = issubclass(DOORS[name], Documented)
+        self._is_run = DOORS[name].is_run
         self._first = os.path.join(directory, "first")
         self._before = os.path.join(directory, "before")
         self._target = self._before if self._is_run else os.path.join(directory, "target")
