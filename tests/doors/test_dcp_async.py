@@ -24,7 +24,6 @@ from torch.distributed.checkpoint.staging import AsyncStager
 from ckpt_fast import FastStorageReader, FastStorageWriter
 from ckpt_fast.doors import dcp_snapshot
 from ckpt_fast.doors.dcp_upload import Upload
-from ckpt_fast.errors import CheckpointWriteError
 from ckpt_fast.pipeline import stage as stage_module
 from ckpt_fast.pipeline import waves as waves_module
 from tests.doors.dcp_states import blank, differences, odd_tensors, training_state
