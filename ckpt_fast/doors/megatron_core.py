@@ -122,15 +122,18 @@ class FastSaveStrategy(megatron.TorchDistSaveShardedStrategy):  # type: ignore[m
         self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | os.PathLike[str], **options: Any
     ) -> Save:
         directory = os.fspath(checkpoint_dir)
+        common: dict[str, bytes] = {}
 
         def collect() -> Share:
-            common = _common_file(sharded_state_dict, directory) if ControlGroup().is_coordinator else {}
+            if ControlGroup().is_coordinator:
+                common.update(_common_file(sharded_state_dict, directory))
             return Share(shards_of(sharded_state_dict), common, files=megatron.checkpoint_files(directory))
 
         job = Save(
             directory,
             collect,
             SaveOptions(writers=self.writers, separate=self.separation_hint, **options),
+            Completion(finish=lambda: _restore(common, directory)),
         )
         job.stage()
         return job
@@ -277,6 +280,16 @@ def _common_file(sharded_state_dict: dict[str, Any], directory: str) -> dict[str
             return {COMMON_FILE: files.read(COMMON_FILE)}
         except FileNotFoundError:
             return {}
+
+
+def _restore(common: dict[str, bytes], directory: str) -> list[FileRecord]:
+    """Write again what Megatron-Core has replaced for another save to the directory, which was then refused.
+
+    Versions before 0.19 write ``common.pt`` before they ask the strategy.
+    """
+    with megatron.checkpoint_files(directory) as files:
+        files.publish({name: content for name, content in common.items() if files.read(name) != content})
+    return []
 
 
 def _require_class(strategy: Any, wanted: type) -> None:

@@ -20,7 +20,7 @@ from ckpt_fast import FastLoadStrategy, FastSaveStrategy, megatron, native
 from ckpt_fast.async_queue import AsyncCallsQueue
 from ckpt_fast.doors import megatron_core
 from ckpt_fast.doors.stock_queue import Flag, wait_until_written
-from ckpt_fast.errors import AsyncSaveError
+from ckpt_fast.errors import AsyncSaveError, CheckpointWriteError
 from ckpt_fast.pipeline import background
 from ckpt_fast.pipeline.host_buffer import host_buffers
 from tests.helpers import run_ranks
@@ -182,6 +182,23 @@ def give_up_and_save_again(rank: int, directory: str, how: str) -> float:
     assert request.finalize_fns
     loaded = megatron_core.load(sharded(0, 1, torch.zeros(ROWS, 50)), directory)
     return float(loaded["w"].unique())
+
+
+def save_over_one_in_flight(rank: int, directory: str) -> tuple[float, float]:
+    """Megatron-Core may have written its common state before the second save is refused."""
+    with megatron_on_cpu():
+        queue = AsyncCallsQueue()
+        state = sharded(rank, 1, torch.ones(ROWS, 50))
+        queue.schedule_async_request(start_save(state, directory, "mcore"))
+        with pytest.raises(CheckpointWriteError, match="is not over"):
+            start_save({**sharded(rank, 1, torch.zeros(ROWS, 50)), "iteration": 8}, directory, "mcore")
+        queue.close()
+    loaded = megatron_core.load(sharded(0, 1, torch.zeros(ROWS, 50)), directory)
+    return float(loaded["w"].unique()), loaded["iteration"]
+
+
+def test_a_save_that_is_refused_leaves_the_one_in_flight_whole(tmp_path: Path) -> None:
+    assert run_ranks(save_over_one_in_flight, 1, str(tmp_path)) == [(1.0, 7)]
 
 
 @pytest.mark.parametrize("how", ["deadline", "abort", "cancel"])
