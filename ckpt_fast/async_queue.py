@@ -11,12 +11,13 @@ from __future__ import annotations
 from typing import Any
 
 from ckpt_fast import settings
+from ckpt_fast.doors.stock_queue import Publication
 from ckpt_fast.errors import CheckpointError
 from ckpt_fast.pipeline import untold
 from ckpt_fast.pipeline.background import SaveHandle, SaveQueue
 from ckpt_fast.pipeline.group import ControlGroup
 from ckpt_fast.pipeline.job import Job, too_late
-from ckpt_fast.pipeline.worker import Worker
+from ckpt_fast.pipeline.worker import LEAVE_S, Worker
 
 
 class AsyncCallsQueue(SaveQueue):
@@ -52,7 +53,10 @@ class RequestHandle(SaveHandle):
 
 
 class _RequestJob(Job):
-    """What the request's function writes, nobody knows. It cannot be stopped, only be left alone."""
+    """What the request's function writes, nobody knows. It cannot be stopped, only be left alone.
+
+    A request of ours is known by its finalizer: its save is stopped like any other.
+    """
 
     def __init__(self, request: Any, package: str) -> None:
         super().__init__(f"a request of {package}", ControlGroup())
@@ -79,8 +83,14 @@ class _RequestJob(Job):
         return self._error
 
     def cancel(self) -> None:
-        """The function goes on; its finalizers will not run."""
+        """The function goes on, unless it waits for a save of ours; its finalizers will not run."""
         self._error = self._error or CheckpointError("it was cancelled")
+        self._give_up(0.0)
+
+    def abandon(self, wait_s: float = LEAVE_S) -> bool:
+        """Local. Give it up without the other ranks; returns whether nothing of it is under way."""
+        given_up = self._give_up(wait_s)
+        return super().abandon(wait_s) and given_up
 
     def write(self, timeout_s: float | None = None) -> None:
         """Wait for the function."""
@@ -89,7 +99,20 @@ class _RequestJob(Job):
 
     def commit(self) -> None:
         """Collective. Raise on every rank if the function failed on any."""
-        self._group.agree(self._raise_error)
+        try:
+            self._group.agree(self._raise_error)
+        except BaseException:
+            # Nor will the finalizer run that would commit a save of ours.
+            self._give_up(LEAVE_S)
+            raise
+
+    def _give_up(self, wait_s: float) -> bool:
+        """End the save that the request is of, if it is one of ours; returns whether it has."""
+        ended = True
+        for each in self._request.finalize_fns:
+            if isinstance(each, Publication):
+                ended = each.give_up(wait_s) and ended
+        return ended
 
     def _run(self, arguments: list[Any]) -> None:
         try:

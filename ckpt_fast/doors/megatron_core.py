@@ -115,21 +115,18 @@ class FastSaveStrategy(megatron.TorchDistSaveShardedStrategy):  # type: ignore[m
         """
         _, request_class = megatron.get_async_strategy(async_strategy, "AsyncRequest")
         flag = Flag()
-        try:
-            job = self._staged(sharded_state_dict, checkpoint_dir, snapshot=True, when_written=flag.set)
-        except BaseException:
-            flag.set()
-            flag.remove()
-            raise
+        job = self._staged(sharded_state_dict, checkpoint_dir, snapshot=True, when_written=flag.set)
         return as_request(job, flag, request_class)
 
     def _staged(
         self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | os.PathLike[str], **options: Any
     ) -> Save:
         directory = os.fspath(checkpoint_dir)
+        common: dict[str, bytes] = {}
 
         def collect() -> Share:
-            common = _common_file(sharded_state_dict, directory) if ControlGroup().is_coordinator else {}
+            if ControlGroup().is_coordinator:
+                common.update(_common_file(sharded_state_dict, directory))
             return Share(shards_of(sharded_state_dict), common, files=megatron.checkpoint_files(directory))
 
         job = Save(
@@ -137,6 +134,7 @@ class FastSaveStrategy(megatron.TorchDistSaveShardedStrategy):  # type: ignore[m
             collect,
             # The seal is Megatron-Core's, and comes later: an older one may not vouch for these files.
             SaveOptions(writers=self.writers, separate=self.separation_hint, replace=False, **options),
+            Completion(finish=lambda _: _restore(common, directory)),
         )
         job.stage()
         return job
@@ -283,6 +281,16 @@ def _common_file(sharded_state_dict: dict[str, Any], directory: str) -> dict[str
             return {COMMON_FILE: files.read(COMMON_FILE)}
         except FileNotFoundError:
             return {}
+
+
+def _restore(common: dict[str, bytes], directory: str) -> list[FileRecord]:
+    """Write again what Megatron-Core has replaced for another save to the directory, which was then refused.
+
+    Versions before 0.19 write ``common.pt`` before they ask the strategy.
+    """
+    with megatron.checkpoint_files(directory) as files:
+        files.publish({name: content for name, content in common.items() if files.read(name) != content})
+    return []
 
 
 def _require_class(strategy: Any, wanted: type) -> None:

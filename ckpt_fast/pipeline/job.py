@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 
 from ckpt_fast.errors import CheckpointError
 from ckpt_fast.pipeline.group import ControlGroup
@@ -79,6 +81,15 @@ class Job(ABC):
         """Local. Give the save up without the other ranks; returns whether nothing of it is under way."""
         self.cancel()
         return self._worker.abandon(wait_s)
+
+    @contextlib.contextmanager
+    def _abandoned_if_left(self) -> Iterator[None]:
+        """Whoever leaves this block by an exception, Ctrl-C included, leaves nobody writing behind."""
+        try:
+            yield
+        except BaseException:
+            self.abandon()
+            raise
 
 
 def too_late(directory: str, allowed_s: float, written: str = "") -> CheckpointError:

@@ -9,7 +9,7 @@ import logging
 import os
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -165,15 +165,6 @@ class Save(Job):
     def _waves(self) -> Waves:
         assert self._waves_or_none is not None, "the save was not staged"
         return self._waves_or_none
-
-    @contextlib.contextmanager
-    def _abandoned_if_left(self) -> Iterator[None]:
-        """Whoever leaves this block by an exception, Ctrl-C included, leaves nobody writing behind."""
-        try:
-            yield
-        except BaseException:
-            self.abandon()
-            raise
 
     def _claim(self) -> Claim:
         """Local. All that can be refused, before anything of an older checkpoint is touched."""

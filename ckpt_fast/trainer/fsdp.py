@@ -176,15 +176,19 @@ def write_along(job: Save, write: Callable[[str], None]) -> None:
 def _save_to_object_storage(
     cfg: Any, chunk: Any, state_dict: dict[str, Any], checkpoint_name: str
 ) -> SaveHandle | None:
-    # An older checkpoint must not vouch for data that is being replaced.
-    on_rank_0(lambda: remove_file(os.path.join(checkpoint_name, METADATA_FILE)))
+    def invalidate() -> None:
+        """An older checkpoint must not vouch for data that is being replaced."""
+        remove_file(os.path.join(checkpoint_name, METADATA_FILE))
+
     if not cfg.checkpoint.async_save:
+        on_rank_0(invalidate)
         save_fsdp_dtensor_checkpoint(checkpoint_name, state_dict, cfg=cfg, model=chunk)
         return None
     upload = Upload(
         preprocess_fsdp_dtensor_state_dict(cfg, state_dict, chunk),
         _create_fsdp_dtensor_storage_writer(checkpoint_name),
         checkpoint_name,
+        invalidate,
     )
     upload.stage()
     return SaveHandle(upload)

@@ -24,11 +24,14 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from ckpt_fast import FastLoadStrategy, FastSaveStrategy, FastStorageReader, FastStorageWriter, megatron
 from ckpt_fast.async_queue import AsyncCallsQueue
 from ckpt_fast.checkpointing import maybe_finalize_async_save
+from ckpt_fast.doors import dcp_save
 from ckpt_fast.errors import CheckpointError
-from ckpt_fast.pipeline.background import SaveHandle, SaveQueue
+from ckpt_fast.pipeline.background import SaveHandle
 from ckpt_fast.pipeline.index import CheckpointIndex
 from ckpt_fast.pipeline.load import load_tensors
+from ckpt_fast.pipeline.save_parts import SaveOptions
 from ckpt_fast.pipeline.types import TensorRequest, TensorShard
+from ckpt_fast.trainer.async_save import is_empty_async_queue
 from tests.models import FLOPS, Run, Setup, differences, megatron_on_cpu
 from tests.saves import new_save, save
 
@@ -38,6 +41,17 @@ FILES: dict[str, Any] = {"common_files": {"common.pt": b"c"}, "seal_files": {"me
 
 def values(number: float) -> torch.Tensor:
     return torch.full((ROWS, COLUMNS), number)
+
+
+def mine() -> tuple[int, int]:
+    """This rank, and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def shard(number: float) -> TensorShard:
+    """This rank's part of one tensor."""
+    rank, ranks = mine()
+    return TensorShard("w", values(number), (rank * ROWS, 0), (ranks * ROWS, COLUMNS))
 
 
 def number_in(tensor: torch.Tensor) -> float:
@@ -52,9 +66,13 @@ class Door(ABC):
 
     Attributes:
         seal: of the files in a checkpoint's directory, the one that makes it a checkpoint.
+        is_run: whether a directory is the root of several checkpoints, those of a run.
+        polls: whether a save in the background is asked again and again if it is written, instead of awaited.
     """
 
     seal = ".metadata"
+    is_run = False
+    polls = False
 
     @abstractmethod
     def save(self, directory: str, number: float) -> None:
@@ -71,51 +89,81 @@ class Door(ABC):
     def give_up(self) -> None:  # noqa: B027
         """Whoever caught an interruption drops what is in flight."""
 
-
-class Pipeline(Door):
-    seal = "metadata.json"
-
-    def save(self, directory: str, number: float) -> None:
-        save([TensorShard("w", values(number), (0, 0), (ROWS, COLUMNS))], directory, **FILES)
-
-    def load(self, directory: str) -> float:
-        into = torch.zeros(ROWS, COLUMNS)
-        load_tensors(CheckpointIndex(directory), [TensorRequest("w", into, (0, 0))])
-        return number_in(into)
+    def left(self) -> list[str]:
+        """What is left of saves outside of their directories, when all have ended."""
+        return []
 
 
-class PipelineQueue(Pipeline):
-    """In the background."""
+class Queued:
+    """Doors whose saves are in the background, in a queue of their own."""
+
+    polls: bool
 
     def __init__(self) -> None:
-        self._queue = SaveQueue()
+        self._queue = AsyncCallsQueue()
 
-    def save(self, directory: str, number: float) -> None:
-        shard = TensorShard("w", values(number), (0, 0), (ROWS, COLUMNS))
-        job = new_save([shard], directory, snapshot=True, **FILES)
-        job.stage()
-        self._queue.schedule_async_request(SaveHandle(job))
-        self._queue.maybe_finalize_async_calls(blocking=True)
+    def _finish(self, request: Any) -> None:
+        self._queue.schedule_async_request(request)
+        while self._queue.get_num_unfinalized_calls():
+            self._queue.maybe_finalize_async_calls(blocking=not self.polls)
 
     def give_up(self) -> None:
         self._queue.close(abort=True)
 
 
-class Dcp(Door):
+class Pipeline(Door):
+    seal = "metadata.json"
+
     def save(self, directory: str, number: float) -> None:
-        dcp.save({"w": values(number), "step": number}, storage_writer=FastStorageWriter(directory))
+        save([shard(number)], directory, **FILES)
 
     def load(self, directory: str) -> float:
-        state = {"w": torch.zeros(ROWS, COLUMNS), "step": -1.0}
+        into = torch.zeros(ROWS, COLUMNS)
+        load_tensors(CheckpointIndex(directory), [TensorRequest("w", into, (mine()[0] * ROWS, 0))])
+        return number_in(into)
+
+
+class PipelineQueue(Queued, Pipeline):
+    """In the background."""
+
+    def save(self, directory: str, number: float) -> None:
+        job = new_save([shard(number)], directory, snapshot=True, **FILES)
+        job.stage()
+        self._finish(SaveHandle(job))
+
+
+class Dcp(Door):
+    def save(self, directory: str, number: float) -> None:
+        dcp.save(self._state(number), storage_writer=FastStorageWriter(directory))
+
+    def load(self, directory: str) -> float:
+        state = self._state(-1.0)
         dcp.load(state, storage_reader=FastStorageReader(directory))
-        assert state["step"] == number_in(state["w"])  # type: ignore[arg-type]
-        return number_in(state["w"])  # type: ignore[arg-type]
+        return self._number_in(state)
+
+    @staticmethod
+    def _number_in(state: dict[str, Any]) -> float:
+        tensor, step = state.values()
+        assert step == number_in(tensor)
+        return number_in(tensor)
+
+    @staticmethod
+    def _state(number: float) -> dict[str, Any]:
+        return {f"w{mine()[0]}": values(number), "step": number}
 
 
 class DcpAsync(Dcp):
     def save(self, directory: str, number: float) -> None:
         writer = FastStorageWriter(directory)
-        dcp.async_save({"w": values(number), "step": number}, storage_writer=writer).result()  # type: ignore
+        dcp.async_save(self._state(number), storage_writer=writer).result()  # type: ignore
+
+
+class DcpQueue(Queued, Dcp):
+    """In the background, without torch's own thread."""
+
+    def save(self, directory: str, number: float) -> None:
+        options = SaveOptions(snapshot=True)
+        self._finish(SaveHandle(dcp_save.start_save(self._state(number), directory, options)))
 
 
 class MegatronCore(Door):
@@ -130,7 +178,8 @@ class MegatronCore(Door):
             return False
 
     def save(self, directory: str, number: float) -> None:
-        os.makedirs(directory, exist_ok=True)
+        if "://" not in directory:
+            os.makedirs(directory, exist_ok=True)
         self._save(self._state(number), directory)
 
     def load(self, directory: str) -> float:
@@ -145,19 +194,17 @@ class MegatronCore(Door):
 
     @staticmethod
     def _state(number: float) -> dict[str, Any]:
-        return {"w": ShardedTensor.from_rank_offsets("w", values(number)), "iteration": number}
+        rank, ranks = mine()
+        tensor = ShardedTensor.from_rank_offsets("w", values(number), (0, rank, ranks))
+        return {"w": tensor, "iteration": number}
 
 
-class MegatronCoreAsync(MegatronCore):
+class MegatronCoreAsync(Queued, MegatronCore):
     options: dict[str, Any] = {"async_sharded_save": True}  # noqa: RUF012
-
-    def __init__(self) -> None:
-        self._queue = AsyncCallsQueue()
 
     def _save(self, state: dict[str, Any], directory: str) -> None:
         with megatron_on_cpu():
-            self._queue.schedule_async_request(super()._save(state, directory))
-            self._queue.maybe_finalize_async_calls(blocking=True)
+            self._finish(super()._save(state, directory))
 
     def give_up(self) -> None:
         with contextlib.suppress(CheckpointError):
@@ -167,6 +214,7 @@ class MegatronCoreAsync(MegatronCore):
 class Documented(Door):
     """``save_checkpoint`` and ``load_checkpoint``; ``directory`` is the root, the step its number."""
 
+    is_run = True
     config: dict[str, Any] = {}  # noqa: RUF012
 
     def __init__(self) -> None:
@@ -176,11 +224,17 @@ class Documented(Door):
         self._run.state.train_state.floating_point_operations_so_far = float(FLOPS)
         self._expected: dict[float, dict[str, Any]] = {}
 
+    def expect(self, *numbers: float) -> None:
+        """Know what these are of without having saved them; before anything is loaded."""
+        for number in numbers:
+            self._set("", number)
+            self._expected[number] = self._run.fingerprint()
+
     def save(self, directory: str, number: float) -> None:
+        self.expect(number)
         self._set(directory, number)
-        self._expected[number] = self._run.fingerprint()
         self._run.save()
-        maybe_finalize_async_save(self._run.state, self._run.checkpoint, blocking=True)
+        self._finish()
 
     def load(self, directory: str) -> float:
         self._set(directory, -1.0)
@@ -194,9 +248,14 @@ class Documented(Door):
     def is_published(self, directory: str) -> bool:
         return os.path.exists(os.path.join(directory, "latest_checkpointed_iteration.txt"))
 
+    def _finish(self) -> None:
+        while not is_empty_async_queue(self._run.state):
+            maybe_finalize_async_save(self._run.state, self._run.checkpoint, blocking=not self.polls)
+
     def _set(self, directory: str, number: float) -> None:
         self._run.checkpoint.save = directory
         self._run.state.train_state.step = int(number)
+        self._run.state.train_state.floating_point_operations_so_far = float(FLOPS)
         with torch.no_grad():
             for parameter in self._run.model[0].parameters():
                 parameter.fill_(number)
@@ -207,20 +266,19 @@ class DocumentedAsync(Documented):
 
     def __init__(self) -> None:
         super().__init__()
+        self._run.checkpoint.save = "set by each save"  # without one there is no queue
         self._run.state.initialize_async_checkpoint_worker()
+        assert self._run.state.async_calls_queue is not None
 
     def give_up(self) -> None:
         with contextlib.suppress(CheckpointError):
-            maybe_finalize_async_save(self._run.state, self._run.checkpoint, blocking=True)
+            self._finish()
 
 
-class Local(Door):
+class Local(Queued, Door):
     """Local checkpoints; ``directory`` is the root, the iteration its number."""
 
     is_async = False
-
-    def __init__(self) -> None:
-        self._queue = AsyncCallsQueue()
 
     def save(self, directory: str, number: float) -> None:
         manager = self._manager(directory)
@@ -229,8 +287,7 @@ class Local(Door):
         with megatron_on_cpu():
             request = manager.save(state, int(number), is_async=self.is_async)
         if request is not None:
-            self._queue.schedule_async_request(request)
-            self._queue.maybe_finalize_async_calls(blocking=True)
+            self._finish(request)
 
     def load(self, directory: str) -> float:
         manager = self._manager(directory)
@@ -270,6 +327,7 @@ DOORS: dict[str, type[Door]] = {
     "pipeline-queue": PipelineQueue,
     "dcp": Dcp,
     "dcp-async": DcpAsync,
+    "dcp-queue": DcpQueue,
     "megatron-core": MegatronCore,
     "megatron-core-async": MegatronCoreAsync,
     "documented": Documented,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import gc
+import glob
 import json
 import os
 import shutil
@@ -25,8 +26,10 @@ from typing import Any
 
 from torch.distributed.checkpoint.api import CheckpointException
 
+from ckpt_fast import settings
+from ckpt_fast.errors import CheckpointError
 from ckpt_fast.pipeline.host_buffer import host_buffers
-from tests.crash.doors import DOORS, Documented, Door, one_rank
+from tests.crash.doors import DOORS, Door, one_rank
 
 PACKAGE = os.sep + "ckpt_fast" + os.sep
 PATIENCE_S = 20.0  # of a busy machine
@@ -133,9 +136,11 @@ def let_go() -> None:
         # A signal in ``Thread.start`` may leave one in the list that never ran.
         threads = [each.name for each in threading.enumerate() if each.is_alive() and OURS in each.name]
         held = host_buffers.used_nbytes
-        if not threads and not held:
+        flags = glob.glob(f"/dev/shm/ckpt_fast-written-{os.getpid()}-*")
+        if not threads and not held and not flags:
             return
-        require(time.monotonic() < deadline, f"left: threads {threads}, {held} bytes of host buffers")
+        left = f"left: threads {threads}, {held} bytes of host buffers, {flags}"
+        require(time.monotonic() < deadline, left)
         time.sleep(0.02)
 
 
@@ -159,8 +164,7 @@ class Saves:
 
     def __init__(self, door: Door, directory: str) -> None:
         self._door = door
-        # The documented API keeps a run's checkpoints below one root.
-        self._is_run = isinstance(door, Documented)
+        self._is_run = door.is_run
         self._before = os.path.join(directory, "run" if self._is_run else "before")
         self._target = self._before if self._is_run else os.path.join(directory, "target")
         door.save(self._before, 1.0)
@@ -201,6 +205,8 @@ class Saves:
         no_partial_files(self._target)
         require(self._facts.items() <= self._of_before().items(), "what was published before was touched")
         let_go()
+        left = self._door.left()
+        require(not left, f"left: {left}")
 
     def result(self, **more: Any) -> dict[str, Any]:
         """What to report."""
@@ -262,6 +268,44 @@ def lines_of_saves(door: Door, directory: str, moments: int) -> dict[str, Any]:
         was_interrupted = interruption.at_line(1 + lines * number // moments, job.save)
         job.look(was_interrupted, interruption.where)
     return job.result(lines=lines, longest_s=interruption.longest_s)
+
+
+def deadlines(door: Door, directory: str, moments: int) -> dict[str, Any]:
+    """Their time is up at moments spread evenly over a save in the background to a slow disk."""
+    return _deadlines(door, directory, moments, milliseconds=20)
+
+
+def deadlines_of_a_disk_that_hangs(door: Door, directory: str, moments: int) -> dict[str, Any]:
+    """The same, where a write takes longer than anybody waits who gives a save up."""
+    return _deadlines(door, directory, moments, milliseconds=3000)
+
+
+def _deadlines(door: Door, directory: str, moments: int, milliseconds: int) -> dict[str, Any]:
+    job = Saves(door, directory)
+    with slow(20):
+        duration_s = seconds_of(job.save)
+    for number in range(moments):
+        job.renew()
+        door.polls = number % 2 == 1
+        with slow(milliseconds):
+            was_late = is_late(duration_s * number / moments, job.save)
+        job.look(was_late, f"deadline {number} of {moments}")
+    return job.result(duration_s=duration_s)
+
+
+def is_late(allowed_s: float, save: Callable[[], object]) -> bool:
+    """Whether a save in the background failed since it may not take longer than that."""
+    faulthandler.dump_traceback_later(HANGS_S, exit=True)
+    original = settings.timeout_s
+    settings.timeout_s = lambda: allowed_s  # the variable is of whole seconds
+    try:
+        save()
+    except CheckpointError as error:
+        require("did not end within" in str(error), f"it failed of something else: {error}")
+        return True
+    finally:
+        settings.timeout_s = original
+    return False
 
 
 def loads(door: Door, directory: str, moments: int) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.crash.overlaps import Overlaps
+from tests.crash.overlaps_of_runs import RunOverlaps
 from tests.helpers import run_ranks
 
 
@@ -46,4 +47,27 @@ def test_thousands_of_random_overlaps(
     monkeypatch.setenv("CKPT_FAST_NATIVE", native)
     monkeypatch.setenv("CKPT_FAST_TIMEOUT", "1")
     counts = run(tmp_path, range(100, 120), 50, timeout_s=1700)
+    sys.stdout.write(f"{dict(counts)}\n")
+
+
+def overlap_runs(_: int, root: str, seeds: range, saves: int) -> Counter[str]:
+    counts: Counter[str] = Counter()
+    for seed in seeds:
+        schedule = RunOverlaps(f"{root}/{seed}", seed)
+        schedule.run(saves)
+        counts += schedule.counts
+    return counts
+
+
+def test_random_overlaps_of_runs(tmp_path: Path, no_fsync: None) -> None:
+    counts: Counter[str] = run_ranks(overlap_runs, 1, str(tmp_path), range(1), 40, fresh=True)[0]
+    assert counts["begun"] > 20 and counts["looked at"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_thousand_random_overlaps_of_runs(tmp_path: Path, no_fsync: None) -> None:
+    arguments = (overlap_runs, 1, str(tmp_path), range(100, 120), 60)
+    counts: Counter[str] = run_ranks(*arguments, fresh=True, timeout_s=1700)[0]
+    assert counts["begun"] > 600 and counts["skipped"] and counts["looked at"]
     sys.stdout.write(f"{dict(counts)}\n")

@@ -354,16 +354,18 @@ def test_the_memory_stays_while_a_view_of_a_copy_does(tmp_path: Path, pool: Watc
 class HeldWriter(dcp.FileSystemWriter):
     """Writes once ``go`` is set."""
 
-    go: threading.Event
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.begun, self.go = threading.Event(), threading.Event()
 
     def write_data(self, plan: Any, planner: Any) -> Any:
+        self.begun.set()
         assert self.go.wait(30)
         return super().write_data(plan, planner)
 
 
 def test_an_upload_keeps_its_memory_until_it_is_written(tmp_path: Path, pool: WatchedPool) -> None:
     writer = HeldWriter(tmp_path / "1")
-    writer.go = threading.Event()
     state = {"w": torch.full((1000,), 1.0)}
     upload = Upload(state, writer, str(tmp_path / "1"))
     upload.stage()

@@ -7,6 +7,7 @@ import inspect
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from ckpt_fast import FastLoadStrategy, FastSaveStrategy, megatron, native
 from ckpt_fast.async_queue import AsyncCallsQueue
 from ckpt_fast.doors import megatron_core
-from ckpt_fast.doors.stock_queue import wait_until_written
-from ckpt_fast.errors import AsyncSaveError
+from ckpt_fast.doors.stock_queue import Flag, wait_until_written
+from ckpt_fast.errors import AsyncSaveError, CheckpointWriteError
+from ckpt_fast.pipeline import background
+from ckpt_fast.pipeline.host_buffer import host_buffers
 from tests.helpers import run_ranks
 from tests.models import megatron_on_cpu
 
@@ -127,6 +130,80 @@ def drop_and_save_again(rank: int, directory: str) -> float:
 
 def test_a_request_that_is_dropped_is_given_up(tmp_path: Path) -> None:
     assert run_ranks(drop_and_save_again, 1, str(tmp_path)) == [2.0]
+
+
+def test_a_flag_is_set_once(tmp_path: Path) -> None:
+    """The descriptor is somebody else's afterwards."""
+    flag = Flag()
+    flag.set()
+    with open(tmp_path / "other", "w+b", buffering=0) as other:
+        other.write(b"\0")
+        flag.set()
+        assert Path(other.name).read_bytes() == b"\0" and os.fstat(other.fileno())
+    flag.remove()
+
+
+def test_a_flag_goes_with_its_owner() -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    flag = Flag()
+    path = flag.path
+    assert Path(path).read_bytes() == b"\0"
+    del flag
+    assert not os.path.exists(path) and len(os.listdir("/proc/self/fd")) == before
+
+
+def give_up_and_save_again(rank: int, directory: str, how: str) -> float:
+    """Whoever keeps the request, and the error, keeps nobody from saving again."""
+    write_files = native.engine().write_files
+
+    def hanging(*arguments: Any, **options: Any) -> Any:
+        time.sleep(1.2)
+        return write_files(*arguments, **options)
+
+    native.engine().write_files = hanging
+    os.environ["CKPT_FAST_TIMEOUT"] = "1" if how == "deadline" else "30"
+    with megatron_on_cpu():
+        queue = AsyncCallsQueue()
+        request = start_save(sharded(rank, 1, torch.ones(ROWS, 50)), directory, "mcore")
+        queue.schedule_async_request(request)
+        if how == "abort":
+            queue.close(abort=True)
+        else:
+            with pytest.raises(AsyncSaveError):
+                if how == "cancel":
+                    queue.handles[0].cancel()
+                queue.maybe_finalize_async_calls(blocking=True)
+        assert host_buffers.used_nbytes == 0 and not background._in_flight
+        native.engine().write_files = write_files
+        queue.schedule_async_request(
+            start_save(sharded(rank, 1, torch.full((ROWS, 50), 2.0)), directory, "mcore")
+        )
+        queue.close()
+    assert request.finalize_fns
+    loaded = megatron_core.load(sharded(0, 1, torch.zeros(ROWS, 50)), directory)
+    return float(loaded["w"].unique())
+
+
+def save_over_one_in_flight(rank: int, directory: str) -> tuple[float, float]:
+    """Megatron-Core may have written its common state before the second save is refused."""
+    with megatron_on_cpu():
+        queue = AsyncCallsQueue()
+        state = sharded(rank, 1, torch.ones(ROWS, 50))
+        queue.schedule_async_request(start_save(state, directory, "mcore"))
+        with pytest.raises(CheckpointWriteError, match="is not over"):
+            start_save({**sharded(rank, 1, torch.zeros(ROWS, 50)), "iteration": 8}, directory, "mcore")
+        queue.close()
+    loaded = megatron_core.load(sharded(0, 1, torch.zeros(ROWS, 50)), directory)
+    return float(loaded["w"].unique()), loaded["iteration"]
+
+
+def test_a_save_that_is_refused_leaves_the_one_in_flight_whole(tmp_path: Path) -> None:
+    assert run_ranks(save_over_one_in_flight, 1, str(tmp_path)) == [(1.0, 7)]
+
+
+@pytest.mark.parametrize("how", ["deadline", "abort", "cancel"])
+def test_a_request_that_is_given_up_is_over(tmp_path: Path, how: str) -> None:
+    assert run_ranks(give_up_and_save_again, 1, str(tmp_path), how, fresh=True) == [2.0]
 
 
 def test_no_rank_publishes_what_another_did_not_write(tmp_path: Path) -> None:
