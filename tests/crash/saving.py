@@ -46,6 +46,7 @@ class Scenario:
             in a directory of that name.
         with_tokenizer: there is a tokenizer.
         door: "dcp" instead of ``save_checkpoint``.
+        makes_directory: the program makes the directory of the checkpoint itself, and syncs nothing.
     """
 
     iterations: tuple[int, ...]
@@ -53,6 +54,7 @@ class Scenario:
     with_data: bool | str = False
     with_tokenizer: bool = False
     door: str = "documented"
+    makes_directory: bool = False
 
     @property
     def is_local(self) -> bool:
@@ -69,6 +71,7 @@ SCENARIOS = {
     "local": Scenario((1, -2, -3), {"non_persistent_ckpt_type": "local"}, with_data=True),
     "again": Scenario((1, 2, 2), with_data=True),
     "dcp": Scenario((1,), door="dcp"),
+    "dcp-made": Scenario((1,), door="dcp", makes_directory=True),
     "dcp-again": Scenario((1, 1), door="dcp"),
 }
 
@@ -264,6 +267,8 @@ class Dcp(Job):
 
     def save(self, version: int) -> dict[str, Any]:
         state = self._state(float(version))
+        if self.scenario.makes_directory:
+            os.makedirs(os.path.join(self.disk, ROOT), exist_ok=True)
         dcp.save(state, storage_writer=FastStorageWriter(os.path.join(self.disk, ROOT)))
         return state
 

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="a C compiler
 
 Ranks = Callable[..., Any]
 
-ONE_RANK = ["first", "tokenizer", "recovery", "local", "again", "dcp-again"]
+ONE_RANK = ["first", "tokenizer", "recovery", "local", "again", "dcp-made", "dcp-again"]
 TWO_RANKS = ["later", "background", "dcp"]
 MOST = 10
 
