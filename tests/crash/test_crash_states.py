@@ -33,7 +33,7 @@ Ranks = Callable[..., Any]
 
 ONE_RANK = ["first", "tokenizer", "recovery", "local", "again", "dcp-made", "dcp-again"]
 TWO_RANKS = ["later", "background", "dcp"]
-MOST = 10
+MOST = 8
 
 
 def cases(names_of: dict[int, Iterable[str]]) -> list[Any]:
