@@ -66,6 +66,10 @@ test-bridge: $(B)/.installed $(BRIDGE)/.requirements ## Megatron Bridge's own ob
 test-long: $(B)/.installed ## the tests that take long, on stack B: many processes, many cases
 	@$(B)/bin/python -m pytest -n 2 --dist worksteal -m "long and not slow"
 
+.PHONY: crash
+crash: $(A)/.installed ## every state in which a kill or a power loss may leave a save: loaded and saved over
+	@$(A)/bin/python -m pytest -m "slow or not slow" -rP tests/crash/test_crash_states.py
+
 .PHONY: test-slow
 test-slow: $(A)/.installed ## the tests that take hours: campaigns of faults, four ranks, long runs
 	@$(A)/bin/python -m pytest -n 2 -m slow

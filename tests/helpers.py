@@ -35,6 +35,9 @@ class RankError(AssertionError):
         super().__init__(message)
         self.errors = errors
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RankError, (str(self), self.errors)
+
 
 class NoGroupError(Exception):
     """The ranks did not find each other, so that nothing has been called."""
@@ -182,7 +185,8 @@ _pool: dict[int, _Ranks] = {}
 
 
 @atexit.register
-def _stop_all() -> None:
+def stop_ranks() -> None:
+    """End the ranks that wait for a call. Processes of multiprocessing have to: they join them at exit."""
     while _pool:
         _pool.popitem()[1].stop()
 

@@ -242,18 +242,36 @@ def _unlink(path: str) -> bool:
     return True
 
 
+# Directories whose names, with all above them, this process has made durable.
+_durable: set[str] = set()
+
+
 def make_directory(path: str) -> None:
-    """Create a directory, and those above it that are missing, so that they outlive a power failure."""
+    """Create a directory, and those above it that are missing, so that they outlive a power failure.
+
+    So do those that were there: the program may have made them, or a save that ended before it synced them.
+    """
     parent = os.path.dirname(path)
     if not os.path.isdir(path):
         if not os.path.isdir(parent):
             make_directory(parent)
+            _durable.add(parent)
         with contextlib.suppress(FileExistsError):
             os.mkdir(path)
         if not os.path.isdir(path):
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
-    # Also when it was there: the process that made it may have ended before this.
     fsync_directory(parent)
+    _sync_names_above(parent)
+
+
+def _sync_names_above(path: str) -> None:
+    """Make the name of a directory durable, and those of all above it in its file system, once."""
+    while path not in _durable and not os.path.ismount(path):
+        above = os.path.dirname(path)
+        with contextlib.suppress(PermissionError):  # of others, and older than this run
+            fsync_directory(above)
+        _durable.add(path)
+        path = above
 
 
 def publish(directory: str, files: Mapping[str, bytes], progress: native.Progress | None = None) -> None:

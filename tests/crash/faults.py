@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from unittest import mock
 
 from ckpt_fast import native
-from ckpt_fast.pipeline import replacement
+from ckpt_fast.pipeline import commit, replacement
 
 
 class Faults:
@@ -43,6 +43,8 @@ class Faults:
             "write_files": lambda *paths, **columns: write_files(*paths, **{**columns, "fsync": False}),
         }
         with contextlib.ExitStack() as stack:
+            # Each time as the first: directories are made anew, with the same names.
+            stack.enter_context(mock.patch.object(commit, "_durable", set()))
             for name, original in originals.items():
                 home = {"write_files": implementation, "_exchange": replacement}.get(name, os)
                 stack.enter_context(mock.patch.object(home, name, self._counted(name, original)))

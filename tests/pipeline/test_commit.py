@@ -208,7 +208,21 @@ def test_a_new_directory_is_durable_up_to_the_one_that_was_there(
     trace = Trace(monkeypatch)
     commit.invalidate(str(tmp_path / "run" / "checkpoints" / "iter_0000001"))
     synced = [os.path.relpath(path, tmp_path) for call, path in trace.calls if call == "fsync"]
-    assert synced == [".", "run", "run/checkpoints"]
+    assert [path for path in synced if ".." not in path] == [".", "run", "run/checkpoints"]
+
+
+def test_what_is_above_an_existing_directory_is_made_durable_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    trace = Trace(monkeypatch)
+    synced = []
+    for iteration in (1, 2):
+        commit.invalidate(str(tmp_path / "run" / "checkpoints" / f"iter_{iteration}"))
+        synced.append([os.path.relpath(path, tmp_path) for call, path in trace.calls if call == "fsync"])
+        trace.calls.clear()
+    assert synced[0][:4] == ["run/checkpoints", "run", ".", ".."]
+    assert synced[1] == ["run/checkpoints"]
 
 
 def test_an_existing_directory(tmp_path: Path) -> None:
