@@ -57,6 +57,8 @@ def begin(directory: str, token: str | None = None) -> str | None:
         os.mkdir(path)
         if os.path.isdir(real):
             shutil.copymode(real, path)
+        # What lies in it may be all that there is of a position whose checkpoint has been exchanged already.
+        fsync_directory(os.path.dirname(real))
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             return None
