@@ -9,7 +9,8 @@ it for Megatron-Core. The order is always
 3. the status of every rank is known to rank 0, which alone goes on, and only if all succeeded;
 4. ``publish``: each remaining file is written beside its name, fsynced and renamed, the seal last.
 
-Each rename is followed by an fsync of the directory, so the order holds after power loss as well.
+The rename of ``.metadata`` is followed by an fsync of the directory, which covers all names before it, and so
+is that of every file that says that others are there. So the order holds after power loss as well.
 """
 
 from __future__ import annotations
@@ -50,13 +51,17 @@ def renaming(path: str, progress: native.Progress | None) -> Iterator[None]:
         progress.end_rename()
 
 
-def write_file_atomic(path: str, data: bytes, progress: native.Progress | None = None) -> None:
+def write_file_atomic(
+    path: str, data: bytes, progress: native.Progress | None = None, *, sync_name: bool = True
+) -> None:
     """Create or replace ``path`` so that a crash leaves the old content or the new, never a mixture.
 
     Args:
         path: the file; its directory exists.
         data: the whole content.
         progress: of the job that this is a part of.
+        sync_name: False where a later file in the directory makes the names durable, before one of them
+            counts.
 
     Raises:
         CheckpointWriteError: with errno and path (ECANCELED once the job is stopped); ``path`` is unchanged
@@ -73,7 +78,8 @@ def write_file_atomic(path: str, data: bytes, progress: native.Progress | None =
         with renaming(path, progress):
             os.replace(temporary, path)
         state = "It was replaced, but may not outlive a power failure"
-        fsync_directory(directory)
+        if sync_name:
+            fsync_directory(directory)
     except BaseException as error:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
@@ -274,10 +280,16 @@ def _sync_names_above(path: str) -> None:
         path = above
 
 
-def publish(directory: str, files: Mapping[str, bytes], progress: native.Progress | None = None) -> None:
+def publish(
+    directory: str,
+    files: Mapping[str, bytes],
+    progress: native.Progress | None = None,
+    *,
+    sync_names: bool = True,
+) -> None:
     """Write ``files`` (name to content) into ``directory`` one after the other; the last one is the seal.
 
     See ``write_file_atomic``.
     """
     for name, data in files.items():
-        write_file_atomic(os.path.join(directory, name), data, progress)
+        write_file_atomic(os.path.join(directory, name), data, progress, sync_name=sync_names)

@@ -70,10 +70,17 @@ class Files(Protocol):
     def hand_over(self, files: Sequence[FileRecord], go_on: Callable[[], bool]) -> None:
         """Local. Bring what the engine has written to where it belongs; stop soon if ``go_on`` says no."""
 
-    def publish(self, files: Mapping[str, bytes], progress: native.Progress | None = None) -> None:
+    def publish(
+        self,
+        files: Mapping[str, bytes],
+        progress: native.Progress | None = None,
+        *,
+        sync_names: bool = True,
+    ) -> None:
         """Write ``files`` (name to content) one after the other, each whole or not at all.
 
-        Once the job that ``progress`` is of is stopped, nothing appears any more.
+        Once the job that ``progress`` is of is stopped, nothing appears any more. ``sync_names`` is False for
+        what a seal follows.
         """
 
     def delete(self, names: Iterable[str]) -> None:
@@ -179,9 +186,15 @@ class Directory:
     def hand_over(self, files: Sequence[FileRecord], go_on: Callable[[], bool]) -> None:
         """Nothing: they are where they belong."""
 
-    def publish(self, files: Mapping[str, bytes], progress: native.Progress | None = None) -> None:
+    def publish(
+        self,
+        files: Mapping[str, bytes],
+        progress: native.Progress | None = None,
+        *,
+        sync_names: bool = True,
+    ) -> None:
         """See ``commit.publish``."""
-        commit.publish(self.directory, files, progress)
+        commit.publish(self.directory, files, progress, sync_names=sync_names)
 
     def delete(self, names: Iterable[str]) -> None:
         """Remove files, durably.

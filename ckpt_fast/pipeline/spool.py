@@ -132,7 +132,13 @@ class Spool:
                 self._remote.put(file.path, path)
             os.unlink(path)
 
-    def publish(self, files: Mapping[str, bytes], progress: native.Progress | None = None) -> None:
+    def publish(
+        self,
+        files: Mapping[str, bytes],
+        progress: native.Progress | None = None,
+        *,
+        sync_names: bool = True,
+    ) -> None:
         """Write ``files`` (name to content), one after the other.
 
         Raises:

@@ -68,10 +68,11 @@ def read_file(path: str, limit: int = LARGEST_TEXT) -> bytes:
         return bytes(stream.read())
 
 
-def write_file(path: str, data: bytes) -> None:
+def write_file(path: str, data: bytes, *, sync_name: bool = True) -> None:
     """Create or replace a small file so that readers see its old content or the new, never a mixture.
 
-    The directory is created when missing. Objects appear whole by nature of their storage.
+    The directory is created when missing. Objects appear whole by nature of their storage. For ``sync_name``
+    see ``write_file_atomic``.
 
     Raises:
         CheckpointWriteError: on a local disk, with errno and path.
@@ -79,7 +80,7 @@ def write_file(path: str, data: bytes) -> None:
     ensure_directory_exists(path)
     msc = object_storage(path)
     if msc is None:
-        write_file_atomic(path, data)
+        write_file_atomic(path, data, sync_name=sync_name)
         return
     with msc.open(path, "wb") as stream:
         stream.write(data)

@@ -83,6 +83,8 @@ class Publication:
     def complete(self, directory: str) -> list[FileRecord]:
         """Write what else belongs to the checkpoint. Called on rank 0, before the checkpoint is sealed.
 
+        The seal makes the names durable.
+
         Args:
             directory: where its files are.
 
@@ -94,7 +96,7 @@ class Publication:
         """
         contents = {CONFIG_FILE: self._run_config(), TRAIN_STATE_FILE: encode_train_state(self.train_state)}
         for name, content in contents.items():
-            write_file(join_paths(directory, name), content)
+            write_file(join_paths(directory, name), content, sync_name=False)
         self._save_tokenizer(directory)
         self._is_complete = True
         return [

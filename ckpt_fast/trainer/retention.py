@@ -212,6 +212,7 @@ def _remove_checkpoints(paths: list[str]) -> None:
 
 
 def _remove_checkpoint(path: str, storage: Any) -> None:
+    is_durable = False
     for seal in (SEAL_FILE, METADATA_FILE, SIDECAR_FILE):
         file = join_paths(path, seal)
         if not file_exists(file):
@@ -220,7 +221,9 @@ def _remove_checkpoint(path: str, storage: Any) -> None:
             storage.delete(file)
         else:
             os.unlink(file)
-            fsync_directory(path)
+            if not is_durable:  # what goes after the first seal may come back, if that does not
+                fsync_directory(path)
+                is_durable = True
     if storage:
         storage.delete(path, recursive=True)
     else:

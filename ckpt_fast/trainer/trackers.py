@@ -260,9 +260,9 @@ def encode_train_state(train_state: Mapping[str, torch.Tensor]) -> bytes:
     return buffer.getvalue()
 
 
-def write_train_state(path: str, train_state: Mapping[str, torch.Tensor]) -> None:
-    """Write such a file atomically. Called on rank 0."""
-    write_file(path, encode_train_state(train_state))
+def write_train_state(path: str, train_state: Mapping[str, torch.Tensor], *, sync_name: bool = True) -> None:
+    """Write such a file atomically. Called on rank 0. For ``sync_name`` see ``write_file_atomic``."""
+    write_file(path, encode_train_state(train_state), sync_name=sync_name)
 
 
 _numbers = itertools.count()
@@ -302,7 +302,8 @@ def publish_trackers(
             save_dir,
         )
         return
-    write_train_state(get_checkpoint_train_state_filename(save_dir, prefix=TRACKER_PREFIX), train_state)
+    ours = get_checkpoint_train_state_filename(save_dir, prefix=TRACKER_PREFIX)
+    write_train_state(ours, train_state, sync_name=False)
     write_file(get_checkpoint_tracker_filename(save_dir), str(iteration).encode())
     _published[root] = number
     _sweep(save_dir, get_checkpoint_name(save_dir, iteration))
