@@ -70,6 +70,7 @@ class Interruption:
         self.where = ""
         self._count = 0
         self._sent: float | None = None
+        self._is_armed = False
         signal.signal(signal.SIGALRM, self._raise)
 
     def after(self, seconds: float, action: Callable[[], object]) -> bool:
@@ -95,6 +96,8 @@ class Interruption:
         return self._ended(action, lambda: sys.settrace(trace))
 
     def _raise(self, _: int, frame: FrameType | None) -> None:
+        if not self._is_armed:  # the action has just ended
+            return
         places = []
         while frame is not None:
             places.append(f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}")
@@ -107,9 +110,11 @@ class Interruption:
     def _ended(self, action: Callable[[], object], arm: Callable[[], object]) -> bool:
         self._sent = None
         faulthandler.dump_traceback_later(HANGS_S, exit=True)
+        self._is_armed = True
         try:
             arm()
             action()
+            self._is_armed = False
         except (KeyboardInterrupt, Terminated, CheckpointException):  # torch makes the last of the others
             require(self._sent is not None, "it failed before it was interrupted")
             self.longest_s = max(self.longest_s, time.monotonic() - (self._sent or 0.0))
