@@ -264,5 +264,10 @@ class Spool:
 
 def _remove_directory(path: str, owner: int) -> None:
     # A process that was forked has a copy of everything but the directory.
-    if os.getpid() == owner:
+    if os.getpid() != owner:
+        return
+    try:
         shutil.rmtree(path, ignore_errors=True)
+    except BaseException:  # a signal; nobody will come again
+        shutil.rmtree(path, ignore_errors=True)
+        raise

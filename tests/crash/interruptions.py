@@ -70,6 +70,7 @@ class Interruption:
         self.where = ""
         self._count = 0
         self._sent: float | None = None
+        self._is_armed = False
         signal.signal(signal.SIGALRM, self._raise)
 
     def after(self, seconds: float, action: Callable[[], object]) -> bool:
@@ -95,6 +96,8 @@ class Interruption:
         return self._ended(action, lambda: sys.settrace(trace))
 
     def _raise(self, _: int, frame: FrameType | None) -> None:
+        if not self._is_armed:  # the action has just ended
+            return
         places = []
         while frame is not None:
             places.append(f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}")
@@ -114,10 +117,15 @@ class Interruption:
     def _ended_before(self, action: Callable[[], object], arm: Callable[[], object]) -> bool:
         self._sent = None
         faulthandler.dump_traceback_later(HANGS_S, exit=True)
+        self._is_armed = True
         try:
             arm()
             action()
-        except (KeyboardInterrupt, Terminated, CheckpointException):  # torch makes the last of the others
+            self._is_armed = False
+        except (KeyboardInterrupt, Terminated, CheckpointException, RuntimeError) as error:
+            # Torch makes the last two of the others, the very last where it writes an archive.
+            if isinstance(error, RuntimeError) and "unexpected pos" not in str(error):
+                raise
             require(self._sent is not None, "it failed before it was interrupted")
             self.longest_s = max(self.longest_s, time.monotonic() - (self._sent or 0.0))
             require(self.longest_s < PATIENCE_S, f"it was left after {self.longest_s:.2f} s")
@@ -202,9 +210,9 @@ class Saves:
         number = 3.0
         self._door.save(self._target, number)
         require(self._door.load(self._target) == number, "the next save is not what was saved")
+        let_go()
         no_partial_files(self._target)
         require(self._facts.items() <= self._of_before().items(), "what was published before was touched")
-        let_go()
         left = self._door.left()
         require(not left, f"left: {left}")
 

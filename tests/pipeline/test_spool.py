@@ -169,3 +169,20 @@ def test_a_directory_is_its_own_place(tmp_path: Path) -> None:
     report = save(shards("a"), str(tmp_path), files=Directory(str(tmp_path)))
     assert find_damage(str(tmp_path)) == []
     assert report.directory == str(tmp_path)
+
+
+def test_a_spool_goes_also_if_its_removal_is_interrupted(
+    shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = Spool(NAME, shelf)
+    Path(files.directory, "f").write_bytes(b"x")
+
+    def interrupted(*_: object, **__: object) -> None:
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    spool = os.path.dirname(files.directory)
+    monkeypatch.setattr(shutil, "rmtree", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        files.close()
+    assert os.listdir(spool) == []
