@@ -19,6 +19,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
+from ckpt_fast.pipeline import finalizer
 from ckpt_fast.pipeline.background import SaveHandle
 from ckpt_fast.pipeline.job import Job
 
@@ -39,7 +40,7 @@ class Flag:
         # Empty once the flag is set: a descriptor that is closed may be that of another file.
         self._files: list[FileIO] = []
         # Before there is a file: a signal may come at any time.
-        self._remove = weakref.finalize(self, _discard, self.path, self._files, os.getpid())
+        self._remover = weakref.finalize(self, _discard, self.path, self._files, os.getpid())
         self._files.append(FileIO(self.path, "x"))
         self._files[0].write(b"\0")
 
@@ -50,7 +51,7 @@ class Flag:
 
     def remove(self) -> None:
         """Whoever still waits for the flag stops."""
-        self._remove()
+        finalizer.run(self._remover)
 
 
 def _discard(path: str, files: list[FileIO], owner: int) -> None:

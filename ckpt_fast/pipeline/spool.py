@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import secrets
 import shutil
 import socket
 import tempfile
@@ -21,7 +22,7 @@ from typing import Protocol
 
 from ckpt_fast import native, settings
 from ckpt_fast.errors import CheckpointError, CheckpointWriteError
-from ckpt_fast.pipeline import commit
+from ckpt_fast.pipeline import commit, finalizer
 from ckpt_fast.pipeline.files import Claim
 from ckpt_fast.pipeline.small_files import LARGEST_FILE, read_small_file
 from ckpt_fast.pipeline.space import OVERHEAD
@@ -63,7 +64,7 @@ class Spool:
         self.name = name
         self._remote = remote
         self._directory: str | None = None
-        self._remove: Callable[[], object] = lambda: None
+        self._remover: weakref.finalize[..., Spool] | None = None
 
     @property
     def directory(self) -> str:
@@ -74,17 +75,21 @@ class Spool:
         """
         if self._directory is None:
             parent = settings.spool_directory() or tempfile.gettempdir()
+            path = os.path.join(parent, f"ckpt_fast-{secrets.token_hex(8)}")
+            # Before it is there: a signal may come at any time. And also when nobody closes it: an abandoned
+            # save ends with the process.
+            self._remover = weakref.finalize(self, _remove_directory, path, os.getpid())
             try:
-                self._directory = tempfile.mkdtemp(prefix="ckpt_fast-", dir=parent)
+                os.mkdir(path, 0o700)
             except OSError as error:
+                self._remover.detach()
                 raise CheckpointWriteError(
                     f"cannot create a spool for {self.name} in {parent}: {error.strerror}. Let "
                     "CKPT_FAST_SPOOL name a local directory that can be written to.",
                     error.errno,
                     parent,
                 ) from error
-            # Also when nobody closes it: an abandoned save ends with the process.
-            self._remove = weakref.finalize(self, _remove_directory, self._directory, os.getpid())
+            self._directory = path
         return self._directory
 
     def claim(self, nbytes: int) -> Claim:
@@ -212,7 +217,8 @@ class Spool:
 
     def close(self) -> None:
         """Remove the spool."""
-        self._remove()
+        if self._remover is not None:
+            finalizer.run(self._remover)
         self._directory = None
 
     def __enter__(self) -> Spool:
@@ -264,10 +270,5 @@ class Spool:
 
 def _remove_directory(path: str, owner: int) -> None:
     # A process that was forked has a copy of everything but the directory.
-    if os.getpid() != owner:
-        return
-    try:
+    if os.getpid() == owner:
         shutil.rmtree(path, ignore_errors=True)
-    except BaseException:  # a signal; nobody will come again
-        shutil.rmtree(path, ignore_errors=True)
-        raise

@@ -185,4 +185,5 @@ def test_a_spool_goes_also_if_its_removal_is_interrupted(
     monkeypatch.setattr(shutil, "rmtree", interrupted)
     with pytest.raises(KeyboardInterrupt):
         files.close()
+    del files
     assert os.listdir(spool) == []
