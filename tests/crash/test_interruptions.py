@@ -71,7 +71,7 @@ def run(
         pytest.param("pipeline-queue", "lines_of_saves", "1", marks=pytest.mark.long),
         pytest.param("dcp", "saves", "0", marks=pytest.mark.long),
         ("pipeline", "loads", "1"),
-        ("pipeline-queue", "deadlines", "1"),
+        pytest.param("pipeline-queue", "deadlines", "1", marks=pytest.mark.long),
     ],
 )
 def test_a_few_moments(slow_disk: Path, tmp_path: Path, door: str, what: str, native: str) -> None:

@@ -59,6 +59,7 @@ def overlap_runs(_: int, root: str, seeds: range, saves: int) -> Counter[str]:
     return counts
 
 
+@pytest.mark.long
 def test_random_overlaps_of_runs(tmp_path: Path, no_fsync: None) -> None:
     counts: Counter[str] = run_ranks(overlap_runs, 1, str(tmp_path), range(1), 40, fresh=True)[0]
     assert counts["begun"] > 20 and counts["looked at"]

@@ -20,6 +20,7 @@ def check(result: dict[str, Any], moments: int) -> None:
     assert result["interrupted"] > moments // 2
 
 
+@pytest.mark.long
 def test_a_few_lines(tmp_path: Path, no_fsync: None) -> None:
     check(Campaign("pipeline", str(tmp_path)).run("lines", 6), 6)
 

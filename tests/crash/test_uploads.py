@@ -15,6 +15,7 @@ pytest.importorskip("multistorageclient")
 DOORS = ["megatron-core", "megatron-core-async", "documented", "documented-async", "upload"]
 
 
+@pytest.mark.long
 def test_a_few_moments(slow_disk: Path, tmp_path: Path) -> None:
     run(slow_disk, "upload", "saves", tmp_path, 10, "1", timeout_s=120, module="uploads")
 
