@@ -22,7 +22,7 @@ def interrupted_at(number: int, action: Callable[[], object]) -> bool:
     def trace(frame: FrameType, event: str, _: Any) -> Any:
         nonlocal left
         frame.f_trace_opcodes = True
-        left -= event == "opcode"
+        left -= event in ("line", "opcode")
         if left == 0:
             sys.settrace(None)
             raise KeyboardInterrupt
