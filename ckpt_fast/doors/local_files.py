@@ -8,7 +8,6 @@ their place, is its one object, made of plain data. So it is written, checked an
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 from collections import OrderedDict
@@ -20,7 +19,7 @@ import torch
 from ckpt_fast import megatron, native
 from ckpt_fast.doors.sharded_state import torch_bytes
 from ckpt_fast.errors import CheckpointCorruptError, CheckpointWriteError, UnsafeCheckpointError
-from ckpt_fast.pipeline import commit
+from ckpt_fast.pipeline import commit, replacement
 from ckpt_fast.pipeline.decode import decode_object
 from ckpt_fast.pipeline.encode import encode_metadata
 from ckpt_fast.pipeline.files import Directory
@@ -137,7 +136,7 @@ def write_local(
         manifest = Manifest(origin.save_id, record.files, record.digests, notes=notes)
         seal(Directory(partial), encode_metadata(record.items), manifest, progress=progress)
         with commit.renaming(directory, progress):
-            _replace(partial, directory)
+            replacement.exchange(partial, directory)
     except CheckpointWriteError:
         raise
     except OSError as error:
@@ -195,17 +194,6 @@ def remove_local(directory: str, partial: str) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     os.rename(directory, partial)
     shutil.rmtree(partial)
-
-
-def _replace(partial: str, directory: str) -> None:
-    try:
-        os.rename(partial, directory)
-    except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-            raise
-        remove_local(directory, f"{directory}.old")
-        os.rename(partial, directory)
-    commit.fsync_directory(os.path.dirname(directory))
 
 
 def _kinds() -> dict[str, type]:

@@ -89,7 +89,7 @@ def exchange(new: str, directory: str) -> None:
     exchanged there is a moment without ``directory``; see ``put_back``.
 
     Args:
-        new: as ``begin`` made it; its files are durable.
+        new: beside ``directory``; its files are durable.
         directory: a path or a link to it; need not exist.
 
     Raises:
@@ -120,6 +120,9 @@ def discard(left: str, directory: str) -> None:
     A failure is logged: it costs disk space only.
     """
     try:
+        if not os.path.isdir(left):
+            os.unlink(left)
+            return
         names = os.listdir(left)
         if seals_among(names):  # else it is of a save that did not come to its end
             _keep_foreign(left, names, directory)

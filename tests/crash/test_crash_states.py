@@ -69,11 +69,11 @@ def look_at(
     most: int | None = None,
     timeout_s: float = 100,
 ) -> recording.Findings:
-    if name == "local" and not megatron.HAVE_RESIL:
+    if SCENARIOS[name].is_local and not megatron.HAVE_RESIL:
         pytest.skip("needs nvidia-resiliency-ext")
     (place / "disk").mkdir()
     ranks(recording.record, world_size, name, str(place))
-    lookers = world_size if name == "local" else 1
+    lookers = world_size if SCENARIOS[name].is_local else 1
     found: recording.Findings = ranks(
         recording.look, lookers, name, str(place), world_size, seeds, most, timeout_s=timeout_s
     )[0]
