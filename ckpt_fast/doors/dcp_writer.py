@@ -188,7 +188,7 @@ class FastStorageWriter(AsyncStager, StorageWriter):
         """
         begin = time.perf_counter()
         self.report = self._of_thread.report = report = SaveReport(self._save.path)
-        prefix = plan.storage_data.prefix
+        prefix = self._of_thread.prefix = plan.storage_data.prefix
         first = commit.first_free_number(self._save.path, prefix, self._save.seal)
         waves = self._waves(report, prefix, self._settings, first)
         written_by(waves.progress)
@@ -219,9 +219,12 @@ class FastStorageWriter(AsyncStager, StorageWriter):
             {data.file for _, data in written},
             [digests for _, data in written for digests in data.digests],
         )
-        seal.seal(Directory(save.path), pickle_metadata(metadata), manifest, name=save.seal)
+        files = Directory(save.path)
+        self._require_own(files, manifest)
+        before = commit.superseded(save.path, save.seal, save.lone_rank)
+        seal.seal(files, pickle_metadata(metadata), manifest, name=save.seal)
         try:
-            commit.remove_superseded(save.path, {save.seal, *manifest.files}, save.lone_rank)
+            commit.remove_files(save.path, before - set(manifest.files))
         except CheckpointWriteError as error:
             logger.warning("%s", error)
         seal.report(self._of_thread.report, ControlGroup().global_rank)
@@ -278,17 +281,29 @@ class FastStorageWriter(AsyncStager, StorageWriter):
         """The save that the next calls in this thread are for."""
         return getattr(self._of_thread, "announced", None) or self._latest
 
+    def _require_own(self, files: Directory, manifest: Manifest) -> None:
+        """Another process that saves to the directory may have taken what this rank has written for dead."""
+        own = [file for file in manifest.files.values() if file.path.startswith(self._of_thread.prefix)]
+        for file, _ in files.missing(own):
+            raise CheckpointWriteError(
+                f"{os.path.join(files.name, file.path)} was written by this save, but is gone or of another: "
+                "something else saves to the same directory. This checkpoint was not published; let one "
+                "process, or the ranks of one job, save there.",
+                filename=files.name,
+            )
+
     def _make_room(self, save: _Save, nbytes: int) -> None:
-        if _can_stay(save):
-            if has_room_beside(save.path, nbytes):
-                commit.remove_partial_files(save.path, save.lone_rank)
-                return
+        can_stay = _can_stay(save)
+        if can_stay and has_room_beside(save.path, nbytes):
+            commit.remove_partial_files(save.path, save.lone_rank)
+            return
+        require_space(save.path, nbytes)
+        if can_stay:
             logger.warning(
                 "%s is overwritten: the checkpoint in it ends now, and until this save is whole there is "
                 "none. There is no room for both.",
                 save.path,
             )
-        require_space(save.path, nbytes)
         commit.invalidate(save.path, rank=save.lone_rank)
 
     def _refuse_overwriting(self, save: _Save) -> None:

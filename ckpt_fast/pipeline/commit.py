@@ -23,13 +23,17 @@ import secrets
 from collections.abc import Callable, Collection, Iterator, Mapping
 
 from ckpt_fast import native, settings
-from ckpt_fast.errors import CheckpointWriteError
+from ckpt_fast.errors import CheckpointError, CheckpointWriteError
+from ckpt_fast.pipeline.manifest import split_manifest
+from ckpt_fast.pipeline.small_files import LARGEST_FILE, read_small_file
 
 METADATA_FILE = ".metadata"
 SEAL_FILE = "metadata.json"
 SIDECAR_FILE = "ckpt_fast.json"
 DATA_SUFFIX = ".distcp"
 _PARTIAL_SUFFIX = ".partial"
+# A save that has written nothing for so long is dead.
+_LONG_S = 3600.0
 _RANK_METADATA = re.compile(r"__[0-9]+\.metadata")
 
 
@@ -180,31 +184,50 @@ def remove_partial_files(directory: str, rank: int | None = None) -> None:
     Raises:
         CheckpointWriteError: one cannot be removed.
     """
-    _remove(directory, lambda name: name.endswith(_PARTIAL_SUFFIX), rank)
+    prefix = "." if rank is None else f".__{rank}_"
+    _remove(directory, lambda name: name.startswith(prefix) and name.endswith(_PARTIAL_SUFFIX))
 
 
-def remove_superseded(directory: str, current: Collection[str], rank: int | None = None) -> None:
-    """Remove what the checkpoint in ``directory``, just sealed, has taken the place of.
+def superseded(directory: str, seal: str, rank: int | None = None) -> set[str]:
+    """What the next seal of ``directory`` will take the place of; asked before that is published.
+
+    That is what the checkpoint there consists of, and what saves that died long before it have left. Data
+    files that it does not name may be of another process that saves there just now.
 
     Args:
         directory: the checkpoint.
-        current: its data files and its seal.
-        rank: given by a rank that saves without the others; it removes just its own.
+        seal: the file that makes it one.
+        rank: given by a rank that saves without the others; of the files it counts just its own.
+    """
+    try:
+        sealed = os.stat(os.path.join(directory, seal)).st_mtime
+        manifest = split_manifest(read_small_file(os.path.join(directory, seal), LARGEST_FILE))[1]
+    except (CheckpointError, OSError, ValueError):
+        return set()
+    named = set(manifest.files) if manifest is not None else set()
+    before = sealed - (_LONG_S if manifest is not None else 0.0)
+    found = set(seals_among(os.listdir(directory), rank)) - {seal}
+    for entry in os.scandir(directory):
+        if is_payload(entry.name) and (rank is None or entry.name.startswith(f"__{rank}_")):
+            with contextlib.suppress(FileNotFoundError):
+                if entry.name in named or entry.stat().st_mtime <= before:
+                    found.add(entry.name)
+    return found
+
+
+def remove_files(directory: str, names: Collection[str]) -> None:
+    """Remove files of a directory, as far as they are there.
 
     Raises:
-        CheckpointWriteError: one cannot be removed. The checkpoint is whole.
+        CheckpointWriteError: one cannot be removed.
     """
-    seals = seals_among(os.listdir(directory), rank)
-    _remove(directory, lambda name: (is_payload(name) or name in seals) and name not in current, rank, seals)
+    _remove(directory, lambda name: name in names)
 
 
-def _remove(
-    directory: str, is_wanted: Callable[[str], bool], rank: int | None, more: Collection[str] = ()
-) -> None:
-    own = (f"__{rank}_", f".__{rank}_")
+def _remove(directory: str, is_wanted: Callable[[str], bool]) -> None:
     try:
         for name in os.listdir(directory):
-            if is_wanted(name) and (rank is None or name.startswith(own) or name in more):
+            if is_wanted(name):
                 _unlink(os.path.join(directory, name))
     except OSError as error:
         raise CheckpointWriteError(
@@ -257,25 +280,29 @@ def make_directory(path: str) -> None:
 
     So do those that were there: the program may have made them, or a save that ended before it synced them.
     """
-    parent = os.path.dirname(path)
     if not os.path.isdir(path):
+        parent = os.path.dirname(path)
         if not os.path.isdir(parent):
             make_directory(parent)
-            _durable.add(parent)
         with contextlib.suppress(FileExistsError):
             os.mkdir(path)
         if not os.path.isdir(path):
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
-    fsync_directory(parent)
-    _sync_names_above(parent)
+        fsync_directory(parent)
+        _durable.add(path)
+        path = parent
+    _sync_names_above(path)
 
 
 def _sync_names_above(path: str) -> None:
     """Make the name of a directory durable, and those of all above it in its file system, once."""
     while path not in _durable and not os.path.ismount(path):
         above = os.path.dirname(path)
-        with contextlib.suppress(PermissionError):  # of others, and older than this run
+        try:
             fsync_directory(above)
+        except OSError as error:  # of others, and older than this run; or one of a kind that knows no sync
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EINVAL, errno.EROFS):
+                raise
         _durable.add(path)
         path = above
 

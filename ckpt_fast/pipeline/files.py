@@ -136,12 +136,24 @@ class Directory:
             CheckpointWriteError: there is no room, or the directory cannot be prepared.
         """
         nbytes = sum(claim.nbytes for claim in claims)
+        why_not = None
         if self._is_checkpoint():
             replacement.sweep(self.name)
-            place = self._beside(nbytes) if replace else None
-            if place is not None:
-                return place
+            if replace:
+                why_not = "There is no room for both"
+                if has_room_beside(self.name, nbytes):
+                    place = replacement.begin(self.name)
+                    if place is not None:
+                        return place
+                    why_not = "Nothing can be put beside it"
         require_space(self.name, nbytes)
+        if why_not is not None:
+            logger.warning(
+                "%s is overwritten: the checkpoint in it ends now, and until this save is whole there is "
+                "none. %s.",
+                self.name,
+                why_not,
+            )
         commit.invalidate(self.name)
         return None
 
@@ -172,16 +184,6 @@ class Directory:
             # A directory of such a name is somebody's, and in the way.
             return bool(seals) and all(os.path.isfile(os.path.join(self.name, seal)) for seal in seals)
         return False
-
-    def _beside(self, nbytes: int) -> str | None:
-        consequence = "the checkpoint in it ends now, and until this save is whole there is none"
-        if not has_room_beside(self.name, nbytes):
-            logger.warning("%s is overwritten: %s. There is no room for both.", self.name, consequence)
-            return None
-        place = replacement.begin(self.name)
-        if place is None:
-            logger.warning("%s is overwritten: %s. Nothing can be put beside it.", self.name, consequence)
-        return place
 
     def hand_over(self, files: Sequence[FileRecord], go_on: Callable[[], bool]) -> None:
         """Nothing: they are where they belong."""

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """A directory that takes the place of an older one: filled beside it, and exchanged with it once it is whole.
 
-Beside ``iter_0000005`` that is ``.iter_0000005.<8 hex digits>.new``. No reader looks at such names. After the
-exchange the older one has that name, until it is removed. Where the file system cannot exchange two names
-(network file systems mostly), the older one is renamed to ``.old`` first; who finds only that, puts it back.
+Beside ``iter_0000005`` that is ``.iter_0000005.<8 hex digits>.ckpt_fast-new``. No reader looks at such names.
+After the exchange the older one has that name, until it is removed. Where the file system cannot exchange two
+names (network file systems mostly), the older one is renamed to ``.ckpt_fast-old`` first; who finds only this
+puts it back. Where a directory cannot be renamed at all, the older one ends, and the files are moved.
 """
 
 from __future__ import annotations
@@ -22,18 +23,30 @@ from typing import Any
 
 from ckpt_fast.errors import CheckpointError, CheckpointWriteError
 from ckpt_fast.pipeline import owners
-from ckpt_fast.pipeline.commit import METADATA_FILE, fsync_directory, is_payload, seals_among
+from ckpt_fast.pipeline.commit import (
+    METADATA_FILE,
+    fsync_directory,
+    invalidate,
+    is_payload,
+    make_directory,
+    seals_among,
+)
 from ckpt_fast.pipeline.manifest import split_manifest
 from ckpt_fast.pipeline.small_files import LARGEST_FILE, read_small_file
 
 logger = logging.getLogger(__name__)
 
-_NEW, _OLD = ".new", ".old"
-_BESIDE = re.compile(r"\.(?P<name>.+)\.(?P<token>[0-9a-f]{8})(?P<kind>\.new|\.old)")
+_NEW, _OLD = ".ckpt_fast-new", ".ckpt_fast-old"
+_BESIDE = re.compile(rf"\.(?P<name>.+)\.(?P<token>[0-9a-f]{{8}})(?P<kind>{_NEW}|{_OLD})")
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 # What renameat2 says where the kernel, or the file system, has no exchange.
 _NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)
+# What a rename says where a directory cannot be renamed, but the files in it can: in a lower layer of an
+# overlay, of another user in a directory with the sticky bit, mounted, in a bucket that is mounted.
+_NO_RENAME = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EBUSY, errno.EMFILE, errno.EOPNOTSUPP)
+# So often another process may put the older directory back between two renames.
+_ATTEMPTS = 5
 
 
 def begin(directory: str, token: str | None = None) -> str | None:
@@ -44,22 +57,27 @@ def begin(directory: str, token: str | None = None) -> str | None:
         token: that of another directory that is exchanged along with this one.
 
     Returns:
-        None where that cannot be: ``directory`` is a mount point, or nobody may write beside it.
+        None where that cannot be: ``directory`` is a mount point, or this user may not write in it or beside.
 
     Raises:
         CheckpointWriteError: it cannot be made for another reason.
     """
     real = os.path.realpath(directory)
-    if _is_mount_point(real):
+    if _is_mount_point(real) or (os.path.isdir(real) and not os.access(real, os.W_OK)):
         return None
-    path = beside(real, token or secrets.token_hex(4))
+    path, parent = beside(real, token or secrets.token_hex(4)), os.path.dirname(real)
     try:
+        make_directory(parent)
         os.mkdir(path)
         if os.path.isdir(real):
+            with contextlib.suppress(OSError):
+                os.chown(path, -1, os.stat(real).st_gid)
             shutil.copymode(real, path)
         # What lies in it may be all that there is of a position whose checkpoint has been exchanged already.
-        fsync_directory(os.path.dirname(real))
+        fsync_directory(parent)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            os.rmdir(path)
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             return None
         raise CheckpointWriteError(
@@ -93,20 +111,23 @@ def exchange(new: str, directory: str) -> None:
         directory: a path or a link to it; need not exist.
 
     Raises:
-        CheckpointWriteError: nothing has changed, or the exchange may not outlive a power failure; the text
-            says which.
+        CheckpointWriteError: it was not exchanged, or that may not outlive a power failure.
     """
     real = os.path.realpath(directory)
-    state = "What was there is as before"
     try:
         fsync_directory(new)
-        _exchange(new, real)
-        state = "It was exchanged, but that may not outlive a power failure"
+        try:
+            _exchange(new, real)
+        except OSError as error:
+            if error.errno not in _NO_RENAME or not os.path.isdir(new) or not os.path.isdir(real):
+                raise
+            _move_into(real, new, error)
         fsync_directory(os.path.dirname(real))
     except OSError as error:
         raise CheckpointWriteError(
-            f"cannot put {new} in the place of {directory}: {error.strerror or error}. {state}; see that "
-            "both can be renamed by this user on the rank named above, then save again.",
+            f"cannot put {new} in the place of {directory}: {error.strerror or error}. One of the two is "
+            "what was there; see that both can be renamed by this user on the rank named above, then save "
+            "again.",
             error.errno,
             directory,
         ) from error
@@ -120,15 +141,19 @@ def discard(left: str, directory: str) -> None:
     A failure is logged: it costs disk space only.
     """
     try:
-        if not os.path.isdir(left):
+        if not os.path.isdir(left) or os.path.islink(left):
             os.unlink(left)
             return
         names = os.listdir(left)
-        if seals_among(names):  # else it is of a save that did not come to its end
-            _keep_foreign(left, names, directory)
+        # Without a seal it is of a save that did not come to its end.
+        if seals_among(names) and os.path.isdir(directory):
+            kept = _keep_foreign(left, names, directory)
+            if kept:
+                logger.warning("%s is not removed: %s in it are of no checkpoint", left, ", ".join(kept))
+                return
         shutil.rmtree(left)
     except OSError as error:
-        logger.warning("cannot remove %s: %s. It can be removed by hand.", left, error)
+        logger.warning("cannot remove %s: %s", left, error)
 
 
 def put_back(directory: str) -> None:
@@ -178,26 +203,41 @@ def _beside(directory: str, *kinds: str) -> list[str]:
     return []
 
 
-def _keep_foreign(left: str, names: Collection[str], directory: str) -> None:
-    own = {*seals_among(names), *_recorded(left)}
-    moved = False
-    for name in names:
-        target = os.path.join(directory, name)
-        if name not in own and not is_payload(name) and not os.path.lexists(target):
-            os.rename(os.path.join(left, name), target)
-            moved = True
-    if moved:
-        fsync_directory(directory)
+def _keep_foreign(left: str, names: Collection[str], directory: str) -> list[str]:
+    """Bring what is of no checkpoint from ``left`` to ``directory``; returns what could not be brought."""
+    recorded, own = _recorded(left), seals_among(names)
+    folders = {os.path.dirname(path) for path in recorded} - {""}
+    stuck = []
+    for parent, inner, files in os.walk(left):
+        below = os.path.relpath(parent, left)
+        prefix = "" if below == "." else below + os.sep
+        for name in [*files, *inner]:
+            path, is_top = prefix + name, not prefix
+            target = os.path.join(directory, path)
+            if path in recorded or path in folders or (is_top and (name in own or is_payload(name))):
+                continue
+            if os.path.lexists(target):
+                continue
+            try:
+                os.makedirs(os.path.dirname(target), exist_ok=True)
+                os.rename(os.path.join(left, path), target)
+            except OSError:
+                stuck.append(path)
+        inner[:] = [name for name in inner if prefix + name in folders]
+    fsync_directory(directory)
+    return stuck
 
 
 def _recorded(directory: str) -> set[str]:
-    """Files and directories in it that its manifest, if it has one, counts as the checkpoint's."""
+    """The files that its manifest, if it has one, counts as the checkpoint's, or as a position beside it."""
     try:
         content = read_small_file(os.path.join(directory, METADATA_FILE), LARGEST_FILE)
         manifest = split_manifest(content)[1]
     except (CheckpointError, OSError, ValueError):
         return set()
-    return {path.partition("/")[0] for path in manifest.files} if manifest is not None else set()
+    if manifest is None:
+        return set()
+    return {*manifest.files, *(os.path.basename(path) for path in manifest.beside)}
 
 
 def _exchange(new: str, directory: str) -> None:
@@ -212,13 +252,42 @@ def _exchange(new: str, directory: str) -> None:
         if code not in _NO_EXCHANGE:
             raise OSError(code, os.strerror(code), directory)
     old = new.removesuffix(_NEW) + _OLD
-    os.rename(directory, old)
-    try:
-        os.rename(new, directory)
-    except BaseException:
-        os.rename(old, directory)
-        raise
-    os.rename(old, new)
+    for attempt in reversed(range(_ATTEMPTS)):
+        os.rename(directory, old)
+        try:
+            os.rename(new, directory)
+            break
+        except OSError as error:
+            # Whoever found nothing in its place has put the older one back.
+            was_put_back = error.errno in (errno.ENOTEMPTY, errno.EEXIST)
+            with contextlib.suppress(FileNotFoundError):
+                os.rename(old, directory)
+            if not attempt or not was_put_back:
+                raise
+    with contextlib.suppress(OSError):
+        os.rename(old, new)
+
+
+def _move_into(directory: str, new: str, error: OSError) -> None:
+    """Where directories cannot be exchanged: the older checkpoint ends, and files of the new one follow."""
+    logger.warning(
+        "%s is overwritten: the checkpoint in it ends now, as it cannot be exchanged with %s: %s",
+        directory,
+        new,
+        error.strerror or error,
+    )
+    invalidate(directory)
+    names = os.listdir(new)
+    seals = seals_among(names)  # in the order in which they go
+    for name in [name for name in names if name not in seals]:
+        target = os.path.join(directory, name)
+        if os.path.isdir(target) and not os.path.islink(target):
+            shutil.rmtree(target)
+        os.rename(os.path.join(new, name), target)
+    fsync_directory(directory)
+    for name in reversed(seals):
+        os.rename(os.path.join(new, name), os.path.join(directory, name))
+        fsync_directory(directory)
 
 
 @cache

@@ -16,6 +16,7 @@ from ckpt_fast.trainer.ranks import is_last_rank, on_all_ranks, print_rank_0
 from ckpt_fast.trainer.retention import (
     cleanup_old_dataloader_states,
     cleanup_old_non_persistent_checkpoint,
+    remove_replaced,
 )
 from ckpt_fast.trainer.save_run import SaveRun, dataloader_path
 from ckpt_fast.trainer.target import SaveTarget
@@ -54,9 +55,11 @@ def retain(run: SaveRun, target: SaveTarget) -> None:
             target.save_dir, leave_ckpt_num=target.keep, do_async=run.is_async, max_iteration=target.step
         )
     states = dataloader_path(run)
+    roots = (run.ckpt_cfg.save, *_get_global_non_persistent_checkpoint_dirs(None, run.ckpt_cfg))
+    for root in filter(None, (*roots, states)):
+        remove_replaced(root, roots)
     # A directory that the user chose is the user's to clean.
     if states and not getattr(run.cfg.dataset, "dataloader_save", None):
-        roots = (run.ckpt_cfg.save, *_get_global_non_persistent_checkpoint_dirs(None, run.ckpt_cfg))
         cleanup_old_dataloader_states(states, roots, target.step)
 
 

@@ -84,10 +84,13 @@ class LoaderPosition:
         if not self.records:
             return
         directory = os.path.dirname(self._path)
-        if token is None or replacement.begin(directory, token) is None:
+        beside = self._beside_for(token)
+        if beside is not None and os.path.isdir(beside):
+            return  # positions lie in the checkpoint itself, and take their place along with it
+        if beside is None or replacement.begin(directory, token) is None:
             _prepare_directory(directory)
         else:
-            self._beside = replacement.beside(os.path.realpath(directory), token)
+            self._beside = beside
 
     def prepare_alone(self) -> str | None:
         """``prepare`` for a save that tells no directory; returns the token for ``write``."""
@@ -99,10 +102,17 @@ class LoaderPosition:
     def write(self, token: str | None = None) -> list[FileRecord]:
         """Write what was captured, durably; returns ``records``."""
         if self.records:
-            directory, name = os.path.split(self._path)
-            beside = replacement.beside(os.path.realpath(directory), token) if token else ""
-            write_file(os.path.join(beside, name) if os.path.isdir(beside) else self._path, self._content)
+            beside = self._beside_for(token)
+            is_beside = beside is not None and os.path.isdir(beside)
+            path = os.path.join(beside or "", os.path.basename(self._path)) if is_beside else self._path
+            write_file(path, self._content)
         return self.records
+
+    def _beside_for(self, token: str | None) -> str | None:
+        directory = os.path.dirname(self._path)
+        if token is None or object_storage(directory):
+            return None
+        return replacement.beside(os.path.realpath(directory), token)
 
     def take_place(self) -> None:
         """For the rank that has prepared: the checkpoint is in its place, and the position goes to its own.

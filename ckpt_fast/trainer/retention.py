@@ -12,12 +12,12 @@ import logging
 import os
 import shutil
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ckpt_fast.megatron import object_storage
-from ckpt_fast.pipeline import replacement
+from ckpt_fast.pipeline import owners, replacement
 from ckpt_fast.pipeline.commit import (
     DATA_SUFFIX,
     METADATA_FILE,
@@ -77,7 +77,6 @@ def cleanup_old_non_persistent_checkpoint(
     """
     if get_rank_safe() != 0 or leave_ckpt_num is None or leave_ckpt_num < 0:
         return
-    _sweep(save_dir)
     try:
         removed, kept = _choose(save_dir, leave_ckpt_num, max_iteration)
     except Exception:
@@ -157,16 +156,23 @@ def _counts(path: str) -> bool:
     return bool(names) and not any(is_payload(name) or name in _OWN_NAMES for name in names)
 
 
-def _sweep(save_dir: str) -> None:
-    """Remove what saves over an older iteration have left beside it, if they were killed."""
-    if object_storage(save_dir):
+def remove_replaced(root: str, checkpoint_roots: Iterable[str | None]) -> None:
+    """Remove what saves over an older iteration have left beside it, if they were killed. Rank 0 acts.
+
+    Args:
+        root: a directory of checkpoints, or of data loader states.
+        checkpoint_roots: where a save of this process may be at the same iteration just now.
+    """
+    if get_rank_safe() != 0 or object_storage(root) or not os.path.isdir(root):
         return
     try:
-        for path in replacement.replaced_in(save_dir):
-            replacement.put_back(path)
-            replacement.sweep(path)
+        for path in replacement.replaced_in(root):
+            places = (os.path.join(each, os.path.basename(path)) for each in checkpoint_roots if each)
+            if not any(map(owners.is_occupied, places)):
+                replacement.put_back(path)
+                replacement.sweep(path)
     except OSError as error:
-        logger.warning("cannot remove what was left in %s: %s", save_dir, error)
+        logger.warning("cannot remove what was left in %s: %s", root, error)
 
 
 def _names(checkpoints: list[_Checkpoint]) -> list[str]:

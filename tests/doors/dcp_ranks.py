@@ -175,7 +175,7 @@ def without_collectives(rank: int, root: str) -> list[str]:
         dcp.save(state, storage_writer=FastStorageWriter(root), use_collectives=False)
         dist.barrier()
         names = {path.name for path in Path(root).iterdir()}
-        if names != {"__0.metadata", "__1.metadata", "__0_0.distcp", "__1_0.distcp"}:
+        if names != {"__0.metadata", "__1.metadata", f"__0_{step}.distcp", f"__1_{step}.distcp"}:
             problems.append(f"files of step {step}: {sorted(names)}")
         for name, reader in READERS.items():
             found = {key: torch.zeros_like(value) for key, value in state.items()}
@@ -214,7 +214,7 @@ def error_of(action: Any) -> str:
 
 
 def failing_write(rank: int, root: str) -> list[str]:
-    """Rank 1 cannot write: synchronously, and in the background; then all can."""
+    """Rank 1 cannot write: synchronously, and in the background, and the older one stays; then all can."""
     (Path(root) / f"file{rank}").write_text("")
     elsewhere = f"{root}/file{rank}/below" if rank == 1 else f"{root}/checkpoint"
     state = {"m": matrices(0)}

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -85,9 +87,25 @@ def test_plans_that_are_kept(tmp_path: Path, cached: bool) -> None:
         assert len(list(tmp_path.iterdir())) == 2 and manifest_lies(tmp_path) == []
 
 
-def test_what_dead_saves_left_goes_with_the_next_one(tmp_path: Path) -> None:
+def test_what_dead_saves_left_goes_with_a_later_one(tmp_path: Path) -> None:
     save(tmp_path, {"w": torch.zeros(5)})
     (tmp_path / "__0_7.distcp").write_bytes(b"whole, of a save that was never published")
+    os.utime(tmp_path / "__0_7.distcp", (time.time() - 7200,) * 2)
     (tmp_path / ".__0_8.distcp.0123abcd.partial").write_bytes(b"not even that")
     save(tmp_path, {"w": torch.ones(5)})
     assert {path.name for path in tmp_path.iterdir()} == {".metadata", "__0_8.distcp"}
+
+
+def test_two_processes_that_save_there_without_each_other(tmp_path: Path) -> None:
+    """The one that is late finds its data, also if the other has published meanwhile."""
+    save(tmp_path, {"w": torch.zeros(5)})
+
+    class Slow(DefaultSavePlanner):
+        def resolve_data(self, write_item: Any) -> Any:
+            save(tmp_path, {"w": torch.ones(5)}, no_dist=True)
+            return super().resolve_data(write_item)
+
+    save(tmp_path, {"w": torch.full((5,), 2.0)}, planner=Slow(), no_dist=True)
+    state = {"w": torch.zeros(5)}
+    load(tmp_path, state)
+    assert torch.equal(state["w"], torch.full((5,), 2.0)) and manifest_lies(tmp_path) == []

@@ -13,6 +13,7 @@ import torch
 
 from ckpt_fast.errors import CheckpointWriteError
 from ckpt_fast.pipeline import replacement
+from ckpt_fast.pipeline.encode import file_record
 from ckpt_fast.pipeline.owners import Hold, occupy
 from tests.helpers import run_ranks
 from tests.pipeline.layouts import same, whole
@@ -139,7 +140,7 @@ def test_a_failed_exchange_loses_nothing(run: Path, monkeypatch: pytest.MonkeyPa
 
     with monkeypatch.context() as patch:
         patch.setattr(replacement, "_exchange", fail)
-        with pytest.raises(CheckpointWriteError, match=r"Input/output error\. What was there is as before"):
+        with pytest.raises(CheckpointWriteError, match=r"Input/output error\. One of the two"):
             save_tensors(run, {"w": NEW}, **FILES)
     assert is_whole(run, OLD)
     save_tensors(run, {"w": NEW}, **FILES)
@@ -171,8 +172,8 @@ def test_mount_points_are_known() -> None:
 def test_what_others_left_is_found_but_not_what_is_in_the_making(run: Path) -> None:
     other = run.parent / "iter_0000006"
     other.mkdir()
-    (run.parent / ".iter_0000005.0123abcd.new").mkdir()
-    (run.parent / ".iter_0000006.0123abcd.new").mkdir()
+    (run.parent / ".iter_0000005.0123abcd.ckpt_fast-new").mkdir()
+    (run.parent / ".iter_0000006.0123abcd.ckpt_fast-new").mkdir()
     (run.parent / ".iter_0000006.hidden").mkdir()
     hold = Hold()
     occupy(str(other), hold)
@@ -180,7 +181,12 @@ def test_what_others_left_is_found_but_not_what_is_in_the_making(run: Path) -> N
     hold.let_go()
     assert replacement.replaced_in(str(run.parent)) == {str(run), str(other)}
     replacement.sweep(str(run))
-    assert names(run.parent) == {run.name, other.name, ".iter_0000006.0123abcd.new", ".iter_0000006.hidden"}
+    assert names(run.parent) == {
+        run.name,
+        other.name,
+        ".iter_0000006.0123abcd.ckpt_fast-new",
+        ".iter_0000006.hidden",
+    }
 
 
 def replace_on(rank: int, directory: str) -> None:
@@ -195,3 +201,60 @@ def test_all_ranks_write_to_the_same_place(run: Path) -> None:
     for rank in range(2):
         assert same(loaded(run, f"w{rank}", torch.zeros_like(NEW)), NEW + rank)
     assert names(run.parent) == {"iter_0000005"}
+
+
+def test_where_directories_cannot_be_renamed_the_files_are_moved(
+    run: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As in a lower layer of an overlay."""
+
+    def fail(*_: Any) -> None:
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    monkeypatch.setattr(replacement, "_exchange", fail)
+    save_tensors(run, {"w": NEW}, **FILES)
+    assert is_whole(run, NEW) and (run / "notes.txt").exists() and names(run.parent) == {"iter_0000005"}
+    assert "the checkpoint in it ends now" in caplog.text
+
+
+def test_whoever_puts_the_older_one_back_between_two_renames_is_waited_for(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a load does that finds nothing in its place."""
+    monkeypatch.setattr(replacement, "_renameat2", lambda: None)
+    original, count = os.rename, [0]
+
+    def rename(source: str, target: str) -> None:
+        count[0] += 1
+        if count[0] in (2, 4):
+            replacement.put_back(str(run))
+        original(source, target)
+
+    monkeypatch.setattr(os, "rename", rename)
+    save_tensors(run, {"w": NEW}, **FILES)
+    assert count[0] > 4 and is_whole(run, NEW) and names(run.parent) == {"iter_0000005"}
+
+
+def test_names_of_users_are_not_ours(run: Path) -> None:
+    for name in (".iter_0000005.20240131.old", ".iter_0000005.20240131.new", ".logs.20240131.old"):
+        (run.parent / name).mkdir()
+    before = names(run.parent)
+    assert replacement.replaced_in(str(run.parent)) == set()
+    save_tensors(run, {"w": NEW}, **FILES)
+    assert names(run.parent) == before
+
+
+def test_a_file_of_the_user_among_recorded_ones_stays(run: Path) -> None:
+    (run / "tokenizer").mkdir()
+    (run / "tokenizer" / "vocab.json").write_text("of the checkpoint")
+
+    def finish(directory: str) -> list[Any]:
+        os.mkdir(os.path.join(directory, "tokenizer"))
+        Path(directory, "tokenizer", "vocab.json").write_text("{}")
+        return [file_record("tokenizer/vocab.json", b"{}")]
+
+    save_tensors(run, {"w": NEW}, finish=finish, **FILES)
+    (run / "tokenizer" / "mine.txt").write_text("of the user")
+    save_tensors(run, {"w": NEW + 1}, finish=finish, **FILES)
+    assert (run / "tokenizer" / "mine.txt").read_text() == "of the user" and is_whole(run, NEW + 1)
+    assert (run / "tokenizer" / "vocab.json").read_text() == "{}"

@@ -153,9 +153,9 @@ def test_an_upload_that_does_not_arrive(shelf: Shelf, monkeypatch: pytest.Monkey
 
 def test_room_is_asked_for_where_the_spools_are(shelf: Shelf) -> None:
     here, there = Claim(60, "a 1", 100), Claim(60, "b 1", 100)
-    Spool(NAME, shelf).prepare([here, there])
+    Spool(NAME, shelf).prepare([here, there], replace=True)
     with pytest.raises(CheckpointWriteError, match=r"spool on a is about 0\.00 GB"):
-        Spool(NAME, shelf).prepare([here, there, here])
+        Spool(NAME, shelf).prepare([here, there, here], replace=True)
 
 
 def test_a_spool_that_cannot_be_made(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -141,4 +142,35 @@ def fail(_: int, directory: str) -> tuple[int, list[str]]:
 
 def test_a_save_that_fails_leaves_the_old_one(tmp_path: Path, no_fsync: None) -> None:
     ((number, names),) = run_ranks(fail, 1, str(tmp_path))
-    assert number == 1 and not [name for name in names if name.endswith(".new")]
+    assert number == 1 and not [name for name in names if name.endswith("-new")]
+
+
+def save_with_and_without_a_position(_: int, directory: str, states: str | None) -> int:
+    with Run(Setup(), save=directory) as run:
+        run.state.cfg.dataset = SimpleNamespace(dataloader_save=states, dataloader_load=states)
+        run.train(1)
+        state_of(run, 1)
+        run.save()
+        save(run, 2)
+        save(run, 3)
+        state_of(run, -1)
+        run.checkpoint.load = directory
+        loader, context = Loader(-1), dict[str, Any]()
+        run.load(checkpointing_context=context)
+        resume_dataloader(run.state, iterator(loader), context)
+        return int(loader.position)
+
+
+@pytest.mark.parametrize("place", ["beside", "elsewhere", "among the checkpoints"])
+def test_the_position_was_not_saved_before(tmp_path: Path, no_fsync: None, place: str) -> None:
+    root = tmp_path / "run"
+    states = {
+        "beside": None,
+        "elsewhere": str(tmp_path / "new" / "states"),
+        "among the checkpoints": str(root),
+    }
+    assert run_ranks(save_with_and_without_a_position, 1, str(root), states[place]) == [30]
+    left = [
+        name for _, inner, files in os.walk(tmp_path) for name in [*inner, *files] if "ckpt_fast-" in name
+    ]
+    assert left == []
