@@ -19,6 +19,7 @@ import secrets
 import shutil
 from collections.abc import Collection
 from functools import cache
+from pathlib import PurePath
 from typing import Any
 
 from ckpt_fast.errors import CheckpointError, CheckpointWriteError
@@ -206,7 +207,7 @@ def _beside(directory: str, *kinds: str) -> list[str]:
 def _keep_foreign(left: str, names: Collection[str], directory: str) -> list[str]:
     """Bring what is of no checkpoint from ``left`` to ``directory``; returns what could not be brought."""
     recorded, own = _recorded(left), seals_among(names)
-    folders = {os.path.dirname(path) for path in recorded} - {""}
+    folders = {str(parent) for path in recorded for parent in PurePath(path).parents} - {"."}
     stuck = []
     for parent, inner, files in os.walk(left):
         below = os.path.relpath(parent, left)

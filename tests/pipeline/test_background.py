@@ -5,12 +5,9 @@ from __future__ import annotations
 
 import gc
 import os
-import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytest
@@ -23,6 +20,7 @@ from ckpt_fast.pipeline import background
 from ckpt_fast.pipeline.background import SaveHandle, SaveQueue
 from ckpt_fast.pipeline.types import TensorShard
 from tests.helpers import run_ranks
+from tests.interrupting import interrupted_at
 from tests.pipeline.layouts import same
 from tests.pipeline.test_commit import file_size_limit
 from tests.pipeline.test_save import FILES, assert_not_published, loaded, names
@@ -113,30 +111,6 @@ def test_abort_publishes_nothing_and_leaves_nobody_writing(tmp_path: Path) -> No
     assert not [thread for thread in threading.enumerate() if thread.name == "ckpt_fast-write"]
 
 
-def interrupted_at(number: int, action: Callable[[], object]) -> bool:
-    """Whether Ctrl-C ended the action at the line of that number that it runs of the module."""
-    left = number
-
-    def trace(frame: FrameType, event: str, _: Any) -> Any:
-        nonlocal left
-        if frame.f_code.co_filename != background.__file__:
-            return None
-        left -= event == "line"
-        if left == 0:
-            sys.settrace(None)
-            raise KeyboardInterrupt
-        return trace
-
-    sys.settrace(trace)
-    try:
-        action()
-    except KeyboardInterrupt:
-        return True
-    finally:
-        sys.settrace(None)
-    return False
-
-
 def test_a_save_that_is_interrupted_anywhere_can_be_given_up(tmp_path: Path) -> None:
     number = 1
     while True:
@@ -147,7 +121,7 @@ def test_a_save_that_is_interrupted_anywhere_can_be_given_up(tmp_path: Path) -> 
             queue.schedule_async_request(request)
             queue.maybe_finalize_async_calls(blocking=True)
 
-        was_interrupted = interrupted_at(number, finish)
+        was_interrupted = interrupted_at(number, finish, [background.__file__])
         queue.close(abort=True)
         assert queue.get_num_unfinalized_calls() == 0 and request not in background._in_flight
         del request, finish

@@ -3,39 +3,17 @@
 
 from __future__ import annotations
 
-import sys
+import functools
 import threading
 import time
-from collections.abc import Callable
-from types import FrameType
-from typing import Any
 
 import pytest
 
 from ckpt_fast.pipeline.gate import Gate
+from tests.interrupting import interrupted_at
 
-
-def interrupted_at(number: int, action: Callable[[], object]) -> bool:
-    """Whether Ctrl-C ended the action at the instruction of that number that it runs in Python."""
-    left = number
-
-    def trace(frame: FrameType, event: str, _: Any) -> Any:
-        nonlocal left
-        frame.f_trace_opcodes = True
-        left -= event in ("line", "opcode")
-        if left == 0:
-            sys.settrace(None)
-            raise KeyboardInterrupt
-        return trace
-
-    sys.settrace(trace)
-    try:
-        action()
-    except KeyboardInterrupt:
-        return True
-    finally:
-        sys.settrace(None)
-    return False
+# Python 3.12 may not report instructions the first time.
+EVENTS = ("line", "opcode")
 
 
 def can_pass(gate: Gate) -> bool:
@@ -57,7 +35,7 @@ def test_whoever_waits_may_be_interrupted_anywhere(is_open: bool) -> None:
         gate = Gate()
         if is_open:
             gate.open()
-        was_interrupted = interrupted_at(number, lambda gate=gate: gate.wait(0.001))  # type: ignore[misc]
+        was_interrupted = interrupted_at(number, functools.partial(gate.wait, 0.001), events=EVENTS)
         assert can_pass(gate), f"interrupted at instruction {number}"
         number += 1
     assert number > 5
@@ -67,7 +45,7 @@ def test_whoever_opens_may_be_interrupted_anywhere() -> None:
     number, was_interrupted = 1, True
     while was_interrupted:
         gate = Gate()
-        was_interrupted = interrupted_at(number, gate.open)
+        was_interrupted = interrupted_at(number, gate.open, events=EVENTS)
         assert can_pass(gate), f"interrupted at instruction {number}"
         number += 1
     assert number > 5

@@ -258,3 +258,14 @@ def test_a_file_of_the_user_among_recorded_ones_stays(run: Path) -> None:
     save_tensors(run, {"w": NEW + 1}, finish=finish, **FILES)
     assert (run / "tokenizer" / "mine.txt").read_text() == "of the user" and is_whole(run, NEW + 1)
     assert (run / "tokenizer" / "vocab.json").read_text() == "{}"
+
+
+def test_what_the_older_one_recorded_in_nested_folders_goes_with_it(run: Path) -> None:
+    def finish(directory: str) -> list[Any]:
+        os.makedirs(os.path.join(directory, "modelopt_state", "part"))
+        Path(directory, "modelopt_state", "part", "file").write_bytes(b"{}")
+        return [file_record("modelopt_state/part/file", b"{}")]
+
+    save_tensors(run, {"w": NEW}, finish=finish, **FILES)
+    save_tensors(run, {"w": NEW + 1}, **FILES)
+    assert is_whole(run, NEW + 1) and not (run / "modelopt_state").exists()

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ctrl-C at a chosen point of an action, the same each time."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Collection
+from types import FrameType
+from typing import Any
+
+
+def interrupted_at(
+    number: int,
+    action: Callable[[], object],
+    files: Collection[str] | None = None,
+    events: Collection[str] = ("line",),
+) -> bool:
+    """Whether Ctrl-C ended the action at the event of that number, counted from 1.
+
+    Args:
+        number: no event is reached with a number larger than there are.
+        action: runs in this thread.
+        files: those whose code is counted; None: all that is written in Python.
+        events: of ``sys.settrace``.
+    """
+    left = number
+
+    def trace(frame: FrameType, event: str, _: Any) -> Any:
+        nonlocal left
+        if files is not None and frame.f_code.co_filename not in files:
+            return None
+        frame.f_trace_opcodes = "opcode" in events
+        left -= event in events
+        if left == 0:
+            sys.settrace(None)
+            raise KeyboardInterrupt
+        return trace
+
+    sys.settrace(trace)
+    try:
+        action()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(None)
+    return False
