@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -24,7 +25,8 @@ def record(rank: int, name: str, place: str) -> None:
     """Collective, with ``recorder.c`` preloaded. Leaves ``place/disk``, a log, and what was saved."""
     scenario, disk, log = SCENARIOS[name], os.path.join(place, "disk"), os.path.join(place, "log")
     expected = []
-    with job_of(scenario, disk) as job:
+    native = mock.patch.dict(os.environ, CKPT_FAST_NATIVE=str(int(scenario.native)))
+    with native, job_of(scenario, disk) as job:
         os.environ.update(CRASH_ROOT=disk, CRASH_LOG=log)
         try:
             for version in range(1, len(scenario.iterations) + 1):

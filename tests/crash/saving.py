@@ -45,7 +45,8 @@ class Scenario:
         with_data: there is a data loader, whose position is saved with the checkpoint or, with a name,
             in a directory of that name.
         with_tokenizer: there is a tokenizer.
-        door: "dcp" instead of ``save_checkpoint``.
+        door: "dcp" or "dcp-async" instead of ``save_checkpoint``.
+        native: saved by the engine; False for the fallback.
         makes_directory: the program makes the directory of the checkpoint itself, and syncs nothing.
     """
 
@@ -54,7 +55,12 @@ class Scenario:
     with_data: bool | str = False
     with_tokenizer: bool = False
     door: str = "documented"
+    native: bool = True
     makes_directory: bool = False
+
+    @property
+    def is_dcp(self) -> bool:
+        return self.door.startswith("dcp")
 
     @property
     def is_local(self) -> bool:
@@ -73,9 +79,21 @@ SCENARIOS = {
     "recovery-again": Scenario((1, -2, -2), {"non_persistent_ckpt_type": "global"}, with_data=True),
     "local-again": Scenario((1, -2, -2), {"non_persistent_ckpt_type": "local"}, with_data=True),
     "background-again": Scenario((1, 2, 2), {"most_recent_k": 1, **BACKGROUND}, with_data=True),
+    "again-elsewhere": Scenario((1, 2, 2), with_data="elsewhere", with_tokenizer=True),
+    "rolled-back": Scenario((1, 2, 3, 2), {"most_recent_k": 2}, with_data=True),
+    "several-files": Scenario((1, 2, 2), {"storage_writers_per_rank": 3}, with_data=True),
+    "background-recovery": Scenario(
+        (1, -2, -3), {"non_persistent_ckpt_type": "global", **BACKGROUND}, with_data=True
+    ),
+    "background-reused": Scenario((1, 2, 3), {"ckpt_assume_constant_structure": True, **BACKGROUND}),
+    "fallback": Scenario((1, 2, 3), {"most_recent_k": 1}, with_data=True, native=False),
+    "fallback-again": Scenario((1, 2, 2), with_data=True, native=False),
     "dcp": Scenario((1,), door="dcp"),
     "dcp-made": Scenario((1,), door="dcp", makes_directory=True),
     "dcp-again": Scenario((1, 1), door="dcp"),
+    "dcp-async": Scenario((1,), door="dcp-async"),
+    "dcp-async-again": Scenario((1, 1), door="dcp-async"),
+    "dcp-fallback-again": Scenario((1, 1), door="dcp", native=False),
 }
 
 
@@ -272,7 +290,11 @@ class Dcp(Job):
         state = self._state(float(version))
         if self.scenario.makes_directory:
             os.makedirs(os.path.join(self.disk, ROOT), exist_ok=True)
-        dcp.save(state, storage_writer=FastStorageWriter(os.path.join(self.disk, ROOT)))
+        writer = FastStorageWriter(os.path.join(self.disk, ROOT))
+        if self.scenario.door == "dcp-async":
+            dcp.async_save(state, storage_writer=writer).result()
+        else:
+            dcp.save(state, storage_writer=writer)
         return state
 
     save_later = save
@@ -302,7 +324,7 @@ class Dcp(Job):
 @contextlib.contextmanager
 def job_of(scenario: Scenario, disk: str, seed: int = 1234) -> Iterator[Any]:
     """The job of a scenario on this rank."""
-    if scenario.door == "dcp":
+    if scenario.is_dcp:
         yield Dcp(scenario, disk)
         return
     needs_gpu = megatron_on_cpu() if scenario.is_local else contextlib.nullcontext()
