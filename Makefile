@@ -27,9 +27,10 @@ TORCH ?= 2.13.0
 MCORE ?= 0.19.2
 NVRX ?= 0.7.0
 # What meets other packages: the doors, and training runs.
-VERSIONS_PYTEST ?= -n 2 --dist worksteal -m "not slow and not long" tests/test_megatron.py tests/api/test_signatures.py \
-	tests/doors tests/interop $(addprefix tests/trainer/test_, \
-	resume_matrix.py save.py load.py async_save.py fsdp.py local.py bridge.py resharding.py)
+VERSIONS_PYTEST ?= -n 2 --dist worksteal -m "not slow and not long" tests/compat/test_features.py tests/api/test_signatures.py \
+	tests/doors tests/interop tests/trainer/test_bridge.py tests/trainer/save/test_save.py \
+	tests/trainer/save/test_async_save.py tests/trainer/contents/test_fsdp.py tests/trainer/contents/test_local.py \
+	$(addprefix tests/trainer/load/test_, load.py resume_matrix.py resharding.py)
 BUILD_INPUTS := setup.py pyproject.toml \
 	$(shell find csrc -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
@@ -68,7 +69,7 @@ test-long: $(B)/.installed ## the tests that take long, on stack B: many process
 
 .PHONY: crash
 crash: $(A)/.installed ## every state in which a kill or a power loss may leave a save: loaded and saved over
-	@$(A)/bin/python -m pytest -m "slow or not slow" -rP tests/crash/test_crash_states.py
+	@$(A)/bin/python -m pytest -m "slow or not slow" -rP tests/crash/states/test_states.py
 
 .PHONY: test-slow
 test-slow: $(A)/.installed ## the tests that take hours: campaigns of faults, four ranks, long runs

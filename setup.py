@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent
 ENGINE = "ckpt_fast.native._engine"
 CUDA = "ckpt_fast.native._cuda"
 SOURCES = {
-    ENGINE: [*sorted(glob("csrc/engine/*.cc", root_dir=ROOT)), "csrc/python/engine_module.cc"],
+    ENGINE: [*sorted(glob("csrc/engine/*/*.cc", root_dir=ROOT)), "csrc/python/engine_module.cc"],
     CUDA: [*sorted(glob("csrc/cuda/*.cu", root_dir=ROOT)), "csrc/python/cuda_module.cc"],
 }
 
@@ -58,7 +58,7 @@ def write_ninja_file(path: Path, extensions: list[str], nvcc: str | None) -> Non
 
     includes = [f"-isystem {sysconfig.get_path('include')}", f"-isystem {pybind11.get_include()}"]
     host = ["-fPIC", "-fvisibility=hidden", "-pthread", *os.environ.get("CXXFLAGS", "").split()]
-    common = ["-std=c++17", "-O3", "-DNDEBUG"]
+    common = ["-std=c++17", "-O3", "-DNDEBUG", f"-I{ROOT / 'csrc'}"]
     with path.open("w") as file:
         ninja = Writer(file, width=110)
         ninja.variable("cxx", os.environ.get("CXX", "c++"))

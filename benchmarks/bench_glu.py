@@ -26,16 +26,16 @@ import rivals
 import torch
 from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 
-from ckpt_fast import megatron, native, settings
-from ckpt_fast.doors import megatron_core
-from ckpt_fast.doors.glu_factory import interleaved
-from ckpt_fast.pipeline import strided
-from ckpt_fast.pipeline.glu_rows import contiguous_view
-from ckpt_fast.trainer.glu import (
+from ckpt_fast import compat, native, settings
+from ckpt_fast.doors.megatron import torch_dist
+from ckpt_fast.glu.factory import interleaved
+from ckpt_fast.glu.model import (
     _deinterleave_glu_tensor,
     _interleave_glu_tensor,
     _process_state_dict_for_glu_interleaving,
 )
+from ckpt_fast.glu.rows import contiguous_view
+from ckpt_fast.pipeline.memory import strided
 
 SIZES = (1, 8, 32, 128)
 # Weights of one rank: how many, of how many rows, how wide.
@@ -184,7 +184,7 @@ def described(tensors: Mapping[str, torch.Tensor], k: int | None) -> dict[str, A
     """The entries of a state dict, as Megatron-Core's MLP has them."""
     entries = {}
     for name, tensor in tensors.items():
-        sharded = megatron.ShardedTensor.from_rank_offsets(f"{name}.linear_fc1.weight", tensor)
+        sharded = compat.ShardedTensor.from_rank_offsets(f"{name}.linear_fc1.weight", tensor)
         factory = apply_swiglu_sharded_factory(sharded, ())
         entries[name] = factory if k is None else interleaved(factory, k)
     return entries
@@ -192,7 +192,7 @@ def described(tensors: Mapping[str, torch.Tensor], k: int | None) -> dict[str, A
 
 def save(entries: dict[str, Any], path: Path) -> None:
     path.mkdir(exist_ok=True)
-    job = megatron_core.start_save(entries, str(path), megatron_core.FastSaveStrategy())
+    job = torch_dist.start_save(entries, str(path), torch_dist.FastSaveStrategy())
     job.write()
     job.commit()
 
@@ -211,12 +211,12 @@ def inside(report: harness.Report, scale: float, rounds: int, path: Path) -> Non
         save(described(copies, None), path / "save")
 
     def copies_afterwards(k: int) -> None:
-        loaded = megatron_core.load(described(into, None), str(path / "load"))
+        loaded = torch_dist.load(described(into, None), str(path / "load"))
         for name, tensor in into.items():
             tensor.copy_(_interleave_glu_tensor(loaded[name], k))
 
     def load(k: int | None) -> None:
-        loaded = megatron_core.load(described(into, k), str(path / "load"))
+        loaded = torch_dist.load(described(into, k), str(path / "load"))
         for name, tensor in into.items():
             if loaded[name] is not tensor:  # merged by Megatron-Core
                 tensor.copy_(loaded[name])

@@ -25,11 +25,11 @@ import states
 import torch
 
 from ckpt_fast import settings
-from ckpt_fast.doors import megatron_core
+from ckpt_fast.doors.megatron import torch_dist
 
 FRAGMENTS, FRAGMENT = 8, 3
 # Who can load a slice, and how.
-SLICED = {"ckpt_fast": megatron_core.load, "mcore": rivals.megatron.dist_checkpointing.load}
+SLICED = {"ckpt_fast": torch_dist.load, "mcore": rivals.compat.dist_checkpointing.load}
 # A device gives its best to many readers, whatever number of threads we use.
 READERS = 8
 

@@ -22,16 +22,16 @@ import states
 import torch
 
 from ckpt_fast import native, settings
-from ckpt_fast.pipeline import manifest
-from ckpt_fast.pipeline.archive import tensor_archive
-from ckpt_fast.pipeline.encode import WriteProgram, encode_metadata
-from ckpt_fast.pipeline.index import CheckpointIndex
-from ckpt_fast.pipeline.load import load_tensors
-from ckpt_fast.pipeline.plan import item_records, plan_save
-from ckpt_fast.pipeline.save import Save
-from ckpt_fast.pipeline.save_parts import Share
-from ckpt_fast.pipeline.stage import stage
-from ckpt_fast.pipeline.types import Shard, TensorRequest, TensorShard
+from ckpt_fast.format import manifest
+from ckpt_fast.format.archive import tensor_archive
+from ckpt_fast.format.types import Shard, TensorRequest, TensorShard
+from ckpt_fast.pipeline.load.index import CheckpointIndex
+from ckpt_fast.pipeline.load.load import load_tensors
+from ckpt_fast.pipeline.save.encode import WriteProgram, encode_metadata
+from ckpt_fast.pipeline.save.parts import Share
+from ckpt_fast.pipeline.save.plan import item_records, plan_save
+from ckpt_fast.pipeline.save.save import Save
+from ckpt_fast.pipeline.save.stage import stage
 
 TENSORS = int(os.environ.get("CKPT_FAST_BENCH_TENSORS", "10000"))
 TENSOR_NBYTES = 27_000

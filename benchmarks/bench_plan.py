@@ -21,12 +21,12 @@ import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.storage import WriteResult
 
-from ckpt_fast import megatron
-from ckpt_fast.doors.sharded_state import shards_of
-from ckpt_fast.pipeline.encode import encode_metadata
-from ckpt_fast.pipeline.group import Outcome
-from ckpt_fast.pipeline.plan import file_prefix, item_records, plan_save
-from ckpt_fast.pipeline.types import FileRecord, RankRecord
+from ckpt_fast import compat
+from ckpt_fast.doors.megatron.sharded_state import shards_of
+from ckpt_fast.format.types import FileRecord, RankRecord
+from ckpt_fast.pipeline.save.encode import encode_metadata
+from ckpt_fast.pipeline.save.plan import file_prefix, item_records, plan_save
+from ckpt_fast.ranks.group import Outcome
 
 SIZES = ((512, 100), (4096, 25))
 ROWS, WIDTH = 8, 16
@@ -60,7 +60,7 @@ def stock_messages(ranks: int, count: int) -> list[tuple[bytes, bytes]]:
     messages = []
     for rank in range(ranks):
         state = fragments(rank, ranks, count)
-        planner = stock_planner(megatron.torch_strategies.mcore_to_pyt_state_dict(_by_key(state), False))
+        planner = stock_planner(compat.torch_strategies.mcore_to_pyt_state_dict(_by_key(state), False))
         plan = planner.create_local_plan()
         results = [
             WriteResult(item.index, 4096, _StorageInfo(f"__{rank}_0.distcp", 4096 * number, 4096))
@@ -75,7 +75,7 @@ def _by_key(state: dict[str, Any]) -> dict[str, list[Any]]:
 
 
 def stock_planner(state: dict[str, Any]) -> Any:
-    planner = megatron.torch_strategies.MCoreSavePlanner(
+    planner = compat.torch_strategies.MCoreSavePlanner(
         dedup_replicated_tensors=False, flatten_state_dict=False
     )
     planner.set_up_planner(state, is_coordinator=True)

@@ -28,12 +28,12 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
-from ckpt_fast import FastStorageWriter, megatron, settings
-from ckpt_fast.async_queue import AsyncCallsQueue
-from ckpt_fast.doors import megatron_core
-from ckpt_fast.pipeline.background import SaveHandle, wait_staged
-from ckpt_fast.pipeline.device_copy import StagingPolicy
-from ckpt_fast.pipeline.save_parts import SaveOptions
+from ckpt_fast import FastStorageWriter, compat, settings
+from ckpt_fast.doors.megatron import torch_dist
+from ckpt_fast.jobs.background import SaveHandle, wait_staged
+from ckpt_fast.pipeline.memory.device_copy import StagingPolicy
+from ckpt_fast.pipeline.save.parts import SaveOptions
+from ckpt_fast.run.async_queue import AsyncCallsQueue
 
 BLOCKED, STEP, DURABLE = "blocked", "step", "durable"
 Finish = Callable[[], None]
@@ -70,9 +70,9 @@ class Fast(AsyncRival):
         wait_staged()
 
     def start(self, wrapped: Any, path: Path) -> Finish:
-        strategy = megatron_core.FastSaveStrategy()
+        strategy = torch_dist.FastSaveStrategy()
         options = SaveOptions(snapshot=True, staging=self._staging)
-        job = megatron_core.start_save(wrapped, str(path), strategy, options)
+        job = torch_dist.start_save(wrapped, str(path), strategy, options)
         self._queue.schedule_async_request(SaveHandle(job))
         return lambda: self._queue.maybe_finalize_async_calls(blocking=True) and None
 
@@ -114,11 +114,11 @@ class MegatronCore(AsyncRival):
     name = "mcore async"
 
     def __init__(self) -> None:
-        self._queue = megatron.MCoreAsyncCallsQueue()
+        self._queue = compat.MCoreAsyncCallsQueue()
 
     def start(self, wrapped: Any, path: Path) -> Finish:
         path.mkdir(exist_ok=True)
-        request = megatron.dist_checkpointing.save(wrapped, str(path), async_sharded_save=True)
+        request = compat.dist_checkpointing.save(wrapped, str(path), async_sharded_save=True)
         self._queue.schedule_async_request(request)
         return lambda: self._queue.maybe_finalize_async_calls(blocking=True) and None
 
@@ -141,7 +141,7 @@ class Nvrx(AsyncRival):
         self._queue: Any = None
 
     def available(self) -> str | None:
-        return None if megatron.NVRxFileSystemWriterAsync else "nvidia-resiliency-ext is not installed"
+        return None if compat.NVRxFileSystemWriterAsync else "nvidia-resiliency-ext is not installed"
 
     def wrap(self, state: states.State) -> Any:
         return state
@@ -151,10 +151,10 @@ class Nvrx(AsyncRival):
         from nvidia_resiliency_ext.checkpointing.async_ckpt.core import AsyncRequest
 
         self._queue = self._queue or NvrxQueue(persistent=False)
-        writer = megatron.NVRxFileSystemWriterAsync(path, thread_count=2)
-        plan = megatron.save_state_dict_async_plan(wrapped, writer)
+        writer = compat.NVRxFileSystemWriterAsync(path, thread_count=2)
+        plan = compat.save_state_dict_async_plan(wrapped, writer)
         save, preload, arguments = writer.get_save_function_and_args()
-        finish = [lambda: megatron.save_state_dict_async_finalize(*plan)]
+        finish = [lambda: compat.save_state_dict_async_finalize(*plan)]
         self._queue.schedule_async_request(AsyncRequest(save, arguments, finish, {}, preload))
         return lambda: self._queue.maybe_finalize_async_calls(blocking=True) and None
 

@@ -20,8 +20,8 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from states import State
 
-from ckpt_fast import FastStorageReader, FastStorageWriter, megatron
-from ckpt_fast.doors import megatron_core
+from ckpt_fast import FastStorageReader, FastStorageWriter, compat
+from ckpt_fast.doors.megatron import torch_dist
 
 
 def start_process_group() -> None:
@@ -40,7 +40,7 @@ def start_process_group() -> None:
 def sharded(state: State, axis: int | None = None, fragments: int = 1, rank: int = 0) -> dict[str, Any]:
     """Megatron-Core's sharded state dict: whole tensors, or each the ``rank``-th fragment along ``axis``."""
     return {
-        name: megatron.ShardedTensor.from_rank_offsets(
+        name: compat.ShardedTensor.from_rank_offsets(
             name, tensor, *([(min(axis, tensor.dim() - 1), rank, fragments)] if axis is not None else [])
         )
         for name, tensor in state.items()
@@ -87,12 +87,12 @@ class MegatronCoreDoor(Rival):
         return sharded(state)
 
     def save(self, wrapped: Any, path: Path) -> None:
-        job = megatron_core.start_save(wrapped, str(path), megatron_core.FastSaveStrategy())
+        job = torch_dist.start_save(wrapped, str(path), torch_dist.FastSaveStrategy())
         job.write()
         job.commit()
 
     def load(self, path: Path, wrapped: Any) -> None:
-        megatron_core.load(wrapped, str(path))
+        torch_dist.load(wrapped, str(path))
 
 
 class DcpDoor(Rival):
@@ -120,10 +120,10 @@ class MegatronCore(Rival):
 
     def save(self, wrapped: Any, path: Path) -> None:
         path.mkdir(exist_ok=True)
-        megatron.dist_checkpointing.save(wrapped, str(path))
+        compat.dist_checkpointing.save(wrapped, str(path))
 
     def load(self, path: Path, wrapped: Any) -> None:
-        megatron.dist_checkpointing.load(wrapped, str(path))
+        compat.dist_checkpointing.load(wrapped, str(path))
 
 
 class Dcp(Rival):

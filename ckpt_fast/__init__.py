@@ -13,15 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ckpt_fast.doors.dcp import FastStorageReader, FastStorageWriter
-    from ckpt_fast.doors.install import install, uninstall
-    from ckpt_fast.doors.load_strategy import FastLoadStrategy
-    from ckpt_fast.doors.local import FastLocalCheckpointManager
-    from ckpt_fast.doors.megatron_core import FastSaveStrategy
-    from ckpt_fast.pipeline.background import wait_staged
-    from ckpt_fast.pipeline.host_buffer import reserve_host_memory
-    from ckpt_fast.pipeline.seal import last_report
+    from ckpt_fast.doors.local.manager import FastLocalCheckpointManager
+    from ckpt_fast.doors.megatron.install import install, uninstall
+    from ckpt_fast.doors.megatron.load_strategy import FastLoadStrategy
+    from ckpt_fast.doors.megatron.torch_dist import FastSaveStrategy
+    from ckpt_fast.jobs.background import wait_staged
+    from ckpt_fast.pipeline.memory.host_buffer import reserve_host_memory
+    from ckpt_fast.pipeline.save.seal import last_report
     from ckpt_fast.trainer.bridge import FastCheckpointManager
-    from ckpt_fast.trainer.sidecars import resume_dataloader
+    from ckpt_fast.trainer.contents.inert_load import register_dataloader_state_class
+    from ckpt_fast.trainer.contents.sidecars import resume_dataloader
 
 __all__ = [
     "FastCheckpointManager",
@@ -32,6 +33,7 @@ __all__ = [
     "FastStorageWriter",
     "install",
     "last_report",
+    "register_dataloader_state_class",
     "reserve_host_memory",
     "resume_dataloader",
     "uninstall",
@@ -41,17 +43,18 @@ __all__ = [
 # Imported on first use: who saves with torch DCP need not wait for Megatron's import.
 _HOMES = {
     "FastCheckpointManager": "ckpt_fast.trainer.bridge",
-    "FastLoadStrategy": "ckpt_fast.doors.load_strategy",
-    "FastLocalCheckpointManager": "ckpt_fast.doors.local",
-    "FastSaveStrategy": "ckpt_fast.doors.megatron_core",
+    "FastLoadStrategy": "ckpt_fast.doors.megatron.load_strategy",
+    "FastLocalCheckpointManager": "ckpt_fast.doors.local.manager",
+    "FastSaveStrategy": "ckpt_fast.doors.megatron.torch_dist",
     "FastStorageReader": "ckpt_fast.doors.dcp",
     "FastStorageWriter": "ckpt_fast.doors.dcp",
-    "install": "ckpt_fast.doors.install",
-    "last_report": "ckpt_fast.pipeline.seal",
-    "reserve_host_memory": "ckpt_fast.pipeline.host_buffer",
-    "resume_dataloader": "ckpt_fast.trainer.sidecars",
-    "uninstall": "ckpt_fast.doors.install",
-    "wait_staged": "ckpt_fast.pipeline.background",
+    "install": "ckpt_fast.doors.megatron.install",
+    "last_report": "ckpt_fast.pipeline.save.seal",
+    "register_dataloader_state_class": "ckpt_fast.trainer.contents.inert_load",
+    "reserve_host_memory": "ckpt_fast.pipeline.memory.host_buffer",
+    "resume_dataloader": "ckpt_fast.trainer.contents.sidecars",
+    "uninstall": "ckpt_fast.doors.megatron.install",
+    "wait_staged": "ckpt_fast.jobs.background",
 }
 
 

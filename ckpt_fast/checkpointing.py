@@ -8,26 +8,8 @@ from __future__ import annotations
 
 import logging
 
-from ckpt_fast.trainer import version as _version
-from ckpt_fast.trainer.async_save import (
-    get_save_and_finalize_callbacks,
-    is_empty_async_queue,
-    maybe_finalize_async_save,
-    schedule_async_save,
-)
-from ckpt_fast.trainer.contexts import (
-    CheckpointLoadContext,
-    CheckpointSaveContext,
-    CheckpointType,
-    init_checkpointing_context,
-)
-from ckpt_fast.trainer.fsdp import (
-    _create_fsdp_dtensor_storage_writer,
-    load_fsdp_dtensor_checkpoint,
-    preprocess_fsdp_dtensor_state_dict,
-    save_fsdp_dtensor_checkpoint,
-)
-from ckpt_fast.trainer.glu import (
+from ckpt_fast.glu.layout import _is_model_section
+from ckpt_fast.glu.model import (
     _apply_glu_interleave_to_tensor_data,
     _deinterleave_glu_tensor,
     _get_model_glu_interleave_sizes,
@@ -36,17 +18,50 @@ from ckpt_fast.trainer.glu import (
     _process_state_dict_for_glu_interleaving,
     _process_state_dict_for_model_glu_interleaving,
 )
-from ckpt_fast.trainer.load import (
-    _load_checkpoint_from_path,
-    _load_model_weights_from_checkpoint,
-    load_checkpoint,
+from ckpt_fast.trainer.contents import version as _version
+from ckpt_fast.trainer.contents.fsdp import (
+    _create_fsdp_dtensor_storage_writer,
+    load_fsdp_dtensor_checkpoint,
+    preprocess_fsdp_dtensor_state_dict,
+    save_fsdp_dtensor_checkpoint,
 )
-from ckpt_fast.trainer.load_base import (
+from ckpt_fast.trainer.contents.megatron_lm import (
+    _extract_megatron_lm_args_from_state_dict,
+    _get_train_state_from_state_dict,
+)
+from ckpt_fast.trainer.contents.rng import get_rng_state
+from ckpt_fast.trainer.contents.sidecars import maybe_save_dataloader_state, save_tokenizer_assets
+from ckpt_fast.trainer.contents.state_dict import (
+    _build_sharded_state_dict_metadata,
+    _generate_model_state_dict,
+    _load_model_state_dict,
+    apply_peft_adapter_filter_to_state_dict,
+    delete_extra_state,
+    generate_state_dict,
+)
+from ckpt_fast.trainer.contents.version import get_checkpoint_version, set_checkpoint_version
+from ckpt_fast.trainer.contexts import (
+    CheckpointLoadContext,
+    CheckpointSaveContext,
+    CheckpointType,
+    init_checkpointing_context,
+)
+from ckpt_fast.trainer.load.base import (
     _load_base_checkpoint,
     _load_global_dist_base_checkpoint,
     _load_non_persistent_base_checkpoint,
 )
-from ckpt_fast.trainer.locate import (
+from ckpt_fast.trainer.load.load import (
+    _load_checkpoint_from_path,
+    _load_model_weights_from_checkpoint,
+    load_checkpoint,
+)
+from ckpt_fast.trainer.manager import (
+    CheckpointManager,
+    DefaultCheckpointManager,
+    create_checkpoint_manager,
+)
+from ckpt_fast.trainer.places.locate import (
     _DIRECT_ITERATION_DIR_SENTINEL,
     _NON_PERSISTENT_CKPT_SUBDIR,
     TRACKER_PREFIX,
@@ -56,29 +71,14 @@ from ckpt_fast.trainer.locate import (
     find_checkpoint_rank_0,
     read_metadata,
 )
-from ckpt_fast.trainer.manager import (
-    CheckpointManager,
-    DefaultCheckpointManager,
-    create_checkpoint_manager,
+from ckpt_fast.trainer.places.retention import cleanup_old_non_persistent_checkpoint
+from ckpt_fast.trainer.save.async_save import (
+    get_save_and_finalize_callbacks,
+    is_empty_async_queue,
+    maybe_finalize_async_save,
+    schedule_async_save,
 )
-from ckpt_fast.trainer.megatron_lm import (
-    _extract_megatron_lm_args_from_state_dict,
-    _get_train_state_from_state_dict,
-)
-from ckpt_fast.trainer.retention import cleanup_old_non_persistent_checkpoint
-from ckpt_fast.trainer.rng import get_rng_state
-from ckpt_fast.trainer.save import save_checkpoint
-from ckpt_fast.trainer.sidecars import maybe_save_dataloader_state, save_tokenizer_assets
-from ckpt_fast.trainer.state_dict import (
-    _build_sharded_state_dict_metadata,
-    _generate_model_state_dict,
-    _is_model_section,
-    _load_model_state_dict,
-    apply_peft_adapter_filter_to_state_dict,
-    delete_extra_state,
-    generate_state_dict,
-)
-from ckpt_fast.trainer.version import get_checkpoint_version, set_checkpoint_version
+from ckpt_fast.trainer.save.save import save_checkpoint
 
 _CHECKPOINT_VERSION: float | None
 

@@ -11,9 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
-from ckpt_fast import config_checks, config_yaml
-from ckpt_fast.config_checks import require
-from ckpt_fast.config_parts import DistributedInitConfig, LoggerConfig, RNGConfig, TokenizerConfig
+from ckpt_fast.run import config_checks, config_yaml
+from ckpt_fast.run.config_checks import require
+from ckpt_fast.run.config_parts import DistributedInitConfig, LoggerConfig, RNGConfig, TokenizerConfig
 
 __all__ = [
     "CheckpointConfig",
@@ -221,7 +221,7 @@ class CheckpointConfig:
         if not self.async_save:
             self.async_strategy = "mcore"
         elif self.async_strategy == "nvrx" and self.ckpt_format in ("torch_dcp", "fsdp_dtensor"):
-            from ckpt_fast.megatron import HAVE_NVRX
+            from ckpt_fast.compat import HAVE_NVRX
 
             require(
                 HAVE_NVRX,

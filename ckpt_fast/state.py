@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from ckpt_fast import loggers
-from ckpt_fast.async_queue import AsyncCallsQueue
-from ckpt_fast.signal_handler import DistributedSignalHandler
+from ckpt_fast.run import loggers
+from ckpt_fast.run.async_queue import AsyncCallsQueue
+from ckpt_fast.run.signal_handler import DistributedSignalHandler
 
 _COUNTERS = ("step", "consumed_train_samples", "skipped_train_samples", "consumed_valid_samples")
 _FLOPS = "floating_point_operations_so_far"
@@ -164,7 +164,7 @@ class GlobalState:
     def timers(self) -> Any:
         """Megatron-Core's timers. They time a GPU's work and are therefore off on a machine without one."""
         if self._timers is None:
-            from ckpt_fast.megatron import Timers
+            from ckpt_fast.compat import Timers
 
             settings = getattr(self._cfg, "logger", None)
             level = getattr(settings, "timing_log_level", 0) if torch.cuda.is_available() else -1
@@ -202,7 +202,7 @@ class GlobalState:
     def straggler_timer(self) -> Any:
         """Megatron-Core's straggler detector."""
         if self._straggler_timer is None:
-            from ckpt_fast.megatron import StragglerDetector
+            from ckpt_fast.compat import StragglerDetector
 
             self._straggler_timer = StragglerDetector()
         return self._straggler_timer
@@ -221,7 +221,7 @@ class GlobalState:
         """Megatron-Core's energy monitor if ``logger.log_energy`` is set, else None."""
         wanted = getattr(getattr(self._cfg, "logger", None), "log_energy", False)
         if self._energy_monitor is None and wanted:
-            from ckpt_fast.megatron import EnergyMonitor
+            from ckpt_fast.compat import EnergyMonitor
 
             self._energy_monitor = EnergyMonitor()
         return self._energy_monitor

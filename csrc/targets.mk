@@ -2,7 +2,7 @@
 # Native code: build it in place, test it without Python, check its format. Included by ../Makefile.
 
 VENV ?= .venv
-CPP_FILES = $(wildcard csrc/*/*.h csrc/*/*.cc csrc/*/*.cu csrc/*/*.cuh tests/cpp/*.h tests/cpp/*.cc)
+CPP_FILES = $(wildcard $(addprefix csrc/, */*.h */*/*.h */*.cc */*/*.cc */*.cu) tests/cpp/*.h tests/cpp/*.cc)
 
 .PHONY: build cpp-test format-check-cpp
 
@@ -13,9 +13,9 @@ format-check-cpp: ## clang-format, without changing anything
 	$(VENV)/bin/clang-format --dry-run --Werror $(CPP_FILES)
 
 CPP_TEST_DIR = build/cpp-test
-CPP_TEST_SOURCES = $(wildcard csrc/engine/*.cc tests/cpp/*.cc)
-CPP_TEST_HEADERS = $(wildcard csrc/engine/*.h tests/cpp/*.h)
-CPP_TEST_FLAGS = -std=c++17 -O1 -g -Wall -Wextra -Werror -pthread -fno-omit-frame-pointer -Icsrc/engine
+CPP_TEST_SOURCES = $(wildcard csrc/engine/*/*.cc tests/cpp/*.cc)
+CPP_TEST_HEADERS = $(wildcard csrc/engine/*/*.h tests/cpp/*.h)
+CPP_TEST_FLAGS = -std=c++17 -O1 -g -Wall -Wextra -Werror -pthread -fno-omit-frame-pointer -Icsrc
 
 cpp-test: $(CPP_TEST_DIR)/address $(CPP_TEST_DIR)/thread ## the engine's own tests under sanitizers
 	$(CPP_TEST_DIR)/address

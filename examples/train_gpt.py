@@ -53,7 +53,7 @@ from ckpt_fast.checkpointing import (
     save_checkpoint,
 )
 from ckpt_fast.config import CheckpointConfig, ConfigContainer, RNGConfig
-from ckpt_fast.pipeline.types import SaveReport
+from ckpt_fast.jobs.report import SaveReport
 from ckpt_fast.state import GlobalState
 
 BYTES = 256  # the vocabulary: every byte is a token

@@ -35,7 +35,7 @@ SUMMARIES_OF_DATA = {
     "logger": "The module's logger.",
 }
 HOMES_OF_DATA = {
-    "_CHECKPOINT_VERSION": "ckpt_fast.trainer.version",
+    "_CHECKPOINT_VERSION": "ckpt_fast.trainer.contents.version",
     "logger": "ckpt_fast.checkpointing",
 }
 # What a name does not do yet, or does only with something else installed.

@@ -257,7 +257,7 @@ def _leave_group() -> None:
     # Cycles keep groups alive, and each group its threads: thousands of them slow the machine down.
     if _threads("self") >= _MANY_THREADS:
         gc.collect()
-    version = sys.modules.get("ckpt_fast.trainer.version")
+    version = sys.modules.get("ckpt_fast.trainer.contents.version")
     if version is not None:
         version._CHECKPOINT_VERSION = None
 

@@ -7,7 +7,7 @@ import json
 import zlib
 from pathlib import Path
 
-from ckpt_fast.pipeline.manifest import Manifest, append_manifest, split_manifest
+from ckpt_fast.format.manifest import Manifest, append_manifest, split_manifest
 
 # Not described by the manifest: what it stands in.
 TABLE = ".metadata"

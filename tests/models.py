@@ -37,13 +37,13 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.moe import moe_utils
 
-from ckpt_fast import megatron
+from ckpt_fast import compat
 from ckpt_fast.checkpointing import load_checkpoint, save_checkpoint
 from ckpt_fast.config import CheckpointConfig, ConfigContainer, RNGConfig
 from ckpt_fast.state import GlobalState
-from ckpt_fast.trainer.rng import get_rng_state
-from ckpt_fast.trainer.state_dict import _build_sharded_state_dict_metadata, generate_state_dict
-from tests import glu_models
+from ckpt_fast.trainer.contents.rng import get_rng_state
+from ckpt_fast.trainer.contents.state_dict import _build_sharded_state_dict_metadata, generate_state_dict
+from tests.glu import models as glu_models
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
@@ -213,15 +213,15 @@ class Run:
 
     def sharded_state_dict(self, is_loading: bool = False) -> dict[str, Any]:
         """What a trainer gives ``dist_checkpointing.save`` and, with ``is_loading``, ``load``."""
-        groups = megatron.get_pg_collection(self.model)
+        groups = compat.get_pg_collection(self.model)
         metadata = {**self.content_metadata(), "dp_cp_group": groups.dp_cp}
         optimizer: dict[str, Any] = {"metadata": metadata}
         if is_loading:
             optimizer["is_loading"] = True
-            megatron.give_adam_its_state(self.optimizer)
+            compat.give_adam_its_state(self.optimizer)
         return generate_state_dict(
             self.checkpoint,
-            megatron.unwrap_model(self.model),
+            compat.unwrap_model(self.model),
             self.optimizer,
             self.scheduler,
             get_rng_state(False, pg_collection=groups),
@@ -233,7 +233,7 @@ class Run:
 
     def fingerprint(self) -> dict[str, Any]:
         """Copies of everything a resumed run must have again, by name."""
-        chunk = megatron.unwrap_model(self.model)[0]
+        chunk = compat.unwrap_model(self.model)[0]
         parts: dict[str, Any] = {
             f"model.{name}": parameter.detach().clone() for name, parameter in chunk.named_parameters()
         }

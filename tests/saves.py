@@ -9,9 +9,10 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ckpt_fast.pipeline.save import Save
-from ckpt_fast.pipeline.save_parts import Completion, SaveOptions, Share
-from ckpt_fast.pipeline.types import SaveReport, Shard
+from ckpt_fast.format.types import Shard
+from ckpt_fast.jobs.report import SaveReport
+from ckpt_fast.pipeline.save.parts import Completion, SaveOptions, Share
+from ckpt_fast.pipeline.save.save import Save
 
 
 def new_save(

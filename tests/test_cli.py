@@ -11,7 +11,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from ckpt_fast.cli import main
-from ckpt_fast.pipeline.types import TensorShard
+from ckpt_fast.format.types import TensorShard
 from tests.saves import save
 
 

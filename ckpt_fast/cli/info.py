@@ -44,7 +44,7 @@ def _library() -> list[str]:
 def _checkpoint(directory: str) -> list[str]:
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-    from ckpt_fast.pipeline.decode import read_metadata
+    from ckpt_fast.pipeline.load.decode import read_metadata
 
     entries = read_metadata(directory).state_dict_metadata
     lines = []

@@ -8,7 +8,7 @@ import sys
 from typing import Any
 
 from ckpt_fast.errors import CheckpointError
-from ckpt_fast.pipeline.verify import find_damage
+from ckpt_fast.pipeline.load.verify import find_damage
 
 
 def add_parser(commands: Any) -> None:

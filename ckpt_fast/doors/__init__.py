@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where other frameworks come in: one file per framework, all on the same pipeline."""
+"""Where other frameworks come in: a folder for each framework, all on the same pipeline."""

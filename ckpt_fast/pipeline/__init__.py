@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensors to files and back: plan, stage, encode, write, commit; and locate, plan, read, decode, place.
+"""Tensors to files and back.
 
-Knows torch, knows nothing of Megatron. Start reading at ``save.py`` and ``load.py``.
+A save plans, stages, encodes, writes and seals (``save/save.py``); a load opens, plans, reads, decodes and
+places (``load/load.py``). Knows torch, knows nothing of Megatron.
 """

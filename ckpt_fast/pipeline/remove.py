@@ -10,11 +10,11 @@ from typing import TypeVar
 from torch.distributed.checkpoint.metadata import Metadata
 
 from ckpt_fast.errors import CheckpointWriteError
-from ckpt_fast.pipeline import commit
-from ckpt_fast.pipeline.decode import read_contents
-from ckpt_fast.pipeline.encode import LAYOUT_ATTRIBUTE, pickle_metadata
-from ckpt_fast.pipeline.files import Files
-from ckpt_fast.pipeline.seal import seal
+from ckpt_fast.format.names import LAYOUT_ATTRIBUTE, METADATA_FILE, SIDECAR_FILE
+from ckpt_fast.pipeline.load.decode import read_contents
+from ckpt_fast.pipeline.save.encode import pickle_metadata
+from ckpt_fast.pipeline.save.seal import seal
+from ckpt_fast.storage.files import Files
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ def remove_named(files: Files, prefix: str) -> list[str]:
         CheckpointNotFoundError, CheckpointCorruptError, UnsafeCheckpointError: see ``read_contents``.
         CheckpointWriteError: the checkpoint is as before, or without the tensors but with their files.
     """
-    files.fetch((commit.METADATA_FILE, commit.SIDECAR_FILE))
+    files.fetch((METADATA_FILE, SIDECAR_FILE))
     metadata, manifest, _ = read_contents(files.directory)
     names = [name for name in metadata.state_dict_metadata if name.startswith(prefix)]
     if not names:

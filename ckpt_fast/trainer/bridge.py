@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ckpt_fast.async_queue import AsyncCallsQueue
+from ckpt_fast.run.async_queue import AsyncCallsQueue
 from ckpt_fast.trainer.manager import DefaultCheckpointManager
 
 if TYPE_CHECKING:

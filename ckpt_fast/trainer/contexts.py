@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ckpt_fast import megatron
+from ckpt_fast import compat
 
 if TYPE_CHECKING:
+    from ckpt_fast.compat import MegatronModule, MegatronOptimizer, ProcessGroupCollection
     from ckpt_fast.config import CheckpointConfig
-    from ckpt_fast.megatron import MegatronModule, MegatronOptimizer, ProcessGroupCollection
     from ckpt_fast.state import GlobalState
 
 
@@ -94,7 +94,7 @@ def init_checkpointing_context(checkpoint_config: CheckpointConfig) -> dict[str,
     """
     if checkpoint_config.non_persistent_ckpt_type != "local":
         return {}
-    if not megatron.HAVE_RESIL:
+    if not compat.HAVE_RESIL:
         raise RuntimeError(
             "non_persistent_ckpt_type='local' needs nvidia_resiliency_ext, which is not installed: "
             "pip install nvidia-resiliency-ext, or use non_persistent_ckpt_type='global'"
@@ -106,9 +106,9 @@ def init_checkpointing_context(checkpoint_config: CheckpointConfig) -> dict[str,
             "directory on each node's own disk or memory"
         )
     # Importing it imports nvidia-resiliency-ext's, which asks for GPUs.
-    from ckpt_fast.doors.local import FastLocalCheckpointManager
+    from ckpt_fast.doors.local.manager import FastLocalCheckpointManager
 
-    _, replication_strategy = megatron.import_local_checkpointing()
+    _, replication_strategy = compat.import_local_checkpointing()
     replication = None
     if checkpoint_config.replication:
         jump = checkpoint_config.replication_jump

@@ -15,20 +15,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
-from ckpt_fast.megatron import object_storage
-from ckpt_fast.trainer.paths import (
-    ensure_directory_exists,
-    file_exists,
-    read_file,
-    write_file,
-)
-from ckpt_fast.trainer.ranks import (
+from ckpt_fast.compat import object_storage
+from ckpt_fast.ranks.world import (
     barrier_if_distributed,
     get_rank_safe,
     get_world_size_safe,
     print_rank_0,
     print_rank_last,
 )
+from ckpt_fast.trainer.places.paths import ensure_directory_exists, file_exists, read_file, write_file
 
 logger = logging.getLogger(__name__)
 

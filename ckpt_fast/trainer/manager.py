@@ -72,7 +72,7 @@ class DefaultCheckpointManager:
 
     def save(self, ctx: CheckpointSaveContext, callback_manager: CallbackManager | None) -> None:
         """Save a checkpoint; see ``save_checkpoint``."""
-        from ckpt_fast.trainer.save import save_checkpoint
+        from ckpt_fast.trainer.save.save import save_checkpoint
 
         save_checkpoint(
             state=ctx.state,
@@ -90,7 +90,7 @@ class DefaultCheckpointManager:
 
     def load(self, ctx: CheckpointLoadContext) -> tuple[int, int]:
         """Load a checkpoint; see ``load_checkpoint``."""
-        from ckpt_fast.trainer.load import load_checkpoint
+        from ckpt_fast.trainer.load.load import load_checkpoint
 
         return load_checkpoint(
             state=ctx.state,
@@ -108,7 +108,7 @@ class DefaultCheckpointManager:
         self, state: GlobalState, blocking: bool = False, terminate: bool = False
     ) -> None:
         """Publish saves in flight; see ``maybe_finalize_async_save``."""
-        from ckpt_fast.trainer.async_save import maybe_finalize_async_save
+        from ckpt_fast.trainer.save.async_save import maybe_finalize_async_save
 
         maybe_finalize_async_save(
             global_state=state, ckpt_cfg=self.checkpoint_config, blocking=blocking, terminate=terminate

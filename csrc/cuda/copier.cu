@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "copier.h"
+#include "cuda/copier.h"
 
 #include <algorithm>
 #include <stdexcept>
 #include <string>
 
-#include "check.h"
-#include "gather_copy.h"
+#include "cuda/check.h"
+#include "cuda/gather_copy.h"
 
 namespace ckpt_fast::cuda {
 namespace {

@@ -6,7 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "device.h"
+#include "cuda/device.h"
 
 namespace ckpt_fast::cuda {
 

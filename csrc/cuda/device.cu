@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "device.h"
+#include "cuda/device.h"
 
 #include <string>
 
-#include "check.h"
+#include "cuda/check.h"
 
 namespace ckpt_fast::cuda {
 

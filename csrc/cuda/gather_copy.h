@@ -5,8 +5,8 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "copier.h"
-#include "portable.h"
+#include "cuda/copier.h"
+#include "cuda/portable.h"
 
 namespace ckpt_fast::cuda {
 

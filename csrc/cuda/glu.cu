@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "glu.h"
+#include "cuda/glu.h"
 
 #include <algorithm>
 #include <cstdint>
 #include <string>
 #include <vector>
 
-#include "check.h"
-#include "glu_tile.h"
+#include "cuda/check.h"
+#include "cuda/glu_tile.h"
 
 namespace ckpt_fast::cuda {
 namespace {

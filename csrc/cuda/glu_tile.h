@@ -13,8 +13,8 @@
 #include <stdexcept>
 #include <string>
 
-#include "glu.h"
-#include "portable.h"
+#include "cuda/glu.h"
+#include "cuda/portable.h"
 
 namespace ckpt_fast::cuda {
 

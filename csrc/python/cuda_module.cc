@@ -10,9 +10,9 @@
 #include <utility>
 #include <vector>
 
-#include "../cuda/copier.h"
-#include "../cuda/device.h"
-#include "../cuda/glu.h"
+#include "cuda/copier.h"
+#include "cuda/device.h"
+#include "cuda/glu.h"
 
 namespace py = pybind11;
 namespace cuda = ckpt_fast::cuda;

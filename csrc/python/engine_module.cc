@@ -12,13 +12,13 @@
 #include <utility>
 #include <vector>
 
-#include "../engine/checksum.h"
-#include "../engine/copier.h"
-#include "../engine/error.h"
-#include "../engine/permute.h"
-#include "../engine/pickle_check.h"
-#include "../engine/reader.h"
-#include "../engine/writer.h"
+#include "engine/base/error.h"
+#include "engine/checksum/checksum.h"
+#include "engine/io/reader.h"
+#include "engine/io/writer.h"
+#include "engine/memory/copier.h"
+#include "engine/memory/permute.h"
+#include "engine/pickle/pickle_check.h"
 
 namespace py = pybind11;
 using namespace ckpt_fast;

@@ -8,14 +8,14 @@ import time
 
 import pytest
 
-from ckpt_fast import megatron
-from ckpt_fast.async_queue import AsyncCallsQueue
+from ckpt_fast import compat
 from ckpt_fast.errors import AsyncSaveError
+from ckpt_fast.run.async_queue import AsyncCallsQueue
 from tests.helpers import run_ranks
 
-CLASSES = [megatron.MCoreAsyncRequest]
-if megatron.HAVE_NVRX:
-    CLASSES.append(megatron.NVRxAsyncRequest)
+CLASSES = [compat.MCoreAsyncRequest]
+if compat.HAVE_NVRX:
+    CLASSES.append(compat.NVRxAsyncRequest)
 
 
 @pytest.fixture(params=CLASSES, ids=lambda cls: cls.__module__.partition(".")[0])
@@ -91,7 +91,7 @@ def test_abort_publishes_nothing(make):
 def slow_on_rank_1(rank):
     queue, done = AsyncCallsQueue(), []
     gate = threading.Event()
-    request = megatron.MCoreAsyncRequest(gate.wait if rank == 1 else None, (), [lambda: done.append(1)], {})
+    request = compat.MCoreAsyncRequest(gate.wait if rank == 1 else None, (), [lambda: done.append(1)], {})
     queue.schedule_async_request(request)
     time.sleep(0.05)
     early = queue.maybe_finalize_async_calls(blocking=False)
@@ -110,7 +110,7 @@ def failing_on_rank_1(rank):
             raise RuntimeError("disk on fire")
 
     queue, done = AsyncCallsQueue(), []
-    queue.schedule_async_request(megatron.MCoreAsyncRequest(write, (), [lambda: done.append(1)], {}))
+    queue.schedule_async_request(compat.MCoreAsyncRequest(write, (), [lambda: done.append(1)], {}))
     try:
         queue.maybe_finalize_async_calls(blocking=True)
     except AsyncSaveError as error:

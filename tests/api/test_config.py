@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from ckpt_fast import megatron
+from ckpt_fast import compat
 from ckpt_fast.config import CheckpointConfig, ConfigContainer, DistributedInitConfig, LoggerConfig
 
 # Where Megatron Bridge's default differs from that of Megatron-LM, whose class it extends.
@@ -50,7 +50,7 @@ def test_unknown_strategy():
         CheckpointConfig(async_strategy="zmq")
 
 
-@pytest.mark.skipif(not megatron.HAVE_NVRX, reason="nvrx is not installed")
+@pytest.mark.skipif(not compat.HAVE_NVRX, reason="nvrx is not installed")
 def test_fsdp_dtensor_in_the_background_with_nvrx():
     assert CheckpointConfig(async_save=True, ckpt_format="fsdp_dtensor").async_strategy == "nvrx"
 

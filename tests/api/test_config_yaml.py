@@ -24,10 +24,10 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnBackend
 
-from ckpt_fast import config_targets, config_yaml
 from ckpt_fast.config import CheckpointConfig, ConfigContainer, LoggerConfig, RNGConfig, TokenizerConfig
-from ckpt_fast.config_targets import ForeignConfig, register_config_target
 from ckpt_fast.errors import CheckpointMismatchError, CheckpointWriteError, UnsafeCheckpointError
+from ckpt_fast.run import config_targets, config_yaml
+from ckpt_fast.run.config_targets import ForeignConfig, register_config_target
 
 
 @dataclasses.dataclass
@@ -308,13 +308,13 @@ def hostile(entry):
         {"_target_": "torch.os.system", "_partial_": True, "_args_": ["touch PWNED"]},
         {"_target_": "torch.nn.functional.math.sqrt", "_call_": False},
         {"_target_": "torch.utils.cpp_extension.subprocess.Popen", "args": ["touch", "PWNED"]},
-        {"_target_": "ckpt_fast.config_yaml.os.system", "_call_": False},
+        {"_target_": "ckpt_fast.run.config_yaml.os.system", "_call_": False},
         # Of an allowed package, and still nothing that a configuration needs.
         {"_target_": "torch.load", "_partial_": True, "f": "x"},
         {"_target_": "torch.hub.load", "_call_": False},
         {"_target_": "torch.package.PackageExporter", "f": "PWNED"},
         {"_target_": "torch.nn.Linear", "in_features": 1, "out_features": 1},
-        {"_target_": "ckpt_fast.pipeline.commit.invalidate", "_partial_": True, "directory": "/"},
+        {"_target_": "ckpt_fast.storage.commit.invalidate", "_partial_": True, "directory": "/"},
         {"_target_": "torch.serialization._open_file", "name": "PWNED", "mode": "w"},
         {"_target_": "torch..load", "_call_": False},
         {"_target_": "transformers.pipeline.from_dict"},

@@ -41,8 +41,8 @@ def test_page_is_up_to_date() -> None:
     [
         ("leave_ckpt_num: int | None = 1", "leave_ckpt_num: int | None = 2"),
         ("| `read_metadata` |", "| `read_meta` |"),
-        ("../tests/trainer/test_trackers.py", "../tests/trainer/test_version.py"),
-        ("../tests/trainer/test_trackers.py", "../tests/trainer/no_such_test.py"),
+        ("../tests/trainer/places/test_trackers.py", "../tests/trainer/contents/test_version.py"),
+        ("../tests/trainer/places/test_trackers.py", "../tests/trainer/no_such_test.py"),
         ("lists: 54 names", "lists: 53 names"),
     ],
 )
@@ -54,7 +54,7 @@ def test_a_wrong_page_is_noticed(api_table: ModuleType, old: str, new: str) -> N
 
 
 def test_a_page_may_show_fewer_tests_than_there_are(api_table: ModuleType) -> None:
-    link = "[test_trackers](../tests/trainer/test_trackers.py), "
+    link = "[test_trackers](../tests/trainer/places/test_trackers.py), "
     page = api_table.PAGE.read_text()
     assert link in page
     assert api_table.problems(page.replace(link, "")) == []

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from ckpt_fast import checkpointing
-from ckpt_fast.trainer import version
+from ckpt_fast.trainer.contents import version
 from tests.api import documented
 
 CLASSES = {

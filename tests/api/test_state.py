@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from ckpt_fast.config import CheckpointConfig, ConfigContainer, LoggerConfig
-from ckpt_fast.signal_handler import DistributedSignalHandler
+from ckpt_fast.run.signal_handler import DistributedSignalHandler
 from ckpt_fast.state import FaultToleranceState, GlobalState, TrainState
 from tests.helpers import run_ranks
 

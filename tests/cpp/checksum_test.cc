@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "checksum.h"
+#include "engine/checksum/checksum.h"
 
 #include <algorithm>
 
 #include "check.h"
-#include "checksum_kernels.h"
+#include "engine/checksum/checksum_kernels.h"
 
 using namespace ckpt_fast;
 

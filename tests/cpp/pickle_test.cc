@@ -3,7 +3,7 @@
 #include <stdexcept>
 
 #include "check.h"
-#include "pickle_check.h"
+#include "engine/pickle/pickle_check.h"
 
 using namespace ckpt_fast;
 

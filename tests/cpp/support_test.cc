@@ -13,14 +13,14 @@
 #include <stdexcept>
 #include <thread>
 
-#include "buffer_pool.h"
 #include "check.h"
-#include "copier.h"
-#include "error.h"
+#include "engine/base/error.h"
+#include "engine/base/file.h"
+#include "engine/base/parallel.h"
+#include "engine/memory/buffer_pool.h"
+#include "engine/memory/copier.h"
+#include "engine/memory/permute.h"
 #include "faults.h"
-#include "file.h"
-#include "parallel.h"
-#include "permute.h"
 
 using namespace ckpt_fast;
 

@@ -12,10 +12,10 @@
 #include <thread>
 
 #include "check.h"
-#include "checksum.h"
-#include "error.h"
-#include "reader.h"
-#include "writer.h"
+#include "engine/base/error.h"
+#include "engine/checksum/checksum.h"
+#include "engine/io/reader.h"
+#include "engine/io/writer.h"
 
 using namespace ckpt_fast;
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ckpt_fast.pipeline.device_rows import copy_across
+from ckpt_fast.pipeline.memory.device_rows import copy_across
 
 pytestmark = pytest.mark.gpu
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ckpt_fast import native
-from ckpt_fast.trainer.glu import (
+from ckpt_fast.glu.model import (
     _deinterleave_glu_tensor,
     _interleave_glu_tensor,
     _process_state_dict_for_glu_interleaving,

@@ -10,13 +10,13 @@ import torch
 
 import ckpt_fast
 from ckpt_fast import native
-from ckpt_fast.pipeline.background import SaveHandle, SaveQueue
-from ckpt_fast.pipeline.device_copy import SMALL_NBYTES, StagingPolicy
-from ckpt_fast.pipeline.index import CheckpointIndex
-from ckpt_fast.pipeline.load import load_tensors
-from ckpt_fast.pipeline.types import TensorRequest
+from ckpt_fast.format.types import TensorRequest
+from ckpt_fast.jobs.background import SaveHandle, SaveQueue
+from ckpt_fast.pipeline.load.index import CheckpointIndex
+from ckpt_fast.pipeline.load.load import load_tensors
+from ckpt_fast.pipeline.memory.device_copy import SMALL_NBYTES, StagingPolicy
 from tests.pipeline.layouts import same, whole
-from tests.pipeline.test_save import FILES
+from tests.pipeline.save.test_save import FILES
 from tests.saves import new_save
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("no_fsync")]
@@ -82,7 +82,7 @@ def test_values_of_the_call(tmp_path: Path, mode: str) -> None:
 
 
 def test_the_optimizer_waits_by_itself(tmp_path: Path) -> None:
-    from ckpt_fast.trainer.staging import staging_policy
+    from ckpt_fast.trainer.save.staging import staging_policy
 
     model = torch.nn.Linear(3000, 3000, device="cuda")
     adam = torch.optim.AdamW(model.parameters(), lr=1.0)

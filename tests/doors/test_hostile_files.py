@@ -16,13 +16,13 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedObject, ShardedTensor
 
 from ckpt_fast import FastLoadStrategy, FastSaveStrategy
-from ckpt_fast.doors.common_state import is_sealed, load_common_state_dict
 from ckpt_fast.doors.dcp import FastStorageReader, FastStorageWriter
+from ckpt_fast.doors.megatron.common_state import is_sealed, load_common_state_dict
 from ckpt_fast.errors import CheckpointCorruptError, CheckpointError
 from tests.helpers import run_ranks
 from tests.models import Run, Setup, megatron_on_cpu
-from tests.pipeline.test_hostile import BOMBS
-from tests.pipeline.test_small_files import LAUGHS, SPECIAL, make_special
+from tests.pipeline.load.test_hostile import BOMBS
+from tests.storage.test_small_files import LAUGHS, SPECIAL, make_special
 
 SETUP = Setup()
 

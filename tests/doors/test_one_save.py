@@ -21,9 +21,9 @@ from megatron.core.dist_checkpointing import ShardedObject, ShardedTensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from ckpt_fast import FastLoadStrategy, FastSaveStrategy, FastStorageReader, native
-from ckpt_fast.doors import megatron_core
+from ckpt_fast.doors.megatron import torch_dist
 from ckpt_fast.errors import CheckpointCorruptError, CheckpointError
-from tests.doors import overwriting
+from tests.doors.dcp import overwriting
 from tests.helpers import preloaded_processes
 
 pytestmark = [
@@ -75,7 +75,7 @@ def sharded(value: float) -> dict[str, Any]:
 
 
 def save_sharded(directory: str, value: float) -> None:
-    job = megatron_core.start_save(sharded(value), directory, FastSaveStrategy(thread_count=2))
+    job = torch_dist.start_save(sharded(value), directory, FastSaveStrategy(thread_count=2))
     job.write()
     job.commit()
 
@@ -97,7 +97,7 @@ def test_dcp_opens_each_file_once(writer: str, implementation: Any, tmp_path: Pa
 def test_megatron_core_opens_each_file_once(strict: str, implementation: Any, tmp_path: Path) -> None:
     save_sharded(str(tmp_path), 3.0)
     with native.using(implementation), opens_in(tmp_path) as opens:
-        loaded = megatron_core.load(sharded(0.0), str(tmp_path), strict=strict)
+        loaded = torch_dist.load(sharded(0.0), str(tmp_path), strict=strict)
     # Whether the checkpoint is sealed is asked first, and by whom when it is read.
     assert opens.pop("metadata.json") <= 3
     assert opens == dict.fromkeys(set(os.listdir(tmp_path)) - {"metadata.json"}, 1)
@@ -123,7 +123,7 @@ def test_common_state_of_another_save(tmp_path: Path) -> None:
         save_sharded(str(directory), value)
     os.replace(other / "common.pt", one / "common.pt")
     with pytest.raises(CheckpointCorruptError, match=r"common.pt is damaged, or of another save than \w+"):
-        megatron_core.load(sharded(0.0), str(one))
+        torch_dist.load(sharded(0.0), str(one))
 
 
 def values_of(loaded: dict[str, Any]) -> set[float]:

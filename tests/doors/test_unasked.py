@@ -14,9 +14,9 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
 
 from ckpt_fast import FastStorageReader
-from ckpt_fast.doors import megatron_core
-from ckpt_fast.pipeline.unasked import Unasked, sections_of
-from tests.doors.dcp_states import blank, training_state
+from ckpt_fast.doors.megatron import torch_dist
+from ckpt_fast.pipeline.load.unasked import Unasked, sections_of
+from tests.doors.dcp.states import blank, training_state
 from tests.helpers import run_ranks
 from tests.models import Run, Setup, other
 
@@ -169,7 +169,7 @@ def load_run(rank: int, root: str) -> dict[str, list[str]]:
             del state["rng_state"]  # of the other number of ranks
             _drop(state, f"optimizer.state.{kind}.")
             with Warnings() as found[kind]:
-                megatron_core.load(state, f"{root}/iter_0000001")
+                torch_dist.load(state, f"{root}/iter_0000001")
     return found
 
 

@@ -17,9 +17,9 @@ import torch.distributed.checkpoint as dcp
 from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint.metadata import TensorProperties, TensorStorageMetadata
 
-from ckpt_fast import megatron
-from ckpt_fast.doors import megatron_core
-from ckpt_fast.trainer.trackers import publish_trackers, snapshot_train_state, write_train_state
+from ckpt_fast import compat
+from ckpt_fast.doors.megatron import torch_dist
+from ckpt_fast.trainer.places.trackers import publish_trackers, snapshot_train_state, write_train_state
 from tests.models import FLOPS, Run, Setup, differences, identical, megatron_on_cpu, other
 
 STEP = 2
@@ -50,7 +50,7 @@ def save_with_all(rank: int, setup: Setup, root: str, writers: tuple[str, ...] =
         if "stock" in writers:
             save_with_stock(run, os.path.join(root, "stock"), None)
         if "strategy" in writers:
-            save_with_stock(run, os.path.join(root, "strategy"), megatron_core.FastSaveStrategy())
+            save_with_stock(run, os.path.join(root, "strategy"), torch_dist.FastSaveStrategy())
 
 
 def save_with_stock(run: Run, root: str, strategy: Any) -> None:
@@ -58,10 +58,10 @@ def save_with_stock(run: Run, root: str, strategy: Any) -> None:
     directory = os.path.join(root, f"iter_{run.state.train_state.step:07d}")
     os.makedirs(directory, exist_ok=True)
     torch.distributed.barrier()
-    strategy = strategy or megatron.TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
+    strategy = strategy or compat.TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
     if run.setup.parallel_save:
-        group = megatron.get_pg_collection(run.model).dp_cp
-        strategy = megatron.FullyParallelSaveStrategyWrapper(strategy, group)
+        group = compat.get_pg_collection(run.model).dp_cp
+        strategy = compat.FullyParallelSaveStrategyWrapper(strategy, group)
     with megatron_on_cpu():
         dist_checkpointing.save(
             run.sharded_state_dict(), directory, strategy, content_metadata=run.content_metadata() or None
@@ -97,10 +97,8 @@ def read_all(
 
 READERS: dict[str, Callable[[dict[str, Any], str], dict[str, Any]]] = {
     "stock": dist_checkpointing.load,
-    "strategy": lambda scaffold, path: dist_checkpointing.load(
-        scaffold, path, megatron_core.FastLoadStrategy()
-    ),
-    "door": megatron_core.load,
+    "strategy": lambda scaffold, path: dist_checkpointing.load(scaffold, path, torch_dist.FastLoadStrategy()),
+    "door": torch_dist.load,
 }
 
 
@@ -132,9 +130,9 @@ def values_of(sharded_state_dict: Any) -> Any:
         return {key: values_of(value) for key, value in sharded_state_dict.items()}
     if isinstance(sharded_state_dict, list):
         return [values_of(value) for value in sharded_state_dict]
-    if isinstance(sharded_state_dict, megatron.LocalNonpersistentObject):
+    if isinstance(sharded_state_dict, compat.LocalNonpersistentObject):
         return NotSaved
-    if isinstance(sharded_state_dict, (megatron.ShardedBase, megatron.ShardedTensorFactory)):
+    if isinstance(sharded_state_dict, (compat.ShardedBase, compat.ShardedTensorFactory)):
         data = sharded_state_dict.data
         return data.detach().clone() if isinstance(data, torch.Tensor) else data
     return sharded_state_dict

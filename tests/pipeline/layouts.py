@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from hypothesis import strategies as st
 
-from ckpt_fast.pipeline.types import SaveReport, Shard, TensorShard
+from ckpt_fast.format.types import Shard, TensorShard
+from ckpt_fast.jobs.report import SaveReport
 from tests.saves import save
 
 # Every dtype whose tensors are plain bytes in a torch.save archive.

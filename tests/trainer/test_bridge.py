@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from ckpt_fast import FastCheckpointManager, megatron
-from ckpt_fast.async_queue import AsyncCallsQueue
+from ckpt_fast import FastCheckpointManager, compat
 from ckpt_fast.callbacks import CallbackManager
 from ckpt_fast.checkpointing import CheckpointLoadContext, CheckpointSaveContext, create_checkpoint_manager
+from ckpt_fast.run.async_queue import AsyncCallsQueue
 from tests.helpers import run_ranks
 from tests.models import FLOPS, Run, Setup, differences, other
 from tests.trainer.runs import iterations, tracked
@@ -28,7 +28,7 @@ def save_and_resume(rank: int, root: str, is_async: bool) -> dict[str, Any]:
     with Run(SETUP, **config) as run:
         if is_async:
             # What a loop that knows nothing of us puts there: a queue for another process.
-            run.state._async_calls_queue = megatron.MCoreAsyncCallsQueue()
+            run.state._async_calls_queue = compat.MCoreAsyncCallsQueue()
         manager = create_checkpoint_manager(run.checkpoint)
         assert isinstance(manager, FastCheckpointManager)
         for _ in range(2):

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ckpt_fast import megatron
+from ckpt_fast import compat
 from ckpt_fast.config import CheckpointConfig
 from ckpt_fast.trainer.contexts import (
     CheckpointLoadContext,
@@ -18,7 +18,7 @@ from ckpt_fast.trainer.contexts import (
 )
 from tests.helpers import run_ranks
 
-needs_nvrx = pytest.mark.skipif(not megatron.HAVE_RESIL, reason="needs nvidia-resiliency-ext")
+needs_nvrx = pytest.mark.skipif(not compat.HAVE_RESIL, reason="needs nvidia-resiliency-ext")
 
 
 def test_types() -> None:
@@ -47,7 +47,7 @@ def test_other_types_need_nothing_and_get_a_dict_of_their_own(kind: Any) -> None
 
 
 def test_local_without_nvrx_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(megatron, "HAVE_RESIL", False)
+    monkeypatch.setattr(compat, "HAVE_RESIL", False)
     with pytest.raises(RuntimeError, match="nvidia_resiliency_ext"):
         init_checkpointing_context(CheckpointConfig(non_persistent_ckpt_type="local"))
 

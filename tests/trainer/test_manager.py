@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from ckpt_fast.config import CheckpointConfig
-from ckpt_fast.trainer import load as load_home
-from ckpt_fast.trainer import save as save_home
 from ckpt_fast.trainer.contexts import CheckpointLoadContext, CheckpointSaveContext
+from ckpt_fast.trainer.load import load as load_home
 from ckpt_fast.trainer.manager import CheckpointManager, DefaultCheckpointManager, create_checkpoint_manager
+from ckpt_fast.trainer.save import save as save_home
 
 _names = (f"custom_manager_{number}" for number in itertools.count())
 

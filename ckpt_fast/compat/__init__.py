@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every name taken from Megatron-Core and from optional packages, felt once by feature.
+
+Nothing else in ckpt_fast imports ``megatron``, ``nvidia_resiliency_ext``, ``multistorageclient`` or
+``modelopt``. A name that the installed version lacks is None (a function to call when it is there) or a
+harmless equivalent; ``HAVE_*`` tells whether a group is complete. Versions are never compared.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+
+# The vocabulary of a sharded state dict and its checks: identical in every supported version.
+from megatron.core.dist_checkpointing import load, load_common_state_dict, load_content_metadata
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.dict_utils import (
+    dict_list_map_inplace,
+    dict_list_map_outplace,
+    merge,
+    nested_values,
+)
+from megatron.core.dist_checkpointing.mapping import (
+    LocalNonpersistentObject,
+    ShardedBase,
+    ShardedObject,
+    ShardedTensor,
+    ShardedTensorFactory,
+    apply_factories,
+    apply_factory_merges,
+    is_main_replica,
+)
+from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess, save_preprocess
+from megatron.core.dist_checkpointing.strategies import torch as torch_strategies
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue as MCoreAsyncCallsQueue
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest as MCoreAsyncRequest
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelLoadStrategyWrapper,
+    FullyParallelSaveStrategyWrapper,
+)
+from megatron.core.dist_checkpointing.strategies.torch import (
+    TorchDistLoadShardedStrategy,
+    TorchDistSaveShardedStrategy,
+)
+from megatron.core.dist_checkpointing.utils import extract_sharded_base, force_all_tensors_to_non_fp8
+from megatron.core.dist_checkpointing.validation import (
+    StrictHandling,
+    determine_global_metadata,
+    parse_strict_flag,
+    validate_integrity_and_strict_load,
+)
+from megatron.core.energy_monitor import EnergyMonitor
+
+# Training objects the documented API speaks about.
+from megatron.core.msc_utils import MultiStorageClientFeature
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.rerun_state_machine import Call, Caller, get_rerun_state_machine
+from megatron.core.tensor_parallel import (
+    convert_cuda_rng_state,
+    get_cuda_rng_tracker,
+    is_graph_safe_cuda_rng_tracker,
+)
+from megatron.core.timers import Timers
+from megatron.core.transformer import MegatronModule
+from megatron.core.utils import StragglerDetector, get_model_config, get_pg_rank, get_pg_size, unwrap_model
+
+from ckpt_fast.compat.bridge import import_auto_bridge
+from ckpt_fast.compat.factories import only_joins
+from ckpt_fast.compat.fsdp import (
+    HAVE_MEGATRON_FSDP,
+    MegatronFSDP,
+    handle_experts_in_state_dict,
+    handle_fp8_extra_state_case,
+    handle_gdn_in_state_dict,
+    handle_mla_down_proj_in_state_dict,
+    handle_mtp_in_state_dict,
+    handle_swiglu_in_state_dict,
+    preprocess_state_dict_for_uneven_dtensor,
+    print_diff_in_state_dicts,
+    validate_fsdp_dtensor_model_load,
+)
+from ckpt_fast.compat.groups import SoloGroup, get_pg_collection, update_num_microbatches
+from ckpt_fast.compat.modelopt import (
+    MODELOPT_DIR,
+    restore_modelopt_state,
+    restore_sharded_modelopt_state,
+    save_modelopt_state,
+    save_sharded_modelopt_state,
+)
+from ckpt_fast.compat.nvrx import (
+    HAVE_NVRX,
+    HAVE_RESIL,
+    NVRxAsyncRequest,
+    NVRxFileSystemWriterAsync,
+    get_async_strategy,
+    import_basic_state_dict,
+    import_local_checkpointing,
+    import_tensor_aware_state_dict,
+    save_state_dict_async_finalize,
+    save_state_dict_async_plan,
+)
+from ckpt_fast.compat.optimizers import fit_to_members, give_adam_its_state, keep_adam_steps
+from ckpt_fast.compat.optional import UnavailableError, safe_import
+from ckpt_fast.compat.storage import as_url, checkpoint_files, object_storage
+
+__all__ = [
+    "HAVE_MEGATRON_FSDP",
+    "HAVE_NVRX",
+    "HAVE_RESIL",
+    "LOAD_PARAMETERS",
+    "MODELOPT_DIR",
+    "SAVE_PARAMETERS",
+    "CheckpointingException",
+    "DistributedOptimizer",
+    "EnergyMonitor",
+    "FullyParallelLoadStrategyWrapper",
+    "FullyParallelSaveStrategyWrapper",
+    "LayerWiseDistributedOptimizer",
+    "LocalNonpersistentObject",
+    "MCoreAsyncCallsQueue",
+    "MCoreAsyncRequest",
+    "MegatronFSDP",
+    "MegatronModule",
+    "MegatronOptimizer",
+    "MultiStorageClientFeature",
+    "NVRxAsyncRequest",
+    "NVRxFileSystemWriterAsync",
+    "ProcessGroupCollection",
+    "ShardedBase",
+    "ShardedObject",
+    "ShardedTensor",
+    "ShardedTensorFactory",
+    "SoloGroup",
+    "StragglerDetector",
+    "StrictHandling",
+    "Timers",
+    "TorchDistLoadShardedStrategy",
+    "TorchDistSaveShardedStrategy",
+    "UnavailableError",
+    "apply_factories",
+    "apply_factory_merges",
+    "as_url",
+    "checkpoint_files",
+    "clean_metadata_for_serialization",
+    "convert_cuda_rng_state",
+    "determine_global_metadata",
+    "dict_list_map_inplace",
+    "dict_list_map_outplace",
+    "dist_checkpointing",
+    "extract_sharded_base",
+    "fit_to_members",
+    "force_all_tensors_to_non_fp8",
+    "get_async_strategy",
+    "get_cuda_rng_tracker",
+    "get_model_config",
+    "get_pg_collection",
+    "get_pg_rank",
+    "get_pg_size",
+    "get_rerun_state_machine",
+    "give_adam_its_state",
+    "handle_experts_in_state_dict",
+    "handle_fp8_extra_state_case",
+    "handle_gdn_in_state_dict",
+    "handle_mla_down_proj_in_state_dict",
+    "handle_mtp_in_state_dict",
+    "handle_swiglu_in_state_dict",
+    "import_auto_bridge",
+    "import_basic_state_dict",
+    "import_local_checkpointing",
+    "import_tensor_aware_state_dict",
+    "is_graph_safe_cuda_rng_tracker",
+    "is_main_replica",
+    "keep_adam_steps",
+    "load",
+    "load_common_state_dict",
+    "load_content_metadata",
+    "load_preprocess",
+    "merge",
+    "nested_values",
+    "object_storage",
+    "only_joins",
+    "parallel_state",
+    "parse_strict_flag",
+    "preprocess_state_dict_for_uneven_dtensor",
+    "print_diff_in_state_dicts",
+    "restore_modelopt_state",
+    "restore_sharded_modelopt_state",
+    "safe_import",
+    "save_modelopt_state",
+    "save_preprocess",
+    "save_sharded_modelopt_state",
+    "save_state_dict_async_finalize",
+    "save_state_dict_async_plan",
+    "tensor_parallel",
+    "torch_strategies",
+    "unwrap_model",
+    "update_num_microbatches",
+    "validate_fsdp_dtensor_model_load",
+    "validate_integrity_and_strict_load",
+]
+
+
+# Two tuples without behaviour, in every checkpoint of a step that is to be run again. Megatron-Core tells
+# torch's restricted unpickler of the other classes that its state dicts hold, and forgets these.
+torch.serialization.add_safe_globals([Call, Caller])
+
+# 0.17 added async_strategy, 0.19 verify_integrity and process_group, and 0.17 dropped common_strategy.
+SAVE_PARAMETERS = frozenset(inspect.signature(dist_checkpointing.save).parameters)
+LOAD_PARAMETERS = frozenset(inspect.signature(dist_checkpointing.load).parameters)
+
+
+def clean_metadata_for_serialization(metadata: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A copy of the content metadata without its process group, which cannot be pickled."""
+    if metadata is None:
+        return None
+    return {key: value for key, value in metadata.items() if key != "dp_cp_group"}

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ModelOpt (quantised models): the functions that carry its state through a checkpoint, or nothing.
+
+Importing modelopt takes seconds and patches torch modules. A model can only carry ModelOpt state if the
+program imported modelopt itself, so saving never has a reason to import it first.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from ckpt_fast.compat.optional import UnavailableError, safe_import
+
+# In the checkpoint's directory.
+MODELOPT_DIR = "modelopt_state"
+
+
+def _is_imported() -> bool:
+    return sys.modules.get("modelopt") is not None
+
+
+def _modelopt(name: str) -> Callable[..., Any]:
+    function: Callable[..., Any] = getattr(importlib.import_module("modelopt.torch.opt.plugins"), name)
+    return function
+
+
+def save_modelopt_state(model: Any, state_dict: dict[str, Any]) -> None:
+    """Put the model's ModelOpt state into ``state_dict``; nothing for a model that has none."""
+    if _is_imported():
+        _modelopt("save_modelopt_state")(model, state_dict)
+
+
+def save_sharded_modelopt_state(model: Any, checkpoint_name: str, strategy: Any) -> None:
+    """Write the model's ModelOpt state to ``<checkpoint_name>/modelopt_state``; nothing if it has none."""
+    if _is_imported():
+        _modelopt("save_sharded_modelopt_state")(model, checkpoint_name, strategy)
+
+
+def restore_modelopt_state(model: Any, state_dict: dict[str, Any]) -> None:
+    """Convert ``model`` as the checkpoint's ModelOpt state says.
+
+    Raises:
+        UnavailableError: the checkpoint has such state and modelopt is not installed.
+    """
+    if "modelopt_state" in state_dict:
+        _require_modelopt()
+    if _is_imported():
+        _modelopt("restore_modelopt_state")(model, state_dict)
+
+
+def restore_sharded_modelopt_state(model: Any, checkpoint_name: str, prefix: str = "") -> None:
+    """Convert ``model`` from ``<checkpoint_name>/modelopt_state``, which the caller knows to exist.
+
+    Raises:
+        UnavailableError: modelopt is not installed.
+    """
+    _require_modelopt()
+    _modelopt("restore_sharded_modelopt_state")(model, checkpoint_name, prefix)
+
+
+def _require_modelopt() -> None:
+    if not safe_import("modelopt.torch.opt.plugins")[1]:
+        raise UnavailableError(
+            "this checkpoint was written by a model that nvidia-modelopt had converted: "
+            "install nvidia-modelopt to load it"
+        )

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Object storage through multi-storage-client, which is used exactly where Megatron-Core would use it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from typing import Any
+
+from megatron.core.msc_utils import MultiStorageClientFeature
+
+from ckpt_fast.compat.optional import UnavailableError, safe_import
+from ckpt_fast.storage.files import Directory, Files
+from ckpt_fast.storage.spool import Spool
+
+_SCHEME = "msc://"
+
+
+def object_storage(path: str | os.PathLike[str]) -> Any | None:
+    """The multistorageclient module if ``path`` is not an ordinary local one, else None.
+
+    Paths are its own when they are URLs (``msc://profile/...``) or when its configuration maps them to a
+    profile. Ordinary paths never pass through it: only then are files replaced atomically and fsynced.
+
+    Raises:
+        UnavailableError: an ``msc://`` path, and multi-storage-client is not installed or not switched on.
+    """
+    name = as_url(path)
+    if not MultiStorageClientFeature.is_enabled():
+        if name.startswith(_SCHEME):
+            raise UnavailableError(f"{name} is in object storage: {_remedy()}")
+        return None
+    msc = MultiStorageClientFeature.import_package()
+    if "://" in name or not msc.resolve_storage_client(os.path.abspath(name))[0].is_default_profile():
+        return msc
+    return None
+
+
+class ObjectStore:
+    """``Remote`` storage of one checkpoint, through multi-storage-client. Its errors are that package's.
+
+    Args:
+        msc: the multistorageclient module.
+        path: of the checkpoint.
+    """
+
+    def __init__(self, msc: Any, path: str) -> None:
+        self._client, key = msc.resolve_storage_client(path)
+        self._prefix = (key.strip("/") + "/").lstrip("/")
+
+    def put(self, name: str, path: str) -> None:
+        """Create or replace an object by the local file ``path``."""
+        self._client.upload_file(self._prefix + name, path)
+
+    def write(self, name: str, content: bytes) -> None:
+        """Create or replace an object."""
+        self._client.write(self._prefix + name, content)
+
+    def get(self, name: str, path: str) -> None:
+        """Copy an object to the local ``path``; FileNotFoundError if there is none."""
+        self._client.download_file(self._prefix + name, path)
+
+    def delete(self, name: str) -> None:
+        """Remove an object; nothing if there is none."""
+        with contextlib.suppress(FileNotFoundError):
+            self._client.delete(self._prefix + name)
+
+    def sizes(self) -> dict[str, int]:
+        """Name to length of every object of the checkpoint."""
+        objects = self._client.list(path=self._prefix)
+        return {each.key.lstrip("/").removeprefix(self._prefix): each.content_length for each in objects}
+
+
+def checkpoint_files(path: str | os.PathLike[str]) -> Files:
+    """The files of a checkpoint, wherever it is; the caller closes them.
+
+    Raises:
+        UnavailableError: see ``object_storage``.
+    """
+    name, msc = as_url(path), object_storage(path)
+    return Directory(name) if msc is None else Spool(name, ObjectStore(msc, name))
+
+
+def as_url(path: str | os.PathLike[str]) -> str:
+    """A path as a string; an URL as it was before somebody, as Megatron-Core does, made a Path of it."""
+    return re.sub(f"^{_SCHEME[:-1]}(?!/)", _SCHEME, os.fspath(path))
+
+
+def _remedy() -> str:
+    if not safe_import("multistorageclient")[1]:
+        return "install multi-storage-client"
+    return "call megatron.core.msc_utils.MultiStorageClientFeature.enable() first (Megatron-LM: --enable-msc)"

@@ -1,0 +1,14 @@
+# SPDX-License-Identifier: Apache-2.0
+"""torch.distributed.checkpoint's storage writer and reader on the ckpt_fast pipeline.
+
+    dcp.save(state_dict, storage_writer=FastStorageWriter(path))
+    dcp.load(state_dict, storage_reader=FastStorageReader(path))
+
+Planning stays with torch: DTensors, FSDP2, flattened state dicts, partial loads and plan caching work as they
+do with torch's own file system writer, and each side reads what the other has written.
+"""
+
+from ckpt_fast.doors.dcp.reader import FastStorageReader
+from ckpt_fast.doors.dcp.writer import FastStorageWriter
+
+__all__ = ["FastStorageReader", "FastStorageWriter"]

@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The storage reader of the torch DCP door, for ``dcp.load``."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import logging
+import os
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
+from torch.distributed.checkpoint.storage import StorageReader
+from torch.futures import Future
+
+from ckpt_fast.doors.dcp.coverage import require_covered
+from ckpt_fast.errors import CheckpointError, CheckpointMismatchError
+from ckpt_fast.format.names import METADATA_FILE
+from ckpt_fast.pipeline.load.decode import Contents, decode_object, read_contents
+from ckpt_fast.pipeline.load.index import CheckpointIndex
+from ckpt_fast.pipeline.load.load import load_parts
+from ckpt_fast.pipeline.load.opened import OpenCheckpoint
+from ckpt_fast.pipeline.load.parts import Part
+from ckpt_fast.pipeline.load.place import Box
+from ckpt_fast.pipeline.load.unasked import Unasked, find_unasked, warning_text
+from ckpt_fast.pipeline.memory.garbage import without_collections
+from ckpt_fast.storage.versions import FileVersions
+
+logger = logging.getLogger(__name__)
+
+StrPath = str | os.PathLike[str]
+# Takes the place of the identity where every rank has a ``.metadata`` of its own.
+_OF_ONE_RANK = "of one rank"
+
+
+class FastStorageReader(StorageReader):
+    """Reads torch DCP checkpoints straight into the tensors, checking what is read whole.
+
+    A load is of one save: ranks that see another ``.metadata`` than rank 0, and files that are replaced while
+    they are read, are errors. Of a tensor that is loaded no element is left as it was.
+    Whole sections of the checkpoint that no rank asks for (a top-level key, an optimizer's moments) are one
+    line of warning, unless the load is partial on purpose.
+
+    Attributes:
+        partial: the load leaves out parts of the checkpoint on purpose; as with a planner that has
+            ``allow_partial_load`` or loads certain keys.
+        unasked: what no rank asked for, after a load, on the rank that coordinates it.
+
+    Args:
+        path: checkpoint directory, written by FastStorageWriter or by torch's own writer.
+        extension_registry: torch DCP's registry of stream transforms (compression), where torch's writer has
+            used some that torch itself does not know.
+        checkpoint: the checkpoint at ``path``, if it is open already.
+    """
+
+    def __init__(
+        self, path: StrPath, extension_registry: Any = None, checkpoint: OpenCheckpoint | None = None
+    ) -> None:
+        super().__init__()
+        self._path = os.fspath(path)
+        self._extensions = extension_registry
+        self._opened = checkpoint
+        self._index: CheckpointIndex | None = None
+        self._contents: Contents | None = None
+        self._identity: str | None = None
+        self._versions: FileVersions | None = None
+        self._asked: set[str] | None = None
+        self.partial = False
+        self.unasked: Unasked | None = None
+
+    def reset(self, checkpoint_id: StrPath | None = None) -> None:
+        """Begin a new load, from ``checkpoint_id`` if one is given."""
+        if checkpoint_id:
+            self._path = os.fspath(checkpoint_id)
+            self._opened = None
+        self._index = self._contents = self._identity = self._versions = self._asked = self.unasked = None
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """The checkpoint's metadata; with ``rank`` that of one rank, saved without collectives.
+
+        Raises:
+            CheckpointNotFoundError, CheckpointCorruptError, UnsafeCheckpointError.
+        """
+        rank = kwargs.get("rank")
+        prefix = "" if rank is None else f"__{rank}"
+        if self._opened is not None and rank is None:
+            self._contents, self._versions = self._opened.contents, self._opened.versions
+        else:
+            self._versions = FileVersions(self._path)
+            self._versions.note([prefix + METADATA_FILE])
+            self._contents = read_contents(self._path, prefix)
+        self._identity = self._contents.identity if rank is None else _OF_ONE_RANK
+        metadata = self._contents.metadata
+        if getattr(metadata, "storage_meta", None) is None:
+            metadata.storage_meta = StorageMeta()
+        return metadata
+
+    def set_up_storage_reader(
+        self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
+    ) -> None:
+        """Called on every rank with the metadata to load by."""
+        contents = self._contents
+        if contents is None or contents.metadata is not metadata:
+            # Somebody else has read it; no manifest is known to belong to it.
+            contents = Contents(metadata, None, "")
+        self._index = CheckpointIndex(self._path, contents, self._extensions, versions=self._versions)
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        """The plan, with what identifies the save that it was made for."""
+        return dataclasses.replace(plan, storage_data=self._identity)
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        """The plans as they are. Called on the coordinator; its error is raised on all ranks.
+
+        Raises:
+            CheckpointError: ranks see another save.
+        """
+        others = [
+            str(rank)
+            for rank, plan in enumerate(plans)
+            if isinstance(plan.storage_data, str) and plan.storage_data != self._identity
+        ]
+        if others and self._identity is not None:
+            raise CheckpointError(
+                f"{_named(others)} another {METADATA_FILE} in {self._path} than the rank that "
+                "coordinates the load. All ranks must see the same files: the path must be on a file system "
+                "that they share, and no save may be running into it. Load again."
+            )
+        self._asked = {item.storage_index.fqn for plan in plans for item in plan.items}
+        return plans
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Fill what the plan asks for.
+
+        Raises:
+            CheckpointCorruptError: a checksum differs, a file is short, a part of a tensor is missing, or the
+                checkpoint was replaced meanwhile.
+            CheckpointMismatchError: the plan does not fit the checkpoint or the destinations.
+            UnsafeCheckpointError: an object is more than tensors and plain data.
+        """
+        assert self._index is not None, "read_data before set_up_storage_reader"
+        require_covered(plan, planner, self._index.metadata, self._path)
+        self._read(plan, planner)
+        # A save ends the checkpoint that it overwrites before it touches the data files.
+        self._index.versions.require_unchanged()
+        self._report_unasked(planner)
+        future: Future[None] = Future()
+        future.set_result(None)
+        return future
+
+    def _report_unasked(self, planner: LoadPlanner) -> None:
+        """On the coordinator: say what nobody wants."""
+        if self._asked is None or self._index is None:
+            return
+        self.unasked, self._asked = find_unasked(self._index.metadata, self._asked), None
+        logger.info("%d of %d bytes in %s were not asked for", *self.unasked[:2], self._path)
+        partial = self.partial or getattr(planner, "allow_partial_load", False)
+        if self.unasked.sections and not partial and getattr(planner, "keys", None) is None:
+            remedy = (
+                "Put them into the state dict (an optimizer has no moments before its first step; "
+                "get_state_dict of torch makes them). If they are left out on purpose, load with "
+                "DefaultLoadPlanner(allow_partial_load=True)."
+            )
+            logger.warning("%s", warning_text(self._path, self.unasked.sections, remedy))
+
+    @without_collections
+    def _read(self, plan: LoadPlan, planner: LoadPlanner) -> None:
+        index = self._index
+        assert index is not None
+        objects = [item for item in plan.items if item.type == LoadItemType.BYTE_IO]
+        items = [item for item in plan.items if item.type != LoadItemType.BYTE_IO]
+        targets = [planner.resolve_tensor(item).detach() for item in items]
+        _, payloads = load_parts(
+            index,
+            [_part(index, item, target) for item, target in zip(items, targets, strict=True)],
+            [item.storage_index.fqn for item in objects],
+        )
+        for fqn, payload in payloads.items():
+            # torch's planner unpickles without restriction; what is not plain data must not reach it.
+            decode_object(payload, f"{fqn} in {self._path}", verify=True)
+        for item in objects:
+            planner.load_bytes(item, io.BytesIO(payloads[item.storage_index.fqn]))
+        for item, target in zip(items, targets, strict=True):
+            planner.commit_tensor(item, target)
+
+    @property
+    def checkpoint_id(self) -> str:
+        """The directory read from."""
+        return self._path
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: StrPath) -> bool:
+        """Whether this reader can read there: from a local path."""
+        return is_local_path(checkpoint_id)
+
+
+def _part(index: CheckpointIndex, item: ReadItem, target: torch.Tensor) -> Part:
+    """The region of a saved piece that a planner wants in ``target``.
+
+    Raises:
+        CheckpointMismatchError: the region is not inside the piece, or not of the target's shape.
+    """
+    lengths, start = tuple(item.lengths), tuple(item.storage_offsets)
+    tensor, piece = index.piece(
+        item.storage_index.fqn, tuple(item.storage_index.offset or (0,) * len(lengths))
+    )
+    inside = (lengths == piece.sizes and not any(start)) or (
+        len(lengths) == len(start) == len(piece.sizes)
+        and all(
+            offset >= 0 and offset + length <= size
+            for offset, length, size in zip(start, lengths, piece.sizes, strict=True)
+        )
+    )
+    # The engine writes through addresses: nothing but this check stands between a planner's mistake and
+    # memory that belongs to somebody else.
+    if not inside or tuple(target.shape) != lengths:
+        raise CheckpointMismatchError(
+            f"{tensor.fqn} in {index.directory} is a piece of shape {piece.sizes}, of which the load plan "
+            f"wants {lengths} at {start} in a tensor of shape {tuple(target.shape)}. The planner and the "
+            "state dict disagree; load into tensors of the shapes that were saved."
+        )
+    return Part(tensor, piece, Box(piece.sizes, start, lengths, tensor.dtype.itemsize), target)
+
+
+def _named(ranks: list[str]) -> str:
+    if len(ranks) == 1:
+        return f"rank {ranks[0]} sees"
+    shown = ", ".join(ranks[:8]) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
+    return f"the ranks {shown} see"
+
+
+def is_local_path(checkpoint_id: StrPath) -> bool:
+    """Whether the door serves this checkpoint: not one on object storage."""
+    return isinstance(checkpoint_id, os.PathLike) or "://" not in checkpoint_id

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What torch's calls of a storage writer add up to: one save, in one thread, with an end.
+
+torch tells a writer when a save begins, but not when it fails on another rank. It makes all calls for one
+save in one thread, though: the next save there, or the end of the thread, is the end of the save before.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+from ckpt_fast import native
+from ckpt_fast.jobs import untold
+from ckpt_fast.storage import owners
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class _Hold:
+    """A save's hold on its directory, from its plan to its publication."""
+
+    def __init__(self) -> None:
+        self.progress: native.Progress | None = None
+        self._thread = threading.current_thread()
+
+    def is_over(self) -> bool:
+        """Whether it ended, or its thread did or has gone on to another save, and no rename is under way."""
+        if self.progress is not None and self.progress.renaming:
+            return False
+        return _holds.get(self._thread) is not self or not self._thread.is_alive()
+
+
+_holds: weakref.WeakKeyDictionary[threading.Thread, _Hold] = weakref.WeakKeyDictionary()
+
+
+def hold(name: str, wait_s: float) -> None:
+    """Local. The directory is this thread's save's from now on; see ``owners.occupy``.
+
+    Raises:
+        CheckpointWriteError: another save to it does not end within ``wait_s`` seconds.
+    """
+    mine = _Hold()
+    _holds[threading.current_thread()] = mine
+    owners.occupy(name, mine, wait_s)
+
+
+def written_by(progress: native.Progress) -> None:
+    """This thread's save writes under ``progress``."""
+    mine = _holds.get(threading.current_thread())
+    if mine is not None:
+        mine.progress = progress
+
+
+def let_go() -> None:
+    """The save that this thread was at, if any, has ended, in whatever way."""
+    _holds.pop(threading.current_thread(), None)
+
+
+def step(method: Callable[P, T]) -> Callable[P, T]:
+    """A call for a save. An error ends the save, and is said if the save is one in the background."""
+
+    @functools.wraps(method)
+    def called(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return method(*args, **kwargs)
+        except BaseException as error:
+            let_go()
+            if threading.current_thread() is not threading.main_thread():
+                writer: Any = args[0]
+                untold.report(writer._save.path, error)
+            raise
+
+    return called
+
+
+def last_step(method: Callable[P, T]) -> Callable[P, T]:
+    """The call that publishes, and so ends the save."""
+
+    @functools.wraps(method)
+    def called(*args: P.args, **kwargs: P.kwargs) -> T:
+        result = step(method)(*args, **kwargs)
+        let_go()
+        untold.forget()
+        return result
+
+    return called

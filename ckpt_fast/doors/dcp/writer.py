@@ -1,0 +1,378 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The storage writer of the torch DCP door, for ``dcp.save`` and ``dcp.async_save``."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import logging
+import math
+import os
+import threading
+import time
+import uuid
+from typing import Any, NamedTuple
+
+import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo, _StoragePrefix
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
+from torch.distributed.checkpoint.staging import AsyncStager
+from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
+from torch.futures import Future
+
+from ckpt_fast.doors.dcp.reader import StrPath, is_local_path
+from ckpt_fast.doors.dcp.snapshot import snapshots
+from ckpt_fast.doors.dcp.steps import hold, last_step, let_go, step, written_by
+from ckpt_fast.errors import CheckpointMismatchError, CheckpointWriteError
+from ckpt_fast.format.manifest import Manifest, new_save_id
+from ckpt_fast.format.names import METADATA_FILE, SEAL_FILE
+from ckpt_fast.format.types import BlockDigests, FileRecord, ObjectShard, RankRecord, Shard, TensorShard
+from ckpt_fast.jobs.report import SaveReport
+from ckpt_fast.pipeline.memory.garbage import without_collections
+from ckpt_fast.pipeline.save import seal
+from ckpt_fast.pipeline.save.encode import pickle_metadata, share_parts
+from ckpt_fast.pipeline.save.plan import file_prefix
+from ckpt_fast.pipeline.save.waves import Waves
+from ckpt_fast.ranks.group import ControlGroup
+from ckpt_fast.settings import Settings
+from ckpt_fast.storage import commit
+from ckpt_fast.storage.files import Directory
+from ckpt_fast.storage.space import has_room_beside, require_space
+
+logger = logging.getLogger(__name__)
+
+
+class _Written(NamedTuple):
+    """Travels to the coordinator as a write result's storage data: the item, and what is for the manifest.
+
+    The digests are those of all items of the rank; its first result brings them.
+    """
+
+    info: _StorageInfo
+    file: FileRecord
+    digests: list[BlockDigests]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Save:
+    """What one save was told: where to, under which name, on which rank, and how ranks act together."""
+
+    path: str
+    save_id: str = dataclasses.field(default_factory=lambda: str(uuid.uuid4()))
+    rank: int | None = None
+    use_collectives: bool = True
+    is_coordinator: bool = True
+
+    @property
+    def publishes(self) -> bool:
+        """Whether this rank will learn that the save is published: torch tells no other."""
+        return self.is_coordinator or not self.use_collectives
+
+    @property
+    def lone_rank(self) -> int | None:
+        """The rank that saves without the others, with metadata of its own; None if they act together."""
+        return None if self.use_collectives else self.rank
+
+    @property
+    def seal(self) -> str:
+        """The file that makes it a checkpoint."""
+        lone = self.lone_rank
+        return METADATA_FILE if lone is None else commit.rank_metadata_file(lone)
+
+
+class FastStorageWriter(AsyncStager, StorageWriter):
+    """Writes torch DCP checkpoints: parallel, checksummed, fsynced, published atomically.
+
+    Saves in the background may overlap: each goes to the directory it was started for, from its own copy of
+    the state dict. (With several ranks they need a process group each, as in torch.)
+
+    Args:
+        path: checkpoint directory. An older checkpoint of torch DCP in it is one until this one is published,
+            which then has other data files; any other ends before anything is written, and so it does where
+            there is no room for both.
+        thread_count: files per rank; None: as many as are fastest there.
+        overwrite: False refuses a directory that holds a complete checkpoint.
+        cache_staged_state_dict: keep the host memory that ``dcp.async_save`` copies into, for the next save
+            of this process; False frees it once it is written.
+
+    Attributes:
+        report: of the newest save that this rank has begun to write; None before.
+    """
+
+    # ``stage`` returns when the copy is complete.
+    _synchronize_after_execute = False
+
+    def __init__(
+        self,
+        path: StrPath,
+        thread_count: int | None = None,
+        overwrite: bool = True,
+        cache_staged_state_dict: bool = True,
+    ) -> None:
+        super().__init__()
+        self._thread_count = thread_count
+        self._overwrite = overwrite
+        self._keep_buffer = cache_staged_state_dict
+        self._latest = _Save(os.fspath(path))
+        # torch makes all calls for one save in one thread.
+        self._of_thread = threading.local()
+        self.report: SaveReport | None = None
+
+    # --- the storage writer protocol, in the order of the calls ---------------------------------------
+
+    def reset(self, checkpoint_id: StrPath | None = None) -> None:
+        """Begin a new save, to ``checkpoint_id`` if one is given."""
+        let_go()
+        path = os.fspath(checkpoint_id) if checkpoint_id else self._latest.path
+        self._latest = self._of_thread.announced = _Save(path)
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Called on every rank; ``rank`` and ``use_collectives`` may be among the keywords."""
+        announced = self._announced()
+        self._of_thread.announced = None
+        self._of_thread.save = self._latest = dataclasses.replace(
+            announced,
+            rank=kwargs.get("rank"),
+            use_collectives=kwargs.get("use_collectives", True),
+            is_coordinator=is_coordinator,
+        )
+
+    @step
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        """Every rank. Settings and options are looked at; without collectives every rank names its own files.
+
+        Raises:
+            ValueError: a setting, or an option of this writer, makes no sense. All ranks raise it.
+        """
+        self._of_thread.settings = chosen = Settings.read()
+        self._waves(SaveReport(self._save.path), "", chosen)
+        lone_rank = self._save.lone_rank
+        if lone_rank is None:
+            return plan
+        return dataclasses.replace(plan, storage_data=_StoragePrefix(file_prefix(lone_rank)))
+
+    @step
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """Coordinator only (without collectives: every rank), before writing: room is made.
+
+        A save of this process to the same directory that is not over is waited for.
+
+        Raises:
+            CheckpointWriteError: the directory cannot be prepared, has too little room, holds a checkpoint
+                and must not, or another save to it does not end.
+        """
+        save, chosen = self._save, self._settings
+        name = save.path if save.lone_rank is None else os.path.join(save.path, file_prefix(save.lone_rank))
+        hold(name, chosen.timeout_s)
+        self._refuse_overwriting(save)
+        self._make_room(save, sum(map(_planned_nbytes, plans)))
+        return [
+            plan
+            if plan.storage_data is not None
+            else dataclasses.replace(plan, storage_data=_StoragePrefix(file_prefix(rank)))
+            for rank, plan in enumerate(plans)
+        ]
+
+    @step
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Write this rank's items; on return they are durable.
+
+        Raises:
+            CheckpointWriteError: naming file, offset and cause.
+        """
+        begin = time.perf_counter()
+        self.report = self._of_thread.report = report = SaveReport(self._save.path)
+        prefix = self._of_thread.prefix = plan.storage_data.prefix
+        first = commit.first_free_number(self._save.path, prefix, self._save.seal)
+        waves = self._waves(report, prefix, self._settings, first)
+        written_by(waves.progress)
+        # The planners of torch and Megatron-Core keep what they were given under this name.
+        with snapshots.read(getattr(planner, "state_dict", {}).values()) as snapshot:
+            record = waves.run(shards_of(plan, planner))
+        report.seconds = report.stall_s = time.perf_counter() - begin
+        if snapshot is not None:
+            report.stall_s = snapshot.seconds
+            report.host_memory_allocated += snapshot.allocated_nbytes
+        if not self._save.publishes:
+            seal.report(report, ControlGroup().global_rank, is_published=False)
+        future: Future[list[WriteResult]] = Future()
+        future.set_result(_results(plan, record))
+        return future
+
+    @last_step
+    @without_collections
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Coordinator only: publish the checkpoint, ``.metadata`` last."""
+        save = self._save
+        written = [(result.index, result.storage_data) for rank in results for result in rank]
+        metadata.storage_data = {index: data.info for index, data in written}
+        metadata.storage_meta = StorageMeta(checkpoint_id=save.path, save_id=save.save_id)
+        share_parts(metadata)
+        manifest = Manifest(
+            new_save_id(),
+            {data.file for _, data in written},
+            [digests for _, data in written for digests in data.digests],
+        )
+        files = Directory(save.path)
+        self._require_own(files, manifest)
+        before = commit.superseded(save.path, save.seal, save.lone_rank)
+        seal.seal(files, pickle_metadata(metadata), manifest, name=save.seal)
+        try:
+            commit.remove_files(save.path, before - set(manifest.files))
+        except CheckpointWriteError as error:
+            logger.warning("%s", error)
+        seal.report(self._of_thread.report, ControlGroup().global_rank)
+
+    def storage_meta(self) -> StorageMeta:
+        """What ``.metadata`` says of the save that is about to begin."""
+        announced = self._announced()
+        return StorageMeta(checkpoint_id=announced.path, save_id=announced.save_id)
+
+    @property
+    def checkpoint_id(self) -> str:
+        """The directory written to."""
+        return self._announced().path
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: StrPath) -> bool:
+        """Whether this writer can write there: to a local path."""
+        return is_local_path(checkpoint_id)
+
+    # --- the async stager protocol ---------------------------------------------------------------------
+
+    def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """A copy of the state dict in host memory; training may go on as soon as this returns.
+
+        All of it is one host buffer, which later saves of this process use again. An error is raised by the
+        save, on all ranks.
+        """
+        let_go()
+        return snapshots.take(state_dict, self._keep_buffer)
+
+    def synchronize_staging(self) -> None:
+        """Nothing is left to wait for when ``stage`` has returned."""
+
+    def close(self) -> None:
+        """Nothing to release: host memory is the process's, see ``cache_staged_state_dict``."""
+
+    # --- -----------------------------------------------------------------------------------------------
+
+    def _waves(self, report: SaveReport, prefix: str, chosen: Settings, first: int = 0) -> Waves:
+        bound = chosen.host_buffer_bytes
+        return Waves(report, prefix, self._thread_count, bound=bound, settings=chosen, first=first)
+
+    @property
+    def _settings(self) -> Settings:
+        """Those of the save that this thread is at."""
+        return getattr(self._of_thread, "settings", None) or Settings.read()
+
+    @property
+    def _save(self) -> _Save:
+        """The save that this thread is at."""
+        return getattr(self._of_thread, "save", self._latest)
+
+    def _announced(self) -> _Save:
+        """The save that the next calls in this thread are for."""
+        return getattr(self._of_thread, "announced", None) or self._latest
+
+    def _require_own(self, files: Directory, manifest: Manifest) -> None:
+        """Another process that saves to the directory may have taken what this rank has written for dead."""
+        own = [file for file in manifest.files.values() if file.path.startswith(self._of_thread.prefix)]
+        for file, _ in files.missing(own):
+            raise CheckpointWriteError(
+                f"{os.path.join(files.name, file.path)} was written by this save, but is gone or of another: "
+                "something else saves to the same directory. This checkpoint was not published; let one "
+                "process, or the ranks of one job, save there.",
+                filename=files.name,
+            )
+
+    def _make_room(self, save: _Save, nbytes: int) -> None:
+        can_stay = _can_stay(save)
+        if can_stay and has_room_beside(save.path, nbytes):
+            commit.remove_partial_files(save.path, save.lone_rank)
+            return
+        require_space(save.path, nbytes)
+        if can_stay:
+            logger.warning(
+                "%s is overwritten: the checkpoint in it ends now, and until this save is whole there is "
+                "none. There is no room for both.",
+                save.path,
+            )
+        commit.invalidate(save.path, rank=save.lone_rank)
+
+    def _refuse_overwriting(self, save: _Save) -> None:
+        if self._overwrite:
+            return
+        if os.path.exists(os.path.join(save.path, save.seal)):
+            raise CheckpointWriteError(
+                f"{save.path} holds a checkpoint and overwrite is False; choose another directory",
+                filename=save.path,
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # To the process that writes, with AsyncCheckpointerType.PROCESS.
+        return {name: value for name, value in self.__dict__.items() if name != "_of_thread"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _of_thread=threading.local())
+
+
+def _can_stay(save: _Save) -> bool:
+    """Whether there is an older checkpoint that the new seal alone takes the place of."""
+    try:
+        names = os.listdir(save.path)
+    except OSError:
+        return False
+    return save.seal in names and SEAL_FILE not in names
+
+
+def _planned_nbytes(plan: SavePlan) -> int:
+    """Bytes of the tensors in a plan; how large objects are is not known before they are pickled."""
+    return sum(
+        math.prod(item.tensor_data.chunk.sizes) * item.tensor_data.properties.dtype.itemsize
+        for item in plan.items
+        if item.tensor_data is not None
+    )
+
+
+@without_collections
+def shards_of(plan: SavePlan, planner: SavePlanner) -> list[Shard]:
+    """What a plan says this rank saves, with the planner's data."""
+    return [_shard(item, planner.resolve_data(item)) for item in plan.items]
+
+
+def _shard(item: WriteItem, data: torch.Tensor | io.BytesIO) -> Shard:
+    if item.type == WriteItemType.BYTE_IO:
+        assert isinstance(data, io.BytesIO)
+        return ObjectShard(item.index.fqn, data.getvalue())
+    assert isinstance(data, torch.Tensor) and item.tensor_data is not None
+    chunk = item.tensor_data.chunk
+    if data.shape != chunk.sizes:
+        raise CheckpointMismatchError(
+            f"the save plan has a piece of {item.index.fqn} of shape {tuple(chunk.sizes)}, but the planner "
+            f"gave a tensor of shape {tuple(data.shape)} for it; what it would write could not be loaded"
+        )
+    return TensorShard(item.index.fqn, data.detach(), tuple(chunk.offsets), tuple(item.tensor_data.size))
+
+
+@without_collections
+def _results(plan: SavePlan, record: RankRecord) -> list[WriteResult]:
+    """What torch's coordinator needs to know of the items written."""
+    index_of = {_place(item): item.index for item in plan.items}
+    file_of = {file.path: file for file in record.files}
+    return [
+        WriteResult(
+            index=index_of[item.fqn, None if item.dtype is None else item.offsets],
+            size_in_bytes=item.extent.nbytes,
+            storage_data=_Written(
+                _StorageInfo(*item.extent), file_of[item.extent.path], [] if number else record.digests
+            ),
+        )
+        for number, item in enumerate(record.items)
+    ]
+
+
+def _place(item: WriteItem) -> tuple[str, tuple[int, ...] | None]:
+    chunk = item.tensor_data.chunk if item.tensor_data is not None else None
+    return item.index.fqn, tuple(chunk.offsets) if chunk is not None else None

@@ -1,0 +1,311 @@
+# SPDX-License-Identifier: Apache-2.0
+"""nvidia-resiliency-ext's local checkpoints, written and read by the pipeline.
+
+Which rank keeps whose state, and how replicas travel, stays with nvidia-resiliency-ext. Files, checksums,
+durability and what happens when a rank fails or a replica is damaged are ours.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+from collections import defaultdict
+from collections.abc import Callable, Container, Iterable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from ckpt_fast import compat, native
+from ckpt_fast.doors.local.files import (
+    Origin,
+    Packed,
+    memory_of,
+    pack_local,
+    read_local,
+    remove_local,
+    write_local,
+)
+from ckpt_fast.doors.local.save import LocalSave
+from ckpt_fast.doors.megatron.stock_queue import Flag, as_request
+from ckpt_fast.errors import (
+    CheckpointCorruptError,
+    CheckpointError,
+    CheckpointMismatchError,
+    CheckpointNotFoundError,
+)
+from ckpt_fast.format.manifest import new_save_id
+from ckpt_fast.jobs.report import SaveReport
+from ckpt_fast.jobs.worker import LEAVE_S
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+_NAME = re.compile(r"iter_(\d{7,})_(\d+)_local")
+_PARTIAL = re.compile(_NAME.pattern + r"\.(dirty|old)")
+
+try:
+    LocalCheckpointManager, _ = compat.import_local_checkpointing()
+except ImportError as error:
+    raise compat.UnavailableError(
+        f"FastLocalCheckpointManager needs nvidia-resiliency-ext, which cannot be imported ({error}): "
+        "pip install nvidia-resiliency-ext, or use non_persistent_ckpt_type='global'"
+    ) from error
+
+
+class FastLocalCheckpointManager(LocalCheckpointManager):  # type: ignore[misc, valid-type]
+    """nvidia-resiliency-ext's LocalCheckpointManager, with its arguments, on the ckpt_fast pipeline.
+
+    A rank's state is a directory of its own: flat, with checksums, synced, renamed when it is complete. It is
+    read without running any code, and compared with its checksums. If what a rank has is damaged, that is
+    logged and a replica taken instead; if there is none, the newest iteration that is whole on all ranks.
+
+    Neither a GPU nor a second process is needed: in the background, threads of this process write.
+    """
+
+    latest_iteration: int
+    globally_available_ids: list[set[Any]]
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        # Of what was read last.
+        self._save_ids: set[str | None] = set()
+
+    def save(self, state_dict: Any, iteration: int, is_async: bool = False) -> Any:
+        """Collective. Replicate and save; ``state_dict`` belongs to the manager from now on.
+
+        Args:
+            state_dict: MCoreTensorAwareStateDict or BasicTensorAwareStateDict.
+            iteration: greater than that of any local checkpoint known.
+            is_async: return when the state is copied.
+
+        Returns:
+            With ``is_async`` nvidia-resiliency-ext's AsyncRequest, for a queue; else None.
+
+        Raises:
+            CheckpointMismatchError: a newer local checkpoint exists.
+            CheckpointError: on every rank, naming the rank that failed. Earlier ones are untouched.
+        """
+        if iteration <= self.latest_iteration:
+            raise CheckpointMismatchError(
+                f"cannot save the local checkpoint of iteration {iteration}: that of "
+                f"{self.latest_iteration} exists. Use another session_id or directory for another run."
+            )
+        own = self._ckpt_id(iteration)
+        states = {own: state_dict}
+        if self.repl_strategy is not None:
+            replicas, ids = self.repl_strategy.replicate(state_dict, own)
+            states = dict(zip(ids, replicas, strict=True))
+        live = memory_of(states[own]) if is_async else set()
+        if is_async or torch.cuda.is_available():
+            states[own].copy_tensors_to_cpu(non_blocking=True)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.latest_iteration = -1
+        if is_async:
+            flag = Flag()
+            return as_request(
+                LocalSave(self, iteration, states, live, flag.set), flag, compat.NVRxAsyncRequest
+            )
+        job = LocalSave(self, iteration, states, live)
+        try:
+            job.write()
+            job.commit()
+        except BaseException:
+            job.abandon(LEAVE_S)
+            raise
+        return None
+
+    def load(self) -> tuple[Any, Any]:
+        """Collective, after ``find_latest``. The newest state of this rank that can be had, and its id.
+
+        Raises:
+            CheckpointNotFoundError: there is no local checkpoint.
+            CheckpointCorruptError: on every rank: none is whole, with all replicas.
+        """
+        if self.latest_iteration == -1:
+            raise CheckpointNotFoundError(
+                f"no local checkpoint is known in {self.root_local_ckpt_dir}: call find_latest first, and "
+                "load only if it has found one"
+            )
+        available = [set(ids) for ids in self.globally_available_ids]
+        while True:
+            wanted = self._ckpt_id(self.latest_iteration)
+            states, exchange, _ = self._attempt(wanted, available)
+            if exchange is not None:
+                return exchange(states), wanted
+            self.latest_iteration = max(_complete(available), default=-1)
+            if self.latest_iteration == -1:
+                raise CheckpointCorruptError(
+                    f"no local checkpoint in {self.root_local_ckpt_dir} is whole on every rank, nor are its "
+                    "replicas; what is damaged was logged. Load a global checkpoint."
+                )
+
+    def iterations(self) -> list[int]:
+        """After ``find_latest``: every iteration of which each rank's state is somewhere, newest first."""
+        if self.latest_iteration == -1:
+            return []
+        return sorted(_complete(self.globally_available_ids), reverse=True)
+
+    def load_iteration(self, iteration: int) -> tuple[Any, Any]:
+        """Collective, after ``find_latest``. This rank's state of one iteration, and its id.
+
+        Raises:
+            CheckpointCorruptError: on every rank: it is not whole, with all replicas. The manager has
+                forgotten it then, so that this iteration can be saved again.
+        """
+        available = [set(ids) for ids in self.globally_available_ids]
+        wanted = self._ckpt_id(iteration)
+        states, exchange, damages = self._attempt(wanted, available)
+        if exchange is not None:
+            self.latest_iteration = iteration
+            return exchange(states), wanted
+        self.globally_available_ids = available
+        self.latest_iteration = max(_complete(available), default=-1)
+        raise CheckpointCorruptError(
+            f"the local checkpoint of iteration {iteration} in {self.root_local_ckpt_dir} is not whole on "
+            f"every rank, nor are its replicas: {'; '.join(damages)}"
+        )
+
+    def _attempt(
+        self, wanted: Any, available: list[set[Any]]
+    ) -> tuple[dict[Any, Any], Callable[[dict[Any, Any]], Any] | None, list[str]]:
+        """Collective. What this rank has to read of iteration ``wanted[0]``, and how all get theirs from it.
+
+        What turns out to be damaged is taken from ``available``, on all ranks alike; the second value is None
+        then, and the third says of each rank what is.
+        """
+        plan, needed = None, {wanted}
+        failed: dict[Any, str] = {}
+        try:
+            if self.repl_strategy is not None:
+                plan = self.repl_strategy.retrieve_plan(available, [wanted])
+                needed = plan.required_ids()
+        except Exception as error:
+            # Nobody this rank exchanges replicas with has its state: the whole iteration is of no use.
+            logger.error("rank %d: local checkpoint %s cannot be had: %s", self.rank, wanted, error)
+            failed, needed = {None: str(error)}, set()
+        states = {}
+        self._save_ids = set()
+        for identity in sorted(needed):
+            try:
+                states[identity] = self._load_fn(identity)
+            except CheckpointError as error:
+                logger.error("rank %d: a local checkpoint is damaged and not used: %s", self.rank, error)
+                failed[identity] = str(error)
+        gathered = _all_gather((failed, self._save_ids))
+        all_failed = [each for each, _ in gathered]
+        save_ids = set[str | None]().union(*(ids for _, ids in gathered))
+        if len(save_ids) > 1:
+            # Nobody can tell which of them the ranks should go on with.
+            all_failed[0][None] = (
+                f"the local checkpoints of iteration {wanted[0]} are of different saves "
+                f"({', '.join(sorted(map(str, save_ids)))}): none is used"
+            )
+            logger.error("rank %d: %s", self.rank, all_failed[0][None])
+        for rank, failures in enumerate(all_failed):
+            available[rank] -= failures.keys()
+            if None in failures:
+                for ids in available:
+                    ids -= {identity for identity in ids if identity[0] == wanted[0]}
+        if any(all_failed):
+            damages = [
+                f"rank {rank}: {next(iter(failures.values()))}"
+                for rank, failures in enumerate(all_failed)
+                if failures
+            ]
+            return states, None, damages
+        if plan is None:
+            return states, lambda states: states[wanted], []
+        return states, lambda states: self._exchange(plan, states)[wanted], []
+
+    def _exchange(self, plan: Any, states: dict[Any, Any]) -> dict[Any, Any]:
+        if torch.cuda.is_available():
+            received: dict[Any, Any] = self.repl_strategy.retrieve_execute(plan, states)
+            return received
+        # nvidia-resiliency-ext sends from GPU memory only.
+        received, me = {}, dist.get_rank()
+        for entry in plan.entries:
+            if entry.sender == me == entry.receiver:
+                received[entry.id_] = states[entry.id_]
+            elif entry.sender == me:
+                plan.group.send_object(states[entry.id_], entry.receiver)
+            elif entry.receiver == me:
+                received[entry.id_] = plan.group.recv_object(entry.sender)
+        return received
+
+    # --- what the base class asks of a store of checkpoints ---------------------------------------------
+
+    def _my_ckpt_ids(self) -> Iterable[Any]:
+        try:
+            names = [entry.name for entry in os.scandir(self.local_ckpt_dir) if entry.is_dir()]
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            logger.error("rank %d cannot look for local checkpoints: %s", self.rank, error)
+            return []
+        return [self._filename_to_id(name) for name in names if _NAME.fullmatch(name)]
+
+    def _pack(self, state_dict: Any, ckpt_id: Any, live: Container[int] = ()) -> Packed:
+        return pack_local(state_dict, os.fspath(self._local_ckpt_path_from_id(ckpt_id)), live)
+
+    def _write(
+        self, packed: Packed, ckpt_id: Any, save_id: str, report: SaveReport, progress: native.Progress
+    ) -> None:
+        partial = os.fspath(self._local_ckpt_path_from_id(ckpt_id, True))
+        directory = os.fspath(self._local_ckpt_path_from_id(ckpt_id))
+        origin = Origin(save_id, ckpt_id[0], ckpt_id[1])
+        write_local(packed, directory, partial, origin, report, progress)
+
+    def _save(self, state_dict: Any, ckpt_id: Any) -> None:
+        directory = os.fspath(self._local_ckpt_path_from_id(ckpt_id))
+        packed = self._pack(state_dict, ckpt_id)
+        self._write(packed, ckpt_id, new_save_id(), SaveReport(directory), native.Progress())
+
+    def _load(self, ckpt_id: Any) -> Any:
+        directory = os.fspath(self._local_ckpt_path_from_id(ckpt_id))
+        state_dict, save_id = read_local(directory, ckpt_id[0], ckpt_id[1])
+        self._save_ids.add(save_id)
+        return state_dict
+
+    def _cleanup(self, iteration: int) -> None:
+        self._remove(lambda other: other < iteration)
+
+    def _cleanup_failed_save(self, iteration: int) -> None:
+        self._remove(lambda other: other == iteration)
+
+    def _remove(self, is_meant: Callable[[int], bool]) -> None:
+        """Delete checkpoints by iteration, with what is left of unfinished ones; problems are logged."""
+        try:
+            for name in os.listdir(self.local_ckpt_dir):
+                path = os.path.join(self.local_ckpt_dir, name)
+                match = _NAME.fullmatch(name) or _PARTIAL.fullmatch(name)
+                if match is None or not is_meant(int(match[1])):
+                    continue
+                if _NAME.fullmatch(name):
+                    remove_local(path, f"{path}.old")
+                else:
+                    shutil.rmtree(path)
+        except OSError as error:
+            logger.warning("rank %d could not delete local checkpoints: %s", self.rank, error)
+
+    def _filename_from_template(self, iteration: int | str, rank: int | str, extra_suffix: str = "") -> str:
+        return f"iter_{str(iteration).zfill(7)}_{rank}_local{extra_suffix}"
+
+
+def _complete(available: list[set[Any]]) -> list[int]:
+    """The iterations of which every rank's state is somewhere."""
+    ranks: dict[int, set[int]] = defaultdict(set)
+    for ids in available:
+        for iteration, rank, _ in ids:
+            ranks[iteration].add(rank)
+    return [iteration for iteration, covered in ranks.items() if len(covered) == len(available)]
+
+
+def _all_gather(value: T) -> list[T]:
+    if not dist.is_initialized():
+        return [value]
+    values = [value] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values

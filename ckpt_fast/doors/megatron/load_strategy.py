@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The load strategy of the Megatron-Core door."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.metadata import Metadata
+
+from ckpt_fast import compat
+from ckpt_fast.doors.megatron.common_state import COMMON_STATE_KEY, open_checkpoint, require_torch_dist
+from ckpt_fast.doors.megatron.sharded_state import load_sharded
+from ckpt_fast.pipeline.load.opened import OpenCheckpoint
+from ckpt_fast.pipeline.remove import remove_named
+from ckpt_fast.ranks.group import ControlGroup
+
+
+class FastLoadStrategy(compat.TorchDistLoadShardedStrategy):  # type: ignore[misc]
+    """Megatron-Core load strategy on the ckpt_fast pipeline: tensors by offset, no code from pickles.
+
+    Args:
+        options, named_options: of the installed Megatron-Core's strategy.
+        verify: compare the CRC-32 of every item that is read whole; None follows ``CKPT_FAST_VERIFY``.
+    """
+
+    def __init__(self, *options: Any, verify: bool | None = None, **named_options: Any) -> None:
+        super().__init__(*options, **named_options)
+        self._verify = verify
+        self._opened: OpenCheckpoint | None = None
+        # Tensors of quantised kinds are made plain ones by Megatron-Core before they come here.
+        self.stream_ckpt_dequant = False
+
+    def load(
+        self,
+        sharded_state_dict: dict[str, Any],
+        checkpoint_dir: str | os.PathLike[str],
+        async_strategy: str = "mcore",
+    ) -> dict[str, Any]:
+        """Collective. A dict of the same nesting with every sharded entry replaced by its loaded value.
+
+        Raises:
+            CheckpointError: on every rank, naming the one that failed: no rank goes on, or waits, alone.
+        """
+
+        def load() -> dict[str, Any]:
+            with self._open(checkpoint_dir) as checkpoint, checkpoint.named():
+                require_torch_dist(checkpoint)
+                self.cached_global_metadata = checkpoint.index.metadata
+                return load_sharded(sharded_state_dict, checkpoint.index, self._verify)
+
+        return ControlGroup().agree(load)
+
+    @contextlib.contextmanager
+    def reading(self, checkpoint: OpenCheckpoint) -> Iterator[None]:
+        """A block in which what is asked of this checkpoint's directory is taken from it, as it is open."""
+        self._opened = checkpoint
+        try:
+            yield
+        finally:
+            self._opened = None
+
+    def _open(self, checkpoint_dir: str | os.PathLike[str]) -> AbstractContextManager[OpenCheckpoint]:
+        if self._opened is not None and self._opened.name == compat.as_url(checkpoint_dir):
+            return contextlib.nullcontext(self._opened)
+        return open_checkpoint(checkpoint_dir)
+
+    def _saved_metadata(self, checkpoint_dir: str | os.PathLike[str]) -> Metadata:
+        with self._open(checkpoint_dir) as checkpoint, checkpoint.named():
+            return checkpoint.index.metadata
+
+    def load_tensors_metadata(
+        self, checkpoint_dir: str | os.PathLike[str], metadata: Any = None
+    ) -> dict[str, Any]:
+        """Name to ShardedTensor without data, of the whole global shape, for every saved tensor."""
+        metadata = metadata or self._saved_metadata(checkpoint_dir)
+        return {
+            fqn: compat.ShardedTensor.from_rank_offsets(
+                fqn, torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
+            ).without_data()
+            for fqn, entry in metadata.state_dict_metadata.items()
+            if hasattr(entry, "chunks")
+        }
+
+    def load_sharded_metadata(self, checkpoint_dir: str | os.PathLike[str]) -> dict[str, Any]:
+        """``load_tensors_metadata`` and, by unique key, a ShardedObject without data per saved object."""
+        metadata = self._saved_metadata(checkpoint_dir)
+        objects = {
+            fqn: compat.ShardedObject.empty_from_unique_key(fqn)
+            for fqn, entry in metadata.state_dict_metadata.items()
+            if not hasattr(entry, "chunks") and fqn != COMMON_STATE_KEY
+        }
+        return {**objects, **self.load_tensors_metadata(checkpoint_dir, metadata)}
+
+    def remove_sharded_tensors(self, checkpoint_dir: str | os.PathLike[str], key_prefix: str) -> None:
+        """Local: for one rank. Take all tensors and objects whose key begins so out of the checkpoint."""
+        with compat.checkpoint_files(checkpoint_dir) as files:
+            remove_named(files, key_prefix)

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Saves in the background for the queues of Megatron-Core and nvidia-resiliency-ext.
+
+Those queues run a request's function in another process. Here that function only waits: threads of this
+process write, without a copy of the state on its way to another one. What connects the two is one byte in a
+file in memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import tempfile
+import time
+import weakref
+from collections.abc import Callable
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+from ckpt_fast.jobs import finalizer
+from ckpt_fast.jobs.background import SaveHandle
+from ckpt_fast.jobs.job import Job
+
+_POLL_S = 0.01
+_SHARED_MEMORY = "/dev/shm"
+
+
+class Flag:
+    """A byte in a file in memory, set once a save is written. Who drops the flag removes the file.
+
+    Attributes:
+        path: of the file.
+    """
+
+    def __init__(self) -> None:
+        home = _SHARED_MEMORY if os.access(_SHARED_MEMORY, os.W_OK) else tempfile.gettempdir()
+        self.path = os.path.join(home, f"ckpt_fast-written-{os.getpid()}-{secrets.token_hex(8)}")
+        # Empty once the flag is set: a descriptor that is closed may be that of another file.
+        self._files: list[FileIO] = []
+        # Before there is a file: a signal may come at any time.
+        self._remover = weakref.finalize(self, _discard, self.path, self._files, os.getpid())
+        self._files.append(FileIO(self.path, "x"))
+        self._files[0].write(b"\0")
+
+    def set(self) -> None:
+        """The save is written. May be called again, and after ``remove``."""
+        with contextlib.suppress(IndexError), self._files.pop() as file:
+            os.pwrite(file.fileno(), b"\1", 0)
+
+    def remove(self) -> None:
+        """Whoever still waits for the flag stops."""
+        finalizer.run(self._remover)
+
+
+def _discard(path: str, files: list[FileIO], owner: int) -> None:
+    # A process that was forked has a copy of everything but the file.
+    if os.getpid() == owner:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+    with contextlib.suppress(IndexError):
+        files.pop().close()
+
+
+class Publication:
+    """The finalizer of a request: collective, it publishes the save. Who drops it gives the save up.
+
+    Args:
+        handle: the save, started.
+        flag: of it.
+    """
+
+    def __init__(self, handle: SaveHandle, flag: Flag) -> None:
+        self._handle = handle
+        self._flag = flag
+        weakref.finalize(self, _give_up, handle, flag).atexit = False
+
+    def __call__(self) -> None:
+        """Collective. AsyncSaveError on every rank if a rank failed."""
+        self._flag.remove()
+        self._handle.finalize()
+
+    def give_up(self, wait_s: float) -> bool:
+        """Local. The request will not be finalized; returns whether the save has ended within ``wait_s``."""
+        return _give_up(self._handle, self._flag, wait_s)
+
+
+def as_request(job: Job, flag: Flag, request_class: Callable[..., Any]) -> Any:
+    """The request that ends when a staged save is written.
+
+    Args:
+        job: a save whose ``stage`` has returned, with ``snapshot`` and with ``flag.set`` as ``when_written``.
+        flag: of this save.
+        request_class: ``AsyncRequest`` of the package whose queue will get it: each takes only its own.
+
+    Returns:
+        A request whose one finalizer is collective: it publishes the save, or raises AsyncSaveError on every
+        rank if a rank failed. What its owner appends runs behind that. Who drops the request gives the save
+        up.
+    """
+    handle = SaveHandle(job)
+    publication = Publication(handle, flag)
+    handle.start()
+    return request_class(
+        async_fn=wait_until_written,
+        async_fn_args=(flag.path, os.getpid()),
+        finalize_fns=[publication],
+        async_fn_kwargs={},
+    )
+
+
+def _give_up(handle: SaveHandle, flag: Flag, wait_s: float = 0.0) -> bool:
+    """Nobody is left who could finalize the save, or it is finalized."""
+    flag.remove()
+    return handle.abandon(wait_s)
+
+
+def wait_until_written(flag: str, writer: int) -> None:
+    """Return when the byte in file ``flag`` is set, or when there is nobody left who could set it.
+
+    Args:
+        flag: path of the file.
+        writer: id of the process that writes.
+    """
+    while _is_alive(writer):
+        try:
+            if Path(flag).read_bytes() != b"\0":
+                return
+        except FileNotFoundError:
+            return
+        time.sleep(_POLL_S)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True

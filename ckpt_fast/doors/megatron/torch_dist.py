@@ -1,0 +1,302 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Megatron-Core's sharded state dicts, saved and loaded by the pipeline in Megatron-Core's own files.
+
+``start_save`` and ``load`` are what the documented API uses. They take and return exactly what
+``megatron.core.dist_checkpointing.save`` and ``load`` do, and need neither a GPU nor unsafe unpickling.
+``FastSaveStrategy`` and ``FastLoadStrategy`` are the same behind Megatron-Core's strategy interface.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch.distributed as dist
+
+from ckpt_fast import compat
+from ckpt_fast.doors.megatron.common_state import COMMON_FILE, COMMON_STATE_KEY, open_checkpoint
+from ckpt_fast.doors.megatron.load_strategy import FastLoadStrategy
+from ckpt_fast.doors.megatron.load_wanted import check_keys, load_wanted, prepare
+from ckpt_fast.doors.megatron.parallel_save import share_of
+from ckpt_fast.doors.megatron.sharded_state import mismatches, shards_of, torch_bytes
+from ckpt_fast.doors.megatron.stock_queue import Flag, as_request
+from ckpt_fast.format.names import SEAL_FILE
+from ckpt_fast.format.types import FileRecord
+from ckpt_fast.glu.factory import in_place
+from ckpt_fast.pipeline.load.opened import OpenCheckpoint
+from ckpt_fast.pipeline.memory.garbage import without_collections
+from ckpt_fast.pipeline.save.parts import Completion, SaveOptions, Share
+from ckpt_fast.pipeline.save.save import Save
+from ckpt_fast.ranks.group import ControlGroup
+
+CONTENT_METADATA_KEY = "content_metadata"
+# All four keys: versions before 0.19 want each of them and accept no other.
+_SEAL = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+
+
+class FastSaveStrategy(compat.TorchDistSaveShardedStrategy):  # type: ignore[misc]
+    """Megatron-Core save strategy on the ckpt_fast pipeline.
+
+    What each rank has written is gathered at every save, whatever is cached: there is nothing that a rank
+    whose structure changed could leave stale.
+
+    Args:
+        backend, version: as Megatron-Core passes them; always "torch_dist", 1 on disk.
+        keep_only_main_replica: only True, Megatron-Core's default, is there.
+        thread_count: files per rank; None: as many as are fastest there.
+        cached_metadata: accepted, and without effect.
+        separation_hint: tensors whose key begins so get files of their own, whose names begin so as well.
+        options: of the installed Megatron-Core's strategy.
+
+    Raises:
+        ValueError: another backend or version, or ``keep_only_main_replica=False``.
+    """
+
+    def __init__(
+        self,
+        backend: str = "torch_dist",
+        version: int = 1,
+        keep_only_main_replica: bool = True,
+        thread_count: int | None = None,
+        cached_metadata: bool = False,
+        separation_hint: str | None = None,
+        **options: Any,
+    ) -> None:
+        if (backend, version) != ("torch_dist", 1):
+            raise ValueError(
+                f"FastSaveStrategy writes the backend 'torch_dist', version 1; asked for {backend!r}, "
+                f"version {version}. Use ckpt_format='torch_dist'."
+            )
+        if not keep_only_main_replica:
+            raise ValueError(
+                "keep_only_main_replica=False is not available: each piece is saved by its main replica"
+            )
+        # Megatron-Core's attribute is a number.
+        super().__init__(
+            backend,
+            version,
+            thread_count=1 if thread_count is None else thread_count,
+            cached_metadata=cached_metadata,
+            separation_hint=separation_hint,
+            **options,
+        )
+        self.writers = thread_count
+
+    def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | os.PathLike[str]) -> None:
+        """Collective. Save the sharded part; Megatron-Core itself writes ``metadata.json`` afterwards."""
+        job = self._staged(sharded_state_dict, checkpoint_dir)
+        job.write()
+        job.commit()
+
+    def async_save(
+        self,
+        sharded_state_dict: dict[str, Any],
+        checkpoint_dir: str | os.PathLike[str],
+        async_strategy: str = "mcore",
+    ) -> Any:
+        """Collective. Copy the state and begin to write it; training may go on when this returns.
+
+        Args:
+            sharded_state_dict: as for ``save``.
+            checkpoint_dir: the same on every rank.
+            async_strategy: "mcore" or "nvrx", the package whose queue will get the request.
+
+        Returns:
+            That package's ``AsyncRequest``, to which Megatron-Core adds the writing of ``metadata.json``.
+        """
+        _, request_class = compat.get_async_strategy(async_strategy, "AsyncRequest")
+        flag = Flag()
+        job = self._staged(sharded_state_dict, checkpoint_dir, snapshot=True, when_written=flag.set)
+        return as_request(job, flag, request_class)
+
+    def _staged(
+        self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | os.PathLike[str], **options: Any
+    ) -> Save:
+        directory = os.fspath(checkpoint_dir)
+        common: dict[str, bytes] = {}
+
+        def collect() -> Share:
+            if ControlGroup().is_coordinator:
+                common.update(_common_file(sharded_state_dict, directory))
+            return Share(shards_of(sharded_state_dict), common, files=compat.checkpoint_files(directory))
+
+        job = Save(
+            directory,
+            collect,
+            # The seal is Megatron-Core's, and comes later: an older one may not vouch for these files.
+            SaveOptions(writers=self.writers, separate=self.separation_hint, replace=False, **options),
+            Completion(finish=lambda _: _restore(common, directory)),
+        )
+        job.stage()
+        return job
+
+
+@without_collections
+def start_save(
+    sharded_state_dict: dict[str, Any] | Callable[[], dict[str, Any]],
+    checkpoint_dir: str,
+    strategy: Any,
+    options: SaveOptions | None = None,
+    completion: Completion | None = None,
+    *,
+    validate_access_integrity: bool = True,
+    preprocess_common_before_consistency_check: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+    content_metadata: dict[str, Any] | None = None,
+    write_beside: Callable[[str], Sequence[FileRecord]] = lambda _: (),
+) -> Save:
+    """Collective. Everything up to and including staging; the caller then runs ``write`` and ``commit``.
+
+    Args:
+        sharded_state_dict: Megatron-Core's sharded state dict, or what collects it. A rank where collecting
+            fails does not leave the others alone.
+        checkpoint_dir: the same on every rank.
+        strategy: FastSaveStrategy, or FullyParallelSaveStrategyWrapper around one.
+        options: see ``SaveOptions``; the strategy says how many files there are.
+        completion: see ``Completion``; its seal files are Megatron-Core's.
+        validate_access_integrity: check that all ranks together save every element exactly once.
+        preprocess_common_before_consistency_check: applied to the common state before ranks compare it.
+        content_metadata: stored in the common state under ``content_metadata``.
+        write_beside: see ``Share``.
+
+    Raises:
+        CheckpointError: on every rank, naming the rank that failed; nothing has been written.
+        TypeError: the strategy is of another class.
+    """
+    _require_class(strategy, FastSaveStrategy)
+    group = ControlGroup()
+    validate = validate_access_integrity and dist.is_available() and dist.is_initialized()
+    is_wrapped = isinstance(strategy, compat.FullyParallelSaveStrategyWrapper)
+
+    def state_dict() -> dict[str, Any]:
+        collected = sharded_state_dict() if callable(sharded_state_dict) else sharded_state_dict
+        if content_metadata is not None:
+            collected[CONTENT_METADATA_KEY] = content_metadata
+        return collected
+
+    def preprocess(collected: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        with mismatches(f"nothing was saved to {checkpoint_dir}"):
+            result: tuple[dict[str, Any], dict[str, Any]] = compat.save_preprocess(
+                in_place(collected), validate, preprocess_common_before_consistency_check
+            )
+            return result
+
+    preprocessed = None
+    if validate:  # with collectives, in which no rank may wait for one that cannot collect its part
+        collected = group.agree(state_dict)
+        preprocessed = group.agree(lambda: preprocess(collected))
+
+    def collect() -> Share:
+        sharded, common = preprocessed or preprocess(state_dict())
+        return replace(
+            share_of(strategy, sharded) if is_wrapped else Share(shards_of(sharded)),
+            common_files={COMMON_FILE: torch_bytes(common)} if group.is_coordinator else {},
+            files=compat.checkpoint_files(checkpoint_dir),
+            write_beside=write_beside,
+        )
+
+    base = strategy.base_strategy if is_wrapped else strategy
+    job = Save(
+        checkpoint_dir,
+        collect,
+        replace(options or SaveOptions(), writers=base.writers),
+        replace(completion or Completion(), seal_files={SEAL_FILE: json.dumps(_SEAL).encode()}),
+    )
+    job.stage()
+    return job
+
+
+@without_collections
+def load(
+    sharded_state_dict: dict[str, Any],
+    checkpoint_dir: str,
+    *,
+    checkpoint: OpenCheckpoint | None = None,
+    common: dict[str, Any] | None = None,
+    strategy: Any = None,
+    strict: Any = compat.StrictHandling.ASSUME_OK_UNEXPECTED,
+    validate_access_integrity: bool = True,
+) -> Any:
+    """Collective. Load what the sharded state dict asks for.
+
+    Sections of the checkpoint that no rank asks for are one line of warning, if an optimizer is loaded.
+
+    Args:
+        sharded_state_dict: what to load; tensors with data are filled in place.
+        checkpoint_dir: directory of a torch_dist checkpoint, of ours or of stock Megatron-Core.
+        checkpoint: the same, where the caller has opened it already.
+        common: its common state, where the caller has read it already. It becomes the state dict returned.
+        strategy: FastLoadStrategy (default), or a wrapper around one.
+        strict: Megatron-Core's ``StrictHandling`` or its string value.
+        validate_access_integrity: check that the ranks' requests fit together.
+
+    Returns:
+        The state dict with the common state merged in; with the two ``return_*`` modes of ``strict`` a tuple
+        (state dict, missing keys, unexpected keys).
+
+    Raises:
+        CheckpointError: on every rank, naming the rank that failed.
+        TypeError: the strategy is of another class.
+    """
+    strategy = strategy or FastLoadStrategy()
+    _require_class(strategy, FastLoadStrategy)
+    group = ControlGroup()
+    strict = compat.parse_strict_flag(strict)
+    compat.force_all_tensors_to_non_fp8(sharded_state_dict)
+    base = getattr(strategy, "base_strategy", strategy)
+    with contextlib.ExitStack() as stack:
+        opened = checkpoint or stack.enter_context(open_checkpoint(checkpoint_dir))
+        stack.enter_context(base.reading(opened))
+        wanted = group.agree(
+            # A wrapper exchanges tensors, which views are not.
+            lambda: prepare(sharded_state_dict, opened, common, into_views=strategy is base)
+        )
+        sharded, missing, unexpected = check_keys(
+            wanted.sharded, checkpoint_dir, strategy, strict, validate_access_integrity
+        )
+        state_dict = wanted.state_dict
+        compat.merge(state_dict, load_wanted(sharded, checkpoint_dir, strategy))
+    state_dict = compat.apply_factory_merges(state_dict, wanted.factories)
+    if compat.StrictHandling.requires_returning_mismatch_keys(strict):
+        return state_dict, missing, unexpected
+    return state_dict
+
+
+def _common_file(sharded_state_dict: dict[str, Any], directory: str) -> dict[str, bytes]:
+    """The common state as ``common.pt`` must hold it, by that name; empty if Megatron-Core gave none."""
+    for entry in compat.nested_values(sharded_state_dict):
+        if isinstance(entry, compat.ShardedObject) and entry.unique_key == COMMON_STATE_KEY:
+            return {COMMON_FILE: torch_bytes(entry.data)}
+    # Versions before 0.19 have written the file already, not durably, and read nothing else.
+    with compat.checkpoint_files(directory) as files:
+        try:
+            return {COMMON_FILE: files.read(COMMON_FILE)}
+        except FileNotFoundError:
+            return {}
+
+
+def _restore(common: dict[str, bytes], directory: str) -> list[FileRecord]:
+    """Write again what Megatron-Core has replaced for another save to the directory, which was then refused.
+
+    Versions before 0.19 write ``common.pt`` before they ask the strategy.
+    """
+    with compat.checkpoint_files(directory) as files:
+        files.publish({name: content for name, content in common.items() if files.read(name) != content})
+    return []
+
+
+def _require_class(strategy: Any, wanted: type) -> None:
+    base = getattr(strategy, "base_strategy", strategy)
+    if not isinstance(base, wanted):
+        got = f"the class {base.__name__} itself" if isinstance(base, type) else f"a {type(base).__name__}"
+        raise TypeError(
+            f"this door takes a {wanted.__name__}, alone or in Megatron-Core's wrapper; got {got}"
+        )

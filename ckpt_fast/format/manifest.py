@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The manifest: what binds every byte of a checkpoint to its save. It stands in ``.metadata``.
+
+It follows the pickle. Readers that do not know it stop there. docs/format.md draws the layout.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import struct
+import zlib
+from array import array
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from ckpt_fast.format.types import BlockDigests, FileRecord
+
+# Each so many bytes of an item's payload have a CRC-32 of their own.
+BLOCK_NBYTES = 256 << 10
+
+_VERSION = 1
+_MAGIC = b"CKPTFAST"
+# Lengths of the manifest and of the pickle, version; then the CRC-32 of all before it, and the magic number.
+_LENGTHS = struct.Struct("<QQI")
+_END = struct.Struct("<I8s")
+_U32 = struct.Struct("<I")
+
+
+def new_save_id() -> str:
+    """The random id of one save."""
+    return secrets.token_hex(16)
+
+
+class Payload(NamedTuple):
+    """Checked bytes of a file.
+
+    Attributes:
+        nbytes: how many.
+        crcs: the CRC-32 of every block of ``Manifest.block_nbytes`` of them; the last may be shorter.
+    """
+
+    nbytes: int
+    crcs: memoryview
+
+
+class Manifest:
+    """What one save says of its bytes.
+
+    Attributes:
+        save_id: of the save.
+        block_nbytes: length of the blocks.
+        files: every file of the checkpoint but ``.metadata``, by its name in it.
+        beside: files that belong to the checkpoint and lie elsewhere (states of data loaders), by the end of
+            their path.
+        notes: what else the writer had to say.
+    """
+
+    def __init__(
+        self,
+        save_id: str,
+        files: Iterable[FileRecord],
+        digests: Iterable[BlockDigests] = (),
+        *,
+        beside: Iterable[FileRecord] = (),
+        notes: Mapping[str, Any] | None = None,
+        block_nbytes: int = BLOCK_NBYTES,
+    ) -> None:
+        self.save_id = save_id
+        self.block_nbytes = block_nbytes
+        self.files = {file.path: file for file in files}
+        self.beside = {file.path: file for file in beside}
+        self.notes = dict(notes or {})
+        self._digests = list(digests)
+
+    def payload(self, path: str, offset: int) -> Payload | None:
+        """The checksums of the payload that starts at ``offset`` of a data file; None if there are none."""
+        return self._payloads.get((path, offset))
+
+    @cached_property
+    def _payloads(self) -> dict[tuple[str, int], Payload]:
+        payloads = {}
+        for part in self._digests:
+            crcs, at = memoryview(part.crcs).cast("I"), 0
+            for file, offset, nbytes in zip(part.file, part.offset, part.nbytes, strict=True):
+                count = -(-nbytes // self.block_nbytes)
+                payloads[part.paths[file], offset] = Payload(nbytes, crcs[at : at + count])
+                at += count
+            if at != len(crcs):
+                raise ValueError(f"{len(crcs)} blocks have checksums, but there are {at}")
+        return payloads
+
+    def without(self, paths: set[str]) -> Manifest:
+        """That of a checkpoint that has lost these files, with an id of its own: it is not what was saved."""
+        kept = []
+        for part in self._digests:
+            rows = BlockDigests(part.paths, array("I"), array("q"), array("q"), b"")
+            crcs, at = [], 0
+            for file, offset, nbytes in zip(part.file, part.offset, part.nbytes, strict=True):
+                end = at + 4 * -(-nbytes // self.block_nbytes)
+                if part.paths[file] not in paths:
+                    rows.file.append(file)
+                    rows.offset.append(offset)
+                    rows.nbytes.append(nbytes)
+                    crcs.append(part.crcs[at:end])
+                at = end
+            kept.append(rows._replace(crcs=b"".join(crcs)))
+        return Manifest(
+            new_save_id(),
+            (file for file in self.files.values() if file.path not in paths),
+            kept,
+            beside=self.beside.values(),
+            notes=self.notes,
+            block_nbytes=self.block_nbytes,
+        )
+
+    def encode(self) -> bytes:
+        """The manifest without what frames it in ``.metadata``."""
+        paths = sorted({path for part in self._digests for path in part.paths})
+        number = {path: i for i, path in enumerate(paths)}
+        head = json.dumps(
+            {
+                "save_id": self.save_id,
+                "block_nbytes": self.block_nbytes,
+                "files": _encode_files(self.files),
+                "beside": _encode_files(self.beside),
+                "notes": self.notes,
+                "data_files": paths,
+            },
+            separators=(",", ":"),
+        ).encode()
+        file, offset, nbytes = array("I"), array("q"), array("q")
+        for part in self._digests:
+            file.extend(number[part.paths[each]] for each in part.file)
+            offset.extend(part.offset)
+            nbytes.extend(part.nbytes)
+        columns = [file, offset, nbytes, array("I", b"".join(part.crcs for part in self._digests))]
+        counts = _U32.pack(len(head)) + _U32.pack(len(file)) + _U32.pack(len(columns[-1]))
+        return b"".join([counts, head, *(column.tobytes() for column in columns)])
+
+
+def append_manifest(pickled: bytes, manifest: Manifest) -> bytes:
+    """The content of ``.metadata``: the pickle and the manifest behind it."""
+    body = manifest.encode()
+    content = b"".join([pickled, body, _LENGTHS.pack(len(body), len(pickled), _VERSION)])
+    return content + _END.pack(zlib.crc32(content), _MAGIC)
+
+
+def has_manifest(content: bytes) -> bool:
+    """Whether a ``.metadata`` file ends as one with a manifest does."""
+    return content.endswith(_MAGIC)
+
+
+def split_manifest(content: bytes) -> tuple[bytes, Manifest | None]:
+    """The pickle of a ``.metadata`` file, and the manifest if it has one.
+
+    A manifest of a later version is as good as none.
+
+    Raises:
+        ValueError: the file is not as it was written.
+    """
+    footer = _LENGTHS.size + _END.size
+    if len(content) < footer or not has_manifest(content):
+        return content, None
+    crc, _ = _END.unpack_from(content, len(content) - _END.size)
+    found = zlib.crc32(memoryview(content)[: -_END.size])
+    if found != crc:
+        raise ValueError(f"its CRC-32 is {found:08x} instead of {crc:08x}")
+    body_nbytes, pickle_nbytes, version = _LENGTHS.unpack_from(content, len(content) - footer)
+    if body_nbytes + pickle_nbytes + footer != len(content):
+        raise ValueError(f"its parts have {body_nbytes} and {pickle_nbytes} bytes, the file {len(content)}")
+    pickled = content[:pickle_nbytes]
+    if version > _VERSION:
+        return pickled, None
+    try:
+        return pickled, _decode(memoryview(content)[pickle_nbytes : pickle_nbytes + body_nbytes])
+    except (KeyError, TypeError, AttributeError, struct.error, RecursionError) as error:
+        raise ValueError(f"its manifest makes no sense ({type(error).__name__}: {error})") from error
+
+
+def _decode(body: memoryview) -> Manifest:
+    head_nbytes, count, crc_count = (_U32.unpack_from(body, 4 * i)[0] for i in range(3))
+    at = 12 + head_nbytes
+    columns = [array("I"), array("q"), array("q"), array("I")]
+    for column, length in zip(columns, (count, count, count, crc_count), strict=True):
+        end = at + length * column.itemsize
+        if end > len(body):
+            raise ValueError("its manifest is cut short")
+        column.frombytes(body[at:end])
+        at = end
+    head = json.loads(bytes(body[12 : 12 + head_nbytes]))
+    paths, block_nbytes = head["data_files"], int(head["block_nbytes"])
+    if block_nbytes < 1 or any(file >= len(paths) for file in columns[0]) or min(columns[2], default=0) < 0:
+        raise ValueError("its manifest makes no sense")
+    file, offset, nbytes, crcs = columns
+    return Manifest(
+        str(head["save_id"]),
+        _decode_files(head["files"]),
+        [BlockDigests(paths, file, offset, nbytes, crcs.tobytes())],
+        beside=_decode_files(head["beside"]),
+        notes=head["notes"],
+        block_nbytes=block_nbytes,
+    )
+
+
+def _encode_files(files: Mapping[str, FileRecord]) -> dict[str, list[Any]]:
+    return {name: [file.nbytes, f"{file.crc32:08x}"] for name, file in sorted(files.items())}
+
+
+def _decode_files(entries: Mapping[str, Any]) -> list[FileRecord]:
+    return [FileRecord(name, int(nbytes), int(crc, 16)) for name, (nbytes, crc) in entries.items()]
+
+
+def file_record(path: str, content: bytes) -> FileRecord:
+    """The manifest's entry for a file with this content."""
+    return FileRecord(path, len(content), zlib.crc32(content))

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a save has done, and how long each of its steps took."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from ckpt_fast.format.types import FileRecord, readable
+from ckpt_fast.jobs import metrics
+
+
+@dataclass
+class SaveReport:
+    """One save as its user sees it. Times in seconds, on this rank.
+
+    Attributes:
+        directory: the checkpoint.
+        nbytes: bytes this rank wrote.
+        files: files this rank wrote.
+        stall_s: how long training waited.
+        written_s: from the call until this rank's bytes were durable.
+        seconds: from the call until the checkpoint was published.
+        staged_nbytes: bytes copied to host memory; 0 if all were written from where they were.
+        host_memory_allocated: bytes of host buffers that were new in this save; later saves use them again.
+        steps: seconds spent in each step of the pipeline, by name.
+    """
+
+    directory: str
+    nbytes: int = 0
+    files: int = 0
+    stall_s: float = 0.0
+    written_s: float = 0.0
+    seconds: float = 0.0
+    staged_nbytes: int = 0
+    host_memory_allocated: int = 0
+    steps: dict[str, float] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def timed(self, step: str) -> Iterator[None]:
+        """Add the time that the block takes to the step's."""
+        begin = time.perf_counter()
+        try:
+            with metrics.range_of(step):
+                yield
+        finally:
+            self.steps[step] = self.steps.get(step, 0.0) + time.perf_counter() - begin
+
+    def count(self, files: Sequence[FileRecord]) -> None:
+        """Add files that this rank wrote."""
+        self.files += len(files)
+        self.nbytes += sum(file.nbytes for file in files)
+
+    @property
+    def gb_per_s(self) -> float:
+        """This rank's bytes over the time until they were durable, in 10^9 bytes per second."""
+        return self.nbytes / self.written_s / 1e9 if self.written_s else 0.0
+
+    @property
+    def staged_gb_per_s(self) -> float:
+        """How fast bytes were copied to host memory, in 10^9 bytes per second."""
+        seconds = self.steps.get("stage", 0.0) + self.steps.get("drain", 0.0)
+        return self.staged_nbytes / seconds / 1e9 if seconds else 0.0
+
+    def __str__(self) -> str:
+        facts = [f"stall {self.stall_s:.3f} s"]
+        if self.staged_nbytes:
+            facts.append(f"{readable(self.staged_nbytes)} staged at {self.staged_gb_per_s:.1f} GB/s")
+        facts.append(
+            f"{readable(self.nbytes)} of this rank durable after {self.written_s:.3f} s at "
+            f"{self.gb_per_s:.2f} GB/s"
+        )
+        if self.host_memory_allocated:
+            facts.append(f"{readable(self.host_memory_allocated)} of host buffers allocated for it")
+        return ", ".join(facts)

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks: is what a load reads what the save has written?"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from ckpt_fast.errors import CheckpointCorruptError
+from ckpt_fast.format.types import Extent
+from ckpt_fast.pipeline.load.index import CheckpointIndex, RawData
+from ckpt_fast.pipeline.load.read import ByteArena, ReadProgram
+
+
+class _Check(NamedTuple):
+    """Checksums to compare once the data is in.
+
+    Attributes:
+        name: of the tensor or object.
+        item: where it lies.
+        first, end: its blocks, in what the read program returns.
+        raw: what they must be.
+        crc_handle: of the one that stands in the file, in the arena.
+    """
+
+    name: str
+    item: Extent
+    first: int
+    end: int
+    raw: RawData
+    crc_handle: int | None
+
+
+class Checks:
+    """The checksums of what a program reads.
+
+    Args:
+        index: the checkpoint.
+        program: what is read.
+        arena: for checksums that stand in the files.
+    """
+
+    def __init__(self, index: CheckpointIndex, program: ReadProgram, arena: ByteArena) -> None:
+        self._index, self._program, self._arena = index, program, arena
+        self._checks: dict[int, _Check] = {}
+
+    def add(self, name: str, item: Extent, raw: RawData) -> None:
+        """What the program reads of a payload must have the checksums that it was written with."""
+        first, end = self._program.check(raw.extent, raw.block_nbytes)
+        if first < end and first not in self._checks:
+            handle = self._arena.add(raw.crc_extent) if raw.crc_extent is not None else None
+            self._checks[first] = _Check(name, item, first, end, raw, handle)
+
+    def compare(self, found: memoryview) -> None:
+        """Raise CheckpointCorruptError for the first block that differs."""
+        for check in self._checks.values():
+            handle, expected = check.crc_handle, check.raw.crcs
+            crcs = [self._arena.crc32(handle)] if handle is not None else expected
+            assert crcs is not None
+            mine = found[check.first : check.end].tolist()
+            if mine == (crcs.tolist() if isinstance(crcs, memoryview) else crcs):
+                continue
+            for block, (crc, wanted) in enumerate(zip(mine, crcs, strict=True)):
+                if crc not in (wanted, -1):
+                    raise CheckpointCorruptError(self._damage(check, block, crc, wanted))
+
+    def _damage(self, check: _Check, block: int, crc: int, wanted: int) -> str:
+        begin = check.raw.extent.offset + block * check.raw.block_nbytes
+        end = min(begin + check.raw.block_nbytes, check.raw.extent.offset + check.raw.extent.nbytes)
+        save = self._index.manifest.save_id if self._index.manifest is not None else None
+        origin = f", or of another save than {save}, whose .metadata it is" if save else ""
+        return (
+            f"{check.name} in {self._index.directory}/{check.item.path} (bytes {begin} to {end}) has CRC-32 "
+            f"{crc:08x} instead of {wanted:08x}: the file is damaged{origin}. Load an earlier iteration."
+        )

@@ -1,0 +1,382 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A checkpoint's table of contents: which pieces there are, and where their raw bytes lie."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from ckpt_fast.errors import CheckpointCorruptError, CheckpointMismatchError
+from ckpt_fast.format.archive import (
+    LOCAL_HEADER_NBYTES,
+    find_raw_member,
+    is_contiguous_tensor,
+    item_nbytes,
+    local_header_nbytes,
+    tensor_archive,
+)
+from ckpt_fast.format.consistency import Region, UsedBytes, require_apart
+from ckpt_fast.format.names import LAYOUT, LAYOUT_ATTRIBUTE, METADATA_FILE, SIDECAR_FILE
+from ckpt_fast.format.types import Extent
+from ckpt_fast.pipeline.load.decode import Contents, read_contents
+from ckpt_fast.pipeline.load.read import ByteArena, ReadProgram
+from ckpt_fast.pipeline.memory.garbage import without_collections
+from ckpt_fast.storage.files import Directory, Files
+from ckpt_fast.storage.versions import FileVersions
+
+_FOREIGN_TAIL_NBYTES = 1024
+_LARGEST_FILE = 1 << 62
+
+
+class Piece(NamedTuple):
+    """One saved shard of a tensor: its place in the whole, its extent in every dimension, its item.
+
+    ``transforms`` names the stream transforms (compression) that torch DCP applied to the item.
+    """
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    item: Extent
+    transforms: tuple[str, ...]
+
+
+class _Item(NamedTuple):
+    extent: Extent
+    transforms: tuple[str, ...]
+
+
+class SavedTensor(NamedTuple):
+    """A whole tensor as the checkpoint has it.
+
+    The pieces lie inside it and have no element in common. They may leave some out: of a tensor that ranks
+    saved without each other, each knows its own pieces.
+    """
+
+    fqn: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    pieces: list[Piece]
+
+
+class RawData(NamedTuple):
+    """Where a payload's bytes lie, and what their CRC-32s must be.
+
+    Attributes:
+        extent: the bytes.
+        block_nbytes: so many of them have a checksum; the last may be of fewer.
+        crcs: the checksums; None if it is one, and stands in the file.
+        crc_extent: there.
+    """
+
+    extent: Extent
+    block_nbytes: int
+    crcs: Sequence[int] | None
+    crc_extent: Extent | None = None
+
+
+class CheckpointIndex:
+    """The parsed ``.metadata`` of one checkpoint directory.
+
+    Args:
+        directory: the checkpoint.
+        contents: its ``.metadata``, where it has been read already.
+        extensions: torch DCP's registry of the stream transforms that items may need; None: torch's own.
+        files: where the checkpoint's files are, if they are not simply in ``directory``.
+        versions: what the files were like before ``contents`` was read.
+
+    Raises:
+        CheckpointNotFoundError, CheckpointCorruptError, UnsafeCheckpointError: see ``read_metadata``.
+        CheckpointCorruptError: what the metadata says of items contradicts what it says of tensors, or items
+            share bytes of a file.
+        CheckpointMismatchError: the directory is a URL.
+    """
+
+    @without_collections
+    def __init__(
+        self,
+        directory: str,
+        contents: Contents | None = None,
+        extensions: Any = None,
+        files: Files | None = None,
+        versions: FileVersions | None = None,
+    ) -> None:
+        if "://" in os.fspath(directory):
+            raise CheckpointMismatchError(
+                f"cannot load from {directory}: this is a URL, and is read through multi-storage-client "
+                "only, with ckpt_format='torch_dist' or 'fsdp_dtensor'. Install and enable it, or copy the "
+                "checkpoint to a path."
+            )
+        self.directory = directory
+        self.files = files if files is not None else Directory(directory)
+        self.versions = versions if versions is not None else FileVersions(directory)
+        self.extensions = extensions
+        if contents is None:
+            self.files.fetch((METADATA_FILE, SIDECAR_FILE))
+            self.versions.note([METADATA_FILE])
+            contents = read_contents(directory)
+        self.metadata = contents.metadata
+        self.manifest = contents.manifest
+        self.identity = contents.identity
+        self.nbytes = 0  # of all items
+        self._own_layout = getattr(self.metadata, LAYOUT_ATTRIBUTE, None) == LAYOUT
+        self._pieces: dict[str, dict[tuple[int, ...], _Item]] = defaultdict(dict)
+        self._objects: dict[str, _Item] = {}
+        self._tensors: dict[str, SavedTensor] = {}
+        self._pieces_at: dict[str, dict[tuple[int, ...], Piece]] = {}
+        with self._contradictions_are_damage():
+            self._take_items()
+            self._require_an_item_for_each_piece()
+
+    def _take_items(self) -> None:
+        used = UsedBytes()
+        for index, info in (self.metadata.storage_data or {}).items():
+            item = _Item(_extent(info), tuple(getattr(info, "transform_descriptors", None) or ()))
+            self.nbytes += item.extent.nbytes
+            used.add(*item.extent)
+            if isinstance(self.metadata.state_dict_metadata[index.fqn], TensorStorageMetadata):
+                self._pieces[index.fqn][tuple(index.offset or ())] = item
+            else:
+                self._objects[index.fqn] = item
+        shared = used.shared()
+        if shared is not None:
+            names = sorted(
+                index.fqn
+                for index, info in self.metadata.storage_data.items()
+                if info.relative_path == shared[0] and info.offset <= shared[1] < info.offset + info.length
+            )
+            raise ValueError(f"{' and '.join(names[:2])} share bytes of {shared[0]} at {shared[1]}")
+
+    def _require_an_item_for_each_piece(self) -> None:
+        """Of tensors that nobody loads too: a name or a place that is damaged takes the bytes of another."""
+        for fqn, entry in self.metadata.state_dict_metadata.items():
+            if not isinstance(entry, TensorStorageMetadata):
+                if fqn not in self._objects:
+                    raise ValueError(f"{fqn} has no item")
+            elif len(self._pieces[fqn]) != len(entry.chunks):
+                # Sorted, since the hashes of places that somebody has chosen may all be equal.
+                places = itertools.groupby(sorted(tuple(chunk.offsets) for chunk in entry.chunks))
+                count = sum(1 for _ in places)
+                if len(self._pieces[fqn]) != count:
+                    raise ValueError(f"{fqn} has {len(self._pieces[fqn])} items for {count} pieces")
+
+    def tensor(self, fqn: str) -> SavedTensor:
+        """The saved tensor of this name.
+
+        Raises:
+            CheckpointMismatchError: there is none.
+            CheckpointCorruptError: what the metadata says of it makes no sense.
+        """
+        tensor = self._tensors.get(fqn)
+        if tensor is None:
+            entry = self.metadata.state_dict_metadata.get(fqn)
+            if not isinstance(entry, TensorStorageMetadata):
+                raise CheckpointMismatchError(missing_keys_message(self.directory, [fqn], self.metadata))
+            with self._contradictions_are_damage():
+                tensor = self._tensors[fqn] = self._assemble(fqn, entry)
+        return tensor
+
+    def piece(self, fqn: str, offsets: tuple[int, ...]) -> tuple[SavedTensor, Piece]:
+        """The saved tensor and its piece that starts at ``offsets``; errors as of ``tensor``."""
+        tensor, piece = self._tensor_and_piece(fqn, offsets)
+        if piece is None:
+            raise CheckpointCorruptError(
+                f"{self.directory} has no piece of {fqn} at {offsets}; load an earlier iteration"
+            )
+        return tensor, piece
+
+    def exact_piece(self, fqn: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Piece | None:
+        """The piece that is just this region, if there is one; errors as of ``tensor``."""
+        _, piece = self._tensor_and_piece(fqn, offsets)
+        return piece if piece is not None and piece.sizes == sizes else None
+
+    def _tensor_and_piece(self, fqn: str, offsets: tuple[int, ...]) -> tuple[SavedTensor, Piece | None]:
+        tensor = self.tensor(fqn)
+        if len(tensor.pieces) == 1:
+            (piece,) = tensor.pieces
+            return tensor, piece if piece.offsets == offsets else None
+        if fqn not in self._pieces_at:
+            # Of pieces that start at the same place all but one are empty, or all.
+            by_size = sorted(tensor.pieces, key=lambda piece: math.prod(piece.sizes))
+            self._pieces_at[fqn] = {piece.offsets: piece for piece in by_size}
+        return tensor, self._pieces_at[fqn].get(offsets)
+
+    def object_extent(self, fqn: str) -> Extent:
+        """The item of a saved object.
+
+        Raises:
+            CheckpointMismatchError: there is none of this name.
+        """
+        return self._object(fqn).extent
+
+    def object_transforms(self, fqn: str) -> tuple[str, ...]:
+        """The stream transforms that were applied to a saved object; errors as of ``object_extent``."""
+        return self._object(fqn).transforms
+
+    def _object(self, fqn: str) -> _Item:
+        if fqn not in self._objects:
+            raise CheckpointMismatchError(missing_keys_message(self.directory, [fqn], self.metadata))
+        return self._objects[fqn]
+
+    def _assemble(self, fqn: str, entry: TensorStorageMetadata) -> SavedTensor:
+        shape, dtype = _whole_numbers(entry.size), entry.properties.dtype
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"{fqn} has no dtype")
+        items, pieces = self._pieces[fqn], []
+        regions = [
+            Region(_whole_numbers(chunk.offsets), _whole_numbers(chunk.sizes)) for chunk in entry.chunks
+        ]
+        if len(regions) > 1:
+            regions = list(dict.fromkeys(regions))  # a replicated piece may be there more than once
+        for region in regions:
+            if not len(region.offsets) == len(region.sizes) == len(shape):
+                raise ValueError(f"a piece of {fqn} has another number of dimensions")
+            # A whole tensor may be stored without an offset.
+            item = items.get(region.offsets) or (items.get(()) if not any(region.offsets) else None)
+            if item is None:
+                raise ValueError(f"{fqn} has no item for its piece {region}")
+            pieces.append(Piece(*region, item.extent, item.transforms))
+        try:
+            require_apart(shape, regions)
+        except ValueError as error:
+            raise ValueError(f"{fqn}: {error}") from None
+        return SavedTensor(fqn, dtype, shape, pieces)
+
+    @contextmanager
+    def _contradictions_are_damage(self) -> Iterator[None]:
+        try:
+            yield
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            what = f"nothing is known of {error}" if isinstance(error, KeyError) else error
+            raise CheckpointCorruptError(
+                f"{self.directory}/.metadata makes no sense ({what}); load an earlier iteration"
+            ) from error
+
+    def locate(self, wanted: Iterable[tuple[torch.dtype, Piece]]) -> dict[Extent, RawData | None]:
+        """Where the raw data of each piece lies; None for items only ``torch.load`` can read.
+
+        Our own layout is computed; archives of other writers are looked into, all in two batches of reads.
+        """
+        located: dict[Extent, RawData | None] = {}
+        foreign: list[tuple[torch.dtype, Piece]] = []
+        for dtype, piece in wanted:
+            located[piece.item] = None
+            if piece.transforms or self.payload_of(piece.item) is not None:
+                continue
+            if self._own_layout:
+                located[piece.item] = self._own_raw_data(dtype, piece)
+            if located[piece.item] is None:
+                foreign.append((dtype, piece))
+        located.update(self._look_into(foreign))
+        return located
+
+    def _own_raw_data(self, dtype: torch.dtype, piece: Piece) -> RawData | None:
+        nbytes = math.prod(piece.sizes) * dtype.itemsize
+        try:
+            archive = tensor_archive(dtype, piece.sizes)
+        except TypeError:
+            return None
+        if item_nbytes(archive, nbytes) != piece.item.nbytes:
+            return None
+        path, offset, _ = piece.item
+        raw_offset = offset + len(archive.head)
+        if self.manifest is not None:
+            return self.checked(Extent(path, raw_offset, nbytes))
+        crc_offset = raw_offset + nbytes + archive.crc_offsets[0]
+        return RawData(Extent(path, raw_offset, nbytes), nbytes, None, Extent(path, crc_offset, 4))
+
+    def payload_of(self, item: Extent) -> RawData | None:
+        """The item itself, if the manifest has checksums of it as a whole: it is no archive of our layout."""
+        if self.manifest is None or self.manifest.payload(item.path, item.offset) is None:
+            return None
+        return self.checked(item)
+
+    def checked(self, payload: Extent) -> RawData:
+        """A payload with its checksums in the manifest, which there is.
+
+        Raises:
+            CheckpointCorruptError: it is not one that the save wrote.
+        """
+        assert self.manifest is not None
+        known = self.manifest.payload(payload.path, payload.offset)
+        if known is None or known.nbytes != payload.nbytes:
+            raise CheckpointCorruptError(
+                f"{self.directory}/.metadata contradicts itself: its manifest has no {payload.nbytes} bytes "
+                f"at {payload.offset} of {payload.path}. Load an earlier iteration."
+            )
+        return RawData(payload, self.manifest.block_nbytes, known.crcs)
+
+    def _look_into(self, wanted: list[tuple[torch.dtype, Piece]]) -> dict[Extent, RawData | None]:
+        program = ReadProgram(self.files)
+        arena = ByteArena(program)
+        tails = [arena.add(_last_bytes(piece.item)) for _, piece in wanted]
+        program.run()
+        members = {}
+        for (dtype, piece), handle in zip(wanted, tails, strict=True):
+            member = find_raw_member(arena.content(handle), max(0, piece.item.nbytes - _FOREIGN_TAIL_NBYTES))
+            if member is not None and is_contiguous_tensor(member, dtype, piece.sizes):
+                members[piece.item] = member
+        program = ReadProgram(self.files)
+        arena = ByteArena(program)
+        headers = {
+            item: arena.add(Extent(item.path, item.offset + member.local_offset, LOCAL_HEADER_NBYTES))
+            for item, member in members.items()
+        }
+        program.run()
+        located: dict[Extent, RawData | None] = {}
+        for item, handle in headers.items():
+            member = members[item]
+            header_nbytes = local_header_nbytes(arena.content(handle))
+            if header_nbytes is not None:
+                offset = item.offset + member.local_offset + header_nbytes
+                extent = Extent(item.path, offset, member.nbytes)
+                located[item] = RawData(extent, member.nbytes, [member.crc32])
+        return located
+
+
+def missing_keys_message(directory: str, keys: list[str], metadata: Metadata) -> str:
+    """Text of the error for names that a checkpoint does not have."""
+    shown = ", ".join(sorted(keys)[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
+    last = keys[0].rsplit(".", 1)[-1]
+    similar = sorted(key for key in metadata.state_dict_metadata if key.rsplit(".", 1)[-1] == last)[:3]
+    hint = f" It has, for example, {', '.join(similar)}." if similar else ""
+    return (
+        f"the checkpoint {directory} has no {shown}.{hint} Load it into the model it was saved from, or "
+        "choose a dist_ckpt_strictness that tolerates missing keys."
+    )
+
+
+def _extent(info: Any) -> Extent:
+    """An item's place as the metadata gives it; ValueError if it can be none in this directory."""
+    path, (offset, nbytes) = info.relative_path, _whole_numbers((info.offset, info.length))
+    _require_inside(path)
+    if offset + nbytes > _LARGEST_FILE:
+        raise ValueError(f"{path} cannot have {nbytes} bytes at {offset}")
+    return Extent(path, offset, nbytes)
+
+
+@functools.lru_cache(maxsize=1024)
+def _require_inside(path: object) -> None:
+    if not isinstance(path, str) or os.path.isabs(path) or ".." in path.split("/") or "\0" in path:
+        raise ValueError(f"{path!r} is no file of the checkpoint")
+
+
+def _whole_numbers(values: Iterable[Any]) -> tuple[int, ...]:
+    checked = tuple(values)
+    for value in checked:
+        if type(value) is not int or value < 0:
+            raise ValueError(f"{checked} are no sizes")
+    return checked
+
+
+def _last_bytes(item: Extent) -> Extent:
+    nbytes = min(item.nbytes, _FOREIGN_TAIL_NBYTES)
+    return Extent(item.path, item.offset + item.nbytes - nbytes, nbytes)

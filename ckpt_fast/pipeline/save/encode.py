@@ -1,0 +1,286 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Encode: plans become bytes. The write program of the data files, and the pickle in ``.metadata``."""
+
+from __future__ import annotations
+
+import copyreg
+import ctypes
+import io
+import itertools
+import math
+import pickle
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint import filesystem
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from ckpt_fast.errors import CheckpointMismatchError
+from ckpt_fast.format.consistency import tile
+from ckpt_fast.format.names import LAYOUT, LAYOUT_ATTRIBUTE
+from ckpt_fast.format.types import ItemRecord
+from ckpt_fast.pipeline.memory.garbage import without_collections
+from ckpt_fast.pipeline.save.plan import FilePlan
+from ckpt_fast.pipeline.save.stage import Staged
+
+
+class WriteProgram:
+    """The columns that ``native.write_files`` takes: pieces, patches and digests of a rank's files.
+
+    Owns the constant bytes (heads, tails, ready-made items); the raw data belongs to ``Staged.owners``.
+    """
+
+    @without_collections
+    def __init__(self, files: Sequence[FilePlan], staged: Staged) -> None:
+        self.paths = [file.path for file in files]
+        self.file_nbytes = array("q", [file.nbytes for file in files])
+        self.piece_file, self.piece_offset = array("q"), array("q")
+        self.piece_nbytes, self.piece_address, self.piece_digest = array("q"), array("q"), array("q")
+        self.patch_file, self.patch_offset, self.patch_digest = array("q"), array("q"), array("q")
+        # Where the bytes of each digest are, in the order of the digests.
+        self.payload_file, self.payload_offset, self.payload_nbytes = array("I"), array("q"), array("q")
+        self._keep: list[Any] = []
+        self._constants: dict[bytes, int] = {}
+        positions = itertools.count()
+        for number, file in enumerate(files):
+            for item in file.items:
+                self._add_item(number, item, staged, next(positions))
+
+    def _add_item(self, file: int, item: Any, staged: Staged, position: int) -> None:
+        if item.archive is None:
+            digest = self._new_digest(file, item.offset, len(item.payload))
+            self._add_constant(file, item.offset, item.payload, digest)
+            return
+        head, tail, crc_offsets = item.archive
+        raw_offset = item.offset + len(head)
+        digest = self._new_digest(file, raw_offset, item.raw_nbytes)
+        self._add_constant(file, item.offset, head)
+        if position in staged.runs:
+            self._add_runs(file, raw_offset, *staged.runs[position], digest)
+        elif item.raw_nbytes:
+            self._add_piece(file, raw_offset, item.raw_nbytes, staged.addresses[position], digest)
+        tail_offset = raw_offset + item.raw_nbytes
+        self._add_constant(file, tail_offset, tail)
+        for crc_offset in crc_offsets:
+            self.patch_file.append(file)
+            self.patch_offset.append(tail_offset + crc_offset)
+            self.patch_digest.append(digest)
+
+    def columns(self) -> dict[str, Any]:
+        """The columns by the names that ``native.write_files`` has for them."""
+        return {
+            "file_nbytes": self.file_nbytes,
+            "piece_file": self.piece_file,
+            "piece_offset": self.piece_offset,
+            "piece_nbytes": self.piece_nbytes,
+            "piece_address": self.piece_address,
+            "piece_digest": self.piece_digest,
+            "patch_file": self.patch_file,
+            "patch_offset": self.patch_offset,
+            "patch_digest": self.patch_digest,
+            "digest_count": self.digest_count,
+        }
+
+    @property
+    def digest_count(self) -> int:
+        """How many digests there are: one for the payload of each item."""
+        return len(self.payload_file)
+
+    def _new_digest(self, file: int, offset: int, nbytes: int) -> int:
+        self.payload_file.append(file)
+        self.payload_offset.append(offset)
+        self.payload_nbytes.append(nbytes)
+        return len(self.payload_file) - 1
+
+    def _add_piece(self, file: int, offset: int, nbytes: int, address: int, digest: int) -> None:
+        self.piece_file.append(file)
+        self.piece_offset.append(offset)
+        self.piece_nbytes.append(nbytes)
+        self.piece_address.append(address)
+        self.piece_digest.append(digest)
+
+    def _add_runs(self, file: int, offset: int, addresses: array[int], nbytes: int, digest: int) -> None:
+        count = len(addresses)
+        self.piece_file.extend(array("q", [file]) * count)
+        self.piece_offset.extend(range(offset, offset + count * nbytes, nbytes))
+        self.piece_nbytes.extend(array("q", [nbytes]) * count)
+        self.piece_address.extend(addresses)
+        self.piece_digest.extend(array("q", [digest]) * count)
+
+    def _add_constant(self, file: int, offset: int, content: bytes, digest: int = -1) -> None:
+        address = self._constants.get(content)
+        if address is None:
+            memory = (ctypes.c_char * len(content)).from_buffer_copy(content)
+            self._keep.append(memory)
+            address = self._constants[content] = ctypes.addressof(memory)
+        self._add_piece(file, offset, len(content), address, digest)
+
+
+@without_collections
+def encode_metadata(records: Iterable[ItemRecord], planner_data: Mapping[str, Any] | None = None) -> bytes:
+    """The pickle in ``.metadata``: readable by torch DCP of any version from 2.6 on, naming no class of ours.
+
+    Args:
+        records: the items of all ranks.
+        planner_data: torch DCP's flattened-name to path mapping; None for Megatron-Core checkpoints.
+
+    Raises:
+        CheckpointMismatchError: two ranks disagree on a tensor's shape or dtype, or wrote the same piece, or
+            the pieces of a tensor do not cover each of its elements once.
+    """
+    tensors: dict[str, Any] = {}
+    storage: dict[Any, Any] = {}
+    shared = _SharedParts()
+    for record in records:
+        entry = _entry(tensors, record, shared)
+        if record.dtype is None:
+            index = MetadataIndex(record.fqn)
+        else:
+            if 0 in record.sizes and (entry.chunks or 0 not in record.global_shape):
+                continue  # where there are more ranks than rows, pieces are empty and may share an offset
+            chunk = shared.chunk(record.offsets, record.sizes)
+            index = MetadataIndex(record.fqn, chunk.offsets, len(entry.chunks))
+            entry.chunks.append(chunk)
+        info = _StorageInfo(*record.extent)
+        other = storage.setdefault(index, info)
+        if other is not info:
+            raise CheckpointMismatchError(
+                f"{record.fqn} at {record.offsets or 'no offset'} is written by two ranks, in "
+                f"{other.relative_path} and {record.extent.path}. Each piece needs exactly one main "
+                "replica: check replica_id of the sharded state dict."
+            )
+    _require_complete(tensors)
+    metadata = Metadata(
+        state_dict_metadata=tensors,
+        planner_data=dict(planner_data) if planner_data is not None else None,
+        storage_data=storage,
+    )
+    return pickle_metadata(metadata)
+
+
+@without_collections
+def pickle_metadata(metadata: Metadata, own_layout: bool = True) -> bytes:
+    """``metadata`` as it stands in ``.metadata``.
+
+    Args:
+        metadata: its ``version`` is set.
+        own_layout: mark it as describing archives of our layout; False for somebody else's data files.
+    """
+    if own_layout:
+        setattr(metadata, LAYOUT_ATTRIBUTE, LAYOUT)
+    metadata.version = getattr(filesystem, "CURRENT_DCP_VERSION", None)
+    buffer = io.BytesIO()
+    pickler = pickle.Pickler(buffer, protocol=4)
+    pickler.dispatch_table = {**copyreg.dispatch_table, TensorProperties: _reduce_properties}
+    pickler.dump(metadata)
+    return buffer.getvalue()
+
+
+class _SharedParts:
+    """One object for equal parts of the metadata: a pickle holds each once, so it is shorter and read sooner.
+
+    Most tensors of a checkpoint have one of few shapes, and a rank's pieces few places.
+    """
+
+    def __init__(self) -> None:
+        self._sizes: dict[tuple[int, ...], torch.Size] = {}
+        self._chunks: dict[tuple[tuple[int, ...], tuple[int, ...]], ChunkStorageMetadata] = {}
+        self._properties: dict[tuple[Any, ...], TensorProperties] = {}
+
+    def size(self, values: tuple[int, ...]) -> torch.Size:
+        size = self._sizes.get(values)
+        if size is None:
+            size = self._sizes[values] = torch.Size(values)
+        return size
+
+    def chunk(self, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> ChunkStorageMetadata:
+        chunk = self._chunks.get((offsets, sizes))
+        if chunk is None:
+            chunk = ChunkStorageMetadata(self.size(offsets), self.size(sizes))
+            self._chunks[offsets, sizes] = chunk
+        return chunk
+
+    def properties(self, properties: TensorProperties) -> TensorProperties:
+        p = properties
+        fields = (p.dtype, p.layout, p.requires_grad, p.memory_format, p.pin_memory)
+        kept = self._properties.get(fields)
+        if kept is None:
+            # Without the strides, which torch notes from 2.15 on and our files do not have.
+            kept = self._properties[fields] = TensorProperties(*fields)
+        return kept
+
+
+def share_parts(metadata: Metadata) -> None:
+    """Let equal parts of the metadata of somebody else's plan be one object each."""
+    shared = _SharedParts()
+    for entry in metadata.state_dict_metadata.values():
+        if isinstance(entry, TensorStorageMetadata):
+            entry.properties = shared.properties(entry.properties)
+            entry.size = shared.size(tuple(entry.size))
+            entry.chunks = [shared.chunk(tuple(c.offsets), tuple(c.sizes)) for c in entry.chunks]
+
+
+def _entry(tensors: dict[str, Any], record: ItemRecord, shared: _SharedParts) -> Any:
+    """The metadata entry of the record's tensor or object, new or known from an earlier record."""
+    entry = tensors.get(record.fqn)
+    if entry is None:
+        if record.dtype is None:
+            entry = BytesStorageMetadata()
+        else:
+            properties = shared.properties(TensorProperties(dtype=record.dtype))
+            size = shared.size(record.global_shape)
+            entry = TensorStorageMetadata(properties, size, [])
+        tensors[record.fqn] = entry
+    elif isinstance(entry, BytesStorageMetadata) != (record.dtype is None):
+        raise CheckpointMismatchError(
+            f"{record.fqn} is a tensor on one rank and an object on another (file {record.extent.path}). "
+            "Nothing was published; check that all ranks build the same model."
+        )
+    elif record.dtype is not None and (
+        tuple(entry.size) != record.global_shape or entry.properties.dtype != record.dtype
+    ):
+        raise CheckpointMismatchError(
+            f"ranks disagree on {record.fqn}: {tuple(entry.size)} of {entry.properties.dtype} on one, "
+            f"{record.global_shape} of {record.dtype} on another (file {record.extent.path}). "
+            "Nothing was published; check that all ranks build the same model."
+        )
+    return entry
+
+
+def _require_complete(tensors: Mapping[str, Any]) -> None:
+    for fqn, entry in tensors.items():
+        if not isinstance(entry, TensorStorageMetadata):
+            continue
+        if (
+            len(entry.chunks) == 1
+            and entry.chunks[0].sizes == entry.size
+            and not any(entry.chunks[0].offsets)
+        ):
+            continue
+        shape = tuple(entry.size)
+        wanted, written = math.prod(shape), sum(chunk.sizes.numel() for chunk in entry.chunks)
+        if written != wanted:
+            problem = f"the ranks wrote {written} of the {wanted} elements of {fqn} {shape}"
+        elif not tile(shape, entry.chunks):
+            problem = f"the pieces that the ranks wrote do not cover {fqn} {shape}: some overlap"
+        else:
+            continue
+        raise CheckpointMismatchError(
+            f"{problem}. Nothing was published; check the sharding that model and optimizer declare for it."
+        )
+
+
+def _reduce_properties(properties: TensorProperties) -> tuple[Any, ...]:
+    """Five fields: torch up to 2.14 reads exactly these, later versions accept them."""
+    state = properties.__getstate__()[:5]  # type: ignore[no-untyped-call]
+    return copyreg.__newobj__, (TensorProperties,), state  # type: ignore[attr-defined]

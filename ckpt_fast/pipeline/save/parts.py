@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a door tells the pipeline of one save: what each rank brings, and how it is written and completed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ckpt_fast.format.types import FileRecord, Shard
+from ckpt_fast.pipeline.memory.device_copy import StagingPolicy
+from ckpt_fast.storage.files import Files
+
+
+def _nothing(*_: str) -> None:
+    pass
+
+
+def _no_files(_: str) -> Sequence[FileRecord]:
+    return ()
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one rank brings to a save.
+
+    Attributes:
+        shards: what this rank saves. No two ranks save the same piece.
+        common_files: name to content, written durably by the coordinator before the checkpoint is sealed.
+        planner_data: torch DCP's name to path mapping, None for Megatron-Core; the coordinator's counts.
+        files: where the checkpoint's files go; None: into its directory. Closed once they are written.
+        write_beside: writes, durably, what this rank has to put beside the checkpoint, and returns what that
+            is. Gets the directory of the files. Run in the writing thread.
+        is_divided: False where the ranks have to agree first which of them saves what: ``shards`` are then
+            only what this rank could save.
+        divide: gives this rank's shards once the ranks have agreed. Collective; run by all ranks, before
+            anything is touched, if ``is_divided`` is False on any of them.
+    """
+
+    shards: Sequence[Shard]
+    common_files: Mapping[str, bytes] = field(default_factory=dict)
+    planner_data: Mapping[str, Any] | None = None
+    files: Files | None = None
+    write_beside: Callable[[str], Sequence[FileRecord]] = _no_files
+    is_divided: bool = True
+    divide: Callable[[], Sequence[Shard]] | None = None
+
+
+@dataclass(frozen=True)
+class SaveOptions:
+    """How a save is made. All ranks choose the same.
+
+    Attributes:
+        writers: files (and so streams to the file system) per rank; None: as many as are fastest there.
+        snapshot: copy CPU tensors while staging, so that training may go on during the write.
+        staging: how tensors on GPUs are copied for a snapshot; None follows ``CKPT_FAST_STAGING``.
+        host_buffer: bound on the host buffers in use, in bytes; None follows ``CKPT_FAST_HOST_BUFFER``.
+            With a bound smaller than the state, staging waits for the writes of all but the last waves.
+        separate: shards whose name begins so get files of their own; see ``plan_save``.
+        replace: keep an older checkpoint in the directory until this one is sealed, where that can be.
+        when_written: called in the writing thread once this rank has written its last byte, or has failed.
+    """
+
+    writers: int | None = None
+    snapshot: bool = False
+    staging: StagingPolicy | None = None
+    host_buffer: int | None = None
+    separate: str | None = None
+    replace: bool = True
+    when_written: Callable[[], None] = _nothing
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What the coordinator does besides, in the order in which it happens.
+
+    ``prepare`` and ``finish`` get the directory of the files. If that is not the checkpoint's, an older
+    checkpoint is still there, and is replaced before ``select``.
+
+    Attributes:
+        prepare: makes room beside the checkpoint.
+        finish: writes, durably, what else belongs to the checkpoint, once all ranks have written; returns
+            what that is.
+        notes: what the manifest is to say besides.
+        seal_files: name to content, published after ``.metadata`` in the order given; the last is the seal.
+        select: makes others choose this checkpoint, which is published.
+    """
+
+    prepare: Callable[[str], None] = _nothing
+    finish: Callable[[str], Sequence[FileRecord]] = _no_files
+    notes: Mapping[str, Any] = field(default_factory=dict)
+    seal_files: Mapping[str, bytes] = field(default_factory=dict)
+    select: Callable[[], None] = _nothing

@@ -1,0 +1,308 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Save: plan, stage, encode, write, commit, in this order and on every rank."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+import time
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch.distributed as dist
+
+from ckpt_fast.errors import CheckpointWriteError
+from ckpt_fast.format.manifest import Manifest, file_record, new_save_id
+from ckpt_fast.format.types import FileRecord, RankRecord, shard_nbytes
+from ckpt_fast.jobs import progress, untold
+from ckpt_fast.jobs.job import Job
+from ckpt_fast.jobs.report import SaveReport
+from ckpt_fast.jobs.worker import LEAVE_S, Worker
+from ckpt_fast.pipeline.memory.device_copy import BLOCKING, StagingPolicy
+from ckpt_fast.pipeline.save import seal
+from ckpt_fast.pipeline.save.encode import encode_metadata
+from ckpt_fast.pipeline.save.parts import Completion, SaveOptions, Share
+from ckpt_fast.pipeline.save.plan import file_prefix
+from ckpt_fast.pipeline.save.waves import Waves
+from ckpt_fast.ranks.group import ControlGroup, Outcome
+from ckpt_fast.settings import Settings
+from ckpt_fast.storage import owners
+from ckpt_fast.storage.files import Claim, Directory, Files
+from ckpt_fast.storage.owners import Hold
+
+logger = logging.getLogger(__name__)
+
+_Claims = Sequence[Outcome[tuple[Claim, bool]]]
+
+
+class Save(Job):
+    """One save in progress. Every rank calls ``stage``, ``write`` and ``commit``, in this order.
+
+    ``stage`` and ``commit`` are collective; ``write`` is local and may run in another thread. The shards'
+    memory must not change between ``stage`` and the end of ``write`` unless ``options.snapshot`` is set.
+
+    What is staged goes to a thread that writes it. State that does not fit the bound on host buffers is
+    staged in waves, each in files of its own: a wave is copied while the one before it is being written.
+
+    Args:
+        directory: the checkpoint directory, the same on every rank. An older checkpoint in it is one until
+            this one is sealed, if ``options.replace`` says so; otherwise it is invalidated by ``stage``.
+        collect: gives what this rank brings. Run by ``stage``, before anything is touched, and local.
+        options: how it is made.
+        completion: what the coordinator does besides.
+        process_group: the ranks that save together; None means all.
+    """
+
+    def __init__(
+        self,
+        directory: str,
+        collect: Callable[[], Share],
+        options: SaveOptions | None = None,
+        completion: Completion | None = None,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        super().__init__(os.fspath(directory), ControlGroup(process_group))
+        self._collect: Callable[[], Share] | None = collect
+        self._options = options or SaveOptions()
+        self._completion = completion or Completion()
+        # Made in ``stage``, where a rank may fail without leaving the others alone.
+        self._share: Share | None = None
+        self._files: Files = Directory(self.directory)
+        self._waves_or_none: Waves | None = None
+        self._hold = Hold()
+        self._nbytes = 0
+        self._planner_data: Mapping[str, Any] | None = None
+        self._common_files: Mapping[str, bytes] = {}
+        self._beside: list[FileRecord] = []
+        self._written: Outcome[RankRecord] | None = None
+        self._started = time.perf_counter()
+
+    def stage(self) -> None:
+        """Collective. Prepare the directory, plan, bring the bytes to host memory, and begin to write them.
+
+        On return the shards' owners may change them, if ``options.snapshot`` is set.
+
+        Raises:
+            CheckpointError: on every rank, naming the rank that failed. If what was asked for can be refused
+                beforehand (settings, options, room, a save to the same directory that is not over), an older
+                checkpoint is as before.
+        """
+        with self._abandoned_if_left():
+            with self.report.timed("prepare"):
+                self._prepare()
+            outcome = self._group.attempt(self._stage_shards)
+            if outcome.error is not None:
+                self._written = Outcome(outcome.rank, error=outcome.error)
+            self.report.stall_s = time.perf_counter() - self._started
+
+    @property
+    def _worker(self) -> Worker:
+        return self._waves.worker
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """Bytes that this rank has handed to the file system, and those it will have in the end, roughly."""
+        return min(self._waves.written_nbytes, self._nbytes), self._nbytes
+
+    @property
+    def written_to(self) -> str:
+        """Where, until it is committed, the checkpoint's files are: in its directory, or beside an older one.
+
+        In object storage always the checkpoint itself.
+        """
+        return self._files.directory if isinstance(self._files, Directory) else self.directory
+
+    def wait_staged(self) -> None:
+        """Local. What the calling thread does to the shards from now on no longer reaches the checkpoint."""
+        self._waves.order_behind_copies()
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What went wrong on this rank while it wrote; None until then."""
+        return self._waves.error
+
+    def cancel(self) -> None:
+        """Local. Stop writing soon. ``commit`` will raise on every rank, and nothing is published."""
+        self._waves.cancel()
+
+    def abandon(self, wait_s: float = LEAVE_S) -> bool:
+        """Local. Give the save up without the other ranks; returns whether nothing of it is under way."""
+        ended = self._waves_or_none is None or self._waves.abandon(wait_s)
+        if ended and self._group.is_coordinator:
+            self._files.withdraw()
+        self._hold.let_go()
+        return ended
+
+    def write(self, timeout_s: float | None = None) -> None:
+        """Local. Return when this rank's files are written; ``commit`` raises what went wrong, everywhere.
+
+        Args:
+            timeout_s: longer than this counts as a failure.
+        """
+        watched = self._group.is_coordinator and not self.is_written()
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._abandoned_if_left())
+            if watched:
+                stack.enter_context(progress.shown(self.directory, lambda: self.progress))
+            outcome = self._group.attempt(lambda: self._finish_writing(timeout_s))
+        self._written = self._written or outcome
+
+    def commit(self) -> SaveReport:
+        """Collective. Publish the checkpoint if every rank has written its part, else raise on every rank."""
+        assert self._written is not None, "commit before write"
+        with self.report.timed("commit"), self._abandoned_if_left():
+            outcomes = self._group.gather(self._written)
+            self._group.decide(lambda: self._publish(outcomes), outcomes)
+        self._hold.let_go()
+        self.report.seconds = time.perf_counter() - self._started
+        if not self._options.snapshot:
+            self.report.stall_s = self.report.seconds
+        seal.report(self.report, self._group.global_rank)
+        return self.report
+
+    @property
+    def _waves(self) -> Waves:
+        assert self._waves_or_none is not None, "the save was not staged"
+        return self._waves_or_none
+
+    def _claim(self) -> Claim:
+        """Local. All that can be refused, before anything of an older checkpoint is touched."""
+        chosen, options = Settings.read(), self._options
+        assert self._collect is not None, "a save is staged once"
+        self._share, self._collect = self._collect(), None
+        if self._share.files is not None:
+            self._files = self._share.files
+        policy = options.staging or StagingPolicy(chosen.staging_mode)
+        self._waves_or_none = Waves(
+            self.report,
+            file_prefix(self._group.global_rank),
+            options.writers,
+            snapshot=options.snapshot,
+            bound=options.host_buffer if options.host_buffer is not None else chosen.host_buffer_bytes,
+            policy=policy if options.snapshot else BLOCKING,
+            separate=options.separate,
+            files=self._files,
+            settings=chosen,
+        )
+        self._hold.progress = self._waves.progress
+        # Nobody could commit it any more: the thread, which knows nothing of this object, is to stop.
+        weakref.finalize(self, self._waves.cancel).atexit = False
+        owners.occupy(self.directory, self._hold)
+        return self._files.claim(sum(map(shard_nbytes, self._share.shards)))
+
+    def _prepare(self) -> None:
+        try:
+            claims = self._group.collect(lambda: (self._claim(), self._is_divided()))
+            is_prepared, place = self._group.decide(lambda: self._prepare_if_divided(claims), claims)
+            if not is_prepared:
+                self._group.agree(self._divide)
+                place = self._group.decide(lambda: self._prepare_files(claims))
+            if place is not None:
+                self._files.write_to(place)
+        except BaseException:
+            self._files.close()
+            raise
+
+    def _is_divided(self) -> bool:
+        return self._share is not None and self._share.is_divided
+
+    def _divide(self) -> None:
+        assert self._share is not None
+        if self._share.divide is not None:
+            self._share = replace(self._share, shards=self._share.divide())
+
+    def _prepare_if_divided(self, claims: _Claims) -> tuple[bool, str | None]:
+        if not all(each.value is not None and each.value[1] for each in claims):
+            return False, None
+        return True, self._prepare_files(claims)
+
+    def _prepare_files(self, claims: _Claims) -> str | None:
+        values = [each.value[0] for each in claims if each.value is not None]
+        place = self._files.prepare(values, replace=self._options.replace)
+        if place is not None:
+            self._files.write_to(place)
+        self._completion.prepare(place or self.directory)
+        return place
+
+    def _stage_shards(self) -> None:
+        share, self._share = self._share, None
+        assert share is not None
+        self._planner_data = share.planner_data
+        self._common_files = share.common_files if self._group.is_coordinator else {}
+        # The thread knows nothing of this object, nor of the shards beyond their wave.
+        files, common, beside, waves = self._files, self._common_files, self._beside, self._waves
+        write_beside, directory = share.write_beside, self.written_to
+        try:
+            self._nbytes = sum(map(shard_nbytes, share.shards))
+            waves.stage(share.shards)
+            waves.then(lambda: files.publish(common, waves.progress, sync_names=False))
+            waves.then(lambda: beside.extend(write_beside(directory)))
+        finally:
+            waves.at_end(
+                functools.partial(
+                    _end_writing,
+                    files,
+                    waves,
+                    self._hold,
+                    self.directory if self._options.snapshot else None,
+                    self._options.when_written,
+                )
+            )
+            waves.close()
+
+    def _finish_writing(self, timeout_s: float | None) -> RankRecord:
+        record = self._waves.finish(timeout_s)
+        common = [file_record(name, content) for name, content in self._common_files.items()]
+        record.files.extend(common)
+        self.report.count(common)
+        record.beside.extend(self._beside)
+        return record
+
+    def _publish(self, outcomes: Sequence[Outcome[RankRecord]]) -> None:
+        records = [outcome.value for outcome in outcomes if outcome.value is not None]
+        metadata = encode_metadata((item for record in records for item in record.items), self._planner_data)
+        files = [file for record in records for file in record.files]
+        self._require_all_present(files)
+        completion = self._completion
+        files.extend(completion.finish(self.written_to))
+        files.extend(file_record(name, content) for name, content in completion.seal_files.items())
+        manifest = Manifest(
+            new_save_id(),
+            files,
+            [digests for record in records for digests in record.digests],
+            beside=[file for record in records for file in record.beside],
+            notes=completion.notes,
+        )
+        seal.seal(self._files, metadata, manifest, completion.seal_files)
+        self._files.take_place()
+        completion.select()
+
+    def _require_all_present(self, files: Sequence[FileRecord]) -> None:
+        """The coordinator must see what the others wrote, or the ranks do not share their storage."""
+        for file, nbytes in self._files.missing(files):
+            path = os.path.join(self.directory, file.path)
+            found = "is missing" if nbytes is None else f"has {nbytes} bytes instead of {file.nbytes}"
+            raise CheckpointWriteError(
+                f"{path} was written by another rank but {found} as this rank sees it. The checkpoint was "
+                "not published; the save directory must be on a file system that all ranks share, or in "
+                "object storage.",
+                filename=path,
+            )
+
+
+def _end_writing(
+    files: Files,
+    waves: Waves,
+    _hold: Hold,
+    in_background: str | None,
+    when_written: Callable[[], None],
+) -> None:
+    """In the writing thread, which so keeps the hold on the directory to its end."""
+    files.close()
+    if in_background is not None and waves.error is not None and not waves.progress.stopped:
+        untold.report(in_background, waves.error)
+    when_written()

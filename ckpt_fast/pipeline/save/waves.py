@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Waves: a rank's shards are staged and written behind, all at once or, under a bound, part by part."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import logging
+import time
+from collections.abc import Callable, Sequence
+
+from ckpt_fast import native
+from ckpt_fast.errors import CheckpointError, CheckpointWriteError
+from ckpt_fast.format.types import RankRecord, Shard
+from ckpt_fast.jobs.job import too_late
+from ckpt_fast.jobs.report import SaveReport
+from ckpt_fast.jobs.worker import LEAVE_S, Worker
+from ckpt_fast.pipeline.memory.device_copy import BLOCKING, DeviceCopies, StagingPolicy
+from ckpt_fast.pipeline.save.encode import WriteProgram
+from ckpt_fast.pipeline.save.plan import FilePlan, cut_waves, item_records, plan_save
+from ckpt_fast.pipeline.save.stage import Staged, copied_nbytes, stage
+from ckpt_fast.pipeline.save.write import automatic_writers, write
+from ckpt_fast.settings import Settings
+from ckpt_fast.storage.files import Directory, Files
+
+logger = logging.getLogger(__name__)
+
+
+class Waves:
+    """One save's shards of one rank on their way to files. Local: no collectives.
+
+    What is staged goes to a thread that writes it. Shards whose copies exceed the bound on host buffers are
+    staged in waves, each in files of its own: a wave is copied while the one before it is being written.
+
+    Args:
+        report: of the save.
+        prefix: start of the file names, different on every rank.
+        writers: files (and so streams to the file system) per wave; None: as many as are fastest there.
+        snapshot: copy CPU tensors while staging, so that they may change during the write.
+        bound: bytes of host buffers that this and other saves may use together; None: no bound.
+        policy: how tensors on GPUs are copied.
+        separate: see ``plan_save``.
+        files: where the files go; None: into ``report.directory``, which must exist.
+        settings: of the save; None: those in force.
+        progress: stops the writing, where that is for others to decide as well.
+        first: number of the first file.
+
+    Raises:
+        ValueError: a setting, ``writers`` or ``bound`` makes no sense.
+    """
+
+    def __init__(
+        self,
+        report: SaveReport,
+        prefix: str,
+        writers: int | None = None,
+        *,
+        snapshot: bool = False,
+        bound: int | None = None,
+        policy: StagingPolicy = BLOCKING,
+        separate: str | None = None,
+        files: Files | None = None,
+        settings: Settings | None = None,
+        progress: native.Progress | None = None,
+        first: int = 0,
+    ) -> None:
+        self._settings = settings if settings is not None else Settings.read()
+        if writers is not None and writers < 1:
+            raise ValueError(
+                f"{writers} files per rank (thread_count, storage_writers_per_rank) are none: use at least "
+                "1, or None for as many as are fastest"
+            )
+        if bound is not None and bound < 1:
+            raise ValueError(f"a bound of {bound} bytes on host memory is none: use at least 1, or None")
+        self._files = files if files is not None else Directory(report.directory)
+        self._report = report
+        self._prefix = prefix
+        self._writers = writers
+        self._snapshot = snapshot
+        self._bound = bound
+        self._policy = policy
+        self._device_copies: list[DeviceCopies] = []
+        self._separate = separate
+        self._first = first
+        self._record = RankRecord([], [])
+        self._begun = time.perf_counter()
+        self.progress = progress if progress is not None else native.Progress()
+        self.error: BaseException | None = None
+        self.worker = Worker("ckpt_fast-write", self.progress.stop)
+
+    def stage(self, shards: Sequence[Shard]) -> None:
+        """Plan, bring the bytes to host memory and begin to write them.
+
+        With a bound smaller than the state this waits for the writes of all but the last waves. After an
+        error, ``finish`` is still to be called.
+        """
+        waves: Sequence[Sequence[Shard]] = [shards]
+        limit = None
+        if self._bound is not None:
+            sizes = [copied_nbytes(shard, self._snapshot) for shard in shards]
+            if sum(sizes) > self._bound:
+                # Two waves share the bound: one is copied while the other is being written.
+                limit = self._bound // 2
+                waves = cut_waves(shards, sizes, limit)
+        writers = self._writers or automatic_writers(self._files.directory, self._settings)
+        number = self._first
+        for wave in waves:
+            with self._report.timed("plan"):
+                files = plan_save(wave, self._prefix, writers, number, self._separate)
+                number += len(files)
+            with self._report.timed("stage"):
+                staged = stage(files, self._snapshot, self._bound, limit or 0, self._policy)
+            self._device_copies.append(staged.device_copies)
+            self._report.staged_nbytes += staged.copied_nbytes
+            self._report.host_memory_allocated += staged.allocated_nbytes
+            try:
+                self.worker.submit(functools.partial(self._write_wave, files, staged))
+            except RuntimeError:  # the process may start no more threads
+                staged.release()
+                raise
+
+    def then(self, action: Callable[[], None]) -> None:
+        """Run ``action`` in the writing thread, once all that has been staged so far is written."""
+        self.worker.submit(lambda: self._unless_failed(action))
+
+    def at_end(self, action: Callable[[], None]) -> None:
+        """Run ``action`` in the writing thread behind all that has been staged, even after a failure."""
+        self.worker.submit(action)
+
+    def close(self) -> None:
+        """All is staged: the thread ends once it has written the rest. May be called again."""
+        if not self.worker.is_closed:
+            self.worker.submit(self._note_end)
+            self.worker.close()
+
+    def order_behind_copies(self) -> None:
+        """What the calling thread enqueues on GPUs from now on comes after the copies of what is staged."""
+        for copies in self._device_copies:
+            copies.order_behind()
+
+    @property
+    def written_nbytes(self) -> int:
+        """Bytes handed to the file system so far; more than there are if some had to be written again."""
+        return self.progress.nbytes
+
+    def cancel(self) -> None:
+        """Stop writing; ``finish`` will raise, even if everything is written already."""
+        self.progress.stop()
+
+    def abandon(self, wait_s: float = LEAVE_S) -> bool:
+        """``cancel``, and wait until the thread has let go of memory and files; returns whether it has.
+
+        It has not if the file system hangs. Even then none of the files gets its name any more, unless
+        ``progress.renaming``.
+        """
+        ended = self.worker.abandon(wait_s)
+        if not ended and wait_s:
+            logger.error(
+                "the save to %s is given up, but its thread still waits for the file system, which hangs. "
+                "Nothing of the save will appear.",
+                self._report.directory,
+            )
+        return ended
+
+    def finish(self, timeout_s: float | None = None) -> RankRecord:
+        """Wait until everything is written; raises what went wrong first.
+
+        Unless that is the time, nothing is written any more: the next save may use the directory at once.
+
+        Raises:
+            CheckpointError: it is not written within ``timeout_s``, or was cancelled.
+        """
+        self.close()
+        if not self.worker.wait(timeout_s):
+            self.cancel()
+            raise too_late(
+                self._report.directory,
+                self._settings.timeout_s,
+                f" ({self.written_nbytes} bytes were written)",
+            )
+        if self.error is not None and not (self.progress.stopped and _is_cancellation(self.error)):
+            raise self.error
+        if self.progress.stopped:
+            raise CheckpointError(f"the save to {self._report.directory} was cancelled")
+        return self._record
+
+    def run(self, shards: Sequence[Shard]) -> RankRecord:
+        """``stage`` and ``finish``, for callers that have nothing to do in between.
+
+        Whatever ends it early stops the writing, too, so that nobody reads the shards any more.
+        """
+        try:
+            self.stage(shards)
+            return self.finish()
+        except BaseException:
+            self.abandon()
+            raise
+
+    def _write_wave(self, files: Sequence[FilePlan], staged: Staged) -> None:
+        try:
+            self._unless_failed(lambda: self._write(files, staged))
+        finally:
+            staged.release()
+
+    def _unless_failed(self, action: Callable[[], None]) -> None:
+        if self.error is not None:
+            return
+        try:
+            action()
+        except BaseException as error:
+            self.error = error
+
+    def _note_end(self) -> None:
+        self._report.written_s = time.perf_counter() - self._begun
+
+    def _write(self, files: Sequence[FilePlan], staged: Staged) -> None:
+        with self._report.timed("drain"):
+            staged.wait()
+        with self._report.timed("encode"):
+            program = WriteProgram(files, staged)
+        with self._report.timed("write"):
+            written, digests = write(
+                program, self._files.directory, self._settings, self.progress, self._files.durable
+            )
+            self._files.hand_over(written, lambda: not self.progress.stopped)
+        self._record.files.extend(written)
+        self._report.count(written)
+        self._record.items.extend(item_records(files))
+        self._record.digests.append(digests)
+
+
+def _is_cancellation(error: BaseException) -> bool:
+    return isinstance(error, CheckpointWriteError) and error.errno == errno.ECANCELED

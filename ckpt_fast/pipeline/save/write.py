@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write: a program of bytes becomes files on disk, in parallel and durable."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import time
+
+from ckpt_fast import native
+from ckpt_fast.errors import CheckpointWriteError
+from ckpt_fast.format.manifest import BLOCK_NBYTES
+from ckpt_fast.format.types import BlockDigests, FileRecord
+from ckpt_fast.pipeline.save.encode import WriteProgram
+from ckpt_fast.settings import Settings
+from ckpt_fast.storage.commit import fsync_directory
+
+logger = logging.getLogger(__name__)
+
+# Network file systems and paths to a device fail so while they fail over.
+_MAY_PASS = (errno.EIO, errno.EAGAIN, errno.ENOBUFS, errno.ESTALE, errno.ETIMEDOUT)
+_FIRST_DELAY_S = 0.5
+_LONGEST_DELAY_S = 30.0
+_POLL_S = 0.05
+
+
+def automatic_writers(directory: str, settings: Settings) -> int:
+    """How many files a rank's save to ``directory`` goes fastest to.
+
+    A device's queue is kept full by direct writes to one file, and one is easiest to handle. Through the page
+    cache, the writers of one file wait for each other.
+    """
+    direct = settings.direct_io and _file_system(directory) not in ("tmpfs", "ramfs")
+    return 1 if direct else settings.io_threads
+
+
+def _file_system(directory: str) -> str:
+    """Type of the file system that the directory is on, "" where that is not known."""
+    path, found = os.path.realpath(directory), ("", "")
+    with contextlib.suppress(OSError), open("/proc/self/mounts") as mounts:
+        for line in mounts:
+            _, point, kind = line.split(" ")[:3]
+            prefix = point.rstrip("/")
+            if (path == prefix or path.startswith(prefix + "/")) and len(prefix) >= len(found[0]):
+                found = (prefix, kind)
+    return found[1]
+
+
+def write(
+    program: WriteProgram,
+    directory: str,
+    settings: Settings,
+    progress: native.Progress,
+    durable: bool = True,
+) -> tuple[list[FileRecord], BlockDigests]:
+    """Write the program's files into ``directory``; on return they are durable, if that is wanted.
+
+    After an error that may pass, the files are written again from the beginning, ``CKPT_FAST_RETRIES`` times:
+    what the page cache holds after a failed sync is worth nothing, but the buffers still have every byte.
+
+    Args:
+        program: what is written.
+        directory: the checkpoint.
+        settings: of the save.
+        progress: to watch the write, and to stop it, also while it waits to try again.
+        durable: whether the files are to outlive a power failure.
+
+    Returns:
+        The files, and the checksums of the payloads in them.
+
+    Raises:
+        CheckpointWriteError: naming file, offset and cause. The files are incomplete then.
+    """
+    for attempt in range(settings.write_retries + 1):
+        try:
+            return _write_once(program, directory, settings, progress, durable)
+        except CheckpointWriteError as error:
+            if error.errno not in _MAY_PASS or attempt == settings.write_retries:
+                raise
+            delay = min(_FIRST_DELAY_S * 4 ** min(attempt, 9), _LONGEST_DELAY_S)
+            logger.warning("%s Writing again in %.1f s.", error, delay)
+            _pause(delay, progress)
+    raise AssertionError("unreachable")
+
+
+def _pause(seconds: float, progress: native.Progress) -> None:
+    """Wait, but not for one who has given the save up."""
+    end = time.monotonic() + seconds
+    while not progress.stopped and (left := end - time.monotonic()) > 0:
+        time.sleep(min(left, _POLL_S))
+
+
+def _write_once(
+    program: WriteProgram, directory: str, settings: Settings, progress: native.Progress, durable: bool
+) -> tuple[list[FileRecord], BlockDigests]:
+    place = (program.paths, program.payload_file, program.payload_offset, program.payload_nbytes)
+    if not program.paths:
+        return [], BlockDigests(*place, b"")
+    try:
+        _, file_crcs, block_crcs = native.write_files(
+            [os.path.join(directory, path) for path in program.paths],
+            **program.columns(),
+            threads=settings.io_threads,
+            chunk_bytes=settings.chunk_bytes,
+            direct=settings.direct_io,
+            fsync=durable and settings.fsync_enabled,
+            progress=progress,
+            block_bytes=BLOCK_NBYTES,
+        )
+        if durable:
+            fsync_directory(directory)
+    except OSError as error:
+        raise CheckpointWriteError(
+            f"{error.strerror}. The checkpoint in {directory} is incomplete and was not published; those in "
+            "other directories are untouched. Free space or fix the file system, then save again.",
+            error.errno,
+            error.filename or directory,
+        ) from error
+    files = [
+        FileRecord(path, nbytes, crc)
+        for path, nbytes, crc in zip(program.paths, program.file_nbytes, file_crcs, strict=True)
+    ]
+    return files, BlockDigests(*place, block_crcs)

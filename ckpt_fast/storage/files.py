@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the files of one checkpoint are: in a directory, or (``spool``) somewhere that only takes whole ones.
+
+The engine reads and writes local files. ``Files`` is what the rest of a save or load asks of the place that
+these files belong to.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from types import TracebackType
+from typing import NamedTuple, Protocol
+
+from ckpt_fast import native
+from ckpt_fast.format.types import FileRecord
+from ckpt_fast.storage import commit, replacement
+from ckpt_fast.storage.small_files import LARGEST_FILE, read_small_file
+from ckpt_fast.storage.space import has_room_beside, require_space
+
+logger = logging.getLogger(__name__)
+
+
+class Claim(NamedTuple):
+    """What one rank will write: how much, to which machine's file system, and what is free there if known."""
+
+    nbytes: int
+    file_system: str = ""
+    free: int | None = None
+
+
+class Files(Protocol):
+    """The files of one checkpoint, by their names in it. As a context it is closed at the end."""
+
+    # What the checkpoint is called in messages.
+    name: str
+    # Whether what is in ``directory`` must outlive a power failure.
+    durable: bool
+
+    @property
+    def directory(self) -> str:
+        """The local directory in which the engine writes, and in which it reads what was fetched."""
+
+    def claim(self, nbytes: int) -> Claim:
+        """Local. Get ready to write; what this rank wants of which file system."""
+
+    def prepare(self, claims: Sequence[Claim], *, replace: bool) -> str | None:
+        """Coordinator. Look whether there is room for all, and make it.
+
+        Args:
+            claims: of all ranks.
+            replace: let an older checkpoint in the same place be one until ``take_place``, if that can be.
+
+        Returns:
+            For ``write_to``: where all ranks are to write meanwhile. None: an older one is invalidated.
+        """
+
+    def write_to(self, place: str) -> None:
+        """Local. What ``prepare`` has returned to the coordinator."""
+
+    def take_place(self) -> None:
+        """Coordinator. The files are a checkpoint: they replace the older one that ``prepare`` has kept."""
+
+    def withdraw(self) -> None:
+        """Coordinator. They will not be one: what ``prepare`` has made for them goes."""
+
+    def hand_over(self, files: Sequence[FileRecord], go_on: Callable[[], bool]) -> None:
+        """Local. Bring what the engine has written to where it belongs; stop soon if ``go_on`` says no."""
+
+    def publish(
+        self,
+        files: Mapping[str, bytes],
+        progress: native.Progress | None = None,
+        *,
+        sync_names: bool = True,
+    ) -> None:
+        """Write ``files`` (name to content) one after the other, each whole or not at all.
+
+        Once the job that ``progress`` is of is stopped, nothing appears any more. ``sync_names`` is False for
+        what a seal follows.
+        """
+
+    def delete(self, names: Iterable[str]) -> None:
+        """Remove files, as far as there are such; OSError if one cannot be."""
+
+    def fetch(self, names: Iterable[str]) -> None:
+        """Local. Have these files in ``directory``, if there are such."""
+
+    def read(self, name: str, limit: int = LARGEST_FILE) -> bytes:
+        """Local. What a small file holds; errors as of ``read_small_file``."""
+
+    def missing(self, files: Sequence[FileRecord]) -> list[tuple[FileRecord, int | None]]:
+        """Those that are not where they belong (None), or have another length there (which)."""
+
+    def named(self) -> AbstractContextManager[None]:
+        """A block whose errors name the checkpoint, wherever ``directory`` is."""
+
+    def close(self) -> None:
+        """Nothing is asked any more. May be called again."""
+
+    def __enter__(self) -> Files:
+        """The files."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """``close``."""
+
+
+class Directory:
+    """Files of a file system, where the engine's own are the checkpoint's.
+
+    Args:
+        path: the checkpoint; need not exist.
+
+    Attributes:
+        directory: the same; while an older checkpoint there is being replaced, one beside it.
+    """
+
+    durable = True
+
+    def __init__(self, path: str) -> None:
+        self.name = self.directory = path
+
+    def claim(self, nbytes: int) -> Claim:
+        """What this rank will write."""
+        return Claim(nbytes)
+
+    def prepare(self, claims: Sequence[Claim], *, replace: bool) -> str | None:
+        """See ``replacement.begin``; otherwise ``require_space`` and ``commit.invalidate``.
+
+        Raises:
+            CheckpointWriteError: there is no room, or the directory cannot be prepared.
+        """
+        nbytes = sum(claim.nbytes for claim in claims)
+        why_not = None
+        if self._is_checkpoint():
+            replacement.sweep(self.name)
+            if replace:
+                why_not = "There is no room for both"
+                if has_room_beside(self.name, nbytes):
+                    place = replacement.begin(self.name)
+                    if place is not None:
+                        return place
+                    why_not = "Nothing can be put beside it"
+        require_space(self.name, nbytes)
+        if why_not is not None:
+            logger.warning(
+                "%s is overwritten: the checkpoint in it ends now, and until this save is whole there is "
+                "none. %s.",
+                self.name,
+                why_not,
+            )
+        commit.invalidate(self.name)
+        return None
+
+    def write_to(self, place: str) -> None:
+        """``directory`` is ``place`` from now on."""
+        self.directory = place
+
+    def take_place(self) -> None:
+        """See ``replacement.exchange``.
+
+        Raises:
+            CheckpointWriteError: the older checkpoint is where it was.
+        """
+        place, self.directory = self.directory, self.name
+        if place != self.name:
+            replacement.exchange(place, self.name)
+
+    def withdraw(self) -> None:
+        """Remove what lies beside the checkpoint."""
+        place, self.directory = self.directory, self.name
+        if place != self.name:
+            replacement.discard(place, self.name)
+
+    def _is_checkpoint(self) -> bool:
+        with contextlib.suppress(OSError):  # what is wrong with the directory is said when it is used
+            replacement.put_back(self.name)
+            seals = commit.seals_among(os.listdir(self.name))
+            # A directory of such a name is somebody's, and in the way.
+            return bool(seals) and all(os.path.isfile(os.path.join(self.name, seal)) for seal in seals)
+        return False
+
+    def hand_over(self, files: Sequence[FileRecord], go_on: Callable[[], bool]) -> None:
+        """Nothing: they are where they belong."""
+
+    def publish(
+        self,
+        files: Mapping[str, bytes],
+        progress: native.Progress | None = None,
+        *,
+        sync_names: bool = True,
+    ) -> None:
+        """See ``commit.publish``."""
+        commit.publish(self.directory, files, progress, sync_names=sync_names)
+
+    def delete(self, names: Iterable[str]) -> None:
+        """Remove files, durably.
+
+        Raises:
+            OSError: naming the first that cannot be removed.
+        """
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(os.path.join(self.directory, name))
+        commit.fsync_directory(self.directory)
+
+    def fetch(self, names: Iterable[str]) -> None:
+        """Nothing: they are there."""
+
+    def read(self, name: str, limit: int = LARGEST_FILE) -> bytes:
+        """What a small file holds; errors as of ``read_small_file``."""
+        return read_small_file(os.path.join(self.directory, name), limit)
+
+    def missing(self, files: Sequence[FileRecord]) -> list[tuple[FileRecord, int | None]]:
+        """Those that are not there (None), or have another length (which)."""
+        found = ((file, self._nbytes(file.path)) for file in files)
+        return [(file, nbytes) for file, nbytes in found if nbytes != file.nbytes]
+
+    def named(self) -> AbstractContextManager[None]:
+        """A block whose errors name the checkpoint, as they do anyway."""
+        return contextlib.nullcontext()
+
+    def close(self) -> None:
+        """Nothing: the files stay."""
+
+    def __enter__(self) -> Directory:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _nbytes(self, name: str) -> int | None:
+        try:
+            return os.stat(os.path.join(self.directory, name)).st_size
+        except FileNotFoundError:
+            return None

@@ -1,0 +1,275 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A spool: checkpoints on storage that takes and gives whole files only, as object storage does.
+
+The engine writes and reads local files as ever, in a directory of this rank that lives as long as the save or
+load. What it has written is uploaded from there, and what it is to read is fetched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+import shutil
+import socket
+import tempfile
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Protocol
+
+from ckpt_fast import native, settings
+from ckpt_fast.errors import CheckpointError, CheckpointWriteError
+from ckpt_fast.format.types import FileRecord
+from ckpt_fast.jobs import finalizer
+from ckpt_fast.storage import commit
+from ckpt_fast.storage.files import Claim
+from ckpt_fast.storage.small_files import LARGEST_FILE, read_small_file
+from ckpt_fast.storage.space import OVERHEAD
+
+
+class Remote(Protocol):
+    """Storage of whole files, below one checkpoint. Its own errors may be of any kind."""
+
+    def put(self, name: str, path: str) -> None:
+        """Create or replace a file by the local file ``path``."""
+
+    def write(self, name: str, content: bytes) -> None:
+        """Create or replace a file."""
+
+    def get(self, name: str, path: str) -> None:
+        """Copy a file to the local ``path``; FileNotFoundError if there is none."""
+
+    def delete(self, name: str) -> None:
+        """Remove a file; nothing if there is none."""
+
+    def sizes(self) -> dict[str, int]:
+        """Name to length of every file of the checkpoint."""
+
+
+class Spool:
+    """``Files`` of a checkpoint in remote storage.
+
+    As a context it is closed at the end, and errors name the checkpoint, not the spool.
+
+    Args:
+        name: what the checkpoint is called in messages.
+        remote: where it is.
+    """
+
+    durable = False
+
+    def __init__(self, name: str, remote: Remote) -> None:
+        self.name = name
+        self._remote = remote
+        self._directory: str | None = None
+        self._remover: weakref.finalize[..., Spool] | None = None
+
+    @property
+    def directory(self) -> str:
+        """The spool, created when first asked for.
+
+        Raises:
+            CheckpointWriteError: it cannot be created.
+        """
+        if self._directory is None:
+            parent = settings.spool_directory() or tempfile.gettempdir()
+            path = os.path.join(parent, f"ckpt_fast-{secrets.token_hex(8)}")
+            # Before it is there: a signal may come at any time. And also when nobody closes it: an abandoned
+            # save ends with the process.
+            self._remover = weakref.finalize(self, _remove_directory, path, os.getpid())
+            try:
+                os.mkdir(path, 0o700)
+            except OSError as error:
+                self._remover.detach()
+                raise CheckpointWriteError(
+                    f"cannot create a spool for {self.name} in {parent}: {error.strerror}. Let "
+                    "CKPT_FAST_SPOOL name a local directory that can be written to.",
+                    error.errno,
+                    parent,
+                ) from error
+            self._directory = path
+        return self._directory
+
+    def claim(self, nbytes: int) -> Claim:
+        """Create the spool; what this rank will write there."""
+        status = os.statvfs(self.directory)
+        device = os.stat(self.directory).st_dev
+        free = status.f_bavail * status.f_frsize if status.f_blocks else None
+        return Claim(nbytes, f"{socket.gethostname()} {device}", free)
+
+    def prepare(self, claims: Sequence[Claim], *, replace: bool) -> None:
+        """Look whether every spool has room for the ranks that share its file system; then invalidate.
+
+        An older checkpoint cannot be kept until it is replaced: objects have no common name.
+
+        Raises:
+            CheckpointWriteError: there is no room, or the older checkpoint cannot be removed.
+        """
+        self._require_space(claims)
+        with self._failures("list", "Nothing was saved"):
+            names = [name for name in self._remote.sizes() if "/" not in name]
+        self.delete((*commit.seals_among(names), *filter(commit.is_payload, names)))
+
+    def write_to(self, place: str) -> None:
+        """Never asked."""
+
+    def take_place(self) -> None:
+        """Nothing: they are in their place."""
+
+    def withdraw(self) -> None:
+        """Nothing: what was uploaded is no checkpoint."""
+
+    def hand_over(self, files: Sequence[FileRecord], go_on: Callable[[], bool]) -> None:
+        """Upload what the engine has written, and make room for the next. A file that is under way arrives.
+
+        Raises:
+            CheckpointWriteError: naming the file and the cause; ECANCELED if ``go_on`` said no.
+        """
+        for file in files:
+            if not go_on():
+                raise CheckpointWriteError(
+                    f"the upload to {self.name} was cancelled", errno.ECANCELED, self.name
+                )
+            path = os.path.join(self.directory, file.path)
+            with self._failures(f"upload {file.path} to"):
+                self._remote.put(file.path, path)
+            os.unlink(path)
+
+    def publish(
+        self,
+        files: Mapping[str, bytes],
+        progress: native.Progress | None = None,
+        *,
+        sync_names: bool = True,
+    ) -> None:
+        """Write ``files`` (name to content), one after the other.
+
+        Raises:
+            CheckpointWriteError: naming the file and the cause; ECANCELED once ``progress`` is stopped.
+        """
+        for name, content in files.items():
+            with self._failures(f"write {name} to"), commit.renaming(name, progress):
+                self._remote.write(name, content)
+
+    def delete(self, names: Iterable[str]) -> None:
+        """Remove files from the remote storage, in this order.
+
+        Raises:
+            CheckpointWriteError: naming the file and the cause.
+        """
+        for name in names:
+            with self._failures(f"delete {name} in", "Those before it are gone"):
+                self._remote.delete(name)
+
+    def fetch(self, names: Iterable[str]) -> None:
+        """Download these files, unless they are here already. Missing ones are missed by those who read them.
+
+        Raises:
+            CheckpointError: naming the file and the cause.
+        """
+        for name in names:
+            path = os.path.join(self.directory, name)
+            if os.path.exists(path):
+                continue
+            try:
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+                self._remote.get(name, path)
+            except FileNotFoundError:
+                continue
+            except Exception as error:
+                raise CheckpointError(
+                    f"cannot fetch {name} of {self.name} to {path}: {type(error).__name__}: {error}. That "
+                    "says nothing about the checkpoint: look at the storage, and at the free space where "
+                    "CKPT_FAST_SPOOL is, and load again."
+                ) from error
+
+    def read(self, name: str, limit: int = LARGEST_FILE) -> bytes:
+        """Download a small file, unless it is here already, and read it; errors as of ``fetch`` and
+        ``read_small_file``."""
+        self.fetch([name])
+        return read_small_file(os.path.join(self.directory, name), limit)
+
+    def missing(self, files: Sequence[FileRecord]) -> list[tuple[FileRecord, int | None]]:
+        """Those that the remote storage does not list (None), or with another length (which).
+
+        Raises:
+            CheckpointError: it cannot be listed.
+        """
+        try:
+            sizes = self._remote.sizes()
+        except Exception as error:
+            raise CheckpointError(
+                f"cannot list {self.name}: {type(error).__name__}: {error}. See that the storage can be "
+                "reached, and that its profile may list it."
+            ) from error
+        return [(file, sizes.get(file.path)) for file in files if sizes.get(file.path) != file.nbytes]
+
+    @contextlib.contextmanager
+    def named(self) -> Iterator[None]:
+        """A block whose errors name the checkpoint, and not the spool."""
+        try:
+            yield
+        except CheckpointError as error:
+            self._name_in(error)
+            raise
+
+    def close(self) -> None:
+        """Remove the spool."""
+        if self._remover is not None:
+            finalizer.run(self._remover)
+        self._directory = None
+
+    def __enter__(self) -> Spool:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, CheckpointError):
+            self._name_in(error)
+        self.close()
+
+    def _name_in(self, error: CheckpointError) -> None:
+        if self._directory is not None:
+            error.args = tuple(str(part).replace(self._directory, self.name) for part in error.args)
+
+    def _require_space(self, claims: Sequence[Claim]) -> None:
+        if not settings.space_check():
+            return
+        wanted: dict[str, int] = defaultdict(int)
+        for claim in claims:
+            wanted[claim.file_system] += int(claim.nbytes * OVERHEAD)
+        for claim in claims:
+            needed = wanted[claim.file_system]
+            if claim.free is not None and claim.free < needed:
+                raise CheckpointWriteError(
+                    f"cannot save to {self.name}: what passes through the spool on "
+                    f"{claim.file_system.partition(' ')[0]} is about {needed / 1e9:.2f} GB, but its file "
+                    f"system has {claim.free / 1e9:.2f} GB free. Nothing was written and no checkpoint was "
+                    "touched. Let CKPT_FAST_SPOOL name a larger one; CKPT_FAST_SPACE_CHECK=0 tries "
+                    "regardless.",
+                    errno.ENOSPC,
+                    self.name,
+                )
+
+    @contextlib.contextmanager
+    def _failures(self, what: str, consequence: str = "The checkpoint was not published") -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            raise CheckpointWriteError(
+                f"cannot {what} {self.name}: {type(error).__name__}: {error}. {consequence}; those under "
+                "other names are untouched. See that the storage can be reached and written to with the "
+                "credentials of its profile on this rank, then save again.",
+                getattr(error, "errno", None),
+                self.name,
+            ) from error
+
+
+def _remove_directory(path: str, owner: int) -> None:
+    # A process that was forked has a copy of everything but the directory.
+    if os.getpid() == owner:
+        shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Local checkpoints: per-node files kept by nvidia-resiliency-ext's manager, for fast recovery."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from ckpt_fast import compat
+from ckpt_fast.ranks.group import ControlGroup
+from ckpt_fast.ranks.world import barrier_if_distributed, print_rank_0
+from ckpt_fast.trainer.places.paths import ensure_directory_exists
+
+_STRUCTURE = "local_checkpoint_structure"
+
+
+def save_local(
+    state: Any, state_dict: dict[str, Any], context: dict[str, Any], step: int, pg_collection: Any
+) -> Any:
+    """Collective. Save through the context's local checkpoint manager.
+
+    Args:
+        state_dict: holds the train state as well (``train_state_metadata``): there are no files beside it.
+
+    Returns:
+        The manager's request with ``async_save``, else None: every rank has written then.
+
+    Raises:
+        RuntimeError: Megatron-Core or nvidia-resiliency-ext lacks what local checkpoints need.
+    """
+    ckpt_cfg = state.cfg.checkpoint
+    print_rank_0("WARNING: Local checkpointing does not support nvidia_modelopt.")
+    tensor_aware_state_dict = compat.import_tensor_aware_state_dict()
+    structure = _structure_of(state_dict)
+    is_known = ckpt_cfg.ckpt_assume_constant_structure and ControlGroup().all_true(
+        structure == context.get(_STRUCTURE)
+    )
+    local_state_dict, context["local_checkpoint_cache"] = tensor_aware_state_dict.from_state_dict(
+        state_dict,
+        algo=ckpt_cfg.non_persistent_local_ckpt_algo,
+        cached_metadata=context.get("local_checkpoint_cache") if is_known else None,
+        parallelization_group=pg_collection.dp_cp,
+    )
+    context[_STRUCTURE] = structure  # of what the cache was made for
+    request = context["local_checkpoint_manager"].save(
+        local_state_dict, step, is_async=bool(ckpt_cfg.async_save)
+    )
+    if not ckpt_cfg.async_save:
+        barrier_if_distributed()
+    return request
+
+
+def _structure_of(state_dict: dict[str, Any]) -> list[Any]:
+    """What decides which rank keeps what."""
+    return [
+        (
+            entry.key,
+            entry.replica_id,
+            getattr(entry, "global_shape", None),
+            getattr(entry, "global_offset", None),
+            getattr(entry.data, "shape", None),
+            getattr(entry.data, "dtype", None),
+        )
+        for entry in compat.nested_values(state_dict)
+        if isinstance(entry, (compat.ShardedTensor, compat.ShardedTensorFactory, compat.ShardedObject))
+    ]
+
+
+def load_local(
+    sharded_state_dict: dict[str, Any],
+    ckpt_cfg: Any,
+    context: dict[str, Any],
+    pg_collection: Any,
+    iteration: int,
+) -> tuple[dict[str, Any], Any]:
+    """Collective. (state dict, checkpoint id) of a local checkpoint of the same layout.
+
+    Raises:
+        CheckpointCorruptError: on every rank: it is not whole.
+    """
+    manager = context["local_checkpoint_manager"]
+    # That of nvidia-resiliency-ext loads its newest.
+    is_ours = hasattr(manager, "load_iteration")
+    local_state_dict, checkpoint_id = manager.load_iteration(iteration) if is_ours else manager.load()
+    state_dict = local_state_dict.to_state_dict(
+        sharded_state_dict,
+        algo=ckpt_cfg.non_persistent_local_ckpt_algo,
+        parallelization_group=pg_collection.dp_cp,
+    )
+    return state_dict, checkpoint_id
+
+
+def layer_wise_optimizer_path(local_ckpt_dir: str, pg_collection: Any) -> str:
+    """Where a rank's layer-wise optimizer state lies beside local checkpoints."""
+    return os.path.join(local_ckpt_dir, f"layer_wise_optimizer_{pg_collection.dp.rank()}.pt")
+
+
+def save_layer_wise_optimizer(optimizer: Any | None, local_ckpt_dir: str, pg_collection: Any) -> None:
+    """Write the state of a layer-wise optimizer, which a local checkpoint cannot hold; others: nothing."""
+    if not is_layer_wise(optimizer) or getattr(optimizer, "is_stub_optimizer", False):
+        return
+    assert optimizer is not None
+    path = layer_wise_optimizer_path(local_ckpt_dir, pg_collection)
+    ensure_directory_exists(path)
+    optimizer.save_state_dict_to_file(path)
+
+
+def is_layer_wise(optimizer: Any | None) -> bool:
+    """Whether the optimizer keeps whole layers per data-parallel rank."""
+    return isinstance(optimizer, compat.LayerWiseDistributedOptimizer)

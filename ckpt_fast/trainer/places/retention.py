@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Deleting old checkpoints, without ever deleting the one to resume from.
+
+Whatever is asked, these stay: the iterations that the trackers of the directory name, and checkpoints newer
+than the last published save, which may still be in the making. A checkpoint loses its seal before anything
+else of it, so a crash while deleting never leaves a half that passes for a whole.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import threading
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ckpt_fast.compat import object_storage
+from ckpt_fast.format.names import DATA_SUFFIX, METADATA_FILE, SEAL_FILE, SIDECAR_FILE
+from ckpt_fast.pipeline.load.decode import decode_object
+from ckpt_fast.ranks.world import get_rank_safe, print_rank_0
+from ckpt_fast.storage import owners, replacement
+from ckpt_fast.storage.commit import fsync_directory, is_payload
+from ckpt_fast.trainer.places.catalog import damage_of, iterations_in
+from ckpt_fast.trainer.places.paths import (
+    CONFIG_FILE,
+    TRACKER_PREFIX,
+    TRAIN_STATE_FILE,
+    file_exists,
+    get_checkpoint_tracker_filename,
+    get_checkpoint_train_state_filename,
+    join_paths,
+    names_in,
+    read_file,
+)
+
+logger = logging.getLogger(__name__)
+
+# Deletions of overlapping saves run one after the other, so that none sees another's half-deleted state.
+_CHECKPOINT_CLEANUP_LOCK = threading.Lock()
+
+# What our saves leave besides data, and no other library's alone.
+_OWN_NAMES = {METADATA_FILE, SEAL_FILE, SIDECAR_FILE, CONFIG_FILE, TRAIN_STATE_FILE}
+
+
+@dataclass(frozen=True)
+class _Checkpoint:
+    iteration: int
+    path: str
+
+
+def cleanup_old_non_persistent_checkpoint(
+    save_dir: str,
+    leave_ckpt_num: int | None = 1,
+    do_async: bool = False,
+    *,
+    max_iteration: int | None = None,
+) -> None:
+    """Delete all but the newest ``iter_*`` checkpoints directly in ``save_dir``. Rank 0 acts, others return.
+
+    A deletion that fails is logged and costs disk space, not the save that asked for it.
+
+    Args:
+        save_dir: the directory of the checkpoints and their trackers.
+        leave_ckpt_num: how many to keep; 0 deletes all that may be deleted, None or a negative number none.
+            Only whole ones count; what a save that died has left is deleted as soon as it is old.
+        do_async: delete in a background thread, which a normal exit of the process waits for.
+        max_iteration: the last published iteration; newer checkpoints are neither counted nor deleted.
+            None: the iteration that the trackers name, if any.
+    """
+    if get_rank_safe() != 0 or leave_ckpt_num is None or leave_ckpt_num < 0:
+        return
+    try:
+        removed, kept = _choose(save_dir, leave_ckpt_num, max_iteration)
+    except Exception:
+        logger.exception("cannot tell which checkpoints in %s are old: none is deleted", save_dir)
+        return
+    if not removed and not kept:
+        return
+    print_rank_0(f"Checkpoints scheduled for removal: {_names(removed)}")
+    print_rank_0(f"Checkpoints kept: {_names(kept)}")
+    paths = [each.path for each in removed]
+    if not do_async:
+        _remove_checkpoints(paths)
+    elif paths:
+        threading.Thread(target=_remove_checkpoints, args=(paths,)).start()
+
+
+def cleanup_old_dataloader_states(states_dir: str, checkpoint_roots: Sequence[str], newest: int) -> None:
+    """Delete the data loader states whose checkpoints are gone. Rank 0 acts, others return.
+
+    Those of iterations after ``newest`` stay, and the two newest of the others: they may belong to local
+    checkpoints, which are in no shared directory.
+
+    Args:
+        states_dir: has a directory ``iter_*`` for each save.
+        checkpoint_roots: where the checkpoints are.
+        newest: the last published iteration.
+    """
+    if get_rank_safe() != 0:
+        return
+    try:
+        old = [each for each in _list_checkpoints(states_dir) if each.iteration <= newest][:-2]
+        needed = {iteration for root in checkpoint_roots for iteration, _ in iterations_in(root)}
+    except Exception:
+        logger.exception("cannot tell which data loader states in %s are old: none is deleted", states_dir)
+        return
+    removed = [each.path for each in old if each.iteration not in needed]
+    _remove_checkpoints(removed)
+    for path in removed:
+        if not object_storage(path):
+            replacement.sweep(path)
+
+
+def _choose(
+    save_dir: str, leave: int, max_iteration: int | None
+) -> tuple[list[_Checkpoint], list[_Checkpoint]]:
+    """(to delete, to keep), oldest first; checkpoints too new to be judged are in neither.
+
+    Raises:
+        Exception: the directory or a tracker in it cannot be read.
+    """
+    tracked = _tracked_iterations(save_dir)
+    newest = max_iteration if max_iteration is not None else max(tracked, default=None)
+    old = [each for each in _list_checkpoints(save_dir) if newest is None or each.iteration <= newest]
+    kept = {each for each in old if each.iteration in tracked}
+    whole = 0
+    for each in reversed(old):
+        if whole < leave and _counts(each.path):
+            kept.add(each)
+            whole += 1
+    if whole == 0:
+        # There is nothing to compare with: the newest may be of a kind that is not known here.
+        kept.update(old[max(0, len(old) - leave) :])
+    return [each for each in old if each not in kept], [each for each in old if each in kept]
+
+
+def _counts(path: str) -> bool:
+    """Whether a directory is one of the checkpoints that are to be kept: a whole one, or another library's.
+
+    What is neither was left by a save that died, or by a deletion: nobody can resume from it.
+    """
+    if damage_of(path) is None:
+        return True
+    names = names_in(path, "*")
+    if SEAL_FILE in names and not names_in(path, f"*{DATA_SUFFIX}"):
+        # Of a backend of Megatron-Core that keeps a directory for each tensor.
+        return not file_exists(join_paths(path, METADATA_FILE))
+    return bool(names) and not any(is_payload(name) or name in _OWN_NAMES for name in names)
+
+
+def remove_replaced(root: str, checkpoint_roots: Iterable[str | None]) -> None:
+    """Remove what saves over an older iteration have left beside it, if they were killed. Rank 0 acts.
+
+    Args:
+        root: a directory of checkpoints, or of data loader states.
+        checkpoint_roots: where a save of this process may be at the same iteration just now.
+    """
+    if get_rank_safe() != 0 or object_storage(root) or not os.path.isdir(root):
+        return
+    try:
+        for path in replacement.replaced_in(root):
+            places = (os.path.join(each, os.path.basename(path)) for each in checkpoint_roots if each)
+            if not any(map(owners.is_occupied, places)):
+                replacement.put_back(path)
+                replacement.sweep(path)
+    except OSError as error:
+        logger.warning("cannot remove what was left in %s: %s", root, error)
+
+
+def _names(checkpoints: list[_Checkpoint]) -> list[str]:
+    return [os.path.basename(each.path) for each in checkpoints]
+
+
+def _list_checkpoints(save_dir: str) -> list[_Checkpoint]:
+    """The directories ``iter_<number>`` in ``save_dir``, oldest first; other names are not ours to delete.
+
+    Nor are links: a checkpoint elsewhere is somebody's own arrangement.
+    """
+    found = (_Checkpoint(iteration, path) for iteration, path in iterations_in(save_dir))
+    return [each for each in found if object_storage(each.path) or not os.path.islink(each.path)]
+
+
+def _tracked_iterations(save_dir: str) -> set[int]:
+    """The iterations that a resuming run would load.
+
+    Raises:
+        Exception: a tracker exists and cannot be understood.
+    """
+    tracked = set()
+    train_state = get_checkpoint_train_state_filename(save_dir, prefix=TRACKER_PREFIX)
+    if file_exists(train_state):
+        content = decode_object(read_file(train_state), train_state, verify=True)
+        tracked.add(int(content["step"].item()))
+    megatron_lm = get_checkpoint_tracker_filename(save_dir)
+    if file_exists(megatron_lm):
+        text = read_file(megatron_lm).decode().strip()
+        if text != "release":
+            tracked.add(int(text))
+    return tracked
+
+
+def _remove_checkpoints(paths: list[str]) -> None:
+    with _CHECKPOINT_CLEANUP_LOCK:
+        for path in paths:
+            try:
+                if file_exists(path):
+                    _remove_checkpoint(path, object_storage(path))
+            except Exception:
+                logger.exception("cannot delete the old checkpoint %s", path)
+
+
+def _remove_checkpoint(path: str, storage: Any) -> None:
+    is_durable = False
+    for seal in (SEAL_FILE, METADATA_FILE, SIDECAR_FILE):
+        file = join_paths(path, seal)
+        if not file_exists(file):
+            continue
+        if storage:
+            storage.delete(file)
+        else:
+            os.unlink(file)
+            if not is_durable:  # what goes after the first seal may come back, if that does not
+                fsync_directory(path)
+                is_durable = True
+    if storage:
+        storage.delete(path, recursive=True)
+    else:
+        shutil.rmtree(path)

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What follows when a checkpoint is published: a line for the user, loggers, callbacks, retention."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from ckpt_fast.callbacks import CallbackContext, should_fire
+from ckpt_fast.jobs.background import SaveHandle
+from ckpt_fast.jobs.report import SaveReport
+from ckpt_fast.ranks.world import is_last_rank, on_all_ranks, print_rank_0
+from ckpt_fast.trainer import experiment_loggers as loggers
+from ckpt_fast.trainer.places.locate import _get_global_non_persistent_checkpoint_dirs
+from ckpt_fast.trainer.places.retention import (
+    cleanup_old_dataloader_states,
+    cleanup_old_non_persistent_checkpoint,
+    remove_replaced,
+)
+from ckpt_fast.trainer.save.run import SaveRun, dataloader_path
+from ckpt_fast.trainer.save.target import SaveTarget
+
+
+def logger_finalizer(run: SaveRun, target: SaveTarget) -> Callable[[], None]:
+    """What tells the experiment loggers of the save, with the settings as they are now."""
+    to_mlflow = bool(getattr(run.cfg.logger, "mlflow_log_artifacts", True))
+
+    def tell() -> None:
+        if not target.is_local and is_last_rank():
+            loggers.on_save_checkpoint_success(
+                run.state, target.checkpoint_name, target.save_dir, target.step, to_mlflow
+            )
+
+    return tell
+
+
+def fire_callbacks(run: SaveRun, manager: Any | None) -> None:
+    """Collective: a callback may be on some ranks only, and its error is raised on all."""
+
+    def fire() -> None:
+        if should_fire(manager, "on_checkpoint_save"):
+            assert manager is not None
+            context = CallbackContext(
+                state=run.state, model=run.model, user_state=manager.user_state, optimizer=run.optimizer
+            )
+            manager.fire("on_checkpoint_save", context)
+
+    on_all_ranks(fire)
+
+
+def retain(run: SaveRun, target: SaveTarget) -> None:
+    if not target.is_local and target.keep is not None:
+        cleanup_old_non_persistent_checkpoint(
+            target.save_dir, leave_ckpt_num=target.keep, do_async=run.is_async, max_iteration=target.step
+        )
+    states = dataloader_path(run)
+    roots = (run.ckpt_cfg.save, *_get_global_non_persistent_checkpoint_dirs(None, run.ckpt_cfg))
+    for root in filter(None, (*roots, states)):
+        remove_replaced(root, roots)
+    # A directory that the user chose is the user's to clean.
+    if states and not getattr(run.cfg.dataset, "dataloader_save", None):
+        cleanup_old_dataloader_states(states, roots, target.step)
+
+
+def report(request: Any, begin: float) -> None:
+    """One line for a save that is published: how long training waited, and how fast bytes moved."""
+    facts = request.report if isinstance(request, SaveHandle) else request
+    if isinstance(facts, SaveReport):
+        if facts is request:
+            facts.stall_s = time.perf_counter() - begin
+        print_rank_0(f"  {facts}")

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What makes durable tensors the checkpoint to resume from: the files around them, then the trackers."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from ckpt_fast import compat
+from ckpt_fast.errors import CheckpointError
+from ckpt_fast.format.manifest import file_record
+from ckpt_fast.format.types import FileRecord
+from ckpt_fast.ranks.world import get_rank_safe, print_rank_0
+from ckpt_fast.trainer.contents.sidecars import TOKENIZER_DIR, save_tokenizer_assets
+from ckpt_fast.trainer.experiment_loggers import append_to_progress_log
+from ckpt_fast.trainer.places.paths import (
+    CONFIG_FILE,
+    TRAIN_STATE_FILE,
+    join_paths,
+    records_below,
+    write_file,
+)
+from ckpt_fast.trainer.places.trackers import (
+    encode_train_state,
+    number_of_save,
+    publish_trackers,
+    snapshot_run_config,
+    snapshot_train_state,
+)
+
+
+@contextlib.contextmanager
+def save_errors_tolerated(ckpt_cfg: Any) -> Iterator[None]:
+    """Within it a save that fails ends with a warning, if ``on_save_error`` is "warn".
+
+    Every rank sees the same failure, so all of them go on together.
+    """
+    try:
+        yield
+    except CheckpointError as error:
+        if getattr(ckpt_cfg, "on_save_error", "raise") != "warn":
+            raise
+        print_rank_0(f"WARNING: {error}\nWARNING: training goes on without it (on_save_error='warn')")
+
+
+class Publication:
+    """The facts of one save, taken when the save was asked for: training goes on while data is written.
+
+    Args:
+        state: GlobalState.
+        checkpoint_name: the iteration directory.
+        save_dir: where the trackers live.
+        num_floating_point_operations_so_far: stored with the train state.
+        success_suffix: end of the success line.
+        is_local: a local checkpoint has neither iteration files nor trackers.
+
+    Attributes:
+        train_state: what ``train_state.pt`` will hold; known once the facts are captured.
+    """
+
+    train_state: dict[str, torch.Tensor]
+
+    def __init__(
+        self,
+        state: Any,
+        checkpoint_name: str,
+        save_dir: str,
+        num_floating_point_operations_so_far: float,
+        success_suffix: str,
+        is_local: bool,
+    ) -> None:
+        self._cfg = state.cfg
+        self._step = int(state.train_state.step)
+        self._checkpoint_name, self._save_dir = checkpoint_name, save_dir
+        self._suffix, self._is_local, self._is_complete = success_suffix, is_local, False
+        self._number = number_of_save()
+        self._flops = num_floating_point_operations_so_far
+        self._run_config: Callable[[], bytes] = bytes
+
+    def capture(self, train_state: Any) -> None:
+        """Take the train state and the configuration as they are now. Local."""
+        self.train_state = snapshot_train_state(train_state, self._flops)
+        if get_rank_safe() == 0 and not self._is_local:
+            self._run_config = snapshot_run_config(self._cfg)
+
+    def complete(self, directory: str) -> list[FileRecord]:
+        """Write what else belongs to the checkpoint. Called on rank 0, before the checkpoint is sealed.
+
+        The seal makes the names durable.
+
+        Args:
+            directory: where its files are.
+
+        Returns:
+            The files.
+
+        Raises:
+            CheckpointWriteError: a file could not be written; the checkpoint must not be sealed.
+        """
+        contents = {CONFIG_FILE: self._run_config(), TRAIN_STATE_FILE: encode_train_state(self.train_state)}
+        for name, content in contents.items():
+            write_file(join_paths(directory, name), content, sync_name=False)
+        self._save_tokenizer(directory)
+        self._is_complete = True
+        return [
+            *(file_record(name, content) for name, content in contents.items()),
+            *records_below(directory, TOKENIZER_DIR),
+            *records_below(directory, compat.MODELOPT_DIR),
+        ]
+
+    def publish(self) -> None:
+        """Called on rank 0 once the checkpoint is sealed.
+
+        Raises:
+            CheckpointWriteError: a file could not be written; trackers still name the previous checkpoint.
+        """
+        ckpt_cfg = self._cfg.checkpoint
+        if self._is_local:
+            print_rank_0(f"  successfully saved local checkpoint from iteration {self._step:7d}")
+            self._log_progress("Saved async local checkpoint")
+            return
+        if not self._is_complete:
+            # Some storage's own writers seal a checkpoint without asking.
+            self.complete(self._checkpoint_name)
+        publish_trackers(self._save_dir, self._step, self.train_state, self._number)
+        where = f"{ckpt_cfg.save} {self._suffix}"
+        print_rank_0(f"  successfully saved checkpoint from iteration {self._step:7d} to {where}")
+        self._log_progress("Saved async checkpoint")
+
+    def _save_tokenizer(self, directory: str) -> None:
+        tokenizer = getattr(self._cfg.dataset, "tokenizer", None)
+        if self._cfg.checkpoint.save_tokenizer_assets and tokenizer is not None:
+            save_tokenizer_assets(tokenizer, self._cfg.tokenizer, directory)
+
+    def _log_progress(self, event: str) -> None:
+        logger_cfg, ckpt_cfg = self._cfg.logger, self._cfg.checkpoint
+        if getattr(logger_cfg, "log_progress", False) and ckpt_cfg.async_save:
+            append_to_progress_log(ckpt_cfg.save, f"{event}\tIteration: {self._step}", barrier=False)

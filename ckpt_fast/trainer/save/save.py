@@ -1,0 +1,365 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``save_checkpoint``: collect the state, hand it to a door, publish, clean up."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ckpt_fast import compat
+from ckpt_fast.doors.megatron import torch_dist
+from ckpt_fast.doors.megatron.parallel_save import FastParallelSaveWrapper
+from ckpt_fast.errors import CheckpointError
+from ckpt_fast.glu.layout import (
+    CONTIGUOUS,
+    GLU_ROWS_KEY,
+    Sizes,
+    contiguous_chunks,
+    require_whole_parameters,
+    rows_in_stored_order,
+)
+from ckpt_fast.glu.model import _get_model_glu_interleave_sizes
+from ckpt_fast.jobs.background import SaveHandle
+from ckpt_fast.pipeline.save.parts import SaveOptions
+from ckpt_fast.ranks.group import ControlGroup
+from ckpt_fast.ranks.world import on_all_ranks, print_rank_0
+from ckpt_fast.settings import Settings
+from ckpt_fast.trainer import experiment_loggers as loggers
+from ckpt_fast.trainer.contents.data_position import FILES_KEY
+from ckpt_fast.trainer.contents.fsdp import save_fsdp_dtensor, write_along
+from ckpt_fast.trainer.contents.hugging_face import require_export, save_hf_copy
+from ckpt_fast.trainer.contents.local import save_layer_wise_optimizer, save_local
+from ckpt_fast.trainer.contents.rng import get_rng_state
+from ckpt_fast.trainer.contents.state_dict import (
+    _build_sharded_state_dict_metadata,
+    apply_peft_adapter_filter_to_state_dict,
+    generate_state_dict,
+    uses_distributed_optimizer,
+)
+from ckpt_fast.trainer.save.after_save import fire_callbacks, logger_finalizer, report, retain
+from ckpt_fast.trainer.save.async_save import end_save_to, make_room, schedule_async_save
+from ckpt_fast.trainer.save.publish import save_errors_tolerated
+from ckpt_fast.trainer.save.run import SaveRun
+from ckpt_fast.trainer.save.staging import staging_policy
+from ckpt_fast.trainer.save.surroundings import Surroundings, surroundings_of
+from ckpt_fast.trainer.save.target import SaveTarget, choose_target
+
+_ASYNC_FORMATS = ("torch_dist", "fsdp_dtensor")
+
+
+def save_checkpoint(
+    state: Any,
+    model: list[Any],
+    optimizer: Any | None,
+    opt_param_scheduler: Any | None,
+    num_floating_point_operations_so_far: int,
+    checkpointing_context: dict[str, Any] | None = None,
+    pipeline_rank: int | None = None,
+    tensor_rank: int | None = None,
+    non_persistent_ckpt: bool = False,
+    train_data_iterator: Any | None = None,
+    preprocess_common_state_dict_fn: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+    prebuilt_state_dict: dict[str, Any] | None = None,
+    pg_collection: Any | None = None,
+    callback_manager: Any | None = None,
+    module_name: str | None = None,
+) -> None:
+    """Save a checkpoint. Collective: every rank calls it.
+
+    Synchronous: on return the checkpoint is durable, published and selected by the trackers. With
+    ``async_save`` it is staged and being written; ``maybe_finalize_async_save`` publishes it later, and until
+    then the previous checkpoint stays selected and on disk.
+
+    Args:
+        state: GlobalState; ``cfg`` and ``train_state`` say what is saved and where.
+        model: model chunks; [] with ``prebuilt_state_dict`` and ``pg_collection``.
+        optimizer: may be None.
+        opt_param_scheduler: may be None.
+        num_floating_point_operations_so_far: cumulative FLOPs, stored with the train state.
+        checkpointing_context: kept by the caller between saves; holds strategies and the local manager.
+        pipeline_rank, tensor_rank: shown in the success line instead of the groups' ranks.
+        non_persistent_ckpt: save for recovery only, as ``non_persistent_ckpt_type`` says.
+        train_data_iterator: its state is saved when it can give one.
+        preprocess_common_state_dict_fn: applied to the common state before ranks compare it.
+        prebuilt_state_dict: saved instead of the state collected from model and optimizer.
+        pg_collection: process groups; the model's own when None.
+        callback_manager: its ``on_checkpoint_save`` callbacks fire when the checkpoint is published.
+        module_name: namespace of the RNG state in a multi-module model.
+
+    Raises:
+        CheckpointWriteError, CheckpointError: on every rank, naming rank, path and cause. The checkpoint is
+            not published then; trackers and the previous checkpoint are untouched. ``on_save_error="warn"``
+            makes it a warning.
+        ValueError: ``non_persistent_ckpt_type`` is neither "local" nor "global", or there is no directory.
+        NotImplementedError: ``async_save`` with a format that cannot be saved in the background, or
+            ``also_save_hf_checkpoint`` of a model that Megatron Bridge cannot export.
+        UnavailableError: ``also_save_hf_checkpoint`` without Megatron Bridge.
+    """
+    begin = time.perf_counter()
+    run = SaveRun(
+        state,
+        compat.unwrap_model(model),
+        optimizer,
+        opt_param_scheduler,
+        train_data_iterator,
+        checkpointing_context,
+        pg_collection or compat.get_pg_collection(compat.unwrap_model(model)),
+        module_name,
+    )
+    if run.is_async and not make_room(state, run.ckpt_cfg):
+        return
+    loggers.on_checkpointing_start(state)
+    with save_errors_tolerated(run.ckpt_cfg):
+        target = choose_target(run.ckpt_cfg, run.context, state.train_state.step, non_persistent_ckpt)
+        end_save_to(state, run.ckpt_cfg, target.checkpoint_name)
+        _announce(run, target)
+        around = surroundings_of(
+            run, target, num_floating_point_operations_so_far, tensor_rank, pipeline_rank
+        )
+        metadata = _content_metadata(run, target)
+        request = _hand_over(
+            run,
+            target,
+            lambda: _collect(run, target, metadata, around, prebuilt_state_dict),
+            metadata,
+            around,
+            preprocess_common_state_dict_fn,
+        )
+        _finalize(
+            run,
+            request,
+            [
+                *([] if _publishes_itself(run, target) else [around.publish]),
+                lambda: report(request, begin),
+                logger_finalizer(run, target),
+                lambda: fire_callbacks(run, callback_manager),
+                lambda: retain(run, target),
+            ],
+        )
+        if run.is_async:
+            _announce_scheduled(request, target, begin)
+    loggers.on_checkpointing_end(global_state=state, is_async_finalization=False)
+
+
+def _announce(run: SaveRun, target: SaveTarget) -> None:
+    ckpt_format = run.ckpt_cfg.ckpt_format
+    label = "torch" if target.is_local else ckpt_format
+    print_rank_0(f"saving checkpoint at iteration {target.step:7d} to {target.save_dir} in {label} format")
+    if run.is_async and not target.is_local and ckpt_format not in _ASYNC_FORMATS:
+        raise NotImplementedError(
+            f"async_save is not available for ckpt_format {ckpt_format!r}; use {_ASYNC_FORMATS}"
+        )
+    if not target.is_local:
+        require_export(run.cfg, run.model)
+
+
+def _announce_scheduled(request: Any, target: SaveTarget, begin: float) -> None:
+    print_rank_0(f"  scheduled an async checkpoint save at iteration {target.step:7d} to {target.save_dir}")
+    if isinstance(request, SaveHandle):
+        request.report.stall_s = time.perf_counter() - begin
+        print_rank_0(f"  training waited {request.report.stall_s:.3f} s for it; it is being written")
+
+
+def _publishes_itself(run: SaveRun, target: SaveTarget) -> bool:
+    """Whether the trackers move along with the seal."""
+    if target.is_local:
+        return False
+    return run.ckpt_cfg.ckpt_format != "fsdp_dtensor" or not compat.object_storage(target.checkpoint_name)
+
+
+def _glu_sizes(run: SaveRun) -> Sizes:
+    return _get_model_glu_interleave_sizes(run.model, run.cfg)
+
+
+def _is_torch_dist(run: SaveRun, target: SaveTarget) -> bool:
+    return not target.is_local and run.ckpt_cfg.ckpt_format == "torch_dist"
+
+
+def _content_metadata(run: SaveRun, target: SaveTarget) -> dict[str, Any]:
+    metadata = _build_sharded_state_dict_metadata(uses_distributed_optimizer(run.cfg), run.ckpt_cfg)
+    metadata["dp_cp_group"] = run.pg_collection.dp_cp
+    if _glu_sizes(run) != (None, None) and _is_torch_dist(run, target):
+        metadata[GLU_ROWS_KEY] = CONTIGUOUS
+    return metadata
+
+
+def _collect(
+    run: SaveRun,
+    target: SaveTarget,
+    metadata: dict[str, Any],
+    around: Surroundings,
+    prebuilt: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """The state dict in the layout of the format; what goes beside it is captured too.
+
+    As local as what Megatron does for it.
+    """
+    Settings.read()  # an odd one is refused on all ranks, while nothing has been touched
+    around.position.capture()
+    around.publication.capture(run.state.train_state)
+    if prebuilt is not None:
+        print_rank_0("Using pre-built state dict (low-memory save)")
+    state_dict = _generate(run, target, metadata) if prebuilt is None else prebuilt
+    state_dict = _to_checkpoint_layout(run, target, state_dict, prebuilt is not None)
+    if target.is_local:
+        state_dict["train_state_metadata"] = around.publication.train_state
+        state_dict[FILES_KEY] = [list(each) for each in around.position.records]
+    return state_dict
+
+
+def _generate(run: SaveRun, target: SaveTarget, metadata: dict[str, Any]) -> dict[str, Any]:
+    ckpt_cfg = run.ckpt_cfg
+    if not run.model:
+        raise CheckpointError(
+            "there is no model to save: pass its chunks, or prebuilt_state_dict together with pg_collection"
+        )
+    if "distrib_optim_sharding_type" in metadata:
+        print_rank_0(
+            f"Storing distributed optimizer sharded state of type {metadata['distrib_optim_sharding_type']}"
+        )
+    rng_state = None
+    if ckpt_cfg.save_rng:
+        rng_state = get_rng_state(
+            data_parallel_random_init=run.cfg.rng.data_parallel_random_init,
+            ckpt_format=ckpt_cfg.ckpt_format,
+            pg_collection=run.pg_collection,
+            module_name=run.module_name,
+        )
+    rerun_state = compat.get_rerun_state_machine().state_dict(
+        data_iterator=run.iterator, ckpt_format=ckpt_cfg.ckpt_format
+    )
+    chunks = (
+        contiguous_chunks(run.model, _glu_sizes(run), False) if _is_torch_dist(run, target) else run.model
+    )
+    state_dict = generate_state_dict(
+        ckpt_cfg,
+        chunks,
+        run.optimizer,
+        run.scheduler,
+        rng_state,
+        iteration=run.state.train_state.step,
+        optim_sd_kwargs={"metadata": metadata},
+        model_sd_kwargs={"metadata": metadata},
+        rerun_state=rerun_state,
+        pg_collection=run.pg_collection,
+    )
+    if "optimizer" in state_dict:
+        require_whole_parameters(
+            chunks, metadata, "Set dist_ckpt_optim_fully_reshardable=True, or save_optim=False."
+        )
+    return state_dict
+
+
+def _to_checkpoint_layout(
+    run: SaveRun, target: SaveTarget, state_dict: dict[str, Any], is_prebuilt: bool
+) -> dict[str, Any]:
+    """GLU rows in the order of the format, and adapters only, if that is what is trained."""
+    sizes = _glu_sizes(run)
+    if sizes != (None, None):
+        use_megatron_fsdp = bool(getattr(run.cfg.ddp, "use_megatron_fsdp", False))
+        state_dict = rows_in_stored_order(
+            state_dict,
+            sizes,
+            is_local=target.is_local,
+            is_arranged=_is_torch_dist(run, target) and not is_prebuilt,
+            use_megatron_fsdp=use_megatron_fsdp,
+        )
+    if run.cfg.peft is not None:
+        state_dict = apply_peft_adapter_filter_to_state_dict(state_dict, run.cfg.peft)
+    return state_dict
+
+
+def _hand_over(
+    run: SaveRun,
+    target: SaveTarget,
+    collect: Callable[[], dict[str, Any]],
+    metadata: dict[str, Any],
+    around: Surroundings,
+    preprocess_common: Callable[[dict[str, Any]], dict[str, Any]] | None,
+) -> Any:
+    """Give the state dict to the door of its format.
+
+    Returns:
+        With ``async_save`` the request to schedule. Otherwise the data is durable everywhere, and the
+        SaveReport is returned where the format has one.
+    """
+    ckpt_cfg = run.ckpt_cfg
+    options = SaveOptions(
+        writers=ckpt_cfg.storage_writers_per_rank,
+        snapshot=run.is_async,
+        staging=staging_policy(run.model, run.optimizer) if run.is_async else None,
+        host_buffer=getattr(ckpt_cfg, "host_buffer_bytes", None),
+    )
+    completion = around.completion({key: metadata[key] for key in (GLU_ROWS_KEY,) if key in metadata})
+    if target.is_local:
+        assert run.context is not None
+        state_dict = ControlGroup().agree(collect)
+        around.save_position()
+        on_all_ranks(lambda: save_layer_wise_optimizer(run.optimizer, target.save_dir, run.pg_collection))
+        return save_local(run.state, state_dict, run.context, target.step, run.pg_collection)
+    if ckpt_cfg.ckpt_format == "fsdp_dtensor":
+        state_dict = ControlGroup().agree(collect)
+        if not _publishes_itself(run, target):
+            around.save_position()
+        return save_fsdp_dtensor(
+            run.cfg,
+            run.model,
+            state_dict,
+            target.checkpoint_name,
+            options,
+            completion,
+            around.write_position,
+            lambda directory: save_hf_copy(run.cfg, run.model, directory),
+        )
+    strategy, validate = _save_strategy(run)
+    job = torch_dist.start_save(
+        collect,
+        target.checkpoint_name,
+        strategy,
+        options,
+        completion,
+        validate_access_integrity=validate,
+        preprocess_common_before_consistency_check=preprocess_common,
+        content_metadata=compat.clean_metadata_for_serialization(metadata),
+        write_beside=around.write_position,
+    )
+    write_along(job, lambda directory: _write_other_formats(run, directory))
+    if run.is_async:
+        return SaveHandle(job)
+    job.write()
+    return job.commit()
+
+
+def _write_other_formats(run: SaveRun, directory: str) -> None:
+    save_hf_copy(run.cfg, run.model, directory)
+    if run.model and not getattr(run.cfg.dist, "use_decentralized_pg", False):
+        compat.save_sharded_modelopt_state(run.model, directory, (run.ckpt_cfg.ckpt_format, 1))
+
+
+def _save_strategy(run: SaveRun) -> tuple[Any, bool]:
+    """The strategy, kept in the context between saves, and whether the sharding still needs validation."""
+    ckpt_cfg, context, dp_cp = run.ckpt_cfg, run.context, run.pg_collection.dp_cp
+    if context is not None and "save_strategy" in context:
+        return context["save_strategy"], not ckpt_cfg.ckpt_assume_constant_structure
+    strategy: Any = torch_dist.FastSaveStrategy(thread_count=ckpt_cfg.storage_writers_per_rank)
+    validate = True
+    if ckpt_cfg.fully_parallel_save and not isinstance(dp_cp, compat.SoloGroup):
+        strategy = FastParallelSaveWrapper(strategy, dp_cp, ckpt_cfg.ckpt_assume_constant_structure)
+    elif not ckpt_cfg.fully_parallel_save and len(run.model) == 1 and hasattr(run.model[0], "mimo_config"):
+        # Modules of a multi-module model live on disjoint ranks; no rank sees the whole sharding.
+        validate = False
+    if context is not None:
+        context["save_strategy"] = strategy
+    return strategy, validate
+
+
+def _finalize(run: SaveRun, request: Any, finalizers: Sequence[Callable[[], None]]) -> None:
+    """Run the finalizers now that the data is durable, or leave them to the request that is scheduled."""
+    if not run.is_async:
+        for finalizer in finalizers:
+            finalizer()
+        return
+    for finalizer in finalizers:
+        request.add_finalize_fn(finalizer)
+    schedule_async_save(run.state, request)

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What belongs to a checkpoint besides its tensors, and when in a save it is dealt with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from ckpt_fast.format.types import FileRecord
+from ckpt_fast.pipeline.save.parts import Completion
+from ckpt_fast.ranks.group import ControlGroup
+from ckpt_fast.storage.replacement import token_of
+from ckpt_fast.trainer.save.loader_position import LoaderPosition
+from ckpt_fast.trainer.save.publish import Publication
+from ckpt_fast.trainer.save.run import SaveRun, dataloader_path
+from ckpt_fast.trainer.save.target import SaveTarget
+
+
+class Surroundings(NamedTuple):
+    """What belongs to a checkpoint besides its tensors, in the order in which it is dealt with.
+
+    Attributes:
+        position: of the data loader.
+        publication: the files around the tensors, and the trackers.
+    """
+
+    position: LoaderPosition
+    publication: Publication
+
+    def completion(self, notes: Mapping[str, Any]) -> Completion:
+        """What the coordinator does for them in a save of the pipeline."""
+        return Completion(
+            prepare=lambda directory: self.position.prepare(token_of(directory)),
+            finish=self.publication.complete,
+            notes=notes,
+            select=self._select,
+        )
+
+    def write_position(self, directory: str) -> list[FileRecord]:
+        """Local. Along with the tensors, whose files are in ``directory``."""
+        return self.position.write(token_of(directory))
+
+    def save_position(self) -> None:
+        """Collective. For formats that do not save it along with the tensors."""
+        group = ControlGroup()
+        token = group.decide(self.position.prepare_alone)
+        group.agree(lambda: self.position.write(token))
+
+    def publish(self) -> None:
+        """Collective. For formats that do not do it along with the seal."""
+        ControlGroup().decide(self._select)
+
+    def _select(self) -> None:
+        self.position.take_place()
+        self.publication.publish()
+
+
+def surroundings_of(
+    run: SaveRun, target: SaveTarget, flops: int, tensor_rank: int | None, pipeline_rank: int | None
+) -> Surroundings:
+    """What belongs to one save."""
+    return Surroundings(
+        LoaderPosition(run.iterator, target.step, dataloader_path(run), run.pg_collection),
+        Publication(
+            run.state,
+            target.checkpoint_name,
+            target.save_dir,
+            flops,
+            success_suffix=_rank_suffix(run.pg_collection, tensor_rank, pipeline_rank),
+            is_local=target.is_local,
+        ),
+    )
+
+
+def _rank_suffix(pg_collection: Any, tensor_rank: int | None, pipeline_rank: int | None) -> str:
+    """``[ t 1/2, p 1/1 ]``: 1-based tensor and pipeline ranks."""
+    tensor = pg_collection.tp.rank() if tensor_rank is None else tensor_rank
+    pipeline = pg_collection.pp.rank() if pipeline_rank is None else pipeline_rank
+    return f"[ t {tensor + 1}/{pg_collection.tp.size()}, p {pipeline + 1}/{pg_collection.pp.size()} ]"

@@ -1,0 +1,288 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "engine/io/read_plan.h"
+
+#include <algorithm>
+#include <initializer_list>
+#include <limits>
+#include <stdexcept>
+#include <tuple>
+#include <utility>
+
+#include "engine/base/error.h"
+#include "engine/base/file.h"
+#include "engine/io/write_plan.h"
+
+namespace ckpt_fast {
+
+namespace {
+
+using std::to_string;
+
+// Buffered reads are checked when they are done; this much is still in the cache by then.
+constexpr int64_t kCacheHot = 1 << 20;
+
+// Reading so much for nothing costs less than the system call that leaves it out.
+constexpr int64_t kFreeGap = 512;
+// Longer gaps are read as long as they are together at most this part of the bytes wanted around them.
+constexpr int64_t kGapShare = 16;
+
+// Transfers that are shorter on average than this part of a chunk come sooner through the page cache, which
+// reads each page once and reads ahead.
+constexpr int64_t kDirectShare = 32;
+
+void check_row(const char* kind, size_t row, int64_t file, size_t file_count, int64_t offset,
+               int64_t nbytes) {
+  if (file < 0 || file >= static_cast<int64_t>(file_count)) {
+    refuse(kind, row, "file " + to_string(file) + " is not one of " + to_string(file_count));
+  }
+  if (offset < 0 || nbytes < 0 || offset > std::numeric_limits<int64_t>::max() - kDirectAlignment - nbytes) {
+    refuse(kind, row, to_string(nbytes) + " bytes at " + to_string(offset) + " are no range");
+  }
+}
+
+template <typename Row>
+void sort_by_place(std::vector<Row>* rows) {
+  std::stable_sort(rows->begin(), rows->end(), [](const Row& a, const Row& b) {
+    return std::tie(a.file, a.offset) < std::tie(b.file, b.offset);
+  });
+}
+
+void add_extents(const ReadRequest& request, ReadPlan* plan) {
+  for (size_t row = 0; row < request.extent_file.size; ++row) {
+    const Extent extent{row, request.extent_file[row], request.extent_offset[row], request.extent_nbytes[row],
+                        reinterpret_cast<uint8_t*>(request.extent_address[row])};
+    check_row("extent", row, extent.file, request.paths.size(), extent.offset, extent.nbytes);
+    plan->extents.push_back(extent);
+  }
+  sort_by_place(&plan->extents);
+}
+
+/// A range whose bytes have checksums, `block_nbytes` of them one.
+struct CheckedRange {
+  size_t row;  // in the request
+  int64_t file;
+  int64_t offset;
+  int64_t nbytes;
+  int64_t block_nbytes;
+  size_t first_block;
+
+  int64_t end() const { return offset + nbytes; }
+  Block block(int64_t number) const {
+    const int64_t begin = number * block_nbytes;
+    return {file, offset + begin, std::min(block_nbytes, nbytes - begin),
+            first_block + static_cast<size_t>(number)};
+  }
+};
+
+std::vector<CheckedRange> checked_ranges(const ReadRequest& request, ReadPlan* plan) {
+  std::vector<CheckedRange> ranges;
+  for (size_t row = 0; row < request.range_file.size; ++row) {
+    const CheckedRange range{row,
+                             request.range_file[row],
+                             request.range_offset[row],
+                             request.range_nbytes[row],
+                             request.range_block[row],
+                             plan->block_count};
+    check_row("range", row, range.file, request.paths.size(), range.offset, range.nbytes);
+    if (range.block_nbytes < 1) refuse("range", row, "its blocks have no bytes");
+    if (range.nbytes == 0) continue;
+    plan->block_count += static_cast<size_t>((range.nbytes - 1) / range.block_nbytes + 1);
+    ranges.push_back(range);
+  }
+  sort_by_place(&ranges);
+  for (size_t i = 1; i < ranges.size(); ++i) {
+    if (ranges[i].file == ranges[i - 1].file && ranges[i].offset < ranges[i - 1].end()) {
+      refuse("range", ranges[i].row, "overlaps range " + to_string(ranges[i - 1].row));
+    }
+  }
+  return ranges;
+}
+
+/// Collects the blocks that extents touch. Extents and ranges are sorted by place, so one sweep finds them.
+void add_blocks(const std::vector<CheckedRange>& ranges, ReadPlan* plan) {
+  size_t first = 0;  // the first range that an extent from here on may touch
+  size_t range_of_next = 0;
+  int64_t next = 0;  // blocks of that range before this one have been dealt with
+  for (const Extent& extent : plan->extents) {
+    if (extent.nbytes == 0) continue;
+    const auto is_before = [&](const CheckedRange& range) {
+      return range.file < extent.file || (range.file == extent.file && range.end() <= extent.offset);
+    };
+    while (first < ranges.size() && is_before(ranges[first])) ++first;
+    for (size_t i = first; i < ranges.size(); ++i) {
+      const CheckedRange& range = ranges[i];
+      if (range.file != extent.file || range.offset >= extent.end()) break;
+      if (i > range_of_next) range_of_next = i, next = 0;
+      if (i < range_of_next) continue;  // an earlier extent reached beyond it
+      const int64_t last = (std::min(extent.end(), range.end()) - 1 - range.offset) / range.block_nbytes;
+      const int64_t begin = std::max<int64_t>(extent.offset - range.offset, 0) / range.block_nbytes;
+      for (next = std::max(next, begin); next <= last; ++next) plan->blocks.push_back(range.block(next));
+    }
+  }
+}
+
+bool are_disjoint(const std::vector<Extent>& extents, size_t first, size_t last) {
+  int64_t end = 0;
+  for (size_t i = first; i < last; ++i) {
+    if (extents[i].nbytes > 0 && extents[i].offset < end) return false;
+    end = std::max(end, extents[i].end());
+  }
+  return true;
+}
+
+/// Whether the transfer's extents, which are disjoint, leave out no byte of its blocks.
+bool cover_blocks(const ReadPlan& plan, const Transfer& transfer) {
+  size_t extent = transfer.first;
+  for (size_t i = transfer.first_block; i < transfer.last_block; ++i) {
+    int64_t position = std::max(plan.blocks[i].offset, transfer.begin);
+    const int64_t end = std::min(plan.blocks[i].end(), transfer.end);
+    while (position < end) {
+      while (extent < transfer.last && plan.extents[extent].end() <= position) ++extent;
+      if (extent == transfer.last || plan.extents[extent].offset > position) return false;
+      position = plan.extents[extent].end();
+    }
+  }
+  return true;
+}
+
+/// What is read: an extent, or a block around parts of some.
+struct Span {
+  int64_t file;
+  int64_t offset;
+  int64_t nbytes;
+
+  int64_t end() const { return offset + nbytes; }
+};
+
+/// Cuts runs of spans into transfers. The cuts fall on multiples of a step, which keeps direct reads aligned
+/// and lets each fit a chunk buffer.
+class Cutter {
+ public:
+  Cutter(int64_t step, ReadPlan* plan) : step_(step), plan_(plan) {}
+
+  /// Cuts [begin, end) of a file, behind all that was cut before; spans cover it but for small gaps.
+  void cut(int64_t file, int64_t begin, int64_t end) {
+    while (begin < end) {
+      const int64_t cut = begin + std::min(end - begin, step_ - begin % step_);
+      const auto [first, last] = within(plan_->extents, &extent_, file, begin, cut);
+      const auto [first_block, last_block] = within(plan_->blocks, &block_, file, begin, cut);
+      if (first < last || first_block < last_block) {
+        Transfer transfer{static_cast<size_t>(file), begin, cut, first, last, first_block, last_block, false};
+        transfer.scatters = are_disjoint(plan_->extents, first, last) && cover_blocks(*plan_, transfer);
+        plan_->transfers.push_back(transfer);
+      }
+      begin = cut;
+    }
+  }
+
+ private:
+  /// Those of `rows` that may have a part in [begin, end); `*from` moves on to the first of them.
+  template <typename Row>
+  static std::pair<size_t, size_t> within(const std::vector<Row>& rows, size_t* from, int64_t file,
+                                          int64_t begin, int64_t end) {
+    const auto is_before = [&](const Row& row) {
+      return row.file < file || (row.file == file && row.end() <= begin);
+    };
+    while (*from < rows.size() && is_before(rows[*from])) ++*from;
+    size_t to = *from;
+    while (to < rows.size() && rows[to].file == file && rows[to].offset < end) ++to;
+    return {*from, to};
+  }
+
+  const int64_t step_;
+  ReadPlan* plan_;
+  size_t extent_ = 0;
+  size_t block_ = 0;
+};
+
+/// A run of spans that are read together, gaps included.
+class Run {
+ public:
+  explicit Run(const Span& first) : file_(first.file), end_(first.end()), wanted_(first.nbytes) {}
+
+  int64_t end() const { return end_; }
+
+  /// Takes the span in if that reads little for nothing.
+  bool take(const Span& next) {
+    const int64_t gap = std::max<int64_t>(next.offset - end_, 0);
+    if (next.file != file_ || gap > kLongestGap) return false;
+    if (gap > kFreeGap && unwanted_ + gap > wanted_ / kGapShare) return false;
+    if (gap > kFreeGap) unwanted_ += gap;
+    wanted_ += std::max<int64_t>(next.end() - std::max(next.offset, end_), 0);
+    end_ = std::max(end_, next.end());
+    return true;
+  }
+
+ private:
+  int64_t file_;
+  int64_t end_;
+  int64_t wanted_;
+  int64_t unwanted_ = 0;  // but for free gaps
+};
+
+/// Looks at each file that bytes are wanted of.
+void check_sizes(const ReadRequest& request, const std::vector<Extent>& extents) {
+  size_t file = request.paths.size();
+  for (const Extent& extent : extents) {
+    if (extent.nbytes == 0 || static_cast<size_t>(extent.file) == file) continue;
+    file = static_cast<size_t>(extent.file);
+    require_inside(extents, file, request.paths[file], regular_file_size(request.paths[file]));
+  }
+}
+
+/// Extents and blocks by place.
+std::vector<Span> spans_of(const ReadPlan& plan) {
+  std::vector<Span> spans;
+  for (const Extent& extent : plan.extents) spans.push_back({extent.file, extent.offset, extent.nbytes});
+  for (const Block& block : plan.blocks) spans.push_back({block.file, block.offset, block.nbytes});
+  if (!plan.blocks.empty()) sort_by_place(&spans);
+  return spans;
+}
+
+void cut_transfers(const ReadRequest& request, ReadPlan* plan) {
+  const int64_t step = request.direct ? request.chunk_nbytes : std::min(request.chunk_nbytes, kCacheHot);
+  const std::vector<Span> spans = spans_of(*plan);
+  Cutter cutter(step, plan);
+  for (size_t first = 0; first < spans.size();) {
+    Run run(spans[first]);
+    size_t last = first + 1;
+    while (last < spans.size() && run.take(spans[last])) ++last;
+    cutter.cut(spans[first].file, spans[first].offset, run.end());
+    first = last;
+  }
+  int64_t nbytes = 0;
+  for (const Transfer& transfer : plan->transfers) nbytes += transfer.end - transfer.begin;
+  const auto count = static_cast<int64_t>(plan->transfers.size());
+  plan->direct = request.direct && nbytes >= request.chunk_nbytes / kDirectShare * count;
+}
+
+}  // namespace
+
+ReadPlan make_read_plan(const ReadRequest& request) {
+  check_job(request.threads, request.chunk_nbytes);
+  check_lengths("extent",
+                {request.extent_file, request.extent_offset, request.extent_nbytes, request.extent_address});
+  check_lengths("range",
+                {request.range_file, request.range_offset, request.range_nbytes, request.range_block});
+  ReadPlan plan;
+  add_extents(request, &plan);
+  const std::vector<CheckedRange> ranges = checked_ranges(request, &plan);
+  check_sizes(request, plan.extents);
+  add_blocks(ranges, &plan);
+  cut_transfers(request, &plan);
+  return plan;
+}
+
+void require_inside(const std::vector<Extent>& extents, size_t file, const std::string& path, int64_t size) {
+  const auto wanted = static_cast<int64_t>(file);
+  const auto before = [](const Extent& extent, int64_t value) { return extent.file < value; };
+  auto extent = std::lower_bound(extents.begin(), extents.end(), wanted, before);
+  const Extent* first = nullptr;
+  for (; extent != extents.end() && extent->file == wanted; ++extent) {
+    const bool missing = extent->nbytes > 0 && extent->end() > size;
+    if (missing && (first == nullptr || extent->row < first->row)) first = &*extent;
+  }
+  if (first != nullptr) throw_file_ends(first->nbytes, first->offset, path, size);
+}
+
+}  // namespace ckpt_fast

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Names of optional packages: felt when they are there, harmless or clear when they are not."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from megatron.core import num_microbatches_calculator, parallel_state
+
+from ckpt_fast import compat
+from ckpt_fast.compat import SoloGroup, UnavailableError, get_pg_collection, safe_import
+from tests.helpers import run_ranks
+
+
+def test_every_name_is_there() -> None:
+    assert [name for name in compat.__all__ if not hasattr(compat, name)] == []
+
+
+# --- Missing packages ------------------------------------------------------------------------------------
+
+
+def test_safe_import() -> None:
+    module, present = safe_import("json")
+    assert present
+    assert module.loads("1") == 1
+
+    placeholder, present = safe_import("no_such_package.part")
+    assert not present
+    for use in (lambda: placeholder.anything, placeholder, lambda: placeholder.a.b):
+        with pytest.raises(UnavailableError, match=r"no_such_package\.part is needed"):
+            use()
+    # Introspection gets an ordinary answer, not an import error.
+    assert copy.copy(placeholder) is not None
+    assert not hasattr(placeholder, "__wrapped__")
+
+
+def test_a_broken_package_is_not_a_missing_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "broken_package.py").write_text("raise ValueError('half installed')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ValueError, match="half installed"):
+        safe_import("broken_package")
+
+
+WITHOUT_OPTIONAL_PACKAGES = """
+import sys
+for name in ("nvidia_resiliency_ext", "multistorageclient", "modelopt"):
+    sys.modules[name] = None
+from ckpt_fast import compat
+assert (compat.HAVE_RESIL, compat.HAVE_NVRX) == (False, False)
+assert isinstance(compat.NVRxAsyncRequest, type)
+assert not compat.MultiStorageClientFeature.is_enabled()
+assert compat.get_async_strategy("mcore", "AsyncRequest")[1] is compat.MCoreAsyncRequest
+for call in (lambda: compat.get_async_strategy("nvrx"), compat.import_tensor_aware_state_dict):
+    try:
+        call()
+    except (ModuleNotFoundError, RuntimeError) as error:
+        print(error)
+    else:
+        raise SystemExit("no error")
+compat.save_modelopt_state(None, {})
+compat.save_sharded_modelopt_state(None, "", None)
+compat.restore_modelopt_state(None, {})
+try:
+    compat.restore_modelopt_state(None, {"modelopt_state": {}})
+except compat.UnavailableError as error:
+    print(error)
+else:
+    raise SystemExit("no error")
+"""
+
+
+def test_without_any_optional_package() -> None:
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", WITHOUT_OPTIONAL_PACKAGES],
+        capture_output=True,
+        text=True,
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": str(root)},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert sum("resiliency" in line for line in done.stdout.splitlines()) == 2
+    assert "install nvidia-modelopt" in done.stdout
+
+
+def test_async_strategies() -> None:
+    strategy, modules = compat.get_async_strategy("mcore")
+    assert strategy == "mcore"
+    assert modules["AsyncRequest"] is compat.MCoreAsyncRequest
+    assert modules["AsyncCallsQueue"] is compat.MCoreAsyncCallsQueue
+    assert callable(modules["get_write_results_queue"])
+    with pytest.raises(TypeError, match="other"):
+        compat.get_async_strategy("other")
+
+
+@pytest.mark.skipif(not compat.HAVE_NVRX, reason="needs nvidia-resiliency-ext")
+def test_nvrx_requests_are_the_class_of_the_nvrx_queue() -> None:
+    assert compat.get_async_strategy("nvrx", "AsyncRequest") == ("nvrx", compat.NVRxAsyncRequest)
+
+
+# --- Process groups --------------------------------------------------------------------------------------
+
+
+class Wrapper:
+    """As DDP and Float16Module do: the model is ``module``."""
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+
+
+class Model:
+    pg_collection: Any = None
+
+
+def test_a_models_own_groups_are_found_through_wrappers() -> None:
+    model = Model()
+    model.pg_collection = object()
+    assert get_pg_collection(model) is model.pg_collection
+    assert get_pg_collection([Wrapper(Wrapper(model)), Wrapper(Model())]) is model.pg_collection
+
+
+@pytest.mark.parametrize("model", [[], [Model()], [Wrapper(torch.nn.Linear(1, 1))], Model()])
+def test_a_single_process_is_a_group_of_one(model: Any) -> None:
+    groups = get_pg_collection(model)
+    for group in (groups.tp, groups.pp, groups.ep, groups.cp, groups.dp, groups.dp_cp):
+        assert isinstance(group, SoloGroup)
+        assert (group.rank(), group.size()) == (0, 1)
+
+
+def sizes_of_groups(rank: int, tensor_parallel: int) -> dict[str, tuple[int, int]]:
+    if tensor_parallel:
+        parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor_parallel)
+    groups = get_pg_collection([Wrapper(Model())])
+    names = ("tp", "pp", "dp", "dp_cp")
+    return {name: (getattr(groups, name).rank(), getattr(groups, name).size()) for name in names}
+
+
+def test_default_groups_of_megatron() -> None:
+    for rank, groups in enumerate(run_ranks(sizes_of_groups, 2, 2)):
+        assert groups == {"tp": (rank, 2), "pp": (0, 1), "dp": (0, 1), "dp_cp": (0, 1)}
+
+
+def test_without_megatrons_groups_all_ranks_are_data_parallel() -> None:
+    for rank, groups in enumerate(run_ranks(sizes_of_groups, 2, 0)):
+        assert groups == {"tp": (0, 1), "pp": (0, 1), "dp": (rank, 2), "dp_cp": (rank, 2)}
+
+
+# --- Small equivalents -----------------------------------------------------------------------------------
+
+
+def test_metadata_is_cleaned_in_a_copy() -> None:
+    metadata = {"singleton_local_shards": False, "dp_cp_group": object()}
+    assert compat.clean_metadata_for_serialization(metadata) == {"singleton_local_shards": False}
+    assert "dp_cp_group" in metadata
+    assert compat.clean_metadata_for_serialization(None) is None
+
+
+def test_microbatches_are_updated_where_there_is_a_calculator() -> None:
+    num_microbatches_calculator.unset_num_microbatches_calculator()
+    compat.update_num_microbatches(consumed_samples=10)
+    start = num_microbatches_calculator.init_num_microbatches_calculator
+    if "step_batch_size_schedule" in inspect.signature(start).parameters:
+        start(0, None, None, 1, 1, step_batch_size_schedule="0:2 8:4")
+    else:
+        start(0, [2, 2, 8], 4, 1, 1)
+    try:
+        assert num_microbatches_calculator.get_num_microbatches() == 2
+        compat.update_num_microbatches(consumed_samples=1000)
+        assert num_microbatches_calculator.get_num_microbatches() == 4
+    finally:
+        num_microbatches_calculator.unset_num_microbatches_calculator()

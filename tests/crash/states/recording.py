@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ranks do to record a run of saves, and to look at the disks that may come up after a crash in it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+
+from tests.crash.states.disk import Call, Disk, Tree, lay_out, note, read_log, tree_of
+from tests.crash.states.saving import SCENARIOS, job_of, wait_for_deletions
+
+BEGUN, RETURNED = "begun", "returned"
+
+
+def record(rank: int, name: str, place: str) -> None:
+    """Collective, with ``recorder.c`` preloaded. Leaves ``place/disk``, a log, and what was saved."""
+    scenario, disk, log = SCENARIOS[name], os.path.join(place, "disk"), os.path.join(place, "log")
+    expected = []
+    native = mock.patch.dict(os.environ, CKPT_FAST_NATIVE=str(int(scenario.native)))
+    with native, job_of(scenario, disk) as job:
+        os.environ.update(CRASH_ROOT=disk, CRASH_LOG=log)
+        try:
+            for version in range(1, len(scenario.iterations) + 1):
+                if rank == 0:
+                    note(log, f"{BEGUN} {version}")
+                dist.barrier()
+                expected.append(job.save(version))
+                if rank == 0:
+                    note(log, f"{RETURNED} {version}")
+                wait_for_deletions()
+                dist.barrier()
+        finally:
+            del os.environ["CRASH_ROOT"], os.environ["CRASH_LOG"]
+    if rank == 0:
+        torch.save(expected, os.path.join(place, "expected.pt"))
+
+
+@dataclass(frozen=True)
+class State:
+    """A disk that may come up: after which call, what of it reached the disk, and what it has to hold.
+
+    Attributes:
+        lowest, highest: the versions that a load may give; 0 is none.
+    """
+
+    position: int
+    word: str
+    tree: Tree
+    lowest: int
+    highest: int
+
+
+def states_after(calls: Sequence[Call], seeds: int, without: Collection[int] = ()) -> Iterator[State]:
+    """Every state that a crash in the last save may leave, and no state twice.
+
+    Args:
+        calls: what was recorded.
+        seeds: how many states are made by chance at each position.
+        without: numbers of syncs that are left out.
+    """
+    disk, lowest, highest = Disk(), 0, 0
+    last = max(int(call.path.split()[1]) for call in calls if call.name == "note")
+    known: set[tuple[Tree, int]] = set()
+    for position, call in enumerate(calls):
+        if position not in without:
+            disk.do(call)
+        elif call.content:
+            disk.do(call._replace(name="content"))
+        if call.name == "note":
+            what, version = call.path.split()
+            lowest = int(version) if what == RETURNED else lowest
+            highest = int(version) if what == BEGUN else highest
+        if highest < last:
+            continue
+        first = 1000 * position
+        disks = [("killed", disk.visible()), *disk.after_power_loss(range(first, first + seeds))]
+        for word, tree in disks:
+            if (tree, lowest) not in known:
+                known.add((tree, lowest))
+                yield State(position, f"after {call}: {word}", tree, lowest, highest)
+
+
+@dataclass
+class Findings:
+    """What came of a scenario.
+
+    Attributes:
+        states: how many there are.
+        checked: how many were looked at.
+        failures: position, state, and what is wrong with it.
+        versions: what was loaded, and how often.
+    """
+
+    states: int = 0
+    checked: int = 0
+    failures: list[str] = field(default_factory=list)
+    versions: dict[str, int] = field(default_factory=dict)
+
+
+class Looking:
+    """Loads what is on a disk, once for each that differs."""
+
+    def __init__(self, job: Any, expected: list[Any], ranks: int, place: str) -> None:
+        self._job, self._expected, self._ranks = job, expected, ranks
+        self._place = os.path.join(place, "up again")
+        os.makedirs(self._place, exist_ok=True)
+        self._outcomes: dict[Tree, int | str] = {}
+        self._count = 0
+
+    def failure(self, state: State, go_on: bool = False) -> str | None:
+        """What is wrong with a state; with ``go_on`` also of a save and a load on top of it."""
+        found = self._outcomes.get(state.tree)
+        if found is None or go_on:
+            found = self._outcomes[state.tree] = self._look(state.tree, go_on)
+        if isinstance(found, str):
+            return found
+        if not state.lowest <= found <= state.highest:
+            return f"version {found} is loaded, not {state.lowest} to {state.highest}"
+        return None
+
+    def version(self, state: State) -> int | str:
+        return self._outcomes[state.tree]
+
+    def _look(self, tree: Tree, go_on: bool) -> int | str:
+        # A directory of its own: what the process remembers of others does not meet it.
+        self._count += 1
+        directory = self._job.disk = os.path.join(self._place, str(self._count))
+        if dist.get_rank() == 0:
+            lay_out(tree, directory)
+        dist.barrier()
+        outcomes: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(outcomes, self._outcome(go_on))
+        if dist.get_rank() == 0:
+            shutil.rmtree(directory)
+        return outcomes[0] if len(set(outcomes)) == 1 else f"the ranks differ: {outcomes}"
+
+    def _outcome(self, go_on: bool) -> int | str:
+        try:
+            version: int = self._job.version_in(self._expected, self._ranks)
+            if go_on:
+                later = len(self._expected) + 1
+                expected = self._job.save_later(later)
+                found = self._job.version_in([*self._expected, expected], dist.get_world_size())
+                assert found == later, f"after another save, version {found} is loaded, not {later}"
+            return version
+        except (Exception, CheckpointException) as error:  # torch's is no Exception
+            return f"{type(error).__name__}: {error}"
+
+
+def look(_rank: int, name: str, place: str, ranks: int, seeds: int, most: int | None = None) -> Findings:
+    """Collective. Load every state of a recorded scenario, or ``most`` of them, evenly spread.
+
+    Args:
+        name: the scenario.
+        place: what ``record`` was given.
+        ranks: how many recorded it. One rank can load what they saved, but for local checkpoints.
+        seeds, most: how many states.
+    """
+    calls = read_calls(place)
+    findings = Findings()
+    states = list(states_after(calls, seeds))
+    findings.states = len(states)
+    step = 1 if most is None else max(1, -(-len(states) // most))
+    with looking(name, place, ranks) as looks:
+        for number, state in enumerate(states[::step]):
+            failure = looks.failure(state, go_on=number % 8 == 5)
+            if failure is not None:
+                findings.failures.append(f"{state.position} {state.word}: {failure}")
+            word = str(looks.version(state))
+            findings.versions[word] = findings.versions.get(word, 0) + 1
+            findings.checked += 1
+    return findings
+
+
+def syncs(_rank: int, name: str, place: str, ranks: int, seeds: int) -> list[tuple[str, str]]:
+    """Collective. Every sync of the last save, and what would fail without it; "" for nothing."""
+    calls, found = read_calls(place), []
+    last = next(number for number in reversed(range(len(calls))) if calls[number].path.startswith(BEGUN))
+    with looking(name, place, ranks) as looks:
+        for number in range(last, len(calls)):
+            if calls[number].name == "sync":
+                fails = (
+                    f"{state.word}: {failure}"
+                    for state in states_after(calls, seeds, without=[number])
+                    if (failure := looks.failure(state)) is not None
+                )
+                found.append((calls[number].path, next(fails, "")))
+    return found
+
+
+@contextlib.contextmanager
+def looking(name: str, place: str, ranks: int) -> Iterator[Looking]:
+    expected = torch.load(os.path.join(place, "expected.pt"), weights_only=False)
+    with job_of(SCENARIOS[name], "", seed=4321) as job:
+        yield Looking(job, expected, ranks, place)
+
+
+def read_calls(place: str) -> list[Call]:
+    """What was recorded; an AssertionError if a call is missing."""
+    disk = os.path.join(place, "disk")
+    calls, replayed = read_log(os.path.join(place, "log"), disk), Disk()
+    for call in calls:
+        replayed.do(call)
+    assert replayed.visible() == tree_of(disk), "not everything that changed the disk was recorded"
+    return calls

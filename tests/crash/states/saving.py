@@ -1,0 +1,342 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs of saves, the last of which meets a crash, and the loads that follow it.
+
+All that belongs to a checkpoint differs from one save to the next, even if they are of the same iteration:
+weights, optimizer, scheduler, counters, and the position of every rank in the data.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import os
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+
+from ckpt_fast import FastStorageReader, FastStorageWriter, resume_dataloader
+from ckpt_fast.checkpointing import init_checkpointing_context, maybe_finalize_async_save, save_checkpoint
+from ckpt_fast.compat import SoloGroup
+from ckpt_fast.config import TokenizerConfig
+from ckpt_fast.pipeline.load.verify import find_damage
+from ckpt_fast.state import TrainState
+from tests.models import FLOPS, Run, Setup, differences, megatron_on_cpu
+from tests.trainer.runs import Loader, iterator
+
+ROOT = "of/a/run"  # of the checkpoints on the disk; nothing of it is there at first
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A run of saves.
+
+    Attributes:
+        iterations: of the saves, in order; those for recovery only are negative.
+        config: fields of CheckpointConfig.
+        with_data: there is a data loader, whose position is saved with the checkpoint or, with a name,
+            in a directory of that name.
+        with_tokenizer: there is a tokenizer.
+        door: "dcp" or "dcp-async" instead of ``save_checkpoint``.
+        native: saved by the engine; False for the fallback.
+        makes_directory: the program makes the directory of the checkpoint itself, and syncs nothing.
+    """
+
+    iterations: tuple[int, ...]
+    config: dict[str, Any] = field(default_factory=dict)
+    with_data: bool | str = False
+    with_tokenizer: bool = False
+    door: str = "documented"
+    native: bool = True
+    makes_directory: bool = False
+
+    @property
+    def is_dcp(self) -> bool:
+        return self.door.startswith("dcp")
+
+    @property
+    def is_local(self) -> bool:
+        return self.config.get("non_persistent_ckpt_type") == "local"
+
+
+BACKGROUND = {"async_save": True, "async_strategy": "mcore"}
+SCENARIOS = {
+    "first": Scenario((1,), with_data=True),
+    "later": Scenario((1, 2, 3), {"most_recent_k": 1}, with_data=True),
+    "tokenizer": Scenario((1, 2), with_data="elsewhere", with_tokenizer=True),
+    "background": Scenario((1, 2, 3), {"most_recent_k": 1, **BACKGROUND}, with_data=True),
+    "recovery": Scenario((1, -2, -3, -4), {"non_persistent_ckpt_type": "global"}, with_data=True),
+    "local": Scenario((1, -2, -3), {"non_persistent_ckpt_type": "local"}, with_data=True),
+    "again": Scenario((1, 2, 2), with_data=True),
+    "recovery-again": Scenario((1, -2, -2), {"non_persistent_ckpt_type": "global"}, with_data=True),
+    "local-again": Scenario((1, -2, -2), {"non_persistent_ckpt_type": "local"}, with_data=True),
+    "background-again": Scenario((1, 2, 2), {"most_recent_k": 1, **BACKGROUND}, with_data=True),
+    "again-elsewhere": Scenario((1, 2, 2), with_data="elsewhere", with_tokenizer=True),
+    "rolled-back": Scenario((1, 2, 3, 2), {"most_recent_k": 2}, with_data=True),
+    "several-files": Scenario((1, 2, 2), {"storage_writers_per_rank": 3}, with_data=True),
+    "background-recovery": Scenario(
+        (1, -2, -3), {"non_persistent_ckpt_type": "global", **BACKGROUND}, with_data=True
+    ),
+    "background-reused": Scenario((1, 2, 3), {"ckpt_assume_constant_structure": True, **BACKGROUND}),
+    "fallback": Scenario((1, 2, 3), {"most_recent_k": 1}, with_data=True, native=False),
+    "fallback-again": Scenario((1, 2, 2), with_data=True, native=False),
+    "dcp": Scenario((1,), door="dcp"),
+    "dcp-made": Scenario((1,), door="dcp", makes_directory=True),
+    "dcp-again": Scenario((1, 1), door="dcp"),
+    "dcp-async": Scenario((1,), door="dcp-async"),
+    "dcp-async-again": Scenario((1, 1), door="dcp-async"),
+    "dcp-fallback-again": Scenario((1, 1), door="dcp", native=False),
+}
+
+
+class Job(ABC):
+    """What saves and loads.
+
+    Args:
+        scenario: what it is to do.
+        disk: the directory that is its disk.
+    """
+
+    def __init__(self, scenario: Scenario, disk: str) -> None:
+        self.scenario = scenario
+        self.disk = disk
+
+    @abstractmethod
+    def save(self, version: int) -> Any:
+        """Save, and return what was saved when it is published. Versions count from 1."""
+
+    @abstractmethod
+    def load(self) -> Any:
+        """What there is to load; None if there is nothing."""
+
+    @abstractmethod
+    def differences(self, expected: Any, found: Any) -> list[str]:
+        """In what a load differs from a save."""
+
+    def version_in(self, expected: list[Any], ranks: int) -> int:
+        """Which of the saves a load gives, as a whole; 0 if there is nothing to load.
+
+        Raises:
+            AssertionError: it is none of them.
+            Exception: it cannot be loaded.
+        """
+        self.check_names()
+        found = self.load()
+        if found is None:
+            return 0
+        wrong = [self.differences(each, found) for each in expected]
+        assert [] in wrong, f"of no save; from the one that is nearest it differs in {min(wrong, key=len)}"
+        version = wrong.index([]) + 1
+        self.check_what_lies_beside(version, ranks)
+        return version
+
+    def check_names(self) -> None:  # noqa: B027
+        """What is sealed is whole, and what a tracker names is sealed: other readers have nothing else."""
+
+    def check_what_lies_beside(self, version: int, ranks: int) -> None:  # noqa: B027
+        """What a load does not give, or not on one rank."""
+
+
+class Training(Job):
+    """``save_checkpoint`` and ``load_checkpoint`` of a small model."""
+
+    def __init__(self, scenario: Scenario, disk: str, run: Run, context: dict[str, Any]) -> None:
+        super().__init__(scenario, disk)
+        self._run, self._context = run, context
+
+    def save(self, version: int) -> dict[str, Any]:
+        iteration = self.scenario.iterations[version - 1]
+        return self._save(version, abs(iteration), iteration < 0)
+
+    def save_later(self, version: int) -> dict[str, Any]:
+        """Another save, of an iteration after all others."""
+        return self._save(version, 1 + max(map(abs, self.scenario.iterations)), False)
+
+    def _save(self, version: int, iteration: int, non_persistent: bool) -> dict[str, Any]:
+        run, rank = self._run, dist.get_rank()
+        self._go_to_disk()
+        run.train(1)
+        run.state.train_state.step = iteration
+        run.state.train_state.floating_point_operations_so_far = float(FLOPS + version)
+        expected = run.fingerprint()
+        save_checkpoint(
+            run.state,
+            run.model,
+            run.optimizer,
+            run.scheduler,
+            FLOPS + version,
+            checkpointing_context=self._context,
+            non_persistent_ckpt=non_persistent,
+            train_data_iterator=iterator(Loader(position_in_data(version, rank)))
+            if self.scenario.with_data
+            else None,
+        )
+        maybe_finalize_async_save(run.state, run.checkpoint, blocking=True)
+        return expected
+
+    def load(self) -> dict[str, Any] | None:
+        run = self._run
+        self._spoil()
+        self._go_to_disk()
+        self._context = init_checkpointing_context(run.checkpoint)
+        iteration, flops = run.load(checkpointing_context=self._context)
+        if (iteration, flops) == (0, 0):
+            return None
+        found = run.fingerprint()
+        state = found["train_state"]
+        assert (iteration, flops) == (state["step"], state["floating_point_operations_so_far"])
+        return found
+
+    def differences(self, expected: dict[str, Any], found: dict[str, Any]) -> list[str]:
+        return differences(expected, found)
+
+    def check_names(self) -> None:
+        root = os.path.join(self.disk, ROOT)
+        sealed = {os.path.dirname(seal) for seal in glob.glob(f"{root}/**/metadata.json", recursive=True)}
+        for directory in sealed:
+            assert find_damage(directory) == []
+        for tracker in glob.glob(f"{root}/**/latest_*", recursive=True):
+            if tracker.endswith(".pt"):
+                iteration = int(torch.load(tracker, weights_only=True)["step"])
+            else:
+                iteration = int(Path(tracker).read_text())
+            directory = os.path.join(os.path.dirname(tracker), f"iter_{iteration:07}")
+            assert directory in sealed, f"{os.path.basename(tracker)} names {iteration}, which is not sealed"
+
+    def check_what_lies_beside(self, version: int, ranks: int) -> None:
+        for rank in range(ranks if self.scenario.with_data else 0):
+            loader = Loader(-1)
+            groups: Any = SimpleNamespace(dp=_Rank(rank))
+            resume_dataloader(self._run.state, iterator(loader), self._context, pg_collection=groups)
+            expected = position_in_data(version, rank)
+            assert loader.position == expected, (
+                f"rank {rank} is at {loader.position} in the data, not {expected}"
+            )
+
+    def _go_to_disk(self) -> None:
+        checkpoint, data = self._run.checkpoint, self._run.state.cfg.dataset
+        checkpoint.save = checkpoint.load = os.path.join(self.disk, ROOT)
+        checkpoint.non_persistent_local_ckpt_dir = os.path.join(self.disk, "local")
+        if isinstance(self.scenario.with_data, str):
+            data.dataloader_save = data.dataloader_load = os.path.join(self.disk, self.scenario.with_data)
+        if not self._context:
+            self._context = init_checkpointing_context(checkpoint)
+
+    def _spoil(self) -> None:
+        """Nothing that a load leaves as it was passes for loaded."""
+        run = self._run
+        with torch.no_grad():
+            for group in run.optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.fill_(0.5)
+            for parameter in run.model[0].parameters():
+                parameter.fill_(0.5)
+            for states in _adam_states(run.optimizer):
+                for value in states.values():
+                    value.fill_(0.5)
+        run.scheduler.num_steps = 0
+        run.state.train_state = TrainState()
+        torch.manual_seed(0)
+
+
+def _adam_states(optimizer: Any) -> Iterator[dict[str, torch.Tensor]]:
+    for member in getattr(optimizer, "chained_optimizers", [optimizer]):
+        yield from member.optimizer.state.values()
+
+
+class _Rank(SoloGroup):  # type: ignore[misc]
+    """A place in a group that nobody talks to."""
+
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
+
+    def rank(self) -> int:
+        return self._rank
+
+
+def position_in_data(version: int, rank: int) -> int:
+    return 100 * version + rank
+
+
+class Tokenizer:
+    """Saves itself as Hugging Face's do."""
+
+    def save_pretrained(self, directory: str) -> None:
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            Path(directory, name).write_text('{"kind": "none"}')
+
+
+@dataclass
+class Data:
+    """The part of a configuration that is about data."""
+
+    tokenizer: Any = None
+    dataloader_save: str | None = None
+    dataloader_load: str | None = None
+
+
+class Dcp(Job):
+    """``dcp.save`` and ``dcp.load``."""
+
+    def save(self, version: int) -> dict[str, Any]:
+        state = self._state(float(version))
+        if self.scenario.makes_directory:
+            os.makedirs(os.path.join(self.disk, ROOT), exist_ok=True)
+        writer = FastStorageWriter(os.path.join(self.disk, ROOT))
+        if self.scenario.door == "dcp-async":
+            dcp.async_save(state, storage_writer=writer).result()
+        else:
+            dcp.save(state, storage_writer=writer)
+        return state
+
+    save_later = save
+
+    def load(self) -> dict[str, Any] | None:
+        path, state = os.path.join(self.disk, ROOT), self._state(-1.0)
+        try:
+            dcp.load(state, storage_reader=FastStorageReader(path))
+        except CheckpointException:
+            if os.path.exists(os.path.join(path, ".metadata")):
+                raise
+            return None
+        return state
+
+    def differences(self, expected: dict[str, Any], found: dict[str, Any]) -> list[str]:
+        return differences(expected, found)
+
+    def check_what_lies_beside(self, version: int, ranks: int) -> None:
+        assert find_damage(os.path.join(self.disk, ROOT)) == []
+
+    @staticmethod
+    def _state(number: float) -> dict[str, Any]:
+        tensors = {f"w{each}": torch.full((40, 100), number + each) for each in range(4)}
+        return {**tensors, "step": number}
+
+
+@contextlib.contextmanager
+def job_of(scenario: Scenario, disk: str, seed: int = 1234) -> Iterator[Any]:
+    """The job of a scenario on this rank."""
+    if scenario.is_dcp:
+        yield Dcp(scenario, disk)
+        return
+    needs_gpu = megatron_on_cpu() if scenario.is_local else contextlib.nullcontext()
+    with needs_gpu, Run(Setup(seed=seed), **scenario.config) as run:
+        run.state.cfg.dataset = Data(Tokenizer() if scenario.with_tokenizer else None)
+        run.state.cfg.tokenizer = TokenizerConfig(tokenizer_type="HuggingFaceTokenizer")
+        run.state.initialize_async_checkpoint_worker()
+        yield Training(scenario, disk, run, {})
+
+
+def wait_for_deletions() -> None:
+    """Checkpoints that are too old are deleted in threads after saves in the background."""
+    for thread in threading.enumerate():
+        if thread is not threading.main_thread() and not thread.daemon:
+            thread.join()

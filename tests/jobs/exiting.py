@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A training program that ends with a save in flight: ``python -m tests.jobs.exiting DIRECTORY HOW``."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+
+import torch
+import torch.distributed as dist
+
+from ckpt_fast import native
+from ckpt_fast.format.types import TensorShard
+from ckpt_fast.jobs.background import SaveHandle, SaveQueue
+from tests.saves import new_save, save
+
+
+def main(directory: str, how: str) -> None:
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group("gloo")
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    tensor = torch.full((1, 100_000), float(rank))
+    shard = TensorShard("w", tensor, (rank, 0), (world, 100_000))
+    save([shard], f"{directory}/first", seal_files={"metadata.json": b"{}"})
+
+    original = native.write_files
+
+    def slowly(*arguments: object, **options: object) -> object:
+        time.sleep(0.5)
+        return original(*arguments, **options)
+
+    native.engine().write_files = slowly
+    queue = SaveQueue()
+    job = new_save([shard], f"{directory}/second", snapshot=True, seal_files={"metadata.json": b"{}"})
+    job.stage()
+    request = SaveHandle(job)
+    request.add_finalize_fn(print_finalized)
+    queue.schedule_async_request(request)
+    tensor.fill_(-1)
+    if how == "exception":
+        raise ValueError("the loss is nan")
+    if how == "SIGTERM":
+        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        time.sleep(30)
+
+
+def print_finalized() -> None:
+    sys.stdout.write("finalized\n")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

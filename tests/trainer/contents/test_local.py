@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Local checkpoints: each rank's own files, for recovery of the same run on the same layout."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ckpt_fast import compat
+from ckpt_fast.checkpointing import init_checkpointing_context, maybe_finalize_async_save, save_checkpoint
+from ckpt_fast.doors.local.files import write_local
+from tests.helpers import run_ranks
+from tests.models import FLOPS, Run, Setup, differences, megatron_on_cpu, other
+from tests.trainer.runs import iterations, tracked
+
+local_door = pytest.importorskip("ckpt_fast.doors.local.manager")
+pytestmark = pytest.mark.skipif(not compat.HAVE_RESIL, reason="needs nvidia-resiliency-ext")
+
+
+def save_and_recover(rank: int, setup: Setup, root: str, local: str, is_async: bool) -> dict[str, Any]:
+    """A persistent checkpoint of step 1, a local one of step 2; a new run recovers from the newer one."""
+    config = {
+        "non_persistent_ckpt_type": "local",
+        "non_persistent_local_ckpt_dir": local,
+        "async_save": is_async,
+        "async_strategy": "mcore",
+    }
+    # nvidia-resiliency-ext and the state dict it takes wait for a GPU, whether there is one or not.
+    go = threading.Event()
+    with megatron_on_cpu(), Run(setup, save=root, **config) as run, pytest.MonkeyPatch.context() as patch:
+        if is_async:
+            # The disk is slow: it begins when training has changed everything.
+            patch.setattr(local_door, "write_local", lambda *args: (go.wait(30), write_local(*args)))
+        context = init_checkpointing_context(run.checkpoint)
+        run.state.initialize_async_checkpoint_worker()
+        run.train(1)
+        run.save(checkpointing_context=context)
+        run.train(1)
+        # The train state has not been told of the operations yet.
+        training = (run.state, run.model, run.optimizer, run.scheduler)
+        options = {"checkpointing_context": context, "non_persistent_ckpt": True}
+        save_checkpoint(*training, FLOPS + 1, **options)
+        expected = run.fingerprint()
+        expected["train_state"]["floating_point_operations_so_far"] = float(FLOPS + 1)
+        run.train(1)
+        go.set()
+        maybe_finalize_async_save(run.state, run.checkpoint, blocking=True)
+    with megatron_on_cpu(), Run(other(setup), save=root, load=root, **config) as run:
+        run.train(1)
+        result = run.load(checkpointing_context=init_checkpointing_context(run.checkpoint))
+        wrong = differences(expected, run.fingerprint())
+    return {"result": result, "wrong": wrong, "persistent": (iterations(root), tracked(root))}
+
+
+@pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize(
+    "setup",
+    [Setup(bf16=True, distributed=True), Setup(tp=2, glu=(4, 2))],
+    ids=["dp2-distributed", "tp2-interleaved"],
+)
+def test_recovery_from_local_files(
+    tmp_path: Path, setup: Setup, is_async: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("USE_ACT_FUSION_FOR_DENSE", "1")
+    root, local = str(tmp_path / "root"), str(tmp_path / "local")
+    for found in run_ranks(save_and_recover, 2, setup, root, local, is_async):
+        assert found == {"result": (2, FLOPS + 1), "wrong": [], "persistent": ([1], (1, 1))}
+    found = {os.path.relpath(directory, local) for directory, _, names in os.walk(local) if names}
+    assert found == {f"{rank}/iter_0000002_{rank}_local" for rank in range(2)}
+
+
+def save_before_and_after_a_change(_rank: int, root: str, local: str) -> tuple[tuple[int, int], list[str]]:
+    """Local checkpoints of steps 1 and 2 with constant structure, though a parameter's type changes."""
+    config = {
+        "non_persistent_ckpt_type": "local",
+        "non_persistent_local_ckpt_dir": local,
+        "non_persistent_local_ckpt_algo": "fully_parallel",
+        "ckpt_assume_constant_structure": True,
+        "save_optim": False,
+        "load_optim": False,
+    }
+
+    def widen(run: Run) -> None:
+        for name, parameter in run.model[0].named_parameters():
+            if name.endswith("final_layernorm.weight"):
+                parameter.data = parameter.data.double()
+
+    setup = Setup()
+    with megatron_on_cpu(), Run(setup, save=root, **config) as run:
+        context = init_checkpointing_context(run.checkpoint)
+        run.train(1)
+        run.save(checkpointing_context=context, non_persistent_ckpt=True)
+        run.train(1)
+        widen(run)
+        run.save(checkpointing_context=context, non_persistent_ckpt=True)
+        expected = run.fingerprint()
+    with megatron_on_cpu(), Run(other(setup), save=root, load=root, **config) as run:
+        widen(run)
+        result = run.load(checkpointing_context=init_checkpointing_context(run.checkpoint))
+        wrong = [name for name in differences(expected, run.fingerprint()) if name.startswith("model")]
+    return result, wrong
+
+
+def test_a_structure_that_changes_though_it_is_said_not_to(tmp_path: Path) -> None:
+    for found in run_ranks(
+        save_before_and_after_a_change, 2, str(tmp_path / "root"), str(tmp_path / "local")
+    ):
+        assert found == ((2, FLOPS), [])
