@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ckpt_fast import megatron
+from ckpt_fast.config_checks import check_choices, warn_of_unused
 from ckpt_fast.doors import megatron_core
 from ckpt_fast.errors import (
     CheckpointCorruptError,
@@ -103,11 +104,14 @@ def load_checkpoint(
         FileNotFoundError: ``pretrained_checkpoint`` is set and does not exist.
         CheckpointCorruptError, CheckpointNotFoundError: the checkpoint is damaged or incomplete, and there is
             no older one that is whole, or ``on_corrupt`` is "raise".
+        ValueError: a setting of ckpt_fast's own, such as ``on_corrupt``, has a value that it does not know.
         CheckpointError: on every rank, naming rank, path, cause and remedy.
     """
     wait_staged()  # a save in flight may still be reading what is loaded into
     settle_directories(state.cfg)
     ckpt_cfg = state.cfg.checkpoint
+    warn_of_unused(ckpt_cfg)
+    on_all_ranks(lambda: check_choices(ckpt_cfg))
     load_dir, pretrained = ckpt_cfg.load, ckpt_cfg.pretrained_checkpoint
     if pretrained is not None and not _has_resume_checkpoint(load_dir, ckpt_cfg, checkpointing_context):
         if not on_rank_0(lambda: holds_checkpoint(pretrained) or is_hf_checkpoint_dir(pretrained)):

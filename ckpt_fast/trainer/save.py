@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ckpt_fast import megatron
+from ckpt_fast.config_checks import check_choices
 from ckpt_fast.doors import megatron_core
 from ckpt_fast.doors.parallel_save import FastParallelSaveWrapper
 from ckpt_fast.errors import CheckpointError
@@ -195,7 +196,9 @@ def _collect(
 
     As local as what Megatron does for it.
     """
-    Settings.read()  # an odd one is refused on all ranks, while nothing has been touched
+    # An odd one is refused on all ranks, while nothing has been touched.
+    Settings.read()
+    check_choices(run.ckpt_cfg)
     around.position.capture()
     around.publication.capture(run.state.train_state)
     if prebuilt is not None:
