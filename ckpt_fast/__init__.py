@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ckpt_fast.doors.megatron_core import FastSaveStrategy
     from ckpt_fast.pipeline.background import wait_staged
     from ckpt_fast.pipeline.host_buffer import reserve_host_memory
+    from ckpt_fast.pipeline.metrics import add_listener
     from ckpt_fast.pipeline.seal import last_report
     from ckpt_fast.trainer.bridge import FastCheckpointManager
     from ckpt_fast.trainer.sidecars import resume_dataloader
@@ -30,6 +31,7 @@ __all__ = [
     "FastSaveStrategy",
     "FastStorageReader",
     "FastStorageWriter",
+    "add_listener",
     "install",
     "last_report",
     "reserve_host_memory",
@@ -46,6 +48,7 @@ _HOMES = {
     "FastSaveStrategy": "ckpt_fast.doors.megatron_core",
     "FastStorageReader": "ckpt_fast.doors.dcp",
     "FastStorageWriter": "ckpt_fast.doors.dcp",
+    "add_listener": "ckpt_fast.pipeline.metrics",
     "install": "ckpt_fast.doors.install",
     "last_report": "ckpt_fast.pipeline.seal",
     "reserve_host_memory": "ckpt_fast.pipeline.host_buffer",
