@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from ckpt_fast.trainer.bridge import FastCheckpointManager
     from ckpt_fast.trainer.sidecars import resume_dataloader
 
+    __version__: str
+
 __all__ = [
     "FastCheckpointManager",
     "FastLoadStrategy",
@@ -59,6 +61,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return importlib.import_module("ckpt_fast.version").version()
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)

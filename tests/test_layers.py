@@ -28,7 +28,7 @@ LAYERS = [
     {"async_queue", "callbacks", "loggers", "signal_handler", "state"}
     | {"config", "config_checks", "config_parts", "config_targets", "config_yaml"},
     {"trainer"},
-    {"checkpointing", "cli", "__init__"},
+    {"checkpointing", "cli", "version", "__init__"},
 ]
 LEVEL = {part: level for level, layer in enumerate(LAYERS) for part in layer}
 

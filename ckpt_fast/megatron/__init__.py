@@ -11,7 +11,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing, parallel_state
+
+try:
+    from megatron.core import dist_checkpointing, parallel_state
+except ModuleNotFoundError as error:
+    from ckpt_fast.megatron.optional import without_megatron_core
+
+    raise without_megatron_core(error) from error
 
 # The vocabulary of a sharded state dict and its checks: identical in every supported version.
 from megatron.core.dist_checkpointing import load, load_common_state_dict, load_content_metadata
