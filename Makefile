@@ -3,7 +3,8 @@
 #
 #   PYTHON    Python 3.10 or newer, for stack A (default: python3)
 #   PYTHON_B  Python 3.12, for stack B (default: the first one found)
-#   PYTEST    arguments for pytest, for instance PYTEST="tests/pipeline -x"
+#   FILE      tests to run instead of all, for instance FILE=tests/pipeline
+#   PYTEST    arguments for pytest instead of those that choose all and use two cores, for instance PYTEST=-x
 #   TORCH, MCORE, NVRX  versions for test-versions; NVRX= is none
 #
 # torch comes from pip's own index with its CUDA libraries. To save gigabytes on a machine without a GPU,
@@ -18,6 +19,14 @@ PYTHON_B ?= $(shell for python in python3.12 "$$(pyenv prefix 3.12 2>/dev/null)/
 	"$$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null && echo "$$python" && break; \
 	done)
 PYTEST ?= -n 2 --dist worksteal -m "not slow and not long"
+# Engine and pipeline without the files that take many seconds: processes that end, threads that fail, campaigns
+# of flipped bits and of random bytes; then the README's snippet for each door, and local checkpoints, which have none.
+QUICK := tests/native tests/format tests/storage tests/ranks tests/jobs tests/pipeline \
+	$(addprefix --ignore=tests/, native/test_check_pickle.py native/test_copy_runs.py format/test_consistency.py \
+		format/test_manifest.py jobs/test_background.py jobs/test_exit.py jobs/test_interrupted.py \
+		$(addprefix pipeline/load/test_, damage.py decode.py hostile.py)) \
+	tests/repository/test_docs.py::test_snippet_runs \
+	tests/doors/local/test_manager.py::test_a_state_dict_comes_back_as_it_was
 
 A := .venv
 B := .venv-b
@@ -42,12 +51,16 @@ help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
 .PHONY: test
-test: $(A)/.installed ## build and run the tests on stack A
-	@$(A)/bin/python -m pytest $(PYTEST)
+test: $(A)/.installed ## build and run the tests on stack A, or those in FILE=
+	@$(A)/bin/python -m pytest $(PYTEST) $(FILE)
+
+.PHONY: quick
+quick: $(A)/.installed ## engine, pipeline and one run for each door, in about a minute
+	@$(A)/bin/python -m pytest $(PYTEST) $(QUICK)
 
 .PHONY: test-b
 test-b: $(B)/.installed ## the same on stack B
-	@$(B)/bin/python -m pytest $(PYTEST)
+	@$(B)/bin/python -m pytest $(PYTEST) $(FILE)
 
 .PHONY: test-stacks
 test-stacks: ## the same on both stacks

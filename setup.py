@@ -2,15 +2,19 @@
 """Builds the two extension modules with ninja: ``_engine`` always, ``_cuda`` where there is an nvcc.
 
 ``CKPT_FAST_CUDA=0`` leaves ``_cuda`` out; ``CKPT_FAST_CUDA_ARCHS`` ("80;90;100") chooses its GPU
-architectures, the last of which is also included as PTX for later GPUs.
+architectures, the last of which is also included as PTX for later GPUs. The version of a build says which
+CUDA its ``_cuda`` is of ("0.1.0+cu130"); an sdist is of none.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import re
+import runpy
 import shutil
 import subprocess
+import sys
 import sysconfig
 from glob import glob
 from pathlib import Path
@@ -37,6 +41,20 @@ def find_nvcc() -> tuple[str | None, str]:
     path = os.pathsep.join([os.environ.get("PATH", ""), *(f"{home}/bin" for home in homes if home)])
     nvcc = shutil.which("nvcc", path=path)
     return nvcc, "" if nvcc else "no nvcc on PATH or in CUDA_HOME"
+
+
+def version() -> str:
+    """The version of what is built here."""
+    of_package = runpy.run_path(str(ROOT / "ckpt_fast" / "version.py"))
+    nvcc, _ = find_nvcc()
+    # What is built from an sdist keeps the sdist's version: pip refuses another one.
+    if nvcc is None or "sdist" in sys.argv or (ROOT / "PKG-INFO").exists():
+        return str(of_package["build_version"](None))
+    said = subprocess.run([nvcc, "--version"], check=True, capture_output=True, text=True).stdout
+    found = re.search(r"release (\d+)\.(\d+)", said)
+    if found is None:
+        raise SystemExit(f"ckpt_fast: {nvcc} --version names no release:\n{said}")
+    return str(of_package["build_version"](found.groups()))
 
 
 def gencode_flags(nvcc: str) -> list[str]:
@@ -91,7 +109,8 @@ class NinjaBuild(build_ext):
         names = [extension.name for extension in self.extensions]
         if CUDA not in names:
             self.announce(f"ckpt_fast: building without CUDA: {reason}", level=logging.WARNING)
-            Path(self.get_ext_fullpath(CUDA)).unlink(missing_ok=True)  # of an earlier build
+            # Not into a wheel with what an earlier build left in its folder; one in the source tree stays.
+            (Path(self.build_lib) / self.get_ext_filename(CUDA)).unlink(missing_ok=True)
         # One folder per Python: interpreters side by side share a checkout but no object files.
         folder = ROOT / "build" / f"ninja-{sysconfig.get_config_var('SOABI')}"
         folder.mkdir(parents=True, exist_ok=True)
@@ -110,6 +129,7 @@ class NinjaBuild(build_ext):
 
 BUILT = [ENGINE, CUDA] if find_nvcc()[0] else [ENGINE]
 setup(
+    version=version(),
     ext_modules=[Extension(name, SOURCES[name]) for name in BUILT],
     cmdclass={"build_ext": NinjaBuild},
 )

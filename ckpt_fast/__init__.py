@@ -18,11 +18,14 @@ if TYPE_CHECKING:
     from ckpt_fast.doors.megatron.load_strategy import FastLoadStrategy
     from ckpt_fast.doors.megatron.torch_dist import FastSaveStrategy
     from ckpt_fast.jobs.background import wait_staged
+    from ckpt_fast.jobs.metrics import add_listener
     from ckpt_fast.pipeline.memory.host_buffer import reserve_host_memory
     from ckpt_fast.pipeline.save.seal import last_report
     from ckpt_fast.trainer.bridge import FastCheckpointManager
     from ckpt_fast.trainer.contents.inert_load import register_dataloader_state_class
     from ckpt_fast.trainer.contents.sidecars import resume_dataloader
+
+    __version__: str
 
 __all__ = [
     "FastCheckpointManager",
@@ -31,6 +34,7 @@ __all__ = [
     "FastSaveStrategy",
     "FastStorageReader",
     "FastStorageWriter",
+    "add_listener",
     "install",
     "last_report",
     "register_dataloader_state_class",
@@ -55,10 +59,13 @@ _HOMES = {
     "resume_dataloader": "ckpt_fast.trainer.contents.sidecars",
     "uninstall": "ckpt_fast.doors.megatron.install",
     "wait_staged": "ckpt_fast.jobs.background",
+    "add_listener": "ckpt_fast.jobs.metrics",
 }
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return importlib.import_module("ckpt_fast.version").version()
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)

@@ -24,10 +24,6 @@ __all__ = [
     "TokenizerConfig",
 ]
 
-_ON_CORRUPT = ("fallback", "raise")
-_ON_SAVE_IN_PROGRESS = ("wait", "skip", "queue")
-_ON_SAVE_ERROR = ("raise", "warn")
-_GLU_ROWS = ("recorded", "contiguous", "interleaved")
 _C = TypeVar("_C", bound="ConfigContainer")
 
 
@@ -35,8 +31,8 @@ _C = TypeVar("_C", bound="ConfigContainer")
 class CheckpointConfig:
     """What to save and load, where, in which format and how.
 
-    Field names, defaults and checks are the documented ones; fields marked *accepted* exist so that
-    existing configurations construct, and change nothing here.
+    Field names, defaults and checks are the documented ones. Fields without effect exist so that existing
+    configurations construct; one that is set to anything but its default is warned about.
     """
 
     # --- saving ---
@@ -45,17 +41,17 @@ class CheckpointConfig:
     save_interval: int | None = None
     """Training iterations between persistent checkpoints; read by the training loop."""
     save_params_interval: int | None = None
-    """Accepted."""
+    """Iterations between dumps of parameters by Megatron-LM. No effect here."""
     save_activations_interval: int | None = None
-    """Accepted."""
+    """Iterations between Megatron-LM's dumps of activations. No effect here."""
     save_tokens_per_expert_interval: int | None = None
-    """Accepted."""
+    """Iterations between Megatron-LM's dumps of tokens per expert. No effect here."""
     save_wgrads_interval: int | None = None
-    """Accepted."""
+    """Iterations between Megatron-LM's dumps of weight gradients. No effect here."""
     save_dgrads_interval: int | None = None
-    """Accepted."""
+    """Iterations between Megatron-LM's dumps of data gradients. No effect here."""
     save_retain_interval: int | None = None
-    """Accepted."""
+    """Iterations between checkpoints that Megatron-LM keeps. No effect here: see ``most_recent_k``."""
     most_recent_k: int | None = -1
     """How many of the newest checkpoints to keep; -1 or None keeps all. The one a tracker names stays."""
     save_optim: bool = True
@@ -81,11 +77,11 @@ class CheckpointConfig:
     ckpt_step: int | None = None
     """Load this iteration instead of the newest; needs ``load``."""
     use_checkpoint_args: bool = False
-    """Accepted."""
+    """Megatron-LM takes its arguments from the checkpoint. No effect here."""
     use_mp_args_from_checkpoint_args: bool = False
-    """Accepted."""
+    """The same for the parallel sizes. No effect here."""
     use_tokenizer_model_from_checkpoint_args: bool = True
-    """Accepted."""
+    """The same for the tokenizer. No effect here."""
     exit_on_missing_checkpoint: bool = False
     """Exit when ``load`` is set and holds no checkpoint, instead of starting from scratch."""
     dist_ckpt_strictness: Literal[
@@ -124,13 +120,13 @@ class CheckpointConfig:
     ckpt_format: Literal["torch", "torch_dist", "torch_dcp", "fsdp_dtensor"] = "torch_dist"
     """Format to save in; loading finds out by itself."""
     auto_detect_ckpt_format: bool = False
-    """Accepted; detection is always on."""
+    """Detect the format of a checkpoint when loading. No effect here: it always is."""
     ckpt_convert_format: Literal["torch", "torch_dist"] | None = None
-    """Accepted."""
+    """Format to which Megatron-LM converts a checkpoint. No effect here."""
     ckpt_convert_save: str | None = None
-    """Accepted."""
+    """Directory for the converted checkpoint. No effect here."""
     ckpt_convert_update_legacy_dist_opt_format: bool = False
-    """Accepted."""
+    """Convert an old layout of the distributed optimizer. No effect here."""
     fully_parallel_save: bool = True
     """Data-parallel ranks share the writing of what they all hold."""
     fully_parallel_load: bool = False
@@ -138,49 +134,51 @@ class CheckpointConfig:
     ckpt_fully_parallel_load_exchange_algo: Literal["broadcast", "gather_rounds", "gather_object"] = (
         "broadcast"
     )
-    """Accepted."""
+    """How ranks exchange what they have read in parallel. No effect here: always by broadcast."""
     ckpt_fully_parallel_save_process_group: Literal["dp", "ep_dp"] = "dp"
-    """Accepted."""
+    """Ranks that share a fully parallel save. No effect here: all data-parallel ones."""
     ckpt_fully_parallel_load_process_group: Literal["dp", "ep_dp"] = "dp"
-    """Accepted."""
+    """Ranks that share a fully parallel load. No effect here: all data-parallel ones."""
     ckpt_fully_parallel_load_per_rank_objects: bool = False
-    """Accepted."""
+    """Who reads objects in a fully parallel load. No effect here: every rank reads its own."""
     ckpt_pg_tensors_cache_path: str | None = None
-    """Accepted."""
+    """File of a cache that newer versions of Megatron-LM have. No effect here."""
     ckpt_pg_tensors_cache_create: bool = False
-    """Accepted."""
+    """Create that cache. No effect here."""
     ckpt_assume_constant_structure: bool = False
     """Names, shapes and placement stay the same between saves, so that plans are reused."""
     ckpt_load_validate_sharding_integrity: bool = True
-    """Accepted."""
+    """Check that the pieces asked for cover each tensor once. No effect here: that is always checked."""
     dist_ckpt_save_pre_mcore_014: bool = False
-    """Accepted."""
+    """Save in the layout of Megatron-Core before 0.14. No effect here: always in the newer one."""
     dist_ckpt_optim_fully_reshardable: bool = False
     """Save the optimizer so that any tensor, pipeline and data parallel sizes can load it."""
     distrib_optim_fully_reshardable_mem_efficient: bool = False
     """The same with less memory, over gloo; not together with ``dist_ckpt_optim_fully_reshardable``."""
     verify_integrity: bool = False
-    """Accepted; ckpt_fast records and compares checksums in any case."""
+    """Record and compare digests of the files. No effect here: checksums always are."""
 
     # --- saving in the background ---
     async_save: bool = False
     """Training goes on while a checkpoint is written."""
     async_strategy: str = "nvrx"
-    """Whose request class to speak, "nvrx" or "mcore"; always "mcore" while ``async_save`` is off."""
+    """Upstream's queue of background saves, "nvrx" or "mcore". Only checked: threads write with either.
+    Always "mcore" while ``async_save`` is off."""
     use_persistent_ckpt_worker: bool = True
-    """Accepted; ``async_save`` requires it. Saves run on threads here, so there is no worker to keep."""
+    """Keep one worker process for all saves; ``async_save`` requires it. No effect here: threads write."""
     async_ckpt_cpu_priority: int = 10
-    """Accepted."""
+    """Niceness of the worker process. No effect here: threads write."""
     async_ckpt_io_priority: int | None = 3
-    """Accepted."""
+    """I/O class of the worker process. No effect here: threads write."""
     async_ckpt_use_cpu_shm: bool = False
-    """Accepted."""
+    """Hand tensors to the worker process in shared memory. No effect here: threads write."""
     async_write_results_mp_mode: str = "fork"
-    """Accepted; results come back from threads, not from processes."""
+    """How the worker process is started. No effect here: threads write."""
     storage_writers_per_rank: int = 1
     """Files that each rank writes."""
     dist_ckpt_workers: int = 1
-    """The same for fsdp_dtensor saves in the background."""
+    """Files per rank of fsdp_dtensor saves in the background. No effect here: ``storage_writers_per_rank``
+    says it for every save."""
     custom_manager_class: str | None = None
     """Dotted path of a checkpoint manager class to use instead of the default one."""
 
@@ -267,19 +265,8 @@ class CheckpointConfig:
             "distrib_optim_fully_reshardable_mem_efficient needs gloo process groups and does not go "
             "together with dist_ckpt_optim_fully_reshardable",
         )
-        if self.on_corrupt not in _ON_CORRUPT:
-            raise ValueError(f"on_corrupt={self.on_corrupt!r}: use one of {', '.join(_ON_CORRUPT)}")
-        if self.host_buffer_bytes is not None and self.host_buffer_bytes < 1:
-            raise ValueError(f"host_buffer_bytes={self.host_buffer_bytes} is not a positive number of bytes")
-        if self.on_save_in_progress not in _ON_SAVE_IN_PROGRESS:
-            raise ValueError(
-                f"on_save_in_progress={self.on_save_in_progress!r}: use one of "
-                f"{', '.join(_ON_SAVE_IN_PROGRESS)}"
-            )
-        if self.on_save_error not in _ON_SAVE_ERROR:
-            raise ValueError(f"on_save_error={self.on_save_error!r}: use one of {', '.join(_ON_SAVE_ERROR)}")
-        if self.load_glu_rows not in _GLU_ROWS:
-            raise ValueError(f"load_glu_rows={self.load_glu_rows!r}: use one of {', '.join(_GLU_ROWS)}")
+        config_checks.check_choices(self)
+        config_checks.warn_of_unused(self)
 
     def _check_hf_copy(self) -> None:
         if not self.also_save_hf_checkpoint:

@@ -7,6 +7,7 @@ of them at once (``Settings.read``), before it touches anything.
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import logging
 import os
@@ -50,15 +51,12 @@ class Settings:
 
     @classmethod
     def read(cls) -> Settings:
-        """The settings in force. A variable of our prefix that has no meaning is warned about, once.
+        """The settings in force; those that are none are warned about (``warn_of_unknown``).
 
         Raises:
             ValueError: naming the variable and what it may be.
         """
-        for name in sorted(os.environ):
-            if name.startswith(_PREFIX) and name not in _names() | _OTHERS | _warned:
-                _warned.add(name)
-                logger.warning("%s has no meaning here: see README for the settings there are", name)
+        cls.warn_of_unknown()
         # Not of a save, but an odd value is no better for what comes after it.
         verify_on_load()
         pickle_allowed()
@@ -74,6 +72,17 @@ class Settings:
             space_check(),
             timeout_s(),
         )
+
+    @staticmethod
+    def warn_of_unknown() -> None:
+        """Warn, once per process, of each variable of our prefix without a meaning, and name the nearest."""
+        for name in sorted(os.environ):
+            if name.startswith(_PREFIX) and name not in _names() | _OTHERS | _warned:
+                _warned.add(name)
+                names = [known.removeprefix(_PREFIX) for known in sorted(_names())]
+                nearest = difflib.get_close_matches(name.removeprefix(_PREFIX).upper(), names, n=1)
+                hint = f"did you mean {_PREFIX}{nearest[0]}?" if nearest else "see README for those there are"
+                logger.warning("%s has no meaning here: %s", name, hint)
 
 
 def native_enabled() -> bool:

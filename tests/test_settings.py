@@ -143,7 +143,27 @@ def test_an_unknown_variable_is_warned_about_once(
     settings.Settings.read()
     settings.Settings.read()
     (warning,) = caplog.messages
-    assert warning.startswith("CKPT_FAST_TREADS has no meaning here")
+    assert warning == "CKPT_FAST_TREADS has no meaning here: did you mean CKPT_FAST_THREADS?"
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("THREAD", "THREADS"),
+        ("HOST_BUFFER_BYTES", "HOST_BUFFER"),
+        ("RETRY", "RETRIES"),
+        ("BANANA", None),
+        ("Threads", "THREADS"),
+    ],
+)
+def test_the_nearest_variable_is_named(
+    name: str, nearest: str | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(settings, "_warned", set())
+    monkeypatch.setenv(f"CKPT_FAST_{name}", "1")
+    settings.Settings.warn_of_unknown()
+    hint = f"did you mean CKPT_FAST_{nearest}?" if nearest else "see README for those there are"
+    assert caplog.messages == [f"CKPT_FAST_{name} has no meaning here: {hint}"]
 
 
 def test_host_buffer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+from importlib import metadata
+from importlib.util import find_spec
 from typing import Any
 
 from ckpt_fast import native, settings
 from ckpt_fast.errors import CheckpointError
+from ckpt_fast.version import version
 
 
 def add_parser(commands: Any) -> None:
@@ -29,6 +32,24 @@ def run(options: argparse.Namespace) -> int:
         return 1
     sys.stdout.writelines(f"{line}\n" for line in lines)
     return 0
+
+
+def versions() -> list[str]:
+    """What is installed: ckpt_fast, its native parts, and the packages it works with."""
+    release = native.cuda_release()
+    return [
+        f"ckpt-fast {version()}",
+        f"native engine: {'built' if find_spec('ckpt_fast.native._engine') else 'not built'}",
+        f"CUDA module: {'not built' if release is None else f'built with CUDA {release[0]}.{release[1]}'}",
+        *(f"{package}: {_installed(package)}" for package in ("torch", "megatron-core")),
+    ]
+
+
+def _installed(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _library() -> list[str]:

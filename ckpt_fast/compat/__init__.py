@@ -8,17 +8,21 @@ harmless equivalent; ``HAVE_*`` tells whether a group is complete. Versions are 
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+
+try:
+    from megatron.core import dist_checkpointing, parallel_state
+except ModuleNotFoundError as error:
+    from ckpt_fast.compat.optional import without_megatron_core
+
+    raise without_megatron_core(error) from error
 
 # The vocabulary of a sharded state dict and its checks: identical in every supported version.
 from megatron.core.dist_checkpointing import load, load_common_state_dict, load_content_metadata
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import (
-    dict_list_map_inplace,
     dict_list_map_outplace,
     merge,
     nested_values,
@@ -68,7 +72,7 @@ from megatron.core.tensor_parallel import (
 )
 from megatron.core.timers import Timers
 from megatron.core.transformer import MegatronModule
-from megatron.core.utils import StragglerDetector, get_model_config, get_pg_rank, get_pg_size, unwrap_model
+from megatron.core.utils import StragglerDetector, get_model_config, get_pg_size, unwrap_model
 
 from ckpt_fast.compat.bridge import import_auto_bridge
 from ckpt_fast.compat.factories import only_joins
@@ -89,7 +93,6 @@ from ckpt_fast.compat.groups import SoloGroup, get_pg_collection, update_num_mic
 from ckpt_fast.compat.modelopt import (
     MODELOPT_DIR,
     restore_modelopt_state,
-    restore_sharded_modelopt_state,
     save_modelopt_state,
     save_sharded_modelopt_state,
 )
@@ -113,9 +116,7 @@ __all__ = [
     "HAVE_MEGATRON_FSDP",
     "HAVE_NVRX",
     "HAVE_RESIL",
-    "LOAD_PARAMETERS",
     "MODELOPT_DIR",
-    "SAVE_PARAMETERS",
     "CheckpointingException",
     "DistributedOptimizer",
     "EnergyMonitor",
@@ -150,7 +151,6 @@ __all__ = [
     "clean_metadata_for_serialization",
     "convert_cuda_rng_state",
     "determine_global_metadata",
-    "dict_list_map_inplace",
     "dict_list_map_outplace",
     "dist_checkpointing",
     "extract_sharded_base",
@@ -160,7 +160,6 @@ __all__ = [
     "get_cuda_rng_tracker",
     "get_model_config",
     "get_pg_collection",
-    "get_pg_rank",
     "get_pg_size",
     "get_rerun_state_machine",
     "give_adam_its_state",
@@ -190,14 +189,12 @@ __all__ = [
     "preprocess_state_dict_for_uneven_dtensor",
     "print_diff_in_state_dicts",
     "restore_modelopt_state",
-    "restore_sharded_modelopt_state",
     "safe_import",
     "save_modelopt_state",
     "save_preprocess",
     "save_sharded_modelopt_state",
     "save_state_dict_async_finalize",
     "save_state_dict_async_plan",
-    "tensor_parallel",
     "torch_strategies",
     "unwrap_model",
     "update_num_microbatches",
@@ -209,10 +206,6 @@ __all__ = [
 # Two tuples without behaviour, in every checkpoint of a step that is to be run again. Megatron-Core tells
 # torch's restricted unpickler of the other classes that its state dicts hold, and forgets these.
 torch.serialization.add_safe_globals([Call, Caller])
-
-# 0.17 added async_strategy, 0.19 verify_integrity and process_group, and 0.17 dropped common_strategy.
-SAVE_PARAMETERS = frozenset(inspect.signature(dist_checkpointing.save).parameters)
-LOAD_PARAMETERS = frozenset(inspect.signature(dist_checkpointing.load).parameters)
 
 
 def clean_metadata_for_serialization(metadata: dict[str, Any] | None) -> dict[str, Any] | None:

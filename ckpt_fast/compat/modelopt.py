@@ -51,16 +51,6 @@ def restore_modelopt_state(model: Any, state_dict: dict[str, Any]) -> None:
         _modelopt("restore_modelopt_state")(model, state_dict)
 
 
-def restore_sharded_modelopt_state(model: Any, checkpoint_name: str, prefix: str = "") -> None:
-    """Convert ``model`` from ``<checkpoint_name>/modelopt_state``, which the caller knows to exist.
-
-    Raises:
-        UnavailableError: modelopt is not installed.
-    """
-    _require_modelopt()
-    _modelopt("restore_sharded_modelopt_state")(model, checkpoint_name, prefix)
-
-
 def _require_modelopt() -> None:
     if not safe_import("modelopt.torch.opt.plugins")[1]:
         raise UnavailableError(

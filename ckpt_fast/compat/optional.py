@@ -11,6 +11,16 @@ class UnavailableError(ImportError):
     """A part of an optional package was used that is not installed; the text names the package."""
 
 
+def without_megatron_core(error: ModuleNotFoundError) -> ImportError:
+    """What to raise when Megatron-Core cannot be imported; ``error`` if it is there and misses something."""
+    if error.name not in ("megatron", "megatron.core"):
+        return error
+    return UnavailableError(
+        "this part of ckpt_fast needs Megatron-Core: pip install megatron-core, or install ckpt_fast as "
+        "ckpt_fast[megatron]. FastStorageWriter and FastStorageReader, for torch DCP, work without it."
+    )
+
+
 class _Unavailable:
     """Stands for a module that could not be imported; any use of it raises UnavailableError."""
 

@@ -40,6 +40,7 @@ __all__ = [
     "crc32",
     "crc32_combine",
     "cuda",
+    "cuda_release",
     "engine",
     "permute_rows",
     "read_extents",
@@ -68,6 +69,15 @@ def cuda() -> ModuleType | None:
     """The CUDA part, or None: not built, no driver or device, or native code is switched off."""
     native = _forced == "engine" or (_forced is None and settings.native_enabled())
     return _compiled_cuda() if native else None
+
+
+def cuda_release() -> tuple[int, int] | None:
+    """The release of CUDA that the CUDA part was compiled with, usable here or not; None if not built."""
+    try:
+        module = importlib.import_module("ckpt_fast.native._cuda")
+    except ImportError:
+        return None
+    return module.cuda_version // 1000, module.cuda_version % 1000 // 10
 
 
 @contextmanager

@@ -6,6 +6,9 @@ Importing the module needs no driver. A CUDA failure is a RuntimeError with the 
 
 from array import array
 
+cuda_version: int
+"""Release of CUDA it was compiled with, as CUDA counts: 13020 is 13.2."""
+
 def device_count() -> int:
     """GPUs that the driver shows; 0 when there is no driver."""
 

@@ -3,16 +3,99 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import os
 from typing import Any
 
+logger = logging.getLogger(__name__)
+
 _BACKGROUND_FORMATS = ("torch_dist", "fsdp_dtensor")
+
+# What CheckpointConfig's fields of our own may be, the default first.
+_CHOICES = {
+    "on_corrupt": ("fallback", "raise"),
+    "on_save_in_progress": ("wait", "skip", "queue"),
+    "on_save_error": ("raise", "warn"),
+    "load_glu_rows": ("recorded", "contiguous", "interleaved"),
+}
+
+# Fields of CheckpointConfig that nothing here acts on, and why.
+_DUMPS = "Megatron-LM's training loop makes such dumps"
+_ARGUMENTS = "the configuration of the run counts, not the arguments in the checkpoint"
+_CONVERSION = "loading converts no checkpoint"
+_GROUP = "all data-parallel ranks, those of context parallelism included, share the work"
+_THREADS = "threads of the training process write background saves, no worker process does"
+UNUSED = {
+    "save_params_interval": _DUMPS,
+    "save_activations_interval": _DUMPS,
+    "save_tokens_per_expert_interval": _DUMPS,
+    "save_wgrads_interval": _DUMPS,
+    "save_dgrads_interval": _DUMPS,
+    "save_retain_interval": "most_recent_k alone says which checkpoints are kept",
+    "use_checkpoint_args": _ARGUMENTS,
+    "use_mp_args_from_checkpoint_args": _ARGUMENTS,
+    "use_tokenizer_model_from_checkpoint_args": _ARGUMENTS,
+    "auto_detect_ckpt_format": "the format of a checkpoint is always detected",
+    "ckpt_convert_format": _CONVERSION,
+    "ckpt_convert_save": _CONVERSION,
+    "ckpt_convert_update_legacy_dist_opt_format": _CONVERSION,
+    "ckpt_fully_parallel_load_exchange_algo": "ranks exchange what they have read by broadcast",
+    "ckpt_fully_parallel_save_process_group": _GROUP,
+    "ckpt_fully_parallel_load_process_group": _GROUP,
+    "ckpt_fully_parallel_load_per_rank_objects": "every rank reads its own objects",
+    "ckpt_pg_tensors_cache_path": "there is no such cache",
+    "ckpt_pg_tensors_cache_create": "there is no such cache",
+    "ckpt_load_validate_sharding_integrity": "the sharding is always validated",
+    "dist_ckpt_save_pre_mcore_014": "checkpoints have the layout of Megatron-Core 0.14 and later",
+    "verify_integrity": "checksums are always recorded and compared; no integrity.json is written",
+    "use_persistent_ckpt_worker": _THREADS,
+    "async_ckpt_cpu_priority": _THREADS,
+    "async_ckpt_io_priority": _THREADS,
+    "async_ckpt_use_cpu_shm": _THREADS,
+    "async_write_results_mp_mode": _THREADS,
+    "dist_ckpt_workers": "storage_writers_per_rank says how many files a rank writes, in every format",
+}
+_warned: set[str] = set()
 
 
 def require(condition: object, message: str) -> None:
     """Raise AssertionError, the documented kind, also under ``python -O``."""
     if not condition:
         raise AssertionError(message)
+
+
+def check_choices(checkpoint: Any) -> None:
+    """Check the fields that only ckpt_fast has; Megatron Bridge's object may lack them.
+
+    Raises:
+        ValueError: naming the field and what it may be.
+    """
+    for name, choices in _CHOICES.items():
+        value = getattr(checkpoint, name, choices[0])
+        if value not in choices:
+            raise ValueError(f"{name}={value!r}: use one of {', '.join(choices)}")
+    nbytes = getattr(checkpoint, "host_buffer_bytes", None)
+    if nbytes is not None and nbytes < 1:
+        raise ValueError(f"host_buffer_bytes={nbytes} is not a positive number of bytes")
+
+
+def warn_of_unused(checkpoint: Any) -> None:
+    """Warn, once per process, of each field that is set and has no effect here.
+
+    Args:
+        checkpoint: set is what differs from the default of its own class; an object that is no dataclass has
+            no defaults, and nothing is said of it.
+    """
+    if not dataclasses.is_dataclass(checkpoint):
+        return
+    for field in dataclasses.fields(checkpoint):
+        value = getattr(checkpoint, field.name)
+        if field.name in UNUSED and value != field.default and field.name not in _warned:
+            _warned.add(field.name)
+            logger.warning(
+                "checkpoint.%s=%r has no effect in ckpt_fast: %s", field.name, value, UNUSED[field.name]
+            )
 
 
 def check_container(cfg: Any) -> None:

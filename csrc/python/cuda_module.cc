@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // ckpt_fast.native._cuda: conversions only; ckpt_fast/native/_cuda.pyi is the contract. A CudaError becomes a
 // RuntimeError, an std::invalid_argument a ValueError.
+#include <cuda_runtime_api.h>
 #include <pybind11/pybind11.h>
 
 #include <cstddef>
@@ -93,6 +94,7 @@ void copy_rows(std::uintptr_t destination, std::int64_t destination_pitch, std::
 }  // namespace
 
 PYBIND11_MODULE(_cuda, module) {
+  module.attr("cuda_version") = CUDART_VERSION;
   module.def("device_count", &cuda::device_count);
   for (auto [name, function] : {std::pair{"copy_to_host", &enqueue<cuda::copy_to_host>},
                                 std::pair{"gather", &enqueue<cuda::gather>}}) {

@@ -3,13 +3,19 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import inspect
+import itertools
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from ckpt_fast import compat
+from ckpt_fast import compat, config
 from ckpt_fast.config import CheckpointConfig, ConfigContainer, DistributedInitConfig, LoggerConfig
+from ckpt_fast.run import config_checks
+from ckpt_fast.run.config_checks import UNUSED, warn_of_unused
 
 # Where Megatron Bridge's default differs from that of Megatron-LM, whose class it extends.
 BRIDGE_DEFAULTS = {"use_persistent_ckpt_worker": True, "strict_fsdp_dtensor_load": False}
@@ -232,3 +238,75 @@ def test_secrets_stay_where_they_are(tmp_path):
     cfg = ConfigContainer(logger=LoggerConfig(comet_api_key="s3cret"))
     cfg.to_yaml(str(tmp_path / "run_config.yaml"))
     assert "s3cret" not in repr(cfg) + str(cfg.to_dict()) + (tmp_path / "run_config.yaml").read_text()
+
+
+# --- Fields without effect ---------------------------------------------------------------------------------
+
+
+def other_value(field):
+    """A value that is not the default."""
+    return not field.default if isinstance(field.default, bool) else 77
+
+
+def docstrings():
+    """Each field of CheckpointConfig and the string that follows it."""
+    (body,) = (
+        node.body
+        for node in ast.parse(inspect.getsource(config)).body
+        if isinstance(node, ast.ClassDef) and node.name == "CheckpointConfig"
+    )
+    return {
+        field.target.id: text.value.value
+        for field, text in itertools.pairwise(body)
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
+    }
+
+
+def test_the_fields_without_effect_say_so():
+    documented = docstrings()
+    assert set(documented) == {field.name for field in dataclasses.fields(CheckpointConfig)}
+    assert {name for name, text in documented.items() if "No effect here" in text} == set(UNUSED)
+
+
+def test_nothing_reads_the_fields_without_effect():
+    for path in Path(config.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            is_check = path.name == "config.py" and isinstance(node, ast.Attribute)
+            if isinstance(node, ast.Attribute) and node.attr in UNUSED:
+                # Checks that the documentation asks for.
+                assert is_check and node.attr in ("verify_integrity", "use_persistent_ckpt_worker"), path
+
+
+@pytest.mark.parametrize("name", UNUSED)
+def test_a_field_without_effect_is_warned_about_once(name, monkeypatch, caplog):
+    monkeypatch.setattr(config_checks, "_warned", set())
+    (field,) = (field for field in dataclasses.fields(CheckpointConfig) if field.name == name)
+    cfg = CheckpointConfig(**{name: other_value(field)})
+    cfg.finalize()
+    ConfigContainer(checkpoint=cfg).validate()
+    (warning,) = caplog.messages
+    assert warning == f"checkpoint.{name}={other_value(field)!r} has no effect in ckpt_fast: {UNUSED[name]}"
+
+
+def test_what_has_an_effect_is_not_warned_about(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(config_checks, "_warned", set())
+    CheckpointConfig().finalize()
+    CheckpointConfig(
+        save=str(tmp_path), async_save=True, most_recent_k=3, storage_writers_per_rank=4
+    ).finalize()
+    # An object of another class, whose defaults nobody knows.
+    warn_of_unused(SimpleNamespace(save_retain_interval=100))
+    assert caplog.messages == []
+
+
+def test_defaults_of_another_class_are_its_own(monkeypatch, caplog):
+    @dataclasses.dataclass
+    class Theirs:
+        use_persistent_ckpt_worker: bool = False
+        dist_ckpt_workers: int = 2
+
+    monkeypatch.setattr(config_checks, "_warned", set())
+    warn_of_unused(Theirs())
+    assert caplog.messages == []
+    warn_of_unused(Theirs(dist_ckpt_workers=1))
+    assert "dist_ckpt_workers=1 has no effect" in caplog.text

@@ -17,6 +17,7 @@ from megatron.core import num_microbatches_calculator, parallel_state
 
 from ckpt_fast import compat
 from ckpt_fast.compat import SoloGroup, UnavailableError, get_pg_collection, safe_import
+from ckpt_fast.compat.optional import without_megatron_core
 from tests.helpers import run_ranks
 
 
@@ -49,6 +50,59 @@ def test_a_broken_package_is_not_a_missing_one(tmp_path: Path, monkeypatch: pyte
         safe_import("broken_package")
 
 
+WITHOUT_MEGATRON_CORE = """
+import sys
+sys.modules["megatron"] = sys.modules["nvidia_resiliency_ext"] = None
+import importlib
+import torch
+import torch.distributed.checkpoint as dcp
+import ckpt_fast
+from ckpt_fast import FastStorageReader, FastStorageWriter, cli
+directory, module = sys.argv[1:]
+dcp.save({"w": torch.arange(9.0), "step": {"n": 3}}, storage_writer=FastStorageWriter(directory))
+loaded = {"w": torch.zeros(9), "step": {"n": 0}}
+dcp.load(loaded, storage_reader=FastStorageReader(directory))
+assert torch.equal(loaded["w"], torch.arange(9.0)) and loaded["step"] == {"n": 3}
+assert ckpt_fast.last_report().directory == directory and ckpt_fast.__version__
+assert cli.main(["verify", directory]) == cli.main(["info", directory]) == 0
+for _ in range(2):
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        assert "pip install megatron-core" in str(error) and "ckpt_fast[megatron]" in str(error), error
+    else:
+        raise SystemExit("no error")
+"""
+
+
+@pytest.mark.parametrize(
+    "module", ["ckpt_fast.checkpointing", "ckpt_fast.doors.megatron.install", "ckpt_fast.trainer.bridge"]
+)
+def test_torch_dcp_does_without_megatron_core(module: str, tmp_path: Path) -> None:
+    """And what needs it says what to install."""
+    run_python(WITHOUT_MEGATRON_CORE, str(tmp_path), module)
+
+
+def test_a_package_that_megatron_core_misses_is_named() -> None:
+    missing = ModuleNotFoundError("No module named 'einops'", name="einops")
+    assert without_megatron_core(missing) is missing
+
+
+def run_python(code: str, *arguments: str) -> str:
+    """What a process of its own prints."""
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": str(root)},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 WITHOUT_OPTIONAL_PACKAGES = """
 import sys
 for name in ("nvidia_resiliency_ext", "multistorageclient", "modelopt"):
@@ -78,18 +132,9 @@ else:
 
 
 def test_without_any_optional_package() -> None:
-    root = Path(__file__).resolve().parents[2]
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", WITHOUT_OPTIONAL_PACKAGES],
-        capture_output=True,
-        text=True,
-        cwd=root,
-        env=os.environ | {"PYTHONPATH": str(root)},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert sum("resiliency" in line for line in done.stdout.splitlines()) == 2
-    assert "install nvidia-modelopt" in done.stdout
+    printed = run_python(WITHOUT_OPTIONAL_PACKAGES)
+    assert sum("resiliency" in line for line in printed.splitlines()) == 2
+    assert "install nvidia-modelopt" in printed
 
 
 def test_async_strategies() -> None:

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Runs the gather's device code on the CPU, one thread after another: every size and alignment, and no byte
 // outside. Prints the first difference and exits with 1.
-#include "../../csrc/cuda/gather_copy.h"
+#include "cuda/gather_copy.h"
 
 #include <cstdio>
 #include <cstdlib>

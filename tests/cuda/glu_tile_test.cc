@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Runs the row permutation's device code on the CPU, one thread of the grid after another, against the
 // definition of the two row orders. Prints the first difference and exits with 1.
-#include "../../csrc/cuda/glu_tile.h"
+#include "cuda/glu_tile.h"
 
 #include <cstdio>
 #include <cstdlib>

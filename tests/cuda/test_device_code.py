@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
 COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 
 
@@ -17,8 +18,9 @@ COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 def test_device_code_on_the_cpu(tmp_path: Path, source: str) -> None:
     program = tmp_path / "device_code_test"
     # Units are read as wider integers than the bytes they are, as on the device.
-    flags = ["-std=c++17", "-O1", "-g", "-fno-strict-aliasing", "-fsanitize=address,undefined"]
+    flags = ["-std=c++17", "-O1", "-g", "-fno-strict-aliasing", f"-I{CSRC}"]
+    sanitize = "-fsanitize=address,undefined"
     path = Path(__file__).with_name(source)
-    subprocess.run([str(COMPILER), *flags, str(path), "-o", str(program)], check=True, timeout=120)
+    subprocess.run([str(COMPILER), *flags, sanitize, str(path), "-o", str(program)], check=True, timeout=120)
     done = subprocess.run([str(program)], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from ckpt_fast.errors import CheckpointCorruptError
 from ckpt_fast.format.manifest import BLOCK_NBYTES, Manifest, append_manifest, split_manifest
 from ckpt_fast.format.types import BlockDigests, FileRecord, ObjectShard, TensorRequest
-from ckpt_fast.pipeline.load.decode import read_contents, read_manifest
+from ckpt_fast.pipeline.load.decode import read_contents
 from ckpt_fast.pipeline.load.index import CheckpointIndex
 from ckpt_fast.pipeline.load.load import load_objects, load_tensors
 from tests.manifests import manifest_lies, manifest_of, with_save_id
@@ -142,7 +142,7 @@ def test_another_tool_that_writes_the_pickle_again_drops_it(tmp_path: Path, cut:
         with pytest.raises(CheckpointCorruptError, match=r"\.metadata is damaged"):
             read_contents(str(tmp_path))
         return
-    assert read_manifest(str(tmp_path)) is None
+    assert read_contents(str(tmp_path)).manifest is None
     into = torch.zeros_like(LARGE)
     load_tensors(CheckpointIndex(str(tmp_path)), [TensorRequest("large", into, (0, 0))])
     assert same(into, LARGE)
@@ -154,7 +154,7 @@ def test_one_of_a_later_version_is_passed_by(tmp_path: Path) -> None:
     content = bytearray(path.read_bytes()[:-12])
     content[-4:] = (2).to_bytes(4, "little")
     path.write_bytes(bytes(content) + zlib.crc32(content).to_bytes(4, "little") + b"CKPTFAST")
-    assert read_manifest(str(tmp_path)) is None
+    assert read_contents(str(tmp_path)).manifest is None
     into = torch.zeros_like(SMALL)
     load_tensors(CheckpointIndex(str(tmp_path)), [TensorRequest("small", into, (0, 0))])
     assert same(into, SMALL)

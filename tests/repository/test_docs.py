@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib
 import inspect
+import io
 import re
 import types
 from collections.abc import Callable
@@ -14,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from megatron.core.dist_checkpointing import serialization
 
 import ckpt_fast
@@ -196,6 +199,18 @@ def bridge_snippet(rank: int, code: str, directory: str) -> None:
     assert isinstance(manager, ckpt_fast.FastCheckpointManager)
 
 
+def listener_snippet(rank: int, code: str, directory: str) -> None:
+    """The snippet's listener prints a line for each save, until it leaves."""
+    names: dict[str, Any] = {}
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(code, "README.md", "exec"), names)
+        dcp.save({"weight": torch.ones(3)}, storage_writer=ckpt_fast.FastStorageWriter(directory))
+        names["leave"]()
+        dcp.save({"weight": torch.ones(3)}, storage_writer=ckpt_fast.FastStorageWriter(directory))
+    assert re.fullmatch(rf"{re.escape(directory)} [\d.]+ [\d.]+\n", printed.getvalue())
+
+
 def test_table_of_the_demo() -> None:
     """The sample has the rows that the demo prints."""
     demo = (ROOT / "examples" / "demo.py").read_text()
@@ -213,6 +228,7 @@ DOORS = {
     "FastStorageWriter": torch_dcp_snippet,
     "ckpt_fast.install()": install_snippet,
     "FastCheckpointManager": bridge_snippet,
+    "add_listener": listener_snippet,
 }
 
 

@@ -22,6 +22,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     {"errors", "settings"},
     {"native"},
+    {"version"},
     {"format"},
     {"ranks"},
     {"jobs"},

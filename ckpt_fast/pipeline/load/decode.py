@@ -101,11 +101,6 @@ def parse_contents(sections: Sections, path: str) -> Contents:
     return Contents(metadata, manifest, identity)
 
 
-def read_manifest(directory: str) -> Manifest | None:
-    """The manifest alone, for those who want nothing of the tensors; errors as of ``read_contents``."""
-    return _read_sections(directory, METADATA_FILE).manifest
-
-
 def _read_sections(directory: str, name: str) -> Sections:
     try:
         content = read_small_file(os.path.join(directory, name))

@@ -106,6 +106,7 @@ def load_parts(
     nothing is to be compared, the files must be the same before and after.
     """
     begin = time.perf_counter()
+    settings.Settings.warn_of_unknown()
     verify = settings.verify_on_load() if verify is None else verify
     report = LoadReport(index.directory)
     objects = {fqn: index.object_extent(fqn) for fqn in fqns}

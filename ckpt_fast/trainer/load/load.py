@@ -21,6 +21,7 @@ from ckpt_fast.glu.layout import _is_model_section, contiguous_chunks, reorder_l
 from ckpt_fast.glu.model import _get_model_glu_interleave_sizes
 from ckpt_fast.jobs.background import wait_staged
 from ckpt_fast.ranks.world import barrier_if_distributed, on_all_ranks, on_rank_0, print_rank_0
+from ckpt_fast.run.config_checks import check_choices, warn_of_unused
 from ckpt_fast.state import TrainState
 from ckpt_fast.trainer.contents.hugging_face import is_hf_source, load_hf_pretrained
 from ckpt_fast.trainer.contents.state_dict import (
@@ -97,11 +98,14 @@ def load_checkpoint(
         FileNotFoundError: ``pretrained_checkpoint`` is set and does not exist.
         CheckpointCorruptError, CheckpointNotFoundError: the checkpoint is damaged or incomplete, and there is
             no older one that is whole, or ``on_corrupt`` is "raise".
+        ValueError: a setting of ckpt_fast's own, such as ``on_corrupt``, has a value that it does not know.
         CheckpointError: on every rank, naming rank, path, cause and remedy.
     """
     wait_staged()  # a save in flight may still be reading what is loaded into
     settle_directories(state.cfg)
     ckpt_cfg = state.cfg.checkpoint
+    warn_of_unused(ckpt_cfg)
+    on_all_ranks(lambda: check_choices(ckpt_cfg))
     load_dir, pretrained = ckpt_cfg.load, ckpt_cfg.pretrained_checkpoint
     if pretrained is not None and not _has_resume_checkpoint(load_dir, ckpt_cfg, checkpointing_context):
         if not on_rank_0(lambda: holds_checkpoint(pretrained) or is_hf_checkpoint_dir(pretrained)):

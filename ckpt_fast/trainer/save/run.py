@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+from ckpt_fast.run.config_checks import warn_of_unused
 from ckpt_fast.trainer.places.paths import settle_directories
 from ckpt_fast.trainer.save.loader_position import can_save_position
 
@@ -28,6 +29,7 @@ class SaveRun:
 
     def __post_init__(self) -> None:
         settle_directories(self.cfg)
+        warn_of_unused(self.ckpt_cfg)
 
     @property
     def cfg(self) -> Any:

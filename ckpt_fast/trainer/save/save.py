@@ -24,6 +24,7 @@ from ckpt_fast.jobs.background import SaveHandle
 from ckpt_fast.pipeline.save.parts import SaveOptions
 from ckpt_fast.ranks.group import ControlGroup
 from ckpt_fast.ranks.world import on_all_ranks, print_rank_0
+from ckpt_fast.run.config_checks import check_choices
 from ckpt_fast.settings import Settings
 from ckpt_fast.trainer import experiment_loggers as loggers
 from ckpt_fast.trainer.contents.data_position import FILES_KEY
@@ -195,7 +196,9 @@ def _collect(
 
     As local as what Megatron does for it.
     """
-    Settings.read()  # an odd one is refused on all ranks, while nothing has been touched
+    # An odd one is refused on all ranks, while nothing has been touched.
+    Settings.read()
+    check_choices(run.ckpt_cfg)
     around.position.capture()
     around.publication.capture(run.state.train_state)
     if prebuilt is not None:

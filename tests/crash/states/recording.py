@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -137,23 +137,46 @@ class Looking:
         if dist.get_rank() == 0:
             lay_out(tree, directory)
         dist.barrier()
-        outcomes: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(outcomes, self._outcome(go_on))
-        if dist.get_rank() == 0:
-            shutil.rmtree(directory)
-        return outcomes[0] if len(set(outcomes)) == 1 else f"the ranks differ: {outcomes}"
-
-    def _outcome(self, go_on: bool) -> int | str:
         try:
-            version: int = self._job.version_in(self._expected, self._ranks)
-            if go_on:
-                later = len(self._expected) + 1
-                expected = self._job.save_later(later)
-                found = self._job.version_in([*self._expected, expected], dist.get_world_size())
-                assert found == later, f"after another save, version {found} is loaded, not {later}"
+            version = self._version(self._expected, self._ranks)
+            if go_on and isinstance(version, int):
+                return self._go_on(version)
             return version
-        except (Exception, CheckpointException) as error:  # torch's is no Exception
-            return f"{type(error).__name__}: {error}"
+        finally:
+            dist.barrier()
+            if dist.get_rank() == 0:
+                shutil.rmtree(directory)
+
+    def _go_on(self, version: int) -> int | str:
+        later = len(self._expected) + 1
+        expected = _together(lambda: self._job.save_later(later))
+        if isinstance(expected, str):
+            return f"another save: {expected}"
+        found = self._version([*self._expected, expected], dist.get_world_size())
+        return version if found == later else f"after another save, this is loaded: {found}, not {later}"
+
+    def _version(self, expected: list[Any], ranks: int) -> int | str:
+        version = _together(lambda: self._job.version_in(expected))
+        if isinstance(version, int):
+            number = version
+            wrong = _together(lambda: self._job.check_what_lies_beside(number, ranks))
+            return wrong if isinstance(wrong, str) else version
+        return str(version)
+
+
+def _together(action: Callable[[], Any]) -> Any:
+    """What an action returns on this rank, or a text if it fails on any, or numbers differ.
+
+    No rank goes on alone: what follows is collective.
+    """
+    try:
+        found = action()
+    except (Exception, CheckpointException) as error:  # torch's is no Exception
+        found = f"{type(error).__name__}: {error}"
+    told = found if isinstance(found, int | str) else None
+    outcomes: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(outcomes, told)
+    return found if len(set(outcomes)) == 1 else f"the ranks differ: {outcomes}"
 
 
 def look(_rank: int, name: str, place: str, ranks: int, seeds: int, most: int | None = None) -> Findings:

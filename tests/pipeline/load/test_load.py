@@ -14,6 +14,7 @@ import torch.distributed.checkpoint as dcp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ckpt_fast import settings as environment
 from ckpt_fast.errors import CheckpointMismatchError
 from ckpt_fast.format.types import ObjectShard, TensorRequest, TensorShard
 from ckpt_fast.pipeline.load import load as load_module
@@ -46,6 +47,18 @@ def save_stock(directory: Path | str, state: dict[str, object]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it says that one process saves alone
         dcp.save(state, checkpoint_id=directory)
+
+
+def test_an_unknown_variable_is_warned_about(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not by saves alone: a process may only load."""
+    save([TensorShard("w", torch.ones(3), (0,), (3,))], str(tmp_path))
+    monkeypatch.setattr(environment, "_warned", set())
+    monkeypatch.setenv("CKPT_FAST_VERIFI", "0")
+    for _ in range(2):
+        load(tmp_path, "w", torch.empty(3))
+    assert caplog.messages == ["CKPT_FAST_VERIFI has no meaning here: did you mean CKPT_FAST_VERIFY?"]
 
 
 @st.composite

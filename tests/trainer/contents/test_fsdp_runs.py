@@ -103,7 +103,7 @@ class Training:
         """Copies of the whole values of what a checkpoint restores. Collective."""
         options = dcp_state_dict.StateDictOptions(full_state_dict=True)
         model, adam = dcp_state_dict.get_state_dict(self.model, self.optimizer.adam, options=options)
-        tracker = compat.tensor_parallel.get_cuda_rng_tracker().get_states()
+        tracker = compat.get_cuda_rng_tracker().get_states()
         return copy.deepcopy({"model": model, "optimizer": adam, "rng": (torch.get_rng_state(), tracker)})
 
 

@@ -145,6 +145,24 @@ def test_no_fall_back_where_none_is_wanted(root: str) -> None:
     assert raised.value.errors == {0: "CheckpointCorruptError"}
 
 
+@pytest.mark.parametrize("step", [2, 3])
+def test_a_policy_that_is_none_is_refused(root: str, step: int) -> None:
+    """Also while nothing is damaged: not when it is needed for the first time."""
+    if step == 2:
+        DAMAGES["bit"](os.path.join(root, "iter_0000003"))
+    with pytest.raises(RankError, match="on_corrupt='retry': use one of fallback, raise") as raised:
+        load(root, step, on_corrupt="retry")
+    assert raised.value.errors == {0: "ValueError"}
+
+
+@pytest.mark.parametrize("setting", [{"on_save_error": "ignore"}, {"on_save_in_progress": "drop"}])
+def test_a_save_with_a_policy_that_is_none(setting: dict[str, str], tmp_path: Path) -> None:
+    ((name, value),) = setting.items()
+    with pytest.raises(RankError, match=f"{name}='{value}': use one of "):
+        run_ranks(runs.save_steps, 1, SETUP, str(tmp_path / "run"), 1, setting)
+    assert not list(tmp_path.glob("run/iter_*"))
+
+
 def test_a_certain_checkpoint_is_not_replaced_by_another(root: str) -> None:
     DAMAGES["truncated"](os.path.join(root, "iter_0000003"))
     with pytest.raises(RankError, match="iter_0000003"):
