@@ -98,8 +98,18 @@ def token_of(path: str) -> str | None:
 def exchange(new: str, directory: str) -> None:
     """What is in ``new`` takes the place of what is in ``directory``, durably. That is removed.
 
-    Files in it that are nobody's of a checkpoint stay under their names. Where the two names cannot be
-    exchanged there is a moment without ``directory``; see ``put_back``.
+    Files in it that are nobody's of a checkpoint stay under their names. See ``swap``.
+    """
+    swap(new, directory)
+    if os.path.lexists(new):
+        discard(new, os.path.realpath(directory))
+
+
+def swap(new: str, directory: str) -> None:
+    """``new`` and ``directory`` change places, durably.
+
+    Where two names cannot be exchanged there is a moment without ``directory``; see ``put_back``. Where
+    directories cannot be renamed, what was in ``directory`` is gone.
 
     Args:
         new: beside ``directory``; its files are durable.
@@ -126,8 +136,6 @@ def exchange(new: str, directory: str) -> None:
             error.errno,
             directory,
         ) from error
-    if os.path.lexists(new):
-        discard(new, real)
 
 
 def discard(left: str, directory: str) -> None:
@@ -246,7 +254,8 @@ def _exchange(new: str, directory: str) -> None:
         code = ctypes.get_errno()
         if code not in _NO_EXCHANGE:
             raise OSError(code, os.strerror(code), directory)
-    old = new.removesuffix(_NEW) + _OLD
+    parent, name = os.path.split(directory)
+    old = os.path.join(parent, f".{name}.{token_of(new) or secrets.token_hex(4)}{_OLD}")
     for attempt in reversed(range(_ATTEMPTS)):
         os.rename(directory, old)
         try:

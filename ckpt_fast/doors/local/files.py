@@ -103,11 +103,14 @@ def write_local(
     report: SaveReport,
     progress: native.Progress,
 ) -> None:
-    """Local. Write a state dict; on return it is durable. A crash leaves all of ``directory`` or nothing.
+    """Local. Write a state dict; on return it is durable. A crash leaves all of it or nothing.
+
+    Where there is an older one of this name, the new one stays in ``partial`` until all ranks have theirs:
+    see ``take_place``.
 
     Args:
         packed: the state dict.
-        directory: the checkpoint; an older one of this name is replaced.
+        directory: the checkpoint.
         partial: the same until it is complete.
         origin: of which save, and whose state it is; the rank numbers the data file.
         report: what was written is added to it.
@@ -137,7 +140,10 @@ def write_local(
         manifest = Manifest(origin.save_id, record.files, record.digests, notes=notes)
         seal(Directory(partial), encode_metadata(record.items), manifest, progress=progress)
         with commit.renaming(directory, progress):
-            replacement.exchange(partial, directory)
+            if os.path.lexists(directory):
+                commit.fsync_directory(os.path.dirname(directory))
+            else:
+                replacement.swap(partial, directory)
     except CheckpointWriteError:
         raise
     except OSError as error:
@@ -147,6 +153,29 @@ def write_local(
             error.errno,
             error.filename or directory,
         ) from error
+
+
+def take_place(partial: str, directory: str) -> None:
+    """Local. What ``write_local`` has left in ``partial``, if anything, changes places with ``directory``.
+
+    The older one is whole in ``partial`` afterwards: as long as a rank may not have come to this, each rank
+    can go on with the states of either save.
+
+    Raises:
+        CheckpointWriteError: it has not changed places.
+    """
+    if os.path.isdir(partial):
+        replacement.swap(partial, directory)
+
+
+def save_id_of(directory: str) -> str | None:
+    """Local. The id of the save that a local checkpoint is of; None for one of an older version.
+
+    Raises:
+        CheckpointNotFoundError, CheckpointCorruptError: there is none that can be read.
+    """
+    manifest = OpenCheckpoint(Directory(directory)).index.manifest
+    return manifest.save_id if manifest is not None else None
 
 
 def read_local(directory: str, iteration: int, rank: int) -> tuple[Any, str | None]:

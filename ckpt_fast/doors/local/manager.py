@@ -7,6 +7,7 @@ durability and what happens when a rank fails or a replica is damaged are ours.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
@@ -26,6 +27,8 @@ from ckpt_fast.doors.local.files import (
     pack_local,
     read_local,
     remove_local,
+    save_id_of,
+    take_place,
     write_local,
 )
 from ckpt_fast.doors.local.save import LocalSave
@@ -39,6 +42,7 @@ from ckpt_fast.errors import (
 from ckpt_fast.format.manifest import new_save_id
 from ckpt_fast.jobs.report import SaveReport
 from ckpt_fast.jobs.worker import LEAVE_S
+from ckpt_fast.storage import replacement
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -186,17 +190,9 @@ class FastLocalCheckpointManager(LocalCheckpointManager):  # type: ignore[misc, 
             # Nobody this rank exchanges replicas with has its state: the whole iteration is of no use.
             logger.error("rank %d: local checkpoint %s cannot be had: %s", self.rank, wanted, error)
             failed, needed = {None: str(error)}, set()
-        states = {}
-        self._save_ids = set()
-        for identity in sorted(needed):
-            try:
-                states[identity] = self._load_fn(identity)
-            except CheckpointError as error:
-                logger.error("rank %d: a local checkpoint is damaged and not used: %s", self.rank, error)
-                failed[identity] = str(error)
-        gathered = _all_gather((failed, self._save_ids))
-        all_failed = [each for each, _ in gathered]
-        save_ids = set[str | None]().union(*(ids for _, ids in gathered))
+        states, all_failed, save_ids = self._read(needed, failed)
+        if len(save_ids) > 1 and self._settle(needed):
+            states, all_failed, save_ids = self._read(needed, failed)
         if len(save_ids) > 1:
             # Nobody can tell which of them the ranks should go on with.
             all_failed[0][None] = (
@@ -220,6 +216,67 @@ class FastLocalCheckpointManager(LocalCheckpointManager):  # type: ignore[misc, 
             return states, lambda states: states[wanted], []
         return states, lambda states: self._exchange(plan, states)[wanted], []
 
+    def _read(
+        self, needed: set[Any], failed: dict[Any, str]
+    ) -> tuple[dict[Any, Any], list[dict[Any, str]], set[str | None]]:
+        """Collective. The states in ``needed``, what failed on each rank, and of which saves the states are.
+
+        Args:
+            needed: ids of states on this rank.
+            failed: what has failed before.
+        """
+        states, failed = {}, dict(failed)
+        self._save_ids = set()
+        for identity in sorted(needed):
+            try:
+                states[identity] = self._load_fn(identity)
+            except CheckpointError as error:
+                logger.error("rank %d: a local checkpoint is damaged and not used: %s", self.rank, error)
+                failed[identity] = str(error)
+        gathered = _all_gather((failed, self._save_ids))
+        all_failed = [each for each, _ in gathered]
+        return states, all_failed, set[str | None]().union(*(ids for _, ids in gathered))
+
+    def _settle(self, needed: set[Any]) -> bool:
+        """Collective. A crash has left states of two saves in their places: go on with one that all have.
+
+        Some ranks had taken their places, the others had not; the other one of each lies beside it.
+
+        Returns:
+            Whether the states in their places are of one save now, and this rank may read again.
+        """
+        found = {identity: self._found(identity) for identity in needed}
+        gathered = _all_gather([set(each) for each in found.values()])
+        of_each = [ids for rank in gathered for ids in rank]
+        common = set.intersection(*of_each) if of_each else set()
+        if not common:
+            return False
+        chosen = min(common, key=str)
+        logger.warning(
+            "rank %d: the local checkpoints are of two saves of one iteration, the later of which was "
+            "interrupted; all ranks go on with save %s",
+            self.rank,
+            chosen,
+        )
+        moved = []
+        try:
+            for identity, places in found.items():
+                if places[chosen]:
+                    self._take_places([identity])
+                moved.append(identity)
+        except CheckpointError as error:
+            logger.error("rank %d: %s", self.rank, error)
+        return all(_all_gather(len(moved) == len(found)))
+
+    def _found(self, identity: Any) -> dict[str | None, bool]:
+        """Local. The saves of which this rank has a state, and whether it lies beside its place."""
+        found = {}
+        for is_beside in (True, False):
+            path = os.fspath(self._local_ckpt_path_from_id(identity, is_beside))
+            with contextlib.suppress(CheckpointError):
+                found[save_id_of(path)] = is_beside
+        return found
+
     def _exchange(self, plan: Any, states: dict[Any, Any]) -> dict[Any, Any]:
         if torch.cuda.is_available():
             received: dict[Any, Any] = self.repl_strategy.retrieve_execute(plan, states)
@@ -239,6 +296,8 @@ class FastLocalCheckpointManager(LocalCheckpointManager):  # type: ignore[misc, 
 
     def _my_ckpt_ids(self) -> Iterable[Any]:
         try:
+            for path in replacement.replaced_in(self.local_ckpt_dir):
+                replacement.put_back(path)
             names = [entry.name for entry in os.scandir(self.local_ckpt_dir) if entry.is_dir()]
         except FileNotFoundError:
             return []
@@ -262,6 +321,7 @@ class FastLocalCheckpointManager(LocalCheckpointManager):  # type: ignore[misc, 
         directory = os.fspath(self._local_ckpt_path_from_id(ckpt_id))
         packed = self._pack(state_dict, ckpt_id)
         self._write(packed, ckpt_id, new_save_id(), SaveReport(directory), native.Progress())
+        self._take_places([ckpt_id])
 
     def _load(self, ckpt_id: Any) -> Any:
         directory = os.fspath(self._local_ckpt_path_from_id(ckpt_id))
@@ -271,16 +331,38 @@ class FastLocalCheckpointManager(LocalCheckpointManager):  # type: ignore[misc, 
 
     def _cleanup(self, iteration: int) -> None:
         self._remove(lambda other: other < iteration)
+        self._remove(lambda other: other == iteration, _PARTIAL)
+
+    def _has(self, ckpt_id: Any) -> bool:
+        return os.path.lexists(self._local_ckpt_path_from_id(ckpt_id))
+
+    def _take_places(self, ckpt_ids: Iterable[Any]) -> None:
+        for ckpt_id in ckpt_ids:
+            partial = os.fspath(self._local_ckpt_path_from_id(ckpt_id, True))
+            take_place(partial, os.fspath(self._local_ckpt_path_from_id(ckpt_id)))
+
+    def _withdraw(self, replaced: Container[Any], written: Iterable[Any]) -> None:
+        """Delete what a save that failed has written; what was there before stays. Problems are logged."""
+        for ckpt_id in written:
+            partial = os.fspath(self._local_ckpt_path_from_id(ckpt_id, True))
+            directory = os.fspath(self._local_ckpt_path_from_id(ckpt_id))
+            try:
+                shutil.rmtree(partial, ignore_errors=True)
+                if ckpt_id not in replaced and os.path.lexists(directory):
+                    remove_local(directory, f"{directory}.old")
+            except OSError as error:
+                logger.warning("rank %d could not delete %s: %s", self.rank, directory, error)
 
     def _cleanup_failed_save(self, iteration: int) -> None:
         self._remove(lambda other: other == iteration)
 
-    def _remove(self, is_meant: Callable[[int], bool]) -> None:
-        """Delete checkpoints by iteration, with what is left of unfinished ones; problems are logged."""
+    def _remove(self, is_meant: Callable[[int], bool], *names: re.Pattern[str]) -> None:
+        """Delete checkpoints by iteration, and what is left of unfinished ones; problems are logged."""
         try:
             for name in os.listdir(self.local_ckpt_dir):
                 path = os.path.join(self.local_ckpt_dir, name)
-                match = _NAME.fullmatch(name) or _PARTIAL.fullmatch(name)
+                matches = (each.fullmatch(name) for each in names or (_NAME, _PARTIAL))
+                match = next(filter(None, matches), None)
                 if match is None or not is_meant(int(match[1])):
                     continue
                 if _NAME.fullmatch(name):

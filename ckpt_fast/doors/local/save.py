@@ -43,6 +43,9 @@ class LocalSave(Job):
         self._iteration = iteration
         self._in_background = when_written is not None
         self._progress: native.Progress | None = None
+        # Which of the states were begun to be written, and which of those are there from an older save.
+        self._written: list[Any] = []
+        self._replaced: list[Any] = []
         outcome = self._group.attempt(lambda: self._pack(states, live))
         self._packed: dict[Any, Packed] = outcome.value or {}
         self._error: BaseException | None = outcome.error
@@ -83,8 +86,10 @@ class LocalSave(Job):
         try:
             self._group.agree(self._raise_error)
         except CheckpointError:
-            self._manager._cleanup_failed_save(self._iteration)
+            self._manager._withdraw(self._replaced, self._written)
             raise
+        # Now each rank has the state of either save. None of the older ones is removed before all are here.
+        self._group.agree(lambda: self._manager._take_places(self._replaced))
         self.report.seconds = time.perf_counter() - self._begun
         if not self._in_background:
             self.report.stall_s = self.report.seconds
@@ -112,6 +117,9 @@ class LocalSave(Job):
     def _write_states(self) -> None:
         for identity, packed in self._packed.items():
             assert self._progress is not None, "nothing is packed without it"
+            self._written.append(identity)
+            if self._manager._has(identity):
+                self._replaced.append(identity)
             self._manager._write(packed, identity, self._save_id, self.report, self._progress)
 
     def _raise_error(self) -> None:

@@ -44,7 +44,7 @@ def run(
         pytest.skip("needs nvidia-resiliency-ext")
     arguments = (door, what, str(directory), str(moments))
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", f"tests.crash.{module}", *arguments],
+        [sys.executable, "-W", "ignore", "-m", f"tests.crash.campaigns.{module}", *arguments],
         env={
             **os.environ,
             "LD_PRELOAD": str(slow_disk),

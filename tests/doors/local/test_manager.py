@@ -261,3 +261,56 @@ def interrupt_a_save(rank: int, root: str) -> None:
 
 def test_an_interrupted_save_is_ended(tmp_path: Path) -> None:
     run_ranks(interrupt_a_save, 1, str(tmp_path), fresh=True)
+
+
+def save_again_halfway(rank: int, root: str) -> None:
+    """Rank 1 ends between the moment when all have written and that when its new state is in its place."""
+
+    def save(step: int, fails: bool = False) -> None:
+        saver = manager(root, replicated=False)
+        if fails:
+            saver._take_places = lambda _: (_ for _ in ()).throw(CheckpointError("no power on rank 1"))
+        saver.save(state_dict_of({"step": torch.tensor(float(step))}), 5)
+
+    def load() -> float:
+        found = manager(root, replicated=False)
+        assert found.find_latest() == 5
+        return float(found.load()[0].common["step"])
+
+    save(1)
+    with pytest.raises(CheckpointError, match="no power on rank 1"):
+        save(2, fails=rank == 1)
+    steps: list[Any] = [None, None]
+    torch.distributed.all_gather_object(steps, (load(), load()))
+    # Each has the state of the same save, and keeps it.
+    assert steps in ([(1.0, 1.0)] * 2, [(2.0, 2.0)] * 2)
+    save(3)
+    assert load() == 3.0
+    assert os.listdir(os.path.join(root, str(rank))) == [f"iter_0000005_{rank}_local"]
+
+
+def test_ranks_of_two_saves_go_on_with_one(tmp_path: Path) -> None:
+    run_ranks(save_again_halfway, 2, str(tmp_path))
+
+
+def fail_again(rank: int, root: str) -> None:
+    """What is saved again stays, on both ranks, if one of them cannot write the new state."""
+    write_files = native.write_files
+
+    def failing(*arguments: Any, **options: Any) -> Any:
+        raise OSError(28, "No space left on device", "a file")
+
+    manager(root, replicated=False).save(state_dict_of({"step": torch.tensor(1.0)}), 5)
+    native.write_files = failing if rank == 1 else write_files
+    try:
+        with pytest.raises(CheckpointError, match="No space"):
+            manager(root, replicated=False).save(state_dict_of({"step": torch.tensor(2.0)}), 5)
+    finally:
+        native.write_files = write_files
+    found = manager(root, replicated=False)
+    assert found.find_latest() == 5
+    assert float(found.load()[0].common["step"]) == 1.0
+
+
+def test_a_failed_save_leaves_an_older_one_of_the_iteration(tmp_path: Path) -> None:
+    run_ranks(fail_again, 2, str(tmp_path))
