@@ -157,6 +157,8 @@ class Looking:
 
     def _version(self, expected: list[Any], ranks: int) -> int | str:
         version = _together(lambda: self._job.version_in(expected))
+        if version == 0:
+            return 0
         if isinstance(version, int):
             number = version
             wrong = _together(lambda: self._job.check_what_lies_beside(number, ranks))
