@@ -9,7 +9,7 @@
 
 namespace ckpt_fast::cuda {
 
-// "WHAT: out of memory (cudaErrorMemoryAllocation)", with the code for callers that can react to one.
+/// "WHAT: out of memory (cudaErrorMemoryAllocation)", with the code for callers that can react to one.
 class CudaError : public std::runtime_error {
  public:
   CudaError(cudaError_t code, const std::string& what)
@@ -22,7 +22,7 @@ class CudaError : public std::runtime_error {
   cudaError_t code_;
 };
 
-// Throws CudaError unless `status` is cudaSuccess. `what` names the call and its essential arguments.
+/// Throws CudaError unless `status` is cudaSuccess. `what` names the call and its essential arguments.
 inline void check(cudaError_t status, const std::string& what) {
   if (status == cudaSuccess) return;
   // The runtime remembers the code until it is asked; left there, it would surface at an unrelated call.

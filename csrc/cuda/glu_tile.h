@@ -22,8 +22,8 @@ constexpr std::uint32_t kThreads = 256;
 constexpr std::uint32_t kUnitsPerThread = 4;  // loads in flight before the first store
 constexpr std::uint64_t kTileUnits = std::uint64_t{kThreads} * kUnitsPerThread;
 
-// n / divisor by one multiplication, exact for n < 2^63: the GPU's 64-bit division takes some hundred
-// instructions, more than a 16-byte copy leaves room for at memory speed.
+/// n / divisor by one multiplication, exact for n < 2^63: the GPU's 64-bit division takes some hundred
+/// instructions, more than a 16-byte copy leaves room for at memory speed.
 struct Divider {
   std::uint64_t multiplier;  // 0 stands for a divisor of 1
   std::uint32_t shift;
@@ -38,9 +38,9 @@ struct Divider {
   }
 };
 
-// With L = ceil(log2(divisor)) and m = floor(2^(63+L) / divisor) + 1, m * divisor exceeds 2^(63+L) by at most
-// divisor <= 2^L, so n * m / 2^(63+L) is off by less than 1/divisor while n < 2^63. m fits 64 bits for
-// divisor > 1.
+/// With L = ceil(log2(divisor)) and m = floor(2^(63+L) / divisor) + 1, m * divisor exceeds 2^(63+L) by at
+/// most divisor <= 2^L, so n * m / 2^(63+L) is off by less than 1/divisor while n < 2^63. m fits 64 bits for
+/// divisor > 1.
 inline Divider make_divider(std::uint64_t divisor) {
   if (divisor == 1) return {0, 0};
   std::uint32_t log = 64 - static_cast<std::uint32_t>(__builtin_clzll(divisor - 1));
@@ -68,9 +68,9 @@ struct Matrix {
   std::uint32_t shape;  // which of the batch's
 };
 
-// As many matrices as one launch takes in its arguments, which are limited to 4 KiB and need no upload. The
-// experts of a layer have one shape, so that shapes are kept once. Tiles, each kTileUnits units of one
-// matrix, are numbered through all of them.
+/// As many matrices as one launch takes in its arguments, which are limited to 4 KiB and need no upload. The
+/// experts of a layer have one shape, so that shapes are kept once. Tiles, each kTileUnits units of one
+/// matrix, are numbered through all of them.
 struct Batch {
   static constexpr std::uint32_t kCapacity = 96;
   static constexpr std::uint32_t kShapes = 16;
@@ -112,12 +112,12 @@ inline PlannedMatrix plan_matrix(const RowPermutation& work) {
   return {work.destination, work.source, shape};
 }
 
-// The rest follows from these.
+/// The rest follows from these.
 inline bool operator==(const Shape& a, const Shape& b) {
   return a.units == b.units && a.run_units == b.run_units && a.unit_nbytes == b.unit_nbytes;
 }
 
-// False if the batch has no room for the matrix; it is unchanged then.
+/// False if the batch has no room for the matrix; it is unchanged then.
 inline bool append(Batch& batch, const PlannedMatrix& matrix) {
   std::uint32_t shape = 0;
   while (shape < batch.shape_count && !(batch.shapes[shape] == matrix.shape)) ++shape;
@@ -129,7 +129,7 @@ inline bool append(Batch& batch, const PlannedMatrix& matrix) {
   return true;
 }
 
-// The unit of the source that becomes unit `unit` of the destination.
+/// The unit of the source that becomes unit `unit` of the destination.
 CKPT_FAST_DEVICE std::uint64_t source_unit(const Shape& shape, std::uint64_t unit, bool interleave) {
   std::uint64_t run = shape.by_run.quotient(unit);
   std::uint64_t within = unit - run * shape.run_units;
@@ -142,7 +142,7 @@ CKPT_FAST_DEVICE std::uint64_t source_unit(const Shape& shape, std::uint64_t uni
   return from * shape.run_units + within;
 }
 
-// Each byte is read once and written once, and is of no use to the caches in between.
+/// Each byte is read once and written once, and is of no use to the caches in between.
 template <typename Unit>
 CKPT_FAST_DEVICE Unit load(const Unit* address) {
 #ifdef __CUDA_ARCH__
@@ -161,8 +161,8 @@ CKPT_FAST_DEVICE void store(Unit* address, Unit value) {
 #endif
 }
 
-// Thread `thread` of kThreads copies its units of tile `tile` of the matrix. Neighbouring threads write
-// neighbouring units.
+/// Thread `thread` of kThreads copies its units of tile `tile` of the matrix. Neighbouring threads write
+/// neighbouring units.
 template <typename Unit>
 CKPT_FAST_DEVICE void copy_tile(const Matrix& matrix, const Shape& shape, std::uint64_t tile,
                                 std::uint32_t thread, bool interleave) {
