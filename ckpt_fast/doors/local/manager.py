@@ -331,7 +331,6 @@ class FastLocalCheckpointManager(LocalCheckpointManager):  # type: ignore[misc, 
 
     def _cleanup(self, iteration: int) -> None:
         self._remove(lambda other: other < iteration)
-        self._remove(lambda other: other == iteration, _PARTIAL)
 
     def _has(self, ckpt_id: Any) -> bool:
         return os.path.lexists(self._local_ckpt_path_from_id(ckpt_id))
@@ -340,6 +339,15 @@ class FastLocalCheckpointManager(LocalCheckpointManager):  # type: ignore[misc, 
         for ckpt_id in ckpt_ids:
             partial = os.fspath(self._local_ckpt_path_from_id(ckpt_id, True))
             take_place(partial, os.fspath(self._local_ckpt_path_from_id(ckpt_id)))
+
+    def _discard_replaced(self, ckpt_ids: Iterable[Any]) -> None:
+        """Delete what has changed places with newer states. At once: the next save may use the name."""
+        for ckpt_id in ckpt_ids:
+            partial = os.fspath(self._local_ckpt_path_from_id(ckpt_id, True))
+            try:
+                shutil.rmtree(partial)
+            except OSError as error:
+                logger.warning("rank %d could not delete %s: %s", self.rank, partial, error)
 
     def _withdraw(self, replaced: Container[Any], written: Iterable[Any]) -> None:
         """Delete what a save that failed has written; what was there before stays. Problems are logged."""
@@ -356,13 +364,12 @@ class FastLocalCheckpointManager(LocalCheckpointManager):  # type: ignore[misc, 
     def _cleanup_failed_save(self, iteration: int) -> None:
         self._remove(lambda other: other == iteration)
 
-    def _remove(self, is_meant: Callable[[int], bool], *names: re.Pattern[str]) -> None:
+    def _remove(self, is_meant: Callable[[int], bool]) -> None:
         """Delete checkpoints by iteration, and what is left of unfinished ones; problems are logged."""
         try:
             for name in os.listdir(self.local_ckpt_dir):
                 path = os.path.join(self.local_ckpt_dir, name)
-                matches = (each.fullmatch(name) for each in names or (_NAME, _PARTIAL))
-                match = next(filter(None, matches), None)
+                match = _NAME.fullmatch(name) or _PARTIAL.fullmatch(name)
                 if match is None or not is_meant(int(match[1])):
                     continue
                 if _NAME.fullmatch(name):

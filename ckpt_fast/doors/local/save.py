@@ -90,6 +90,7 @@ class LocalSave(Job):
             raise
         # Now each rank has the state of either save. None of the older ones is removed before all are here.
         self._group.agree(lambda: self._manager._take_places(self._replaced))
+        self._manager._discard_replaced(self._replaced)
         self.report.seconds = time.perf_counter() - self._begun
         if not self._in_background:
             self.report.stall_s = self.report.seconds
