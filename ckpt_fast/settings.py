@@ -36,7 +36,7 @@ _MOST_TIMEOUT = 366 * 24 * 3600
 
 @dataclass(frozen=True)
 class Settings:
-    """All settings of one save, as of its start. Each field holds the value of the function of the same name."""
+    """All settings of one save, as of its start; each field is the value of the function of that name."""
 
     native_enabled: bool
     io_threads: int
@@ -99,7 +99,7 @@ def io_threads() -> int:
 
 
 def chunk_bytes() -> int:
-    """``CKPT_FAST_CHUNK`` (4M): size of one read or write in bytes: a multiple of 4096, at most 1G. Accepts the
+    """``CKPT_FAST_CHUNK`` (4M): bytes per read or write, a multiple of 4096 and at most 1G. Accepts the
     suffixes K, M, G."""
     value = _size("CKPT_FAST_CHUNK", 4 << 20)
     if value % 4096:
@@ -146,7 +146,7 @@ def write_retries() -> int:
 
 
 def space_check() -> bool:
-    """``CKPT_FAST_SPACE_CHECK`` (1): refuse a save if the file system reports too little free space for it."""
+    """``CKPT_FAST_SPACE_CHECK`` (1): refuse a save if the file system reports too little free space."""
     return _flag("CKPT_FAST_SPACE_CHECK", default=True)
 
 
