@@ -94,7 +94,7 @@ class CheckpointConfig:
         "return_all",
         "ignore_all",
     ] = "assume_ok_unexpected"
-    """What to do about keys that are only in the checkpoint, or only in the model."""
+    """How to handle keys that are only in the checkpoint or only in the model."""
     strict_fsdp_dtensor_load: bool = False
     """fsdp_dtensor: False allows a checkpoint that lacks some of the model's keys."""
 
@@ -134,7 +134,7 @@ class CheckpointConfig:
     ckpt_fully_parallel_load_exchange_algo: Literal["broadcast", "gather_rounds", "gather_object"] = (
         "broadcast"
     )
-    """How ranks exchange what they have read in parallel. No effect here: always by broadcast."""
+    """How ranks exchange data that was read in parallel. No effect here: always by broadcast."""
     ckpt_fully_parallel_save_process_group: Literal["dp", "ep_dp"] = "dp"
     """Ranks that share a fully parallel save. No effect here: all data-parallel ones."""
     ckpt_fully_parallel_load_process_group: Literal["dp", "ep_dp"] = "dp"
@@ -177,7 +177,7 @@ class CheckpointConfig:
     storage_writers_per_rank: int = 1
     """Files that each rank writes."""
     dist_ckpt_workers: int = 1
-    """Files per rank of fsdp_dtensor saves in the background. No effect here: ``storage_writers_per_rank``
+    """Files per rank of fsdp_dtensor background saves. No effect here: ``storage_writers_per_rank``
     says it for every save."""
     custom_manager_class: str | None = None
     """Dotted path of a checkpoint manager class to use instead of the default one."""

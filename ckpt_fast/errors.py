@@ -64,4 +64,4 @@ class UnsafeCheckpointError(CheckpointError):
 
 
 class AsyncSaveError(CheckpointError, RuntimeError):
-    """A save in the background failed; ``__cause__`` is the first failure."""
+    """A background save failed; ``__cause__`` is the first error."""

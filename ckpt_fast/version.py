@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What this is a build of: ``setup.py`` takes the release from here."""
+"""The release of this build: ``setup.py`` reads it from here."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a table of contents must not say: pieces outside their tensor or over each other, bytes used twice."""
+"""Consistency checks on a table of contents: pieces outside their tensor or overlapping, bytes used twice."""
 
 from __future__ import annotations
 

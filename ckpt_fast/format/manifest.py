@@ -46,7 +46,7 @@ class Payload(NamedTuple):
 
 
 class Manifest:
-    """What one save says of its bytes.
+    """The record that one save keeps of its bytes.
 
     Attributes:
         save_id: of the save.

@@ -117,7 +117,7 @@ class _Constant:
 
 
 def interleaved(entry: Any, interleave_size: int) -> InterleavedFactory:
-    """What stands for ``entry``, a ShardedTensor or ShardedTensorFactory whose data has interleaved rows.
+    """The replacement for ``entry``, a ShardedTensor or ShardedTensorFactory whose data has interleaved rows.
 
     Raises:
         CheckpointMismatchError: its data does not divide into pairs of blocks, or is only a part of a rank's

@@ -96,7 +96,7 @@ def reorder_late(chunks: Sequence[Any], state_dict: dict[str, Any]) -> None:
 def rows_in_stored_order(
     state_dict: dict[str, Any], sizes: Sizes, *, is_local: bool, is_arranged: bool, use_megatron_fsdp: bool
 ) -> dict[str, Any]:
-    """What is left to do before a state dict is saved. Collective with Megatron FSDP.
+    """Final preparation of a state dict before it is saved. Collective with Megatron FSDP.
 
     Args:
         state_dict: of the whole checkpoint.
@@ -176,7 +176,7 @@ def require_whole_parameters(chunks: Sequence[Any], metadata: Mapping[str, Any],
 def sizes_to_undo(
     metadata: Mapping[str, Any], run_config: Mapping[str, Any] | None, ckpt_cfg: Any, sizes: Sizes
 ) -> Sizes:
-    """What interleaving stands between a torch_dist checkpoint and this run: (None, None) if they agree.
+    """The interleaving that differs between a torch_dist checkpoint and this run: (None, None) if they agree.
 
     Args:
         metadata: the checkpoint's content metadata.

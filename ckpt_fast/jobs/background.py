@@ -47,7 +47,7 @@ class SaveHandle:
 
     @property
     def ranks(self) -> int:
-        """How many ranks save together."""
+        """The number of ranks that save together."""
         return self._job.ranks
 
     def add_finalize_fn(self, finalize_fn: Callable[[], None]) -> None:
@@ -95,7 +95,7 @@ class SaveHandle:
 
     @property
     def error(self) -> Exception | None:
-        """What ``finalize`` raised; None before it, and after a success."""
+        """The error that ``finalize`` raised; None before the call and after success."""
         return self._outcome if isinstance(self._outcome, Exception) else None
 
     def finalize(self) -> None:
@@ -145,7 +145,7 @@ class SaveHandle:
 
     @property
     def failure(self) -> BaseException | None:
-        """What went wrong on this rank while it wrote, whether or not anybody has asked; None if nothing."""
+        """The error on this rank while writing, even if nobody has asked for it; None if there is none."""
         return self._job.failure
 
     def _remaining_s(self) -> float:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every save in the background is to those who wait for it, whatever writes its bytes."""
+"""The common interface of all background saves, whatever writes their bytes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Job(ABC):
     @property
     @abstractmethod
     def failure(self) -> BaseException | None:
-        """What went wrong on this rank; None until then."""
+        """The error on this rank; None if there is none so far."""
 
     @abstractmethod
     def cancel(self) -> None:
@@ -58,7 +58,7 @@ class Job(ABC):
 
     @property
     def ranks(self) -> int:
-        """How many ranks save together."""
+        """The number of ranks that save together."""
         return self._group.size
 
     @property
@@ -84,7 +84,7 @@ class Job(ABC):
 
     @contextlib.contextmanager
     def _abandoned_if_left(self) -> Iterator[None]:
-        """Whoever leaves this block by an exception, Ctrl-C included, leaves nobody writing behind."""
+        """Leaving this block by an exception, including Ctrl-C, leaves no writer behind."""
         try:
             yield
         except BaseException:

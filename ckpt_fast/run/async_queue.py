@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The run's queue of saves in the background.
+"""The run's queue of background saves.
 
 Takes the saves of this package and the requests of Megatron-Core and nvidia-resiliency-ext alike (their
 local checkpoints, for instance), which it recognises by their fields. Those packages' own queues run
@@ -53,7 +53,7 @@ class RequestHandle(SaveHandle):
 
 
 class _RequestJob(Job):
-    """What the request's function writes, nobody knows. It cannot be stopped, only be left alone.
+    """The request's function is opaque. It cannot be stopped, only abandoned.
 
     A request of ours is known by its finalizer: its save is stopped like any other.
     """
@@ -79,7 +79,7 @@ class _RequestJob(Job):
 
     @property
     def failure(self) -> BaseException | None:
-        """What the request's function raised; None until then."""
+        """The error that the request's function raised; None if there is none so far."""
         return self._error
 
     def cancel(self) -> None:

@@ -94,7 +94,7 @@ def start_comet(cfg: Any) -> Any:
 
 
 def _wandb_directory(cfg: Any) -> str | None:
-    """Where W&B keeps its files; None, its own choice, for a run that saves nothing."""
+    """The directory for W&B's files; None (W&B's own choice) for a run that saves nothing."""
     if cfg.logger.wandb_save_dir:
         return str(cfg.logger.wandb_save_dir)
     save = getattr(getattr(cfg, "checkpoint", None), "save", None)

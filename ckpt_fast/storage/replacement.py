@@ -90,15 +90,15 @@ def beside(directory: str, token: str) -> str:
 
 
 def token_of(path: str) -> str | None:
-    """What tells a path that ``begin`` has made from others beside the same directory; else None."""
+    """The token of a path that ``begin`` created next to a directory; None for other paths."""
     match = _BESIDE.fullmatch(os.path.basename(path))
     return match["token"] if match else None
 
 
 def exchange(new: str, directory: str) -> None:
-    """What is in ``new`` takes the place of what is in ``directory``, durably. That is removed.
+    """Durably replace the content of ``directory`` by that of ``new``, and remove the old content.
 
-    Files in it that are nobody's of a checkpoint stay under their names. See ``swap``.
+    Files in it that belong to no checkpoint keep their names. See ``swap``.
     """
     swap(new, directory)
     if os.path.lexists(new):
@@ -273,7 +273,7 @@ def _exchange(new: str, directory: str) -> None:
 
 
 def _move_into(directory: str, new: str, error: OSError) -> None:
-    """Where directories cannot be exchanged: the older checkpoint ends, and files of the new one follow."""
+    """If directories cannot be exchanged: invalidate the older checkpoint, then move the new files."""
     logger.warning(
         "%s is overwritten: the checkpoint in it ends now, as it cannot be exchanged with %s: %s",
         directory,

@@ -239,7 +239,7 @@ def _has_bytes(tensor: torch.Tensor) -> bool:
 
 
 def _parts(tensor: torch.Tensor) -> dict[str, Any]:
-    """What a tensor of a subclass is made of; empty for those that do not tell."""
+    """The inner tensors of a tensor subclass; empty for those that do not expose them."""
     # The parts of a collective's result are not there yet; the tensor itself waits for them.
     if not hasattr(tensor, "__tensor_flatten__") or hasattr(tensor, "trigger_wait"):
         return {}

@@ -187,7 +187,7 @@ class FastLocalCheckpointManager(LocalCheckpointManager):  # type: ignore[misc, 
                 plan = self.repl_strategy.retrieve_plan(available, [wanted])
                 needed = plan.required_ids()
         except Exception as error:
-            # Nobody this rank exchanges replicas with has its state: the whole iteration is of no use.
+            # Nobody this rank exchanges replicas with has its state: the whole iteration is unusable.
             logger.error("rank %d: local checkpoint %s cannot be had: %s", self.rank, wanted, error)
             failed, needed = {None: str(error)}, set()
         states, all_failed, save_ids = self._read(needed, failed)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One save of a rank's local checkpoints: written by a thread, settled by all ranks."""
+"""One save of a rank's local checkpoints: written by a thread, finalized by all ranks."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class LocalSave(Job):
 
     @property
     def failure(self) -> BaseException | None:
-        """What went wrong on this rank; None until then."""
+        """The error on this rank; None if there is none so far."""
         return self._error
 
     def write(self, timeout_s: float | None = None) -> None:

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 class Wanted(NamedTuple):
-    """What a sharded state dict asks for.
+    """The items that a sharded state dict requests.
 
     Attributes:
         sharded: what is to be read.

@@ -50,7 +50,7 @@ class Flag:
             os.pwrite(file.fileno(), b"\1", 0)
 
     def remove(self) -> None:
-        """Whoever still waits for the flag stops."""
+        """Release anyone who is still waiting for the flag."""
         finalizer.run(self._remover)
 
 

@@ -68,7 +68,7 @@ class SavedTensor(NamedTuple):
 
 
 class RawData(NamedTuple):
-    """Where a payload's bytes lie, and what their CRC-32s must be.
+    """The location of a payload's bytes, and their expected CRC-32s.
 
     Attributes:
         extent: the bytes.
@@ -261,7 +261,7 @@ class CheckpointIndex:
             ) from error
 
     def locate(self, wanted: Iterable[tuple[torch.dtype, Piece]]) -> dict[Extent, RawData | None]:
-        """Where the raw data of each piece lies; None for items only ``torch.load`` can read.
+        """The location of each piece's raw data; None for items that only ``torch.load`` can read.
 
         Our own layout is computed; archives of other writers are looked into, all in two batches of reads.
         """

@@ -38,7 +38,7 @@ _MARGIN = 0.1
 
 @dataclass(frozen=True)
 class StagingPolicy:
-    """How GPU tensors of a snapshot are copied.
+    """How the GPU tensors of a snapshot are copied.
 
     Attributes:
         mode: "auto" is overlapped with ``is_protected``, else "device" if memory allows, else blocking.
@@ -105,7 +105,7 @@ class DeviceCopies:
         self._kept.clear()
 
     def order_behind(self) -> None:
-        """What the calling thread enqueues on its current streams from now on comes after the copies."""
+        """Order all that the calling thread enqueues on its current streams from now on after the copies."""
         for device, event in self._events:
             if not device.is_done(event):
                 device.order_behind(device.current, event)

@@ -254,7 +254,7 @@ host_buffers = HostBufferPool()
 
 
 def reserve_host_memory(nbytes: int) -> threading.Thread:
-    """Make the host memory that the first save in the background will need, before training waits for it.
+    """Allocate the host memory that the first background save will need, before training waits for it.
 
     Allocating, touching and page-locking it takes about as long as ten saves' copies do. Later saves use the
     same memory.

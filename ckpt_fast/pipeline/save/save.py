@@ -122,7 +122,7 @@ class Save(Job):
 
     @property
     def failure(self) -> BaseException | None:
-        """What went wrong on this rank while it wrote; None until then."""
+        """The error on this rank while writing; None if there is none so far."""
         return self._waves.error
 
     def cancel(self) -> None:

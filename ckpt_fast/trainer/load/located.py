@@ -69,7 +69,7 @@ class Located:
 
 
 class _Facts(NamedTuple):
-    """What rank 0 finds out: the kind of the checkpoint, and what it vouches for of the data loader."""
+    """The findings of rank 0: the kind of checkpoint, and which data loader state it vouches for."""
 
     kind: CheckpointType
     position: str | None

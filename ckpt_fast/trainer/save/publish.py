@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What makes durable tensors the checkpoint to resume from: the files around them, then the trackers."""
+"""Publication of durable tensors as the checkpoint to resume from: other files first, then the trackers."""
 
 from __future__ import annotations
 
