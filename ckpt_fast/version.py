@@ -12,7 +12,7 @@ def build_version(cuda_release: tuple[int, int] | None) -> str:
 
 
 def version() -> str:
-    """The version of what is running, from the modules that are there."""
+    """The version of the running build, derived from the modules present."""
     from ckpt_fast import native  # setup.py runs this file before the package can be imported
 
     return build_version(native.cuda_release())

@@ -92,7 +92,7 @@ class Manifest:
         return payloads
 
     def without(self, paths: set[str]) -> Manifest:
-        """That of a checkpoint that has lost these files, with an id of its own: it is not what was saved."""
+        """The manifest of a checkpoint that has lost these files, with a new id: it is not what was saved."""
         kept = []
         for part in self._digests:
             rows = BlockDigests(part.paths, array("I"), array("q"), array("q"), b"")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Saves that outlive the call: written by a thread while training goes on, committed by all ranks later."""
+"""Saves that outlive the call: written by a thread while training continues, committed by all ranks later."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ class SaveHandle:
                 finalize_fn()
         except Exception as error:
             self._outcome = error
-            # It is told here; nobody has to be told at exit.
+            # It is reported here, so it need not be reported at exit.
             untold.forget(self.directory)
             raise
         self._outcome = self.report
@@ -218,7 +218,7 @@ class SaveQueue:
                 handle.finalize()
             except Exception:
                 raise
-            except BaseException:  # an interruption: nobody finds it here any more, to give it up
+            except BaseException:  # an interruption: nothing can find it here later to abandon it
                 handle.abandon()
                 raise
             finalized.append(index)

@@ -26,7 +26,7 @@ def forget(directory: str | None = None) -> None:
 
 @atexit.register
 def say_again() -> None:
-    """The process ends: what failed since the newest save that was published, and was told to nobody."""
+    """At exit: log the errors since the newest published save that no caller was told about."""
     for directory, text in _failures.items():
         logger.error(
             "this process ends, and its save to %s had failed: %s. There is no checkpoint of it.",

@@ -30,7 +30,7 @@ _NAMES_RANK = re.compile(r"rank \d+: ")
 
 @dataclass(frozen=True)
 class Outcome(Generic[T]):
-    """A value, or the error that took its place on ``rank`` (and others of their own on ``others`` ranks).
+    """A value, or instead the error raised on ``rank`` (``others`` more ranks raised errors of their own).
 
     The error can travel to other ranks. ``raised`` is what was raised, on the rank where it was.
     """

@@ -88,7 +88,7 @@ def on_rank_0(decide: Callable[[], T]) -> T:
 
 
 def on_all_ranks(action: Callable[[], T]) -> T:
-    """Let every rank do its own, and go on only if all could. Collective: all ranks call it.
+    """Let every rank do its own part, and continue only if all succeeded. Collective: all ranks call it.
 
     Without it the healthy ranks would wait, in the next collective, for the one that failed.
 

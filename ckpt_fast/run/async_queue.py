@@ -68,7 +68,7 @@ class _RequestJob(Job):
         """Local. Run the part that stages, and let a thread run the rest."""
         arguments = list(self._request.async_fn_args or ())
         if self._request.preload_fn is not None:
-            # By convention what was staged takes the place of the second argument.
+            # By convention the staged data replaces the second argument.
             arguments[1] = self._request.preload_fn()
         self._thread.submit(lambda: self._run(arguments))
         self._thread.close()
@@ -83,7 +83,7 @@ class _RequestJob(Job):
         return self._error
 
     def cancel(self) -> None:
-        """The function goes on, unless it waits for a save of ours; its finalizers will not run."""
+        """The function keeps running, unless it waits for one of our saves; its finalizers will not run."""
         self._error = self._error or CheckpointError("it was cancelled")
         self._give_up(0.0)
 

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 def start_on_last_rank(start: Callable[[Any], Any], cfg: Any) -> Any:
-    """The logger on the last rank, None on others and when it cannot be started: training goes on without."""
+    """The logger on the last rank, None on others or if it fails to start: training continues."""
     if getattr(cfg, "logger", None) is None or not _is_last_rank():
         return None
     try:

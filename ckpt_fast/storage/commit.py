@@ -213,7 +213,7 @@ def superseded(directory: str, seal: str, rank: int | None = None) -> set[str]:
 
 
 def remove_files(directory: str, names: Collection[str]) -> None:
-    """Remove files of a directory, as far as they are there.
+    """Remove files of a directory, ignoring those that do not exist.
 
     Raises:
         CheckpointWriteError: one cannot be removed.

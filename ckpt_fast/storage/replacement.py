@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A directory that takes the place of an older one: filled beside it, and exchanged with it once it is whole.
+"""A directory that replaces an older one: filled next to it, and exchanged with it once complete.
 
 Beside ``iter_0000005`` that is ``.iter_0000005.<8 hex digits>.ckpt_fast-new``. No reader looks at such names.
 After the exchange the older one has that name, until it is removed. Where the file system cannot exchange two
@@ -190,7 +190,7 @@ def replaced_in(root: str) -> set[str]:
 
 
 def places(directory: str) -> list[str]:
-    """``directory``, if it is there, and what lies beside it."""
+    """``directory``, if it exists, and the directories that replacements left next to it."""
     return [path for path in (directory, *_beside(directory)) if os.path.isdir(path)]
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Snapshots for ``dcp.async_save``: a state dict is copied into a kept host buffer, and training goes on."""
+"""Snapshots for ``dcp.async_save``: copy a state dict to a reusable host buffer, continue training."""
 
 from __future__ import annotations
 
@@ -81,14 +81,14 @@ class Snapshot:
             self._readers += 1
 
     def end(self) -> None:
-        """That save has ended: the memory may be used again once none reads it."""
+        """Mark that save as ended: the memory may be reused once nothing reads it."""
         with self._lock:
             self._readers -= 1
             if not self._readers:
                 self.release()
 
     def release(self) -> None:
-        """Nobody reads it, or ever will."""
+        """Release the memory: nothing reads it now, or ever will."""
         with self._lock:
             self._ended = True
             buffer, self._buffer = self._buffer, None

@@ -242,7 +242,7 @@ class FastStorageWriter(AsyncStager, StorageWriter):
     # --- the async stager protocol ---------------------------------------------------------------------
 
     def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """A copy of the state dict in host memory; training may go on as soon as this returns.
+        """A copy of the state dict in host memory; training may continue as soon as this returns.
 
         All of it is one host buffer, which later saves of this process use again. An error is raised by the
         save, on all ranks.
@@ -319,7 +319,7 @@ class FastStorageWriter(AsyncStager, StorageWriter):
 
 
 def _can_stay(save: _Save) -> bool:
-    """Whether there is an older checkpoint that the new seal alone takes the place of."""
+    """Whether there is an older checkpoint that is replaced by the new seal alone."""
     try:
         names = os.listdir(save.path)
     except OSError:

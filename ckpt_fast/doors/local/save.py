@@ -43,7 +43,7 @@ class LocalSave(Job):
         self._iteration = iteration
         self._in_background = when_written is not None
         self._progress: native.Progress | None = None
-        # Which of the states were begun to be written, and which of those are there from an older save.
+        # Which states have started to be written, and which of those exist from an older save.
         self._written: list[Any] = []
         self._replaced: list[Any] = []
         outcome = self._group.attempt(lambda: self._pack(states, live))

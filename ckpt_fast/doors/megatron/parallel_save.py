@@ -68,7 +68,7 @@ class FastParallelSaveWrapper(compat.FullyParallelSaveStrategyWrapper):  # type:
         structure = _structure_of(sharded_state_dict)  # before replicas change their ids
         self.cached_distribution = self._structure = None
         super().apply_saving_parallelization(sharded_state_dict)
-        # Only now: with a structure that nothing was distributed for, a tensor would be saved by nobody.
+        # Only now: with a structure that was never distributed, no rank would save the tensor.
         self._structure = structure
 
     def distribute_as_before(self, sharded_state_dict: dict[str, Any]) -> None:

@@ -156,7 +156,7 @@ class CheckpointIndex:
             raise ValueError(f"{' and '.join(names[:2])} share bytes of {shared[0]} at {shared[1]}")
 
     def _require_an_item_for_each_piece(self) -> None:
-        """Of tensors that nobody loads too: a name or a place that is damaged takes the bytes of another."""
+        """Includes tensors that are not loaded: a damaged name or location can claim the bytes of another."""
         for fqn, entry in self.metadata.state_dict_metadata.items():
             if not isinstance(entry, TensorStorageMetadata):
                 if fqn not in self._objects:

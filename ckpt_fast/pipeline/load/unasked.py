@@ -94,7 +94,7 @@ def find_unasked(metadata: Metadata, asked: Collection[str]) -> Unasked:
 
 
 def warning_text(directory: str, sections: Iterable[Section], remedy: str) -> str:
-    """The line that says which sections nobody asked for."""
+    """The warning that names the sections that no rank requested."""
     shown = [str(section) for section in sections]
     more = f" and {len(shown) - _MOST_SHOWN} more" if len(shown) > _MOST_SHOWN else ""
     return (

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Copies from GPUs to host memory that go on while Python, and the GPU, do something else.
+"""Copies from GPUs to host memory that run while Python and the GPU do other work.
 
 When may training change a tensor that is being copied? It depends on the mode:
 

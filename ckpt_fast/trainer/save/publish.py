@@ -47,7 +47,7 @@ def save_errors_tolerated(ckpt_cfg: Any) -> Iterator[None]:
 
 
 class Publication:
-    """The facts of one save, taken when the save was asked for: training goes on while data is written.
+    """The facts of one save, captured when it was requested: training continues while data is written.
 
     Args:
         state: GlobalState.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which GPU tensors a save may go on reading while training runs on: those whose optimizer waits for it."""
+"""Which GPU tensors a save may keep reading while training continues: those whose optimizer waits for it."""
 
 from __future__ import annotations
 
