@@ -180,7 +180,7 @@ def _without(region: Region, other: Region) -> list[Region]:
 
 
 class UsedBytes:
-    """The byte ranges of a checkpoint's files that its items lie in."""
+    """The byte ranges that items occupy in a checkpoint's files."""
 
     def __init__(self) -> None:
         self._files: dict[str, tuple[array[int], array[int]]] = {}

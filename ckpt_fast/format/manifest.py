@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The manifest: what binds every byte of a checkpoint to its save. It stands in ``.metadata``.
+"""The manifest: the record in ``.metadata`` that ties every byte of a checkpoint to its save.
 
 It follows the pickle. Readers that do not know it stop there. docs/format.md draws the layout.
 """

@@ -103,7 +103,7 @@ class InterleavedFactory(compat.ShardedTensorFactory):  # type: ignore[misc]
 
 
 class _NoViewError(Exception):
-    """A piece cannot be seen where it lies."""
+    """A piece cannot be accessed in place."""
 
 
 class _Constant:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""In which order GLU rows are stored, who says so, and how a state dict is made to follow.
+"""The stored order of GLU rows: where it is recorded, and how a state dict is adapted to it.
 
 torch_dist: model and optimizer have contiguous rows, whatever the run that saved them. The content metadata
 and the manifest say so under ``glu_rows``; a checkpoint that says nothing is taken for contiguous as well.

@@ -42,7 +42,7 @@ class Job(ABC):
 
     @abstractmethod
     def cancel(self) -> None:
-        """Local. Stop writing, as soon as that can be. ``commit`` will raise on every rank."""
+        """Local. Stop writing as soon as possible. ``commit`` will raise on every rank."""
 
     @abstractmethod
     def write(self, timeout_s: float | None = None) -> None:
@@ -63,7 +63,7 @@ class Job(ABC):
 
     @property
     def progress(self) -> tuple[int, int]:
-        """Bytes that this rank has written, and those that it will have in the end, as far as is known."""
+        """Bytes that this rank has written so far, and its total if known."""
         return self.report.nbytes, self.report.nbytes
 
     def is_written(self) -> bool:

@@ -55,7 +55,7 @@ _forced: Implementation | None = None
 
 
 def engine() -> ModuleType:
-    """The implementation in force: ``_engine`` or ``fallback``."""
+    """The active implementation: ``_engine`` or ``fallback``."""
     if _forced == "engine":
         return importlib.import_module("ckpt_fast.native._engine")
     if _forced is None and settings.native_enabled():

@@ -107,7 +107,7 @@ class _RequestJob(Job):
             raise
 
     def _give_up(self, wait_s: float) -> bool:
-        """End the save that the request is of, if it is one of ours; returns whether it has."""
+        """End the request's save if it is one of ours; returns whether it did."""
         ended = True
         for each in self._request.finalize_fns:
             if isinstance(each, Publication):

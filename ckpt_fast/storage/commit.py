@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The commit protocol: when a checkpoint begins to exist, and how files appear whole or not at all.
+"""The commit protocol: when a checkpoint comes into existence, and how files appear completely or not at all.
 
 A directory is a checkpoint once its *seal* exists: ``.metadata`` for torch DCP, ``metadata.json`` on top of
 it for Megatron-Core. The order is always

@@ -84,7 +84,7 @@ class Files(Protocol):
         """
 
     def delete(self, names: Iterable[str]) -> None:
-        """Remove files, as far as there are such; OSError if one cannot be."""
+        """Remove files, ignoring missing ones; OSError if one cannot be removed."""
 
     def fetch(self, names: Iterable[str]) -> None:
         """Local. Have these files in ``directory``, if there are such."""

@@ -45,7 +45,7 @@ _ATTEMPTS = 5
 
 
 def begin(directory: str, token: str | None = None) -> str | None:
-    """An empty directory beside ``directory``, to be exchanged with it.
+    """An empty directory next to ``directory``, to be exchanged with it.
 
     Args:
         directory: need not exist.

@@ -165,7 +165,7 @@ snapshots = Snapshots()
 
 
 class _Unstaged(dict[str, Any]):
-    """Stands for a state dict that could not be copied: whoever looks into it gets the error."""
+    """Placeholder for a state dict that could not be copied: accessing it raises the error."""
 
     def __init__(self, error: Exception) -> None:
         super().__init__()

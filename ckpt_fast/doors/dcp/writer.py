@@ -154,7 +154,7 @@ class FastStorageWriter(AsyncStager, StorageWriter):
 
     @step
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Coordinator only (without collectives: every rank), before writing: room is made.
+        """Coordinator only (without collectives: every rank), before writing: make room.
 
         A save of this process to the same directory that is not over is waited for.
 
@@ -277,7 +277,7 @@ class FastStorageWriter(AsyncStager, StorageWriter):
         return getattr(self._of_thread, "announced", None) or self._latest
 
     def _require_own(self, files: Directory, manifest: Manifest) -> None:
-        """Another process that saves to the directory may have taken what this rank has written for dead."""
+        """Another process that saves to the directory may have mistaken this rank's files for dead ones."""
         own = [file for file in manifest.files.values() if file.path.startswith(self._of_thread.prefix)]
         for file, _ in files.missing(own):
             raise CheckpointWriteError(

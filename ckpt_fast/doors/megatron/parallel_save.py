@@ -52,7 +52,7 @@ class FastParallelSaveWrapper(compat.FullyParallelSaveStrategyWrapper):  # type:
     _structure: list[Any] | None = None
 
     def is_unchanged(self, sharded_state_dict: dict[str, Any]) -> bool:
-        """Local. Whether the cached distribution was made for what this rank has."""
+        """Local. Whether the cached distribution matches this rank's state."""
         is_cached = self.do_cache_distribution and self._structure is not None
         return is_cached and self._structure == _structure_of(sharded_state_dict)
 

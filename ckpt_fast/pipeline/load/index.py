@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A checkpoint's table of contents: which pieces there are, and where their raw bytes lie."""
+"""A checkpoint's table of contents: its pieces, and the location of their raw bytes."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class _Item(NamedTuple):
 
 
 class SavedTensor(NamedTuple):
-    """A whole tensor as the checkpoint has it.
+    """A whole tensor as stored in the checkpoint.
 
     The pieces lie inside it and have no element in common. They may leave some out: of a tensor that ranks
     saved without each other, each knows its own pieces.
@@ -355,7 +355,7 @@ def missing_keys_message(directory: str, keys: list[str], metadata: Metadata) ->
 
 
 def _extent(info: Any) -> Extent:
-    """An item's place as the metadata gives it; ValueError if it can be none in this directory."""
+    """An item's location according to the metadata; ValueError if it is not valid in this directory."""
     path, (offset, nbytes) = info.relative_path, _whole_numbers((info.offset, info.length))
     _require_inside(path)
     if offset + nbytes > _LARGEST_FILE:

@@ -92,7 +92,7 @@ class OpenCheckpoint:
         return True
 
     def forget(self) -> None:
-        """Look at the files again: they may have been replaced. Not once ``.metadata`` is taken apart."""
+        """Check the files again: they may have been replaced. Not once ``.metadata`` is taken apart."""
         self._kept.clear()
         self.__dict__.pop("versions", None)
 

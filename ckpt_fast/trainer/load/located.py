@@ -40,7 +40,7 @@ _DATALOADER_STATE_SUBDIR = "energon"
 
 @dataclass(frozen=True)
 class Located:
-    """The checkpoint that is loaded, as far as it is known before anything of it is asked for.
+    """The checkpoint being loaded, as known before anything is requested from it.
 
     Attributes:
         found: which one.

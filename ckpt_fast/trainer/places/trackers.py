@@ -311,7 +311,7 @@ def publish_trackers(
 
 
 def _sweep(save_dir: str, checkpoint: str) -> None:
-    """Remove what publications that died have left beside the trackers: files older than this checkpoint."""
+    """Remove the leftovers of dead publications next to the trackers: files older than this checkpoint."""
     if object_storage(save_dir):
         return
     with contextlib.suppress(OSError):
