@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 @dataclass
 class CallbackContext:
-    """What a callback may look at.
+    """The data that a callback may read.
 
     Attributes:
         state: GlobalState.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The run's configuration as far as checkpoints are concerned.
+"""The checkpoint-related part of the run's configuration.
 
 Megatron Bridge's objects of the same names are accepted wherever these are: the code only looks at
 attributes. Model, optimizer and scheduler configurations are the program's own objects (Megatron-Core's
@@ -29,7 +29,7 @@ _C = TypeVar("_C", bound="ConfigContainer")
 
 @dataclass(kw_only=True)
 class CheckpointConfig:
-    """What to save and load, where, in which format and how.
+    """Checkpoint settings: contents, directories, format and method of saving and loading.
 
     Field names, defaults and checks are the documented ones. Fields without effect exist so that existing
     configurations construct; one that is set to anything but its default is warned about.
@@ -71,9 +71,9 @@ class CheckpointConfig:
     load_rng: bool = True
     """Restore the random number generators."""
     finetune: bool = False
-    """Take the weights only and start counting at iteration 0."""
+    """Load only the weights and start at iteration 0."""
     pretrained_checkpoint: str | None = None
-    """Where to take weights from when ``load`` holds no checkpoint; must exist."""
+    """Checkpoint to load weights from if ``load`` contains no checkpoint; must exist."""
     ckpt_step: int | None = None
     """Load this iteration instead of the newest; needs ``load``."""
     use_checkpoint_args: bool = False
@@ -83,7 +83,7 @@ class CheckpointConfig:
     use_tokenizer_model_from_checkpoint_args: bool = True
     """The same for the tokenizer. No effect here."""
     exit_on_missing_checkpoint: bool = False
-    """Exit when ``load`` is set and holds no checkpoint, instead of starting from scratch."""
+    """Exit if ``load`` is set but contains no checkpoint, instead of starting from scratch."""
     dist_ckpt_strictness: Literal[
         "assume_ok_unexpected",
         "log_unexpected",
@@ -94,7 +94,7 @@ class CheckpointConfig:
         "return_all",
         "ignore_all",
     ] = "assume_ok_unexpected"
-    """What to do about keys that are only in the checkpoint, or only in the model."""
+    """How to handle keys that are only in the checkpoint or only in the model."""
     strict_fsdp_dtensor_load: bool = False
     """fsdp_dtensor: False allows a checkpoint that lacks some of the model's keys."""
 
@@ -118,7 +118,7 @@ class CheckpointConfig:
 
     # --- format and layout ---
     ckpt_format: Literal["torch", "torch_dist", "torch_dcp", "fsdp_dtensor"] = "torch_dist"
-    """Format to save in; loading finds out by itself."""
+    """Format to save in; loading detects the format."""
     auto_detect_ckpt_format: bool = False
     """Detect the format of a checkpoint when loading. No effect here: it always is."""
     ckpt_convert_format: Literal["torch", "torch_dist"] | None = None
@@ -128,27 +128,27 @@ class CheckpointConfig:
     ckpt_convert_update_legacy_dist_opt_format: bool = False
     """Convert an old layout of the distributed optimizer. No effect here."""
     fully_parallel_save: bool = True
-    """Data-parallel ranks share the writing of what they all hold."""
+    """Data-parallel ranks share the writing of replicated state."""
     fully_parallel_load: bool = False
-    """Data-parallel ranks share the reading of what they all need."""
+    """Data-parallel ranks share the reading of replicated state."""
     ckpt_fully_parallel_load_exchange_algo: Literal["broadcast", "gather_rounds", "gather_object"] = (
         "broadcast"
     )
-    """How ranks exchange what they have read in parallel. No effect here: always by broadcast."""
+    """How ranks exchange data that was read in parallel. No effect here: always by broadcast."""
     ckpt_fully_parallel_save_process_group: Literal["dp", "ep_dp"] = "dp"
     """Ranks that share a fully parallel save. No effect here: all data-parallel ones."""
     ckpt_fully_parallel_load_process_group: Literal["dp", "ep_dp"] = "dp"
     """Ranks that share a fully parallel load. No effect here: all data-parallel ones."""
     ckpt_fully_parallel_load_per_rank_objects: bool = False
-    """Who reads objects in a fully parallel load. No effect here: every rank reads its own."""
+    """Whether each rank reads its own objects in a fully parallel load. No effect here: it always does."""
     ckpt_pg_tensors_cache_path: str | None = None
-    """File of a cache that newer versions of Megatron-LM have. No effect here."""
+    """Path of a cache file that newer versions of Megatron-LM use. No effect here."""
     ckpt_pg_tensors_cache_create: bool = False
     """Create that cache. No effect here."""
     ckpt_assume_constant_structure: bool = False
-    """Names, shapes and placement stay the same between saves, so that plans are reused."""
+    """Assume that names, shapes and placement stay the same between saves, and reuse plans."""
     ckpt_load_validate_sharding_integrity: bool = True
-    """Check that the pieces asked for cover each tensor once. No effect here: that is always checked."""
+    """Check that the requested pieces cover each tensor once. No effect here: that is always checked."""
     dist_ckpt_save_pre_mcore_014: bool = False
     """Save in the layout of Megatron-Core before 0.14. No effect here: always in the newer one."""
     dist_ckpt_optim_fully_reshardable: bool = False
@@ -156,13 +156,13 @@ class CheckpointConfig:
     distrib_optim_fully_reshardable_mem_efficient: bool = False
     """The same with less memory, over gloo; not together with ``dist_ckpt_optim_fully_reshardable``."""
     verify_integrity: bool = False
-    """Record and compare digests of the files. No effect here: checksums always are."""
+    """Record and verify digests of the files. No effect here: checksums are always recorded."""
 
     # --- saving in the background ---
     async_save: bool = False
-    """Training goes on while a checkpoint is written."""
+    """Continue training while a checkpoint is written."""
     async_strategy: str = "nvrx"
-    """Upstream's queue of background saves, "nvrx" or "mcore". Only checked: threads write with either.
+    """Upstream's queue of background saves, "nvrx" or "mcore". Only validated: threads write in both cases.
     Always "mcore" while ``async_save`` is off."""
     use_persistent_ckpt_worker: bool = True
     """Keep one worker process for all saves; ``async_save`` requires it. No effect here: threads write."""
@@ -177,38 +177,38 @@ class CheckpointConfig:
     storage_writers_per_rank: int = 1
     """Files that each rank writes."""
     dist_ckpt_workers: int = 1
-    """Files per rank of fsdp_dtensor saves in the background. No effect here: ``storage_writers_per_rank``
+    """Files per rank of fsdp_dtensor background saves. No effect here: ``storage_writers_per_rank``
     says it for every save."""
     custom_manager_class: str | None = None
     """Dotted path of a checkpoint manager class to use instead of the default one."""
 
     # --- Hugging Face copy ---
     also_save_hf_checkpoint: bool = False
-    """Export Hugging Face weights beside each checkpoint, into ``hf/``."""
+    """Export Hugging Face weights with each checkpoint, into ``hf/``."""
     hf_source_path: str | None = None
     """Model to take the export's configuration from; default: the run's own Hugging Face model id."""
     hf_trust_remote_code: bool = False
-    """Allow that model to bring code."""
+    """Allow that model to run its own code."""
     hf_distributed_save: bool = False
     """Let several ranks write the export."""
     hf_save_every_n_ranks: int = 1
-    """Which ranks, when several do."""
+    """One rank in this many writes the export, if several ranks do."""
 
     # --- ckpt_fast's own ---
     on_corrupt: Literal["fallback", "raise"] = "fallback"
-    """When the newest checkpoint is damaged: load the newest sound one and say so, or raise."""
+    """If the newest checkpoint is damaged: load the newest intact one with a warning, or raise."""
     on_save_error: Literal["raise", "warn"] = "raise"
-    """When a save fails: raise on every rank, or warn and train on with the previous checkpoint."""
+    """If a save fails: raise on every rank, or warn and continue training with the previous checkpoint."""
     on_save_in_progress: Literal["wait", "skip", "queue"] = "wait"
-    """When a save is due while the one before is still being written: let training wait for that one, skip
-    the new one with a warning, or take another copy of the state and write it afterwards."""
+    """If a save is due while the previous one is still being written: wait for the previous one, skip the
+    new one with a warning, or copy the state again and write it afterwards."""
     verify_on_load: bool | None = None
     """Compare checksums while loading; None follows ``CKPT_FAST_VERIFY`` (on)."""
     load_glu_rows: Literal["recorded", "contiguous", "interleaved"] = "recorded"
-    """Order of the GLU rows in a torch_dist checkpoint: as it says ("contiguous" if it does not), or against
-    what it says. "interleaved" is for checkpoints that have them in the memory order of this very run."""
+    """Order of the GLU rows in a torch_dist checkpoint: as recorded ("contiguous" if nothing is), or an
+    override. "interleaved" is for checkpoints that store them in exactly this run's memory order."""
     host_buffer_bytes: int | None = None
-    """Host memory of one rank for staged state; None follows ``CKPT_FAST_HOST_BUFFER`` (no bound)."""
+    """Limit on host memory per rank for staged state; None follows ``CKPT_FAST_HOST_BUFFER`` (no limit)."""
 
     def __post_init__(self) -> None:
         """Checks at construction; raises AssertionError."""
@@ -281,7 +281,7 @@ class CheckpointConfig:
 
 @dataclass(kw_only=True)
 class ConfigContainer:
-    """The whole run's configuration. Every part may be left out by a program that does not need it."""
+    """The whole run's configuration. A program may leave out any part that it does not need."""
 
     train: Any = None
     """Training settings."""
@@ -310,18 +310,18 @@ class ConfigContainer:
     profiling: Any = None
     optimizer_config_override_provider: Any = None
     ft: Any = None
-    """Set when the run is watched by nvidia-resiliency-ext's fault tolerance."""
+    """Set if nvidia-resiliency-ext's fault tolerance monitors the run."""
     straggler: Any = None
     nvrx_straggler: Any = None
     peft: Any = None
-    """Adapter configuration; its ``adapter_key_filter`` decides what is saved."""
+    """Adapter configuration; its ``adapter_key_filter`` selects the keys to save."""
     comm_overlap: Any = None
     mixed_precision: Any = None
     tensor_inspect: Any = None
     inprocess_restart: Any = None
 
     def validate(self) -> None:
-        """Check what concerns checkpoints, across the parts; fills ``tensor_inspect.log_dir``.
+        """Check the checkpoint-related settings across the parts; fills ``tensor_inspect.log_dir``.
 
         Raises:
             AssertionError, ValueError: naming the fields that do not go together.

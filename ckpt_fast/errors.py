@@ -22,7 +22,7 @@ class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
 
 
 class UnknownFormatError(CheckpointNotFoundError, NotImplementedError):
-    """A directory is there, but what makes it a checkpoint of a known format is not."""
+    """The directory exists, but is not a checkpoint of a known format."""
 
 
 class CheckpointCorruptError(CheckpointError):
@@ -60,8 +60,8 @@ class CheckpointWriteError(CheckpointError, OSError):
 
 
 class UnsafeCheckpointError(CheckpointError):
-    """Loading would have to run code that the checkpoint brings along; it was refused."""
+    """Loading would have to run code contained in the checkpoint, and was refused."""
 
 
 class AsyncSaveError(CheckpointError, RuntimeError):
-    """A save in the background failed; ``__cause__`` is the first failure."""
+    """A background save failed; ``__cause__`` is the first error."""

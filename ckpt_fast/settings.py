@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every environment variable ckpt_fast reads, its meaning and its default, in one place.
+"""Every environment variable that ckpt_fast reads, with its meaning and default.
 
 Variables are read at call time, so a test or a launcher may change them between two saves. A save reads all
 of them at once (``Settings.read``), before it touches anything.
@@ -22,21 +22,21 @@ StagingMode = Literal["auto", "blocking", "overlapped", "device"]
 
 _SUFFIXES = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _PREFIX = "CKPT_FAST_"
-# Of the build, and of the benchmarks.
+# Used by the build and the benchmarks.
 _OTHERS = {"CKPT_FAST_CUDA", "CKPT_FAST_CUDA_ARCHS", "CKPT_FAST_BENCH_MB", "CKPT_FAST_BENCH_TENSORS"}
 _warned: set[str] = set()
 
-# Each chunk is memory of one thread, several for each of the threads.
+# Each thread holds several chunks in memory.
 _MOST_CHUNK = 1 << 30
 _MOST_THREADS = 1024
 _MOST_RETRIES = 100
-# A year, in seconds: clocks and locks take it.
+# A year, in seconds: clocks and locks accept it.
 _MOST_TIMEOUT = 366 * 24 * 3600
 
 
 @dataclass(frozen=True)
 class Settings:
-    """All settings of one save, as they were when it began. Each is that of the function of its name."""
+    """All settings of one save, as of its start; each field is the value of the function of that name."""
 
     native_enabled: bool
     io_threads: int
@@ -51,13 +51,13 @@ class Settings:
 
     @classmethod
     def read(cls) -> Settings:
-        """The settings in force; those that are none are warned about (``warn_of_unknown``).
+        """The current settings. Unknown variables cause a warning (``warn_of_unknown``).
 
         Raises:
-            ValueError: naming the variable and what it may be.
+            ValueError: names the variable and its valid values.
         """
         cls.warn_of_unknown()
-        # Not of a save, but an odd value is no better for what comes after it.
+        # Not save settings, but an invalid value should be found now rather than at the next load.
         verify_on_load()
         pickle_allowed()
         return cls(
@@ -75,7 +75,7 @@ class Settings:
 
     @staticmethod
     def warn_of_unknown() -> None:
-        """Warn, once per process, of each variable of our prefix without a meaning, and name the nearest."""
+        """Warn once per process about each unknown variable with our prefix, and suggest the nearest name."""
         for name in sorted(os.environ):
             if name.startswith(_PREFIX) and name not in _names() | _OTHERS | _warned:
                 _warned.add(name)
@@ -86,12 +86,12 @@ class Settings:
 
 
 def native_enabled() -> bool:
-    """``CKPT_FAST_NATIVE`` (1): 0 uses the pure-Python/torch fallback of every native function."""
+    """``CKPT_FAST_NATIVE`` (1): 0 replaces every native function by its pure-Python/torch fallback."""
     return _flag("CKPT_FAST_NATIVE", default=True)
 
 
 def io_threads() -> int:
-    """``CKPT_FAST_THREADS``: threads of one rank that move bytes. Default: 2 to 8, by core count."""
+    """``CKPT_FAST_THREADS``: I/O and copy threads per rank. Default: 2 to 8, by core count."""
     value = os.environ.get("CKPT_FAST_THREADS")
     if value is None:
         return max(2, min(8, os.cpu_count() or 1))
@@ -99,8 +99,8 @@ def io_threads() -> int:
 
 
 def chunk_bytes() -> int:
-    """``CKPT_FAST_CHUNK`` (4M): bytes of one read or write; a multiple of 4096, 1G at most. K, M, G may
-    follow."""
+    """``CKPT_FAST_CHUNK`` (4M): bytes per read or write, a multiple of 4096 and at most 1G. Accepts the
+    suffixes K, M, G."""
     value = _size("CKPT_FAST_CHUNK", 4 << 20)
     if value % 4096:
         raise ValueError(f"CKPT_FAST_CHUNK={value} is not a multiple of 4096 bytes")
@@ -110,7 +110,8 @@ def chunk_bytes() -> int:
 
 
 def direct_io() -> bool:
-    """``CKPT_FAST_DIRECT`` (1): write, and read what is not cached, past the page cache (O_DIRECT)."""
+    """``CKPT_FAST_DIRECT`` (1): bypass the page cache (O_DIRECT) for writes, and for reads of data that is
+    not cached."""
     return _flag("CKPT_FAST_DIRECT", default=True)
 
 
@@ -120,9 +121,10 @@ def fsync_enabled() -> bool:
 
 
 def host_buffer_bytes() -> int | None:
-    """``CKPT_FAST_HOST_BUFFER`` (no bound): host memory of one rank for staged state. K, M, G may follow.
+    """``CKPT_FAST_HOST_BUFFER`` (no limit): limit on host memory per rank for staged state. Accepts the
+    suffixes K, M, G.
 
-    Used for snapshots (saves in the background) and for state that is not contiguous CPU memory. What does
+    Used for snapshots (background saves) and for state that is not contiguous CPU memory. State that does
     not fit is staged in waves; ``dcp.async_save``, which cannot wait for a wave, refuses it.
     """
     return _size("CKPT_FAST_HOST_BUFFER", 0) or None
@@ -138,54 +140,55 @@ def staging_mode() -> StagingMode:
 
 
 def write_retries() -> int:
-    """``CKPT_FAST_RETRIES`` (2): how often a write that failed for a reason that may pass is made again."""
+    """``CKPT_FAST_RETRIES`` (2): how often a write is retried after a transient error."""
     value = os.environ.get("CKPT_FAST_RETRIES", "2")
     return 0 if value == "0" else _positive("CKPT_FAST_RETRIES", value, _MOST_RETRIES)
 
 
 def space_check() -> bool:
-    """``CKPT_FAST_SPACE_CHECK`` (1): refuse a save that the file system reports too little free space for."""
+    """``CKPT_FAST_SPACE_CHECK`` (1): refuse a save if the file system reports too little free space."""
     return _flag("CKPT_FAST_SPACE_CHECK", default=True)
 
 
 def spool_directory() -> str | None:
-    """``CKPT_FAST_SPOOL`` (the system's directory for temporary files): local directory through which
-    checkpoints in object storage pass; every rank makes one of its own in it, and removes it. If the default
-    is kept in memory (tmpfs), name one on a disk."""
+    """``CKPT_FAST_SPOOL`` (the system's temporary directory): local directory for staging checkpoints to and
+    from object storage. Each rank creates and removes its own subdirectory. If the default is in memory
+    (tmpfs), choose one on disk."""
     return os.environ.get("CKPT_FAST_SPOOL") or None
 
 
 def timeout_s() -> float:
-    """``CKPT_FAST_TIMEOUT`` (1800): seconds after which a save in the background counts as failed."""
+    """``CKPT_FAST_TIMEOUT`` (1800): seconds after which a background save counts as failed."""
     value = os.environ.get("CKPT_FAST_TIMEOUT", "1800")
     return float(_positive("CKPT_FAST_TIMEOUT", value, _MOST_TIMEOUT))
 
 
 def visible_timeout_s() -> float:
-    """``CKPT_FAST_VISIBLE_TIMEOUT`` (30): seconds for which the other ranks look again for the checkpoint
-    that rank 0 sees, before a load fails."""
+    """``CKPT_FAST_VISIBLE_TIMEOUT`` (30): seconds that the other ranks keep looking for the checkpoint that
+    rank 0 sees before the load fails."""
     return float(_positive("CKPT_FAST_VISIBLE_TIMEOUT", os.environ.get("CKPT_FAST_VISIBLE_TIMEOUT", "30")))
 
 
 def metrics_file() -> str | None:
-    """``CKPT_FAST_METRICS`` (none): file to which every save appends a line of JSON, one for each rank."""
+    """``CKPT_FAST_METRICS`` (none): file to which each rank appends one line of JSON per save."""
     return os.environ.get("CKPT_FAST_METRICS") or None
 
 
 def verify_on_load() -> bool:
-    """``CKPT_FAST_VERIFY`` (1): compare what is read with its checksums, items that are read in part
-    included."""
+    """``CKPT_FAST_VERIFY`` (1): verify the checksums of everything that is read, including partially read
+    items."""
     return _flag("CKPT_FAST_VERIFY", default=True)
 
 
 def pickle_allowed() -> bool:
-    """``CKPT_FAST_ALLOW_PICKLE`` (0): 1 lets a checkpoint's pickles name any class, which runs its code."""
+    """``CKPT_FAST_ALLOW_PICKLE`` (0): 1 lets pickles in a checkpoint name any class, which can run arbitrary
+    code."""
     return _flag("CKPT_FAST_ALLOW_PICKLE", default=False)
 
 
 @cache
 def _names() -> set[str]:
-    """The variables that functions of this module read, from their code: nobody has to keep a list."""
+    """The variables that this module reads, taken from its code so that no list has to be maintained."""
     functions = [value for value in globals().values() if inspect.isfunction(value)]
     constants = [constant for function in functions for constant in function.__code__.co_consts]
     return {name for name in constants if isinstance(name, str) and re.fullmatch(_PREFIX + "[A-Z_]+", name)}
@@ -203,7 +206,7 @@ def _flag(name: str, default: bool) -> bool:
 def _positive(name: str, value: str, most: int | None = None) -> int:
     if not (value.isascii() and value.isdigit()) or not value.strip("0"):
         raise ValueError(f"{name}={value!r} is not a positive whole number")
-    # Before a number of any length is made of it: Python refuses one of thousands of digits in its own words.
+    # Check the length first: Python refuses to convert thousands of digits, with a message of its own.
     if len(value.lstrip("0")) > 18 or (most is not None and int(value) > most):
         raise ValueError(f"{name}={value[:20]!r} is more than {most if most is not None else 10**18 - 1}")
     return int(value)

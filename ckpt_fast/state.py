@@ -24,7 +24,7 @@ _FLAGS = ("do_train", "do_valid", "do_test")
 
 @dataclass
 class TrainState:
-    """How far training has come. The content of ``train_state.pt``."""
+    """The progress of training. The content of ``train_state.pt``."""
 
     step: int = 0
     consumed_train_samples: int = 0
@@ -62,10 +62,10 @@ class TrainState:
 
 @dataclass
 class FaultToleranceState:
-    """What nvidia-resiliency-ext's fault tolerance has seen of this run."""
+    """The state of nvidia-resiliency-ext's fault tolerance for this run."""
 
     ft_state_path: str | None = None
-    """Where computed timeouts are kept between runs."""
+    """The file that keeps computed timeouts between runs."""
     is_persistent_chkpt_loaded: bool = False
     is_async_chkpt_enabled: bool = False
     is_calculating_timeouts: bool = False
@@ -184,7 +184,7 @@ class GlobalState:
 
     @property
     def fault_tolerance_state(self) -> FaultToleranceState:
-        """What fault tolerance has seen."""
+        """The state of fault tolerance."""
         if self._ft_state is None:
             self._ft_state = FaultToleranceState()
         return self._ft_state
@@ -232,7 +232,7 @@ class GlobalState:
         return self._async_calls_queue
 
     def initialize_async_checkpoint_worker(self) -> None:
-        """Make the queue of saves in the background, if the configuration asks for one. Idempotent."""
+        """Create the queue of background saves if the configuration asks for one. Idempotent."""
         checkpoint = getattr(self._cfg, "checkpoint", None)
         wanted = checkpoint is not None and checkpoint.save is not None and checkpoint.async_save
         if wanted and self._async_calls_queue is None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What this is a build of: ``setup.py`` takes the release from here."""
+"""The release of this build: ``setup.py`` reads it from here."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def build_version(cuda_release: tuple[int, int] | None) -> str:
 
 
 def version() -> str:
-    """The version of what is running, from the modules that are there."""
+    """The version of the running build, derived from the modules present."""
     from ckpt_fast import native  # setup.py runs this file before the package can be imported
 
     return build_version(native.cuda_release())

@@ -35,7 +35,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def versions() -> list[str]:
-    """What is installed: ckpt_fast, its native parts, and the packages it works with."""
+    """The installed versions: ckpt_fast, its native parts, and the packages it works with."""
     release = native.cuda_release()
     return [
         f"ckpt-fast {version()}",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every name taken from Megatron-Core and from optional packages, felt once by feature.
+"""Every name imported from Megatron-Core and optional packages; each feature is detected once.
 
 Nothing else in ckpt_fast imports ``megatron``, ``nvidia_resiliency_ext``, ``multistorageclient`` or
 ``modelopt``. A name that the installed version lacks is None (a function to call when it is there) or a

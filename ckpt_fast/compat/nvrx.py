@@ -44,7 +44,7 @@ def get_async_strategy(async_strategy: str = "nvrx", module: str | None = None) 
 
 
 def _async_modules(async_strategy: str) -> dict[str, Any]:
-    """Megatron-Core 0.16 has no ``get_async_strategy``; the classes it would hand out are there."""
+    """Megatron-Core 0.16 has no ``get_async_strategy``, but has the classes it would return."""
     if async_strategy == "nvrx":
         if not HAVE_NVRX:
             raise ModuleNotFoundError(

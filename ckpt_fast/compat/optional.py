@@ -12,7 +12,7 @@ class UnavailableError(ImportError):
 
 
 def without_megatron_core(error: ModuleNotFoundError) -> ImportError:
-    """What to raise when Megatron-Core cannot be imported; ``error`` if it is there and misses something."""
+    """The error to raise when Megatron-Core cannot be imported; ``error`` if it is there but incomplete."""
     if error.name not in ("megatron", "megatron.core"):
         return error
     return UnavailableError(

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is in the files of a checkpoint, byte for byte. Nothing here opens one: see ``storage``."""
+"""The contents of checkpoint files, byte for byte. Nothing here opens a file: see ``storage``."""

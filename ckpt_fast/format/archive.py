@@ -116,7 +116,7 @@ def item_nbytes(archive: Archive, raw_nbytes: int) -> int:
 
 
 class RawMember(NamedTuple):
-    """How a foreign archive keeps its tensor's bytes.
+    """How a foreign archive stores its tensor's bytes.
 
     Attributes:
         local_offset: position of the member's local header in the archive.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a table of contents must not say: pieces outside their tensor or over each other, bytes used twice."""
+"""Consistency checks on a table of contents: pieces outside their tensor or overlapping, bytes used twice."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ def _without(region: Region, other: Region) -> list[Region]:
 
 
 class UsedBytes:
-    """The byte ranges of a checkpoint's files that its items lie in."""
+    """The byte ranges that items occupy in a checkpoint's files."""
 
     def __init__(self) -> None:
         self._files: dict[str, tuple[array[int], array[int]]] = {}

@@ -92,7 +92,7 @@ def _scan(content: bytes, loader_class: Any) -> bool:
 
 
 def _written_out(root: yaml.Node) -> float:
-    """How many nodes the document has if every alias is replaced by what it stands for."""
+    """The number of nodes in the document after every alias is expanded."""
     sizes: dict[int, float] = {}
     open_nodes: set[int] = set()
     pending: list[tuple[yaml.Node, bool]] = [(root, False)]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The manifest: what binds every byte of a checkpoint to its save. It stands in ``.metadata``.
+"""The manifest: the record in ``.metadata`` that ties every byte of a checkpoint to its save.
 
 It follows the pickle. Readers that do not know it stop there. docs/format.md draws the layout.
 """
@@ -46,7 +46,7 @@ class Payload(NamedTuple):
 
 
 class Manifest:
-    """What one save says of its bytes.
+    """The record that one save keeps of its bytes.
 
     Attributes:
         save_id: of the save.
@@ -92,7 +92,7 @@ class Manifest:
         return payloads
 
     def without(self, paths: set[str]) -> Manifest:
-        """That of a checkpoint that has lost these files, with an id of its own: it is not what was saved."""
+        """The manifest of a checkpoint that has lost these files, with a new id: it is not what was saved."""
         kept = []
         for part in self._digests:
             rows = BlockDigests(part.paths, array("I"), array("q"), array("q"), b"")

@@ -109,7 +109,7 @@ def _known(module: str, name: str) -> Any:
 
 
 class _StandIn(type):
-    """Takes the place of a class or function while unpickling, and makes what ``real`` makes.
+    """Stands in for a class or function while unpickling, and makes what ``real`` makes.
 
     A pickle may set attributes of anything on its stack. It must not get hold of the real class.
     """
@@ -167,6 +167,6 @@ def _stand_in(module: str, name: str) -> _StandIn:
 
 
 class _Ignored:
-    """Takes the place of a class whose data nobody reads any more."""
+    """Stands in for a class whose data is no longer used."""
 
     def __setstate__(self, _state: Any) -> None: ...

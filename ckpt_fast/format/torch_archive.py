@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``torch.save`` wrote, before ``torch.load`` is given it: is it plain, and no longer than it says?"""
+"""Checks on a ``torch.save`` file before ``torch.load`` reads it: plain data, and no larger than declared?"""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ class Runs(NamedTuple):
 
 
 class ItemRecord(NamedTuple):
-    """What ``.metadata`` must know of one item: plain data that travels between ranks.
+    """The data that ``.metadata`` needs for one item: plain data, sent between ranks.
 
     ``dtype`` is None for an object. ``sizes`` are the piece's extents, ``offsets`` its place.
     """
@@ -105,7 +105,7 @@ class BlockDigests(NamedTuple):
 
 
 class FileRecord(NamedTuple):
-    """What the manifest says of one file."""
+    """The manifest entry of one file."""
 
     path: str
     nbytes: int

@@ -103,7 +103,7 @@ class InterleavedFactory(compat.ShardedTensorFactory):  # type: ignore[misc]
 
 
 class _NoViewError(Exception):
-    """A piece cannot be seen where it lies."""
+    """A piece cannot be accessed in place."""
 
 
 class _Constant:
@@ -117,7 +117,7 @@ class _Constant:
 
 
 def interleaved(entry: Any, interleave_size: int) -> InterleavedFactory:
-    """What stands for ``entry``, a ShardedTensor or ShardedTensorFactory whose data has interleaved rows.
+    """The replacement for ``entry``, a ShardedTensor or ShardedTensorFactory whose data has interleaved rows.
 
     Raises:
         CheckpointMismatchError: its data does not divide into pairs of blocks, or is only a part of a rank's

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""In which order GLU rows are stored, who says so, and how a state dict is made to follow.
+"""The stored order of GLU rows: where it is recorded, and how a state dict is adapted to it.
 
 torch_dist: model and optimizer have contiguous rows, whatever the run that saved them. The content metadata
 and the manifest say so under ``glu_rows``; a checkpoint that says nothing is taken for contiguous as well.
@@ -96,7 +96,7 @@ def reorder_late(chunks: Sequence[Any], state_dict: dict[str, Any]) -> None:
 def rows_in_stored_order(
     state_dict: dict[str, Any], sizes: Sizes, *, is_local: bool, is_arranged: bool, use_megatron_fsdp: bool
 ) -> dict[str, Any]:
-    """What is left to do before a state dict is saved. Collective with Megatron FSDP.
+    """Final preparation of a state dict before it is saved. Collective with Megatron FSDP.
 
     Args:
         state_dict: of the whole checkpoint.
@@ -176,7 +176,7 @@ def require_whole_parameters(chunks: Sequence[Any], metadata: Mapping[str, Any],
 def sizes_to_undo(
     metadata: Mapping[str, Any], run_config: Mapping[str, Any] | None, ckpt_cfg: Any, sizes: Sizes
 ) -> Sizes:
-    """What interleaving stands between a torch_dist checkpoint and this run: (None, None) if they agree.
+    """The interleaving that differs between a torch_dist checkpoint and this run: (None, None) if they agree.
 
     Args:
         metadata: the checkpoint's content metadata.

@@ -141,7 +141,7 @@ def _process_state_dict_for_glu_interleaving(
 
 
 def _get_model_glu_interleave_sizes(model: list[Any], cfg: Any) -> tuple[int | None, int | None]:
-    """The interleave sizes in force: (routed experts and dense MLPs, shared experts), None where off.
+    """The active interleave sizes: (routed experts and dense MLPs, shared experts), None where off.
 
     The first model chunk's own configuration is asked, ``cfg.model`` where it has none.
     """
@@ -229,7 +229,7 @@ def _add_expanded_factory(
 
 
 def _describe_uneven_shards(model_state_dict: dict[str, Any]) -> None:
-    """Attach to every DTensor where its piece lies in the full tensor (collective)."""
+    """Attach to every DTensor the position of its piece in the full tensor (collective)."""
     if compat.preprocess_state_dict_for_uneven_dtensor is None:
         raise RuntimeError("use_megatron_fsdp needs Megatron FSDP, which this Megatron-Core does not have")
     compat.preprocess_state_dict_for_uneven_dtensor(model_state_dict)

@@ -130,7 +130,7 @@ def require_pairs(tensor: torch.Tensor, interleave_size: int, name: str) -> int:
 
 
 def _native_place(tensor: torch.Tensor) -> _Place | None:
-    """Where ``_permute_natively`` reorders the tensor: on its device's current stream, 0 for the CPU.
+    """The stream on which ``_permute_natively`` reorders the tensor: its device's current one, 0 for the CPU.
 
     None where torch must do it: the tensor is more, or less, than row after row of memory, or lies on a
     device without a kernel.

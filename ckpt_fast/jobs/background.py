@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Saves that outlive the call: written by a thread while training goes on, committed by all ranks later."""
+"""Saves that outlive the call: written by a thread while training continues, committed by all ranks later."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class SaveHandle:
 
     @property
     def ranks(self) -> int:
-        """How many ranks save together."""
+        """The number of ranks that save together."""
         return self._job.ranks
 
     def add_finalize_fn(self, finalize_fn: Callable[[], None]) -> None:
@@ -95,7 +95,7 @@ class SaveHandle:
 
     @property
     def error(self) -> Exception | None:
-        """What ``finalize`` raised; None before it, and after a success."""
+        """The error that ``finalize`` raised; None before the call and after success."""
         return self._outcome if isinstance(self._outcome, Exception) else None
 
     def finalize(self) -> None:
@@ -112,7 +112,7 @@ class SaveHandle:
                 finalize_fn()
         except Exception as error:
             self._outcome = error
-            # It is told here; nobody has to be told at exit.
+            # It is reported here, so it need not be reported at exit.
             untold.forget(self.directory)
             raise
         self._outcome = self.report
@@ -145,7 +145,7 @@ class SaveHandle:
 
     @property
     def failure(self) -> BaseException | None:
-        """What went wrong on this rank while it wrote, whether or not anybody has asked; None if nothing."""
+        """The error on this rank while writing, even if nobody has asked for it; None if there is none."""
         return self._job.failure
 
     def _remaining_s(self) -> float:
@@ -218,7 +218,7 @@ class SaveQueue:
                 handle.finalize()
             except Exception:
                 raise
-            except BaseException:  # an interruption: nobody finds it here any more, to give it up
+            except BaseException:  # an interruption: nothing can find it here later to abandon it
                 handle.abandon()
                 raise
             finalized.append(index)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every save in the background is to those who wait for it, whatever writes its bytes."""
+"""The common interface of all background saves, whatever writes their bytes."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ class Job(ABC):
     @property
     @abstractmethod
     def failure(self) -> BaseException | None:
-        """What went wrong on this rank; None until then."""
+        """The error on this rank; None if there is none so far."""
 
     @abstractmethod
     def cancel(self) -> None:
-        """Local. Stop writing, as soon as that can be. ``commit`` will raise on every rank."""
+        """Local. Stop writing as soon as possible. ``commit`` will raise on every rank."""
 
     @abstractmethod
     def write(self, timeout_s: float | None = None) -> None:
@@ -58,12 +58,12 @@ class Job(ABC):
 
     @property
     def ranks(self) -> int:
-        """How many ranks save together."""
+        """The number of ranks that save together."""
         return self._group.size
 
     @property
     def progress(self) -> tuple[int, int]:
-        """Bytes that this rank has written, and those that it will have in the end, as far as is known."""
+        """Bytes that this rank has written so far, and its total if known."""
         return self.report.nbytes, self.report.nbytes
 
     def is_written(self) -> bool:
@@ -84,7 +84,7 @@ class Job(ABC):
 
     @contextlib.contextmanager
     def _abandoned_if_left(self) -> Iterator[None]:
-        """Whoever leaves this block by an exception, Ctrl-C included, leaves nobody writing behind."""
+        """Leaving this block by an exception, including Ctrl-C, leaves no writer behind."""
         try:
             yield
         except BaseException:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What saves report to others than their callers: a file of JSON lines, listeners, profilers' ranges.
+"""Save reports for anyone but the caller: a file of JSON lines, listeners, profiler ranges.
 
 None of it can fail a save.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A line on the terminal for whoever waits for a long save."""
+"""A progress line on the terminal during a long save."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a save has done, and how long each of its steps took."""
+"""Report of one save: what it did, and how long each step took."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class SaveReport:
 
     @property
     def staged_gb_per_s(self) -> float:
-        """How fast bytes were copied to host memory, in 10^9 bytes per second."""
+        """Copy rate to host memory, in 10^9 bytes per second."""
         seconds = self.steps.get("stage", 0.0) + self.steps.get("drain", 0.0)
         return self.staged_nbytes / seconds / 1e9 if seconds else 0.0
 

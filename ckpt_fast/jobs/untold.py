@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Failures of saves in the background that nobody may ask for: said when they happen, and again at exit."""
+"""Errors of background saves that nobody may ask for: logged when they happen, and again at exit."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ _failures: dict[str, str] = {}
 
 
 def report(directory: str, error: BaseException) -> None:
-    """Log that a save in the background failed on this rank."""
+    """Log that a background save failed on this rank."""
     _failures[directory] = f"{type(error).__name__}: {error}"
     logger.error("the save to %s in the background failed: %s", directory, _failures[directory])
 
 
 def forget(directory: str | None = None) -> None:
-    """Whoever waits for this save got its error; None: a newer save of this process was published."""
+    """The caller waiting for this save got its error; None: a newer save of this process was published."""
     if directory is None:
         _failures.clear()
     else:
@@ -26,7 +26,7 @@ def forget(directory: str | None = None) -> None:
 
 @atexit.register
 def say_again() -> None:
-    """The process ends: what failed since the newest save that was published, and was told to nobody."""
+    """At exit: log the errors since the newest published save that no caller was told about."""
     for directory, text in _failures.items():
         logger.error(
             "this process ends, and its save to %s had failed: %s. There is no checkpoint of it.",

@@ -159,7 +159,7 @@ def stop_all() -> None:
 
 
 class _Result(Generic[T]):
-    """What a call returned or raised."""
+    """The result of a call: its return value or its exception."""
 
     value: T
     error: BaseException | None = None

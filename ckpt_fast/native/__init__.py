@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the compiled engine, its Python fallback and the CUDA part are chosen between.
+"""Chooses between the compiled engine, its Python fallback and the CUDA part.
 
 Callers write ``from ckpt_fast import native; native.write_files(...)``. Names are looked up in the
 implementation in force at each use: the compiled module, unless ``CKPT_FAST_NATIVE=0`` or it is not built.
@@ -55,7 +55,7 @@ _forced: Implementation | None = None
 
 
 def engine() -> ModuleType:
-    """The implementation in force: ``_engine`` or ``fallback``."""
+    """The active implementation: ``_engine`` or ``fallback``."""
     if _forced == "engine":
         return importlib.import_module("ckpt_fast.native._engine")
     if _forced is None and settings.native_enabled():

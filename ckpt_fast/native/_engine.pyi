@@ -34,7 +34,7 @@ def copy_runs(
     """
 
 class Progress:
-    """How another thread watches a call of ``write_files`` or ``read_extents``, and ends it early."""
+    """Lets another thread watch a call of ``write_files`` or ``read_extents``, and cancel it."""
 
     @property
     def nbytes(self) -> int:
@@ -158,7 +158,7 @@ def check_pickle(content: bytes | memoryview, archive: bool = False) -> int:
     comparing then stay in proportion to its length.
 
     Args:
-        content: begins with the pickle; what is behind its STOP is not looked at.
+        content: begins with the pickle; anything after its STOP is ignored.
         archive: also allow what the pickles in archives of ``torch.save`` need and ``.metadata`` does not.
 
     Returns:

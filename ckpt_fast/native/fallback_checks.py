@@ -45,7 +45,7 @@ def check_job(threads: int, chunk_bytes: int) -> None:
 
 
 def check_counts(digest_count: int, block_bytes: int) -> None:
-    """How many streams a write has, and how long their blocks are."""
+    """The number of streams of a write, and the length of their blocks."""
     if digest_count < 0:
         raise ValueError("digest_count is negative")
     if block_bytes < 0:
@@ -100,7 +100,7 @@ Extent = tuple[int, int, int]  # offset, nbytes, address
 def divide(
     extents: list[Extent], ranges: list[tuple[int, int, int, int]]
 ) -> tuple[dict[tuple[int, int, int], list[Extent]], list[Extent]]:
-    """What is wanted of one file, by blocks, and what of it is in no block.
+    """The requested extents of one file grouped by block, and those that lie in no block.
 
     Args:
         extents: what is wanted.

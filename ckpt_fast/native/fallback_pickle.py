@@ -37,7 +37,7 @@ _SIZED = ("text", "bytes", "tuple", "list")
 
 
 class _Value:
-    """What is known of a value without making it.
+    """The facts known about a value without constructing it.
 
     ``weight`` counts the values in it, shared ones as often as they occur; a ``part`` of another value must
     not change any more; of a tuple, ``has_number`` says that it directly holds something that bytes() takes
@@ -284,7 +284,7 @@ class _Checker:
         return value
 
     def last(self, count: int) -> int:
-        """Where the last ``count`` values begin."""
+        """The start of the last ``count`` values."""
         if len(self._stack) - self._fence() < count:
             self.fail("the stack is too short")
         return len(self._stack) - count

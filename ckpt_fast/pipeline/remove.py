@@ -52,7 +52,7 @@ def remove_named(files: Files, prefix: str) -> list[str]:
     }
     # Plans of the save that wrote it, where its writer keeps them, would bring the tensors back.
     metadata.__dict__.pop("all_local_plans", None)
-    # A name with a folder in it may be anybody's file.
+    # A name with a folder in it may belong to someone else.
     unused = {name for name in before - _files_of(metadata) if name == os.path.basename(name)}
     own = hasattr(metadata, LAYOUT_ATTRIBUTE)
     left = manifest.without(unused) if manifest is not None else None

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Processes that act together: which of them this is, and how a failure of one reaches the others."""
+"""Coordination between ranks: which rank this process is, and how a failure on one reaches the others."""

@@ -30,7 +30,7 @@ _NAMES_RANK = re.compile(r"rank \d+: ")
 
 @dataclass(frozen=True)
 class Outcome(Generic[T]):
-    """A value, or the error that took its place on ``rank`` (and others of their own on ``others`` ranks).
+    """A value, or instead the error raised on ``rank`` (``others`` more ranks raised errors of their own).
 
     The error can travel to other ranks. ``raised`` is what was raised, on the rank where it was.
     """
@@ -46,7 +46,7 @@ class Outcome(Generic[T]):
 
 
 def ranks_on_this_node() -> int:
-    """How many ranks share this machine, as the launcher says or the number of its GPUs suggests."""
+    """The number of ranks on this machine, from the launcher or estimated from its number of GPUs."""
     if not (dist.is_available() and dist.is_initialized()):
         return 1
     launched = os.environ.get("LOCAL_WORLD_SIZE", "")
@@ -205,7 +205,7 @@ class ControlGroup:
 
     @contextlib.contextmanager
     def _in_touch(self) -> Iterator[None]:
-        """What the transport says of a rank that is gone, in words of ours."""
+        """The transport's error about a lost rank, in our words."""
         try:
             yield
         except RuntimeError as error:
@@ -222,7 +222,7 @@ class ControlGroup:
 
 
 def _device_of(group: dist.ProcessGroup | None) -> torch.device:
-    """Where tensors of a collective must be: the CPU if a backend of the group serves it."""
+    """The device for tensors of a collective: the CPU if a backend of the group supports it."""
     devices = [entry.partition(":")[0] for entry in str(dist.get_backend_config(group)).split(",")]
     if "cpu" in devices:
         return torch.device("cpu")

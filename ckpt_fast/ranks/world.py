@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who this process is among the others, and the few collectives that need no tensors.
+"""This process's rank and world, and the few collectives that need no tensors.
 
 Every function works in a process that never initialised torch.distributed: it is then the only rank,
 unless a launcher (RANK, SLURM_PROCID) says otherwise.
@@ -66,7 +66,7 @@ def barrier_if_distributed(group: torch.distributed.ProcessGroup | None = None) 
 
 
 def control_device(group: torch.distributed.ProcessGroup | None = None) -> torch.device:
-    """Where the tensors of small collectives over ``group`` must be: the CPU if its backend serves it."""
+    """The device for tensors of small collectives over ``group``: the CPU if its backend supports it."""
     config = str(torch.distributed.get_backend_config(group)) if is_distributed() else "cpu"
     devices = [entry.partition(":")[0] for entry in config.split(",")]
     if "cpu" in devices:
@@ -88,7 +88,7 @@ def on_rank_0(decide: Callable[[], T]) -> T:
 
 
 def on_all_ranks(action: Callable[[], T]) -> T:
-    """Let every rank do its own, and go on only if all could. Collective: all ranks call it.
+    """Let every rank do its own part, and continue only if all succeeded. Collective: all ranks call it.
 
     Without it the healthy ranks would wait, in the next collective, for the one that failed.
 

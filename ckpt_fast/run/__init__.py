@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A training run besides what it saves: configuration, loggers, signals, the queue of its saves."""
+"""The rest of a training run, apart from its saved state: configuration, loggers, signals, save queue."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The run's queue of saves in the background.
+"""The run's queue of background saves.
 
 Takes the saves of this package and the requests of Megatron-Core and nvidia-resiliency-ext alike (their
 local checkpoints, for instance), which it recognises by their fields. Those packages' own queues run
@@ -53,7 +53,7 @@ class RequestHandle(SaveHandle):
 
 
 class _RequestJob(Job):
-    """What the request's function writes, nobody knows. It cannot be stopped, only be left alone.
+    """The request's function is opaque. It cannot be stopped, only abandoned.
 
     A request of ours is known by its finalizer: its save is stopped like any other.
     """
@@ -68,7 +68,7 @@ class _RequestJob(Job):
         """Local. Run the part that stages, and let a thread run the rest."""
         arguments = list(self._request.async_fn_args or ())
         if self._request.preload_fn is not None:
-            # By convention what was staged takes the place of the second argument.
+            # By convention the staged data replaces the second argument.
             arguments[1] = self._request.preload_fn()
         self._thread.submit(lambda: self._run(arguments))
         self._thread.close()
@@ -79,11 +79,11 @@ class _RequestJob(Job):
 
     @property
     def failure(self) -> BaseException | None:
-        """What the request's function raised; None until then."""
+        """The error that the request's function raised; None if there is none so far."""
         return self._error
 
     def cancel(self) -> None:
-        """The function goes on, unless it waits for a save of ours; its finalizers will not run."""
+        """The function keeps running, unless it waits for one of our saves; its finalizers will not run."""
         self._error = self._error or CheckpointError("it was cancelled")
         self._give_up(0.0)
 
@@ -107,7 +107,7 @@ class _RequestJob(Job):
             raise
 
     def _give_up(self, wait_s: float) -> bool:
-        """End the save that the request is of, if it is one of ours; returns whether it has."""
+        """End the request's save if it is one of ours; returns whether it did."""
         ended = True
         for each in self._request.finalize_fns:
             if isinstance(each, Publication):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What must hold between the parts of a configuration for saving and loading to work."""
+"""Checks across the parts of a configuration that saving and loading depend on."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def warn_of_unused(checkpoint: Any) -> None:
 
     Args:
         checkpoint: set is what differs from the default of its own class; an object that is no dataclass has
-            no defaults, and nothing is said of it.
+            no defaults, and nothing is reported.
     """
     if not dataclasses.is_dataclass(checkpoint):
         return

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 def start_on_last_rank(start: Callable[[Any], Any], cfg: Any) -> Any:
-    """The logger on the last rank, None on others and when it cannot be started: training goes on without."""
+    """The logger on the last rank, None on others or if it fails to start: training continues."""
     if getattr(cfg, "logger", None) is None or not _is_last_rank():
         return None
     try:
@@ -94,7 +94,7 @@ def start_comet(cfg: Any) -> Any:
 
 
 def _wandb_directory(cfg: Any) -> str | None:
-    """Where W&B keeps its files; None, its own choice, for a run that saves nothing."""
+    """The directory for W&B's files; None (W&B's own choice) for a run that saves nothing."""
     if cfg.logger.wandb_save_dir:
         return str(cfg.logger.wandb_save_dir)
     save = getattr(getattr(cfg, "checkpoint", None), "save", None)

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files: how they come and go, where there is room for them. What is in them is not known here."""
+"""Files: creation, removal and free space. This package does not know their contents."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The commit protocol: when a checkpoint begins to exist, and how files appear whole or not at all.
+"""The commit protocol: when a checkpoint comes into existence, and how files appear completely or not at all.
 
 A directory is a checkpoint once its *seal* exists: ``.metadata`` for torch DCP, ``metadata.json`` on top of
 it for Megatron-Core. The order is always
@@ -186,10 +186,10 @@ def remove_partial_files(directory: str, rank: int | None = None) -> None:
 
 
 def superseded(directory: str, seal: str, rank: int | None = None) -> set[str]:
-    """What the next seal of ``directory`` will take the place of; asked before that is published.
+    """The files that the next seal of ``directory`` replaces; determined before it is published.
 
-    That is what the checkpoint there consists of, and what saves that died long before it have left. Data
-    files that it does not name may be of another process that saves there just now.
+    These are the files of the checkpoint there, and leftovers of saves that died long before it. Data files
+    that it does not name may belong to another process that is saving there now.
 
     Args:
         directory: the checkpoint.
@@ -213,7 +213,7 @@ def superseded(directory: str, seal: str, rank: int | None = None) -> set[str]:
 
 
 def remove_files(directory: str, names: Collection[str]) -> None:
-    """Remove files of a directory, as far as they are there.
+    """Remove files of a directory, ignoring those that do not exist.
 
     Raises:
         CheckpointWriteError: one cannot be removed.
@@ -236,7 +236,7 @@ def _remove(directory: str, is_wanted: Callable[[str], bool]) -> None:
 
 
 def seals_among(names: Collection[str], rank: int | None = None) -> list[str]:
-    """Those of ``names`` that make a directory a checkpoint, in the order in which they must go.
+    """Those of ``names`` that make a directory a checkpoint, in the order in which they must be deleted.
 
     Args:
         names: files of a directory.

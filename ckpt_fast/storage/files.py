@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the files of one checkpoint are: in a directory, or (``spool``) somewhere that only takes whole ones.
+"""Storage for the files of one checkpoint: a directory, or (``spool``) a store of whole objects.
 
 The engine reads and writes local files. ``Files`` is what the rest of a save or load asks of the place that
 these files belong to.
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 class Claim(NamedTuple):
-    """What one rank will write: how much, to which machine's file system, and what is free there if known."""
+    """The space one rank needs: bytes to write, which machine's file system, and free space if known."""
 
     nbytes: int
     file_system: str = ""
@@ -35,7 +35,7 @@ class Claim(NamedTuple):
 class Files(Protocol):
     """The files of one checkpoint, by their names in it. As a context it is closed at the end."""
 
-    # What the checkpoint is called in messages.
+    # The checkpoint's name in messages.
     name: str
     # Whether what is in ``directory`` must outlive a power failure.
     durable: bool
@@ -84,16 +84,16 @@ class Files(Protocol):
         """
 
     def delete(self, names: Iterable[str]) -> None:
-        """Remove files, as far as there are such; OSError if one cannot be."""
+        """Remove files, ignoring missing ones; OSError if one cannot be removed."""
 
     def fetch(self, names: Iterable[str]) -> None:
         """Local. Have these files in ``directory``, if there are such."""
 
     def read(self, name: str, limit: int = LARGEST_FILE) -> bytes:
-        """Local. What a small file holds; errors as of ``read_small_file``."""
+        """Local. The content of a small file; errors as of ``read_small_file``."""
 
     def missing(self, files: Sequence[FileRecord]) -> list[tuple[FileRecord, int | None]]:
-        """Those that are not where they belong (None), or have another length there (which)."""
+        """The files that are missing (None), or have another length (that length)."""
 
     def named(self) -> AbstractContextManager[None]:
         """A block whose errors name the checkpoint, wherever ``directory`` is."""
@@ -126,7 +126,7 @@ class Directory:
         self.name = self.directory = path
 
     def claim(self, nbytes: int) -> Claim:
-        """What this rank will write."""
+        """The space that this rank needs."""
         return Claim(nbytes)
 
     def prepare(self, claims: Sequence[Claim], *, replace: bool) -> str | None:
@@ -178,7 +178,7 @@ class Directory:
             replacement.discard(place, self.name)
 
     def _is_checkpoint(self) -> bool:
-        with contextlib.suppress(OSError):  # what is wrong with the directory is said when it is used
+        with contextlib.suppress(OSError):  # an invalid directory is reported when it is used
             replacement.put_back(self.name)
             seals = commit.seals_among(os.listdir(self.name))
             # A directory of such a name is somebody's, and in the way.
@@ -213,11 +213,11 @@ class Directory:
         """Nothing: they are there."""
 
     def read(self, name: str, limit: int = LARGEST_FILE) -> bytes:
-        """What a small file holds; errors as of ``read_small_file``."""
+        """The content of a small file; errors as of ``read_small_file``."""
         return read_small_file(os.path.join(self.directory, name), limit)
 
     def missing(self, files: Sequence[FileRecord]) -> list[tuple[FileRecord, int | None]]:
-        """Those that are not there (None), or have another length (which)."""
+        """The files that do not exist (None), or have another length (that length)."""
         found = ((file, self._nbytes(file.path)) for file in files)
         return [(file, nbytes) for file, nbytes in found if nbytes != file.nbytes]
 

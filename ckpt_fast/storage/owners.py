@@ -54,7 +54,7 @@ class Hold:
 
 
 _lock = threading.Lock()
-# A save that nobody holds any more is over.
+# A save with no remaining references is over.
 _owners: dict[str, weakref.ref[Owner]] = {}
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A directory that takes the place of an older one: filled beside it, and exchanged with it once it is whole.
+"""A directory that replaces an older one: filled next to it, and exchanged with it once complete.
 
 Beside ``iter_0000005`` that is ``.iter_0000005.<8 hex digits>.ckpt_fast-new``. No reader looks at such names.
 After the exchange the older one has that name, until it is removed. Where the file system cannot exchange two
@@ -45,7 +45,7 @@ _ATTEMPTS = 5
 
 
 def begin(directory: str, token: str | None = None) -> str | None:
-    """An empty directory beside ``directory``, to be exchanged with it.
+    """An empty directory next to ``directory``, to be exchanged with it.
 
     Args:
         directory: need not exist.
@@ -90,15 +90,15 @@ def beside(directory: str, token: str) -> str:
 
 
 def token_of(path: str) -> str | None:
-    """What tells a path that ``begin`` has made from others beside the same directory; else None."""
+    """The token of a path that ``begin`` created next to a directory; None for other paths."""
     match = _BESIDE.fullmatch(os.path.basename(path))
     return match["token"] if match else None
 
 
 def exchange(new: str, directory: str) -> None:
-    """What is in ``new`` takes the place of what is in ``directory``, durably. That is removed.
+    """Durably replace the content of ``directory`` by that of ``new``, and remove the old content.
 
-    Files in it that are nobody's of a checkpoint stay under their names. See ``swap``.
+    Files in it that belong to no checkpoint keep their names. See ``swap``.
     """
     swap(new, directory)
     if os.path.lexists(new):
@@ -190,7 +190,7 @@ def replaced_in(root: str) -> set[str]:
 
 
 def places(directory: str) -> list[str]:
-    """``directory``, if it is there, and what lies beside it."""
+    """``directory``, if it exists, and the directories that replacements left next to it."""
     return [path for path in (directory, *_beside(directory)) if os.path.isdir(path)]
 
 
@@ -273,7 +273,7 @@ def _exchange(new: str, directory: str) -> None:
 
 
 def _move_into(directory: str, new: str, error: OSError) -> None:
-    """Where directories cannot be exchanged: the older checkpoint ends, and files of the new one follow."""
+    """If directories cannot be exchanged: invalidate the older checkpoint, then move the new files."""
     logger.warning(
         "%s is overwritten: the checkpoint in it ends now, as it cannot be exchanged with %s: %s",
         directory,

@@ -50,7 +50,7 @@ def require_space(directory: str, nbytes: int) -> None:
 
 
 def _free_nbytes(directory: str) -> int | None:
-    """What is free there; None if nobody asks, or knows."""
+    """The free space there; None if it is not needed or not known."""
     if not settings.space_check():
         return None
     existing = os.path.abspath(directory)

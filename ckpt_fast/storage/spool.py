@@ -193,7 +193,7 @@ class Spool:
         return read_small_file(os.path.join(self.directory, name), limit)
 
     def missing(self, files: Sequence[FileRecord]) -> list[tuple[FileRecord, int | None]]:
-        """Those that the remote storage does not list (None), or with another length (which).
+        """The files that the remote storage does not list (None), or lists with another length (that length).
 
         Raises:
             CheckpointError: it cannot be listed.

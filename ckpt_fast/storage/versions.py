@@ -10,9 +10,9 @@ from ckpt_fast.errors import CheckpointCorruptError
 
 
 class FileVersions:
-    """What files of a checkpoint were like before anything of them was read.
+    """Versions of a checkpoint's files from before anything was read from them.
 
-    Another save changes i-node, length or time of modification, whether it writes in place, replaces files or
+    Another save changes the inode, length or modification time, whether it writes in place, replaces files or
     renames directories.
 
     Args:

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is saved and restored: the homes of the documented names, and of what managers are given."""
+"""Saving and restoring a training run: the home of the documented names and of the managers' inputs."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a checkpoint manager is handed: the kind of checkpoint, and everything a save or load needs."""
+"""The inputs of a checkpoint manager: the kind of checkpoint, and everything a save or load needs."""
 
 from __future__ import annotations
 
@@ -119,5 +119,5 @@ def init_checkpointing_context(checkpoint_config: CheckpointConfig) -> dict[str,
 
 
 def _ranks_per_node() -> int:
-    """How many ranks fail together: replicas belong on another node."""
+    """The number of ranks that fail together: replicas belong on another node."""
     return torch.cuda.device_count() or int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

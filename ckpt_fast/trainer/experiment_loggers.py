@@ -219,7 +219,7 @@ def _update_timeouts(client: Any, seen: Any) -> None:
         sections.append("setup")
     if seen.seen_tr_iters_cnt >= _FT_MIN_ITERATIONS:
         sections.append("step")
-    # With saves in the background the section is sometimes empty and sometimes a whole commit.
+    # With background saves the section is sometimes empty and sometimes a whole commit.
     if not seen.is_async_chkpt_enabled:
         sections.append(_FT_SECTION)
     if not sections:

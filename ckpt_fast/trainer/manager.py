@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class CheckpointManager(Protocol):
-    """What a training loop asks of a checkpoint manager; implement it to save and load your own way."""
+    """A checkpoint manager as a training loop sees it; implement it for custom saves and loads."""
 
     def __init__(self, checkpoint_config: CheckpointConfig) -> None:
         """Called once, on every rank, with the run's checkpoint configuration."""

@@ -151,7 +151,7 @@ class FastStorageReader(StorageReader):
         return future
 
     def _report_unasked(self, planner: LoadPlanner) -> None:
-        """On the coordinator: say what nobody wants."""
+        """On the coordinator: report the parts that no rank requests."""
         if self._asked is None or self._index is None:
             return
         self.unasked, self._asked = find_unasked(self._index.metadata, self._asked), None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Snapshots for ``dcp.async_save``: a state dict is copied into a kept host buffer, and training goes on."""
+"""Snapshots for ``dcp.async_save``: copy a state dict to a reusable host buffer, continue training."""
 
 from __future__ import annotations
 
@@ -81,14 +81,14 @@ class Snapshot:
             self._readers += 1
 
     def end(self) -> None:
-        """That save has ended: the memory may be used again once none reads it."""
+        """Mark that save as ended: the memory may be reused once nothing reads it."""
         with self._lock:
             self._readers -= 1
             if not self._readers:
                 self.release()
 
     def release(self) -> None:
-        """Nobody reads it, or ever will."""
+        """Release the memory: nothing reads it now, or ever will."""
         with self._lock:
             self._ended = True
             buffer, self._buffer = self._buffer, None
@@ -165,7 +165,7 @@ snapshots = Snapshots()
 
 
 class _Unstaged(dict[str, Any]):
-    """Stands for a state dict that could not be copied: whoever looks into it gets the error."""
+    """Placeholder for a state dict that could not be copied: accessing it raises the error."""
 
     def __init__(self, error: Exception) -> None:
         super().__init__()
@@ -239,7 +239,7 @@ def _has_bytes(tensor: torch.Tensor) -> bool:
 
 
 def _parts(tensor: torch.Tensor) -> dict[str, Any]:
-    """What a tensor of a subclass is made of; empty for those that do not tell."""
+    """The inner tensors of a tensor subclass; empty for those that do not expose them."""
     # The parts of a collective's result are not there yet; the tensor itself waits for them.
     if not hasattr(tensor, "__tensor_flatten__") or hasattr(tensor, "trigger_wait"):
         return {}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What torch's calls of a storage writer add up to: one save, in one thread, with an end.
+"""Tracks torch's calls to a storage writer as one save, in one thread, with a defined end.
 
 torch tells a writer when a save begins, but not when it fails on another rank. It makes all calls for one
 save in one thread, though: the next save there, or the end of the thread, is the end of the save before.
@@ -62,7 +62,7 @@ def let_go() -> None:
 
 
 def step(method: Callable[P, T]) -> Callable[P, T]:
-    """A call for a save. An error ends the save, and is said if the save is one in the background."""
+    """A call that is part of a save. An error ends the save, and is logged if it is a background save."""
 
     @functools.wraps(method)
     def called(*args: P.args, **kwargs: P.kwargs) -> T:

@@ -99,7 +99,7 @@ class Upload(Job):
 
     @property
     def failure(self) -> BaseException | None:
-        """What went wrong on this rank while it wrote; None until then."""
+        """The error on this rank while writing; None if there is none so far."""
         return self._error
 
     def write(self, timeout_s: float | None = None) -> None:

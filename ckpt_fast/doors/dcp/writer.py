@@ -56,7 +56,7 @@ class _Written(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Save:
-    """What one save was told: where to, under which name, on which rank, and how ranks act together."""
+    """The parameters of one save: destination, name, rank, and how the ranks are coordinated."""
 
     path: str
     save_id: str = dataclasses.field(default_factory=lambda: str(uuid.uuid4()))
@@ -140,7 +140,7 @@ class FastStorageWriter(AsyncStager, StorageWriter):
 
     @step
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """Every rank. Settings and options are looked at; without collectives every rank names its own files.
+        """Every rank. Settings and options are checked; without collectives every rank names its own files.
 
         Raises:
             ValueError: a setting, or an option of this writer, makes no sense. All ranks raise it.
@@ -154,7 +154,7 @@ class FastStorageWriter(AsyncStager, StorageWriter):
 
     @step
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Coordinator only (without collectives: every rank), before writing: room is made.
+        """Coordinator only (without collectives: every rank), before writing: make room.
 
         A save of this process to the same directory that is not over is waited for.
 
@@ -225,7 +225,7 @@ class FastStorageWriter(AsyncStager, StorageWriter):
         seal.report(self._of_thread.report, ControlGroup().global_rank)
 
     def storage_meta(self) -> StorageMeta:
-        """What ``.metadata`` says of the save that is about to begin."""
+        """The entry in ``.metadata`` for the save that is about to begin."""
         announced = self._announced()
         return StorageMeta(checkpoint_id=announced.path, save_id=announced.save_id)
 
@@ -242,7 +242,7 @@ class FastStorageWriter(AsyncStager, StorageWriter):
     # --- the async stager protocol ---------------------------------------------------------------------
 
     def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """A copy of the state dict in host memory; training may go on as soon as this returns.
+        """A copy of the state dict in host memory; training may continue as soon as this returns.
 
         All of it is one host buffer, which later saves of this process use again. An error is raised by the
         save, on all ranks.
@@ -264,7 +264,7 @@ class FastStorageWriter(AsyncStager, StorageWriter):
 
     @property
     def _settings(self) -> Settings:
-        """Those of the save that this thread is at."""
+        """Those of the save that this thread is working on."""
         return getattr(self._of_thread, "settings", None) or Settings.read()
 
     @property
@@ -277,7 +277,7 @@ class FastStorageWriter(AsyncStager, StorageWriter):
         return getattr(self._of_thread, "announced", None) or self._latest
 
     def _require_own(self, files: Directory, manifest: Manifest) -> None:
-        """Another process that saves to the directory may have taken what this rank has written for dead."""
+        """Another process that saves to the directory may have mistaken this rank's files for dead ones."""
         own = [file for file in manifest.files.values() if file.path.startswith(self._of_thread.prefix)]
         for file, _ in files.missing(own):
             raise CheckpointWriteError(
@@ -319,7 +319,7 @@ class FastStorageWriter(AsyncStager, StorageWriter):
 
 
 def _can_stay(save: _Save) -> bool:
-    """Whether there is an older checkpoint that the new seal alone takes the place of."""
+    """Whether there is an older checkpoint that is replaced by the new seal alone."""
     try:
         names = os.listdir(save.path)
     except OSError:
@@ -338,7 +338,7 @@ def _planned_nbytes(plan: SavePlan) -> int:
 
 @without_collections
 def shards_of(plan: SavePlan, planner: SavePlanner) -> list[Shard]:
-    """What a plan says this rank saves, with the planner's data."""
+    """The items that a plan assigns to this rank, with the planner's data."""
     return [_shard(item, planner.resolve_data(item)) for item in plan.items]
 
 
@@ -358,7 +358,7 @@ def _shard(item: WriteItem, data: torch.Tensor | io.BytesIO) -> Shard:
 
 @without_collections
 def _results(plan: SavePlan, record: RankRecord) -> list[WriteResult]:
-    """What torch's coordinator needs to know of the items written."""
+    """The information about the written items that torch's coordinator needs."""
     index_of = {_place(item): item.index for item in plan.items}
     file_of = {file.path: file for file in record.files}
     return [

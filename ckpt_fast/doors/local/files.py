@@ -88,7 +88,7 @@ def pack_local(state_dict: Any, directory: str, live: Container[int] = ()) -> Pa
 
 
 class Origin(NamedTuple):
-    """Where a local checkpoint comes from: the save, the same on all ranks, and whose state it is."""
+    """The origin of a local checkpoint: the save, the same on all ranks, and the rank whose state it is."""
 
     save_id: str
     iteration: int
@@ -265,7 +265,7 @@ def _without_tensors(value: Any, tensors: list[torch.Tensor]) -> Any:
 
 
 def _with_tensors(value: Any, tensors: list[torch.Tensor]) -> Any:
-    """What ``_without_tensors`` was given."""
+    """The original input of ``_without_tensors``."""
     kinds = _kinds()
 
     def filled(value: Any) -> Any:

@@ -187,14 +187,14 @@ class FastLocalCheckpointManager(LocalCheckpointManager):  # type: ignore[misc, 
                 plan = self.repl_strategy.retrieve_plan(available, [wanted])
                 needed = plan.required_ids()
         except Exception as error:
-            # Nobody this rank exchanges replicas with has its state: the whole iteration is of no use.
+            # No replica partner of this rank has its state: the whole iteration is unusable.
             logger.error("rank %d: local checkpoint %s cannot be had: %s", self.rank, wanted, error)
             failed, needed = {None: str(error)}, set()
         states, all_failed, save_ids = self._read(needed, failed)
         if len(save_ids) > 1 and self._settle(needed):
             states, all_failed, save_ids = self._read(needed, failed)
         if len(save_ids) > 1:
-            # Nobody can tell which of them the ranks should go on with.
+            # There is no way to tell which of them the ranks should continue with.
             all_failed[0][None] = (
                 f"the local checkpoints of iteration {wanted[0]} are of different saves "
                 f"({', '.join(sorted(map(str, save_ids)))}): none is used"
@@ -238,7 +238,7 @@ class FastLocalCheckpointManager(LocalCheckpointManager):  # type: ignore[misc, 
         return states, all_failed, set[str | None]().union(*(ids for _, ids in gathered))
 
     def _settle(self, needed: set[Any]) -> bool:
-        """Collective. A crash has left states of two saves in their places: go on with one that all have.
+        """Collective. A crash has left states of two saves in place: continue with one that all ranks have.
 
         Some ranks had taken their places, the others had not; the other one of each lies beside it.
 

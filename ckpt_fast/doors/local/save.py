@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One save of a rank's local checkpoints: written by a thread, settled by all ranks."""
+"""One save of a rank's local checkpoints: written by a thread, finalized by all ranks."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class LocalSave(Job):
         self._iteration = iteration
         self._in_background = when_written is not None
         self._progress: native.Progress | None = None
-        # Which of the states were begun to be written, and which of those are there from an older save.
+        # Which states have started to be written, and which of those exist from an older save.
         self._written: list[Any] = []
         self._replaced: list[Any] = []
         outcome = self._group.attempt(lambda: self._pack(states, live))
@@ -72,7 +72,7 @@ class LocalSave(Job):
 
     @property
     def failure(self) -> BaseException | None:
-        """What went wrong on this rank; None until then."""
+        """The error on this rank; None if there is none so far."""
         return self._error
 
     def write(self, timeout_s: float | None = None) -> None:

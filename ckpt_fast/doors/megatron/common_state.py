@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What of a Megatron-Core checkpoint is not sharded, and whether there is one at all."""
+"""The unsharded part of a Megatron-Core checkpoint, and whether there is a checkpoint at all."""
 
 from __future__ import annotations
 

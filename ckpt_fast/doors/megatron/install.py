@@ -34,7 +34,7 @@ _METHODS = {
 
 
 class Installation:
-    """What ``install`` changed. As a context manager it undoes the change at the end of the block.
+    """The changes that ``install`` made. As a context manager it undoes them at the end of the block.
 
     Attributes:
         changed: the full names that stand for our classes now, as "module.name".

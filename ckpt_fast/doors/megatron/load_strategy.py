@@ -57,7 +57,7 @@ class FastLoadStrategy(compat.TorchDistLoadShardedStrategy):  # type: ignore[mis
 
     @contextlib.contextmanager
     def reading(self, checkpoint: OpenCheckpoint) -> Iterator[None]:
-        """A block in which what is asked of this checkpoint's directory is taken from it, as it is open."""
+        """A block in which requests to this checkpoint's directory are served from the open checkpoint."""
         self._opened = checkpoint
         try:
             yield

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 class Wanted(NamedTuple):
-    """What a sharded state dict asks for.
+    """The items that a sharded state dict requests.
 
     Attributes:
         sharded: what is to be read.
@@ -59,7 +59,7 @@ def prepare(
 def check_keys(
     wanted: dict[str, Any], checkpoint_dir: str, strategy: Any, strict: Any, validate_access_integrity: bool
 ) -> tuple[dict[str, Any], set[str], set[str]]:
-    """Collective. What is to be read, what is missing in the checkpoint, and what nobody asks for.
+    """Collective. The items to read, those missing from the checkpoint, and those that no rank requests.
 
     Raises:
         CheckpointError: on every rank: the ranks' requests do not fit together, or not what was saved.

@@ -52,7 +52,7 @@ class FastParallelSaveWrapper(compat.FullyParallelSaveStrategyWrapper):  # type:
     _structure: list[Any] | None = None
 
     def is_unchanged(self, sharded_state_dict: dict[str, Any]) -> bool:
-        """Local. Whether the cached distribution was made for what this rank has."""
+        """Local. Whether the cached distribution matches this rank's state."""
         is_cached = self.do_cache_distribution and self._structure is not None
         return is_cached and self._structure == _structure_of(sharded_state_dict)
 
@@ -68,7 +68,7 @@ class FastParallelSaveWrapper(compat.FullyParallelSaveStrategyWrapper):  # type:
         structure = _structure_of(sharded_state_dict)  # before replicas change their ids
         self.cached_distribution = self._structure = None
         super().apply_saving_parallelization(sharded_state_dict)
-        # Only now: with a structure that nothing was distributed for, a tensor would be saved by nobody.
+        # Only now: with a structure that was never distributed, no rank would save the tensor.
         self._structure = structure
 
     def distribute_as_before(self, sharded_state_dict: dict[str, Any]) -> None:

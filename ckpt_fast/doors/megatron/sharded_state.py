@@ -164,7 +164,7 @@ def torch_bytes(value: Any) -> bytes:
 
 @contextlib.contextmanager
 def mismatches(consequence: str) -> Iterator[None]:
-    """Megatron-Core's complaints about keys and sharding, as an error of ours that names the consequence."""
+    """Megatron-Core's errors about keys and sharding, converted to our error that names the consequence."""
     try:
         yield
     except compat.CheckpointingException as error:

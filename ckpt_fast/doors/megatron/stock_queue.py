@@ -50,7 +50,7 @@ class Flag:
             os.pwrite(file.fileno(), b"\1", 0)
 
     def remove(self) -> None:
-        """Whoever still waits for the flag stops."""
+        """Release anyone who is still waiting for the flag."""
         finalizer.run(self._remover)
 
 
@@ -111,13 +111,13 @@ def as_request(job: Job, flag: Flag, request_class: Callable[..., Any]) -> Any:
 
 
 def _give_up(handle: SaveHandle, flag: Flag, wait_s: float = 0.0) -> bool:
-    """Nobody is left who could finalize the save, or it is finalized."""
+    """Give up the save: no process is left that could finalize it, or it is finalized already."""
     flag.remove()
     return handle.abandon(wait_s)
 
 
 def wait_until_written(flag: str, writer: int) -> None:
-    """Return when the byte in file ``flag`` is set, or when there is nobody left who could set it.
+    """Return when the byte in file ``flag`` is set, or when no process is left that could set it.
 
     Args:
         flag: path of the file.

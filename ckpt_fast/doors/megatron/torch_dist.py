@@ -103,7 +103,7 @@ class FastSaveStrategy(compat.TorchDistSaveShardedStrategy):  # type: ignore[mis
         checkpoint_dir: str | os.PathLike[str],
         async_strategy: str = "mcore",
     ) -> Any:
-        """Collective. Copy the state and begin to write it; training may go on when this returns.
+        """Collective. Copy the state and start writing it; training may continue when this returns.
 
         Args:
             sharded_state_dict: as for ``save``.

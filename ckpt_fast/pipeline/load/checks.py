@@ -44,7 +44,7 @@ class Checks:
         self._checks: dict[int, _Check] = {}
 
     def add(self, name: str, item: Extent, raw: RawData) -> None:
-        """What the program reads of a payload must have the checksums that it was written with."""
+        """Every payload that the program reads must match the checksums it was written with."""
         first, end = self._program.check(raw.extent, raw.block_nbytes)
         if first < end and first not in self._checks:
             handle = self._arena.add(raw.crc_extent) if raw.crc_extent is not None else None

@@ -46,7 +46,7 @@ class Sections(NamedTuple):
 
 
 class Contents(NamedTuple):
-    """What ``.metadata`` says of a checkpoint.
+    """The description of a checkpoint in its ``.metadata``.
 
     Attributes:
         metadata: torch DCP's table of contents.
@@ -123,7 +123,7 @@ def cut_metadata(content: bytes, directory: str, name: str = METADATA_FILE) -> S
 
     Args:
         content: of the file.
-        directory: the checkpoint, whose sidecar is looked at if there is no manifest.
+        directory: the checkpoint, whose sidecar is checked if there is no manifest.
         name: of the file.
 
     Raises:

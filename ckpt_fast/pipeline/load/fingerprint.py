@@ -13,7 +13,7 @@ from ckpt_fast.pipeline.load.opened import OpenCheckpoint
 
 
 class Fingerprint(NamedTuple):
-    """What a file holds, as far as one has to know it to recognise it."""
+    """A fingerprint of a file's content: just enough to recognise it."""
 
     crc32: int
     nbytes: int

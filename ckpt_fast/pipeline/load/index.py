@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A checkpoint's table of contents: which pieces there are, and where their raw bytes lie."""
+"""A checkpoint's table of contents: its pieces, and the location of their raw bytes."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class _Item(NamedTuple):
 
 
 class SavedTensor(NamedTuple):
-    """A whole tensor as the checkpoint has it.
+    """A whole tensor as stored in the checkpoint.
 
     The pieces lie inside it and have no element in common. They may leave some out: of a tensor that ranks
     saved without each other, each knows its own pieces.
@@ -68,7 +68,7 @@ class SavedTensor(NamedTuple):
 
 
 class RawData(NamedTuple):
-    """Where a payload's bytes lie, and what their CRC-32s must be.
+    """The location of a payload's bytes, and their expected CRC-32s.
 
     Attributes:
         extent: the bytes.
@@ -156,7 +156,7 @@ class CheckpointIndex:
             raise ValueError(f"{' and '.join(names[:2])} share bytes of {shared[0]} at {shared[1]}")
 
     def _require_an_item_for_each_piece(self) -> None:
-        """Of tensors that nobody loads too: a name or a place that is damaged takes the bytes of another."""
+        """Includes tensors that are not loaded: a damaged name or location can claim the bytes of another."""
         for fqn, entry in self.metadata.state_dict_metadata.items():
             if not isinstance(entry, TensorStorageMetadata):
                 if fqn not in self._objects:
@@ -261,7 +261,7 @@ class CheckpointIndex:
             ) from error
 
     def locate(self, wanted: Iterable[tuple[torch.dtype, Piece]]) -> dict[Extent, RawData | None]:
-        """Where the raw data of each piece lies; None for items only ``torch.load`` can read.
+        """The location of each piece's raw data; None for items that only ``torch.load`` can read.
 
         Our own layout is computed; archives of other writers are looked into, all in two batches of reads.
         """
@@ -355,7 +355,7 @@ def missing_keys_message(directory: str, keys: list[str], metadata: Metadata) ->
 
 
 def _extent(info: Any) -> Extent:
-    """An item's place as the metadata gives it; ValueError if it can be none in this directory."""
+    """An item's location according to the metadata; ValueError if it is not valid in this directory."""
     path, (offset, nbytes) = info.relative_path, _whole_numbers((info.offset, info.length))
     _require_inside(path)
     if offset + nbytes > _LARGEST_FILE:

@@ -53,16 +53,16 @@ class OpenCheckpoint:
 
     @property
     def name(self) -> str:
-        """What the checkpoint is called in messages."""
+        """The checkpoint's name in messages."""
         return self.files.name
 
     @property
     def directory(self) -> str:
-        """Where its files are read."""
+        """The place its files are read from."""
         return self.files.directory
 
     def read(self, name: str, limit: int = LARGEST_FILE) -> bytes:
-        """What a small file holds, or held when it was first read; errors as of ``read_small_file``."""
+        """The content of a small file as of its first read; errors as of ``read_small_file``."""
         if name in self._kept:
             return self._kept[name]
         if name != METADATA_FILE:
@@ -92,13 +92,13 @@ class OpenCheckpoint:
         return True
 
     def forget(self) -> None:
-        """Look at the files again: they may have been replaced. Not once ``.metadata`` is taken apart."""
+        """Check the files again: they may have been replaced. Not once ``.metadata`` is taken apart."""
         self._kept.clear()
         self.__dict__.pop("versions", None)
 
     @cached_property
     def versions(self) -> FileVersions:
-        """What ``.metadata`` was like just before it was read; data files follow."""
+        """The version of ``.metadata`` just before it was read; data files follow."""
         return FileVersions(self.directory)
 
     @property
@@ -118,7 +118,7 @@ class OpenCheckpoint:
 
     @cached_property
     def contents(self) -> Contents:
-        """What ``.metadata`` says; errors as of ``read_contents``."""
+        """The contents of ``.metadata``; errors as of ``read_contents``."""
         contents = parse_contents(self._sections, os.path.join(self.directory, METADATA_FILE))
         self._sections = self._sections._replace(pickled=b"")
         return contents

@@ -63,7 +63,7 @@ class Box:
         return self.is_whole or self.run_nbytes >= _MIN_RUN_NBYTES
 
     def span(self) -> tuple[int, int]:
-        """Where in the piece its first byte is, and where its last one ends."""
+        """The offsets in the piece at which its first byte starts and its last one ends."""
         if not all(self.shape):
             return 0, 0
         strides = self._strides()
@@ -78,7 +78,7 @@ class Box:
         return strided.column(strided.positions(base + start, self.shape[: self.outer], strides))
 
     def destination_addresses(self, destination: torch.Tensor) -> array[int]:
-        """Where in the destination's memory every run begins, in the same order."""
+        """The start of every run in the destination's memory, in the same order."""
         strides = [stride * self.itemsize for stride in destination.stride()]
         return strided.column(strided.positions(destination.data_ptr(), self.shape[: self.outer], strides))
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What of a checkpoint a load leaves lying.
+"""The parts of a checkpoint that a load does not request.
 
-A load asks by name. What the program forgot to ask for (the moments of an optimizer that has none yet, a part
-of the model under another name) is no error to anybody, and training goes on from other values.
+A load requests items by name. Anything the program forgets to request (the moments of an optimizer that has
+none yet, a part of the model under another name) raises no error, and training continues from other values.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Section(NamedTuple):
 
 
 class Unasked(NamedTuple):
-    """What no rank of a load asked for.
+    """The items that no rank of a load requested.
 
     Attributes:
         nbytes: bytes of items, of ``total_nbytes`` in the checkpoint.
@@ -85,7 +85,7 @@ def sections_left(metadata: Metadata, asked: Collection[str]) -> list[Section]:
 
 
 def find_unasked(metadata: Metadata, asked: Collection[str]) -> Unasked:
-    """What a load that asks for these names leaves lying."""
+    """The items that a load of these names does not request."""
     sizes = _nbytes_by_name(metadata)
     names = [fqn for fqn in metadata.state_dict_metadata if fqn not in asked]
     sections = {section for fqn in asked for section in sections_of(fqn, _path(metadata, fqn))}
@@ -94,7 +94,7 @@ def find_unasked(metadata: Metadata, asked: Collection[str]) -> Unasked:
 
 
 def warning_text(directory: str, sections: Iterable[Section], remedy: str) -> str:
-    """The line that says which sections nobody asked for."""
+    """The warning that names the sections that no rank requested."""
     shown = [str(section) for section in sections]
     more = f" and {len(shown) - _MOST_SHOWN} more" if len(shown) > _MOST_SHOWN else ""
     return (

@@ -80,7 +80,7 @@ def find_damage(directory: str) -> list[str]:
 
 
 def _difference(checkpoint: OpenCheckpoint, record: FileRecord) -> str | None:
-    """What is wrong with a file that will be decoded, and is read for that now."""
+    """The defect of a file that will be decoded, and is read now for that purpose."""
     path = os.path.join(checkpoint.directory, record.path)
     try:
         content = checkpoint.read(record.path)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Copies from GPUs to host memory that go on while Python, and the GPU, do something else.
+"""Copies from GPUs to host memory that run while Python and the GPU do other work.
 
 When may training change a tensor that is being copied? It depends on the mode:
 
@@ -38,7 +38,7 @@ _MARGIN = 0.1
 
 @dataclass(frozen=True)
 class StagingPolicy:
-    """How GPU tensors of a snapshot are copied.
+    """How the GPU tensors of a snapshot are copied.
 
     Attributes:
         mode: "auto" is overlapped with ``is_protected``, else "device" if memory allows, else blocking.
@@ -105,7 +105,7 @@ class DeviceCopies:
         self._kept.clear()
 
     def order_behind(self) -> None:
-        """What the calling thread enqueues on its current streams from now on comes after the copies."""
+        """Order all that the calling thread enqueues on its current streams from now on after the copies."""
         for device, event in self._events:
             if not device.is_done(event):
                 device.order_behind(device.current, event)

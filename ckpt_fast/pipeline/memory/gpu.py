@@ -36,7 +36,7 @@ class Gpu:
         return event
 
     def order_behind(self, stream: Any, event: Any) -> None:
-        """What is enqueued on ``stream`` from now on waits for the event."""
+        """Make everything enqueued on ``stream`` from now on wait for the event."""
         stream.wait_event(event)
 
     def wait_for(self, event: Any) -> None:

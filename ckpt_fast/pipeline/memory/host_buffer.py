@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Host memory that snapshots are taken into: exact size, huge pages, kept between saves, bounded.
+"""Host memory for snapshots: exact size, huge pages, kept between saves, limited.
 
 Touching a fresh page costs ten times what copying it does, so the memory of one save is used again by the
 next. With a GPU it is page-locked, once, for copies at the full speed of the bus.
@@ -254,7 +254,7 @@ host_buffers = HostBufferPool()
 
 
 def reserve_host_memory(nbytes: int) -> threading.Thread:
-    """Make the host memory that the first save in the background will need, before training waits for it.
+    """Allocate the host memory that the first background save will need, before training waits for it.
 
     Allocating, touching and page-locking it takes about as long as ten saves' copies do. Later saves use the
     same memory.

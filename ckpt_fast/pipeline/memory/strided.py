@@ -21,7 +21,7 @@ def run_nbytes(tensor: torch.Tensor) -> int:
 
 
 def run_addresses(tensor: torch.Tensor) -> torch.Tensor:
-    """Where in memory each run begins, in row-major order of the tensor."""
+    """The memory address at which each run begins, in row-major order of the tensor."""
     outer = _outer_dimensions(tensor)
     strides = [stride * tensor.dtype.itemsize for stride in tensor.stride()[:outer]]
     return positions(tensor.data_ptr(), tensor.shape[:outer], strides)
@@ -70,7 +70,7 @@ def column(values: torch.Tensor) -> array[int]:
 
 
 def _outer_dimensions(tensor: torch.Tensor) -> int:
-    """How many leading dimensions lie outside the runs."""
+    """The number of leading dimensions outside the runs."""
     expected, outer = 1, tensor.dim()
     while outer > 0 and (tensor.shape[outer - 1] == 1 or tensor.stride(outer - 1) == expected):
         outer -= 1

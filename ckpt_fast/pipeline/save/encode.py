@@ -93,7 +93,7 @@ class WriteProgram:
 
     @property
     def digest_count(self) -> int:
-        """How many digests there are: one for the payload of each item."""
+        """The number of digests: one for each item's payload."""
         return len(self.payload_file)
 
     def _new_digest(self, file: int, offset: int, nbytes: int) -> int:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a door tells the pipeline of one save: what each rank brings, and how it is written and completed."""
+"""The description of one save that a door hands to the pipeline: shares, options and completion."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _no_files(_: str) -> Sequence[FileRecord]:
 
 @dataclass(frozen=True)
 class Share:
-    """What one rank brings to a save.
+    """One rank's share of a save.
 
     Attributes:
         shards: what this rank saves. No two ranks save the same piece.
@@ -48,7 +48,7 @@ class Share:
 
 @dataclass(frozen=True)
 class SaveOptions:
-    """How a save is made. All ranks choose the same.
+    """Options of a save. All ranks use the same.
 
     Attributes:
         writers: files (and so streams to the file system) per rank; None: as many as are fastest there.
@@ -72,7 +72,7 @@ class SaveOptions:
 
 @dataclass(frozen=True)
 class Completion:
-    """What the coordinator does besides, in the order in which it happens.
+    """The coordinator's additional steps, in the order in which they run.
 
     ``prepare`` and ``finish`` get the directory of the files. If that is not the checkpoint's, an older
     checkpoint is still there, and is replaced before ``select``.

@@ -100,7 +100,7 @@ def is_plain(tensor: torch.Tensor) -> bool:
 
 
 def file_prefix(rank: int) -> str:
-    """How the data files of a rank begin; stock writers use the same."""
+    """The prefix of a rank's data file names, the same as stock writers use."""
     return f"__{rank}_"
 
 
@@ -126,7 +126,7 @@ def cut_waves(shards: Sequence[Shard], sizes: Sequence[int], limit: int | None) 
 
 @without_collections
 def item_records(files: Sequence[FilePlan]) -> list[ItemRecord]:
-    """What ``.metadata`` must know of the planned items; no data needed."""
+    """The data that ``.metadata`` needs for the planned items; computed without their bytes."""
     records = []
     for file in files:
         for item in file.items:
@@ -157,7 +157,7 @@ def _unplaced(shard: Shard) -> PlannedItem:
 
 
 def _torch_saved(tensor: torch.Tensor) -> bytes:
-    """What is more than its bytes (sparse and quantized tensors, complex32) is stored by torch itself."""
+    """Tensors that are more than their bytes (sparse, quantized, complex32) are stored by torch itself."""
     buffer = io.BytesIO()
     torch.save(tensor, buffer)
     return buffer.getvalue()

@@ -122,7 +122,7 @@ class Save(Job):
 
     @property
     def failure(self) -> BaseException | None:
-        """What went wrong on this rank while it wrote; None until then."""
+        """The error on this rank while writing; None if there is none so far."""
         return self._waves.error
 
     def cancel(self) -> None:
@@ -189,7 +189,7 @@ class Save(Job):
             settings=chosen,
         )
         self._hold.progress = self._waves.progress
-        # Nobody could commit it any more: the thread, which knows nothing of this object, is to stop.
+        # It can no longer be committed: stop the thread, which has no reference to this object.
         weakref.finalize(self, self._waves.cancel).atexit = False
         owners.occupy(self.directory, self._hold)
         return self._files.claim(sum(map(shard_nbytes, self._share.shards)))

@@ -30,7 +30,7 @@ from ckpt_fast.pipeline.save.plan import FilePlan, PlannedItem, is_plain
 
 @dataclass
 class Staged:
-    """Where the raw data of the planned items is.
+    """The location of the planned items' raw data.
 
     Attributes:
         addresses: one entry per item, in plan order; 0 for items without raw data.
@@ -215,7 +215,7 @@ def _copy(
 
 
 def _offsets(tensors: Sequence[torch.Tensor], first: Sequence[int]) -> list[int]:
-    """Where each tensor goes, one behind the other: those numbered in ``first``, then the others in order."""
+    """The offset of each tensor, back to back: those numbered in ``first``, then the others in order."""
     chosen = set(first)
     offsets, position = [0] * len(tensors), 0
     for number in chain(first, (i for i in range(len(tensors)) if i not in chosen)):
@@ -240,7 +240,7 @@ def _copy_on_cpu(tensors: Sequence[torch.Tensor], slots: Sequence[torch.Tensor])
 
 
 def _runs(tensor: torch.Tensor) -> tuple[array[int], int]:
-    """Where each run of a CPU tensor begins, and how long one is."""
+    """The start of each run of a CPU tensor, and the length of one run."""
     if tensor.is_contiguous():
         return array("q", [tensor.data_ptr()]), _nbytes(tensor)
     return strided.column(strided.run_addresses(tensor)), strided.run_nbytes(tensor)

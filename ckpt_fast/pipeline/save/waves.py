@@ -134,7 +134,7 @@ class Waves:
             self.worker.close()
 
     def order_behind_copies(self) -> None:
-        """What the calling thread enqueues on GPUs from now on comes after the copies of what is staged."""
+        """Order everything the calling thread enqueues on GPUs from now on after the staged copies."""
         for copies in self._device_copies:
             copies.order_behind()
 

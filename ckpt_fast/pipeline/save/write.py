@@ -27,7 +27,7 @@ _POLL_S = 0.05
 
 
 def automatic_writers(directory: str, settings: Settings) -> int:
-    """How many files a rank's save to ``directory`` goes fastest to.
+    """The number of files with which a rank's save to ``directory`` is fastest.
 
     A device's queue is kept full by direct writes to one file, and one is easiest to handle. Through the page
     cache, the writers of one file wait for each other.

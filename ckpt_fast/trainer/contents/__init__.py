@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run puts into a checkpoint and takes from it: a file for each kind of content."""
+"""The contents that a run saves to and loads from a checkpoint, one module per kind of content."""

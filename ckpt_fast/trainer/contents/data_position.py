@@ -83,6 +83,6 @@ def read_recorded(path: str, record: FileRecord) -> bytes:
 
 
 def record_for(path: str, files: Any) -> FileRecord | None:
-    """What ``files``, if there are any, say of the file at ``path``."""
+    """The entry for the file at ``path`` in ``files``, if there are any."""
     name = "/".join(path.rsplit("/", 2)[-2:])
     return next((record for record in files or () if record.path == name), None)

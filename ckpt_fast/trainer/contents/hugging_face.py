@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hugging Face weights: the start of a run, and a copy beside a checkpoint. Megatron Bridge converts them."""
+"""Hugging Face weights: to start a run, and as a copy with a checkpoint. Megatron Bridge converts them."""
 
 from __future__ import annotations
 

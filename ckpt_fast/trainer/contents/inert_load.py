@@ -115,7 +115,7 @@ def _known() -> dict[tuple[str, str], Any]:
 
 
 def _bytes_of_protocol_2(text: str, encoding: str) -> bytes:
-    """How pickle protocol 2 spells a bytes object."""
+    """The representation of a bytes object in pickle protocol 2."""
     if encoding != "latin1":
         raise RefusedPickleError(f"Restricted unpickler refused to use the codec {encoding!r}")
     return text.encode("latin1")

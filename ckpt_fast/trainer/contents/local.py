@@ -51,7 +51,7 @@ def save_local(
 
 
 def _structure_of(state_dict: dict[str, Any]) -> list[Any]:
-    """What decides which rank keeps what."""
+    """The inputs that determine which rank keeps what."""
     return [
         (
             entry.key,
@@ -91,7 +91,7 @@ def load_local(
 
 
 def layer_wise_optimizer_path(local_ckpt_dir: str, pg_collection: Any) -> str:
-    """Where a rank's layer-wise optimizer state lies beside local checkpoints."""
+    """The path of a rank's layer-wise optimizer state next to local checkpoints."""
     return os.path.join(local_ckpt_dir, f"layer_wise_optimizer_{pg_collection.dp.rank()}.pt")
 
 

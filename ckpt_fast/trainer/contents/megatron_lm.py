@@ -20,7 +20,7 @@ _PARALLEL_SIZES = {
 
 
 def _extract_megatron_lm_args_from_state_dict(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """What a ``run_config.yaml`` would have said, from the arguments Megatron-LM stored.
+    """The equivalent of a ``run_config.yaml``, derived from the arguments that Megatron-LM stored.
 
     Returns:
         {"model": parallel sizes, "checkpoint": what was saved}.

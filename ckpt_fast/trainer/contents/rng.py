@@ -120,7 +120,7 @@ def _collect() -> dict[str, Any]:
         "torch_rng_state": torch.get_rng_state(),
         "cuda_rng_state": _cuda_rng_state(),
         "rng_tracker_states": {
-            # A copy: the tracker hands out its own tensors, and a save in the background reads them later.
+            # A copy: the tracker hands out its own tensors, and a background save reads them later.
             name: compat.convert_cuda_rng_state(state, to_graphable=False).clone()
             for name, state in tracker.get_states().items()
         },

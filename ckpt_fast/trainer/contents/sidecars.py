@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a checkpoint carries beside the model: the position of the data loader, the tokenizer's files."""
+"""Checkpoint contents other than the model: the data loader's position, the tokenizer files."""
 
 from __future__ import annotations
 

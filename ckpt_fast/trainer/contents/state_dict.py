@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What goes into a checkpoint: the state dict of a training run, and its parts."""
+"""The state dict of a training run and its parts, as saved in a checkpoint."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a load says when it is done: what was resumed, from where, and what could not be."""
+"""The log messages after a load: what was restored, from where, and what could not be restored."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ LoadedBase = tuple[dict[str, Any] | None, Any, bool, CheckpointType | None]
 
 
 def choose_or_say(run: LoadRun, load_dir: str | None, step: int | None) -> Found | None:
-    """The checkpoint to load; that there is none, and why, is said. Collective.
+    """The checkpoint to load; if there is none, the reason is logged. Collective.
 
     Raises:
         SystemExit: there is none, and ``exit_on_missing_checkpoint`` is set.
@@ -55,7 +55,7 @@ def choose_or_say(run: LoadRun, load_dir: str | None, step: int | None) -> Found
 def load_state_dict(
     run: LoadRun, located: Located, sharded_state_dict: dict[str, Any] | None, *, is_mimo: bool = False
 ) -> tuple[dict[str, Any], Any]:
-    """What the sharded state dict asks for of a checkpoint, and the checkpoint's name. Collective.
+    """The parts of a checkpoint that the sharded state dict requests, and the checkpoint's name. Collective.
 
     Args:
         is_mimo: a multi-module model, whose sharding no rank can validate.

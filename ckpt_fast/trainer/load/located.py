@@ -40,7 +40,7 @@ _DATALOADER_STATE_SUBDIR = "energon"
 
 @dataclass(frozen=True)
 class Located:
-    """The checkpoint that is loaded, as far as it is known before anything of it is asked for.
+    """The checkpoint being loaded, as known before anything is requested from it.
 
     Attributes:
         found: which one.
@@ -69,7 +69,7 @@ class Located:
 
 
 class _Facts(NamedTuple):
-    """What rank 0 finds out: the kind of the checkpoint, and what it vouches for of the data loader."""
+    """The findings of rank 0: the kind of checkpoint, and which data loader state it vouches for."""
 
     kind: CheckpointType
     position: str | None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What of a checkpoint applies to this run: decided before anything is loaded, asked for in a scaffold."""
+"""The load plan: which parts of a checkpoint apply to this run, decided before anything is loaded."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from ckpt_fast.trainer.places.trackers import read_run_config
 
 @dataclass
 class LoadPlan:
-    """What of the checkpoint applies to this run, decided before anything is loaded.
+    """The parts of the checkpoint that apply to this run, decided before anything is loaded.
 
     Attributes:
         optimizer, scheduler, rng, rerun: restore this part.
@@ -115,7 +115,7 @@ def is_mimo(run_config: dict[str, Any] | None, cfg: Any) -> bool:
 
 
 def _layout_difference(run_config: dict[str, Any] | None, cfg: Any) -> str:
-    """How (TP, PP) of this run differ from the checkpoint's; empty when they do not, or nobody knows."""
+    """How this run's (TP, PP) differ from the checkpoint's; empty if they are equal or unknown."""
     saved_model = (run_config or {}).get("model")
     if not saved_model or is_mimo(run_config, cfg):
         return ""

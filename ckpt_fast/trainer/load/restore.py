@@ -35,7 +35,7 @@ from ckpt_fast.trainer.places.trackers import read_train_state
 
 
 def read_progress(located: Located) -> TrainState | None:
-    """How far the run of a checkpoint that is not local had come. On rank 0, for all.
+    """The progress of the run that saved a non-local checkpoint. Read on rank 0, for all ranks.
 
     Returns:
         None where only the payload says it: in Megatron-LM's of the format fsdp_dtensor.

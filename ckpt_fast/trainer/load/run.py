@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the steps of a load share."""
+"""State shared by the steps of a load."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ckpt_fast import compat
 
 @dataclass(frozen=True)
 class LoadRun:
-    """What is loaded into, and how: the inputs of a load that its steps share.
+    """The inputs of a load that its steps share: the objects to load into, and the options.
 
     Attributes:
         ckpt_cfg: which checkpoint, and how strictly; ``cfg.checkpoint``, or a copy that differs in what this

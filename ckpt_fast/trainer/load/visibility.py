@@ -27,7 +27,7 @@ _LONGEST_PAUSE_S = 1.0
 
 @dataclass(frozen=True)
 class View:
-    """What rank 0 sees of a checkpoint, and how long the others may take to see it.
+    """The view that rank 0 has of a checkpoint, and how long the others may take to see the same.
 
     Attributes:
         node: of rank 0.

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the checkpoints of a run are: paths, trackers, the list of what there is, retention."""
+"""The places where a run keeps its checkpoints: paths, trackers, catalog, retention."""

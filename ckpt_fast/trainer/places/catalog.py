@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What there is to resume from: one list of the persistent, recovery and local checkpoints of a run.
+"""The catalog of checkpoints to resume from: persistent, recovery and local, in one list.
 
 Loading, falling back and retention ask here, and nowhere else, which checkpoints exist, which of them were
 published, and whether one is whole. Links to directories are followed.
@@ -240,7 +240,7 @@ def _is_complete_run(path: str) -> bool:
 
 
 def why_nothing(load_dir: str | None) -> str:
-    """What is the matter with a directory in which no checkpoint was found, as a sentence. Local."""
+    """The reason why no checkpoint was found in a directory, as a sentence. Local."""
     if not load_dir:
         return "checkpoint.load is not set"
     if not is_directory(load_dir):

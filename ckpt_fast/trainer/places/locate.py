@@ -93,7 +93,7 @@ def _resolve_checkpoint_iteration(load_dir: str | None, ckpt_step_override: int 
 
     A directory that is a checkpoint itself goes before ``ckpt_step_override``, which goes before the
     trackers (``latest_train_state.pt``, then that of Megatron-LM). Without a sound tracker it is the newest
-    whole one, which is said.
+    intact one, which is logged.
 
     Args:
         load_dir: a root of checkpoints, or one checkpoint, or None.

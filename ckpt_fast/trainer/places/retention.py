@@ -151,7 +151,7 @@ def _counts(path: str) -> bool:
 
 
 def remove_replaced(root: str, checkpoint_roots: Iterable[str | None]) -> None:
-    """Remove what saves over an older iteration have left beside it, if they were killed. Rank 0 acts.
+    """Remove the leftovers next to an iteration of killed saves that were replacing it. Rank 0 acts.
 
     Args:
         root: a directory of checkpoints, or of data loader states.

@@ -230,7 +230,7 @@ def _maximum(value: int) -> int:
 def snapshot_train_state(
     train_state: Any, floating_point_operations_so_far: float
 ) -> dict[str, torch.Tensor]:
-    """What ``train_state.pt`` will hold, as of now: training goes on while a save is in flight.
+    """The content of ``train_state.pt``, captured now because training continues while a save is in flight.
 
     The count of operations is kept in double precision (float32 would lose all but seven digits of it).
     """
@@ -242,7 +242,7 @@ def snapshot_train_state(
 
 
 def snapshot_run_config(cfg: Any) -> Callable[[], bytes]:
-    """What ``run_config.yaml`` will hold: what ``cfg.to_yaml(path)`` writes now. Text is made when asked."""
+    """The content of ``run_config.yaml``: output of ``cfg.to_yaml(path)`` now. Text is made on demand."""
     if getattr(type(cfg), "to_yaml", None) is ConfigContainer.to_yaml:
         described = config_yaml.plain(cfg)
         return lambda: config_yaml.as_yaml(described).encode()
@@ -281,7 +281,7 @@ def publish_trackers(
 ) -> None:
     """Let the trackers of ``save_dir`` name ``iteration``. Called on rank 0, as the last write of a save.
 
-    A save in the background may be finalized after one that was begun later, and then leaves the trackers as
+    A background save may be finalized after one that started later, and then leaves the trackers as
     they are. What counts is when a save began, not its iteration: a run may go back.
 
     Everything the trackers name must be durable. A crash between the two leaves ``latest_train_state.pt``
@@ -311,7 +311,7 @@ def publish_trackers(
 
 
 def _sweep(save_dir: str, checkpoint: str) -> None:
-    """Remove what publications that died have left beside the trackers: files older than this checkpoint."""
+    """Remove the leftovers of dead publications next to the trackers: files older than this checkpoint."""
     if object_storage(save_dir):
         return
     with contextlib.suppress(OSError):

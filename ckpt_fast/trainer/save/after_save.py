@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What follows when a checkpoint is published: a line for the user, loggers, callbacks, retention."""
+"""The steps after a checkpoint is published: a line for the user, loggers, callbacks, retention."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ckpt_fast.trainer.save.target import SaveTarget
 
 
 def logger_finalizer(run: SaveRun, target: SaveTarget) -> Callable[[], None]:
-    """What tells the experiment loggers of the save, with the settings as they are now."""
+    """A function that reports the save to the experiment loggers, with the settings as they are now."""
     to_mlflow = bool(getattr(run.cfg.logger, "mlflow_log_artifacts", True))
 
     def tell() -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The data loader's position on its way beside a checkpoint."""
+"""The data loader's position while it is saved with a checkpoint."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def can_save_position(train_iterator: Any) -> bool:
 
 
 class LoaderPosition:
-    """The data loader's position on its way beside a checkpoint. All methods are local.
+    """The data loader's position while it is saved with a checkpoint. All methods are local.
 
     Args:
         train_iterator: see ``maybe_save_dataloader_state``.

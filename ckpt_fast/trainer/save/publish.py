@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What makes durable tensors the checkpoint to resume from: the files around them, then the trackers."""
+"""Publication of durable tensors as the checkpoint to resume from: other files first, then the trackers."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def save_errors_tolerated(ckpt_cfg: Any) -> Iterator[None]:
 
 
 class Publication:
-    """The facts of one save, taken when the save was asked for: training goes on while data is written.
+    """The facts of one save, captured when it was requested: training continues while data is written.
 
     Args:
         state: GlobalState.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the steps of a save share."""
+"""State shared by the steps of a save."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _DATALOADER_STATE_SUBDIR = "energon"
 
 @dataclass(frozen=True)
 class SaveRun:
-    """What is being trained, and how: the inputs of a save that its steps share."""
+    """The inputs of a save that its steps share: the objects being trained, and the options."""
 
     state: Any
     model: list[Any]

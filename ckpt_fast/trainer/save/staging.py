@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which GPU tensors a save may go on reading while training runs on: those whose optimizer waits for it."""
+"""Which GPU tensors a save may keep reading while training continues: those whose optimizer waits for it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _waiting: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 
 
 def staging_policy(model: Sequence[Any], optimizer: Any | None) -> StagingPolicy:
-    """How GPU tensors are copied for a save in the background.
+    """How GPU tensors are copied for a background save.
 
     Every torch optimizer inside Megatron-Core's is made to wait, in its next steps, for copies on their way.
     That protects its parameters and its state; and, if all of them wait, the model's parameters, which

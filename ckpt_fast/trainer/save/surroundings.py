@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What belongs to a checkpoint besides its tensors, and when in a save it is dealt with."""
+"""The parts of a checkpoint other than its tensors, and when a save handles them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ckpt_fast.trainer.save.target import SaveTarget
 
 
 class Surroundings(NamedTuple):
-    """What belongs to a checkpoint besides its tensors, in the order in which it is dealt with.
+    """The parts of a checkpoint other than its tensors, in the order in which they are handled.
 
     Attributes:
         position: of the data loader.
@@ -28,7 +28,7 @@ class Surroundings(NamedTuple):
     publication: Publication
 
     def completion(self, notes: Mapping[str, Any]) -> Completion:
-        """What the coordinator does for them in a save of the pipeline."""
+        """The coordinator's work on these parts in a pipeline save."""
         return Completion(
             prepare=lambda directory: self.position.prepare(token_of(directory)),
             finish=self.publication.complete,
@@ -58,7 +58,7 @@ class Surroundings(NamedTuple):
 def surroundings_of(
     run: SaveRun, target: SaveTarget, flops: int, tensor_rank: int | None, pipeline_rank: int | None
 ) -> Surroundings:
-    """What belongs to one save."""
+    """The surroundings of one save."""
     return Surroundings(
         LoaderPosition(run.iterator, target.step, dataloader_path(run), run.pg_collection),
         Publication(

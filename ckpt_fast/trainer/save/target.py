@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a save goes: kind, directory, iteration, and how many checkpoints are kept there."""
+"""The target of a save: kind, directory, iteration, and how many checkpoints are kept there."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ckpt_fast.trainer.places.paths import get_checkpoint_name
 
 @dataclass(frozen=True)
 class SaveTarget:
-    """Where a save goes. ``keep`` is how many checkpoints retention leaves; None: all."""
+    """The target of a save. ``keep`` is the number of checkpoints that retention keeps; None: all."""
 
     ckpt_type: CheckpointType
     save_dir: str
@@ -33,7 +33,7 @@ class SaveTarget:
 def choose_target(
     ckpt_cfg: Any, context: dict[str, Any] | None, step: int, non_persistent: bool
 ) -> SaveTarget:
-    """Where the next save goes.
+    """The target of the next save.
 
     Args:
         ckpt_cfg: CheckpointConfig.
