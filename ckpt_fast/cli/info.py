@@ -65,9 +65,9 @@ def _library() -> list[str]:
 def _checkpoint(directory: str) -> list[str]:
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-    from ckpt_fast.pipeline.load.decode import read_metadata
+    from ckpt_fast.pipeline.load.decode import read_dcp_metadata
 
-    entries = read_metadata(directory).state_dict_metadata
+    entries = read_dcp_metadata(directory).state_dict_metadata
     lines = []
     for name, entry in sorted(entries.items()):
         if isinstance(entry, TensorStorageMetadata):

@@ -40,7 +40,7 @@ def add_listener(listener: Callable[[Any], None]) -> Callable[[], None]:
     return lambda: _listeners.remove(listener)
 
 
-def publish(report: Any, rank: int) -> None:
+def notify(report: Any, rank: int) -> None:
     """Tell all who want to know of a save: listeners, and the file that ``CKPT_FAST_METRICS`` names."""
     tellers = list(_listeners)
     path = settings.metrics_file()

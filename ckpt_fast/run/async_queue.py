@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from ckpt_fast import settings
-from ckpt_fast.doors.megatron.stock_queue import Publication
+from ckpt_fast.doors.megatron.stock_queue import RequestFinalizer
 from ckpt_fast.errors import CheckpointError
 from ckpt_fast.jobs import untold
 from ckpt_fast.jobs.background import SaveHandle, SaveQueue
@@ -110,7 +110,7 @@ class _RequestJob(Job):
         """End the request's save if it is one of ours; returns whether it did."""
         ended = True
         for each in self._request.finalize_fns:
-            if isinstance(each, Publication):
+            if isinstance(each, RequestFinalizer):
                 ended = each.give_up(wait_s) and ended
         return ended
 

@@ -7,7 +7,7 @@ it for Megatron-Core. The order is always
 1. ``invalidate``: an older checkpoint in the same directory loses its seal before any of its bytes change;
 2. every rank writes and fsyncs its data files;
 3. the status of every rank is known to rank 0, which alone goes on, and only if all succeeded;
-4. ``publish``: each remaining file is written beside its name, fsynced and renamed, the seal last.
+4. ``write_in_order``: each remaining file is written beside its name, fsynced and renamed, the seal last.
 
 The rename of ``.metadata`` is followed by an fsync of the directory, which covers all names before it, and so
 is that of every file that says that others are there. So the order holds after power loss as well.
@@ -304,7 +304,7 @@ def _sync_names_above(path: str) -> None:
         path = above
 
 
-def publish(
+def write_in_order(
     directory: str,
     files: Mapping[str, bytes],
     progress: native.Progress | None = None,

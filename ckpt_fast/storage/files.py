@@ -70,7 +70,7 @@ class Files(Protocol):
     def hand_over(self, files: Sequence[FileRecord], go_on: Callable[[], bool]) -> None:
         """Local. Bring what the engine has written to where it belongs; stop soon if ``go_on`` says no."""
 
-    def publish(
+    def write_in_order(
         self,
         files: Mapping[str, bytes],
         progress: native.Progress | None = None,
@@ -188,15 +188,15 @@ class Directory:
     def hand_over(self, files: Sequence[FileRecord], go_on: Callable[[], bool]) -> None:
         """Nothing: they are where they belong."""
 
-    def publish(
+    def write_in_order(
         self,
         files: Mapping[str, bytes],
         progress: native.Progress | None = None,
         *,
         sync_names: bool = True,
     ) -> None:
-        """See ``commit.publish``."""
-        commit.publish(self.directory, files, progress, sync_names=sync_names)
+        """See ``commit.write_in_order``."""
+        commit.write_in_order(self.directory, files, progress, sync_names=sync_names)
 
     def delete(self, names: Iterable[str]) -> None:
         """Remove files, durably.

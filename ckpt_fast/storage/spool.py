@@ -138,7 +138,7 @@ class Spool:
                 self._remote.put(file.path, path)
             os.unlink(path)
 
-    def publish(
+    def write_in_order(
         self,
         files: Mapping[str, bytes],
         progress: native.Progress | None = None,

@@ -250,15 +250,15 @@ def test_a_file_in_the_way_of_the_checkpoint_directory(tmp_path: Path, below: st
     assert (tmp_path / "checkpoint").read_bytes() == b"mine"
 
 
-def test_publish_writes_in_the_order_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_are_written_in_the_order_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trace = Trace(monkeypatch)
-    commit.publish(str(tmp_path), {"z": b"1", "a": b"2", "seal": b"3"})
+    commit.write_in_order(str(tmp_path), {"z": b"1", "a": b"2", "seal": b"3"})
     assert [os.path.basename(path) for call, path in trace.calls if call == "replace"] == ["z", "a", "seal"]
     assert (tmp_path / "a").read_bytes() == b"2"
 
 
-def test_publish_stops_at_the_first_failure(tmp_path: Path) -> None:
+def test_writing_stops_at_the_first_failure(tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
     with pytest.raises(CheckpointWriteError):
-        commit.publish(str(tmp_path), {"a": b"1", "b": b"2", "seal": b"3"})
+        commit.write_in_order(str(tmp_path), {"a": b"1", "b": b"2", "seal": b"3"})
     assert names(tmp_path) == {"a", "b"}

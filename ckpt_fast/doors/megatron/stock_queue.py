@@ -63,7 +63,7 @@ def _discard(path: str, files: list[FileIO], owner: int) -> None:
         files.pop().close()
 
 
-class Publication:
+class RequestFinalizer:
     """The finalizer of a request: collective, it publishes the save. Who drops it gives the save up.
 
     Args:
@@ -100,12 +100,12 @@ def as_request(job: Job, flag: Flag, request_class: Callable[..., Any]) -> Any:
         up.
     """
     handle = SaveHandle(job)
-    publication = Publication(handle, flag)
+    request_finalizer = RequestFinalizer(handle, flag)
     handle.start()
     return request_class(
         async_fn=wait_until_written,
         async_fn_args=(flag.path, os.getpid()),
-        finalize_fns=[publication],
+        finalize_fns=[request_finalizer],
         async_fn_kwargs={},
     )
 

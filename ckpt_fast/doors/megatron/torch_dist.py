@@ -289,7 +289,8 @@ def _restore(common: dict[str, bytes], directory: str) -> list[FileRecord]:
     Versions before 0.19 write ``common.pt`` before they ask the strategy.
     """
     with compat.checkpoint_files(directory) as files:
-        files.publish({name: content for name, content in common.items() if files.read(name) != content})
+        replaced = {name: content for name, content in common.items() if files.read(name) != content}
+        files.write_in_order(replaced)
     return []
 
 

@@ -59,7 +59,7 @@ class Contents(NamedTuple):
     identity: str
 
 
-def read_metadata(directory: str, prefix: str = "") -> Metadata:
+def read_dcp_metadata(directory: str, prefix: str = "") -> Metadata:
     """``read_contents`` for those who want the metadata alone."""
     return read_contents(directory, prefix).metadata
 

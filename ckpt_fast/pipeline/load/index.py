@@ -94,7 +94,7 @@ class CheckpointIndex:
         versions: what the files were like before ``contents`` was read.
 
     Raises:
-        CheckpointNotFoundError, CheckpointCorruptError, UnsafeCheckpointError: see ``read_metadata``.
+        CheckpointNotFoundError, CheckpointCorruptError, UnsafeCheckpointError: see ``read_dcp_metadata``.
         CheckpointCorruptError: what the metadata says of items contradicts what it says of tensors, or items
             share bytes of a file.
         CheckpointMismatchError: the directory is a URL.

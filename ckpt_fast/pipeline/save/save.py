@@ -239,7 +239,7 @@ class Save(Job):
         try:
             self._nbytes = sum(map(shard_nbytes, share.shards))
             waves.stage(share.shards)
-            waves.then(lambda: files.publish(common, waves.progress, sync_names=False))
+            waves.then(lambda: files.write_in_order(common, waves.progress, sync_names=False))
             waves.then(lambda: beside.extend(write_beside(directory)))
         finally:
             waves.at_end(

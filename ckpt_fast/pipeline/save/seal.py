@@ -45,13 +45,13 @@ def seal(
         progress: of the job that seals; nothing appears once it is stopped.
 
     Raises:
-        CheckpointWriteError: the checkpoint is not sealed; see ``Files.publish``.
+        CheckpointWriteError: the checkpoint is not sealed; see ``Files.write_in_order``.
     """
     if manifest is None:
         # The sidecar of an older checkpoint would not fit the new metadata.
         files.delete([SIDECAR_FILE])
     content = metadata if manifest is None else append_manifest(metadata, manifest)
-    files.publish({name: content, **(seal_files or {})}, progress)
+    files.write_in_order({name: content, **(seal_files or {})}, progress)
 
 
 def report(facts: SaveReport, rank: int, *, is_published: bool = True) -> None:
@@ -66,5 +66,5 @@ def report(facts: SaveReport, rank: int, *, is_published: bool = True) -> None:
     _last_report = facts
     if is_published:
         untold.forget()
-    metrics.publish(facts, rank)
+    metrics.notify(facts, rank)
     logger.debug("saved %s", facts)

@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.metadata import (
 from ckpt_fast import errors
 from ckpt_fast.errors import CheckpointCorruptError, CheckpointNotFoundError, UnsafeCheckpointError
 from ckpt_fast.format.types import Extent, FileRecord, ItemRecord
-from ckpt_fast.pipeline.load.decode import decode_object, read_metadata, read_sidecar
+from ckpt_fast.pipeline.load.decode import decode_object, read_dcp_metadata, read_sidecar
 from ckpt_fast.pipeline.save.encode import encode_metadata
 
 MCORE_TORCH = "megatron.core.dist_checkpointing.strategies.torch"
@@ -105,7 +105,7 @@ HOSTILE = [
 def test_metadata_that_names_anything_else_is_refused(tmp_path: Path, module: str, name: str) -> None:
     directory = write(tmp_path, dump(Metadata({}, planner_data=GlobalNamed(module, name))))
     with pytest.raises(UnsafeCheckpointError) as caught:
-        read_metadata(directory)
+        read_dcp_metadata(directory)
     text = str(caught.value)
     assert f"{directory}/.metadata: refused to load {module}.{name}" in text
     assert "CKPT_FAST_ALLOW_PICKLE=1" in text
@@ -115,7 +115,7 @@ def test_refused_metadata_has_run_nothing(tmp_path: Path) -> None:
     proof = tmp_path / "ran"
     directory = write(tmp_path, pickle.dumps(Metadata({}, planner_data=Calls(os.mkdir, str(proof)))))
     with pytest.raises(UnsafeCheckpointError):
-        read_metadata(directory)
+        read_dcp_metadata(directory)
     assert not proof.exists()
 
 
@@ -123,7 +123,7 @@ def test_opting_in_runs_what_the_metadata_names(tmp_path: Path, monkeypatch: pyt
     proof = tmp_path / "ran"
     directory = write(tmp_path, pickle.dumps(Metadata({}, planner_data=Calls(os.mkdir, str(proof)))))
     monkeypatch.setenv("CKPT_FAST_ALLOW_PICKLE", "1")
-    assert isinstance(read_metadata(directory), Metadata)
+    assert isinstance(read_dcp_metadata(directory), Metadata)
     assert proof.is_dir()
 
 
@@ -145,7 +145,7 @@ def test_metadata_cannot_change_the_classes_it_names(tmp_path: Path, target: tup
     content = b"\x80\x04" + f"c{module}\n{name}\n".encode() + b"N}\x8c\x06hackedK\x01s\x86b."
     directory = write(tmp_path, content)
     with pytest.raises((UnsafeCheckpointError, CheckpointCorruptError)):
-        read_metadata(directory)
+        read_dcp_metadata(directory)
     for thing in (Metadata, MetadataIndex, pathlib.Path, torch.serialization._get_layout):
         assert not hasattr(thing, "hacked")
 
@@ -155,19 +155,19 @@ def test_metadata_of_stock_dcp_with_all_it_may_hold(tmp_path: Path) -> None:
     dcp.save(state, checkpoint_id=tmp_path)
     with (tmp_path / ".metadata").open("rb") as file:
         expected = pickle.load(file)
-    assert read_metadata(str(tmp_path)) == expected
+    assert read_dcp_metadata(str(tmp_path)) == expected
 
 
 def test_paths_and_containers_are_data(tmp_path: Path) -> None:
     data = {"p": tmp_path, "d": collections.OrderedDict(a=1), "q": collections.defaultdict(None, b=2)}
-    found = read_metadata(write(tmp_path, pickle.dumps(Metadata({}, planner_data=data))))
+    found = read_dcp_metadata(write(tmp_path, pickle.dumps(Metadata({}, planner_data=data))))
     assert found.planner_data == data
 
 
 def test_path_pickled_by_another_python(tmp_path: Path) -> None:
     for module in ("pathlib", "pathlib._local"):
         path = Calls(GlobalNamed(module, "PosixPath"), "/", "a")
-        found = read_metadata(write(tmp_path, dump(Metadata({}, planner_data=path))))
+        found = read_dcp_metadata(write(tmp_path, dump(Metadata({}, planner_data=path))))
         assert found.planner_data == Path("/a")
 
 
@@ -179,14 +179,14 @@ def entry() -> dict[str, TensorStorageMetadata]:
 def test_retired_plans_of_megatron_core(tmp_path: Path) -> None:
     metadata = Metadata(entry())
     metadata.all_local_plans = [Calls(GlobalNamed(MCORE_TORCH, "MCoreSavePlan"))]  # type: ignore[attr-defined]
-    assert read_metadata(write(tmp_path, dump(metadata))).state_dict_metadata == entry()
+    assert read_dcp_metadata(write(tmp_path, dump(metadata))).state_dict_metadata == entry()
 
 
 def test_retired_metadata_of_megatron_core(tmp_path: Path) -> None:
     """Before 0.16 the whole metadata was an object of a subclass, with a field more."""
     state = dump({**vars(Metadata(entry())), "mcore_data": {"w": {}}})[2:-1]
     header = f"c{MCORE_TORCH}\nMCoreMetadata\n)".encode() + pickle.NEWOBJ
-    found = read_metadata(write(tmp_path, b"\x80\x02" + header + state + pickle.BUILD + pickle.STOP))
+    found = read_dcp_metadata(write(tmp_path, b"\x80\x02" + header + state + pickle.BUILD + pickle.STOP))
     assert found.state_dict_metadata == entry()
 
 
@@ -199,7 +199,7 @@ def test_metadata_cut_short_anywhere(tmp_path: Path) -> None:
     content = good_metadata()
     for nbytes in range(len(content)):
         with pytest.raises(CheckpointCorruptError, match=r"\.metadata"):
-            read_metadata(write(tmp_path, content[:nbytes]))
+            read_dcp_metadata(write(tmp_path, content[:nbytes]))
 
 
 @pytest.mark.parametrize(
@@ -207,23 +207,23 @@ def test_metadata_cut_short_anywhere(tmp_path: Path) -> None:
 )
 def test_metadata_that_is_none(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(CheckpointCorruptError, match=r"load an earlier iteration|not checkpoint metadata"):
-        read_metadata(write(tmp_path, content))
+        read_dcp_metadata(write(tmp_path, content))
 
 
 def test_missing_metadata(tmp_path: Path) -> None:
     with pytest.raises(
         CheckpointNotFoundError, match=r"not a complete checkpoint: it has no \.metadata file"
     ):
-        read_metadata(str(tmp_path))
+        read_dcp_metadata(str(tmp_path))
     with pytest.raises(FileNotFoundError, match="the directory does not exist"):
-        read_metadata(str(tmp_path / "nowhere"))
+        read_dcp_metadata(str(tmp_path / "nowhere"))
 
 
 def test_metadata_of_one_rank(tmp_path: Path) -> None:
     (tmp_path / "__3.metadata").write_bytes(good_metadata())
-    assert "w" in read_metadata(str(tmp_path), "__3").state_dict_metadata
+    assert "w" in read_dcp_metadata(str(tmp_path), "__3").state_dict_metadata
     with pytest.raises(CheckpointNotFoundError, match=r"it has no __4\.metadata file"):
-        read_metadata(str(tmp_path), "__4")
+        read_dcp_metadata(str(tmp_path), "__4")
 
 
 # Objects.

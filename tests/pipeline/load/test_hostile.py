@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from ckpt_fast import native
 from ckpt_fast.errors import CheckpointCorruptError, CheckpointError, UnsafeCheckpointError
 from ckpt_fast.format.types import TensorRequest
-from ckpt_fast.pipeline.load.decode import decode_object, read_contents, read_metadata, read_sidecar
+from ckpt_fast.pipeline.load.decode import decode_object, read_contents, read_dcp_metadata, read_sidecar
 from ckpt_fast.pipeline.load.index import CheckpointIndex
 from ckpt_fast.pipeline.load.load import load_objects, load_tensors
 from tests.manifests import make_older
@@ -81,7 +81,7 @@ def test_every_flipped_bit_of_metadata(tmp_path: Path, kind: str, native_impl: s
     """An error of ours, or metadata that an index can be made of; of our own, what was written."""
     content = metadata_of(kind, tmp_path)
     (tmp_path / ".metadata").write_bytes(content)
-    original = read_metadata(str(tmp_path))
+    original = read_dcp_metadata(str(tmp_path))
     # The twin, which gives the same answers, is asked about every seventh.
     step = 1 if native_impl == "engine" else 7
     slowest, refused = 0.0, 0
@@ -134,7 +134,7 @@ BOMBS = {
 def test_pickle_that_grows_is_refused(tmp_path: Path, name: str, at_once: None) -> None:
     (tmp_path / ".metadata").write_bytes(BOMBS[name]())
     with pytest.raises(CheckpointCorruptError, match=r"cannot be parsed \(ValueError: opcode 0x"):
-        read_metadata(str(tmp_path))
+        read_dcp_metadata(str(tmp_path))
 
 
 def test_bounds_stay_where_code_is_allowed(
@@ -143,7 +143,7 @@ def test_bounds_stay_where_code_is_allowed(
     monkeypatch.setenv("CKPT_FAST_ALLOW_PICKLE", "1")
     (tmp_path / ".metadata").write_bytes(BOMBS["memo"]())
     with pytest.raises(CheckpointCorruptError, match="memo has no place"):
-        read_metadata(str(tmp_path))
+        read_dcp_metadata(str(tmp_path))
 
 
 def test_metadata_cannot_change_the_members_of_an_enum(tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ def test_metadata_cannot_change_the_members_of_an_enum(tmp_path: Path) -> None:
     for made in (b"R", b"\x81"):
         (tmp_path / ".metadata").write_bytes(member + made + b"}\x8c\x06hackedK\x01sb.")
         with pytest.raises((CheckpointCorruptError, UnsafeCheckpointError)):
-            read_metadata(str(tmp_path))
+            read_dcp_metadata(str(tmp_path))
     assert not hasattr(dcp.planner.WriteItemType.SHARD, "hacked")
 
 
@@ -163,7 +163,7 @@ def test_large_metadata_is_not_suspicious(tmp_path: Path) -> None:
     )
     for protocol in (2, 4):
         (tmp_path / ".metadata").write_bytes(pickle.dumps(plain, protocol))
-        assert read_metadata(str(tmp_path)) == plain
+        assert read_dcp_metadata(str(tmp_path)) == plain
 
 
 # Special files.
@@ -310,7 +310,7 @@ def test_other_keys_may_be_there(tmp_path: Path) -> None:
 
 def test_metadata_has_the_indices_of_torch(tmp_path: Path) -> None:
     save_stock(tmp_path, {"w": torch.ones(2), "n": 3})
-    assert {type(index) for index in read_metadata(str(tmp_path)).storage_data} == {MetadataIndex}
+    assert {type(index) for index in read_dcp_metadata(str(tmp_path)).storage_data} == {MetadataIndex}
 
 
 def test_many_objects_that_are_not_there(tmp_path: Path, bounded: None) -> None:
