@@ -54,7 +54,7 @@ def test_a_wrong_page_is_noticed(api_table: ModuleType, old: str, new: str) -> N
 
 
 def test_a_page_may_show_fewer_tests_than_there_are(api_table: ModuleType) -> None:
-    link = ", [test_trackers](../tests/trainer/places/test_trackers.py)"
+    link = ", [test_locate](../tests/trainer/places/test_locate.py)"
     page = api_table.PAGE.read_text()
     assert link in page
     assert api_table.problems(page.replace(link, "")) == []
