@@ -75,9 +75,8 @@ def test_every_call_fails(
 def test_the_process_ends_at_every_call(
     tmp_path: Path, kind: str, fault: Callable[..., Any], implementation: native.Implementation
 ) -> None:
-    # In a process that has torch imported and no threads, and so may fork.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    # In a process that has no threads, and so may fork. A forkserver may be another test's, of its own making.
+    context = multiprocessing.get_context("spawn")
     process = context.Process(target=end_at_every_call, args=(str(tmp_path), kind, fault, implementation))
     process.start()
     process.join()
