@@ -75,7 +75,7 @@ def test_every_call_fails(
 def test_the_process_ends_at_every_call(
     tmp_path: Path, kind: str, fault: Callable[..., Any], implementation: native.Implementation
 ) -> None:
-    # In a process that has no threads, and so may fork. A forkserver may be another test's, of its own making.
+    # In a process that has no threads, and so may fork. A forkserver may have been started by another test.
     context = multiprocessing.get_context("spawn")
     process = context.Process(target=end_at_every_call, args=(str(tmp_path), kind, fault, implementation))
     process.start()
