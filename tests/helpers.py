@@ -14,6 +14,7 @@ import gc
 import importlib
 import multiprocessing
 import os
+import resource
 import sys
 import tempfile
 import time
@@ -21,6 +22,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
 # After one rank failed, the others get this long to fail by themselves: they may wait for it for ever.
@@ -319,3 +321,15 @@ def uninstall_rng_tracker() -> None:
     from megatron.core.tensor_parallel import random as megatron_random
 
     megatron_random.initialize_rng_tracker(force_reset=True)
+
+
+@contextlib.contextmanager
+def memory_limit(more: int) -> Iterator[None]:
+    """Refuse this process more than ``more`` bytes: a damaged pickle can ask Python for any amount."""
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + more, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)

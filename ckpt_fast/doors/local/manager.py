@@ -346,6 +346,8 @@ class FastLocalCheckpointManager(LocalCheckpointManager):  # type: ignore[misc, 
             partial = os.fspath(self._local_ckpt_path_from_id(ckpt_id, True))
             try:
                 shutil.rmtree(partial)
+            except FileNotFoundError:
+                pass  # where directories cannot be renamed, its files have been moved
             except OSError as error:
                 logger.warning("rank %d could not delete %s: %s", self.rank, partial, error)
 

@@ -3,13 +3,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 import os
 import pickle
-import resource
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from ckpt_fast import FastStorageReader, native
 from tests.doors.dcp.states import differences
+from tests.helpers import memory_limit
 
 ROWS = 8
 
@@ -167,7 +166,7 @@ def flip_every_bit(rank: int, directory: str, implementation: str, first: int, s
     expected = whole(state())
     outcomes: dict[str, Any] = {"error": 0, "same": 0, "wrong": []}
     logging.disable()  # torch says of each .metadata that it cannot be read
-    with native.using(implementation), _memory_limit(2 << 30):
+    with native.using(implementation), memory_limit(2 << 30):
         for bit in range(first, 8 * len(content), step):
             _show(rank, path, content, bit)
             into = state(-7.0)
@@ -193,17 +192,6 @@ def _show(rank: int, path: Path, content: bytes, bit: int | None) -> None:
             damaged[bit // 8] ^= 1 << bit % 8
         path.write_bytes(damaged)
     dist.barrier()
-
-
-@contextlib.contextmanager
-def _memory_limit(more: int) -> Iterator[None]:
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (used + more, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 def copy_with_another_metadata(directory: str) -> None:

@@ -20,6 +20,7 @@ from ckpt_fast.format.types import ObjectShard, TensorRequest
 from ckpt_fast.pipeline.load.decode import Contents
 from ckpt_fast.pipeline.load.index import CheckpointIndex
 from ckpt_fast.pipeline.load.load import load_objects, load_tensors
+from tests.helpers import memory_limit
 from tests.manifests import make_older
 from tests.pipeline.layouts import Region, random_tensor, same, shards_of, whole
 from tests.saves import save
@@ -131,18 +132,6 @@ def test_flipped_bit_in_stock_metadata(tmp_path: Path) -> None:
         for _ in flips(tmp_path / ".metadata"):
             with contextlib.suppress(CheckpointError):
                 load_is_right(str(tmp_path))
-
-
-@contextlib.contextmanager
-def memory_limit(more: int) -> Iterator[None]:
-    """A damaged pickle can make Python ask for any amount of memory; refuse it early."""
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (used + more, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 def test_our_metadata_replaced_by_a_stock_writer(tmp_path: Path) -> None:
