@@ -344,12 +344,9 @@ class FastLocalCheckpointManager(LocalCheckpointManager):  # type: ignore[misc, 
         """Delete what has changed places with newer states. At once: the next save may use the name."""
         for ckpt_id in ckpt_ids:
             partial = os.fspath(self._local_ckpt_path_from_id(ckpt_id, True))
-            try:
-                shutil.rmtree(partial)
-            except FileNotFoundError:
-                pass  # where directories cannot be renamed, its files have been moved
-            except OSError as error:
-                logger.warning("rank %d could not delete %s: %s", self.rank, partial, error)
+            shutil.rmtree(partial, ignore_errors=True)
+            if os.path.lexists(partial):
+                logger.warning("rank %d could not delete %s: it costs disk space only", self.rank, partial)
 
     def _withdraw(self, replaced: Container[Any], written: Iterable[Any]) -> None:
         """Delete what a save that failed has written; what was there before stays. Problems are logged."""
