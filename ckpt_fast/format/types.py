@@ -114,12 +114,20 @@ class FileRecord(NamedTuple):
 
 @dataclass(frozen=True)
 class RankRecord:
-    """All that one rank has written."""
+    """All that one rank has written.
+
+    Attributes:
+        items: in the order of the digests; empty where the coordinator knows them from ``program``.
+        files, digests: see there.
+        beside: files that lie beside the checkpoint.
+        program: the token of the save program that was executed; "" if there was none.
+    """
 
     items: list[ItemRecord]
     files: list[FileRecord]
     digests: list[BlockDigests] = field(default_factory=list)
     beside: list[FileRecord] = field(default_factory=list)
+    program: str = ""
 
 
 def shard_nbytes(shard: Shard) -> int:

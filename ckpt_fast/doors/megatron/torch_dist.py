@@ -22,14 +22,16 @@ from ckpt_fast.doors.megatron.common_state import COMMON_FILE, COMMON_STATE_KEY,
 from ckpt_fast.doors.megatron.load_strategy import FastLoadStrategy
 from ckpt_fast.doors.megatron.load_wanted import check_keys, load_wanted, prepare
 from ckpt_fast.doors.megatron.parallel_save import share_of
-from ckpt_fast.doors.megatron.sharded_state import mismatches, shards_of, torch_bytes
+from ckpt_fast.doors.megatron.sharded_state import mismatches, shards_of
 from ckpt_fast.doors.megatron.stock_queue import Flag, as_request
 from ckpt_fast.format.names import SEAL_FILE
 from ckpt_fast.format.types import FileRecord
 from ckpt_fast.glu.factory import in_place
 from ckpt_fast.pipeline.load.opened import OpenCheckpoint
 from ckpt_fast.pipeline.memory.garbage import without_collections
+from ckpt_fast.pipeline.save.objects import object_bytes
 from ckpt_fast.pipeline.save.parts import Completion, SaveOptions, Share
+from ckpt_fast.pipeline.save.program import ProgramCache
 from ckpt_fast.pipeline.save.save import Save
 from ckpt_fast.ranks.group import ControlGroup
 
@@ -46,8 +48,9 @@ _SEAL = {
 class FastSaveStrategy(compat.TorchDistSaveShardedStrategy):  # type: ignore[misc]
     """Megatron-Core save strategy on the ckpt_fast pipeline.
 
-    What each rank has written is gathered at every save, whatever is cached: there is nothing that a rank
-    whose structure changed could leave stale.
+    The plan of a save is kept and used again while the structure of what this rank saves is the same. That is
+    compared at every save, whatever is promised: there is nothing that a rank whose structure changed could
+    leave stale.
 
     Args:
         backend, version: as Megatron-Core passes them; always "torch_dist", 1 on disk.
@@ -90,6 +93,7 @@ class FastSaveStrategy(compat.TorchDistSaveShardedStrategy):  # type: ignore[mis
             **options,
         )
         self.writers = thread_count
+        self.programs = ProgramCache()
 
     def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | os.PathLike[str]) -> None:
         """Collective. Save the sharded part; Megatron-Core itself writes ``metadata.json`` afterwards."""
@@ -133,7 +137,13 @@ class FastSaveStrategy(compat.TorchDistSaveShardedStrategy):  # type: ignore[mis
             directory,
             collect,
             # The seal is Megatron-Core's, and comes later: an older one may not vouch for these files.
-            SaveOptions(writers=self.writers, separate=self.separation_hint, replace=False, **options),
+            SaveOptions(
+                writers=self.writers,
+                separate=self.separation_hint,
+                replace=False,
+                programs=self.programs,
+                **options,
+            ),
             Completion(finish=lambda _: _restore(common, directory)),
         )
         job.stage()
@@ -152,6 +162,7 @@ def start_save(
     preprocess_common_before_consistency_check: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
     content_metadata: dict[str, Any] | None = None,
     write_beside: Callable[[str], Sequence[FileRecord]] = lambda _: (),
+    reuse: bool = True,
 ) -> Save:
     """Collective. Everything up to and including staging; the caller then runs ``write`` and ``commit``.
 
@@ -166,6 +177,7 @@ def start_save(
         preprocess_common_before_consistency_check: applied to the common state before ranks compare it.
         content_metadata: stored in the common state under ``content_metadata``.
         write_beside: see ``Share``.
+        reuse: plan as the strategy's last save did, where the structure is proven to be the same.
 
     Raises:
         CheckpointError: on every rank, naming the rank that failed; nothing has been written.
@@ -198,7 +210,7 @@ def start_save(
         sharded, common = preprocessed or preprocess(state_dict())
         return replace(
             share_of(strategy, sharded) if is_wrapped else Share(shards_of(sharded)),
-            common_files={COMMON_FILE: torch_bytes(common)} if group.is_coordinator else {},
+            common_files={COMMON_FILE: object_bytes(common)} if group.is_coordinator else {},
             files=compat.checkpoint_files(checkpoint_dir),
             write_beside=write_beside,
         )
@@ -207,7 +219,7 @@ def start_save(
     job = Save(
         checkpoint_dir,
         collect,
-        replace(options or SaveOptions(), writers=base.writers),
+        replace(options or SaveOptions(), writers=base.writers, programs=base.programs if reuse else None),
         replace(completion or Completion(), seal_files={SEAL_FILE: json.dumps(_SEAL).encode()}),
     )
     job.stage()
@@ -274,7 +286,7 @@ def _common_file(sharded_state_dict: dict[str, Any], directory: str) -> dict[str
     """The common state as ``common.pt`` must hold it, by that name; empty if Megatron-Core gave none."""
     for entry in compat.nested_values(sharded_state_dict):
         if isinstance(entry, compat.ShardedObject) and entry.unique_key == COMMON_STATE_KEY:
-            return {COMMON_FILE: torch_bytes(entry.data)}
+            return {COMMON_FILE: object_bytes(entry.data)}
     # Versions before 0.19 have written the file already, not durably, and read nothing else.
     with compat.checkpoint_files(directory) as files:
         try:

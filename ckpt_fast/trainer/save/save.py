@@ -326,6 +326,7 @@ def _hand_over(
         preprocess_common_before_consistency_check=preprocess_common,
         content_metadata=compat.clean_metadata_for_serialization(metadata),
         write_beside=around.write_position,
+        reuse=ckpt_cfg.ckpt_assume_constant_structure,
     )
     write_along(job, lambda directory: _write_other_formats(run, directory))
     if run.is_async:

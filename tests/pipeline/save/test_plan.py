@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from ckpt_fast.format.archive import ALIGNMENT, PAGE
 from ckpt_fast.format.types import Extent, ObjectShard, Shard, TensorShard
-from ckpt_fast.pipeline.save.plan import FilePlan, file_prefix, item_records, plan_save
+from ckpt_fast.pipeline.save.plan import FilePlan, file_prefix, item_records, object_room, plan_save
 from tests.pipeline.layouts import PLAIN_DTYPES, random_tensor, same, whole
 
 PAGE_ALIGN_FROM = 64 * PAGE
@@ -66,6 +66,9 @@ def test_layout(shards: list[Shard], writers: int) -> None:
             else:
                 assert item.payload is not None and item.raw_nbytes == 0
             end = item.offset + item.nbytes
+            if isinstance(item.shard, ObjectShard):
+                assert object_room(item.nbytes) > item.nbytes, "no room to grow"
+                end = item.offset + object_room(item.nbytes)
         assert file.nbytes == end
 
 
