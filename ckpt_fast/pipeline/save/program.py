@@ -90,11 +90,19 @@ class Prepared:
         self.tensors = tensors
         self.owners = owners
 
+    def let_go(self) -> None:
+        """All bytes are copied: the tensors are not needed any more."""
+        self.tensors, self.owners = _no_tensors, ()
+
     @property
     def nbytes(self) -> int:
         """Bytes of all shards' values."""
         nbytes: int = self.program.tensor_nbytes
         return nbytes + sum(map(len, self.payloads))
+
+
+def _no_tensors() -> Sequence[torch.Tensor]:
+    return ()
 
 
 @dataclass
@@ -310,13 +318,12 @@ class ProgramCache:
             self._programs.popitem(last=False)
 
 
-def prepare(program: SaveProgram, shards: Sequence[Shard], snapshot: bool) -> Prepared | None:
+def prepare(program: SaveProgram, shards: Sequence[Shard]) -> Prepared | None:
     """Shards of the program's structure; None if their objects have outgrown it.
 
     Args:
         program: its structure is that of the shards.
         shards: to save.
-        snapshot: whether all bytes are copied.
     """
     payloads = [shard.payload for shard in shards if isinstance(shard, ObjectShard)]
     if not program.holds(payloads):
@@ -324,4 +331,4 @@ def prepare(program: SaveProgram, shards: Sequence[Shard], snapshot: bool) -> Pr
     tensors = [shard.tensor for shard in shards if isinstance(shard, TensorShard)]
     with torch._C.DisableTorchFunction():
         pointers = torch.tensor([tensor.data_ptr() for tensor in tensors], dtype=torch.int64)
-    return Prepared(program, pointers, payloads, lambda: tensors, () if snapshot else tensors)
+    return Prepared(program, pointers, payloads, lambda: tensors, tensors)

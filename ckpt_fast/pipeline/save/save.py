@@ -102,6 +102,11 @@ class Save(Job):
             self.report.stall_s = time.perf_counter() - self._started
 
     @property
+    def structure(self) -> bytes | None:
+        """Names the save program of this rank's shards; None if none can describe them, or none is kept."""
+        return self._waves.structure
+
+    @property
     def _worker(self) -> Worker:
         return self._waves.worker
 

@@ -89,6 +89,7 @@ class Waves:
         self._first = first
         self._programs = programs
         self.program: SaveProgram | None = None
+        self.structure: bytes | None = None
         self._record = RankRecord([], [])
         self._begun = time.perf_counter()
         self.progress = progress if progress is not None else native.Progress()
@@ -117,6 +118,7 @@ class Waves:
         if len(waves) == 1 and self._programs is not None:
             with self._report.timed("plan"):
                 structure, prepared = self._prepare(shards, writers, self._programs)
+                self.structure = structure
             if prepared is not None:
                 self._stage_prepared(prepared)
                 return
@@ -135,12 +137,15 @@ class Waves:
         options = (self._prefix, writers, self._first, self._separate, self._snapshot)
         structure = structure_of(shards, options)
         program = programs.find(structure) if structure is not None else None
-        return structure, None if program is None else prepare(program, shards, self._snapshot)
+        return structure, None if program is None else prepare(program, shards)
 
     def _stage_prepared(self, prepared: Prepared) -> None:
         self.program = prepared.program
+        self.structure = prepared.program.structure
         with self._report.timed("stage"):
             staged = prepared.program.stage(prepared, self._bound, self._policy)
+            if self._snapshot:
+                prepared.let_go()
         self._submit(staged, lambda: self._write_prepared(prepared, staged))
 
     def _submit(self, staged: Staged, write: Callable[[], None]) -> None:

@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Saves whose tensors are proven to be those of the save before: only objects are collected again.
+
+Building a sharded state dict costs Python for every tensor. What it says of tensors follows from the modules
+and optimizers, and from the tensors registered with them. An inventory of those is far cheaper. While it is
+the same, so are the shards: each is a view of a registered tensor, at an offset that is known.
+"""
+
+from __future__ import annotations
+
+import operator
+import weakref
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from ckpt_fast.doors.megatron.sharded_state import shards_of
+from ckpt_fast.format.types import ObjectShard, Shard, TensorShard
+from ckpt_fast.pipeline.memory.garbage import without_collections
+from ckpt_fast.pipeline.save.objects import object_bytes
+from ckpt_fast.pipeline.save.program import Prepared, ProgramCache
+
+# Gives the sharded and the common part of a state dict; whether ranks compare theirs.
+Preprocess = Callable[[dict[str, Any], bool], tuple[dict[str, Any], dict[str, Any]]]
+
+
+class Inventory(NamedTuple):
+    """What decides which tensors a save holds.
+
+    Attributes:
+        owners: modules and optimizers.
+        tensors: those registered with them.
+        facts: a digest of everything else that matters about both.
+    """
+
+    owners: list[Any]
+    tensors: list[torch.Tensor]
+    facts: bytes
+
+
+class Collector(Protocol):
+    """What a run collects for one save. All local, unless said otherwise."""
+
+    def everything(self) -> dict[str, Any]:
+        """The sharded state dict."""
+
+    def outline(self, state_dict: dict[str, Any]) -> Any | None:
+        """What ``objects`` needs later, from ``everything``; with an attribute ``padding``: the tensors in it
+        whose content is of no account. None where the tensors are not accounted for.
+        """
+
+    def objects(self, outline: Any) -> dict[str, Any]:
+        """``everything`` without the tensors that ``inventory`` accounts for."""
+
+    def inventory(self) -> Inventory | None:
+        """What decides the tensors in ``everything``; None if only building it can tell."""
+
+
+class _Known(NamedTuple):
+    """The tensors of one save, by where they lie in its inventory. Keeps none of them alive.
+
+    Attributes:
+        structure: names the save program.
+        distribution: that decided which ranks save what; None without one.
+        owners, tensors: weak references to the inventory's.
+        facts: the inventory's.
+        source: int64 [shards]: number of the tensor that holds each shard; behind them, the padding.
+        offset: int64 [shards]: distance of the two addresses in bytes.
+        views: shape and stride of each shard.
+        outline: of the state dict.
+        names: of the objects.
+    """
+
+    structure: bytes
+    distribution: Any
+    owners: list[weakref.ref[Any]]
+    tensors: list[weakref.ref[torch.Tensor]]
+    facts: bytes
+    source: torch.Tensor
+    offset: torch.Tensor
+    views: list[tuple[torch.Size, tuple[int, ...]]]
+    outline: Any
+    names: list[str]
+
+    def describes(self, inventory: Inventory) -> bool:
+        return (
+            _are(self.owners, inventory.owners)
+            and _are(self.tensors, inventory.tensors)
+            and self.facts == inventory.facts
+        )
+
+
+class KnownTensors:
+    """The tensors of a strategy's last save, as long as they are there."""
+
+    def __init__(self) -> None:
+        self._known: _Known | None = None
+
+    @without_collections
+    def prepare(
+        self,
+        collector: Collector,
+        preprocess: Preprocess,
+        programs: ProgramCache,
+        distribution: Any,
+        bound: int | None,
+    ) -> tuple[Prepared, dict[str, Any]] | None:
+        """This save's shards and its common state; None if anything but values may have changed.
+
+        Args:
+            collector: of this save.
+            preprocess: of its state dict.
+            programs: of the saves before.
+            distribution: that is in force now.
+            bound: bytes of host buffers that the save may take.
+        """
+        known = self._known
+        program = programs.find(known.structure) if known is not None else None
+        if known is None or program is None or known.distribution is not distribution:
+            return None
+        inventory = collector.inventory()
+        if inventory is None or not known.describes(inventory):
+            self._known = None
+            return None
+        sharded, common = preprocess(collector.objects(known.outline), False)
+        objects = shards_of(sharded)
+        payloads = [shard.payload for shard in objects if isinstance(shard, ObjectShard)]
+        if [shard.fqn for shard in objects] != known.names or not program.holds(payloads):
+            return None
+        if bound is not None and program.staged_nbytes > bound:
+            return None
+        sources = [*inventory.tensors, *known.outline.padding]
+        with torch._C.DisableTorchFunction():
+            addresses = torch.tensor([tensor.data_ptr() for tensor in sources], dtype=torch.int64)
+        pointers = addresses[known.source] + known.offset
+
+        def tensors() -> list[torch.Tensor]:
+            places = zip(known.source.tolist(), known.offset.tolist(), known.views, strict=True)
+            return [_view(sources[source], offset, view) for source, offset, view in places]
+
+        return Prepared(program, pointers, payloads, tensors, sources), common
+
+    @without_collections
+    def learn(
+        self,
+        collector: Collector,
+        preprocess: Preprocess,
+        shards: Sequence[Shard],
+        common: dict[str, Any],
+        outline: Any | None,
+        structure: bytes | None,
+        distribution: Any,
+    ) -> None:
+        """Take note of a save that was collected as a whole, if the next may be like it.
+
+        Args:
+            collector: of the save; nothing has changed since it collected everything.
+            preprocess: of its state dict.
+            shards, common: what came of it.
+            outline: of the state dict that was collected.
+            structure: of the shards; None if no program can describe them.
+            distribution: that decided them.
+        """
+        self._known = None
+        if structure is None or outline is None:
+            return
+        inventory = collector.inventory()
+        if inventory is None:
+            return
+        sharded, same = preprocess(collector.objects(outline), False)
+        objects = [shard for shard in shards if isinstance(shard, ObjectShard)]
+        # The short way must give what the long one gave.
+        if shards_of(sharded) != objects or object_bytes(same) != object_bytes(common):
+            return
+        tensors = [shard.tensor for shard in shards if isinstance(shard, TensorShard)]
+        with torch._C.DisableTorchFunction():
+            places = _places(tensors, [*inventory.tensors, *outline.padding])
+            if places is None:
+                return
+            shared: dict[Any, Any] = {}  # most shards have one of few shapes
+            views = [(tensor.shape, tensor.stride()) for tensor in tensors]
+            views = [shared.setdefault(view, view) for view in views]
+        self._known = _Known(
+            structure,
+            distribution,
+            list(map(weakref.ref, inventory.owners)),
+            list(map(weakref.ref, inventory.tensors)),
+            inventory.facts,
+            torch.tensor([source for source, _ in places], dtype=torch.int64),
+            torch.tensor([offset for _, offset in places], dtype=torch.int64),
+            views,
+            outline,
+            [shard.fqn for shard in objects],
+        )
+
+
+def _are(references: Sequence[weakref.ref[Any]], objects: Sequence[Any]) -> bool:
+    """Whether each reference is to the object in its place."""
+    return len(references) == len(objects) and all(
+        map(operator.is_, (reference() for reference in references), objects)
+    )
+
+
+def _places(shards: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> list[tuple[int, int]] | None:
+    """For each shard a tensor whose memory holds it, and the distance; None if one has no such tensor."""
+    extents = sorted((tensor.data_ptr(), -_span(tensor), number) for number, tensor in enumerate(sources))
+    starts = [start for start, _, _ in extents]
+    places = []
+    for shard in shards:
+        start, span = shard.data_ptr(), _span(shard)
+        if not span:
+            places.append((0, 0))  # never read
+            continue
+        at = bisect_right(starts, start) - 1
+        # The longest of those that start here, else the nearest before.
+        at = bisect_right(starts, starts[at] - 1) if at >= 0 else at
+        if at < 0:
+            return None
+        begin, nbytes, number = extents[at]
+        source = sources[number]
+        if start + span > begin - nbytes or (source.dtype, source.device) != (shard.dtype, shard.device):
+            return None
+        places.append((number, start - begin))
+    return places
+
+
+def _span(tensor: torch.Tensor) -> int:
+    """Bytes from a tensor's first element to the end of its last."""
+    if not tensor.numel():
+        return 0
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()
+
+
+def _view(source: torch.Tensor, offset: int, view: tuple[torch.Size, tuple[int, ...]]) -> torch.Tensor:
+    shape, stride = view
+    start = source.storage_offset() + offset // source.element_size()
+    return source.detach().as_strided(shape, stride, start)
