@@ -8,6 +8,7 @@ entry per row, so that ten thousand rows cross the seam at the price of one.
 
 from array import array
 from collections.abc import Sequence
+from typing import Any
 
 def crc32(address: int, nbytes: int, seed: int = 0) -> int:
     """CRC-32 (zlib's polynomial and conventions) of memory; ``seed`` continues an earlier CRC."""
@@ -170,3 +171,15 @@ def check_pickle(content: bytes | memoryview, archive: bool = False) -> int:
 
 def cpu_features() -> list[str]:
     """Instruction sets in use, for ``ckpt-fast info`` and benchmark headers, e.g. ["pclmul", "avx512"]."""
+
+def walk_modules(roots: Sequence[object]) -> tuple[list[Any], list[Any], bytes]:
+    """torch modules below the given ones, the tensors registered with them, and the names of both.
+
+    Depth first, in the order of registration; what is registered twice comes twice. The bytes tell apart
+    trees of different names, of different kinds of tensors (parameter, buffer, None), and numbers of
+    ``state_dict`` hooks and buffers that are not persistent.
+
+    Raises:
+        TypeError: something there is no torch module, or keeps its parts otherwise.
+        RecursionError: a module contains itself.
+    """

@@ -27,6 +27,7 @@ from ckpt_fast.native.fallback_files import (
     read_file,
     require_inside,
 )
+from ckpt_fast.native.fallback_modules import walk_modules
 from ckpt_fast.native.fallback_pickle import check_pickle
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "crc32_combine",
     "permute_rows",
     "read_extents",
+    "walk_modules",
     "write_files",
 ]
 

@@ -19,6 +19,7 @@
 #include "engine/memory/copier.h"
 #include "engine/memory/permute.h"
 #include "engine/pickle/pickle_check.h"
+#include "python/walk_modules.h"
 
 namespace py = pybind11;
 using namespace ckpt_fast;
@@ -247,5 +248,6 @@ PYBIND11_MODULE(_engine, m) {
   m.def("permute_rows", permute_rows_at, py::arg("destination"), py::arg("source"), py::arg("rows"),
         py::arg("row_nbytes"), py::arg("block"), py::arg("interleave"), py::arg("threads"));
   m.def("check_pickle", check_pickle_in, py::arg("content"), py::arg("archive") = false);
+  m.def("walk_modules", walk_modules, py::arg("roots"));
   m.def("cpu_features", cpu_features);
 }

@@ -8,6 +8,7 @@ the same, so are the shards: each is a view of a registered tensor, at an offset
 
 from __future__ import annotations
 
+import hashlib
 import operator
 import weakref
 from bisect import bisect_right
@@ -32,12 +33,24 @@ class Inventory(NamedTuple):
     Attributes:
         owners: modules and optimizers.
         tensors: those registered with them.
-        facts: a digest of everything else that matters about both.
+        facts: everything else that matters about both, as bytes to compare.
     """
 
     owners: list[Any]
     tensors: list[torch.Tensor]
     facts: bytes
+
+
+class Outline(NamedTuple):
+    """A state dict without its tensors.
+
+    Attributes:
+        extra_states: the modules whose extra states make up each object, by the name of the object.
+        padding: tensors whose content is of no account.
+    """
+
+    extra_states: dict[str, list[weakref.ref[torch.nn.Module]]]
+    padding: list[torch.Tensor]
 
 
 class Collector(Protocol):
@@ -46,13 +59,11 @@ class Collector(Protocol):
     def everything(self) -> dict[str, Any]:
         """The sharded state dict."""
 
-    def outline(self, state_dict: dict[str, Any]) -> Any | None:
-        """What ``objects`` needs later, from ``everything``; with an attribute ``padding``: the tensors in it
-        whose content is of no account. None where the tensors are not accounted for.
-        """
+    def outline(self, state_dict: dict[str, Any]) -> Outline | None:
+        """What there is besides tensors in ``everything``; None where those are not accounted for."""
 
-    def objects(self, outline: Any) -> dict[str, Any]:
-        """``everything`` without the tensors that ``inventory`` accounts for."""
+    def objects(self) -> dict[str, Any]:
+        """``everything`` without the model and without the tensors that ``inventory`` accounts for."""
 
     def inventory(self) -> Inventory | None:
         """What decides the tensors in ``everything``; None if only building it can tell."""
@@ -65,8 +76,11 @@ class _Known(NamedTuple):
         structure: names the save program.
         distribution: that decided which ranks save what; None without one.
         owners, tensors: weak references to the inventory's.
-        facts: the inventory's.
-        source: int64 [shards]: number of the tensor that holds each shard; behind them, the padding.
+        facts: the inventory's digest.
+        holders: numbers of the tensors whose memory has to do with shards.
+        geometry: of the holders: shape, stride and dtype.
+        addresses: of the holders.
+        source: int64 [shards]: the holder of each shard, by its place among them; then comes the padding.
         offset: int64 [shards]: distance of the two addresses in bytes.
         views: shape and stride of each shard.
         outline: of the state dict.
@@ -78,18 +92,22 @@ class _Known(NamedTuple):
     owners: list[weakref.ref[Any]]
     tensors: list[weakref.ref[torch.Tensor]]
     facts: bytes
+    holders: list[int]
+    geometry: list[Any]
+    addresses: list[int]
     source: torch.Tensor
     offset: torch.Tensor
     views: list[tuple[torch.Size, tuple[int, ...]]]
-    outline: Any
+    outline: Outline
     names: list[str]
 
     def describes(self, inventory: Inventory) -> bool:
-        return (
-            _are(self.owners, inventory.owners)
-            and _are(self.tensors, inventory.tensors)
-            and self.facts == inventory.facts
-        )
+        if self.facts != _digest(inventory.facts):
+            return False
+        if not (_are(self.owners, inventory.owners) and _are(self.tensors, inventory.tensors)):
+            return False
+        holders = [inventory.tensors[number] for number in self.holders]
+        return self.addresses == _addresses(holders) and self.geometry == _geometry(holders)
 
 
 class KnownTensors:
@@ -124,23 +142,20 @@ class KnownTensors:
         if inventory is None or not known.describes(inventory):
             self._known = None
             return None
-        sharded, common = preprocess(collector.objects(known.outline), False)
-        objects = shards_of(sharded)
-        payloads = [shard.payload for shard in objects if isinstance(shard, ObjectShard)]
-        if [shard.fqn for shard in objects] != known.names or not program.holds(payloads):
+        found, common = _collect_objects(collector, preprocess, known.outline)
+        if found is None or found.keys() != set(known.names):
             return None
-        if bound is not None and program.staged_nbytes > bound:
+        payloads = [found[name] for name in known.names]
+        if not program.holds(payloads) or (bound is not None and program.staged_nbytes > bound):
             return None
-        sources = [*inventory.tensors, *known.outline.padding]
-        with torch._C.DisableTorchFunction():
-            addresses = torch.tensor([tensor.data_ptr() for tensor in sources], dtype=torch.int64)
-        pointers = addresses[known.source] + known.offset
+        holders = [*(inventory.tensors[number] for number in known.holders), *known.outline.padding]
+        addresses = torch.tensor(known.addresses + _addresses(known.outline.padding), dtype=torch.int64)
 
         def tensors() -> list[torch.Tensor]:
             places = zip(known.source.tolist(), known.offset.tolist(), known.views, strict=True)
-            return [_view(sources[source], offset, view) for source, offset, view in places]
+            return [_view(holders[source], offset, view) for source, offset, view in places]
 
-        return Prepared(program, pointers, payloads, tensors, sources), common
+        return Prepared(program, addresses[known.source] + known.offset, payloads, tensors, holders), common
 
     @without_collections
     def learn(
@@ -149,7 +164,7 @@ class KnownTensors:
         preprocess: Preprocess,
         shards: Sequence[Shard],
         common: dict[str, Any],
-        outline: Any | None,
+        outline: Outline | None,
         structure: bytes | None,
         distribution: Any,
     ) -> None:
@@ -169,31 +184,89 @@ class KnownTensors:
         inventory = collector.inventory()
         if inventory is None:
             return
-        sharded, same = preprocess(collector.objects(outline), False)
-        objects = [shard for shard in shards if isinstance(shard, ObjectShard)]
+        objects = {shard.fqn: shard.payload for shard in shards if isinstance(shard, ObjectShard)}
         # The short way must give what the long one gave.
-        if shards_of(sharded) != objects or object_bytes(same) != object_bytes(common):
+        found, same = _collect_objects(collector, preprocess, outline)
+        if found != objects or object_bytes(same) != object_bytes(common):
             return
         tensors = [shard.tensor for shard in shards if isinstance(shard, TensorShard)]
         with torch._C.DisableTorchFunction():
-            places = _places(tensors, [*inventory.tensors, *outline.padding])
+            holders = _holders(inventory.tensors, tensors)
+            holding = [inventory.tensors[number] for number in holders]
+            places = _places(tensors, [*holding, *outline.padding])
             if places is None:
                 return
-            shared: dict[Any, Any] = {}  # most shards have one of few shapes
-            views = [(tensor.shape, tensor.stride()) for tensor in tensors]
-            views = [shared.setdefault(view, view) for view in views]
-        self._known = _Known(
-            structure,
-            distribution,
-            list(map(weakref.ref, inventory.owners)),
-            list(map(weakref.ref, inventory.tensors)),
-            inventory.facts,
-            torch.tensor([source for source, _ in places], dtype=torch.int64),
-            torch.tensor([offset for _, offset in places], dtype=torch.int64),
-            views,
-            outline,
-            [shard.fqn for shard in objects],
-        )
+            views = _shared([(tensor.shape, tensor.stride()) for tensor in tensors])
+            self._known = _Known(
+                structure,
+                distribution,
+                list(map(weakref.ref, inventory.owners)),
+                list(map(weakref.ref, inventory.tensors)),
+                _digest(inventory.facts),
+                holders,
+                _shared(_geometry(holding)),
+                _addresses(holding),
+                torch.tensor([source for source, _ in places], dtype=torch.int64),
+                torch.tensor([offset for _, offset in places], dtype=torch.int64),
+                views,
+                outline,
+                list(objects),
+            )
+
+
+def _collect_objects(
+    collector: Collector, preprocess: Preprocess, outline: Outline
+) -> tuple[dict[str, bytes] | None, dict[str, Any]]:
+    """The bytes of each object by name, None if there are tensors among them; and the common state."""
+    sharded, common = preprocess(collector.objects(), False)
+    found = {}
+    for name, references in outline.extra_states.items():
+        modules = [reference() for reference in references]
+        found[name] = object_bytes([module.get_extra_state() for module in modules if module is not None])
+    for shard in shards_of(sharded):
+        if isinstance(shard, TensorShard) or shard.fqn in found:
+            return None, common
+        found[shard.fqn] = shard.payload
+    return found, common
+
+
+def _digest(facts: bytes) -> bytes:
+    return hashlib.blake2b(facts, digest_size=16).digest()
+
+
+def _addresses(tensors: Sequence[torch.Tensor]) -> list[int]:
+    with torch._C.DisableTorchFunction():
+        return [tensor.data_ptr() for tensor in tensors]
+
+
+def _geometry(tensors: Sequence[torch.Tensor]) -> list[Any]:
+    with torch._C.DisableTorchFunction():
+        return [(tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors]
+
+
+def _shared(values: list[Any]) -> list[Any]:
+    """One object for equal values: most tensors have one of few shapes."""
+    known: dict[Any, Any] = {}
+    return [known.setdefault(value, value) for value in values]
+
+
+def _holders(tensors: Sequence[torch.Tensor], shards: Sequence[torch.Tensor]) -> list[int]:
+    """Numbers of the tensors whose memory overlaps that of a shard."""
+    starts: list[int] = []
+    ends: list[int] = []
+    for start, end in sorted((shard.data_ptr(), shard.data_ptr() + _span(shard)) for shard in shards):
+        if ends and start <= ends[-1]:
+            ends[-1] = max(ends[-1], end)
+        elif end > start:
+            starts.append(start)
+            ends.append(end)
+    holders = []
+    for number, tensor in enumerate(tensors):
+        start, nbytes = tensor.data_ptr(), _span(tensor)
+        at = bisect_right(ends, start)
+        if nbytes and at < len(starts) and starts[at] < start + nbytes:
+            holders.append(number)
+    return holders
 
 
 def _are(references: Sequence[weakref.ref[Any]], objects: Sequence[Any]) -> bool:

@@ -3,18 +3,15 @@
 
 from __future__ import annotations
 
-import copy
-import hashlib
-import marshal
 import weakref
 from collections.abc import Callable, Iterator
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from ckpt_fast import compat
-from ckpt_fast.doors.megatron.reuse import Inventory
+from ckpt_fast import compat, native
+from ckpt_fast.doors.megatron.reuse import Inventory, Outline
 from ckpt_fast.errors import CheckpointError
 from ckpt_fast.glu.layout import (
     Sizes,
@@ -37,18 +34,6 @@ from ckpt_fast.trainer.save.target import SaveTarget
 
 _EXTRA_STATE = "._extra_state"
 _SHARDING_TYPE = "distrib_optim_sharding_type"
-
-
-class Outline(NamedTuple):
-    """A state dict without its tensors.
-
-    Attributes:
-        objects: of each model chunk: name, sharded object without data, the module whose extra state it is.
-        padding: tensors whose content is of no account.
-    """
-
-    objects: list[list[tuple[str, Any, weakref.ref[torch.nn.Module]]]]
-    padding: list[torch.Tensor]
 
 
 class Collection:
@@ -127,21 +112,26 @@ class Collection:
         return self._to_layout(state_dict)
 
     def outline(self, state_dict: dict[str, Any]) -> Outline | None:
-        """What ``objects`` needs later, from ``everything``; None where the tensors are not accounted for."""
+        """What there is besides tensors in ``everything``; None where those are not accounted for."""
         if self._stand_in is None:
             return None
+        extra_states: dict[str, list[weakref.ref[torch.nn.Module]]] = {}
         sections = [content for section, content in state_dict.items() if _is_model_section(section)]
-        chunks = zip(self._run.model, sections, strict=True)
-        objects = [list(_extra_states(chunk, section)) for chunk, section in chunks]
-        if any(module is None for chunk in objects for _, _, module in chunk):
-            return None
-        known = [[(name, entry, weakref.ref(module)) for name, entry, module in chunk] for chunk in objects]
-        return Outline(known, compat.padding_in(state_dict.get("optimizer")))
+        for chunk, section in zip(self._run.model, sections, strict=True):
+            for name, entry in section.items():
+                if isinstance(entry, (compat.ShardedTensor, compat.ShardedTensorFactory)):
+                    continue
+                module = _module_of(chunk, name, entry)
+                if module is None:
+                    return None
+                if compat.is_main_replica(entry.replica_id):
+                    extra_states.setdefault(entry.unique_key, []).append(weakref.ref(module))
+        return Outline(extra_states, compat.padding_in(state_dict.get("optimizer")))
 
-    def objects(self, outline: Outline) -> dict[str, Any]:
-        """``everything`` without the tensors that ``inventory`` accounts for."""
+    def objects(self) -> dict[str, Any]:
+        """``everything`` without the model and without the tensors that ``inventory`` accounts for."""
         assert self._stand_in is not None
-        return self._generate([_ExtraStates(chunk) for chunk in outline.objects], self._stand_in[0])
+        return self._generate([], self._stand_in[0])
 
     @without_collections
     def inventory(self) -> Inventory | None:
@@ -149,13 +139,23 @@ class Collection:
         run = self._run
         if self._stand_in is None:
             return None
-        stock = _Stock([], [], list(self._conditions()))
-        with torch._C.DisableTorchFunction():
-            for chunk in run.model:
-                stock.take_module(chunk)
-            for optimizer in torch_optimizers(run.optimizer):
-                stock.take_optimizer(optimizer)
-            return stock.counted()
+        facts = [repr(tuple(self._conditions()))]
+        try:
+            owners, tensors, names = native.walk_modules(run.model)
+        except (TypeError, AttributeError, RecursionError):
+            return None
+        for optimizer in torch_optimizers(run.optimizer):
+            owners.append(optimizer)
+            state = optimizer.state
+            for group in optimizer.param_groups:
+                facts.append(str(len(group["params"])))
+                for parameter in group["params"]:
+                    tensors.append(parameter)
+                    for name, value in state.get(parameter, {}).items():
+                        if isinstance(value, torch.Tensor):
+                            facts.append(name)
+                            tensors.append(value)
+        return Inventory(owners, tensors, names + "\0".join(facts).encode())
 
     @cached_property
     def _stand_in(self) -> tuple[Any] | None:
@@ -212,77 +212,11 @@ class Collection:
         return state_dict
 
 
-class _ExtraStates:
-    """Stands for a model chunk that has nothing but the extra state of its modules."""
-
-    def __init__(self, objects: list[tuple[str, Any, weakref.ref[torch.nn.Module]]]) -> None:
-        self._objects = objects
-
-    def sharded_state_dict(self, **_: Any) -> dict[str, Any]:
-        section = {}
-        for name, entry, reference in self._objects:
-            module = reference()
-            assert module is not None, "the inventory has it"
-            section[name] = filled = copy.copy(entry)
-            filled.data = module.get_extra_state()
-        return section
-
-
-def _extra_states(chunk: torch.nn.Module, section: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """The sharded objects of a model section, and the module of each; None for those of unknown origin."""
-    for name, entry in section.items():
-        if isinstance(entry, (compat.ShardedTensor, compat.ShardedTensorFactory)):
-            continue
-        module = None
-        if isinstance(entry, compat.ShardedObject) and name.endswith(_EXTRA_STATE):
-            entry = copy.copy(entry)  # noqa: PLW2901
-            entry.data = None
-            try:
-                module = chunk.get_submodule(name.removesuffix(_EXTRA_STATE))
-            except AttributeError:
-                module = None
-        yield name, entry, module
-
-
-class _Stock(NamedTuple):
-    """An inventory in the making."""
-
-    owners: list[Any]
-    tensors: list[torch.Tensor]
-    facts: list[Any]
-
-    def take_module(self, module: torch.nn.Module) -> None:
-        self.owners.append(module)
-        parameters, buffers, children = module._parameters, module._buffers, module._modules
-        self.facts.append(
-            (
-                *(*parameters, *buffers, *children),
-                *(len(parameters), len(buffers), len(module._non_persistent_buffers_set)),
-                *(len(module._state_dict_hooks), len(module._state_dict_pre_hooks)),
-                "sharded_state_dict" in module.__dict__,
-            )
-        )
-        for tensor in (*parameters.values(), *buffers.values()):
-            if tensor is not None:
-                self.tensors.append(tensor)
-        for child in children.values():
-            if child is not None:
-                self.take_module(child)
-
-    def take_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        self.owners.append(optimizer)
-        state = optimizer.state
-        for group in optimizer.param_groups:
-            self.facts.append(len(group["params"]))
-            for parameter in group["params"]:
-                self.tensors.append(parameter)
-                values = state.get(parameter, {})
-                self.facts.append(tuple(values))
-                self.tensors.extend(value for value in values.values() if isinstance(value, torch.Tensor))
-
-    def counted(self) -> Inventory:
-        self.facts.extend(
-            [(t.data_ptr(), tuple(t.shape), t.stride(), id(t.dtype), t.requires_grad) for t in self.tensors]
-        )
-        digest = hashlib.blake2b(marshal.dumps(self.facts, 2), digest_size=16).digest()
-        return Inventory(self.owners, self.tensors, digest)
+def _module_of(chunk: torch.nn.Module, name: str, entry: Any) -> torch.nn.Module | None:
+    """The module whose extra state an object of a model section is; None if it is anything else."""
+    if not isinstance(entry, compat.ShardedObject) or not name.endswith(_EXTRA_STATE):
+        return None
+    try:
+        return chunk.get_submodule(name.removesuffix(_EXTRA_STATE))
+    except AttributeError:
+        return None
