@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What W&B, MLflow, Comet, the progress log and fault tolerance are told. The services need accounts and a
-network, so stubs record the calls; the real MLflow and W&B do without in a test each."""
+"""What W&B, MLflow, Comet, the progress log and fault tolerance are told.
+
+The services need accounts and a network, so stubs record the calls; MLflow and W&B each have one offline
+test."""
 
 from __future__ import annotations
 
@@ -27,7 +29,7 @@ from tests.helpers import run_ranks
 
 
 class Recorder:
-    """Any method may be called; calls are kept by name."""
+    """Accepts any method call; records calls by name."""
 
     def __init__(self, fail=False):
         self.calls, self._fail = [], fail
@@ -209,7 +211,7 @@ def test_rank_0_alone_writes(tmp_path):
 
 
 class Monitor:
-    """What nvidia-resiliency-ext's RankMonitorClient offers; the real one needs its launcher."""
+    """The interface of nvidia-resiliency-ext's RankMonitorClient; the real one needs its launcher."""
 
     def __init__(self, fail=False):
         self.sections, self.updated, self.fail = [], [], fail

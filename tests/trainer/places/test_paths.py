@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names of a checkpoint's files, and what a directory is recognised as."""
+"""Names of a checkpoint's files, and what a directory is recognized as."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ckpt_fast.trainer.places import paths
 
 @pytest.fixture
 def stored_objects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A multi-storage-client profile "store" whose objects are files under the returned directory."""
+    """Make a multi-storage-client profile "store" whose objects are files under the returned directory."""
     pytest.importorskip("multistorageclient")
     config = tmp_path / "msc.yaml"
     bucket = tmp_path / "bucket"
