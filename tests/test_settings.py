@@ -186,7 +186,7 @@ def test_each_documents_its_variable_and_default(function: Callable[[], object])
 
 
 def test_no_other_module_reads_our_variables() -> None:
-    """Those of the launcher (RANK, WORLD_SIZE, ...) are not ours."""
+    """The launcher's variables (RANK, WORLD_SIZE, ...) are not ours."""
     elsewhere = []
     for path in PACKAGE.rglob("*.py"):
         if path.name == "settings.py":

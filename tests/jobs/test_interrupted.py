@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Saves and loads that are ended early: by a signal, a deadline, the end of the process."""
+"""Saves and loads that are ended early: by a signal, a deadline or process exit."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_the_process_ends_as_it_should(
     process.send_signal(number)
     left_at, errors = process.communicate(timeout=60)
     assert process.returncode == status, errors
-    assert float(left_at) - sent < 2  # from there on the interpreter and torch take their time
+    assert float(left_at) - sent < 2  # from there on, the interpreter and torch take their time
     assert "terminate called" not in errors
     left = [path.name for path in tmp_path.glob("checkpoint/*") if what == "one_save"]
     assert ".metadata" not in left and not [name for name in left if "partial" in name]

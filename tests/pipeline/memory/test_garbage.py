@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The garbage collector is off while something is planned, and on again afterwards, whatever happened."""
+"""The garbage collector is off while planning, and on again afterwards, whatever happened."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What can be refused is refused on all ranks, before anything of an older checkpoint is touched."""
+"""Invalid requests are refused on all ranks, before anything of an older checkpoint is touched."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_no_host_memory(tmp_path: Path, bound: int) -> None:
 
 
 def odd_on_one_rank(rank: int, directory: str, name: str, value: str) -> list[str]:
-    """What each door says on this rank when the setting of rank 1 is odd."""
+    """Return what each door raises on this rank if rank 1 has an invalid setting."""
     if rank == 1:
         os.environ[name] = value
     shard = TensorShard("w", torch.ones(1, 8), (rank, 0), (2, 8))
