@@ -61,7 +61,7 @@ lists: {count} names. `tests/api/test_signatures.py` compares each with the docu
 written by `scripts/api_table.py`; `tests/api/test_documented_api.py` fails when it is out of date.
 
 *Status* is "tested" when at least one test outside the signature test uses the name, else "signature only".
-What a name does not do yet stands behind it. At most {shown} test files are shown for a name.
+It also says what a name does not do yet. At most {shown} test files are shown for a name.
 """
 
 

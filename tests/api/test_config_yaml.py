@@ -228,7 +228,7 @@ def test_missing_file(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["", "- 1\n", "_target_: ckpt_fast.config.CheckpointConfig\n"])
-def test_files_that_are_no_container(tmp_path, content):
+def test_files_that_are_not_containers(tmp_path, content):
     (tmp_path / "c.yaml").write_text(content)
     with pytest.raises(CheckpointMismatchError):
         ConfigContainer.from_yaml(str(tmp_path / "c.yaml"))
@@ -343,7 +343,7 @@ def test_yaml_tags_are_refused(tmp_path):
         ConfigContainer.from_yaml(str(tmp_path / "c.yaml"))
 
 
-def test_target_that_is_no_name():
+def test_target_that_is_not_a_name():
     with pytest.raises(CheckpointMismatchError, match="not a dotted name"):
         hostile({"_target_": ["os", "system"]})
 

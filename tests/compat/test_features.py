@@ -78,12 +78,12 @@ for _ in range(2):
 @pytest.mark.parametrize(
     "module", ["ckpt_fast.checkpointing", "ckpt_fast.doors.megatron.install", "ckpt_fast.trainer.bridge"]
 )
-def test_torch_dcp_does_without_megatron_core(module: str, tmp_path: Path) -> None:
+def test_torch_dcp_works_without_megatron_core(module: str, tmp_path: Path) -> None:
     """And what needs Megatron-Core says what to install."""
     run_python(WITHOUT_MEGATRON_CORE, str(tmp_path), module)
 
 
-def test_a_package_that_megatron_core_misses_is_named() -> None:
+def test_a_package_that_megatron_core_lacks_is_named() -> None:
     missing = ModuleNotFoundError("No module named 'einops'", name="einops")
     assert without_megatron_core(missing) is missing
 

@@ -100,7 +100,7 @@ def test_seal(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("content", [b"[" * 1_000_000, b"[]", b"null"], ids=["deep", "list", "null"])
-def test_seal_that_is_no_seal(tmp_path: Path, content: bytes) -> None:
+def test_invalid_seal(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "metadata.json").write_bytes(content)
     with pytest.raises(CheckpointCorruptError, match=r"metadata\.json cannot be parsed"):
         is_sealed(str(tmp_path))

@@ -146,7 +146,7 @@ def test_dtypes_that_are_not_plain_bytes(dtype: torch.dtype) -> None:
 
 
 @given(st.binary(max_size=400), st.integers(0, 1 << 40))
-def test_junk_is_no_archive(junk: bytes, offset: int) -> None:
+def test_junk_is_not_an_archive(junk: bytes, offset: int) -> None:
     assert archive.find_raw_member(junk, offset) is None
     assert archive.local_header_nbytes(junk) is None
 

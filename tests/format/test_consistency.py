@@ -158,7 +158,7 @@ def _offset(metadata: Metadata, fqn: str) -> int:
 
 
 @pytest.mark.parametrize("name", CONTRADICTIONS)
-def test_contradictions_are_damage(name: str, saved: Path) -> None:
+def test_contradictory_metadata_is_damage(name: str, saved: Path) -> None:
     change, message = CONTRADICTIONS[name]
     metadata = pickle.loads((saved / ".metadata").read_bytes())
     change(metadata)

@@ -81,7 +81,7 @@ def save_some(directory: Path, seed: int = 0) -> None:
     payloads=st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2**60), st.integers(0, 10**6)), max_size=8),
     pickled=st.binary(max_size=40),
 )
-def test_a_manifest_comes_back(files, beside, payloads, pickled) -> None:
+def test_manifest_round_trip(files, beside, payloads, pickled) -> None:
     parts, expected = [], {}
     for half in (payloads[::2], payloads[1::2]):  # as if from two ranks, which number their files differently
         part = BlockDigests(
@@ -121,7 +121,7 @@ def test_it_describes_every_file(tmp_path: Path) -> None:
     assert manifest_lies(tmp_path) == []
 
 
-def test_stock_readers_pass_it_by(tmp_path: Path) -> None:
+def test_stock_readers_ignore_it(tmp_path: Path) -> None:
     save_some(tmp_path)
     with (tmp_path / ".metadata").open("rb") as file:
         metadata = pickle.load(file)
@@ -148,7 +148,7 @@ def test_another_tool_that_writes_the_pickle_again_drops_it(tmp_path: Path, cut:
     assert same(into, LARGE)
 
 
-def test_one_of_a_later_version_is_passed_by(tmp_path: Path) -> None:
+def test_a_later_version_is_ignored(tmp_path: Path) -> None:
     save_some(tmp_path)
     path = tmp_path / ".metadata"
     content = bytearray(path.read_bytes()[:-12])
@@ -188,7 +188,7 @@ PARTS = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["in place", "converted"])
 @pytest.mark.parametrize("part", PARTS)
-def test_what_is_read_in_part_is_checked(tmp_path: Path, part: str, dtype: torch.dtype) -> None:
+def test_partial_reads_are_checked(tmp_path: Path, part: str, dtype: torch.dtype) -> None:
     """A flip in a block that is touched is detected; in any other it does no harm."""
     save([whole("large", LARGE)], str(tmp_path))
     path = tmp_path / "__0_0.distcp"
@@ -249,7 +249,7 @@ def load_some(directory: Path) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
     return large, small, twin, load_objects(index, ["object"])["object"]
 
 
-def test_a_file_of_another_save_is_not_taken(tmp_path: Path) -> None:
+def test_a_file_of_another_save_is_rejected(tmp_path: Path) -> None:
     for seed in (0, 1):
         save_some(tmp_path / str(seed), seed)
     names = sorted(path.name for path in (tmp_path / "0").glob("*.distcp"))
@@ -263,7 +263,7 @@ def test_a_file_of_another_save_is_not_taken(tmp_path: Path) -> None:
     assert load_some(tmp_path / "0")[3] == ["object 0"]
 
 
-def test_an_item_of_another_save_is_not_taken(tmp_path: Path) -> None:
+def test_an_item_of_another_save_is_rejected(tmp_path: Path) -> None:
     """Nor is one of the same save in the place of another."""
     for seed in (0, 1):
         save_some(tmp_path / str(seed), seed)
@@ -282,7 +282,7 @@ def test_an_item_of_another_save_is_not_taken(tmp_path: Path) -> None:
     load_some(tmp_path / "0")
 
 
-def test_metadata_of_another_save_is_not_taken(tmp_path: Path) -> None:
+def test_metadata_of_another_save_is_rejected(tmp_path: Path) -> None:
     for seed in (0, 1):
         save_some(tmp_path / str(seed), seed)
     (tmp_path / "0" / ".metadata").write_bytes((tmp_path / "1" / ".metadata").read_bytes())

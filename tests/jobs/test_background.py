@@ -339,7 +339,7 @@ def test_a_thousand_saves_leak_nothing(tmp_path: Path) -> None:
     assert resident_nbytes() - memory < 20 << 20
 
 
-def test_one_save_that_cannot_be_finished_at_exit_keeps_no_other_from_it(
+def test_an_unfinishable_save_at_exit_does_not_block_others(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail() -> None:

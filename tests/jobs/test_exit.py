@@ -41,7 +41,7 @@ def test_one_rank_finishes_its_save(tmp_path: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["normally", pytest.param("exception", marks=pytest.mark.long)])
-def test_several_ranks_abandon_it_and_say_so(tmp_path: Path, how: str) -> None:
+def test_several_ranks_abandon_it_and_report_it(tmp_path: Path, how: str) -> None:
     done = run(tmp_path, how, ranks=2)
     assert (done.returncode != 0) == (how == "exception"), done.stderr
     assert "finalized" not in done.stdout

@@ -46,7 +46,7 @@ def run(slow_disk: Path, what: str, directory: Path, **environment: str) -> str:
 @pytest.mark.parametrize(
     "what", [*(pytest.param(each, marks=pytest.mark.long) for each in ("rounds", "given_up")), "failing"]
 )
-def test_what_is_ended_early_leaves_nothing(slow_disk: Path, tmp_path: Path, what: str, native: str) -> None:
+def test_interrupted_jobs_leave_nothing(slow_disk: Path, tmp_path: Path, what: str, native: str) -> None:
     run(slow_disk, what, tmp_path / "checkpoint", CKPT_FAST_NATIVE=native, CKPT_FAST_TIMEOUT="1")
 
 
@@ -70,7 +70,7 @@ def test_the_process_ends_as_it_should(
 
 
 @pytest.mark.parametrize("what", ["one_failing_save", "one_failing_background_save"])
-def test_a_failure_that_nobody_asks_for_is_said_twice(slow_disk: Path, tmp_path: Path, what: str) -> None:
+def test_an_unretrieved_failure_is_logged_twice(slow_disk: Path, tmp_path: Path, what: str) -> None:
     errors = run(slow_disk, what, tmp_path / "checkpoint")
     assert f"the save to {tmp_path}/checkpoint in the background failed: Checkpoint" in errors
     assert f"this process ends, and its save to {tmp_path}/checkpoint had failed: Checkpoint" in errors

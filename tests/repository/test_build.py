@@ -84,7 +84,7 @@ def test_a_build_without_cuda_leaves_what_lies_in_the_source_tree(tree: Path) ->
         assert built == {"_engine", "_cuda"}
 
 
-def test_an_sdist_is_of_no_cuda(tree: Path) -> None:
+def test_an_sdist_has_no_cuda_version(tree: Path) -> None:
     setup(tree, "--quiet", "sdist", cuda=True)
     assert [path.name for path in (tree / "dist").iterdir()] == [f"ckpt_fast-{RELEASE}.tar.gz"]
     shutil.unpack_archive(tree / "dist" / f"ckpt_fast-{RELEASE}.tar.gz", tree.parent)

@@ -169,7 +169,7 @@ def test_mount_points_are_known() -> None:
     assert replacement._is_mount_point("/proc") and not replacement._is_mount_point("/proc/self")
 
 
-def test_what_others_left_is_found_but_not_what_is_in_the_making(run: Path) -> None:
+def test_leftovers_are_found_but_not_saves_in_progress(run: Path) -> None:
     other = run.parent / "iter_0000006"
     other.mkdir()
     (run.parent / ".iter_0000005.0123abcd.ckpt_fast-new").mkdir()

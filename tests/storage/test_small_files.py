@@ -138,7 +138,7 @@ def test_depth_is_bounded_in_a_small_stack() -> None:
     assert len(refusals) == 3
 
 
-def test_text_that_is_no_yaml_of_plain_data() -> None:
+def test_text_that_is_not_yaml_of_plain_data() -> None:
     with pytest.raises(yaml.YAMLError):
         parse_yaml(b"a: !!python/name:os.system")
 

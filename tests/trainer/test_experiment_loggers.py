@@ -153,7 +153,7 @@ def test_relative_paths_are_made_absolute(paths, monkeypatch):
     assert mlflow.calls == [("log_artifacts", (paths[0],), {"artifact_path": "llama/iter_0000007"})]
 
 
-def test_one_service_failing_does_not_keep_the_others_from_it(paths, capsys):
+def test_one_failing_service_does_not_affect_the_others(paths, capsys):
     wandb, mlflow, comet = Wandb(fail=True), Recorder(fail=True), Recorder()
     on_save_checkpoint_success(state(wandb, mlflow, comet), *paths, 7)
     on_load_checkpoint_success(state(wandb, mlflow, comet), *paths)
@@ -190,7 +190,7 @@ def test_no_directory_no_line():
     append_to_progress_log(None, "x")
 
 
-def test_a_full_disk_is_no_reason_to_stop(tmp_path, monkeypatch, caplog):
+def test_a_full_disk_does_not_stop_training(tmp_path, monkeypatch, caplog):
     monkeypatch.delenv("RANK", raising=False)
     (tmp_path / "file").write_text("")
     append_to_progress_log(str(tmp_path / "file"), "x")

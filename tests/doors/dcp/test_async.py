@@ -316,7 +316,7 @@ class HeldPlanner(DefaultSavePlanner):
 
 @pytest.mark.parametrize("shared", [1, True, None, "bf16", 1001.5, ()])
 @pytest.mark.parametrize("kind", ["sync", "async"])
-def test_values_that_saves_share_link_nothing(tmp_path: Path, shared: object, kind: str) -> None:
+def test_equal_values_do_not_link_saves(tmp_path: Path, shared: object, kind: str) -> None:
     """A save in flight keeps its memory when another ends that has an equal value beside its tensors."""
     go = threading.Event()
     first = {"w": torch.full((1000,), 1.0), "meta": shared}

@@ -41,7 +41,7 @@ def _load_columns(rank: int, directory: str) -> str:
     return dcp_reads.error_of(lambda: dcp_reads.load(directory, into))
 
 
-def test_ranks_that_see_another_metadata_are_named(tmp_path: Path) -> None:
+def test_ranks_that_see_different_metadata_are_named(tmp_path: Path) -> None:
     directory = str(tmp_path / "checkpoint")
     run_ranks(dcp_reads.save_stock, 2, directory)
     dcp_reads.copy_with_another_metadata(directory)
@@ -137,7 +137,7 @@ def test_a_planner_without_a_state_dict(saved: Path) -> None:
         load(saved, {"plain": torch.zeros(5)}, planner=Holes())
 
 
-def test_a_replicated_piece_is_no_contradiction(saved: Path) -> None:
+def test_a_replicated_piece_is_not_a_contradiction(saved: Path) -> None:
     def twice(metadata: Any) -> None:
         chunks = metadata.state_dict_metadata["plain"].chunks
         chunks.append(chunks[0])

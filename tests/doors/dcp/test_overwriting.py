@@ -87,7 +87,7 @@ def test_plans_that_are_kept(tmp_path: Path, cached: bool) -> None:
         assert len(list(tmp_path.iterdir())) == 2 and manifest_lies(tmp_path) == []
 
 
-def test_what_dead_saves_left_goes_with_a_later_one(tmp_path: Path) -> None:
+def test_a_later_save_removes_what_dead_saves_left(tmp_path: Path) -> None:
     save(tmp_path, {"w": torch.zeros(5)})
     (tmp_path / "__0_7.distcp").write_bytes(b"whole, of a save that was never published")
     os.utime(tmp_path / "__0_7.distcp", (time.time() - 7200,) * 2)

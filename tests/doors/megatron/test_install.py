@@ -163,7 +163,7 @@ def save_more_and_more(rank: int, root: str) -> list[bool]:
     return reused
 
 
-def test_a_rank_whose_structure_changed_takes_the_others_along(tmp_path: Path) -> None:
+def test_a_changed_structure_on_one_rank_replans_all(tmp_path: Path) -> None:
     answers = run_ranks(save_more_and_more, 2, str(tmp_path))
     assert answers == [[False, True, False, False, True]] * 2
     strategy = ckpt_fast.FastLoadStrategy()

@@ -110,7 +110,7 @@ def test_flipped_bit_in_the_data_file(checkpoint: Path) -> None:
     assert noticed > 10
 
 
-def test_every_bit_of_a_tensor_is_watched(ours: Path) -> None:
+def test_every_flipped_bit_of_a_tensor_is_detected(ours: Path) -> None:
     content = data_file(ours).read_bytes()
     start = content.index(bytes(WIDE.numpy().tobytes()))
     for position in flips(data_file(ours)):

@@ -111,7 +111,7 @@ def test_metadata_that_names_anything_else_is_refused(tmp_path: Path, module: st
     assert "CKPT_FAST_ALLOW_PICKLE=1" in text
 
 
-def test_refused_metadata_has_run_nothing(tmp_path: Path) -> None:
+def test_refused_metadata_runs_nothing(tmp_path: Path) -> None:
     proof = tmp_path / "ran"
     directory = write(tmp_path, pickle.dumps(Metadata({}, planner_data=Calls(os.mkdir, str(proof)))))
     with pytest.raises(UnsafeCheckpointError):
@@ -205,7 +205,7 @@ def test_metadata_cut_short_anywhere(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "content", [b"", b"\0" * 100, b"garbage", b"\x80\x04N.", pickle.dumps({"a": 1}), pickle.dumps(Metadata)]
 )
-def test_metadata_that_is_none(tmp_path: Path, content: bytes) -> None:
+def test_invalid_metadata(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(CheckpointCorruptError, match=r"load an earlier iteration|not checkpoint metadata"):
         read_dcp_metadata(write(tmp_path, content))
 

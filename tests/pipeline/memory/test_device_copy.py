@@ -153,7 +153,7 @@ def test_a_failed_staging_gives_its_memory_back_only_when_nothing_writes_to_it()
 
 
 @pytest.mark.parametrize("asked", [True, False])
-def test_a_save_is_of_the_moment_it_was_asked_for(tmp_path: Path, no_fsync: None, asked: bool) -> None:
+def test_a_save_holds_the_state_at_the_call(tmp_path: Path, no_fsync: None, asked: bool) -> None:
     """From the call to the file. Without the promised ordering, the checkpoint would be torn."""
     gpu, tensor, queue = SimulatedGpu(seed=3), torch.arange(float(LARGE)), SaveQueue()
     expected = tensor.clone()

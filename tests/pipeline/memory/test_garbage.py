@@ -25,7 +25,7 @@ def nested() -> bool:
     return is_enabled() or gc.isenabled()
 
 
-def test_off_within() -> None:
+def test_collector_is_off_inside() -> None:
     assert gc.isenabled()
     assert not nested()
     assert gc.isenabled()

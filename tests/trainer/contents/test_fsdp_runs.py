@@ -212,7 +212,7 @@ def test_a_strict_load_needs_no_validation(checkpoints: Path) -> None:
     assert (found["restored"], found["validated"]) == (ALL, [])
 
 
-def test_a_damaged_checkpoint_is_passed_over(checkpoints: Path, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_skipped(checkpoints: Path, tmp_path: Path) -> None:
     for name in ("iter_0000001", "iter_0000002"):
         shutil.copytree(checkpoints / name, tmp_path / name)
     for name in ("latest_train_state.pt", "expected.pt"):

@@ -60,7 +60,7 @@ def test_one_list_of_all_tiers(tmp_path: Path) -> None:
     assert found[1] == Found("recovery", str(recovery), 4, f"{recovery}/iter_0000004")
 
 
-def test_links_are_followed_and_other_names_passed_over(tmp_path: Path) -> None:
+def test_links_are_followed_and_other_names_ignored(tmp_path: Path) -> None:
     archive = checkpoint(tmp_path / "archive", 5)
     run = tmp_path / "run"
     checkpoint(run, 4)

@@ -88,7 +88,7 @@ def test_zero_leaves_the_one_to_resume_from(tmp_path):
     assert left(tmp_path) == [3]
 
 
-def test_newer_ones_may_be_in_the_making(tmp_path):
+def test_newer_ones_may_be_in_progress(tmp_path):
     for iteration in (1, 2, 3, 4):
         checkpoint(tmp_path, iteration)
     cleanup(str(tmp_path), leave_ckpt_num=1, max_iteration=2)

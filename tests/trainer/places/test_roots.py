@@ -121,7 +121,7 @@ def test_an_iteration_that_was_moved_to_an_archive(directory: Path) -> None:
 # --- What is said ----------------------------------------------------------------------------------------
 
 
-def test_a_position_that_is_lost_is_said(directory: Path) -> None:
+def test_a_lost_position_is_reported(directory: Path) -> None:
     shutil.rmtree(directory / "run/energon/iter_0000002")
     ((_, position, printed),) = run_ranks(resume, 1, str(directory), {"load": "run"})
     assert position == -1
@@ -129,13 +129,13 @@ def test_a_position_that_is_lost_is_said(directory: Path) -> None:
     assert f"WARNING: no dataloader state in {directory}/run/energon/iter_0000002" in printed
 
 
-def test_a_loader_that_cannot_take_the_position_is_said(sound: Path) -> None:
+def test_a_loader_that_cannot_restore_is_reported(sound: Path) -> None:
     ((_, _, printed),) = run_ranks(resume, 1, str(sound), {"load": "run"}, SimpleNamespace())
     assert "WARNING: the position in the data is not restored" in printed
     assert "has no restore_state" in printed
 
 
-def test_parts_that_are_not_restored_are_said(sound: Path) -> None:
+def test_parts_that_are_not_restored_are_reported(sound: Path) -> None:
     for config, restored, left in (
         ({"finetune": True}, "weights;", "optimizer (finetune), scheduler (finetune), RNG (finetune)"),
         ({"load_optim": False}, "weights, RNG, counters;", "optimizer (load_optim=False)"),
@@ -164,7 +164,9 @@ def lose_everything(directory: Path) -> None:
         ("run", "none of the 2 iterations in {}/run is whole: {}/run/iter_0000002"),
     ],
 )
-def test_a_start_from_scratch_is_said_once(directory: Path, load: str | None, why: str, ranks: int) -> None:
+def test_a_start_from_scratch_is_reported_once(
+    directory: Path, load: str | None, why: str, ranks: int
+) -> None:
     (directory / "empty").mkdir()
     lose_everything(directory)
     answers = run_ranks(resume, ranks, str(directory), {"load": load})

@@ -146,7 +146,7 @@ def test_run_config_is_sanitised(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["- a\n", "just text", "model: 3\n", "checkpoint: [save]\n"])
-def test_a_file_that_is_no_run_config(tmp_path: Path, content: str) -> None:
+def test_a_file_that_is_not_a_run_config(tmp_path: Path, content: str) -> None:
     path = tmp_path / "run_config.yaml"
     path.write_text(content)
     with pytest.raises(RuntimeError, match=r"run_config\.yaml: it is no configuration.*ckpt_step"):

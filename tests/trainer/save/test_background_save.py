@@ -61,7 +61,7 @@ def save_in_background(rank: int, root: str) -> list[str]:
     return wrong
 
 
-def test_background_save_is_of_the_moment_it_was_asked_for(tmp_path: Path) -> None:
+def test_background_save_holds_the_state_at_the_call(tmp_path: Path) -> None:
     assert run_ranks(save_in_background, 2, str(tmp_path)) == [[], []]
     # Deletion continues in a thread.
     wait_until(lambda: iterations(str(tmp_path)) == [4])
@@ -142,6 +142,6 @@ def change_settings_in_flight(rank: int, root: str) -> tuple[list[str], list[int
     return uploads.paths, notes.steps
 
 
-def test_loggers_are_told_as_it_was_when_the_save_began(tmp_path: Path) -> None:
+def test_loggers_get_the_values_at_the_call(tmp_path: Path) -> None:
     """With the settings and the step of the time of the call."""
     assert run_ranks(change_settings_in_flight, 1, str(tmp_path)) == [(["iter_0000001"], [1, 3])]

@@ -132,7 +132,7 @@ def save_steps(rank: int, bucket: Bucket) -> None:
             run.save()
 
 
-def test_damaged_objects_are_passed_over(bucket: Bucket) -> None:
+def test_damaged_objects_are_skipped(bucket: Bucket) -> None:
     run_ranks(save_steps, 2, bucket)
     saved = shutil.copytree(bucket.local, f"{bucket.local}.saved")
     for name, damage in DAMAGES.items():

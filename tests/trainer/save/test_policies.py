@@ -68,7 +68,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_is_passed_over(root: str, damage: str) -> None:
+def test_a_damaged_checkpoint_is_skipped(root: str, damage: str) -> None:
     DAMAGES[damage](os.path.join(root, "iter_0000003"))
     assert load(root, 2) == Loaded((2, FLOPS), restored=ALL, kept=set())
 
@@ -95,7 +95,7 @@ def test_ranks_fall_back_together(saved: str, tmp_path: Path) -> None:
     assert results == [[(2, FLOPS)] * len(roots) + [(3, FLOPS)]] * 2
 
 
-def test_a_damaged_recovery_checkpoint_is_passed_over(saved: str, tmp_path: Path) -> None:
+def test_a_damaged_recovery_checkpoint_is_skipped(saved: str, tmp_path: Path) -> None:
     """By the recovery checkpoint before it, or by the persistent one, whichever is newer."""
     root = tmp_path / "run"
     shutil.copytree(saved, root / "non_persistent")
@@ -125,7 +125,7 @@ def load_and_tell(rank: int, config: dict[str, Any]) -> tuple[Any, str]:
     return result, re.findall(r"falling back to (\S+)", printed.getvalue())[-1]
 
 
-def test_several_damaged_checkpoints_are_passed_over(root: str) -> None:
+def test_several_damaged_checkpoints_are_skipped(root: str) -> None:
     DAMAGES["bit"](os.path.join(root, "iter_0000003"))
     DAMAGES["shard"](os.path.join(root, "iter_0000002"))
     assert load(root, 1).result == (1, FLOPS)
@@ -146,7 +146,7 @@ def test_no_fall_back_where_none_is_wanted(root: str) -> None:
 
 
 @pytest.mark.parametrize("step", [2, 3])
-def test_a_policy_that_is_none_is_refused(root: str, step: int) -> None:
+def test_an_invalid_policy_is_refused(root: str, step: int) -> None:
     """Even if nothing is damaged: not only when it is needed for the first time."""
     if step == 2:
         DAMAGES["bit"](os.path.join(root, "iter_0000003"))
@@ -156,7 +156,7 @@ def test_a_policy_that_is_none_is_refused(root: str, step: int) -> None:
 
 
 @pytest.mark.parametrize("setting", [{"on_save_error": "ignore"}, {"on_save_in_progress": "drop"}])
-def test_a_save_with_a_policy_that_is_none(setting: dict[str, str], tmp_path: Path) -> None:
+def test_a_save_with_an_invalid_policy(setting: dict[str, str], tmp_path: Path) -> None:
     ((name, value),) = setting.items()
     with pytest.raises(RankError, match=f"{name}='{value}': use one of "):
         run_ranks(training.save_steps, 1, SETUP, str(tmp_path / "run"), 1, setting)

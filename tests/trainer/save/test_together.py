@@ -173,7 +173,7 @@ def save_after_one_that_was_refused(rank: int, root: str) -> list[float]:
     return [float(loaded[name][-1]) for name in "abc"]
 
 
-def test_a_refused_save_leaves_no_idea_of_who_saves_what(tmp_path: Path) -> None:
+def test_a_refused_save_caches_no_distribution(tmp_path: Path) -> None:
     for values in run_ranks(save_after_one_that_was_refused, 2, str(tmp_path)):
         assert values == [3.0, 3.0, 3.0]
 
@@ -213,7 +213,7 @@ def load_damaged(rank: int, root: str) -> tuple[str, str]:
     return error_of(lambda: dist_checkpointing.load(state(0.0), root, FastLoadStrategy()))
 
 
-def test_no_rank_goes_on_with_a_load_that_failed_on_another(tmp_path: Path) -> None:
+def test_no_rank_continues_a_load_that_failed_on_another(tmp_path: Path) -> None:
     first, second = run_ranks(load_damaged, 2, str(tmp_path))
     assert first == second
     require(first, "CheckpointCorruptError", "rank 1: ")
