@@ -3,7 +3,7 @@
 
 Addresses are plain integers (``tensor.data_ptr()``); the caller keeps the memory alive. Every call that
 moves bytes releases the GIL. Columns are buffers of signed 64-bit integers (``array.array("q")``), one
-entry per row, so that ten thousand rows cross the seam at the price of one.
+entry per file, piece, extent or series, so that ten thousand of them cost one call.
 """
 
 from array import array
@@ -23,15 +23,15 @@ def copy_runs(
     destination: array[int],
     source: array[int],
     nbytes: array[int],
-    runs: array[int],
+    run_count: array[int],
     pitch: array[int],
     threads: int,
 ) -> None:
-    """Copy series of runs, all rows in parallel.
+    """Copy series of runs (contiguous byte ranges), in parallel.
 
-    Row i copies ``runs[i]`` runs of ``nbytes[i]`` bytes, which begin ``pitch[i]`` bytes apart at address
-    ``source[i]`` (0 repeats one), to one behind the other at ``destination[i]``. Nothing overlaps what is
-    written. Large copies bypass the caches.
+    Series i consists of ``run_count[i]`` runs of ``nbytes[i]`` bytes that begin ``pitch[i]`` bytes apart at
+    address ``source[i]`` (a pitch of 0 repeats one run). They are packed at ``destination[i]``. Destinations
+    overlap neither each other nor a source. Large copies bypass the caches.
     """
 
 class Progress:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What becomes of a save that is in flight when the program ends."""
+"""What happens to a save that is in flight when the program ends."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_one_rank_finishes_its_save(tmp_path: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["normally", pytest.param("exception", marks=pytest.mark.long)])
-def test_several_ranks_abandon_it_and_say_so(tmp_path: Path, how: str) -> None:
+def test_several_ranks_abandon_it_and_report_it(tmp_path: Path, how: str) -> None:
     done = run(tmp_path, how, ranks=2)
     assert (done.returncode != 0) == (how == "exception"), done.stderr
     assert "finalized" not in done.stdout
@@ -54,7 +54,7 @@ def test_several_ranks_abandon_it_and_say_so(tmp_path: Path, how: str) -> None:
 
 
 def test_sigterm_is_like_a_crash(tmp_path: Path) -> None:
-    """Without a handler of the program's own, there is nobody to ask: the checkpoint before it stays."""
+    """Without a handler of the program's own, nobody can finish it: the previous checkpoint stays."""
     assert run(tmp_path, "SIGTERM").returncode == -signal.SIGTERM
     assert_not_published(tmp_path / "second")
     assert (tmp_path / "first" / "metadata.json").exists()

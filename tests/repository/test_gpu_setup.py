@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tests marked ``gpu`` are found, and their fixtures and parameters set up, on every machine.
 
-Where there is no GPU they are skipped before that, and would never be seen to ask for what is not there.
+Without a GPU they are skipped before that, so a missing fixture would go unnoticed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def test_every_gpu_test_can_be_set_up() -> None:
 
 
 def test_a_missing_fixture_is_seen(tmp_path: Path) -> None:
-    """That is what the check is for; and no test is run by it."""
+    """That is what the check is for; it runs no test."""
     (tmp_path / "conftest.py").write_text((TESTS / "conftest.py").read_text())
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu: needs a CUDA device\n")
     (tmp_path / "test_it.py").write_text(

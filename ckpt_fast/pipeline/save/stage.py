@@ -229,17 +229,17 @@ def _offsets(tensors: Sequence[torch.Tensor], first: Sequence[int]) -> list[int]
 
 
 def _copy_on_cpu(tensors: Sequence[torch.Tensor], slots: Sequence[torch.Tensor]) -> None:
-    rows: list[tuple[int, ...]] = []
+    copies: list[tuple[int, ...]] = []
     for tensor, slot in zip(tensors, slots, strict=True):
         if needs_copy(tensor, snapshot=False):
             _as(tensor, slot).copy_(tensor)
             continue
         address = slot.data_ptr()
         for series in strided.as_rows(tensor):
-            rows.append((address, series.address, series.nbytes, series.number, series.pitch))
+            copies.append((address, series.address, series.nbytes, series.number, series.pitch))
             address += series.nbytes * series.number
-    if rows:
-        to, origin, nbytes, number, pitch = (array("q", column) for column in zip(*rows, strict=True))
+    if copies:
+        to, origin, nbytes, number, pitch = (array("q", column) for column in zip(*copies, strict=True))
         native.copy_runs(to, origin, nbytes, number, pitch, settings.io_threads())
 
 

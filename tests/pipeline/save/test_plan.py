@@ -20,7 +20,7 @@ PAGE_ALIGN_FROM = 64 * PAGE
 
 
 def tensor_shard(number: int, numel: int, dtype: torch.dtype = torch.uint8) -> TensorShard:
-    # One page of memory however large the tensor: a plan looks at shapes only.
+    # One page of memory however large the tensor: a plan uses only shapes.
     return whole(f"t{number}", torch.empty(1, dtype=dtype).expand(numel))
 
 
@@ -90,7 +90,7 @@ def test_balance(sizes: list[int], writers: int) -> None:
     files = plan_save([tensor_shard(n, size) for n, size in enumerate(sizes)], "__0_", writers)
     loads = [sum(item.nbytes for item in file.items) for file in files]
     largest = max(item.nbytes for file in files for item in file.items)
-    # What placing the largest first into the emptiest file promises (Graham): 4/3 of the optimum at most.
+    # What assigning the largest first to the emptiest file guarantees (Graham): at most 4/3 of the optimum.
     optimum = max(largest, math.ceil(sum(loads) / len(loads)))
     assert max(loads) <= optimum * 4 / 3 + 1 or max(loads) - min(loads) <= largest
 
