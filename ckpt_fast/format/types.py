@@ -117,10 +117,11 @@ class RankRecord:
     """All that one rank has written.
 
     Attributes:
-        items: in the order of the digests; empty where the coordinator knows them from ``program``.
+        items: in the order of the digests; left out where ``is_known``.
         files, digests: see there.
         beside: files that lie beside the checkpoint.
         program: the token of the save program that was executed; "" if there was none.
+        is_known: whether the coordinator has had the items of the program before.
     """
 
     items: list[ItemRecord]
@@ -128,6 +129,7 @@ class RankRecord:
     digests: list[BlockDigests] = field(default_factory=list)
     beside: list[FileRecord] = field(default_factory=list)
     program: str = ""
+    is_known: bool = False
 
 
 def shard_nbytes(shard: Shard) -> int:

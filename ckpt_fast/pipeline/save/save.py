@@ -283,9 +283,9 @@ class Save(Job):
     def _with_items(self) -> Outcome[RankRecord]:
         assert self._written is not None
         record, program = self._written.value, self._program
-        if record is None or record.items or program is None:
+        if record is None or not record.is_known or program is None:
             return self._written
-        return replace(self._written, value=replace(record, items=program.items()))
+        return replace(self._written, value=replace(record, items=program.items(), is_known=False))
 
     def _metadata(self, records: Sequence[RankRecord]) -> bytes | None:
         """The pickle in ``.metadata``; None if it takes items that the ranks left out."""
@@ -293,7 +293,7 @@ class Save(Job):
         sealed = program.sealed if program is not None else None
         if sealed is not None and sealed.fits(records, self._planner_data):
             return sealed.encode(records)
-        if any(record.program and not record.items and record.digests for record in records):
+        if any(record.is_known for record in records):
             return None
         if program is not None:
             program.sealed = None

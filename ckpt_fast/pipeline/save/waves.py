@@ -90,6 +90,7 @@ class Waves:
         self._programs = programs
         self.program: SaveProgram | None = None
         self.structure: bytes | None = None
+        self._is_known = False
         self._record = RankRecord([], [])
         self._begun = time.perf_counter()
         self.progress = progress if progress is not None else native.Progress()
@@ -228,7 +229,8 @@ class Waves:
             raise self.error
         if self.progress.stopped:
             raise CheckpointError(f"the save to {self._report.directory} was cancelled")
-        return replace(self._record, program=self.program.token if self.program is not None else "")
+        program = self.program.token if self.program is not None else ""
+        return replace(self._record, program=program, is_known=self._is_known)
 
     def run(self, shards: Sequence[Shard] | Prepared) -> RankRecord:
         """``stage`` and ``finish``, for callers that have nothing to do in between.
@@ -267,7 +269,8 @@ class Waves:
     def _write_prepared(self, prepared: Prepared, staged: Staged) -> None:
         program = prepared.program
         self._write(staged, lambda: program.written(prepared, staged))
-        if not program.is_known:
+        self._is_known = program.is_known
+        if not self._is_known:
             self._record.items.extend(program.items())
 
     def _write(self, staged: Staged, encode: Callable[[], WriteProgram]) -> WriteProgram:
