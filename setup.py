@@ -26,7 +26,11 @@ ROOT = Path(__file__).resolve().parent
 ENGINE = "ckpt_fast.native._engine"
 CUDA = "ckpt_fast.native._cuda"
 SOURCES = {
-    ENGINE: [*sorted(glob("csrc/engine/*/*.cc", root_dir=ROOT)), "csrc/python/engine_module.cc", "csrc/python/walk_modules.cc"],
+    ENGINE: [
+        *sorted(glob("csrc/engine/*/*.cc", root_dir=ROOT)),
+        "csrc/python/engine_module.cc",
+        "csrc/python/walk_modules.cc",
+    ],
     CUDA: [*sorted(glob("csrc/cuda/*.cu", root_dir=ROOT)), "csrc/python/cuda_module.cc"],
 }
 

@@ -193,10 +193,15 @@ def _command() -> str:
     return "python benchmarks/" + " ".join(words)
 
 
-def parse_arguments(description: str | None, **defaults: object) -> argparse.Namespace:
-    """Parse the options that all benchmarks share; ``defaults`` overrides their defaults.
+def parse_arguments(
+    description: str | None,
+    more: Callable[[argparse.ArgumentParser], None] = lambda _: None,
+    **defaults: object,
+) -> argparse.Namespace:
+    """Parse the options that all benchmarks share, and those that ``more`` adds.
 
-    ``path`` becomes a temporary directory below the given one, removed when the process exits.
+    ``defaults`` overrides their defaults. ``path`` becomes a temporary directory below the given one, removed
+    when the process exits.
     """
     parser = argparse.ArgumentParser(description=description and description.splitlines()[0])
     parser.add_argument("--gigabytes", type=float, default=1.0, help="size of the state (1)")
@@ -209,6 +214,7 @@ def parse_arguments(description: str | None, **defaults: object) -> argparse.Nam
     parser.add_argument("--page-cache", action="store_true", help="saves are not synced")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where the state is (cpu)")
     parser.add_argument("--output", type=Path, help="write the report to this file as well")
+    more(parser)
     parser.set_defaults(**defaults)
     options = parser.parse_args()
     options.path.mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from ckpt_fast.pipeline.load.decode import read_dcp_metadata
 from tests.helpers import RankError, run_ranks
 from tests.manifests import make_older
 from tests.models import FLOPS, Run, Setup
@@ -45,16 +46,20 @@ def load(root: str, step: int, **config: Any) -> Loaded:
     return loaded
 
 
-def flip_a_bit(path: str) -> None:
-    with open(path, "r+b") as file:
-        file.seek(os.path.getsize(path) // 2)
+def flip_a_bit(directory: str) -> None:
+    """Flip a bit in the middle of the longest item of rank 0."""
+    items = read_dcp_metadata(directory).storage_data.values()
+    mine = [item for item in items if item.relative_path == "__0_0.distcp"]
+    longest = max(mine, key=lambda item: item.length)
+    with open(os.path.join(directory, longest.relative_path), "r+b") as file:
+        file.seek(longest.offset + longest.length // 2)
         byte = file.read(1)[0]
         file.seek(-1, os.SEEK_CUR)
         file.write(bytes([byte ^ 1]))
 
 
 DAMAGES = {
-    "bit": lambda directory: flip_a_bit(os.path.join(directory, "__0_0.distcp")),
+    "bit": flip_a_bit,
     "truncated": lambda directory: os.truncate(os.path.join(directory, "__0_0.distcp"), 5000),
     "shard": lambda directory: os.unlink(os.path.join(directory, "__0_0.distcp")),
     "seal": lambda directory: os.unlink(os.path.join(directory, "metadata.json")),

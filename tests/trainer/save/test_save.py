@@ -170,7 +170,9 @@ def save_oddly(rank: int, root: str) -> list[tuple[str, str]]:
         save = functools.partial(save_checkpoint, run.state, [], run.optimizer, run.scheduler, 0)
         errors.append(error_of(save))
         run.checkpoint.save_rng = False
-        patch.setattr("ckpt_fast.trainer.save.save.get_rng_state", lambda *_, **__: pytest.fail("not wanted"))
+        patch.setattr(
+            "ckpt_fast.trainer.save.collect.get_rng_state", lambda *_, **__: pytest.fail("not wanted")
+        )
         return [*errors, error_of(run.save)]
 
 
