@@ -132,7 +132,8 @@ class Manifest:
         ).encode()
         file, offset, nbytes = array("I"), array("q"), array("q")
         for part in self._digests:
-            file.extend(number[part.paths[each]] for each in part.file)
+            numbers = [number[path] for path in part.paths]
+            file.extend(array("I", map(numbers.__getitem__, part.file)))
             offset.extend(part.offset)
             nbytes.extend(part.nbytes)
         columns = [file, offset, nbytes, array("I", b"".join(part.crcs for part in self._digests))]
