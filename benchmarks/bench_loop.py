@@ -5,9 +5,9 @@
     torchrun --nproc-per-node 2 benchmarks/bench_loop.py --layers 12 --hidden-size 512
 
 The model is that of examples/train_gpt.py, in bf16 with a distributed optimizer; 200 thin layers by default,
-for thousands of tensors and objects. Every save is the second or a later one of its contestant, which may reuse
-what it has planned. A round trains some steps, saves, and trains on until the checkpoint is durable. Times are
-those of the slowest rank:
+for thousands of tensors and objects. Every save is the second or a later one of its contestant, which may
+reuse what it has planned. A round trains some steps, saves, and trains on until the checkpoint is durable.
+Times are those of the slowest rank:
 
 held up   the call of the save
 later     how much longer the steps after it take in all, up to the one that finds the checkpoint durable
