@@ -28,7 +28,11 @@ RUNS = {
     "glu": ["bench_glu.py"],
 }
 # The same with two ranks.
-ON_TWO_RANKS = {"stall-2-ranks": ["bench_stall.py"]}
+ON_TWO_RANKS = {
+    "stall-2-ranks": ["bench_stall.py"],
+    "loop": ["bench_loop.py"],
+    "loop-12-layers": ["bench_loop.py", "--layers", "12", "--hidden-size", "512"],
+}
 PARTS = ["bench_parts.py"]
 
 

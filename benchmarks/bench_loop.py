@@ -201,9 +201,14 @@ class MegatronCore(Saver):
 class Dcp(Saver):
     name = "dcp.async_save"
 
+    def __init__(self) -> None:
+        self._group: Any = None
+
     def save(self, loop: Loop, path: Path) -> None:
+        # Its thread makes collectives while training makes others.
+        self._group = self._group or dist.new_group(backend="gloo")
         writer = dcp.FileSystemWriter(path, thread_count=2)
-        self._saved = dcp.async_save(loop.local_tensors(), storage_writer=writer)
+        self._saved = dcp.async_save(loop.local_tensors(), storage_writer=writer, process_group=self._group)
 
     def poll(self, blocking: bool = False) -> bool:
         if blocking:

@@ -74,6 +74,15 @@ def test_stall(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
+def test_loop(tmp_path: Path) -> None:
+    report = run_script("bench_loop.py", tmp_path, "--layers", "2")
+    for title in ("training is held up", "later steps take longer", "from the call until durable"):
+        assert title in report
+    for name in ("limit: memcpy", "ckpt_fast ", "mcore async", "dcp.async_save"):
+        assert f"\n  {name}" in report
+
+
+@pytest.mark.long
 def test_plan(tmp_path: Path) -> None:
     report = run_script("bench_plan.py", tmp_path)
     assert report.count("MB of .metadata") == 4
