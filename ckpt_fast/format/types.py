@@ -129,6 +129,11 @@ class RankRecord:
     beside: list[FileRecord] = field(default_factory=list)
     program: str = ""
 
+    @property
+    def lacks_items(self) -> bool:
+        """Whether items were left out."""
+        return not self.items and any(digests.offset for digests in self.digests)
+
 
 def shard_nbytes(shard: Shard) -> int:
     """Bytes of a shard's values."""

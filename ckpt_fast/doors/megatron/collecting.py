@@ -53,15 +53,16 @@ class Collecting:
         state_dict = group.agree(self._everything)
         self._whole = group.agree(lambda: self._preprocess(state_dict, True))
 
-    def share(self, bound: int | None) -> tuple[Share, dict[str, Any]]:
+    def share(self, snapshot: bool, bound: int | None) -> tuple[Share, dict[str, Any]]:
         """Local. The share of this rank and its common state.
 
         Args:
+            snapshot: whether tensors may change while they are written.
             bound: bytes of host buffers that the save may take.
         """
         if self._whole is None and self._known is not None and self._collector is not None:
             found = self._known.prepare(
-                self._collector, self._preprocess, self._programs, self._distribution, bound
+                self._collector, self._preprocess, self._programs, self._distribution, snapshot, bound
             )
             if found is not None:
                 prepared, common = found

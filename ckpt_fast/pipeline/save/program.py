@@ -128,6 +128,7 @@ class SaveProgram:
         structure: as ``structure_of`` gave it.
         shards: the first save's, still alive.
         files, staged, written: its plan, its staged bytes (not yet released) and its write program.
+        snapshot: whether all tensors were copied; otherwise most are read where they are.
 
     Attributes:
         token: random; ranks name programs by it.
@@ -147,8 +148,10 @@ class SaveProgram:
         files: Sequence[FilePlan],
         staged: Staged,
         written: WriteProgram,
+        snapshot: bool,
     ) -> None:
         self.structure = structure
+        self._snapshot = snapshot
         self.token = secrets.token_hex(8)
         self.is_known = False
         self.sealed: SealedMetadata | None = None
@@ -161,6 +164,15 @@ class SaveProgram:
         """What ``.metadata`` needs of each item, in the order of the digests."""
         records: list[ItemRecord] = pickle.loads(self._items)
         return records
+
+    def suits(self, snapshot: bool, bound: int | None) -> bool:
+        """Whether it is a program for such a save.
+
+        Args:
+            snapshot: whether tensors may change while they are written.
+            bound: bytes of host buffers that the save may take.
+        """
+        return self._snapshot == snapshot and (bound is None or self.staged_nbytes <= bound)
 
     def holds(self, payloads: Sequence[bytes]) -> bool:
         """Whether objects of these bytes have room."""

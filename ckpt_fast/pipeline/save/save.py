@@ -167,6 +167,7 @@ class Save(Job):
             if is_known is None:
                 complete = self._group.gather(self._with_items())
                 is_known = self._group.decide(lambda: self._publish(complete), complete)
+                assert is_known is not None, "nothing was published"
         if self._program is not None:
             self._program.is_known = bool(is_known)
         self._hold.let_go()
@@ -293,7 +294,7 @@ class Save(Job):
         sealed = program.sealed if program is not None else None
         if sealed is not None and sealed.fits(records, self._planner_data):
             return sealed.encode(records)
-        if any(record.program and not record.items and record.digests for record in records):
+        if any(record.lacks_items for record in records):
             return None
         if program is not None:
             program.sealed = None
