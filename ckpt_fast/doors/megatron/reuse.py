@@ -283,6 +283,8 @@ def _are(references: Sequence[weakref.ref[Any]], objects: Sequence[Any]) -> bool
 def _places(shards: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> list[tuple[int, int]] | None:
     """For each shard a tensor whose memory holds it, and the distance; None if one has no such tensor."""
     extents = sorted((tensor.data_ptr(), -_span(tensor), number) for number, tensor in enumerate(sources))
+    if not extents:
+        return None if shards else []
     starts = [start for start, _, _ in extents]
     places = []
     for shard in shards:

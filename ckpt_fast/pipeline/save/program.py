@@ -15,6 +15,7 @@ import itertools
 import marshal
 import pickle
 import secrets
+import threading
 from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -306,7 +307,7 @@ def _replaced(column: array[int], at: torch.Tensor, values: torch.Tensor) -> arr
 
 
 class ProgramCache:
-    """The programs of a caller's latest structures. Not thread-safe.
+    """The programs of a caller's latest structures. Threads that write saves keep them here.
 
     Args:
         size: how many are kept.
@@ -315,19 +316,22 @@ class ProgramCache:
     def __init__(self, size: int = 1) -> None:
         self._size = size
         self._programs: OrderedDict[bytes, SaveProgram] = OrderedDict()
+        self._lock = threading.Lock()
 
     def find(self, structure: bytes) -> SaveProgram | None:
         """The program of the structure, if it is kept."""
-        program = self._programs.get(structure)
-        if program is not None:
-            self._programs.move_to_end(structure)
-        return program
+        with self._lock:
+            program = self._programs.get(structure)
+            if program is not None:
+                self._programs.move_to_end(structure)
+            return program
 
     def keep(self, program: SaveProgram) -> None:
         """Keep a program; the least recently used one goes where there are too many."""
-        self._programs[program.structure] = program
-        while len(self._programs) > self._size:
-            self._programs.popitem(last=False)
+        with self._lock:
+            self._programs[program.structure] = program
+            while len(self._programs) > self._size:
+                self._programs.popitem(last=False)
 
 
 def prepare(program: SaveProgram, shards: Sequence[Shard]) -> Prepared | None:

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from ckpt_fast import native
 from ckpt_fast.checkpointing import maybe_finalize_async_save
+from ckpt_fast.errors import CheckpointError
 from ckpt_fast.trainer.save.collect import Collection
 from tests.manifests import manifest_lies
 from tests.models import Run, identical
@@ -64,6 +65,27 @@ class Twins:
         dist.barrier()
         return count == []
 
+    def start(self, stack: contextlib.ExitStack) -> tuple[str, str]:
+        """Start the one of a pair in the background, writing nothing before ``stack`` is left.
+
+        Returns:
+            The two directories.
+        """
+        self.saves += 1
+        self._save("new", {}, ckpt_assume_constant_structure=False, async_save=False)
+        stack.enter_context(writing_held())
+        self._start()
+        return self.directory("new"), self.directory("kept")
+
+    def fail(self) -> str:
+        """Save with the kept context alone; return the error."""
+        self.saves += 1
+        try:
+            self._save("kept", self.context, ckpt_assume_constant_structure=True, async_save=False)
+        except (CheckpointError, KeyboardInterrupt) as error:
+            return str(error)
+        return "no error"
+
     def directory(self, twin: str) -> str:
         """Return the directory of one of the last pair: "new" or "kept"."""
         return os.path.join(self._root(twin), f"iter_{self.run.state.train_state.step:07d}")
@@ -77,12 +99,15 @@ class Twins:
             setattr(self.run.checkpoint, name, value)
         self.run.save(checkpointing_context=context)
 
+    def _start(self) -> None:
+        self.run.checkpoint.save, self.run.checkpoint.async_save = self._root("kept"), True
+        self.run.state.initialize_async_checkpoint_worker()
+        self._save("kept", self.context, ckpt_assume_constant_structure=True, async_save=True)
+
     def _save_in_background(self, meanwhile: Callable[[], Any]) -> None:
         position = vars(self.run.state.train_state).copy()
         with writing_held() as go_on:
-            self.run.checkpoint.async_save = True
-            self.run.state.initialize_async_checkpoint_worker()
-            self._save("kept", self.context, ckpt_assume_constant_structure=True, async_save=True)
+            self._start()
             meanwhile()
             go_on.set()
             maybe_finalize_async_save(self.run.state, self.run.checkpoint, blocking=True)
@@ -108,10 +133,16 @@ def everything_counted() -> Iterator[list[Collection]]:
 
 @contextlib.contextmanager
 def writing_held() -> Iterator[threading.Event]:
-    """Let no file be written before the event is set."""
+    """Let saves in the background that use a kept context write no file before the event is set."""
     go_on, engine = threading.Event(), native.engine()
     original = engine.write_files
-    engine.write_files = lambda *args, **options: (go_on.wait(60), original(*args, **options))[1]
+
+    def write_files(paths: list[str], *args: Any, **options: Any) -> Any:
+        if any("/kept_" in path for path in paths):
+            assert go_on.wait(60)
+        return original(paths, *args, **options)
+
+    engine.write_files = write_files
     try:
         yield go_on
     finally:
