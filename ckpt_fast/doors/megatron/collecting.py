@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -16,6 +17,8 @@ from ckpt_fast.format.types import Shard
 from ckpt_fast.pipeline.save.parts import Share
 from ckpt_fast.pipeline.save.program import Prepared, ProgramCache
 from ckpt_fast.ranks.group import ControlGroup
+
+logger = logging.getLogger(__name__)
 
 
 class Collecting:
@@ -53,15 +56,16 @@ class Collecting:
         state_dict = group.agree(self._everything)
         self._whole = group.agree(lambda: self._preprocess(state_dict, True))
 
-    def share(self, bound: int | None) -> tuple[Share, dict[str, Any]]:
+    def share(self, snapshot: bool, bound: int | None) -> tuple[Share, dict[str, Any]]:
         """Local. The share of this rank and its common state.
 
         Args:
+            snapshot: whether tensors may change while they are written.
             bound: bytes of host buffers that the save may take.
         """
         if self._whole is None and self._known is not None and self._collector is not None:
             found = self._known.prepare(
-                self._collector, self._preprocess, self._programs, self._distribution, bound
+                self._collector, self._preprocess, self._programs, self._distribution, snapshot, bound
             )
             if found is not None:
                 prepared, common = found
@@ -71,9 +75,9 @@ class Collecting:
             self._shards = shards_of(sharded)
             return Share(self._shards), common
         share = share_of(self._strategy, sharded)
-        assert share.divide is not None and not isinstance(share.shards, Prepared)
+        assert not isinstance(share.shards, Prepared)
         self._shards = share.shards
-        return replace(share, divide=functools.partial(self._divided, share.divide)), common
+        return replace(share, divide=functools.partial(self._divide, share)), common
 
     def learn(self, structure: bytes | None) -> None:
         """Local. Let the next save know what this one, which has been staged, was like.
@@ -83,15 +87,18 @@ class Collecting:
         """
         if self._known is None or self._collector is None or self._shards is None or self._whole is None:
             return
-        self._known.learn(
-            self._collector,
-            self._preprocess,
-            self._shards,
-            self._whole[1],
-            self._outline,
-            structure,
-            self._distribution,
-        )
+        try:
+            self._known.learn(
+                self._collector,
+                self._preprocess,
+                self._shards,
+                self._whole[1],
+                self._outline,
+                structure,
+                self._distribution,
+            )
+        except Exception:  # this save has all it needs, and the other ranks count on it
+            logger.warning("the next save collects everything again", exc_info=True)
 
     @property
     def _distribution(self) -> Any:
@@ -116,13 +123,14 @@ class Collecting:
             self._whole = self._preprocess(self._everything(), False)
         return self._whole
 
-    def _divide(self) -> Sequence[Shard]:
-        """Collective. Other ranks' tensors have changed: collect everything, and divide it anew."""
-        sharded, _ = self._collected()
-        divide = share_of(self._strategy, sharded).divide
-        assert divide is not None
-        return self._divided(divide)
+    def _divide(self, share: Share | None = None) -> Sequence[Shard]:
+        """Collective. The tensors of some rank have changed: divide them anew.
 
-    def _divided(self, divide: Callable[[], Sequence[Shard]]) -> Sequence[Shard]:
-        self._shards = divide()
+        Args:
+            share: of this rank; None if it has yet to collect its tensors, because only others' have changed.
+        """
+        # No rank may wait in the division for one that cannot collect.
+        share = ControlGroup().agree(lambda: share or share_of(self._strategy, self._collected()[0]))
+        assert share.divide is not None
+        self._shards = share.divide()
         return self._shards

@@ -123,6 +123,7 @@ class KnownTensors:
         preprocess: Preprocess,
         programs: ProgramCache,
         distribution: Any,
+        snapshot: bool,
         bound: int | None,
     ) -> tuple[Prepared, dict[str, Any]] | None:
         """This save's shards and its common state; None if anything but values may have changed.
@@ -132,11 +133,14 @@ class KnownTensors:
             preprocess: of its state dict.
             programs: of the saves before.
             distribution: that is in force now.
+            snapshot: whether tensors may change while they are written.
             bound: bytes of host buffers that the save may take.
         """
         known = self._known
         program = programs.find(known.structure) if known is not None else None
         if known is None or program is None or known.distribution is not distribution:
+            return None
+        if not program.suits(snapshot, bound):
             return None
         inventory = collector.inventory()
         if inventory is None or not known.describes(inventory):
@@ -146,7 +150,7 @@ class KnownTensors:
         if found is None or found.keys() != set(known.names):
             return None
         payloads = [found[name] for name in known.names]
-        if not program.holds(payloads) or (bound is not None and program.staged_nbytes > bound):
+        if not program.holds(payloads):
             return None
         holders = [*(inventory.tensors[number] for number in known.holders), *known.outline.padding]
         addresses = torch.tensor(known.addresses + _addresses(known.outline.padding), dtype=torch.int64)
@@ -279,6 +283,8 @@ def _are(references: Sequence[weakref.ref[Any]], objects: Sequence[Any]) -> bool
 def _places(shards: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> list[tuple[int, int]] | None:
     """For each shard a tensor whose memory holds it, and the distance; None if one has no such tensor."""
     extents = sorted((tensor.data_ptr(), -_span(tensor), number) for number, tensor in enumerate(sources))
+    if not extents:
+        return None if shards else []
     starts = [start for start, _, _ in extents]
     places = []
     for shard in shards:

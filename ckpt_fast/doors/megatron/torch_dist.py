@@ -188,6 +188,7 @@ def start_save(
         TypeError: the strategy is of another class.
     """
     _require_class(strategy, FastSaveStrategy)
+    options = options or SaveOptions()
     group = ControlGroup()
     validate = validate_access_integrity and dist.is_available() and dist.is_initialized()
     is_wrapped = isinstance(strategy, compat.FullyParallelSaveStrategyWrapper)
@@ -209,8 +210,10 @@ def start_save(
         collecting.collect(group)
 
     def collect() -> Share:
-        bound = options.host_buffer if options is not None else None
-        share, common = collecting.share(bound if bound is not None else Settings.read().host_buffer_bytes)
+        bound = options.host_buffer
+        if bound is None:
+            bound = Settings.read().host_buffer_bytes
+        share, common = collecting.share(options.snapshot, bound)
         return replace(
             share,
             common_files={COMMON_FILE: object_bytes(common)} if group.is_coordinator else {},
@@ -221,7 +224,7 @@ def start_save(
     job = Save(
         checkpoint_dir,
         collect,
-        replace(options or SaveOptions(), writers=base.writers, programs=base.programs if reuse else None),
+        replace(options, writers=base.writers, programs=base.programs if reuse else None),
         replace(completion or Completion(), seal_files={SEAL_FILE: json.dumps(_SEAL).encode()}),
     )
     job.stage()

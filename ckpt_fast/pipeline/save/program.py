@@ -15,6 +15,7 @@ import itertools
 import marshal
 import pickle
 import secrets
+import threading
 from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -128,6 +129,7 @@ class SaveProgram:
         structure: as ``structure_of`` gave it.
         shards: the first save's, still alive.
         files, staged, written: its plan, its staged bytes (not yet released) and its write program.
+        snapshot: whether all tensors were copied; otherwise most are read where they are.
 
     Attributes:
         token: random; ranks name programs by it.
@@ -147,8 +149,10 @@ class SaveProgram:
         files: Sequence[FilePlan],
         staged: Staged,
         written: WriteProgram,
+        snapshot: bool,
     ) -> None:
         self.structure = structure
+        self._snapshot = snapshot
         self.token = secrets.token_hex(8)
         self.is_known = False
         self.sealed: SealedMetadata | None = None
@@ -161,6 +165,15 @@ class SaveProgram:
         """What ``.metadata`` needs of each item, in the order of the digests."""
         records: list[ItemRecord] = pickle.loads(self._items)
         return records
+
+    def suits(self, snapshot: bool, bound: int | None) -> bool:
+        """Whether it is a program for such a save.
+
+        Args:
+            snapshot: whether tensors may change while they are written.
+            bound: bytes of host buffers that the save may take.
+        """
+        return self._snapshot == snapshot and (bound is None or self.staged_nbytes <= bound)
 
     def holds(self, payloads: Sequence[bytes]) -> bool:
         """Whether objects of these bytes have room."""
@@ -294,7 +307,7 @@ def _replaced(column: array[int], at: torch.Tensor, values: torch.Tensor) -> arr
 
 
 class ProgramCache:
-    """The programs of a caller's latest structures. Not thread-safe.
+    """The programs of a caller's latest structures. Threads that write saves keep them here.
 
     Args:
         size: how many are kept.
@@ -303,19 +316,22 @@ class ProgramCache:
     def __init__(self, size: int = 1) -> None:
         self._size = size
         self._programs: OrderedDict[bytes, SaveProgram] = OrderedDict()
+        self._lock = threading.Lock()
 
     def find(self, structure: bytes) -> SaveProgram | None:
         """The program of the structure, if it is kept."""
-        program = self._programs.get(structure)
-        if program is not None:
-            self._programs.move_to_end(structure)
-        return program
+        with self._lock:
+            program = self._programs.get(structure)
+            if program is not None:
+                self._programs.move_to_end(structure)
+            return program
 
     def keep(self, program: SaveProgram) -> None:
         """Keep a program; the least recently used one goes where there are too many."""
-        self._programs[program.structure] = program
-        while len(self._programs) > self._size:
-            self._programs.popitem(last=False)
+        with self._lock:
+            self._programs[program.structure] = program
+            while len(self._programs) > self._size:
+                self._programs.popitem(last=False)
 
 
 def prepare(program: SaveProgram, shards: Sequence[Shard]) -> Prepared | None:

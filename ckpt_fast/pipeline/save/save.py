@@ -167,6 +167,7 @@ class Save(Job):
             if is_known is None:
                 complete = self._group.gather(self._with_items())
                 is_known = self._group.decide(lambda: self._publish(complete), complete)
+                assert is_known is not None, "nothing was published"
         if self._program is not None:
             self._program.is_known = bool(is_known)
         self._hold.let_go()

@@ -16,6 +16,8 @@ from ckpt_fast.pipeline.save.encode import encode_metadata
 _INT = struct.Struct("<I")
 _MARKS = (0x5A, 0x6B, 0x7C, 0x3D)
 _MOST = 1 << 24
+# With the room that an object has to grow, its length is still one of four bytes.
+_LONGEST = 1 << 30
 
 
 class SealedMetadata:
@@ -41,6 +43,8 @@ class SealedMetadata:
         ]
         if len(self._objects) >= _MOST:
             raise ValueError(f"{len(self._objects)} objects are too many")
+        if any(records[rank].items[position].extent.nbytes > _LONGEST for rank, position in self._objects):
+            raise ValueError(f"an object is longer than {_LONGEST} bytes")
         for mark in _MARKS:
             pickled = encode_metadata(_marked(records, mark), planner_data)
             places = _places(pickled, mark, len(self._objects))

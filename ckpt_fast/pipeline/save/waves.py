@@ -263,7 +263,7 @@ class Waves:
         if structure is not None and self._programs is not None:
             # What only a plan describes is planned again by the next save.
             with contextlib.suppress(ValueError):
-                self.program = SaveProgram(structure, shards, files, staged, written)
+                self.program = SaveProgram(structure, shards, files, staged, written, self._snapshot)
                 self._programs.keep(self.program)
 
     def _write_prepared(self, prepared: Prepared, staged: Staged) -> None:

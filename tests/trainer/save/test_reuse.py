@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Saves of a structure that is promised to stay: they collect less, and never save an old or a wrong byte."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+
+from tests.helpers import run_ranks
+from tests.models import Run, Setup
+from tests.trainer.save import mutations
+from tests.trainer.save.mutations import Mutation
+from tests.trainer.save.twins import Twins
+
+SETUPS = {
+    "dense": Setup(layers=2, distributed=True),
+    "bf16": Setup(layers=2, distributed=True, bf16=True),
+    "not parallel": Setup(layers=2, distributed=True, bf16=True, parallel_save=False),
+    "experts": Setup(experts=2, distributed=True, bf16=True),
+    "gated experts": Setup(experts=2, distributed=True, bf16=True, glu=(None, 4)),
+    "gated": Setup(layers=2, distributed=True, glu=(None, 4), parallel_save=False),
+    "not distributed": Setup(layers=2, bf16=True),
+    "tensor parallel": Setup(layers=2, tp=2, distributed=True, bf16=True),
+}
+
+
+def run_of(setup: Setup) -> Run:
+    """Return a run that saves its optimizer where that can be done with interleaved rows, and be reused."""
+    return Run(setup, async_strategy="mcore", save_optim=setup.distributed and setup.glu == (None, None))
+
+
+def train(run: Run) -> None:
+    """Change all values in place, as training does, whatever was done to the run."""
+    run.state.train_state.step += 1
+    run.scheduler.step(increment=1)
+    model = mutations.model_of(run)
+    with torch.no_grad():
+        for tensor in [*model.parameters(), *filter(torch.is_floating_point, model.buffers())]:
+            tensor.add_(0.001)
+        for adam in mutations.adams(run):
+            for parameter, state in adam.state.items():
+                parameter.add_(0.01)
+                for name, value in state.items():
+                    value.add_(1 if name == "step" else 0.01)
+
+
+def save_in_modes(rank: int, root: str, setup: Setup, modes: list[bool]) -> list[bool]:
+    """Train and save in the background or not; return which saves collected objects only."""
+    reused = []
+    with run_of(setup) as run:
+        twins = Twins(run, root)
+        for in_background in modes:
+            run.train(1)
+            reused.append(twins.save(in_background, lambda: run.train(1)))
+    return reused
+
+
+@pytest.mark.parametrize(("kind", "ranks"), [("dense", 1), ("experts", 2)])
+def test_unchanged_structure_is_reused_by_saves_of_either_kind(tmp_path: Path, kind: str, ranks: int) -> None:
+    modes = [False, False, True, True, False, False]
+    expected = [False, True, False, True, False, True]
+    assert run_ranks(save_in_modes, ranks, str(tmp_path), SETUPS[kind], modes) == [expected] * ranks
+
+
+def test_rank_without_anything_to_save(tmp_path: Path) -> None:
+    assert (
+        run_ranks(save_in_modes, 2, str(tmp_path), SETUPS["gated"], [False] * 3) == [[False, True, True]] * 2
+    )
+
+
+def change(rank: int, root: str, setup: Setup, changes: list[Mutation]) -> dict[str, list[bool]]:
+    """Save twice after each change; return which saves collected objects only."""
+    reused = {}
+    with run_of(setup) as run:
+        twins = Twins(run, root)
+        train(run)
+        twins.save()
+        for number, mutation in enumerate(changes):
+            mutation(run, Random(number))
+            reused[mutation.__name__] = []
+            for _ in range(2):
+                train(run)
+                reused[mutation.__name__].append(twins.save())
+    return reused
+
+
+KEPT = (mutations.nothing, mutations.layers_frozen)
+CHANGED = (
+    mutations.parameter_replaced,
+    mutations.memory_replaced,
+    mutations.data_swapped,
+    mutations.parameters_swapped,
+    mutations.parameters_tied,
+    mutations.parameters_untied,
+    mutations.module_replaced,
+    mutations.moments_swapped,
+    mutations.states_swapped,
+    mutations.state_tensor_replaced,
+    mutations.state_recreated,
+    mutations.loaded,
+    mutations.buffer_changed,
+    mutations.saving_of_optimizer_switched,
+    mutations.saving_of_rng_switched,
+)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_structural_change_is_saved_and_reused_again(tmp_path: Path, ranks: int) -> None:
+    expected = {mutation.__name__: [True, True] for mutation in KEPT}
+    expected |= {mutation.__name__: [False, True] for mutation in CHANGED}
+    found = run_ranks(change, ranks, str(tmp_path), SETUPS["bf16"], [*KEPT, *CHANGED])
+    assert found[0] == expected
+    # The state of random numbers is another rank's.
+    assert found[1:] == [{**expected, "saving_of_rng_switched": [True, True]}] * (ranks - 1)
+
+
+def change_at_random(rank: int, root: str, setup: Setup, seed: int, saves: int) -> None:
+    chance, log = Random(seed), []
+    with run_of(setup) as run:
+        twins = Twins(run, root)
+        train(run)
+        try:
+            while twins.saves < saves:
+                log.append(mutations.apply(run, chance))
+                for _ in range(chance.choice([1, 2, 3])):
+                    if chance.random() < 0.7:
+                        train(run)
+                    in_background = chance.random() < 0.4
+                    reused = twins.save(in_background, lambda: train(run))
+                    log.append(f"{twins.saves}{' in background' * in_background}{' reused' * reused}")
+        except BaseException as error:
+            error.add_note(f"seed {seed}, save {twins.saves}, after: {log}")
+            raise
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("kind", SETUPS)
+def test_random_changes(tmp_path: Path, kind: str, ranks: int, seed: int) -> None:
+    if ranks < SETUPS[kind].tp:
+        pytest.skip("needs more ranks")
+    run_ranks(change_at_random, ranks, str(tmp_path), SETUPS[kind], seed, 14)
