@@ -15,6 +15,9 @@ import torch
 
 from ckpt_fast import native
 
+# Nothing is compiled here, and what torch would import for that takes each process a quarter of its start.
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+
 # How long an example takes says something of the machine. Fixtures choose an implementation or make a
 # directory; examples do not disturb each other through them.
 hypothesis.settings.register_profile(
@@ -50,14 +53,13 @@ def slow_disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return library
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip tests that need a GPU where there is none, unless a job exists to run just these.
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call(item: pytest.Item) -> None:
+    """Skip a test that needs a GPU where there is none, unless a job exists to run just these.
 
-    With ``--setup-only`` no test runs; fixtures and parameters need no GPU.
+    Not before its fixtures and parameters are set up, which need no GPU: their errors are seen everywhere.
     """
-    if torch.cuda.is_available() or os.environ.get("FAIL_WITHOUT_GPU") == "1" or config.option.setuponly:
+    if item.get_closest_marker("gpu") is None or torch.cuda.is_available():
         return
-    skip = pytest.mark.skip(reason="needs a CUDA device (FAIL_WITHOUT_GPU=1 makes this a failure)")
-    for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(skip)
+    if os.environ.get("FAIL_WITHOUT_GPU") != "1":
+        pytest.skip("needs a CUDA device (FAIL_WITHOUT_GPU=1 makes this a failure)")
