@@ -19,7 +19,9 @@ STEPS = (2, 1)
 NEWEST = "iter_0000002"
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["1-rank", "2-ranks"])
+@pytest.fixture(
+    scope="module", params=[pytest.param(1, marks=pytest.mark.long), 2], ids=["1-rank", "2-ranks"]
+)
 def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, str]:
     """Number of ranks, and the root of iterations 1 and 2 that they saved."""
     root = str(tmp_path_factory.mktemp("everywhere") / "run")
