@@ -53,7 +53,7 @@ def test_a_file_that_is_missing_cut_or_of_another_save(saved: tuple[int, str]) -
 
 
 def test_flipped_bits_of_every_file(saved: tuple[int, str]) -> None:
-    flips = damage.sampled_flips(saved[1], 2, per_file=6, per_item=0)
+    flips = damage.sampled_flips(saved[1], 2, per_file=3, per_item=0)
     assert damage.unwanted(outcomes(saved, flips), "right", "older") == []
 
 
