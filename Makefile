@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# One command each; every target makes the environment it needs. See CONTRIBUTING.md.
+# One command each; every target creates the environment it needs. See CONTRIBUTING.md.
 #
 #   PYTHON    Python 3.10 or newer, for stack A (default: python3)
 #   PYTHON_B  Python 3.12, for stack B (default: the first one found)
@@ -19,8 +19,8 @@ PYTHON_B ?= $(shell for python in python3.12 "$$(pyenv prefix 3.12 2>/dev/null)/
 	"$$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null && echo "$$python" && break; \
 	done)
 PYTEST ?= -n 2 --dist worksteal -m "not slow and not long"
-# Engine and pipeline without the files that take many seconds: processes that end, threads that fail, campaigns
-# of flipped bits and of random bytes; then the README's snippet for each door, and local checkpoints, which have none.
+# Engine and pipeline without the slow files (exiting processes, failing threads, flipped bits, random bytes), the
+# README's snippet for each door, and local checkpoints, which have no snippet.
 QUICK := tests/native tests/format tests/storage tests/ranks tests/jobs tests/pipeline \
 	$(addprefix --ignore=tests/, native/test_check_pickle.py native/test_copy_runs.py format/test_consistency.py \
 		format/test_manifest.py jobs/test_background.py jobs/test_exit.py jobs/test_interrupted.py \
@@ -35,7 +35,7 @@ X := .venv-x
 TORCH ?= 2.13.0
 MCORE ?= 0.19.2
 NVRX ?= 0.7.0
-# What meets other packages: the doors, and training runs.
+# The tests that involve other packages: the doors, and training runs.
 VERSIONS_PYTEST ?= -n 2 --dist worksteal -m "not slow and not long" tests/compat/test_features.py tests/api/test_signatures.py \
 	tests/doors tests/interop tests/trainer/test_bridge.py tests/trainer/save/test_save.py \
 	tests/trainer/save/test_async_save.py tests/trainer/contents/test_fsdp.py tests/trainer/contents/test_local.py \
@@ -81,7 +81,7 @@ test-long: $(B)/.installed ## the tests that take long, on stack B: many process
 	@$(B)/bin/python -m pytest -n 2 --dist worksteal -m "long and not slow"
 
 .PHONY: crash
-crash: $(A)/.installed ## every state in which a kill or a power loss may leave a save: loaded and saved over
+crash: $(A)/.installed ## load, and save over, every state in which a kill or power loss can leave a save
 	@$(A)/bin/python -m pytest -m "slow or not slow" -rP tests/crash/states/test_states.py
 
 .PHONY: test-slow
@@ -89,7 +89,7 @@ test-slow: $(A)/.installed ## the tests that take hours: campaigns of faults, fo
 	@$(A)/bin/python -m pytest -n 2 -m slow
 
 .PHONY: demo
-demo: $(A)/.installed ## train, be killed, resume, compare
+demo: $(A)/.installed ## train, get killed, resume, compare
 	@PYTHONWARNINGS=ignore $(A)/bin/python examples/demo.py
 
 .PHONY: bench
@@ -112,7 +112,7 @@ clean: ## remove what was built; the environments stay
 	rm -f ckpt_fast/native/*.so $(A)/.installed $(B)/.installed
 	find ckpt_fast tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# The checkpointing part of nvidia-resiliency-ext is pure Python; what its wheels are tagged for, is not needed.
+# The checkpointing part of nvidia-resiliency-ext is pure Python; the platform tags of its wheels do not matter.
 NVRX_OPTIONS := --quiet --no-deps --only-binary=:all: --platform manylinux_2_39_$(shell uname -m) \
 	--platform manylinux_2_31_$(shell uname -m)
 
@@ -121,7 +121,7 @@ define require-python-b
 	{ echo "This needs Python 3.12 and none was found; choose one: make PYTHON_B=/path/to/python3.12" >&2; exit 1; }
 endef
 
-# The stamps lie inside the environments, so that removing an environment removes them too.
+# The stamps are inside the environments, so that removing an environment removes them too.
 
 $(A)/.requirements: requirements/stack-a.txt requirements/dev.txt requirements/optional.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -139,7 +139,7 @@ $(B)/.requirements: requirements/stack-b.txt requirements/dev.txt requirements/o
 			nvidia-resiliency-ext==0.7.0
 	@touch $@
 
-# Another version in the place of one that is there; no versions are kept side by side.
+# Replaces the installed versions; none are kept side by side.
 $(X)/.versions-$(TORCH)-$(MCORE)-$(NVRX): requirements/dev.txt
 	$(require-python-b)
 	@$(X)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON_B) -m venv $(X)

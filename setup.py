@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds the two extension modules with ninja: ``_engine`` always, ``_cuda`` where there is an nvcc.
+"""Builds the two extension modules with ninja: ``_engine`` always, ``_cuda`` if nvcc is found.
 
 ``CKPT_FAST_CUDA=0`` leaves ``_cuda`` out; ``CKPT_FAST_CUDA_ARCHS`` ("80;90;100") chooses its GPU
-architectures, the last of which is also included as PTX for later GPUs. The version of a build says which
-CUDA its ``_cuda`` is of ("0.1.0+cu130"); an sdist is of none.
+architectures, the last of which is also included as PTX for later GPUs. The version of a build names
+the CUDA release of its ``_cuda`` ("0.1.0+cu130"); an sdist names none.
 """
 
 from __future__ import annotations
@@ -26,13 +26,17 @@ ROOT = Path(__file__).resolve().parent
 ENGINE = "ckpt_fast.native._engine"
 CUDA = "ckpt_fast.native._cuda"
 SOURCES = {
-    ENGINE: [*sorted(glob("csrc/engine/*/*.cc", root_dir=ROOT)), "csrc/python/engine_module.cc"],
+    ENGINE: [
+        *sorted(glob("csrc/engine/*/*.cc", root_dir=ROOT)),
+        "csrc/python/engine_module.cc",
+        "csrc/python/walk_modules.cc",
+    ],
     CUDA: [*sorted(glob("csrc/cuda/*.cu", root_dir=ROOT)), "csrc/python/cuda_module.cc"],
 }
 
 
 def find_nvcc() -> tuple[str | None, str]:
-    """The nvcc to build ``_cuda`` with, or None and the reason why it is left out."""
+    """Return the nvcc to build ``_cuda`` with, or None and the reason why it is left out."""
     if os.environ.get("CKPT_FAST_CUDA") == "0":
         return None, "CKPT_FAST_CUDA=0"
     if len(SOURCES[CUDA]) < 2 or not (ROOT / SOURCES[CUDA][-1]).exists():
@@ -44,10 +48,10 @@ def find_nvcc() -> tuple[str | None, str]:
 
 
 def version() -> str:
-    """The version of what is built here."""
+    """Return the version of this build."""
     of_package = runpy.run_path(str(ROOT / "ckpt_fast" / "version.py"))
     nvcc, _ = find_nvcc()
-    # What is built from an sdist keeps the sdist's version: pip refuses another one.
+    # A build from an sdist keeps the sdist's version: pip refuses any other.
     if nvcc is None or "sdist" in sys.argv or (ROOT / "PKG-INFO").exists():
         return str(of_package["build_version"](None))
     said = subprocess.run([nvcc, "--version"], check=True, capture_output=True, text=True).stdout
@@ -58,7 +62,7 @@ def version() -> str:
 
 
 def gencode_flags(nvcc: str) -> list[str]:
-    """Machine code for each architecture chosen, and PTX of the last."""
+    """Return the flags for machine code of each chosen architecture, and PTX of the last."""
     chosen = os.environ.get("CKPT_FAST_CUDA_ARCHS")
     if chosen:
         archs = chosen.replace(",", ";").split(";")
@@ -70,7 +74,7 @@ def gencode_flags(nvcc: str) -> list[str]:
 
 
 def write_ninja_file(path: Path, extensions: list[str], nvcc: str | None) -> None:
-    """Write the build graph of ``extensions``; objects and libraries land beside ``path``."""
+    """Write the build graph of ``extensions``; objects and libraries go next to ``path``."""
     import pybind11
     from ninja.ninja_syntax import Writer
 
@@ -109,7 +113,7 @@ class NinjaBuild(build_ext):
         names = [extension.name for extension in self.extensions]
         if CUDA not in names:
             self.announce(f"ckpt_fast: building without CUDA: {reason}", level=logging.WARNING)
-            # Not into a wheel with what an earlier build left in its folder; one in the source tree stays.
+            # Keep a module of an earlier build out of the wheel; one in the source tree stays.
             (Path(self.build_lib) / self.get_ext_filename(CUDA)).unlink(missing_ok=True)
         # One folder per Python: interpreters side by side share a checkout but no object files.
         folder = ROOT / "build" / f"ninja-{sysconfig.get_config_var('SOABI')}"
@@ -117,7 +121,7 @@ class NinjaBuild(build_ext):
         write_ninja_file(folder / "build.ninja", names, nvcc if CUDA in names else None)
         from ninja import BIN_DIR
 
-        # BIN_DIR is empty where only PATH knows ninja, as in pip's isolated builds.
+        # BIN_DIR is empty if ninja is only on PATH, as in pip's isolated builds.
         if subprocess.run([os.path.join(BIN_DIR, "ninja"), "-C", str(folder)], check=False).returncode != 0:
             hint = "; CKPT_FAST_CUDA=0 builds without its CUDA part" if CUDA in names else ""
             raise SystemExit(f"ckpt_fast: the native build failed, see above{hint}")

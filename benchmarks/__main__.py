@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A selection that takes a few minutes, each benchmark in a process of its own: ``make bench``.
+"""Run a selection that takes a few minutes, each benchmark in a process of its own: ``make bench``.
 
     python -m benchmarks [DIRECTORY FOR REPORTS]
 
-A big process makes forks and page faults dearer for everyone in it, so that none inherits another's heap.
+In a large process, forks and page faults are more expensive; this way, none inherits another's heap.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"
 
 
 def main() -> int:
-    """Run everything, in spite of failures; returns the number of those."""
+    """Run everything, carrying on after failures; return the number of failures."""
     results = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE / "results"
     failed = 0
     for name, (script, *arguments) in (RUNS | ON_TWO_RANKS).items():

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GLU rows put in the checkpoint's order: alone, against torch and a plain copy, and in a save and a load.
+"""Measure GLU row reordering: alone, against torch and a plain copy, and inside saves and loads.
 
     python benchmarks/bench_glu.py --rounds 5 --path DIR
 
-Alone: the fc1 weights that one rank holds of an 8B model, of a 70B model on 8 tensor-parallel ranks, and of
-64 experts. The limit is a parallel copy of the same bytes into memory of the same kind: new for functions
-that return a tensor, used before for those that fill one.
+Alone: one rank's fc1 weights of an 8B model, of a 70B model on 8 tensor-parallel ranks, and of 64 experts.
+The limit is a parallel copy of the same bytes into memory of the same kind: fresh for functions that return a
+tensor, reused for those that fill one.
 
-In a save and a load: an fc1 with its master weight and moments. The limit is the same without interleaving; a
-load pays there for Megatron-Core's merging of the two halves. ``--gigabytes`` scales the width of the rows.
+In a save and a load: an fc1 with its master weight and moments. The limit is the same without interleaving;
+that load includes Megatron-Core's merging of the two halves. ``--gigabytes`` scales the width of the rows.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from ckpt_fast.glu.rows import contiguous_view
 from ckpt_fast.pipeline.memory import strided
 
 SIZES = (1, 8, 32, 128)
-# Weights of one rank: how many, of how many rows, how wide.
+# Weights of one rank: how many, rows of each, row width.
 WEIGHTS = {
     "8B, dense": (1, 28672, 4096),
     "70B, dense, 1 of 8 tensor-parallel ranks": (1, 7168, 8192),
@@ -55,7 +55,7 @@ Tensors = list[torch.Tensor]
 
 
 def parallel_copy(outputs: Tensors, weights: Tensors) -> None:
-    """Every byte once, on as many threads as a save has."""
+    """Copy every byte once, with as many threads as a save uses."""
     if weights[0].is_cuda:
         for output, weight in zip(outputs, weights, strict=True):
             output.copy_(weight)
@@ -64,7 +64,7 @@ def parallel_copy(outputs: Tensors, weights: Tensors) -> None:
 
 
 def copy_rows(series: Sequence[Sequence[strided.Rows]], outputs: Tensors) -> None:
-    """Runs of CPU memory, one behind the other into each output."""
+    """Copy runs of CPU memory, packing them into each output."""
     rows = []
     for of_one, output in zip(series, outputs, strict=True):
         address = output.data_ptr()
@@ -79,9 +79,9 @@ def copy_to_new(weights: Tensors) -> None:
 
 
 def documented_function(k: int, weights: Tensors) -> None:
-    """What the documented API offers for a whole state dict."""
+    """Call the function that the documented API offers for a whole state dict."""
     names = [f"mlp.experts.linear_fc1.weight{number}" for number in range(len(weights))]
-    with contextlib.redirect_stdout(None):  # a line for the user
+    with contextlib.redirect_stdout(None):  # it logs a line for the user
         _process_state_dict_for_glu_interleaving(dict(zip(names, weights, strict=True)), k, interleave=False)
 
 
@@ -96,13 +96,13 @@ def chunk_and_stack(k: int, weights: Tensors) -> None:
 
 
 def views_of(weight: torch.Tensor, k: int) -> Tensors:
-    """Its gate and its up rows, as a save sees them."""
+    """Return its gate and up rows as views, as a save sees them."""
     half = weight.shape[0] // 2
     return [view for first in (0, half) if (view := contiguous_view(weight, k, first, half)) is not None]
 
 
 def staged(k: int, outputs: Tensors, weights: Tensors) -> None:
-    """The way a save takes: runs of k rows, gathered as they are copied."""
+    """Stage the way a save does: runs of k rows, gathered while they are copied."""
     if weights[0].is_cuda:
         _permute_on_gpu(k, outputs, weights)
         return
@@ -129,7 +129,7 @@ def torch_into_used(k: int, outputs: Tensors, weights: Tensors) -> None:
 
 
 def on_device(run: Callable[..., None], *arguments: Any) -> Callable[[], None]:
-    """The call, and on a GPU the wait for it."""
+    """Wrap the call so that it also waits for the GPU, if there is one."""
 
     def call() -> None:
         run(*arguments)
@@ -140,16 +140,16 @@ def on_device(run: Callable[..., None], *arguments: Any) -> Callable[[], None]:
 
 
 def give_free_memory_back() -> None:
-    """So that memory is new to whoever comes next, whatever the one before has freed, and in which order."""
+    """Release freed memory to the system, so that the next contestant gets fresh pages."""
     ctypes.CDLL(None).malloc_trim(0)
 
 
 def do_nothing() -> None:
-    """Before a run into memory that is there."""
+    """Do nothing; runs that write into existing memory need no preparation."""
 
 
 def alone(report: harness.Report, title: str, weights: Tensors, rounds: int) -> None:
-    """Both tables of one set of weights."""
+    """Measure one set of weights; add both its tables to the report."""
     nbytes = sum(weight.nbytes for weight in weights)
     outputs = [torch.zeros_like(weight) for weight in weights]
     kinds: dict[str, tuple[Callable[[], None], Mapping[str, Callable[..., None]], Sequence[Any]]] = {
@@ -181,7 +181,7 @@ def alone(report: harness.Report, title: str, weights: Tensors, rounds: int) -> 
 
 
 def described(tensors: Mapping[str, torch.Tensor], k: int | None) -> dict[str, Any]:
-    """The entries of a state dict, as Megatron-Core's MLP has them."""
+    """Return the entries of a state dict, as Megatron-Core's MLP builds them."""
     entries = {}
     for name, tensor in tensors.items():
         sharded = compat.ShardedTensor.from_rank_offsets(f"{name}.linear_fc1.weight", tensor)
@@ -198,7 +198,7 @@ def save(entries: dict[str, Any], path: Path) -> None:
 
 
 def inside(report: harness.Report, scale: float, rounds: int, path: Path) -> None:
-    """A save and a load with interleaving, by views and by copies, and without."""
+    """Measure a save and a load with interleaving (by views and by copies) and without."""
     shape = (ROWS, max(16, int(WIDTH * scale)))
     generator = torch.Generator().manual_seed(0)
     tensors = {name: torch.randn(shape, generator=generator).to(dtype) for name, dtype in STATES.items()}

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loads into tensors that exist: warm (files in the page cache), cold (dropped from it), and slices of 1/8.
+"""Measure loads into existing tensors: warm (in the page cache), cold (dropped from it), and slices of 1/8.
 
     python benchmarks/bench_load.py --gigabytes 1 --rounds 5 --path DIR
 
 The limit of a warm load is a memcpy of the same bytes, that of a cold one a raw direct read. "Cold" is the
-page cache of this machine: a host, or a disk's own cache, may still hold the bytes. For slices, as loads with
-another parallelism need them, the bytes read are set against the bytes wanted.
+page cache of this machine: a host, or a disk's own cache, may still hold the bytes. For slices, as in loads
+with a different parallelism, the bytes read are compared with the bytes requested.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from ckpt_fast import settings
 from ckpt_fast.doors.megatron import torch_dist
 
 FRAGMENTS, FRAGMENT = 8, 3
-# Who can load a slice, and how.
+# Which rivals can load a slice, and how.
 SLICED = {"ckpt_fast": torch_dist.load, "mcore": rivals.compat.dist_checkpointing.load}
-# A device gives its best to many readers, whatever number of threads we use.
+# A device reaches its peak with many readers, however many threads we use.
 READERS = 8
 
 
 class Files:
-    """Every rival's checkpoint of one state, written once."""
+    """The checkpoints of one state by every rival, each written once."""
 
     def __init__(self, state: states.State, present: Sequence[rivals.Rival], path: Path) -> None:
         self.state, self.path = state, path
@@ -51,7 +51,7 @@ class Files:
 
 
 def contestant(rival: rivals.Rival, files: Files, cold: bool) -> harness.Contestant:
-    """A rival's load of the whole state."""
+    """Return a contestant that loads the whole state the way this rival does."""
     wrapped: list[Any] = []
 
     def before() -> None:
@@ -70,7 +70,7 @@ def contestant(rival: rivals.Rival, files: Files, cold: bool) -> harness.Contest
 
 
 def warm_limits(files: Files) -> list[harness.Contestant]:
-    """memcpy of the same bytes, with as many threads as a load has and with one; reads of cached bytes."""
+    """Return a memcpy of the same bytes, with a load's thread count and with one, and cached reads."""
     into, source = list(files.into.values()), list(files.state.values())
     counts = dict.fromkeys([files.threads.count, 1])
     limits.buffered_writer(files.path / "warm", source, files.threads)()
@@ -95,7 +95,7 @@ def warm_limits(files: Files) -> list[harness.Contestant]:
 
 
 def cold_limits(files: Files) -> list[harness.Contestant]:
-    """Direct reads of as many bytes."""
+    """Return direct reads of the same number of bytes."""
     limits.write_direct(files.path / "raw", files.nbytes, files.threads)
     return [
         harness.Contestant(
@@ -113,7 +113,7 @@ def cold_limits(files: Files) -> list[harness.Contestant]:
 
 
 def measure_slices(files: Files, present: Sequence[rivals.Rival], axis: int, rounds: int) -> list[str]:
-    """One of eight fragments of every tensor along ``axis``; vectors have only one axis."""
+    """Load one of eight fragments of every tensor along ``axis``; vectors have only one axis."""
     wanted = {
         name: tensor.chunk(FRAGMENTS, min(axis, tensor.dim() - 1))[FRAGMENT]
         for name, tensor in files.state.items()
@@ -128,7 +128,7 @@ def measure_slices(files: Files, present: Sequence[rivals.Rival], axis: int, rou
             for _ in range(rounds):
                 request = rivals.sharded(into, axis, FRAGMENTS, FRAGMENT)
                 before, begin = machine.bytes_read(), time.perf_counter()
-                # The other seven fragments, which the check of all ranks' requests would miss, are nobody's.
+                # Nobody requests the other seven fragments, so the check across ranks would complain.
                 SLICED[rival.name](request, str(files.of(rival)), validate_access_integrity=False)
                 times.append(time.perf_counter() - begin)
                 read = machine.bytes_read() - before

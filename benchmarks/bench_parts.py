@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The steps of a save and a load, one by one: what each costs per byte, and per tensor for 10 000 small ones.
+"""Measure each step of a save and a load: the cost per byte, and per tensor for 10 000 small ones.
 
     pytest benchmarks/bench_parts.py
 
@@ -51,7 +51,7 @@ def block() -> torch.Tensor:
 
 @pytest.fixture
 def in_memory() -> Any:
-    """A directory on a file system in memory, where there is one."""
+    """Return a directory on an in-memory file system if there is one."""
     root = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else Path("/tmp")
     path = root / f"ckpt_fast-bench-{os.getpid()}"
     path.mkdir()
@@ -92,7 +92,7 @@ def test_copy(benchmark: Any, block: torch.Tensor, function: str) -> None:
 
 @pytest.mark.parametrize("function", ["write_files", "pwrite"])
 def test_write(benchmark: Any, block: torch.Tensor, in_memory: Path, function: str) -> None:
-    """One file without streams or patches, as native.write_files sees it; pwrite is the limit."""
+    """Write one file without streams or patches, as native.write_files sees it; pwrite is the limit."""
     threads = settings.io_threads()
     piece = dict(
         zip(
@@ -124,7 +124,7 @@ def test_write(benchmark: Any, block: torch.Tensor, in_memory: Path, function: s
 
 @pytest.mark.parametrize("function", ["read_extents", "read_extents, checked", "memcpy"])
 def test_read(benchmark: Any, block: torch.Tensor, in_memory: Path, function: str) -> None:
-    """One file from the page cache into warm memory; a memcpy by as many threads is the limit."""
+    """Read one file from the page cache into warm memory; a memcpy with as many threads is the limit."""
     (in_memory / "file").write_bytes(block.numpy().tobytes())
     into, threads = torch.zeros_like(block), settings.io_threads()
 
@@ -172,7 +172,7 @@ def test_plan_save(benchmark: Any, shards: list[Shard]) -> None:
 
 
 def test_plan_save_of_new_shapes(benchmark: Any, shards: list[Shard]) -> None:
-    """The first save: no archive is known yet."""
+    """Plan a first save, for which no archive layout is cached yet."""
     tensors = [
         TensorShard(f"{n}", torch.empty(n + 1, dtype=torch.uint8), (0,), (n + 1,)) for n in range(len(shards))
     ]

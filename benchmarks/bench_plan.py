@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the coordinator does about the plans of many ranks: time, bytes it receives, bytes of ``.metadata``.
+"""Measure the coordinator's work on the plans of many ranks: time, bytes received, bytes of ``.metadata``.
 
     python benchmarks/bench_plan.py --rounds 3
 
-Ranks are simulated: their plans are made and pickled here, as the collective that gathers them would, and the
-coordinator's part runs for real: unpickle, merge, check, encode. Both sides describe the same shards: every
-rank has ``--shards`` fragments, of as many tensors.
+Ranks are simulated: their plans are built and pickled here, as the gathering collective would. The
+coordinator's part is real: unpickle, merge, check, encode. Both sides describe the same shards: every rank
+has ``--shards`` fragments of as many tensors.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ROWS, WIDTH = 8, 16
 
 
 def fragments(rank: int, ranks: int, count: int) -> dict[str, Any]:
-    """``rank``'s fragment of ``count`` tensors, each divided among all ranks."""
+    """Return ``rank``'s fragment of each of ``count`` tensors, which are divided among all ranks."""
     return rivals.sharded(
         {f"decoder.layers.{n}.mlp.linear_fc1.weight": torch.empty(ROWS, WIDTH) for n in range(count)},
         axis=0, fragments=ranks, rank=rank,
@@ -41,7 +41,7 @@ def fragments(rank: int, ranks: int, count: int) -> dict[str, Any]:
 
 
 def our_messages(ranks: int, count: int) -> list[bytes]:
-    """What every rank sends once it has written: its items and files."""
+    """Return what every rank sends once it has written: its items and files."""
     messages = []
     for rank in range(ranks):
         files = plan_save(shards_of(fragments(rank, ranks, count)), file_prefix(rank), 1)
@@ -56,7 +56,7 @@ def our_coordinator(messages: Sequence[bytes]) -> bytes:
 
 
 def stock_messages(ranks: int, count: int) -> list[tuple[bytes, bytes]]:
-    """What every rank sends: its plan before writing, its results afterwards."""
+    """Return what every rank sends: its plan before writing, its results afterwards."""
     messages = []
     for rank in range(ranks):
         state = fragments(rank, ranks, count)
@@ -94,7 +94,7 @@ def stock_coordinator(messages: Sequence[tuple[bytes, bytes]]) -> bytes:
 
 
 def coordinators(ranks: int, count: int, only: str) -> tuple[list[harness.Contestant], list[str]]:
-    """Ours and the stock coordinator over the same shards, and a line for each on the bytes involved."""
+    """Return our and the stock coordinator over the same shards, and a line on the bytes of each."""
     contestants, lines = [], []
     for name, messages, work in (
         ("ckpt_fast", our_messages, our_coordinator),
@@ -123,7 +123,7 @@ def main() -> None:
     rivals.start_process_group()
     report = harness.Report(options)
     for full, count in SIZES:
-        # --gigabytes 1 stands for the whole thing; less, for a test, is fewer ranks.
+        # --gigabytes 1 is the full size; less, for a test, means fewer ranks.
         ranks = max(2, round(full * min(options.gigabytes, 1.0)))
         contestants, lines = coordinators(ranks, count, options.only)
         times = harness.measure(contestants, options.rounds)[harness.TOTAL]

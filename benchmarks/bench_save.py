@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Durable saves: from the call until the checkpoint would survive a power loss.
+"""Measure durable saves, from the call until the checkpoint would survive a power loss.
 
     python benchmarks/bench_save.py --gigabytes 1 --rounds 5 --path DIR
 
-Rivals that do not sync are synced within their time. The limit is a raw direct write of the same number of
-bytes with the same number of threads; on a file system in memory (--path /dev/shm/x) it is a plain pwrite.
-With --page-cache nobody syncs: what is measured is the way into the page cache.
+For rivals that do not sync, the sync is included in their time. The limit is a raw direct write of the same
+number of bytes with the same number of threads; on an in-memory file system (--path /dev/shm/x) it is a plain
+pwrite. With --page-cache nobody syncs, so only writing to the page cache is measured.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ckpt_fast import settings
 
 
 def contestant(rival: rivals.Rival, state: states.State, path: Path, sync: bool) -> harness.Contestant:
-    """A rival's save to a fresh directory, removed afterwards."""
+    """Return a contestant that saves to a fresh directory, which is removed afterwards."""
     wrapped: list[Any] = []
 
     def before() -> None:
@@ -44,7 +44,7 @@ def contestant(rival: rivals.Rival, state: states.State, path: Path, sync: bool)
 
 
 def limit_of(state: states.State, path: Path, sync: bool) -> list[harness.Contestant]:
-    """The fewest operations that bring as many bytes to the file system; the first is the limit."""
+    """Return the fewest operations that write the same number of bytes; the first is the limit."""
     threads = limits.Threads(settings.io_threads())
     nbytes = states.total_nbytes(state)
     tensors = list(state.values())

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Saves in the background: how long the trainer is blocked, and how long until the checkpoint is durable.
+"""Measure background saves: how long training is blocked, and how long until the checkpoint is durable.
 
     python benchmarks/bench_stall.py --gigabytes 1 --rounds 5 --path DIR
     torchrun --nproc-per-node 2 benchmarks/bench_stall.py
 
-With ``--device cuda`` the state is on the GPU, and a step ends when the GPU has ended it. With several ranks
-each has its part of the state, and a time is that of the slowest.
+With ``--device cuda`` the state is on the GPU, and a step ends when the GPU has finished it. With several
+ranks, each has its part of the state, and times are those of the slowest.
 
-Between the two the trainer works on: it updates every tensor in place once, and what that costs more than
-without a save is part of the price ("step"). Megatron-Core forks and leaves the copying of CPU tensors to the
-first write to each page, so it happens then; nvidia-resiliency-ext does the same.
+In between, training continues: it updates every tensor in place once, and the slowdown of that step is part
+of the cost ("step"). Megatron-Core forks, so CPU tensors are copied on the first write to each page, during
+that step; nvidia-resiliency-ext does the same.
 """
 
 from __future__ import annotations
@@ -40,24 +40,24 @@ Finish = Callable[[], None]
 
 
 class AsyncRival:
-    """A way to save in the background. ``start`` returns when training may go on, with what ends the save."""
+    """A way to save in the background. ``start`` returns a function that waits for the save."""
 
     name = ""
 
     def available(self) -> str | None:
-        """Why it cannot take part; None if it can."""
+        """Return why it cannot take part, or None if it can."""
         return None
 
     def wrap(self, state: states.State) -> Any:
-        """The state as its users have it at hand; not timed."""
+        """Return the state in the form its users have at hand; not timed."""
         return rivals.sharded(state)
 
     def start(self, wrapped: Any, path: Path) -> Finish:
-        """Begin a save; the result blocks until it is durable."""
+        """Begin a save; the result blocks until the save is durable."""
         raise NotImplementedError
 
     def before_step(self) -> None:
-        """What training has to call before it changes the state; timed with the step."""
+        """Call what training must call before it changes the state; timed with the step."""
 
 
 class Fast(AsyncRival):
@@ -109,7 +109,7 @@ class MegatronCoreSync(AsyncRival):
 
 
 class MegatronCore(AsyncRival):
-    """Forks a process that writes at every save."""
+    """Forks a writer process for every save."""
 
     name = "mcore async"
 
@@ -160,7 +160,7 @@ class Nvrx(AsyncRival):
 
 
 def contestant(rival: AsyncRival, state: states.State, path: Path) -> harness.Contestant:
-    """Start a save, train one step, wait for the save."""
+    """Return a contestant that starts a save, trains one step and waits for the save."""
     wrapped: list[Any] = []
 
     def before() -> None:
@@ -189,7 +189,7 @@ def contestant(rival: AsyncRival, state: states.State, path: Path) -> harness.Co
 
 
 def slowest(seconds: dict[str, float]) -> dict[str, float]:
-    """Each figure of the rank that took longest for it."""
+    """Return each figure's maximum over all ranks."""
     figures = torch.tensor(list(seconds.values()))
     dist.all_reduce(figures, dist.ReduceOp.MAX)
     return dict(zip(seconds, figures.tolist(), strict=True))
@@ -209,7 +209,7 @@ def synchronize(state: states.State) -> None:
 
 
 def undisturbed_step(state: states.State) -> harness.Contestant:
-    """The step without a save beside it."""
+    """Return a contestant that takes the step without a concurrent save."""
 
     def run() -> dict[str, float]:
         dist.barrier()
@@ -221,7 +221,7 @@ def undisturbed_step(state: states.State) -> harness.Contestant:
 
 
 def memcpy(state: states.State) -> harness.Contestant:
-    """A copy of all bytes into memory that is used again and again, page-locked if they are a GPU's."""
+    """Return a contestant that copies all bytes into reused memory, page-locked if they are on a GPU."""
     source = list(state.values())
     if source[0].is_cuda:
         return to_pinned_memory(state)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Interleaved rounds: every contestant once a round, in a new order, so that a machine's moods hit all.
+"""Interleaved rounds: every contestant runs once per round, in a new order, so that noise affects all alike.
 
-A ratio is taken within a round and the median of the ratios is reported, which is why two contestants can be
-compared on a machine that is busy with other things, as long as it is equally busy with them.
+A ratio is taken within a round and the median of the ratios is reported, so contestants can be compared even
+on a busy machine, as long as the load is steady.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ class Contestant:
 
     Attributes:
         name: its row in the table.
-        run: what is timed. It may return seconds by figure, where one number is not all there is to say.
+        run: what is timed. It may return seconds by figure if one number is not enough.
         before: untimed preparation of every round.
         after: untimed clean-up of every round.
         check: raises if ``run`` did not do its job; called once, after the warm-up round.
-        nbytes: bytes that one run moves, where they differ from the table's.
+        nbytes: bytes that one run moves, if different from the table's.
     """
 
     name: str
@@ -55,14 +55,14 @@ class Contestant:
 
 
 def measure(contestants: Sequence[Contestant], rounds: int, seed: int = 0) -> Times:
-    """Run ``rounds`` rounds after one that is not counted.
+    """Run ``rounds`` rounds after a warm-up round.
 
     Returns:
         Seconds by figure (``TOTAL`` is the whole run), contestant and round.
     """
     times: Times = defaultdict(lambda: defaultdict(list))
     order, shuffle = list(contestants), random.Random(seed).shuffle
-    # What has been imported stays; no collection needs to walk through it again.
+    # Freeze everything imported so far, so that no collection walks it again.
     gc.collect()
     gc.freeze()
     for number in range(rounds + 1):
@@ -79,7 +79,7 @@ def measure(contestants: Sequence[Contestant], rounds: int, seed: int = 0) -> Ti
 
 def _run_once(contestant: Contestant, is_warm_up: bool) -> dict[str, float]:
     contestant.before()
-    # A collection that one contestant's garbage causes must not fall into the time of the next.
+    # Garbage of one contestant must not be collected in the time of the next.
     gc.collect()
     begin = time.perf_counter()
     figures = contestant.run()
@@ -100,7 +100,7 @@ def table(
     reference: str | None = None,
     limit: str | None = None,
 ) -> Table:
-    """A table, fastest first.
+    """Return a table, fastest first.
 
     Args:
         title: what one run does.
@@ -130,9 +130,9 @@ def table(
 
 
 class Table(NamedTuple):
-    """What ``table`` makes: the measurements, and how they are printed.
+    """What ``table`` returns: the measurements, and how they are printed.
 
-    ``nbytes`` and ``seconds`` are by contestant; ``reference`` and ``limit`` are contestants' names.
+    ``nbytes`` and ``seconds`` are by contestant; ``reference`` and ``limit`` are names of contestants.
     """
 
     title: str
@@ -154,7 +154,7 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 class Report:
-    """Collects a benchmark's tables; printed, and written to ``--output``, with what the machine was like."""
+    """Collects a benchmark's tables; prints them and writes them to ``--output``, with machine facts."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self._path, self._output = options.path, options.output
@@ -170,7 +170,7 @@ class Report:
         self._lines += ["", *part]
 
     def finish(self) -> None:
-        """Print everything. A file, if wanted, gets the same; all times are in a JSON file beside it."""
+        """Print everything and, if ``--output`` is given, write it there, with a JSON file of all times."""
         load = f"load average {self._load_at_begin} at the beginning, {machine.load_average()} at the end"
         about = [_command(), *machine.facts(self._path), load]
         text = "\n".join([*about, *self._lines, ""])
@@ -185,7 +185,7 @@ class Report:
 
 
 def _command() -> str:
-    """The command line, without where its report goes."""
+    """Return the command line without the output path."""
     words = [Path(sys.argv[0]).name, *sys.argv[1:]]
     if "--output" in words:
         at = words.index("--output")
@@ -193,10 +193,15 @@ def _command() -> str:
     return "python benchmarks/" + " ".join(words)
 
 
-def parse_arguments(description: str | None, **defaults: object) -> argparse.Namespace:
-    """Options that all benchmarks share; ``defaults`` replaces their defaults.
+def parse_arguments(
+    description: str | None,
+    more: Callable[[argparse.ArgumentParser], None] = lambda _: None,
+    **defaults: object,
+) -> argparse.Namespace:
+    """Parse the options that all benchmarks share, and those that ``more`` adds.
 
-    ``path`` is a directory of this run's own below the one given, which disappears with the process.
+    ``defaults`` overrides their defaults. ``path`` becomes a temporary directory below the given one, removed
+    when the process exits.
     """
     parser = argparse.ArgumentParser(description=description and description.splitlines()[0])
     parser.add_argument("--gigabytes", type=float, default=1.0, help="size of the state (1)")
@@ -209,6 +214,7 @@ def parse_arguments(description: str | None, **defaults: object) -> argparse.Nam
     parser.add_argument("--page-cache", action="store_true", help="saves are not synced")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where the state is (cpu)")
     parser.add_argument("--output", type=Path, help="write the report to this file as well")
+    more(parser)
     parser.set_defaults(**defaults)
     options = parser.parse_args()
     options.path.mkdir(parents=True, exist_ok=True)
@@ -218,7 +224,7 @@ def parse_arguments(description: str | None, **defaults: object) -> argparse.Nam
 
 
 def selected(contestants: Sequence[Contestant], only: str) -> list[Contestant]:
-    """Those that ``--only`` names; limits are always measured."""
+    """Return the contestants that ``--only`` names; limits are always measured."""
     words = [word for word in only.split(",") if word]
     return [
         c

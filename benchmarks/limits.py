@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the hardware can do: the same bytes, moved by the fewest operations there are.
+"""What the hardware can do: the same bytes, moved with as few operations as possible.
 
-Buffers that meet a device are on huge pages and page-aligned, as direct I/O from 4 KiB pages is split into
-one segment per page and loses a third of the bandwidth. Every call used here releases the GIL.
+Buffers for direct I/O are on huge pages and page-aligned: from 4 KiB pages, a request is split into one
+segment per page and loses a third of the bandwidth. Every call used here releases the GIL.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ _MAX_VECTORS = 1024
 
 
 def huge_page_buffer(nbytes: int) -> memoryview:
-    """Zeroed, faulted-in memory that begins on a huge page, on huge pages where the system grants them."""
-    # Shared anonymous memory, the default of mmap, is a file in memory and gets no huge pages.
+    """Return zeroed, faulted-in memory aligned to a huge page, on huge pages where the system grants them."""
+    # Shared anonymous memory, mmap's default, is backed by an in-memory file and gets no huge pages.
     memory = mmap.mmap(-1, nbytes + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
     begin = -address % _HUGE_PAGE
@@ -34,7 +34,7 @@ def huge_page_buffer(nbytes: int) -> memoryview:
 
 
 class Threads:
-    """``count`` threads that share out chunks of work; started once, so that starting is never measured."""
+    """``count`` threads that share chunks of work; started once, so that thread start is never measured."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -42,7 +42,7 @@ class Threads:
         self.buffers = [huge_page_buffer(CHUNK) for _ in range(count)]
 
     def each(self, work: Callable[[int], None]) -> None:
-        """Call ``work(thread number)`` on every thread and wait for all."""
+        """Call ``work(thread number)`` on every thread and wait for all of them."""
         for done in [self._pool.submit(work, number) for number in range(self.count)]:
             done.result()
 
@@ -67,7 +67,7 @@ def write_direct(path: Path, nbytes: int, threads: Threads) -> None:
 def buffered_writer(
     path: Path, tensors: Sequence[torch.Tensor], threads: Threads, sync: bool = False
 ) -> Callable[[], None]:
-    """A pwritev of the tensors' own memory, one file per thread, through the page cache."""
+    """Return a pwritev of the tensors' own memory, one file per thread, through the page cache."""
     shares = [_batches(parts) for parts in _parts(tensors, threads.count)]
 
     def write(number: int) -> None:
@@ -87,7 +87,7 @@ def buffered_writer(
 
 
 def buffered_reader(path: Path, tensors: Sequence[torch.Tensor], threads: Threads) -> Callable[[], None]:
-    """A preadv of what ``buffered_writer`` has left back into the tensors' memory."""
+    """Return a preadv of the files of ``buffered_writer`` back into the tensors' memory."""
     shares = [_batches(parts) for parts in _parts(tensors, threads.count)]
 
     def read(number: int) -> None:
@@ -105,7 +105,7 @@ def buffered_reader(path: Path, tensors: Sequence[torch.Tensor], threads: Thread
 
 
 def read_direct(path: Path, nbytes: int, threads: Threads, files: int) -> None:
-    """Read what ``write_direct`` has left with ``files`` threads, past the page cache into warm buffers."""
+    """Read the files of ``write_direct`` with ``files`` threads, past the page cache into warm buffers."""
 
     def read(number: int) -> None:
         share = _share(nbytes, files)
@@ -123,7 +123,7 @@ def read_direct(path: Path, nbytes: int, threads: Threads, files: int) -> None:
 def copier(
     destinations: Sequence[torch.Tensor], sources: Sequence[torch.Tensor], threads: Threads
 ) -> Callable[[], None]:
-    """memcpy of tensors of equal sizes, chunk by chunk."""
+    """Return a memcpy of tensors of equal sizes, chunk by chunk."""
     shares = [
         [(_address(d), _address(s), len(s)) for d, s in zip(theirs, mine, strict=True)]
         for theirs, mine in zip(
@@ -135,13 +135,13 @@ def copier(
         for part in shares[number]:
             ctypes.memmove(*part)
 
-    # The addresses alone would not keep the memory.
+    # Addresses alone would not keep the memory alive.
     owners = (*destinations, *sources)
     return lambda: threads.each(move) if owners else None
 
 
 def _parts(tensors: Sequence[torch.Tensor], count: int) -> list[list[memoryview]]:
-    """The chunks of all tensors' memory, dealt out to ``count`` threads."""
+    """Return the chunks of all tensors' memory, dealt out to ``count`` threads."""
     parts: list[list[memoryview]] = [[] for _ in range(count)]
     chunks = 0
     for tensor in tensors:
@@ -153,7 +153,7 @@ def _parts(tensors: Sequence[torch.Tensor], count: int) -> list[list[memoryview]
 
 
 def _batches(parts: Sequence[memoryview]) -> list[list[memoryview]]:
-    """Consecutive parts for one system call each: about a chunk of bytes, at most ``_MAX_VECTORS`` parts."""
+    """Group consecutive parts for one system call each: about a chunk, and at most ``_MAX_VECTORS`` parts."""
     batches: list[list[memoryview]] = []
     filled = CHUNK
     for part in parts:
@@ -170,7 +170,7 @@ def _address(view: memoryview) -> int:
 
 
 def _share(nbytes: int, files: int) -> int:
-    """Bytes of one file: whole blocks, as direct I/O wants."""
+    """Return the bytes of one file, in whole blocks as direct I/O requires."""
     return (nbytes // files + mmap.PAGESIZE - 1) // mmap.PAGESIZE * mmap.PAGESIZE
 
 

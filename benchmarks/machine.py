@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a table must say of the machine it was measured on."""
+"""What a table must say about the machine it was measured on."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _PACKAGES = ("torch", "megatron-core", "nvidia-resiliency-ext", "safetensors", "
 
 
 def facts(path: Path) -> list[str]:
-    """Lines about the hardware, the file system under ``path``, and the software."""
+    """Return lines about the hardware, the file system under ``path`` and the software."""
     lines = [
         time.strftime("%Y-%m-%d %H:%M:%S") + f", ckpt_fast {_revision()}, {_engine()}",
         f"{_cpu_model()}, {os.cpu_count()} cores, {_memory_gb():.0f} GB, {settings.io_threads()} I/O threads",
@@ -33,12 +33,12 @@ def facts(path: Path) -> list[str]:
 
 
 def load_average() -> str:
-    """Runnable processes over the last minute; above the number of cores, times are worth little."""
+    """Return the load average over the last minute; above the number of cores, timings are unreliable."""
     return f"{os.getloadavg()[0]:.1f}"
 
 
 def file_system(path: Path) -> str:
-    """Type of the file system that holds ``path``, such as "ext4" or "tmpfs"."""
+    """Return the type of the file system that holds ``path``, such as "ext4" or "tmpfs"."""
     where, found = str(path.resolve()), ("", "unknown")
     for line in Path("/proc/mounts").read_text().splitlines():
         _, mount, kind, *_ = line.split()
@@ -48,7 +48,7 @@ def file_system(path: Path) -> str:
 
 
 def bytes_read() -> int:
-    """Bytes this process has got from read system calls so far; mapped files are not among them."""
+    """Return the bytes this process has read with system calls so far; mapped files do not count."""
     match = re.search(r"rchar: (\d+)", Path("/proc/self/io").read_text())
     assert match is not None
     return int(match[1])

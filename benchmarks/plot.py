@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draws the reports of a directory: gigabytes per second of every contestant, the limit beside them.
+"""Draw the reports of a directory: gigabytes per second of every contestant, with the limit marked.
 
     python benchmarks/plot.py benchmarks/results
 
@@ -17,7 +17,7 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("svg")
-# Letters as letters, and no random names: the same numbers give the same file.
+# Text stays text, and no random ids: the same numbers give the same file.
 matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "ckpt_fast", "font.size": 9})
 from matplotlib import pyplot  # noqa: E402
 
@@ -25,13 +25,13 @@ OURS, LIMIT, RIVAL = "#2a7f4f", "#555555", "#b8c4ce"
 
 
 def tables(results: Path) -> list[dict[str, Any]]:
-    """The tables to draw, in the order of their files' names."""
+    """Return the tables to draw, in the order of their file names."""
     reports = [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
     return [table for report in reports for table in report["tables"] if table["limit"]]
 
 
 def draw(axes: Any, table: dict[str, Any]) -> None:
-    """One table as horizontal bars, fastest first."""
+    """Draw one table as horizontal bars, fastest first."""
     rates = {
         name: table["nbytes"][name] / median(seconds) / 1e9
         for name, seconds in table["seconds"].items()

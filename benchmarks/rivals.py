@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ours and the others, all with one interface: save a state to a directory, load one into tensors.
+"""Ours and the others, all behind one interface: save a state to a directory, load one into tensors.
 
 Stock Megatron-Core and nvidia-resiliency-ext call CUDA functions on machines without a GPU;
-``start_process_group`` makes those calls harmless. Nothing else of theirs is touched, and all run with their
-defaults, but for the number of files per rank where a rival's name says it.
+``start_process_group`` makes those calls harmless. Nothing else in them is changed, and all run with their
+defaults, except the number of files per rank if a rival's name states it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ckpt_fast.doors.megatron import torch_dist
 
 
 def start_process_group() -> None:
-    """One rank, or torchrun's; without a GPU, stock Megatron-Core's CUDA calls become harmless."""
+    """Start one rank, or torchrun's; without a GPU, stock Megatron-Core's CUDA calls become harmless."""
     if not torch.cuda.is_available():
         torch.cuda.synchronize = lambda device=None: None  # type: ignore[assignment]
         torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment, return-value]
@@ -38,7 +38,7 @@ def start_process_group() -> None:
 
 
 def sharded(state: State, axis: int | None = None, fragments: int = 1, rank: int = 0) -> dict[str, Any]:
-    """Megatron-Core's sharded state dict: whole tensors, or each the ``rank``-th fragment along ``axis``."""
+    """Return Megatron-Core's sharded state dict: whole tensors, or ``rank``'s fragments along ``axis``."""
     return {
         name: compat.ShardedTensor.from_rank_offsets(
             name, tensor, *([(min(axis, tensor.dim() - 1), rank, fragments)] if axis is not None else [])
@@ -61,11 +61,11 @@ class Rival:
     package = "torch"
 
     def available(self) -> str | None:
-        """Why it cannot take part; None if it can."""
+        """Return why it cannot take part, or None if it can."""
         return None if importlib.util.find_spec(self.package) else f"{self.package} is not installed"
 
     def wrap(self, state: State) -> Any:
-        """The state as its users have it at hand when they save or load; not timed."""
+        """Return the state in the form its users have at hand for a save or load; not timed."""
         return state
 
     def save(self, wrapped: Any, path: Path) -> None:
@@ -189,9 +189,9 @@ class TorchSnapshot(Rival):
 
 
 def all_rivals(sync: bool = True) -> tuple[list[Rival], list[str]]:
-    """Everyone who can take part here, and a line for everyone who cannot.
+    """Return every rival that can take part here, and a line for each that cannot.
 
-    Without ``sync`` those take part who can leave it out, and do.
+    Without ``sync``, only those that can omit syncs take part, and omit them.
     """
     everyone: Sequence[Rival] = [
         MegatronCoreDoor(),
@@ -211,7 +211,7 @@ def all_rivals(sync: bool = True) -> tuple[list[Rival], list[str]]:
 
 
 def sync_tree(path: Path) -> None:
-    """Bring every file below ``path`` to the device."""
+    """Sync every file below ``path`` to the device."""
     for file in [path, *path.rglob("*")]:
         descriptor = os.open(file, os.O_RDONLY)
         try:
@@ -221,7 +221,7 @@ def sync_tree(path: Path) -> None:
 
 
 def bring_into_page_cache(path: Path) -> None:
-    """Read every file below ``path``, so that no later read is one of the device."""
+    """Read every file below ``path``, so that later reads are served from the page cache."""
     for file in path.rglob("*"):
         if file.is_file():
             with open(file, "rb", buffering=0) as stream:
@@ -230,7 +230,7 @@ def bring_into_page_cache(path: Path) -> None:
 
 
 def drop_from_page_cache(path: Path) -> None:
-    """Make the next read of every file below ``path`` a read of the device. The files are synced already."""
+    """Evict every file below ``path`` from the page cache. The files must have been synced."""
     for file in path.rglob("*"):
         if file.is_file():
             descriptor = os.open(file, os.O_RDONLY)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is saved and loaded: name to tensor, flat, filled with random bytes."""
+"""The states that are saved and loaded: flat, name to tensor, filled with random bytes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _COPIES = {
 _BYTES_PER_PARAMETER = 14
 # In units of hidden * hidden: the embedding, and the matrices of one layer.
 _EMBEDDING, _LAYER = 32, 12.25
-# From here on a state grows in layers, so that no tensor exceeds about 100 MB.
+# Above this size a state grows in layers, so that no tensor exceeds about 100 MB.
 _MAX_HIDDEN, _HIDDEN_STEP = 896, 64
 _USUAL_LAYERS = 5
 
@@ -29,12 +29,12 @@ _RANDOM_BYTES = 1 << 20
 
 
 def chosen(options: argparse.Namespace) -> State:
-    """The state that the command line asks for."""
+    """Return the state that the command line asks for."""
     return many_tensors(options.gigabytes) if options.many else llama_like(options.gigabytes)
 
 
 def llama_like(gigabytes: float, seed: int = 0) -> State:
-    """Weights and Adam state of a Llama: per 5 layers 128 tensors, of about 2 KB to 100 MB at 1 GB."""
+    """Weights and Adam state of a Llama: 128 tensors per 5 layers, of about 2 KB to 100 MB at 1 GB."""
     parameters = gigabytes * 1e9 / _BYTES_PER_PARAMETER
     usual = math.sqrt(parameters / (_EMBEDDING + _LAYER * _USUAL_LAYERS))
     hidden = min(max(round(usual / _HIDDEN_STEP), 1) * _HIDDEN_STEP, _MAX_HIDDEN)
@@ -74,7 +74,7 @@ def _layer_shapes(hidden: int) -> dict[str, tuple[int, ...]]:
 
 
 def many_tensors(gigabytes: float = 0.27, nbytes: int = 27_000, seed: int = 0) -> State:
-    """Tensors of 27 KB each, where the work per tensor is what counts; 10 000 of them are 0.27 GB."""
+    """Tensors of 27 KB each, dominated by the work per tensor; 10 000 of them are 0.27 GB."""
     fill, count = _Filler(seed), max(1, round(gigabytes * 1e9 / nbytes))
     return {
         f"experts.{n // 100}.weight_{n % 100}": fill((nbytes // 2,), torch.bfloat16) for n in range(count)
@@ -82,17 +82,17 @@ def many_tensors(gigabytes: float = 0.27, nbytes: int = 27_000, seed: int = 0) -
 
 
 def total_nbytes(state: State) -> int:
-    """Bytes of all tensors."""
+    """Return the number of bytes of all tensors."""
     return sum(tensor.nbytes for tensor in state.values())
 
 
 def empty_like(state: State) -> State:
-    """Tensors of the same shapes and dtypes, in memory that has been touched."""
+    """Return tensors of the same shapes and dtypes, in memory that has been touched."""
     return {name: torch.zeros_like(tensor) for name, tensor in state.items()}
 
 
 def assert_equal(loaded: State, saved: State) -> None:
-    """Compare bit by bit: random bytes hold NaNs, which are not equal to themselves."""
+    """Compare bit by bit: random bytes contain NaNs, which do not equal themselves."""
     for name, tensor in saved.items():
         same = torch.equal(loaded[name].contiguous().view(torch.uint8), tensor.contiguous().view(torch.uint8))
         if not same:
@@ -100,7 +100,7 @@ def assert_equal(loaded: State, saved: State) -> None:
 
 
 class _Filler:
-    """Makes tensors of random bytes, quickly: every tensor repeats one block from another place in it."""
+    """Makes tensors of random bytes quickly: each repeats one block, from a different starting point."""
 
     def __init__(self, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)

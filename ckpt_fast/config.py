@@ -146,7 +146,8 @@ class CheckpointConfig:
     ckpt_pg_tensors_cache_create: bool = False
     """Create that cache. No effect here."""
     ckpt_assume_constant_structure: bool = False
-    """Assume that names, shapes and placement stay the same between saves, and reuse plans."""
+    """Reuse what earlier saves planned, and collect only objects, while modules, optimizers and their tensors
+    are proven to be the same. Needs the same ``checkpointing_context`` at every save."""
     ckpt_load_validate_sharding_integrity: bool = True
     """Check that the requested pieces cover each tensor once. No effect here: that is always checked."""
     dist_ckpt_save_pre_mcore_014: bool = False

@@ -2,11 +2,11 @@
 """Train with megatron-core on a machine without a GPU.
 
 megatron-core assumes CUDA in a few dozen places. None of them computes anything that a CPU cannot, so
-``install()`` answers them from the CPU. There are four kinds:
+``install()`` redirects them to the CPU. There are four kinds:
 
 1. ``torch.cuda`` functions that wait for, or name, the current device;
-2. ``device="cuda"`` and ``Tensor.cuda()`` for scalars that travel through collectives (gloo wants them on
-   the CPU);
+2. ``device="cuda"`` and ``Tensor.cuda()`` for scalars that go through collectives (gloo wants them on the
+   CPU);
 3. ``Tensor.type()`` compared with ``"torch.cuda.FloatTensor"`` to tell parameters by precision;
 4. the RNG tracker, which keeps CUDA generator states for dropout.
 
@@ -34,7 +34,7 @@ _CPU = torch.device("cpu")
 
 
 def install() -> None:
-    """Make megatron-core run on the CPU in this process. Does nothing where a GPU is there, or if repeated.
+    """Make megatron-core run on the CPU in this process. Does nothing if there is a GPU, or if called again.
 
     Takes effect in the calling thread and in processes forked from it.
     """
@@ -44,7 +44,7 @@ def install() -> None:
     torch.cuda.current_device = lambda: _CPU
     torch.cuda.current_stream = lambda device=None: torch.cpu.current_stream()
     _use_cpu_rng_tracker()
-    CudaMeansCpu().__enter__()  # for the rest of the process; nothing ever leaves it
+    CudaMeansCpu().__enter__()  # for the rest of the process; it is never left
 
 
 def _installed() -> bool:
@@ -78,7 +78,7 @@ class CudaMeansCpu(TorchFunctionMode):
 
 
 def _on_cpu(device: Any) -> Any:
-    """``device``, or the CPU if it names a CUDA device; anything that is no device is returned as is."""
+    """Return ``device``, or the CPU if it names a CUDA device; anything else is returned as is."""
     is_cuda = isinstance(device, (str, torch.device)) and str(device).startswith("cuda")
     return _CPU if is_cuda else device
 
@@ -87,7 +87,7 @@ def _use_cpu_rng_tracker() -> None:
     """Replace the tracker's class, so that ``model_parallel_cuda_manual_seed`` seeds a CPU tracker.
 
     Attention and parallel linear layers always enter the tracker, so a model cannot run without one. As
-    its states are in ``get_states()``, a checkpoint keeps them and dropout continues where it stopped.
+    its states are in ``get_states()``, a checkpoint stores them, and dropout continues where it stopped.
     """
     from megatron.core.tensor_parallel import random as megatron_random
 

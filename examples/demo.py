@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train, be killed, resume, compare: what checkpoints are for, in one command (``make demo``).
+"""Train, get killed, resume, compare: what checkpoints are for, in one command (``make demo``).
 
     python examples/demo.py [--directory demo-run] [-- arguments for train_gpt.py]
 
@@ -7,7 +7,7 @@
 2. *killed*: the same run, saving every few steps, until SIGKILL hits all its processes inside a step.
 3. *resumed*: the same command again; it loads the newest checkpoint and trains to the end.
 
-Then every loss and gradient norm of *killed* and *resumed* must be that of *whole* to the last bit, stock
+Then every loss and gradient norm of *killed* and *resumed* must equal that of *whole* bit for bit, stock
 megatron-core must read the same tensors from the final checkpoints of *whole* and *resumed*, and every item
 must be a sound ZIP archive. Prints one table; the exit status is 0 only if all of this holds.
 """
@@ -73,10 +73,10 @@ class Run:
             )
 
     def follow(self, on_record: Callable[[Record], bool] = lambda record: False) -> bool:
-        """Show and collect records until the run ends, or until ``on_record`` says True to one of them.
+        """Show and collect records until the run ends, or until ``on_record`` returns True for one of them.
 
         Returns:
-            Whether ``on_record`` said so.
+            Whether ``on_record`` returned True.
 
         Raises:
             SystemExit: the run failed or took too long; its output has been shown.
@@ -84,7 +84,7 @@ class Run:
         deadline = time.monotonic() + RUN_TIMEOUT_S
         ended = False
         while not ended:
-            ended = self._process.poll() is not None  # before reading, so that no last line is missed
+            ended = self._process.poll() is not None  # before reading, so that the last line is not missed
             for record in self._new_records():
                 if on_record(record):
                     return True
@@ -97,7 +97,7 @@ class Run:
         return False
 
     def kill(self) -> None:
-        """SIGKILL to the launcher and every rank; returns when none of them runs any more."""
+        """Send SIGKILL to the launcher and every rank; return when none is running any more."""
         processes = process_tree(self._process.pid)
         for pid in processes:
             os.kill(pid, signal.SIGKILL)
@@ -107,11 +107,11 @@ class Run:
         list(self._new_records())
 
     def select(self, key: str) -> list[Record]:
-        """The records that have ``key``."""
+        """Return the records that have ``key``."""
         return [record for record in self.records if key in record]
 
     def seconds_per_step(self) -> float:
-        """Median distance of two step records in time."""
+        """Return the median time between two step records."""
         times = [record["time"] for record in self.select("step")]
         return statistics.median(later - earlier for earlier, later in itertools.pairwise(times))
 
@@ -127,7 +127,7 @@ class Run:
 
 
 def describe(record: Record) -> str:
-    """One line for a person."""
+    """Format a record as one human-readable line."""
     if "step" in record:
         return f"step {record['step']:3}  loss {float.fromhex(record['loss']):.4f}"
     if "saved" in record:
@@ -136,14 +136,13 @@ def describe(record: Record) -> str:
 
 
 def process_tree(root: int) -> list[int]:
-    """``root`` and all processes below it. torchrun gives every rank a session of its own, so no process
-    group covers them."""
+    """Return ``root`` and all its descendants; every rank has its own session, so no group covers them."""
     children: dict[int, list[int]] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             parent = int(stat.read_text().rpartition(")")[2].split()[1])
         except (FileNotFoundError, ProcessLookupError):
-            continue  # it has just ended
+            continue  # it has just exited
         children.setdefault(parent, []).append(int(stat.parent.name))
     tree = [root]
     for pid in tree:
@@ -152,7 +151,7 @@ def process_tree(root: int) -> list[int]:
 
 
 def is_running(pid: int) -> bool:
-    """Whether the process exists and is no zombie."""
+    """Return whether the process exists and is not a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
@@ -162,7 +161,7 @@ def is_running(pid: int) -> bool:
 def kill_inside_a_step(run: Run, args: argparse.Namespace, seconds_per_step: float) -> None:
     """Let ``run`` make two saves, then kill it at a random moment of a random step.
 
-    A save in the background may need longer: then the kill waits until a first one is durable.
+    Background saves may take longer: then the kill waits until a first one is durable.
     """
     chance = random.Random(args.seed)
     steps = range(2 * args.save_interval + 1, args.train_iters - 1)
@@ -180,7 +179,7 @@ def kill_inside_a_step(run: Run, args: argparse.Namespace, seconds_per_step: flo
 
 
 def train_three_times(args: argparse.Namespace) -> tuple[Run, Run, Run]:
-    """The runs *whole*, *killed* and *resumed*, one after the other."""
+    """Run *whole*, *killed* and *resumed*, one after the other."""
     whole = Run("whole", args, f"--save={args.directory}/whole", f"--save-interval={args.train_iters}")
     whole.follow()
     checkpoints = f"{args.directory}/checkpoints"
@@ -194,7 +193,7 @@ def train_three_times(args: argparse.Namespace) -> tuple[Run, Run, Run]:
 
 
 def differences(whole: Run, killed: Run, resumed: Run) -> list[str]:
-    """Everything in which the interrupted run is not the uninterrupted one; empty if they are identical."""
+    """Return all differences between the interrupted and the uninterrupted run; empty if identical."""
     found = []
     expected = {record["step"]: (record["loss"], record["grad_norm"]) for record in whole.select("step")}
     for run in (killed, resumed):
@@ -211,7 +210,7 @@ def differences(whole: Run, killed: Run, resumed: Run) -> list[str]:
 
 
 def summarize(args: argparse.Namespace, killed: Run, resumed: Run, checkpoints: Path) -> dict[str, str]:
-    """What happened, as rows of the table."""
+    """Summarize the outcome as rows of the table."""
     saves = killed.select("saved") + resumed.select("saved")
     stalls = [save["stall_s"] * 1e3 for save in saves]
     speeds = [save["nbytes"] / save["seconds"] / 1e9 for save in saves]
@@ -242,7 +241,7 @@ def main() -> int:
     whole, killed, resumed = train_three_times(args)
     found = differences(whole, killed, resumed)
 
-    from stock_reader import damaged_items, different_tensors  # imports torch: not needed until here
+    from stock_reader import damaged_items, different_tensors  # imports torch, which is not needed until here
 
     final = [args.directory / name / f"iter_{args.train_iters:07d}" for name in ("whole", "checkpoints")]
     items, damaged = damaged_items(final[1])

@@ -3,8 +3,8 @@
 
     torchrun --nproc-per-node 2 examples/fsdp2_dcp.py --directory ckpt
 
-Run it again and it goes on where it stopped. What differs from torch's own files is the two classes given to
-``dcp.async_save`` and ``dcp.load``; ``dcp.FileSystemReader`` reads what is written here, too.
+Run it again, and it continues where it stopped. The only differences from plain torch are the two classes
+passed to ``dcp.async_save`` and ``dcp.load``; ``dcp.FileSystemReader`` can read the files too.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def build(device: str) -> tuple[nn.Module, torch.optim.Optimizer]:
 
 
 def load(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """The step of the newest checkpoint, which is in the model and the optimizer then; 0 without one."""
+    """Load the newest checkpoint into the model and optimizer; return its step, or 0 if there is none."""
     steps = [int(path.parent.name) for path in directory.glob("*/.metadata")]
     if not steps:
         return 0
@@ -51,7 +51,7 @@ def main() -> None:
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
-    background = dist.new_group(backend="gloo")  # the training's own is in use while a save is under way
+    background = dist.new_group(backend="gloo")  # training's own group is in use while a save is in flight
     if device == "cuda":
         torch.cuda.set_device(dist.get_rank() % torch.cuda.device_count())
     model, optimizer = build(device)
@@ -68,7 +68,7 @@ def main() -> None:
             print(f"step {step} loss {loss.item():.6f}", flush=True)
         if step % 3 == 0:
             if saving is not None:
-                saving.result()  # the one before has become durable, or says why not
+                saving.result()  # waits for the previous save, and raises if it failed
             state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
             writer = FastStorageWriter(options.directory / str(step))
             saving = dcp.async_save(state, storage_writer=writer, process_group=background)

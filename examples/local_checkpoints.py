@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Local checkpoints with replicas: a node's disk is lost, and the run goes on from its neighbour's copy.
+"""Local checkpoints with replicas: a node's disk is lost, and the run continues from its neighbor's copy.
 
     torchrun --nproc-per-node 2 examples/local_checkpoints.py --directory /local/disk
 
-Needs nvidia-resiliency-ext. Every rank keeps its own state and its neighbour's. The example loses the
-directory of rank 1 on purpose.
+Needs nvidia-resiliency-ext. Every rank keeps its own state and its neighbor's. The example deliberately
+deletes the directory of rank 1.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ckpt_fast import FastLocalCheckpointManager
 
 
 def build_manager(directory: Path) -> Any:
-    # On a cluster the jump is the number of ranks of a node: they fail together.
+    # On a cluster the jump is the number of ranks per node: they fail together.
     replication = CliqueReplicationStrategy.from_replication_params(replication_jump=1, replication_factor=2)
     return FastLocalCheckpointManager(directory, repl_strategy=replication)
 

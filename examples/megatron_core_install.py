@@ -3,8 +3,8 @@
 
     torchrun --nproc-per-node 2 examples/megatron_core_install.py --directory ckpt
 
-Run it again and it goes on where it stopped. Without ``ckpt_fast.install()`` the same program saves the same
-files with Megatron-Core's own code, and each reads what the other has written.
+Run it again, and it continues where it stopped. Without ``ckpt_fast.install()``, the same program saves the
+same files with Megatron-Core's own code, and each can read the other's.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6, help="of this run")
     options = parser.parse_args()
 
-    installed = ckpt_fast.install()  # the only line of ckpt_fast
+    installed = ckpt_fast.install()  # the only ckpt_fast line
 
     training = Training()
     if dist.get_rank() == 0:
         print(installed)
     saved = [int(path.parent.name) for path in options.directory.glob("*/metadata.json")]
     if saved:
-        training.train_step()  # Megatron-Core loads an optimizer that has stepped
+        training.train_step()  # Megatron-Core loads only into an optimizer that has stepped
         load(training, options.directory / str(max(saved)))
     for _ in range(options.steps):
         loss = training.train_step()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Look at a torch_dist checkpoint with nothing of ckpt_fast: stock megatron-core, torch and zipfile."""
+"""Inspect a torch_dist checkpoint without ckpt_fast: stock megatron-core, torch and zipfile."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def damaged_items(directory: Path) -> tuple[int, list[str]]:
     """Test every item of the checkpoint as ``unzip -t`` would.
 
     Returns:
-        (number of items, names of those that are no ZIP archive or fail their CRC-32).
+        (number of items, names of those that are not a ZIP archive or fail their CRC-32).
     """
     storage = FileSystemReader(str(directory)).read_metadata().storage_data
     damaged = []
@@ -36,10 +36,10 @@ def damaged_items(directory: Path) -> tuple[int, list[str]]:
 
 
 def different_tensors(first: Path, second: Path) -> tuple[int, list[str]]:
-    """Load two checkpoints with stock megatron-core, in a process group of this process alone, and compare.
+    """Load two checkpoints with stock megatron-core, in a single-process group, and compare them.
 
     The distributed optimizer's flat tensors are only comparable if every parameter has a multiple of 64
-    elements: otherwise megatron-core pads them, with whatever the memory held.
+    elements: otherwise megatron-core pads them with uninitialized memory.
 
     Returns:
         (number of tensors, names of those that are missing in one or differ in any bit).
@@ -54,7 +54,7 @@ def different_tensors(first: Path, second: Path) -> tuple[int, list[str]]:
 
 
 def _tensors(directory: Path) -> dict[str, torch.Tensor]:
-    loaded = dist_checkpointing.load_plain_tensors(str(directory))  # along with the common state
+    loaded = dist_checkpointing.load_plain_tensors(str(directory))  # is stored with the common state
     return {name: value for name, value in loaded.items() if isinstance(value, torch.Tensor)}
 
 

@@ -25,7 +25,7 @@ VOCABULARY, SEQUENCE, BATCH = 64, 16, 2
 
 
 class Training:
-    """Model and optimizer of this rank, and the step they are at."""
+    """Model and optimizer of this rank, and the current step."""
 
     def __init__(self) -> None:
         cpu_megatron.install()
@@ -40,7 +40,7 @@ class Training:
             num_layers=2,
             hidden_size=32,
             num_attention_heads=2,
-            hidden_dropout=0.0,  # with dropout, the state of the random generators would be kept as well
+            hidden_dropout=0.0,  # with dropout, the RNG state would have to be saved as well
             attention_dropout=0.0,
             use_cpu_initialization=not cuda,
             bias_activation_fusion=False,
@@ -55,7 +55,7 @@ class Training:
         self.step = 0
 
     def train_step(self) -> float:
-        """One step on data that follows from its number; returns the loss."""
+        """Take one step on data derived from its number; return the loss."""
         self.step += 1
         data_rank = parallel_state.get_data_parallel_rank()
         generator = torch.Generator().manual_seed(1000 * self.step + data_rank)
@@ -76,13 +76,13 @@ class Training:
         return float(losses[0]["loss"])
 
     def sharded_state_dict(self, is_loading: bool = False) -> dict[str, Any]:
-        """What Megatron-Core's dist_checkpointing saves, and fills when loading."""
+        """Return what Megatron-Core's dist_checkpointing saves, or fills when loading."""
         model = self.model[0].module.sharded_state_dict()
         optimizer = self.optimizer.sharded_state_dict(model, is_loading=is_loading)
         return {"model": model, "optimizer": optimizer, "step": self.step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a loaded state dict."""
+        """Continue from a loaded state dict."""
         self.model[0].module.load_state_dict(state["model"], strict=False)
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]

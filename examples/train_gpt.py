@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train a megatron-core GPT on bytes of text; save, be killed at any moment, resume bit-identically.
+"""Train a megatron-core GPT on bytes of text; save, get killed at any moment, resume bit-identically.
 
     torchrun --nproc-per-node 2 examples/train_gpt.py --save ckpt --load ckpt --save-interval 6
 
-Everything here is ordinary megatron-core, with or without a GPU. What concerns checkpoints is in
-``build_state`` and ``train``: a ``GlobalState`` that holds settings and position, one ``load_checkpoint``
-before the loop and one ``save_checkpoint`` inside it. Three things make a resumed run repeat the
-interrupted one to the last bit:
+Everything here is ordinary megatron-core, with or without a GPU. The checkpoint code is in ``build_state``
+and ``train``: a ``GlobalState`` that holds settings and progress, one ``load_checkpoint`` before the loop and
+one ``save_checkpoint`` inside it. Three things make a resumed run repeat the interrupted one bit for bit:
 
 - the position in the data is a pure function of ``train_state.consumed_train_samples`` (``ByteText``);
-- weights, optimizer, scheduler and RNG states are in the checkpoint, so dropout continues as well;
-- whatever happened after the last completed save is simply done again.
+- weights, optimizer, scheduler and RNG states are in the checkpoint, so dropout continues too;
+- whatever happened after the last completed save is simply repeated.
 
 Rank 0 appends one JSON object per line to ``--log-file``: ``{"start"}`` with the step a run starts from,
 ``{"step", "loss", "grad_norm"}`` with the floats as ``float.hex()``, and for each save that has become
@@ -91,10 +90,10 @@ def parse_args() -> argparse.Namespace:
 
 
 class ByteText:
-    """Windows of ``seq_length + 1`` bytes of a text, numbered without end.
+    """An endless, numbered sequence of windows of ``seq_length + 1`` bytes of a text.
 
-    Window ``n`` starts at a position drawn from ``(seed, n)``: no state, so the number of consumed samples
-    is the whole position of a run in its data.
+    Window ``n`` starts at a position drawn from ``(seed, n)``: there is no state, so the number of consumed
+    samples fully determines a run's data position.
     """
 
     def __init__(self, path: Path, seq_length: int, seed: int) -> None:
@@ -103,18 +102,18 @@ class ByteText:
         self._seed = seed
 
     def window(self, number: int) -> torch.Tensor:
-        """int64 [seq_length + 1]"""
+        """Return window ``number``: int64 [seq_length + 1]."""
         start = random.Random(f"{self._seed}:{number}").randrange(len(self._bytes) - self._length)
         return self._bytes[start : start + self._length]
 
     def batch(self, first: int, count: int) -> dict[str, torch.Tensor]:
-        """``count`` windows from ``first`` on: tokens, and labels one byte later, [count, seq_length]."""
+        """Return ``count`` windows from ``first`` on as tokens and labels, [count, seq_length]."""
         windows = torch.stack([self.window(number) for number in range(first, first + count)])
         return {"tokens": windows[:, :-1].contiguous(), "labels": windows[:, 1:].contiguous()}
 
 
 def initialize(args: argparse.Namespace) -> torch.device:
-    """Join the process group, lay out the parallel groups, seed the generators; returns the rank's device."""
+    """Join the process group, set up the parallel groups, seed the generators; return the rank's device."""
     cpu_megatron.install()
     on_gpu = torch.cuda.is_available()
     if on_gpu:
@@ -129,7 +128,7 @@ def initialize(args: argparse.Namespace) -> torch.device:
 
 
 def build_model(args: argparse.Namespace, device: torch.device) -> list[DistributedDataParallel]:
-    """A GPT with gated SwiGLU, wrapped for data parallelism. A list, as megatron-core counts model chunks."""
+    """Build a GPT with gated SwiGLU, wrapped for data parallelism; a list of one model chunk."""
     config = TransformerConfig(
         num_layers=args.num_layers,
         hidden_size=args.hidden_size,
@@ -180,7 +179,7 @@ def optimizer_config(args: argparse.Namespace) -> OptimizerConfig:
 def build_optimizer(
     args: argparse.Namespace, model: list[DistributedDataParallel]
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
-    """Adam as megatron-core builds it, with linear warm-up and cosine decay counted in samples."""
+    """Build megatron-core's Adam, with linear warm-up and cosine decay counted in samples."""
     config = optimizer_config(args)
     optimizer = get_megatron_optimizer(config, model)
     samples = args.train_iters * global_batch_size(args)
@@ -201,14 +200,14 @@ def build_optimizer(
 
 
 def global_batch_size(args: argparse.Namespace) -> int:
-    """Samples that all ranks together consume in one step."""
+    """Return the number of samples that all ranks together consume in one step."""
     return args.micro_batch_size * parallel_state.get_data_parallel_world_size()
 
 
 def forward_step(
     batches: Iterator[dict[str, torch.Tensor]], model: torch.nn.Module
 ) -> tuple[torch.Tensor, Any]:
-    """One micro-batch through the model; the second result turns its output into the loss."""
+    """Run one micro-batch through the model; the second result turns its output into the loss."""
     batch = next(batches)
     position_ids = torch.arange(batch["tokens"].shape[1], device=batch["tokens"].device)
     losses = model(batch["tokens"], position_ids.expand_as(batch["tokens"]), None, labels=batch["labels"])
@@ -227,7 +226,7 @@ def train_step(
     scheduler: OptimizerParamScheduler,
     batch: dict[str, torch.Tensor],
 ) -> tuple[float, float]:
-    """Forward, backward, all-reduce, update; returns (loss averaged over data parallelism, gradient norm)."""
+    """Run forward, backward, all-reduce and update; return (data-parallel mean loss, gradient norm)."""
     model[0].zero_grad_buffer()
     optimizer.zero_grad()
     (losses,) = get_forward_backward_func()(
@@ -247,7 +246,7 @@ def train_step(
 
 
 class RunLog:
-    """Lines on stdout and, when a path is given, JSON objects in a file; rank 0 only, flushed one by one."""
+    """Prints lines and, if a path is given, appends JSON objects to a file; rank 0 only, unbuffered."""
 
     def __init__(self, path: Path | None) -> None:
         self._rank0 = torch.distributed.get_rank() == 0
@@ -262,14 +261,14 @@ class RunLog:
 
 
 class SaveLog:
-    """Writes one record for each save that has become durable. Every rank polls at the same points."""
+    """Writes one record for each save that has become durable. All ranks poll at the same points."""
 
     def __init__(self, log: RunLog) -> None:
         self._log = log
         self._seen: SaveReport | None = None
 
     def poll(self) -> None:
-        """Write the newest save's record, once. In the background, a save is durable some steps later."""
+        """Write the newest save's record, once. A background save becomes durable some steps later."""
         report = last_report()
         if report is None or report is self._seen:
             return
@@ -289,7 +288,7 @@ class SaveLog:
 
 
 def build_state(args: argparse.Namespace, model: list[DistributedDataParallel]) -> GlobalState:
-    """What ``save_checkpoint`` and ``load_checkpoint`` need to know: settings, and the run's position."""
+    """Return what ``save_checkpoint`` and ``load_checkpoint`` need: settings and the run's progress."""
     state = GlobalState()
     state.cfg = ConfigContainer(
         model=model[0].config,
@@ -310,7 +309,7 @@ def build_state(args: argparse.Namespace, model: list[DistributedDataParallel]) 
 
 
 def train(args: argparse.Namespace, device: torch.device, log: RunLog) -> None:
-    """Build, resume if there is something to resume from, and train to the last step."""
+    """Build, resume if there is a checkpoint, and train to the last step."""
     model = build_model(args, device)
     optimizer, scheduler = build_optimizer(args, model)
     state = build_state(args, model)

@@ -2,7 +2,7 @@
 """Write ``docs/api.md``: every documented name with its signature, home, summary, tests and status.
 
 python scripts/api_table.py            # write the page
-python scripts/api_table.py --check    # exit with 1 if it no longer tells the truth
+python scripts/api_table.py --check # exit with 1 if it is out of date
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ckpt_fast import checkpointing
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "api.md"
-# These two list every name; a test is one that says something about a name.
+# These two list every name, so they do not count; a test file counts if it tests the name itself.
 LISTS_OF_NAMES = ("tests/api/documented.py", "tests/api/test_signatures.py")
 SHOWN_TESTS = 3
 WIDTH = 100
@@ -38,7 +38,7 @@ HOMES_OF_DATA = {
     "_CHECKPOINT_VERSION": "ckpt_fast.trainer.contents.version",
     "logger": "ckpt_fast.checkpointing",
 }
-# What a name does not do yet, or does only with something else installed.
+# What a name does not do yet, or does only if something else is installed.
 LIMITS = {
     "save_checkpoint": "Hugging Face copies need Megatron Bridge",
     "load_checkpoint": "Hugging Face weights need Megatron Bridge",
@@ -61,12 +61,12 @@ lists: {count} names. `tests/api/test_signatures.py` compares each with the docu
 written by `scripts/api_table.py`; `tests/api/test_documented_api.py` fails when it is out of date.
 
 *Status* is "tested" when at least one test outside the signature test uses the name, else "signature only".
-What a name does not do yet stands behind it. At most {shown} test files are shown for a name.
+It also says what a name does not do yet. At most {shown} test files are shown for a name.
 """
 
 
 class Entry(NamedTuple):
-    """One documented name; ``home`` is a module's full name."""
+    """One documented name; ``home`` is the full name of its module."""
 
     name: str
     home: str
@@ -75,7 +75,7 @@ class Entry(NamedTuple):
 
 
 def entries() -> list[Entry]:
-    """All documented names, by home and then by name."""
+    """Return all documented names, by home and then by name."""
     imported = homes_in_source(ROOT / "ckpt_fast" / "checkpointing.py")
     found = []
     for name in checkpointing.__all__:
@@ -90,7 +90,7 @@ def entries() -> list[Entry]:
 
 
 def homes_in_source(path: Path) -> dict[str, str]:
-    """Name to module, for everything that ``path`` imports by ``from module import name``."""
+    """Map each name that ``path`` imports by ``from module import name`` to its module."""
     tree = ast.parse(path.read_text())
     return {
         alias.name: node.module
@@ -101,7 +101,7 @@ def homes_in_source(path: Path) -> dict[str, str]:
 
 
 def signatures(name: str, value: Any) -> list[str]:
-    """A function's signature; for a class its own, and those of its public methods."""
+    """Return a function's signature, or those of a class and its public methods."""
     if not inspect.isclass(value):
         return [signature_text(name, value)]
     members = getattr(value, "__members__", None)
@@ -118,7 +118,7 @@ def signatures(name: str, value: Any) -> list[str]:
 
 
 def signature_text(name: str, value: Any) -> str:
-    """``name(parameters) -> result``, on one line where it fits, else a line for each parameter."""
+    """Format ``name(parameters) -> result`` on one line if it fits, otherwise with one line per parameter."""
     signature = inspect.signature(value)
     parts, keyword_only = [], False
     for parameter in signature.parameters.values():
@@ -134,7 +134,7 @@ def signature_text(name: str, value: Any) -> str:
 
 
 def quoted(text: str) -> str:
-    """Python source with double quotes, as the project writes it."""
+    """Return Python source with double quotes, as the project writes it."""
     return text.replace("'", '"')
 
 
@@ -148,14 +148,14 @@ def parameter_text(parameter: inspect.Parameter) -> str:
 
 
 def first_line(value: Any) -> str:
-    """The first sentence of the docstring, as Markdown on one line."""
+    """Return the first sentence of the docstring, as Markdown on one line."""
     paragraph = " ".join((inspect.getdoc(value) or "").split("\n\n")[0].split())
     sentence = re.split(r"(?<=[^.]\.) (?=[A-Z`])", paragraph)[0]
     return sentence.replace("``", "`").replace("|", "\\|")
 
 
 def tests_of(name: str) -> list[str]:
-    """The test files that use ``name`` most, best first; helpers only where no test does."""
+    """Return the test files that use ``name`` most, best first; helpers only if no test uses it."""
     counts = {
         path.relative_to(ROOT).as_posix(): uses(path)[name] for path in sorted((ROOT / "tests").rglob("*.py"))
     }
@@ -166,7 +166,7 @@ def tests_of(name: str) -> list[str]:
 
 @cache
 def uses(path: Path) -> Counter[str]:
-    """How often a file uses each name it has from ckpt_fast, imported by itself or as ``module.name``."""
+    """Count how often a file uses each name from ckpt_fast, imported by itself or as ``module.name``."""
     tree = ast.parse(path.read_text())
     ours = {
         alias.asname or alias.name: alias.name
@@ -184,7 +184,7 @@ def uses(path: Path) -> Counter[str]:
 
 
 def render(found: Iterable[Entry], tests: Callable[[str], list[str]]) -> str:
-    """The whole page; ``tests`` gives the test files to show for a name."""
+    """Render the whole page; ``tests`` returns the test files to show for a name."""
     homes: dict[str, list[Entry]] = defaultdict(list)
     for entry in found:
         homes[entry.home].append(entry)
@@ -209,10 +209,10 @@ def row(entry: Entry, tests: list[str]) -> str:
 
 
 def problems(page: str) -> list[str]:
-    """Where ``page`` is not true any more.
+    """Return the ways in which ``page`` is out of date.
 
-    Other tests than those shown may have appeared, also for a name that had none: a page that breaks with
-    every new test would be a nuisance. What is shown must hold.
+    New tests may have appeared, even for a name that had none: a page that goes out of date with every new
+    test would be a nuisance. What is shown must be correct.
     """
     shown = {
         match["name"]: re.findall(r"\]\(\.\./(tests/[^)]+)\)", match["tests"])

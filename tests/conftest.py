@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What holds for every test."""
+"""Fixtures and hooks for all tests."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ import torch
 
 from ckpt_fast import native
 
-# Nothing is compiled here, and what torch would import for that takes each process a quarter of its start.
+# Nothing is compiled here, and what torch would import for that is a quarter of each process's startup time.
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
-# How long an example takes says something of the machine. Fixtures choose an implementation or make a
-# directory; examples do not disturb each other through them.
+# Examples have no deadline: how long one takes depends on the machine. Function-scoped fixtures only choose
+# an implementation or create a directory, so sharing them between examples is harmless.
 hypothesis.settings.register_profile(
     "ckpt_fast",
     deadline=None,
@@ -31,20 +31,20 @@ hypothesis.settings.load_profile("ckpt_fast")
 
 @pytest.fixture
 def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Durability is given up, for tests of many small saves."""
+    """Disable fsync, for tests that make many small saves."""
     monkeypatch.setenv("CKPT_FAST_FSYNC", "0")
 
 
 @pytest.fixture(params=["engine", "fallback"])
 def native_impl(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Name of the implementation that ``native`` uses during the test."""
+    """Yield the name of the implementation that ``native`` uses during the test."""
     with native.using(request.param):
         yield request.param
 
 
 @pytest.fixture(scope="session")
 def slow_disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A library to preload; see its source."""
+    """Return the path of a library to preload; see its source."""
     if shutil.which("cc") is None:
         pytest.skip("a C compiler makes the slow disk")
     library = tmp_path_factory.mktemp("slow_disk") / "slow_disk.so"
@@ -55,9 +55,9 @@ def slow_disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_call(item: pytest.Item) -> None:
-    """Skip a test that needs a GPU where there is none, unless a job exists to run just these.
+    """Skip tests that need a GPU if there is none, unless the job exists to run exactly these.
 
-    Not before its fixtures and parameters are set up, which need no GPU: their errors are seen everywhere.
+    Fixtures and parameters, which need no GPU, are set up before, so their errors show everywhere.
     """
     if item.get_closest_marker("gpu") is None or torch.cuda.is_available():
         return

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tests of several modules need: ranks (real processes, a real gloo group), and an RNG tracker for CPUs.
+"""Helpers for tests of several modules: ranks (real processes, a real gloo group) and a CPU RNG tracker.
 
-Importing torch and Megatron takes seconds. So ranks are forked off a process that has done it, and serve one
-call after the other, each with the caller's environment variables and a process group of its own.
+Importing torch and Megatron takes seconds. So ranks are forked from a process that has done it, and serve one
+call after another, each with the caller's environment variables and a process group of its own.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-# After one rank failed, the others get this long to fail by themselves: they may wait for it for ever.
+# After one rank has failed, the others, which may be waiting for it forever, get this long to fail.
 _GRACE_S = 5.0
 _MANY_THREADS = 100
 
 
 class RankError(AssertionError):
-    """A rank raised; the text holds its number and traceback. ``errors`` maps rank to exception type name."""
+    """A rank raised; the text has its number and traceback. ``errors`` maps ranks to exception type names."""
 
     def __init__(self, message: str, errors: dict[int, str]) -> None:
         super().__init__(message)
@@ -42,7 +42,7 @@ class RankError(AssertionError):
 
 
 class NoGroupError(Exception):
-    """The ranks did not find each other, so that nothing has been called."""
+    """The ranks did not find each other, so nothing was called."""
 
 
 def run_ranks(
@@ -55,19 +55,19 @@ def run_ranks(
         world_size: number of ranks.
         args: picklable, the same for all ranks.
         timeout_s: for the call and for each collective in it.
-        fresh: use new processes, which end with the call; for functions that change, or end, their process.
+        fresh: use new processes, which end with the call; for functions that change or end their process.
 
     Returns:
         Each rank's return value, by rank.
 
     Raises:
-        RankError: a rank raised, or ended.
-        TimeoutError: the ranks did not come to an end.
+        RankError: a rank raised or exited.
+        TimeoutError: the ranks did not finish.
     """
     try:
         return _run(function, world_size, args, timeout_s, fresh)
     except RankError as error:
-        # Once in thousands of rendezvous gloo meets a socket that is just being closed.
+        # Once in thousands of rendezvous, gloo hits a socket that is just being closed.
         if NoGroupError.__name__ not in error.errors.values():
             raise
         return _run(function, world_size, args, timeout_s, fresh)
@@ -83,7 +83,7 @@ def _run(
         finally:
             ranks.stop()
     ranks = _pool.get(world_size) or _Ranks(world_size)
-    # Whatever goes wrong, processes in an unknown state serve nobody any more.
+    # Whatever went wrong, processes in an unknown state must not be reused.
     _pool.pop(world_size, None)
     try:
         results = ranks.call(function, args, timeout_s)
@@ -98,7 +98,7 @@ def _run(
 
 
 def _keep(ranks: _Ranks, world_size: int, are_idle: bool) -> None:
-    """Let the ranks serve the next call, unless they are in no state to."""
+    """Keep the ranks for the next call, unless they are in a bad state."""
     if are_idle and ranks.are_fit():
         _pool[world_size] = ranks
     else:
@@ -106,7 +106,7 @@ def _keep(ranks: _Ranks, world_size: int, are_idle: bool) -> None:
 
 
 class _Ranks:
-    """Processes that run what they are sent."""
+    """Processes that run the calls they are sent."""
 
     def __init__(self, world_size: int) -> None:
         context = preloaded_processes()
@@ -121,7 +121,7 @@ class _Ranks:
             self._processes.append(process)
 
     def are_fit(self) -> bool:
-        """Alive, and without the threads of many groups, which models that cannot be collected keep."""
+        """Return whether they are alive and have no threads of leaked process groups."""
         for process in self._processes:
             if not process.is_alive() or _threads(process.pid) >= _MANY_THREADS:
                 return False
@@ -172,10 +172,10 @@ class _Ranks:
 
 @functools.cache
 def preloaded_processes() -> Any:
-    """Makes processes that have imported torch and Megatron already, where that can be."""
+    """Start processes that have already imported torch and Megatron, if possible."""
     import torch
 
-    # CUDA does not survive a fork, and an import may have asked it for something.
+    # CUDA does not survive a fork, and an import may have initialized it.
     if torch.cuda.is_available():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
@@ -188,7 +188,7 @@ _pool: dict[int, _Ranks] = {}
 
 @atexit.register
 def stop_ranks() -> None:
-    """End the ranks that wait for a call. Processes of multiprocessing have to: they join them at exit."""
+    """End the ranks that wait for a call. multiprocessing would join them at exit."""
     while _pool:
         _pool.popitem()[1].stop()
 
@@ -202,7 +202,7 @@ def _receive(connection: Connection) -> tuple[str, Any, str]:
 
 
 def _serve(rank: int, world_size: int, connection: Connection) -> None:
-    """The life of a rank: one call after the other, until the other end of the pipe is closed."""
+    """Run calls one after the other until the other end of the pipe is closed."""
     while True:
         try:
             (path, environment, directory), (module, qualname), args, rendezvous, timeout_s = (
@@ -269,7 +269,7 @@ def _threads(process: int | str | None) -> int:
 
 
 class CpuRngTracker:
-    """Megatron's CUDA RNG tracker with the CPU generator: the same interface, for models that fork it."""
+    """Megatron's CUDA RNG tracker on the CPU generator: the same interface, for models that fork it."""
 
     def __init__(self) -> None:
         self.reset()
@@ -305,7 +305,7 @@ class CpuRngTracker:
 
 
 def install_cpu_rng_tracker(seed: int = 1234) -> CpuRngTracker:
-    """Make Megatron use a CpuRngTracker in this process, with the streams Megatron itself adds."""
+    """Make Megatron use a CpuRngTracker in this process, with the streams that Megatron itself adds."""
     from megatron.core.tensor_parallel import random as megatron_random
 
     megatron_random.initialize_rng_tracker()
@@ -325,7 +325,7 @@ def uninstall_rng_tracker() -> None:
 
 @contextlib.contextmanager
 def memory_limit(more: int) -> Iterator[None]:
-    """Refuse this process more than ``more`` bytes: a damaged pickle can ask Python for any amount."""
+    """Limit this process to ``more`` further bytes: a damaged pickle can request any amount."""
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     before = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (used + more, before[1]))

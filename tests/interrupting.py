@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ctrl-C at a chosen point of an action, the same each time."""
+"""Ctrl-C at a chosen point of an action, reproducibly."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ def interrupted_at(
     files: Collection[str] | None = None,
     events: Collection[str] = ("line",),
 ) -> bool:
-    """Whether Ctrl-C ended the action at the event of that number, counted from 1.
+    """Return whether Ctrl-C at the event of that number, counted from 1, interrupted the action.
 
     Args:
-        number: no event is reached with a number larger than there are.
+        number: beyond the last event, nothing is interrupted.
         action: runs in this thread.
-        files: those whose code is counted; None: all that is written in Python.
-        events: of ``sys.settrace``.
+        files: those whose code is counted; None for all Python code.
+        events: the ``sys.settrace`` events to count.
     """
     left = number
 

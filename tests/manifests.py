@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tests ask of manifests."""
+"""Helpers for tests of manifests."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from pathlib import Path
 
 from ckpt_fast.format.manifest import Manifest, append_manifest, split_manifest
 
-# Not described by the manifest: what it stands in.
+# Not described by the manifest, because it contains it.
 TABLE = ".metadata"
 
 
 def manifest_of(directory: Path, name: str = TABLE) -> Manifest:
-    """The manifest of a checkpoint, which has one."""
+    """Return the manifest of a checkpoint, which must have one."""
     _, manifest = split_manifest((directory / name).read_bytes())
     assert manifest is not None
     return manifest
 
 
 def manifest_lies(directory: Path) -> list[str]:
-    """Names for which the manifest and the directory disagree."""
+    """Return the names for which the manifest and the directory disagree."""
     files = manifest_of(directory).files
     present = {str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()} - {TABLE}
     wrong = sorted(present.symmetric_difference(files))
@@ -33,7 +33,7 @@ def manifest_lies(directory: Path) -> list[str]:
 
 
 def with_save_id(content: bytes, save_id: str = "") -> bytes:
-    """A ``.metadata`` file as another save would have written it."""
+    """Return a ``.metadata`` file as another save would have written it."""
     pickled, manifest = split_manifest(content)
     assert manifest is not None
     manifest.save_id = save_id
@@ -41,7 +41,7 @@ def with_save_id(content: bytes, save_id: str = "") -> bytes:
 
 
 def make_older(directory: Path) -> None:
-    """Let the checkpoint be as versions before the manifest wrote it: with a sidecar."""
+    """Make the checkpoint look like one from before the manifest: with a sidecar."""
     path = directory / TABLE
     pickled, manifest = split_manifest(path.read_bytes())
     assert manifest is not None

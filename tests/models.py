@@ -2,9 +2,9 @@
 """Small, real training runs: a megatron-core GPT with its optimizer, scheduler and this package's state.
 
 A ``Run`` lives in a rank of ``helpers.run_ranks``. Everything in it is megatron-core's own: gated SwiGLU
-layers, DistributedDataParallel, Adam (distributed or not), the learning-rate scheduler. What the CPU lacks
-for it is replaced (``examples/cpu_megatron.py``) while a run is built, trained or saved by stock code, and
-put back at the end of ``megatron_on_cpu``.
+layers, DistributedDataParallel, Adam (distributed or not), the learning-rate scheduler. CUDA calls are
+replaced (``examples/cpu_megatron.py``) while a run is built, trained or saved by stock code, and restored at
+the end of ``megatron_on_cpu``.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ from tests.glu import models as glu_models
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
-# Without Transformer Engine, the router of version 0.16 asks for a name that it never defined.
+# Without Transformer Engine, the router of version 0.16 uses a name that it never defined.
 vars(moe_utils).setdefault("te_general_gemm", None)
 
-# Megatron-Core collects garbage at every save and load of a distributed optimizer; imports are none.
+# Megatron-Core collects garbage at every save and load of a distributed optimizer; skip imported objects.
 gc.freeze()
 
 VOCABULARY = 32
@@ -66,15 +66,15 @@ class Setup:
     tp: int = 1
     pp: int = 1
     ep: int = 1
-    experts: int = 0  # of the whole model, beside a shared one; 0: dense layers
-    distributed: bool = False  # the optimizer
-    reshardable: bool = False  # its state, fully
+    experts: int = 0  # in the whole model, besides a shared one; 0: dense layers
+    distributed: bool = False  # a distributed optimizer
+    reshardable: bool = False  # a fully reshardable state of it
     bf16: bool = False
     parallel_save: bool = True
     hidden: int = 16
     layers: int = 1
     seed: int = 1234
-    glu: tuple[int | None, int | None] = (None, None)  # interleave sizes of routed and dense, shared MLPs
+    glu: tuple[int | None, int | None] = (None, None)  # interleave sizes: routed; dense or shared
 
     @property
     def dtype(self) -> torch.dtype:
@@ -83,7 +83,7 @@ class Setup:
 
 @contextlib.contextmanager
 def megatron_on_cpu() -> Iterator[None]:
-    """What megatron-core wants of CUDA comes from the CPU in here, and from nowhere outside."""
+    """Provide what megatron-core needs of CUDA on the CPU, in this block only."""
     if str(EXAMPLES) not in sys.path:
         sys.path.append(str(EXAMPLES))
     import cpu_megatron
@@ -95,7 +95,7 @@ def megatron_on_cpu() -> Iterator[None]:
     outside = len(torch.overrides._get_current_function_mode_stack())
     cpu_megatron.install()
     if streams is not None and streams.get_states():
-        megatron_random._CUDA_RNG_STATE_TRACKER = streams  # installing made a new one
+        megatron_random._CUDA_RNG_STATE_TRACKER = streams  # installing created a new one
     entered = torch.overrides._get_current_function_mode_stack()[outside:]
     try:
         yield
@@ -108,11 +108,11 @@ def megatron_on_cpu() -> Iterator[None]:
 
 
 class Run:
-    """A model in training on this rank. Enter it once torch.distributed is up; leaving undoes the groups.
+    """A model in training on this rank. Enter it in an initialized process group; leaving undoes the groups.
 
     Attributes:
         setup: how it was built.
-        model: the list of one wrapped chunk.
+        model: a list with one wrapped chunk.
         optimizer, scheduler: megatron-core's.
         state: GlobalState with a ConfigContainer in it.
     """
@@ -123,7 +123,7 @@ class Run:
         self._checkpoint = checkpoint
 
     def __enter__(self) -> Run:
-        # Fills what torch.empty returns: padding in optimizer buckets is part of a checkpoint, too.
+        # Fills what torch.empty returns: padding in optimizer buckets is part of a checkpoint too.
         torch.use_deterministic_algorithms(True)
         with megatron_on_cpu():
             parallel_state.initialize_model_parallel(
@@ -158,11 +158,11 @@ class Run:
 
     @property
     def checkpoint(self) -> CheckpointConfig:
-        """The run's CheckpointConfig."""
+        """Return the run's CheckpointConfig."""
         return self.state.cfg.checkpoint  # type: ignore[no-any-return]
 
     def train(self, steps: int = 1) -> list[float]:
-        """Train with data that depends on the step and the data-parallel rank; returns the losses."""
+        """Train with data that depends on the step and the data-parallel rank; return the losses."""
         step = glu_models.step_blindly if self.setup.experts and self.setup.tp > 1 else Run._step
         with megatron_on_cpu():
             return [step(self) for _ in range(steps)]
@@ -188,31 +188,31 @@ class Run:
         self.scheduler.step(increment=samples)
         position.step += 1
         position.consumed_train_samples += samples
-        # The last stage of a pipeline alone has a loss.
+        # Only the last stage of a pipeline has a loss.
         return float(losses[0]["loss"]) if losses else 0.0
 
     def save(self, **options: Any) -> None:
-        """``save_checkpoint`` of this run; options are its keyword arguments."""
+        """Call ``save_checkpoint`` for this run; options are its keyword arguments."""
         self.state.train_state.floating_point_operations_so_far = float(FLOPS)
         with self._whatever_megatron_needs():
             save_checkpoint(self.state, self.model, self.optimizer, self.scheduler, FLOPS, **options)
 
     def load(self, **options: Any) -> tuple[int, int]:
-        """``load_checkpoint`` into this run; options are its keyword arguments."""
+        """Call ``load_checkpoint`` into this run; options are its keyword arguments."""
         with self._whatever_megatron_needs():
             return load_checkpoint(self.state, self.model, self.optimizer, self.scheduler, **options)
 
     def _whatever_megatron_needs(self) -> contextlib.AbstractContextManager[None]:
-        """A distributed optimizer gathers its state in GPU memory to make it fully reshardable."""
+        """Emulate CUDA if needed: a fully reshardable distributed optimizer gathers its state on the GPU."""
         gathers = self.setup.distributed and self.setup.reshardable
         return megatron_on_cpu() if gathers else contextlib.nullcontext()
 
     def content_metadata(self) -> dict[str, Any]:
-        """What ``content_metadata`` of a checkpoint of this run holds."""
+        """Return the ``content_metadata`` of a checkpoint of this run."""
         return _build_sharded_state_dict_metadata(self.setup.distributed, self.checkpoint)
 
     def sharded_state_dict(self, is_loading: bool = False) -> dict[str, Any]:
-        """What a trainer gives ``dist_checkpointing.save`` and, with ``is_loading``, ``load``."""
+        """Return what a trainer passes to ``dist_checkpointing.save`` or, with ``is_loading``, ``load``."""
         groups = compat.get_pg_collection(self.model)
         metadata = {**self.content_metadata(), "dp_cp_group": groups.dp_cp}
         optimizer: dict[str, Any] = {"metadata": metadata}
@@ -232,7 +232,7 @@ class Run:
         )
 
     def fingerprint(self) -> dict[str, Any]:
-        """Copies of everything a resumed run must have again, by name."""
+        """Return copies of everything that a resumed run must restore, by name."""
         chunk = compat.unwrap_model(self.model)[0]
         parts: dict[str, Any] = {
             f"model.{name}": parameter.detach().clone() for name, parameter in chunk.named_parameters()
@@ -252,7 +252,7 @@ class Run:
 def _optimizer_parts(prefix: str, adam: torch.optim.Optimizer) -> dict[str, Any]:
     parts: dict[str, Any] = {}
     for number, group in enumerate(adam.param_groups):
-        # The scheduler's doing: it sets these wherever it is loaded or stepped.
+        # The scheduler sets these whenever it is loaded or stepped.
         parts[f"scheduler.{prefix}.{number}"] = (group["lr"], group["weight_decay"])
         for index, parameter in enumerate(group["params"]):
             parts[f"{prefix}.{number}.{index}.main"] = parameter.detach().clone()
@@ -262,7 +262,7 @@ def _optimizer_parts(prefix: str, adam: torch.optim.Optimizer) -> dict[str, Any]
 
 
 def differences(expected: dict[str, Any], found: dict[str, Any], *ignored: str) -> list[str]:
-    """Names that two fingerprints disagree on, except those that start with one of ``ignored``."""
+    """Return the names on which two fingerprints disagree, except those with a prefix in ``ignored``."""
     names = expected.keys() | found.keys()
     return sorted(
         name
@@ -273,7 +273,7 @@ def differences(expected: dict[str, Any], found: dict[str, Any], *ignored: str) 
 
 
 def identical(one: Any, other: Any) -> bool:
-    """Whether two nested values agree to the last bit of every tensor and array, dtypes included."""
+    """Return whether two nested values are bitwise identical in every tensor and array, dtypes included."""
     if isinstance(one, torch.Tensor):
         if not isinstance(other, torch.Tensor) or (one.dtype, one.shape) != (other.dtype, other.shape):
             return False
@@ -296,12 +296,12 @@ def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def other(setup: Setup, **changes: Any) -> Setup:
-    """A run that differs from ``setup`` in every value, and in ``changes``."""
+    """Return a run that differs from ``setup`` in every value, and in ``changes``."""
     return replace(setup, seed=setup.seed + 1, **changes)
 
 
 def seed_everything(seed: int) -> None:
-    """Seed every generator that a checkpoint keeps."""
+    """Seed every generator that a checkpoint stores."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -309,7 +309,7 @@ def seed_everything(seed: int) -> None:
 
 
 def _build_model(setup: Setup) -> list[DistributedDataParallel]:
-    # Some versions name what they did not find of Transformer Engine without having bound the name.
+    # Some versions use names of Transformer Engine that they did not find and never defined.
     vars(moe_utils).setdefault("te_general_gemm", None)
     config = TransformerConfig(
         num_layers=setup.layers,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ranks of the tests import, once for all of them: they are forked off the process that imports this."""
+"""What test ranks import, once for all of them: they are forked from the process that imports this."""
 
 import gc
 
@@ -10,6 +10,6 @@ import tests.models
 
 __all__ = ["ckpt_fast", "tests", "torch"]
 
-# All of it stays: collections in the ranks need not walk through it, nor copy the memory it is in.
+# All of it stays, so collections in the ranks need neither walk it nor copy its memory.
 gc.collect()
 gc.freeze()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Saves of the pipeline from a list of shards, with every option by its name."""
+"""Pipeline saves from a list of shards, with every option by name."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ckpt_fast.pipeline.save.save import Save
 def new_save(
     shards: Sequence[Shard], directory: str, process_group: dist.ProcessGroup | None = None, **named: Any
 ) -> Save:
-    """A save that is not staged yet; ``named`` are fields of Share, SaveOptions and Completion."""
+    """Return a save that is not staged yet; ``named`` are fields of Share, SaveOptions and Completion."""
 
     def fields_of(kind: type) -> dict[str, Any]:
         return {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// A disk that is slow or broken, for tests: preload it. Every read and write of a data file first waits for
+// Simulates a slow or broken disk when preloaded. Every read and write of a data file first waits
 // SLOW_DISK_MS milliseconds; with SLOW_DISK_ERRORS=n the first n writes fail with EIO.
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -27,7 +27,7 @@ static int is_data_file(int fd) {
   return strstr(path, ".distcp") != NULL;
 }
 
-// Returns whether the call is to fail.
+// Returns whether the call must fail.
 static int meet(int fd, int writing) {
   if (!is_data_file(fd)) return 0;
   usleep((useconds_t)number("SLOW_DISK_MS") * 1000);

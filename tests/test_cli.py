@@ -59,7 +59,7 @@ def test_verify_names_the_file_that_is_missing_or_short(
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_verify_what_is_no_checkpoint_of_ours(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_what_is_not_our_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     stock = str(tmp_path / "stock")
     dcp.save({"w": torch.ones(3)}, storage_writer=dcp.FileSystemWriter(stock))
     assert main(["verify", stock, str(tmp_path / "nowhere")]) == 1

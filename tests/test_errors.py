@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kinds of failure: what they can be caught as, what they say, and that they travel between processes."""
+"""The error types: what they can be caught as, what they say, and that they pickle."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def test_flag(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", FLAGS)
 @pytest.mark.parametrize("value", ["", "2", "true", "no", " 1"])
-def test_flag_that_is_none(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_flag(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=re.escape(f"{name}={value!r}: use 0 or 1")):
         FLAGS[name][0]()
@@ -59,7 +59,7 @@ def test_threads(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "two", "", "1.5", "²"])
-def test_threads_that_are_none(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_threads(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CKPT_FAST_THREADS", value)
     with pytest.raises(ValueError, match=f"CKPT_FAST_THREADS={value!r} is not a positive whole number"):
         settings.io_threads()
@@ -83,7 +83,7 @@ def test_chunk(value: str, nbytes: int, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize("value", ["", "M", "-4K", "4KB", "4 K", "0", "0x1000", "4X", "1.5M"])
-def test_chunk_that_is_no_size(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_chunk_size(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CKPT_FAST_CHUNK", value)
     with pytest.raises(ValueError, match="CKPT_FAST_CHUNK="):
         settings.chunk_bytes()
@@ -186,7 +186,7 @@ def test_each_documents_its_variable_and_default(function: Callable[[], object])
 
 
 def test_no_other_module_reads_our_variables() -> None:
-    """Those of the launcher (RANK, WORLD_SIZE, ...) are not ours."""
+    """The launcher's variables (RANK, WORLD_SIZE, ...) are not ours."""
     elsewhere = []
     for path in PACKAGE.rglob("*.py"):
         if path.name == "settings.py":

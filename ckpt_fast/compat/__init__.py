@@ -108,7 +108,13 @@ from ckpt_fast.compat.nvrx import (
     save_state_dict_async_finalize,
     save_state_dict_async_plan,
 )
-from ckpt_fast.compat.optimizers import fit_to_members, give_adam_its_state, keep_adam_steps
+from ckpt_fast.compat.optimizers import (
+    fit_to_members,
+    give_adam_its_state,
+    keep_adam_steps,
+    padding_in,
+    without_parameter_state,
+)
 from ckpt_fast.compat.optional import UnavailableError, safe_import
 from ckpt_fast.compat.storage import as_url, checkpoint_files, object_storage
 
@@ -184,6 +190,7 @@ __all__ = [
     "nested_values",
     "object_storage",
     "only_joins",
+    "padding_in",
     "parallel_state",
     "parse_strict_flag",
     "preprocess_state_dict_for_uneven_dtensor",
@@ -200,6 +207,7 @@ __all__ = [
     "update_num_microbatches",
     "validate_fsdp_dtensor_model_load",
     "validate_integrity_and_strict_load",
+    "without_parameter_state",
 ]
 
 

@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Optimizers as a load needs them."""
+"""Optimizers as saves and loads need them."""
 
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedTensor
+from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from ckpt_fast.errors import CheckpointMismatchError
@@ -33,6 +36,37 @@ def give_adam_its_state(optimizer: Any) -> None:
                     "exp_avg": torch.zeros_like(parameter, requires_grad=False),
                     "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
                 }
+
+
+def without_parameter_state(optimizer: Any) -> Any | None:
+    """A stand-in whose sharded state dict, of type "dp_reshardable", has all but the state of parameters.
+
+    None for optimizers other than distributed ones, whose state of parameters is not told apart.
+    """
+    if type(optimizer) is ChainedOptimizer:
+        members = [without_parameter_state(member) for member in optimizer.chained_optimizers]
+        if None in members:
+            return None
+        stand_in = copy.copy(optimizer)
+        stand_in.chained_optimizers = members
+        return stand_in
+    if type(optimizer) is not DistributedOptimizer:
+        return None
+    stand_in = copy.copy(optimizer)
+    stand_in.gbuf_ranges = []
+    return stand_in
+
+
+def padding_in(sharded_state: Any) -> list[torch.Tensor]:
+    """The tensors that a distributed optimizer makes up to fill the gaps between parameters."""
+    if isinstance(sharded_state, dict):
+        mark = sharded_state.get("padding")
+        if isinstance(mark, LocalNonpersistentObject) and mark.obj:
+            return [each.data for each in sharded_state.values() if isinstance(each, ShardedTensor)]
+        sharded_state = list(sharded_state.values())
+    if isinstance(sharded_state, list):
+        return [tensor for each in sharded_state for tensor in padding_in(each)]
+    return []
 
 
 @contextlib.contextmanager

@@ -58,13 +58,13 @@ def parse_yaml(content: bytes) -> Any:
 
 
 def _parse_yaml(content: bytes, loader_class: Any) -> Any:
-    is_plain = _scan(content, loader_class)
+    may_expand = _scan(content, loader_class)
     loader = loader_class(content)
     try:
         node = loader.get_single_node()
         if node is None:
             return None
-        if not is_plain and _written_out(node) > _GROWTH_PER_BYTE * len(content) + _FREE_GROWTH:
+        if may_expand and _written_out(node) > _GROWTH_PER_BYTE * len(content) + _FREE_GROWTH:
             raise ValueError("its aliases repeat more than a document of this length may hold")
         return loader.construct_document(node)
     finally:
@@ -72,14 +72,14 @@ def _parse_yaml(content: bytes, loader_class: Any) -> Any:
 
 
 def _scan(content: bytes, loader_class: Any) -> bool:
-    """Whether it has neither an alias nor a scalar too long for a number.
+    """Return whether it has an alias, or a scalar too long for a number.
 
-    The levels are counted in the stream of events, which is made without recursion.
+    Nesting is measured on the event stream, which is produced without recursion.
     """
-    depth, is_plain = 0, True
+    depth, may_expand = 0, False
     for event in yaml.parse(content, loader_class):
         if isinstance(event, yaml.ScalarEvent):
-            is_plain &= len(event.value) <= _LONGEST_NUMBER
+            may_expand |= len(event.value) > _LONGEST_NUMBER
         elif isinstance(event, yaml.CollectionStartEvent):
             depth += 1
             if depth > _DEEPEST:
@@ -87,8 +87,8 @@ def _scan(content: bytes, loader_class: Any) -> bool:
         elif isinstance(event, yaml.CollectionEndEvent):
             depth -= 1
         elif isinstance(event, yaml.AliasEvent):
-            is_plain = False
-    return is_plain
+            may_expand = True
+    return may_expand
 
 
 def _written_out(root: yaml.Node) -> float:

@@ -95,17 +95,17 @@ class Manifest:
         """The manifest of a checkpoint that has lost these files, with a new id: it is not what was saved."""
         kept = []
         for part in self._digests:
-            rows = BlockDigests(part.paths, array("I"), array("q"), array("q"), b"")
+            digests = BlockDigests(part.paths, array("I"), array("q"), array("q"), b"")
             crcs, at = [], 0
             for file, offset, nbytes in zip(part.file, part.offset, part.nbytes, strict=True):
                 end = at + 4 * -(-nbytes // self.block_nbytes)
                 if part.paths[file] not in paths:
-                    rows.file.append(file)
-                    rows.offset.append(offset)
-                    rows.nbytes.append(nbytes)
+                    digests.file.append(file)
+                    digests.offset.append(offset)
+                    digests.nbytes.append(nbytes)
                     crcs.append(part.crcs[at:end])
                 at = end
-            kept.append(rows._replace(crcs=b"".join(crcs)))
+            kept.append(digests._replace(crcs=b"".join(crcs)))
         return Manifest(
             new_save_id(),
             (file for file in self.files.values() if file.path not in paths),
@@ -132,7 +132,8 @@ class Manifest:
         ).encode()
         file, offset, nbytes = array("I"), array("q"), array("q")
         for part in self._digests:
-            file.extend(number[part.paths[each]] for each in part.file)
+            numbers = [number[path] for path in part.paths]
+            file.extend(array("I", map(numbers.__getitem__, part.file)))
             offset.extend(part.offset)
             nbytes.extend(part.nbytes)
         columns = [file, offset, nbytes, array("I", b"".join(part.crcs for part in self._digests))]

@@ -114,12 +114,22 @@ class FileRecord(NamedTuple):
 
 @dataclass(frozen=True)
 class RankRecord:
-    """All that one rank has written."""
+    """All that one rank has written.
+
+    Attributes:
+        items: in the order of the digests; left out where ``is_known``.
+        files, digests: see there.
+        beside: files that lie beside the checkpoint.
+        program: the token of the save program that was executed; "" if there was none.
+        is_known: whether the coordinator has had the items of the program before.
+    """
 
     items: list[ItemRecord]
     files: list[FileRecord]
     digests: list[BlockDigests] = field(default_factory=list)
     beside: list[FileRecord] = field(default_factory=list)
+    program: str = ""
+    is_known: bool = False
 
 
 def shard_nbytes(shard: Shard) -> int:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         crc32_combine,
         permute_rows,
         read_extents,
+        walk_modules,
         write_files,
     )
 
@@ -45,6 +46,7 @@ __all__ = [
     "permute_rows",
     "read_extents",
     "using",
+    "walk_modules",
     "write_files",
 ]
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """CUDA kernels behind raw device pointers, sizes and a stream (``torch.cuda.current_stream().cuda_stream``).
 
-Importing the module needs no driver. A CUDA failure is a RuntimeError with the call and CUDA's text for it.
+Importing the module needs no driver. A CUDA failure raises RuntimeError with the call and CUDA's
+description of it. A column that is not a buffer of signed 64-bit integers raises TypeError.
 """
 
 from array import array
@@ -64,7 +65,7 @@ def permute_rows(
     peer's memory, of any alignment. The caller keeps them alive until the stream has passed the work.
 
     Raises:
-        ValueError: some ``rows`` is no multiple of ``2 * block``, ``block < 1``, a matrix overlaps its
+        ValueError: some ``rows`` is not a multiple of ``2 * block``, ``block < 1``, a matrix overlaps its
             result, or the columns differ in length; nothing was enqueued.
         RuntimeError: CUDA refused the launch.
     """

@@ -3,11 +3,12 @@
 
 Addresses are plain integers (``tensor.data_ptr()``); the caller keeps the memory alive. Every call that
 moves bytes releases the GIL. Columns are buffers of signed 64-bit integers (``array.array("q")``), one
-entry per row, so that ten thousand rows cross the seam at the price of one.
+entry per file, piece, extent or series, so that ten thousand of them cost one call.
 """
 
 from array import array
 from collections.abc import Sequence
+from typing import Any
 
 def crc32(address: int, nbytes: int, seed: int = 0) -> int:
     """CRC-32 (zlib's polynomial and conventions) of memory; ``seed`` continues an earlier CRC."""
@@ -22,15 +23,15 @@ def copy_runs(
     destination: array[int],
     source: array[int],
     nbytes: array[int],
-    runs: array[int],
+    run_count: array[int],
     pitch: array[int],
     threads: int,
 ) -> None:
-    """Copy series of runs, all rows in parallel.
+    """Copy series of runs (contiguous byte ranges), in parallel.
 
-    Row i copies ``runs[i]`` runs of ``nbytes[i]`` bytes, which begin ``pitch[i]`` bytes apart at address
-    ``source[i]`` (0 repeats one), to one behind the other at ``destination[i]``. Nothing overlaps what is
-    written. Large copies bypass the caches.
+    Series i consists of ``run_count[i]`` runs of ``nbytes[i]`` bytes that begin ``pitch[i]`` bytes apart at
+    address ``source[i]`` (a pitch of 0 repeats one run). They are packed at ``destination[i]``. Destinations
+    overlap neither each other nor a source. Large copies bypass the caches.
     """
 
 class Progress:
@@ -170,3 +171,15 @@ def check_pickle(content: bytes | memoryview, archive: bool = False) -> int:
 
 def cpu_features() -> list[str]:
     """Instruction sets in use, for ``ckpt-fast info`` and benchmark headers, e.g. ["pclmul", "avx512"]."""
+
+def walk_modules(roots: Sequence[object]) -> tuple[list[Any], list[Any], bytes]:
+    """torch modules below the given ones, the tensors registered with them, and the names of both.
+
+    Depth first, in the order of registration; what is registered twice comes twice. The bytes tell apart
+    trees of different names, of different kinds of tensors (parameter, buffer, None), and numbers of
+    ``state_dict`` hooks and buffers that are not persistent.
+
+    Raises:
+        TypeError: something there is no torch module, or keeps its parts otherwise.
+        RecursionError: a module contains itself.
+    """

@@ -27,6 +27,7 @@ from ckpt_fast.native.fallback_files import (
     read_file,
     require_inside,
 )
+from ckpt_fast.native.fallback_modules import walk_modules
 from ckpt_fast.native.fallback_pickle import check_pickle
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "crc32_combine",
     "permute_rows",
     "read_extents",
+    "walk_modules",
     "write_files",
 ]
 
@@ -71,20 +73,20 @@ def copy_runs(
     destination: array[int],
     source: array[int],
     nbytes: array[int],
-    runs: array[int],
+    run_count: array[int],
     pitch: array[int],
     threads: int,
 ) -> None:
-    if not len(destination) == len(source) == len(nbytes) == len(runs) == len(pitch):
+    if not len(destination) == len(source) == len(nbytes) == len(run_count) == len(pitch):
         raise ValueError("the columns of copy_runs differ in length")
-    for row, (count, number) in enumerate(zip(nbytes, runs, strict=True)):
+    for index, (count, number) in enumerate(zip(nbytes, run_count, strict=True)):
         if count < 0:
-            raise ValueError(f"row {row} has a negative size")
+            raise ValueError(f"series {index} has a negative size")
         if number < 0:
-            raise ValueError(f"row {row} has a negative number of runs")
+            raise ValueError(f"series {index} has a negative number of runs")
     if threads < 1:
         raise ValueError("threads must be at least 1")
-    for to, at, count, number, apart in zip(destination, source, nbytes, runs, pitch, strict=True):
+    for to, at, count, number, apart in zip(destination, source, nbytes, run_count, pitch, strict=True):
         for run in range(number):
             ctypes.memmove(to + run * count, at + run * apart, count)
 
@@ -170,15 +172,15 @@ def read_extents(
         ranges.setdefault(file, []).append((offset, nbytes, block, count))
         count += -(-nbytes // block)
     crcs = array("q", [-1]) * count
-    for file, rows in sorted(extents.items()):
+    for file, wanted in sorted(extents.items()):
         with named("open", paths[file]):
             status = os.stat(paths[file])
-        require_inside(status, paths[file], rows)
+        require_inside(status, paths[file], wanted)
     progress = progress or Progress()
     in_threads(
         [
-            partial(read_file, paths[file], rows, ranges.get(file, []), crcs, progress)
-            for file, rows in sorted(extents.items())
+            partial(read_file, paths[file], wanted, ranges.get(file, []), crcs, progress)
+            for file, wanted in sorted(extents.items())
         ],
         threads,
     )

@@ -37,7 +37,7 @@ class PlannedFile:
 
 
 def check_job(threads: int, chunk_bytes: int) -> None:
-    """The arguments that drive a job, whatever its rows."""
+    """The arguments of a job that do not depend on its columns."""
     if threads < 1:
         raise ValueError(f"threads is {threads}, not at least 1")
     if chunk_bytes < 4096 or chunk_bytes % 4096:
@@ -72,11 +72,11 @@ def check_digest(row: str, digest: int, lowest: int, digest_count: int) -> None:
 
 
 def check_rows(kind: str, file_count: int, files: array[int], offsets: array[int], sizes: array[int]) -> None:
-    """The places that the rows of a read request name."""
+    """Each entry of a read request names a file of the request and a valid byte range."""
     for row, (file, offset, nbytes) in enumerate(zip(files, offsets, sizes, strict=True)):
         check_file(f"{kind} {row}", file, file_count)
         if offset < 0 or nbytes < 0 or offset > _LARGEST_OFFSET - nbytes:
-            raise ValueError(f"{kind} {row}: {nbytes} bytes at {offset} are no range")
+            raise ValueError(f"{kind} {row}: {nbytes} bytes at {offset} are not a valid range")
 
 
 def check_ranges(files: array[int], offsets: array[int], sizes: array[int], blocks: array[int]) -> None:
@@ -84,12 +84,12 @@ def check_ranges(files: array[int], offsets: array[int], sizes: array[int], bloc
     for row, block in enumerate(blocks):
         if block < 1:
             raise ValueError(f"range {row}: its blocks have no bytes")
-    rows = sorted(
+    in_order = sorted(
         (file, offset, row, nbytes)
         for row, (file, offset, nbytes) in enumerate(zip(files, offsets, sizes, strict=True))
         if nbytes
     )
-    for before, (file, offset, row, _) in pairwise(rows):
+    for before, (file, offset, row, _) in pairwise(in_order):
         if file == before[0] and offset < before[1] + before[3]:
             raise ValueError(f"range {row}: overlaps range {before[2]}")
 

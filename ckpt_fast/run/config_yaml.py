@@ -12,6 +12,7 @@ import dataclasses
 import enum
 import functools
 import logging
+import marshal
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -61,8 +62,24 @@ def plain(config: Any) -> Any:
     return _describe(config, _plain, ())
 
 
+_last_text = (b"", "")  # what was described, and as what
+
+
 def as_yaml(described: Any) -> str:
-    """The text of what ``plain`` returned."""
+    """The text of what ``plain`` returned; made once for a configuration that stays the same."""
+    global _last_text
+    try:
+        content = marshal.dumps(described, 2)
+    except ValueError:  # it has dates
+        return _dumped(described)
+    known, text = _last_text
+    if known != content:
+        text = _dumped(described)
+        _last_text = content, text
+    return text
+
+
+def _dumped(described: Any) -> str:
     # Escaped, because PyYAML writes some line breaks of Unicode as they are and reads them as spaces.
     options = {"default_flow_style": False, "sort_keys": False, "allow_unicode": False}
     try:

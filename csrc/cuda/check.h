@@ -25,7 +25,7 @@ class CudaError : public std::runtime_error {
 /// Throws CudaError unless `status` is cudaSuccess. `what` names the call and its essential arguments.
 inline void check(cudaError_t status, const std::string& what) {
   if (status == cudaSuccess) return;
-  // The runtime remembers the code until it is asked; left there, it would surface at an unrelated call.
+  // The runtime keeps the code until it is queried; otherwise it would surface at an unrelated call.
   (void)cudaGetLastError();
   throw CudaError(status, what);
 }

@@ -22,13 +22,13 @@ void require_sizes(const Copy* copies, std::size_t count) {
   }
 }
 
-// What cudaMemcpy2D takes on every device.
+// The pitch limit of cudaMemcpy2D on every device.
 constexpr std::int64_t kLongestPitch = 0x7FFFFFFF;
 
 void check_pitch(const char* side, std::int64_t pitch, std::int64_t row_nbytes) {
   if (pitch >= row_nbytes && pitch <= kLongestPitch) return;
   throw std::invalid_argument("copy_rows: a " + std::string(side) + " pitch of " + std::to_string(pitch) +
-                              " does not do for rows of " + std::to_string(row_nbytes) + " bytes");
+                              " is not valid for rows of " + std::to_string(row_nbytes) + " bytes");
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Device memory to host memory and back: many copies in one call, small ones gathered first; rows that lie
-// apart.
+// Device memory to host memory and back: many copies in one call, small ones gathered first; strided
+// rows.
 #pragma once
 
 #include <cstddef>
@@ -10,30 +10,30 @@
 
 namespace ckpt_fast::cuda {
 
-/// A contiguous piece of device memory and where it goes. The caller keeps both alive until the stream has
-/// passed the work.
+/// A contiguous piece of device memory and its destination. The caller keeps both alive until the stream has
+/// completed the work.
 struct Copy {
   std::uintptr_t destination;
   std::uintptr_t source;
   std::int64_t nbytes;  // 0 is allowed: nothing is moved
 };
 
-/// Enqueues one copy engine transfer for each entry on `stream` of `device`. With pageable destinations CUDA
-/// makes the calls wait.
+/// Enqueues one copy engine transfer for each entry on `stream` of `device`. With pageable destinations the
+/// calls are synchronous.
 ///
-/// Throws std::invalid_argument, before anything is enqueued, for a negative size; CudaError where CUDA
+/// Throws std::invalid_argument, before anything is enqueued, for a negative size; CudaError if CUDA
 /// refuses.
 void copy_to_host(const Copy* copies, std::size_t count, int device, Stream stream);
 
-/// Enqueues kernels that copy all entries within the device's reach, hundreds in one launch. A transfer of
-/// its own costs some microseconds of the host's time for each tensor; gathered into one block, thousands of
-/// small tensors cost one.
+/// Enqueues kernels that copy all entries within the device's reach, hundreds in one launch. A separate
+/// transfer costs the host some microseconds per tensor; gathered into one block, thousands of small tensors
+/// cost only one.
 ///
-/// Throws as `copy_to_host`.
+/// Throws like `copy_to_host`.
 void gather(const Copy* copies, std::size_t count, int device, Stream stream);
 
-/// `rows` rows of `row_nbytes` bytes, that begin a pitch apart on each side. Host memory is page-locked, or
-/// the copy is not asynchronous. The caller keeps both sides alive until the stream has passed this work.
+/// `rows` rows of `row_nbytes` bytes that begin a pitch apart on each side. The copy is asynchronous only if
+/// host memory is page-locked. The caller keeps both sides alive until the stream has completed this work.
 struct RowCopy {
   std::uintptr_t destination;
   std::int64_t destination_pitch;  // >= row_nbytes
@@ -43,10 +43,10 @@ struct RowCopy {
   std::int64_t rows;
 };
 
-/// Enqueues the copy on `stream` of `device`. No kernel runs: the copy engines take the pitches.
+/// Enqueues the copy on `stream` of `device`. No kernel runs: the copy engines support pitches.
 ///
 /// Throws std::invalid_argument for negative sizes and for pitches that are less than a row or 2^31 or more;
-/// CudaError where CUDA refuses.
+/// CudaError if CUDA refuses.
 void copy_rows(const RowCopy& copy, int device, Stream stream);
 
 }  // namespace ckpt_fast::cuda

@@ -23,7 +23,7 @@ DeviceGuard::DeviceGuard(int device) {
 }
 
 DeviceGuard::~DeviceGuard() {
-  // It was current a moment ago; a failure now is one of the whole context, which the next call reports.
+  // It was current a moment ago; a failure now affects the whole context, and the next call reports it.
   if (switched_ && cudaSetDevice(previous_) != cudaSuccess) (void)cudaGetLastError();
 }
 

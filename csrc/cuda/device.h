@@ -7,14 +7,14 @@ struct CUstream_st;
 
 namespace ckpt_fast::cuda {
 
-/// A stream of torch or of anybody else in the process: the driver's handle, whichever runtime made it.
+/// A stream of torch or of other code in the process: the driver's handle, whichever runtime created it.
 /// Null is the legacy default stream of the current device.
 using Stream = CUstream_st*;
 
-/// GPUs that the driver shows; 0 when there is no driver or none is visible. Never throws.
+/// The number of GPUs visible to the driver; 0 if there is no driver. Never throws.
 int device_count() noexcept;
 
-/// Makes a device current on this thread, and the one before it again at the end.
+/// Makes a device current on this thread, and restores the previous one on destruction.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device);  // throws CudaError

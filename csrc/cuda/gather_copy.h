@@ -12,8 +12,8 @@ namespace ckpt_fast::cuda {
 
 constexpr std::uint32_t kGatherThreads = 256;
 
-/// As many copies as one launch takes in its arguments, which are limited to 4 KiB and need no upload. Each
-/// is the work of one block of threads.
+/// As many copies as fit into the arguments of one launch, which are limited to 4 KiB and need no upload.
+/// Each is done by one thread block.
 struct GatherBatch {
   static constexpr std::uint32_t kCapacity = 160;
 
@@ -30,8 +30,8 @@ CKPT_FAST_DEVICE void copy_units(const Copy& copy, std::uint64_t units, std::uin
   for (std::uint64_t unit = thread; unit < units; unit += kGatherThreads) destination[unit] = source[unit];
 }
 
-/// Widest units that both addresses are aligned to, then the last bytes one by one. `Wide` is the type of 16
-/// bytes.
+/// Copies in the widest units to which both addresses are aligned, then the last bytes one by one. `Wide` is
+/// the type of 16 bytes.
 template <typename Wide>
 CKPT_FAST_DEVICE void copy_one(const Copy& copy, std::uint32_t thread) {
   auto nbytes = static_cast<std::uint64_t>(copy.nbytes);

@@ -12,9 +12,9 @@
 
 namespace ckpt_fast::cuda {
 
-/// One matrix to copy in the other order. Both addresses are readable and writable by the device: its own
+/// One matrix to copy into the other order. Both addresses are readable and writable by the device: its own
 /// memory, pinned host memory, or a peer's. They need no alignment, but 16 bytes is fastest. The caller keeps
-/// both alive until the stream has passed this work.
+/// both alive until the stream has completed this work.
 struct RowPermutation {
   std::uintptr_t destination;
   std::uintptr_t source;
@@ -26,8 +26,8 @@ struct RowPermutation {
 /// Copies `count` matrices on `stream` of `device`, many in one launch, and returns once they are enqueued.
 /// `interleave` goes from contiguous to interleaved order, otherwise back.
 ///
-/// Throws std::invalid_argument, before anything is enqueued, where a matrix breaks the rules above or its
-/// source and destination overlap; CudaError where the launch fails.
+/// Throws std::invalid_argument, before anything is enqueued, if a matrix breaks the rules above or its
+/// source and destination overlap; CudaError if the launch fails.
 void permute_rows(const RowPermutation* matrices, std::size_t count, bool interleave, int device,
                   Stream stream);
 

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// What one thread of the row permutation does, and how the work is cut for it. Plain C++, so that a test can
-// run the same code on a CPU, thread after thread.
+// What one thread of the row permutation does, and how the work is divided. Plain C++, so that a test can
+// run the same code on a CPU, one thread after another.
 //
-// k rows that lie together in one order lie together in the other: a *run* of k * row_nbytes bytes. Run 2b +
+// k rows that are adjacent in one order are adjacent in the other: a *run* of k * row_nbytes bytes. Run 2b +
 // h of the interleaved order is run h * B + b of the contiguous order, for h in {0 gate, 1 up} and b in [0,
 // B). A run is copied in *units*, the largest power of two up to 16 bytes that divides both addresses and the
 // run. Units are counted in 64 bits: a tensor may have more than 2^32 of them.
@@ -22,8 +22,8 @@ constexpr std::uint32_t kThreads = 256;
 constexpr std::uint32_t kUnitsPerThread = 4;  // loads in flight before the first store
 constexpr std::uint64_t kTileUnits = std::uint64_t{kThreads} * kUnitsPerThread;
 
-/// n / divisor by one multiplication, exact for n < 2^63: the GPU's 64-bit division takes some hundred
-/// instructions, more than a 16-byte copy leaves room for at memory speed.
+/// n / divisor by one multiplication, exact for n < 2^63: the GPU's 64-bit division takes about a
+/// hundred instructions, too many for a 16-byte copy at memory speed.
 struct Divider {
   std::uint64_t multiplier;  // 0 stands for a divisor of 1
   std::uint32_t shift;
@@ -65,12 +65,12 @@ struct PlannedMatrix {
 struct Matrix {
   std::uintptr_t destination;
   std::uintptr_t source;
-  std::uint32_t shape;  // which of the batch's
+  std::uint32_t shape;  // index into the batch's shapes
 };
 
-/// As many matrices as one launch takes in its arguments, which are limited to 4 KiB and need no upload. The
-/// experts of a layer have one shape, so that shapes are kept once. Tiles, each kTileUnits units of one
-/// matrix, are numbered through all of them.
+/// As many matrices as fit into the arguments of one launch, which are limited to 4 KiB and need no upload.
+/// The experts of a layer share a shape, so each shape is stored once. Tiles, each kTileUnits units of one
+/// matrix, are numbered across all matrices.
 struct Batch {
   static constexpr std::uint32_t kCapacity = 96;
   static constexpr std::uint32_t kShapes = 16;
@@ -94,7 +94,7 @@ inline PlannedMatrix plan_matrix(const RowPermutation& work) {
   require(work.rows >= 0 && work.row_nbytes >= 0, "rows and row_nbytes must not be negative");
   // Compared without doubling the block, which could overflow.
   require(work.rows % work.block == 0 && work.rows / work.block % 2 == 0,
-          std::to_string(work.rows) + " rows are no multiple of 2 * " + std::to_string(work.block));
+          std::to_string(work.rows) + " rows are not a multiple of 2 * " + std::to_string(work.block));
   std::int64_t nbytes = 0;
   require(!__builtin_mul_overflow(work.rows, work.row_nbytes, &nbytes),
           std::to_string(work.rows) + " rows of " + std::to_string(work.row_nbytes) + " bytes overflow");
@@ -112,12 +112,12 @@ inline PlannedMatrix plan_matrix(const RowPermutation& work) {
   return {work.destination, work.source, shape};
 }
 
-/// The rest follows from these.
+/// The other fields follow from these.
 inline bool operator==(const Shape& a, const Shape& b) {
   return a.units == b.units && a.run_units == b.run_units && a.unit_nbytes == b.unit_nbytes;
 }
 
-/// False if the batch has no room for the matrix; it is unchanged then.
+/// Returns false, and leaves the batch unchanged, if it has no room for the matrix.
 inline bool append(Batch& batch, const PlannedMatrix& matrix) {
   std::uint32_t shape = 0;
   while (shape < batch.shape_count && !(batch.shapes[shape] == matrix.shape)) ++shape;
@@ -129,7 +129,7 @@ inline bool append(Batch& batch, const PlannedMatrix& matrix) {
   return true;
 }
 
-/// The unit of the source that becomes unit `unit` of the destination.
+/// The source unit that becomes unit `unit` of the destination.
 CKPT_FAST_DEVICE std::uint64_t source_unit(const Shape& shape, std::uint64_t unit, bool interleave) {
   std::uint64_t run = shape.by_run.quotient(unit);
   std::uint64_t within = unit - run * shape.run_units;
@@ -142,7 +142,7 @@ CKPT_FAST_DEVICE std::uint64_t source_unit(const Shape& shape, std::uint64_t uni
   return from * shape.run_units + within;
 }
 
-/// Each byte is read once and written once, and is of no use to the caches in between.
+/// Each byte is read once and written once, so caching it is useless.
 template <typename Unit>
 CKPT_FAST_DEVICE Unit load(const Unit* address) {
 #ifdef __CUDA_ARCH__

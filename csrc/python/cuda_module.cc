@@ -14,45 +14,36 @@
 #include "cuda/copier.h"
 #include "cuda/device.h"
 #include "cuda/glu.h"
+#include "python/column_argument.h"
 
 namespace py = pybind11;
 namespace cuda = ckpt_fast::cuda;
+using ckpt_fast::Column;
+using ckpt_fast::ColumnArgument;
 
 namespace {
-
-// One column of a table: a one-dimensional buffer of signed 64-bit integers, as array.array("q") gives.
-class Column {
- public:
-  Column(const py::buffer& buffer, const std::string& name) : info_(buffer.request()) {
-    bool sound = info_.ndim == 1 && info_.itemsize == sizeof(std::int64_t) &&
-                 (info_.format == "q" || info_.format == "l") &&
-                 (info_.size <= 1 || info_.strides[0] == info_.itemsize);
-    if (!sound) throw std::invalid_argument(name + " must be a buffer of signed 64-bit integers");
-  }
-
-  std::size_t size() const { return static_cast<std::size_t>(info_.size); }
-  std::int64_t operator[](std::size_t row) const { return static_cast<const std::int64_t*>(info_.ptr)[row]; }
-
- private:
-  py::buffer_info info_;
-};
 
 cuda::Stream as_stream(std::uintptr_t handle) { return reinterpret_cast<cuda::Stream>(handle); }
 
 void permute_rows(const py::buffer& destination, const py::buffer& source, const py::buffer& rows,
                   const py::buffer& row_nbytes, const py::buffer& block, bool interleave, int device,
                   std::uintptr_t stream) {
-  Column destinations(destination, "destination"), sources(source, "source"), all_rows(rows, "rows"),
-      widths(row_nbytes, "row_nbytes"), blocks(block, "block");
-  std::size_t count = destinations.size();
-  for (const Column* column : {&sources, &all_rows, &widths, &blocks}) {
-    if (column->size() != count) throw std::invalid_argument("permute_rows: columns differ in length");
+  const ColumnArgument arguments[] = {{destination, "destination"},
+                                      {source, "source"},
+                                      {rows, "rows"},
+                                      {row_nbytes, "row_nbytes"},
+                                      {block, "block"}};
+  const Column destinations = arguments[0], sources = arguments[1], row_counts = arguments[2],
+               widths = arguments[3], blocks = arguments[4];
+  std::size_t count = destinations.size;
+  for (const Column* column : {&sources, &row_counts, &widths, &blocks}) {
+    if (column->size != count) throw std::invalid_argument("permute_rows: columns differ in length");
   }
   std::vector<cuda::RowPermutation> works;
   works.reserve(count);
   for (std::size_t i = 0; i < count; ++i) {
     works.push_back({static_cast<std::uintptr_t>(destinations[i]), static_cast<std::uintptr_t>(sources[i]),
-                     all_rows[i], widths[i], blocks[i]});
+                     row_counts[i], widths[i], blocks[i]});
   }
   py::gil_scoped_release release;
   cuda::permute_rows(works.data(), works.size(), interleave, device, as_stream(stream));
@@ -60,13 +51,14 @@ void permute_rows(const py::buffer& destination, const py::buffer& source, const
 
 std::vector<cuda::Copy> as_copies(const py::buffer& destination, const py::buffer& source,
                                   const py::buffer& nbytes) {
-  Column destinations(destination, "destination"), sources(source, "source"), sizes(nbytes, "nbytes");
-  if (sources.size() != destinations.size() || sizes.size() != destinations.size()) {
+  const ColumnArgument arguments[] = {{destination, "destination"}, {source, "source"}, {nbytes, "nbytes"}};
+  const Column destinations = arguments[0], sources = arguments[1], sizes = arguments[2];
+  if (sources.size != destinations.size || sizes.size != destinations.size) {
     throw std::invalid_argument("destination, source and nbytes differ in length");
   }
   std::vector<cuda::Copy> copies;
-  copies.reserve(sizes.size());
-  for (std::size_t i = 0; i < sizes.size(); ++i) {
+  copies.reserve(sizes.size);
+  for (std::size_t i = 0; i < sizes.size; ++i) {
     copies.push_back(
         {static_cast<std::uintptr_t>(destinations[i]), static_cast<std::uintptr_t>(sources[i]), sizes[i]});
   }

@@ -19,30 +19,13 @@
 #include "engine/memory/copier.h"
 #include "engine/memory/permute.h"
 #include "engine/pickle/pickle_check.h"
+#include "python/column_argument.h"
+#include "python/walk_modules.h"
 
 namespace py = pybind11;
 using namespace ckpt_fast;
 
 namespace {
-
-/// A column argument: a buffer of signed 64-bit integers that stays alive and locked for the call.
-class ColumnArgument {
- public:
-  ColumnArgument(const py::buffer& buffer, const char* name) : info_(buffer.request()) {
-    const bool is_int64 = info_.itemsize == 8 && (info_.format == "q" || info_.format == "l");
-    const bool is_dense = info_.ndim == 1 && (info_.shape[0] <= 1 || info_.strides[0] == 8);
-    if (!is_int64 || !is_dense) {
-      throw py::type_error(std::string(name) + " is not a one-dimensional buffer of signed 64-bit integers");
-    }
-  }
-
-  operator Column() const {
-    return {static_cast<const int64_t*>(info_.ptr), static_cast<size_t>(info_.shape[0])};
-  }
-
- private:
-  py::buffer_info info_;
-};
 
 /// The columns of one call, by name.
 class ColumnArguments {
@@ -71,9 +54,9 @@ bool is_finalizing() {
 #endif
 }
 
-/// Calls without the GIL. A thread that comes back to an interpreter which is ending stays here until the
-/// process is gone: CPython would unwind it, through destructors that end the process with std::terminate or
-/// touch objects without the GIL.
+/// Calls without the GIL. A thread that returns while the interpreter is shutting down stays here until the
+/// process is gone: CPython would unwind it through destructors, which would call std::terminate or touch
+/// objects without the GIL.
 template <typename Call>
 auto without_gil(Call&& call) -> decltype(call()) {
   std::optional<decltype(call())> result;
@@ -97,8 +80,8 @@ py::object decode_path(const std::string& path) {
 
 void raise_os_error(const SystemError& error) {
   const py::object text = decode_path(error.what());
-  // An instance, as only OSError itself knows that ENOENT makes it a FileNotFoundError: Python 3.10 matches
-  // except clauses with the type given here.
+  // An instance, because only OSError's constructor turns ENOENT into a FileNotFoundError, and Python 3.10
+  // matches except clauses against the type given here.
   const py::object os_error =
       py::handle(PyExc_OSError)(error.error_number(), text, decode_path(error.path()));
   PyErr_SetObject(py::type::handle_of(os_error).ptr(), os_error.ptr());
@@ -129,9 +112,12 @@ void permute_rows_at(const py::buffer& destination, const py::buffer& source, co
 }
 
 void copy_runs_at(const py::buffer& destination, const py::buffer& source, const py::buffer& nbytes,
-                  const py::buffer& runs, const py::buffer& pitch, int threads) {
-  const ColumnArgument columns[] = {
-      {destination, "destination"}, {source, "source"}, {nbytes, "nbytes"}, {runs, "runs"}, {pitch, "pitch"}};
+                  const py::buffer& run_count, const py::buffer& pitch, int threads) {
+  const ColumnArgument columns[] = {{destination, "destination"},
+                                    {source, "source"},
+                                    {nbytes, "nbytes"},
+                                    {run_count, "run_count"},
+                                    {pitch, "pitch"}};
   without_gil([&] {
     copy_runs({columns[0], columns[1], columns[2], columns[3], columns[4]}, threads);
     return true;
@@ -226,7 +212,7 @@ PYBIND11_MODULE(_engine, m) {
   m.def("copy_crc32", copy_crc32_of, py::arg("destination"), py::arg("source"), py::arg("nbytes"),
         py::arg("seed") = 0);
   m.def("copy_runs", copy_runs_at, py::arg("destination"), py::arg("source"), py::arg("nbytes"),
-        py::arg("runs"), py::arg("pitch"), py::arg("threads"));
+        py::arg("run_count"), py::arg("pitch"), py::arg("threads"));
   py::class_<Progress>(m, "Progress")
       .def(py::init<>())
       .def_property_readonly("nbytes", &Progress::nbytes)
@@ -247,5 +233,6 @@ PYBIND11_MODULE(_engine, m) {
   m.def("permute_rows", permute_rows_at, py::arg("destination"), py::arg("source"), py::arg("rows"),
         py::arg("row_nbytes"), py::arg("block"), py::arg("interleave"), py::arg("threads"));
   m.def("check_pickle", check_pickle_in, py::arg("content"), py::arg("archive") = false);
+  m.def("walk_modules", walk_modules, py::arg("roots"));
   m.def("cpu_features", cpu_features);
 }

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The documented API of ``megatron.bridge.training.checkpointing``, written down from its documentation.
-
-Nothing here does anything: these are the signatures that ``ckpt_fast.checkpointing`` has to have, with names,
-order, kinds and defaults. Types of parameters are left out; results are annotated where a caller relies on
-them. ``test_signatures.py`` compares.
+"""The documented API of ``megatron.bridge.training.checkpointing``, transcribed from its documentation. The
+bodies are empty: these are the signatures that ``ckpt_fast.checkpointing`` must have, with names, order,
+kinds and defaults. Types of parameters are left out; results are annotated where a caller relies on them.
+``test_signatures.py`` compares.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ DATA: dict[str, object] = {
     "TRACKER_PREFIX": "latest",
     "_CHECKPOINT_VERSION": None,
     "_NON_PERSISTENT_CKPT_SUBDIR": "non_persistent",
-    # Documented by what it does, not by its value: no iteration (>= 0), and not "nothing found" (-1).
+    # Documented by behavior, not by value: no iteration (>= 0), and not "nothing found" (-1).
     "_DIRECT_ITERATION_DIR_SENTINEL": -2,
 }
 

@@ -54,7 +54,7 @@ def test_staging_is_over_when_scheduling_returns(make):
     )
     queue = AsyncCallsQueue()
     queue.schedule_async_request(request)
-    staged.append(2)  # training goes on
+    staged.append(2)  # training continues
     queue.close()
     assert written == [[1]]
 

@@ -244,12 +244,12 @@ def test_secrets_stay_where_they_are(tmp_path):
 
 
 def other_value(field):
-    """A value that is not the default."""
+    """Return a value that is not the default."""
     return not field.default if isinstance(field.default, bool) else 77
 
 
 def docstrings():
-    """Each field of CheckpointConfig and the string that follows it."""
+    """Return each field of CheckpointConfig with the string that follows it."""
     (body,) = (
         node.body
         for node in ast.parse(inspect.getsource(config)).body
@@ -273,7 +273,7 @@ def test_nothing_reads_the_fields_without_effect():
         for node in ast.walk(ast.parse(path.read_text())):
             is_check = path.name == "config.py" and isinstance(node, ast.Attribute)
             if isinstance(node, ast.Attribute) and node.attr in UNUSED:
-                # Checks that the documentation asks for.
+                # Checks that the documentation requires.
                 assert is_check and node.attr in ("verify_integrity", "use_persistent_ckpt_worker"), path
 
 
@@ -294,7 +294,7 @@ def test_what_has_an_effect_is_not_warned_about(tmp_path, monkeypatch, caplog):
     CheckpointConfig(
         save=str(tmp_path), async_save=True, most_recent_k=3, storage_writers_per_rank=4
     ).finalize()
-    # An object of another class, whose defaults nobody knows.
+    # An object of an unknown class, whose defaults are not known.
     warn_of_unused(SimpleNamespace(save_retain_interval=100))
     assert caplog.messages == []
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Configurations as YAML: they come back equal, any object can be in them, and no file can run code."""
+"""Configurations as YAML: they round-trip, any object can be in them, and no file can run code."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from ckpt_fast.run.config_targets import ForeignConfig, register_config_target
 
 @dataclasses.dataclass
 class UserConfig:
-    """A part of a program's own, outside the allowed packages."""
+    """A class defined by the user's program, outside the allowed packages."""
 
     depth: int = 1
     parts: list = dataclasses.field(default_factory=list)
@@ -83,7 +83,7 @@ def test_megatron_objects_survive_a_round_trip(tmp_path):
     assert back.optimizer == cfg.optimizer
     assert back.ddp == cfg.ddp
     assert differing_fields(back, cfg) == ["model"]
-    # Partials have no equality of their own.
+    # Partials do not define equality.
     for name in differing_fields(back.model, cfg.model):
         mine, theirs = getattr(cfg.model, name), getattr(back.model, name)
         assert (mine.func, mine.args, mine.keywords) == (theirs.func, theirs.args, theirs.keywords), name
@@ -229,7 +229,7 @@ def test_missing_file(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["", "- 1\n", "_target_: ckpt_fast.config.CheckpointConfig\n"])
-def test_files_that_are_no_container(tmp_path, content):
+def test_files_that_are_not_containers(tmp_path, content):
     (tmp_path / "c.yaml").write_text(content)
     with pytest.raises(CheckpointMismatchError):
         ConfigContainer.from_yaml(str(tmp_path / "c.yaml"))
@@ -305,12 +305,12 @@ def hostile(entry):
         {"_target_": "os.system", "_call_": False},
         {"_target_": "builtins.eval", "_args_": ["1"]},
         {"_target_": "subprocess.Popen", "_args_": [["touch", "PWNED"]]},
-        # Through an allowed package to somebody else's function or class.
+        # Reach someone else's function or class through an allowed package.
         {"_target_": "torch.os.system", "_partial_": True, "_args_": ["touch PWNED"]},
         {"_target_": "torch.nn.functional.math.sqrt", "_call_": False},
         {"_target_": "torch.utils.cpp_extension.subprocess.Popen", "args": ["touch", "PWNED"]},
         {"_target_": "ckpt_fast.run.config_yaml.os.system", "_call_": False},
-        # Of an allowed package, and still nothing that a configuration needs.
+        # In an allowed package, but nothing that a configuration needs.
         {"_target_": "torch.load", "_partial_": True, "f": "x"},
         {"_target_": "torch.hub.load", "_call_": False},
         {"_target_": "torch.package.PackageExporter", "f": "PWNED"},
@@ -344,7 +344,7 @@ def test_yaml_tags_are_refused(tmp_path):
         ConfigContainer.from_yaml(str(tmp_path / "c.yaml"))
 
 
-def test_target_that_is_no_name():
+def test_target_that_is_not_a_name():
     with pytest.raises(CheckpointMismatchError, match="not a dotted name"):
         hostile({"_target_": ["os", "system"]})
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``docs/api.md`` tells the truth, and every documented name has a home and says what it does."""
+"""``docs/api.md`` is correct, and every documented name has a home and a docstring."""
 
 from __future__ import annotations
 

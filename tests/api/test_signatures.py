@@ -40,7 +40,7 @@ def parameters(function: Any) -> list[inspect.Parameter]:
 
 
 def plain(parameter: inspect.Parameter) -> tuple[str, str, Any]:
-    """Name, kind and default: what a caller can rely on."""
+    """Return name, kind and default: what callers can rely on."""
     default = "required" if parameter.default is parameter.empty else repr(parameter.default)
     return parameter.name, parameter.kind.description, default
 
@@ -61,7 +61,7 @@ def assert_same_signature(ours: Any, theirs: Any, own: dict[str, str]) -> None:
         assert each.kind is each.KEYWORD_ONLY or not positional_after, f"{each.name} moves {positional_after}"
     result = inspect.signature(theirs).return_annotation
     if result is not inspect.Signature.empty:
-        # A dataclass's __init__ has the object None where the others have its name.
+        # A dataclass's __init__ has None itself where the others have the string.
         assert str(inspect.signature(ours).return_annotation) == result
 
 

@@ -169,7 +169,7 @@ def test_restart_forgets_the_run_and_keeps_the_rest():
 
 
 class FakeRun:
-    """Stands for a tracking package that this machine need not have."""
+    """Stands in for a tracking package that need not be installed."""
 
     def __init__(self, fail=False):
         self.fail, self.started = fail, []
@@ -290,5 +290,5 @@ def signal_rank_1(rank):
 
 
 def test_every_rank_learns_who_got_the_signal():
-    # Ranks of a pool serve from the main thread, so the handler can be installed there.
+    # Pool ranks call functions in their main thread, so the handler can be installed there.
     assert run_ranks(signal_rank_1, 2) == [[False, True], [False, True]]

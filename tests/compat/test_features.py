@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names of optional packages: felt when they are there, harmless or clear when they are not."""
+"""Names of optional packages: detected if installed; otherwise harmless, or a clear error."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_safe_import() -> None:
     for use in (lambda: placeholder.anything, placeholder, lambda: placeholder.a.b):
         with pytest.raises(UnavailableError, match=r"no_such_package\.part is needed"):
             use()
-    # Introspection gets an ordinary answer, not an import error.
+    # Introspection gets an AttributeError, not an import error.
     assert copy.copy(placeholder) is not None
     assert not hasattr(placeholder, "__wrapped__")
 
@@ -75,19 +75,19 @@ for module in modules * 2:
 """
 
 
-def test_torch_dcp_does_without_megatron_core(tmp_path: Path) -> None:
-    """And what needs it says what to install."""
+def test_torch_dcp_works_without_megatron_core(tmp_path: Path) -> None:
+    """And what needs Megatron-Core says what to install."""
     modules = ["ckpt_fast.checkpointing", "ckpt_fast.doors.megatron.install", "ckpt_fast.trainer.bridge"]
     run_python(WITHOUT_MEGATRON_CORE, str(tmp_path), *modules)
 
 
-def test_a_package_that_megatron_core_misses_is_named() -> None:
+def test_a_package_that_megatron_core_lacks_is_named() -> None:
     missing = ModuleNotFoundError("No module named 'einops'", name="einops")
     assert without_megatron_core(missing) is missing
 
 
 def run_python(code: str, *arguments: str) -> str:
-    """What a process of its own prints."""
+    """Return what a separate process prints."""
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code, *arguments],
@@ -163,7 +163,7 @@ def test_nvrx_requests_are_the_class_of_the_nvrx_queue() -> None:
 
 
 class Wrapper:
-    """As DDP and Float16Module do: the model is ``module``."""
+    """Wraps a model as DDP and Float16Module do: the model is ``module``."""
 
     def __init__(self, module: Any) -> None:
         self.module = module

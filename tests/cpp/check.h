@@ -16,7 +16,7 @@
     }                                                                                \
   } while (false)
 
-/// The text of the exception of type Error that the call throws; fails when it throws none.
+/// The text of the exception of type Error that the call throws; fails if it does not throw.
 template <typename Error, typename Call>
 std::string text_of(Call&& call) {
   try {
@@ -39,7 +39,7 @@ inline std::vector<uint8_t> noise(size_t nbytes, uint64_t seed) {
   return bytes;
 }
 
-/// A directory of its own, removed at the end with the files that were asked for by name.
+/// A temporary directory, removed at the end together with the files that were requested by name.
 class TemporaryDirectory {
  public:
   TemporaryDirectory();

@@ -21,7 +21,7 @@ namespace {
 std::atomic<bool> interrupting{false};
 std::atomic<unsigned> calls{0};
 
-/// Every third call is interrupted, the others get through with half of their first part.
+/// Every third call is interrupted; the others transfer half of their first part.
 ssize_t move(long call, int fd, const iovec* parts, int count, off_t offset) {
   if (!interrupting) return syscall(call, fd, parts, count, offset, 0L);
   if (++calls % 3 == 0) {
@@ -34,7 +34,7 @@ ssize_t move(long call, int fd, const iovec* parts, int count, off_t offset) {
 
 }  // namespace
 
-// In place of libc's, for the whole program.
+// Replaces libc's functions in the whole program.
 extern "C" ssize_t pwritev(int fd, const iovec* parts, int count, off_t offset) {
   if (direct_writes_unsupported && (fcntl(fd, F_GETFL) & O_DIRECT) != 0) {
     errno = EOPNOTSUPP;

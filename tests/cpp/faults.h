@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// System calls and allocations as they may behave at their worst.
+// System calls and allocations at their worst.
 #pragma once
 
 #include <atomic>
@@ -7,13 +7,13 @@
 /// While true, writes to descriptors with O_DIRECT fail with EOPNOTSUPP.
 extern std::atomic<bool> direct_writes_unsupported;
 
-/// While true, close(2) closes, and says that it was interrupted.
+/// While true, close(2) closes but reports an interruption.
 extern std::atomic<bool> closes_interrupted;
 
-/// So many allocations of this thread succeed, and no more; negative: all.
+/// Only this many allocations of this thread succeed; negative: all.
 extern thread_local int allocations_left;
 
-/// While one of these exists, reads and writes are interrupted or done only in part.
+/// While one of these exists, reads and writes are interrupted or partial.
 class Interruptions {
  public:
   Interruptions();

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The check of pickles on bytes of all kinds, which must not lead it out of them.
+// The pickle check on arbitrary bytes, which must not make it read out of bounds.
 #include <stdexcept>
 
 #include "check.h"

@@ -44,10 +44,10 @@ void test_parallel() {
   };
   CHECK(text_of<std::runtime_error>(fail) == "ten");
   CHECK(woken == 1);
-  CHECK(done <= 11 + 3);  // index 10 and those before it, and what the other three threads held
+  CHECK(done <= 11 + 3);  // indices up to 10, and those of the other three threads
 }
 
-/// Whatever cannot be allocated while threads are started: the work is done, or an exception says so.
+/// Whichever allocation fails while threads are started: the work is done, or an exception is thrown.
 void test_threads_without_memory() {
   for (int granted = 0; granted < 40; ++granted) {
     std::vector<std::atomic<int>> visits(200);
@@ -63,7 +63,7 @@ void test_threads_without_memory() {
   }
 }
 
-/// A child that is forked while another thread is in the pool can use it.
+/// A child forked while another thread is using the pool can use it too.
 void test_fork() {
   std::atomic<bool> ended{false};
   std::thread busy([&] {
@@ -145,7 +145,7 @@ void test_file() {
   }
 }
 
-/// Nothing of these makes a write fail.
+/// None of these makes a write fail.
 void test_file_faults() {
   TemporaryDirectory directory;
   const std::string path = directory.file("file");
@@ -161,29 +161,29 @@ void test_file_faults() {
     output.publish();
   }
   CHECK(read_whole(path) == content);
-  // Not synced, what an interrupted close says may be true: the file has no name then, nor is it left.
+  // Without a sync, an interrupted close may mean lost data: the file is not published, and is removed.
   const auto unsynced = [&] { OutputFile(directory.file("other"), 0, false).close(); };
   CHECK(text_of<SystemError>(unsynced) == "close " + directory.file("other") + ": " + std::strerror(EINTR));
   direct_writes_unsupported = closes_interrupted = false;
 }
 
 void test_copy_runs() {
-  // Three series whose runs take turns, of more bytes than one task copies; the last comes first.
+  // Three series whose runs alternate in memory, with more bytes than one task copies; the last comes first.
   const int64_t nbytes = 5001;
-  const int64_t runs = 1200;
+  const int64_t run_count = 1200;
   const int64_t pitch = 3 * nbytes + 7;
-  const std::vector<uint8_t> source = noise(runs * pitch, 6);
-  std::vector<std::vector<uint8_t>> targets(3, std::vector<uint8_t>(runs * nbytes));
+  const std::vector<uint8_t> source = noise(run_count * pitch, 6);
+  std::vector<std::vector<uint8_t>> targets(3, std::vector<uint8_t>(run_count * nbytes));
   std::vector<int64_t> to, from;
   for (const int64_t member : {2, 0, 1}) {
     to.push_back(reinterpret_cast<int64_t>(targets[member].data()));
     from.push_back(reinterpret_cast<int64_t>(source.data()) + member * nbytes);
   }
-  const std::vector<int64_t> sizes(3, nbytes), counts(3, runs), pitches(3, pitch);
+  const std::vector<int64_t> sizes(3, nbytes), counts(3, run_count), pitches(3, pitch);
   copy_runs({{to.data(), 3}, {from.data(), 3}, {sizes.data(), 3}, {counts.data(), 3}, {pitches.data(), 3}},
             4);
   for (int64_t member = 0; member < 3; ++member) {
-    for (int64_t run = 0; run < runs; ++run) {
+    for (int64_t run = 0; run < run_count; ++run) {
       CHECK(std::memcmp(targets[member].data() + run * nbytes, source.data() + run * pitch + member * nbytes,
                         nbytes) == 0);
     }
@@ -192,7 +192,7 @@ void test_copy_runs() {
 
 void test_permute() {
   const int64_t rows = 1536;
-  const int64_t row_nbytes = 7000;  // in all more than the caches hold
+  const int64_t row_nbytes = 7000;  // more in total than the caches hold
   const int64_t block = 32;
   const std::vector<uint8_t> source = noise(rows * row_nbytes, 5);
   std::vector<uint8_t> blocks(source.size());

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// writer and reader, with enough threads and small enough chunks that their waits and races happen.
+// Writer and reader, with enough threads and small enough chunks to provoke waits and races.
 #include <dirent.h>
 #include <sys/resource.h>
 #include <unistd.h>
@@ -25,7 +25,7 @@ constexpr size_t kPieces = 60;
 constexpr int64_t kPieceNbytes = 9001;
 constexpr int64_t kFileNbytes = kPieces * kPieceNbytes + 10;
 
-/// Two files of many pieces; all pieces of a file form its stream, whose CRC lies at the end.
+/// Two files of many pieces; all pieces of a file form its stream, whose CRC is at the end.
 struct Example {
   std::vector<uint8_t> memory = noise(2 * kPieces * kPieceNbytes, 6);
   std::vector<int64_t> file_nbytes = {kFileNbytes, kFileNbytes};
@@ -156,7 +156,7 @@ void test_writer() {
   bad_requests_name_the_row();
 }
 
-/// Whenever a job is stopped: what has its name is whole, nothing else is left, and nothing appears later.
+/// Whenever a job is stopped: published files are complete, nothing else is left, and nothing appears later.
 void test_writer_stops() {
   const Example example;
   for (int round = 0; round < 60; ++round) {
@@ -191,7 +191,7 @@ void test_reader() {
   const std::vector<std::string> paths = {directory.file("a"), directory.file("b")};
   const Example example;
   write_files(example.request(paths, false));
-  // The same pieces again, last first, but for every tenth: blocks around those are read all the same.
+  // The same pieces again, last first, except every tenth: blocks around those are read all the same.
   Example mirror;
   std::vector<int64_t> file, offset, nbytes, address;
   for (size_t i = mirror.file.size(); i-- > 0;) {

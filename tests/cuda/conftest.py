@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests marked ``gpu`` need the CUDA part too: without it torch would do the work, and they would test torch.
+"""Tests marked ``gpu`` need the CUDA part too: without it torch would do the work, and be what is tested.
 
-Skipped where it is missing, failed with the reason if FAIL_WITHOUT_GPU=1.
+They are skipped if it is missing, or fail with the reason if FAIL_WITHOUT_GPU=1.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ int main() {
   for (std::size_t nbytes : {0, 1, 3, 4, 15, 16, 17, 100, 4095, 4096, 131071}) {
     for (std::size_t from : {0, 1, 2, 4, 8, 16}) {
       for (std::size_t to : {0, 1, 4, 16}) {
-        // 16 spare bytes: a vector's memory is aligned to no more than that.
+        // 16 spare bytes: a vector's memory is aligned only to that.
         std::vector<std::uint8_t> source(nbytes + 2 * kMargin), destination(nbytes + 2 * kMargin, 0xEE);
         for (std::size_t i = 0; i < source.size(); ++i) source[i] = static_cast<std::uint8_t>(i * 7 + i / 251);
         std::uint8_t* first = destination.data() + to;

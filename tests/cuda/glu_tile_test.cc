@@ -136,7 +136,7 @@ void test_divider() {
   }
 }
 
-// Indices beyond 2^32, where memory for the bytes themselves would be too much: addresses are never followed.
+// Indices beyond 2^32, for which the memory itself would be too large: addresses are never dereferenced.
 void test_large() {
   std::mt19937_64 random(13);
   for (std::int64_t row_nbytes : {1, 2, 48, 8192}) {
@@ -159,7 +159,7 @@ void test_large() {
   }
 }
 
-// The weights of 64 experts go into one launch; what has no room leaves the batch as it is.
+// The weights of 64 experts go into one launch; one that does not fit leaves the batch unchanged.
 void test_capacity() {
   Batch batch;
   auto expert = [&](std::uint64_t i, std::int64_t row_nbytes) {

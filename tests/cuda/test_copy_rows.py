@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows that lie apart on a GPU, to page-locked memory and back, without a contiguous copy in between."""
+"""Strided rows on a GPU are copied to page-locked memory and back without an intermediate contiguous copy."""
 
 from __future__ import annotations
 

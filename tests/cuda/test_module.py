@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA extension module by itself: what it refuses, and that it can be there without a GPU."""
+"""The CUDA extension module by itself: what it refuses, and that it can be imported without a GPU."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def columns_of(row: tuple[int, ...]) -> list[array[int]]:
 @pytest.mark.parametrize(
     ("row", "text"),
     [
-        ((4096, 8192, 6, 4, 2), "6 rows are no multiple of 2 \\* 2"),
+        ((4096, 8192, 6, 4, 2), "6 rows are not a multiple of 2 \\* 2"),
         ((4096, 8192, 8, 4, 0), "block is 0"),
         ((4096, 8192, -8, 4, 2), "must not be negative"),
         ((4096, 8192, 8, -4, 2), "must not be negative"),
         ((4096, 4096 + 31, 8, 4, 2), "overlap"),
         ((4096, 4096, 8, 4, 4), "overlap"),
         ((4096, 8192, 1 << 40, 1 << 40, 1), "overflow"),
-        ((4096, 8192, 8, 1, 1 << 62), "no multiple"),
+        ((4096, 8192, 8, 1, 1 << 62), "not a multiple"),
     ],
 )
 def test_refuses_before_it_enqueues(row: tuple[int, ...], text: str) -> None:
@@ -63,7 +63,7 @@ def test_copies_that_no_engine_takes(row: tuple[int, ...], text: str) -> None:
 
 def test_columns_are_64_bit_and_of_one_length() -> None:
     column = array("q", [4096, 8192])
-    with pytest.raises(ValueError, match="block must be a buffer of signed 64-bit integers"):
+    with pytest.raises(TypeError, match="block is not a one-dimensional buffer of signed 64-bit"):
         _cuda.permute_rows(column, column, column, column, array("i", [1, 1]), True, 0, 0)
     with pytest.raises(ValueError, match="differ in length"):
         _cuda.permute_rows(column, column, column, column, array("q", [1]), True, 0, 0)

@@ -111,7 +111,7 @@ def test_pinned_host_memory(pinned: str) -> None:
 
 
 def test_work_is_ordered_on_the_current_stream() -> None:
-    """On a side stream the rows are taken after what that stream did before, and the call does not wait."""
+    """On a side stream, rows are read after the stream's earlier work, and the call does not wait."""
     tensor = torch.zeros(4096, 8192, dtype=torch.bfloat16, device="cuda")
     values = torch.arange(4096, device="cuda", dtype=torch.bfloat16).view(-1, 1).expand_as(tensor)
     stream = torch.cuda.Stream()

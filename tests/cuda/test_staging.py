@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Snapshots of tensors on a GPU: the values at the call, in every mode, however many and of any kind."""
+"""Snapshots of GPU tensors: the values at the time of the call, in every mode, for any number and kind."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ def tensors() -> dict[str, torch.Tensor]:
 def save_and_change(
     directory: Path, state: dict[str, torch.Tensor], policy: StagingPolicy
 ) -> dict[str, torch.Tensor]:
-    """Save in the background, change everything at once, return what the file has."""
+    """Save in the background, change everything immediately, return what the file contains."""
     queue = SaveQueue()
-    # The GPU has work to do that the copies must come after, and then some.
+    # Give the GPU work that the copies must come after, and more.
     for tensor in state.values():
         tensor.mul_(2)
     shards = [whole(fqn, tensor) for fqn, tensor in state.items()]
@@ -73,7 +73,7 @@ def save_and_change(
 def test_values_of_the_call(tmp_path: Path, mode: str) -> None:
     state = tensors()
     expected = {fqn: tensor.clone().mul_(2) for fqn, tensor in state.items()}
-    for number in range(3):  # in memory that was used before
+    for number in range(3):  # into reused memory
         found = save_and_change(tmp_path / str(number), state, StagingPolicy(mode))  # type: ignore[arg-type]
         wrong = [fqn for fqn, tensor in expected.items() if not same(found[fqn].cpu(), tensor.cpu())]
         assert not wrong, wrong[:5]
@@ -114,7 +114,7 @@ def test_the_optimizer_waits_by_itself(tmp_path: Path) -> None:
 
 
 def test_memory_that_is_freed_and_used_again_meanwhile(tmp_path: Path) -> None:
-    """The last reference to a tensor goes while its copy is on its way; others get its memory."""
+    """The last reference to a tensor is dropped while it is being copied; its memory is reused."""
     queue = SaveQueue()
     state = {f"w{i}": torch.full((1_000_000,), float(i), device="cuda") for i in range(20)}
     shards = [whole(fqn, tensor) for fqn, tensor in state.items()]

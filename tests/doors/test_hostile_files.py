@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Special files and bombs in a checkpoint, through every door: refused at once, nothing is waited for."""
+"""Special files and bombs in a checkpoint, through every door, are refused at once without blocking."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_dcp(tmp_path: Path, writer: str, name: str, kind: str) -> None:
         dcp.save(state, checkpoint_id=tmp_path)
     replace_by(tmp_path / name, kind)
     begin = time.monotonic()
-    # DCP wraps what its reader raises, with the text of it.
+    # DCP wraps its reader's exceptions and keeps their text.
     with pytest.raises(BaseException, match=rf"{name} is a {kind}|it is a {kind}|Is a directory"):
         dcp.load({"w": torch.zeros(3), "o": ""}, storage_reader=FastStorageReader(tmp_path))
     assert time.monotonic() - begin < 5
@@ -59,7 +59,7 @@ def sharded(value: float) -> dict[str, Any]:
 
 
 def load_with_strategy(rank: int, root: str, names: list[tuple[str, str]]) -> dict[str, tuple[str, float]]:
-    """What became of a load, and how long it took, for every name replaced by every kind of special file."""
+    """Load with every name replaced by each kind of special file; return the outcomes and durations."""
     found = {}
     os.mkdir(root)
     dist_checkpointing.save(sharded(1.0), root, FastSaveStrategy())
@@ -81,7 +81,7 @@ def load_with_strategy(rank: int, root: str, names: list[tuple[str, str]]) -> di
 
 
 def test_load_strategy(tmp_path: Path) -> None:
-    # Megatron-Core opens common.pt itself, before it calls a strategy.
+    # Megatron-Core opens common.pt itself before it calls a strategy.
     names = [(name, kind) for name in (".metadata", "__0_0.distcp") for kind in SPECIAL]
     (found,) = run_ranks(load_with_strategy, 1, str(tmp_path / "run"), names)
     for case, (outcome, seconds) in found.items():
@@ -100,7 +100,7 @@ def test_seal(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("content", [b"[" * 1_000_000, b"[]", b"null"], ids=["deep", "list", "null"])
-def test_seal_that_is_no_seal(tmp_path: Path, content: bytes) -> None:
+def test_invalid_seal(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "metadata.json").write_bytes(content)
     with pytest.raises(CheckpointCorruptError, match=r"metadata\.json cannot be parsed"):
         is_sealed(str(tmp_path))
@@ -129,7 +129,7 @@ def load_runs(rank: int, roots: list[str]) -> list[tuple[str, float]]:
 
 
 def test_load_checkpoint(tmp_path: Path) -> None:
-    """Whatever it says, and whether or not another file tells the same: it says so at once."""
+    """Whatever the content is, and whether or not another file has the same data, the error comes at once."""
     run_ranks(save_run, 1, str(tmp_path / "run"))
     names = [
         os.path.relpath(path, tmp_path / "run") for path in (tmp_path / "run").rglob("*") if path.is_file()
@@ -147,6 +147,6 @@ def test_load_checkpoint(tmp_path: Path) -> None:
     (found,) = run_ranks(load_runs, 1, roots)
     for (name, kind), (outcome, seconds) in zip(cases, found, strict=True):
         assert seconds < 5, (name, kind)
-        # Of the trackers one is enough; the rest must be there.
+        # One tracker is enough; everything else must be there.
         if not name.startswith("latest"):
             assert outcome != "loaded" and "MemoryError" not in outcome, (name, kind, outcome)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A load is of one save, whoever saves to the same place meanwhile; and it opens each file once."""
+"""A load comes from one save, whoever saves to the same place meanwhile, and opens each file once."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ _EVENT = struct.Struct("iIII")
 
 @contextlib.contextmanager
 def opens_in(directory: Path) -> Iterator[collections.Counter[str]]:
-    """How often each file of a directory is opened, as the kernel counts; filled in at the end.
+    """Count how often each file of a directory is opened, according to the kernel; filled in on exit.
 
-    Of events that are equal and follow each other it keeps one. Closing is counted too, so that only a file
-    opened twice at the same time, and neither closed nor another one opened between, would count once.
+    The kernel merges equal consecutive events. Closing is counted too, so two opens are merged only if
+    nothing is closed or opened in between.
     """
     counts: collections.Counter[str] = collections.Counter()
     library = ctypes.CDLL(None, use_errno=True)
@@ -85,7 +85,7 @@ def save_sharded(directory: str, value: float) -> None:
 def test_dcp_opens_each_file_once(writer: str, implementation: Any, tmp_path: Path) -> None:
     overwriting.save(str(tmp_path), writer, 3)
     into = overwriting.state(0)
-    into["half"] = into["half"].float()  # lands elsewhere first
+    into["half"] = into["half"].float()  # converted, so it is read into a buffer first
     with native.using(implementation), opens_in(tmp_path) as opens:
         dcp.load(into, storage_reader=FastStorageReader(tmp_path), no_dist=True)
     assert opens == dict.fromkeys(os.listdir(tmp_path), 1)
@@ -98,7 +98,7 @@ def test_megatron_core_opens_each_file_once(strict: str, implementation: Any, tm
     save_sharded(str(tmp_path), 3.0)
     with native.using(implementation), opens_in(tmp_path) as opens:
         loaded = torch_dist.load(sharded(0.0), str(tmp_path), strict=strict)
-    # Whether the checkpoint is sealed is asked first, and by whom when it is read.
+    # Read to see whether the checkpoint is sealed and which backend wrote it, before it is loaded.
     assert opens.pop("metadata.json") <= 3
     assert opens == dict.fromkeys(set(os.listdir(tmp_path)) - {"metadata.json"}, 1)
     assert (loaded["c"], loaded["common"], values_of(loaded)) == (3, 3, {3.0})
@@ -127,7 +127,7 @@ def test_common_state_of_another_save(tmp_path: Path) -> None:
 
 
 def values_of(loaded: dict[str, Any]) -> set[float]:
-    """All values that there are in what was loaded."""
+    """Return all values in what was loaded."""
     found: set[float] = set()
     for value in loaded.values():
         found |= set(value.float().unique().tolist()) if isinstance(value, torch.Tensor) else {float(value)}
@@ -136,7 +136,7 @@ def values_of(loaded: dict[str, Any]) -> set[float]:
 
 @contextlib.contextmanager
 def saving(directory: Path, writer: str, manner: str) -> Iterator[None]:
-    """Another process saves in a loop."""
+    """Let another process save in a loop."""
     overwriting.save(str(directory), writer, 1)
     process = preloaded_processes().Process(target=overwriting.main, args=(str(directory), writer, manner))
     process.start()
@@ -149,13 +149,13 @@ def saving(directory: Path, writer: str, manner: str) -> Iterator[None]:
 
 
 def is_ours(error: Exception) -> bool:
-    """Whether it says what is wrong with the checkpoint. Where there is no metadata torch says so for us."""
+    """Return whether the error blames the checkpoint. Without metadata, torch raises one for us."""
     failures = [each for each, _ in getattr(error, "failures", {0: (error, None)}).values()]
     return all(isinstance(each, CheckpointError) or "metadata is None" in str(each) for each in failures)
 
 
 def race(directory: Path, writer: str, manner: str, implementation: Any, loads: int) -> dict[str, int]:
-    """Load while another process saves. Returns how the loads ended; those of one save, by errors, mixed."""
+    """Load while another process saves. Return how many loads were of one save, failed, or mixed saves."""
     ends: collections.Counter[str] = collections.Counter()
     seen: set[float] = set()
     with native.using(implementation), saving(directory, writer, manner):

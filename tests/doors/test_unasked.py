@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What of a checkpoint nobody asks for: counted, and said where it is a whole section."""
+"""Parts of a checkpoint that nobody requests: counted, and reported if they are whole sections."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_sections_of_names(fqn: str, path: tuple[Any, ...] | None, sections: lis
 
 
 class Warnings:
-    """What is logged in the meantime by our modules, at the level of a warning."""
+    """Collects what our modules log as warnings meanwhile."""
 
     def __enter__(self) -> list[str]:
         self.lines: list[str] = []
@@ -85,7 +85,7 @@ def test_a_load_of_everything_says_nothing(saved: Path) -> None:
 
 
 def test_moments_that_an_optimizer_does_not_have_yet(saved: Path) -> None:
-    """As public reports have it: the state dict was taken before the first step."""
+    """As in public bug reports: the state dict was taken before the first step."""
     state = blank(training_state())
     state["optimizer"]["state"] = {}
     (line,), unasked = load(saved, state)
@@ -126,7 +126,7 @@ def test_a_load_that_is_partial_on_purpose(saved: Path) -> None:
 
 
 def load_in_parts(rank: int, directory: str, everything: bool) -> tuple[list[str], bool]:
-    """The ranks have different parts of the state dict, as with pipeline parallelism."""
+    """Load with different parts of the state dict on each rank, as with pipeline parallelism."""
     state = blank(training_state())
     mine = {key: value for key, value in state.items() if (key == "optimizer") is (rank == 1)}
     if rank == 1 and not everything:
@@ -154,7 +154,7 @@ def save_run(rank: int, root: str) -> None:
 
 
 def load_run(rank: int, root: str) -> dict[str, list[str]]:
-    """Warnings of loads of everything, of less and less, and of weights alone."""
+    """Return the warnings of loads of everything, of less and less, and of weights alone."""
     found = {}
     setup = other(replace(SETUP, pp=dist.get_world_size()))
     with Run(setup, load=root) as run:
@@ -166,7 +166,7 @@ def load_run(rank: int, root: str) -> dict[str, list[str]]:
             run.load()
         for kind in ("exp_avg", "exp_avg_sq"):
             state = run.sharded_state_dict(is_loading=True)
-            del state["rng_state"]  # of the other number of ranks
+            del state["rng_state"]  # of the checkpoint saved by the other number of ranks
             _drop(state, f"optimizer.state.{kind}.")
             with Warnings() as found[kind]:
                 torch_dist.load(state, f"{root}/iter_0000001")
@@ -174,7 +174,7 @@ def load_run(rank: int, root: str) -> dict[str, list[str]]:
 
 
 def _drop(state: Any, beginning: str) -> None:
-    """Take all entries out whose key begins so."""
+    """Remove all entries whose keys have this prefix."""
     for key, value in list(state.items()) if isinstance(state, dict) else []:
         if getattr(value, "key", "").startswith(beginning):
             del state[key]

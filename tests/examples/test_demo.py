@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demo end to end at a small size, and that its parts would notice if something were wrong."""
+"""The demo end to end at a small size, and that its parts would notice errors."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SMALL = (
 
 @pytest.mark.long
 def test_killed_run_resumes_bit_identically(tmp_path: Path) -> None:
-    """Saving in the background, as opposed to ``make demo``, and with bf16 parameters."""
+    """With background saves, unlike ``make demo``, and with bf16 parameters."""
     command = [sys.executable, EXAMPLES / "demo.py", f"--directory={tmp_path / 'run'}"]
     command += ["--train-iters=9", "--save-interval=3", "--", *SMALL, "--bf16", "--async-save"]
     env = {**os.environ, "PYTHONWARNINGS": "ignore"}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The example of each door, as its first lines say to run it."""
+"""The example of each door, run as its docstring says."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_run_goes_on_from_the_newest_checkpoint(tmp_path: Path, example: str) 
     assert again == {step: whole[step] for step in (4, 5, 6)}
     for step in (3, 6):
         directory = tmp_path / str(step)
-        # Megatron-Core writes its seal by itself.
+        # Megatron-Core writes its seal itself.
         assert manifest_lies(directory) in ([], ["metadata.json"])
         assert dcp.FileSystemReader(directory).read_metadata().state_dict_metadata
 

@@ -24,7 +24,7 @@ FIVE_GIB = (5 << 30) + 12
 
 
 def build(tensor: torch.Tensor) -> bytes:
-    """The item of a tensor, as a writer that follows the plan puts it together."""
+    """Return the item of a tensor, assembled as a writer that follows the plan does."""
     head, tail, crc_offsets = archive.tensor_archive(tensor.dtype, tuple(tensor.shape))
     raw = raw_bytes(tensor)
     patched = bytearray(tail)
@@ -146,7 +146,7 @@ def test_dtypes_that_are_not_plain_bytes(dtype: torch.dtype) -> None:
 
 
 @given(st.binary(max_size=400), st.integers(0, 1 << 40))
-def test_junk_is_no_archive(junk: bytes, offset: int) -> None:
+def test_junk_is_not_an_archive(junk: bytes, offset: int) -> None:
     assert archive.find_raw_member(junk, offset) is None
     assert archive.local_header_nbytes(junk) is None
 
@@ -170,7 +170,7 @@ def test_damaged_directories_never_raise(kind: str) -> None:
 
 @pytest.fixture(scope="module")
 def sparse_five_gib(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The item of a 5 GiB tensor of zeros (but for its ends), in a file with a hole."""
+    """Return the item of a 5 GiB tensor of zeros (except at its ends), in a sparse file."""
     head, tail, crc_offsets = archive.tensor_archive(torch.uint8, (FIVE_GIB,))
     path = tmp_path_factory.mktemp("large") / "item"
     with path.open("wb") as file:

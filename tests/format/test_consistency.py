@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a table of contents must not say, counted element by element; and that the index refuses it."""
+"""What metadata must not say, counted element by element; and that the index refuses it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.pipeline.layouts import cuts, shapes
 
 
 def counts(shape: tuple[int, ...], regions: list[Region]) -> torch.Tensor:
-    """How many regions each element is in."""
+    """Return how many regions contain each element."""
     count = torch.zeros(shape, dtype=torch.int64)
     for region in regions:
         layouts.Region(*region).of(count).add_(1)
@@ -36,7 +36,7 @@ def counts(shape: tuple[int, ...], regions: list[Region]) -> torch.Tensor:
 
 @st.composite
 def regions_of(draw: st.DrawFn) -> tuple[tuple[int, ...], list[Region]]:
-    """A partition of a tensor with some regions lost, some resized and some added, all inside it."""
+    """Return a partition of a tensor with some regions lost, resized or added, all inside it."""
     shape = draw(shapes)
     regions = [Region(*region) for region in draw(cuts(shape))]
     for _ in range(draw(st.integers(0, 2))):
@@ -110,7 +110,7 @@ def saved(tmp_path: Path) -> Path:
 
 
 def cut_in_two(metadata: Metadata, second: int) -> None:
-    """Say of ``a`` that it has pieces of 3 elements at 0 and at ``second``."""
+    """Make ``a`` consist of 3-element pieces at 0 and at ``second``."""
     chunks = [ChunkStorageMetadata(torch.Size([at]), torch.Size([3])) for at in (0, second)]
     metadata.state_dict_metadata["a"].chunks = chunks
     info = metadata.storage_data.pop(next(index for index in metadata.storage_data if index.fqn == "a"))
@@ -127,7 +127,7 @@ def move(metadata: Metadata, fqn: str, **changes: Any) -> None:
 
 
 def take_place_of(metadata: Metadata, fqn: str, other: str) -> None:
-    """The item of one name under another."""
+    """Store the item of one name under another."""
     entries = {index.fqn: (index, info) for index, info in metadata.storage_data.items()}
     del metadata.storage_data[entries[fqn][0]]
     metadata.storage_data[entries[other][0]] = entries[fqn][1]
@@ -158,7 +158,7 @@ def _offset(metadata: Metadata, fqn: str) -> int:
 
 
 @pytest.mark.parametrize("name", CONTRADICTIONS)
-def test_contradictions_are_damage(name: str, saved: Path) -> None:
+def test_contradictory_metadata_is_damage(name: str, saved: Path) -> None:
     change, message = CONTRADICTIONS[name]
     metadata = pickle.loads((saved / ".metadata").read_bytes())
     change(metadata)
@@ -175,7 +175,7 @@ def test_a_piece_without_an_item_at_its_place(saved: Path) -> None:
 
 @pytest.mark.usefixtures("native_impl")
 def test_an_item_of_another_dtype(saved: Path) -> None:
-    """Of one length with it, so that nothing but the item itself knows."""
+    """With the same length, so that only the item itself shows it."""
     metadata = pickle.loads((saved / ".metadata").read_bytes())
     metadata.state_dict_metadata["n"].properties.dtype = torch.float64
     index = CheckpointIndex(str(saved), Contents(metadata, None, ""))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The manifest: it comes back as it was, stock readers pass it by, and no change of it goes unseen."""
+"""The manifest: it round-trips, stock readers ignore it, and no change of it goes unnoticed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.saves import save
 
 pytestmark = pytest.mark.usefixtures("native_impl", "no_fsync")
 
-ROWS, COLUMNS = 400, 1000  # of float32: 1.6 MB, six blocks and a part of one
+ROWS, COLUMNS = 400, 1000  # of float32: 1.6 MB, six blocks and part of a seventh
 LARGE = random_tensor((ROWS, COLUMNS), torch.float32, 1)
 SMALL = random_tensor((50, 30), torch.bfloat16, 2)
 
@@ -46,18 +46,18 @@ def object_item(value: object) -> bytes:
 
 
 def changed(tensor: torch.Tensor, by: int) -> torch.Tensor:
-    """Another value in every element, bit by bit: arithmetic would not keep what is no number."""
+    """Change every element bitwise: arithmetic would not change a NaN."""
     bits = torch.int32 if tensor.itemsize == 4 else torch.int16
     return (tensor.view(bits) + by).view(tensor.dtype)
 
 
 def odd(seed: int) -> torch.Tensor:
-    """Of a dtype that is stored by torch itself."""
+    """Return a tensor of a dtype that torch itself stores."""
     return torch.complex(torch.eye(4) * (seed + 1), torch.eye(4)).to(torch.complex32)
 
 
 def save_some(directory: Path, seed: int = 0) -> None:
-    """Of equal structure and length whatever the seed."""
+    """Save a checkpoint with the same structure and length for every seed."""
     shards = [
         whole("large", changed(LARGE, seed)),
         whole("small", changed(SMALL, seed)),
@@ -81,9 +81,9 @@ def save_some(directory: Path, seed: int = 0) -> None:
     payloads=st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2**60), st.integers(0, 10**6)), max_size=8),
     pickled=st.binary(max_size=40),
 )
-def test_a_manifest_comes_back(files, beside, payloads, pickled) -> None:
+def test_manifest_round_trip(files, beside, payloads, pickled) -> None:
     parts, expected = [], {}
-    for half in (payloads[::2], payloads[1::2]):  # as of two ranks, whose files have other numbers
+    for half in (payloads[::2], payloads[1::2]):  # as if from two ranks, which number their files differently
         part = BlockDigests(
             [f"__{len(parts)}_{n}.distcp" for n in range(3)], array("I"), array("q"), array("q"), b""
         )
@@ -121,7 +121,7 @@ def test_it_describes_every_file(tmp_path: Path) -> None:
     assert manifest_lies(tmp_path) == []
 
 
-def test_stock_readers_pass_it_by(tmp_path: Path) -> None:
+def test_stock_readers_ignore_it(tmp_path: Path) -> None:
     save_some(tmp_path)
     with (tmp_path / ".metadata").open("rb") as file:
         metadata = pickle.load(file)
@@ -133,7 +133,7 @@ def test_stock_readers_pass_it_by(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("cut", [0, 1, 100])
 def test_another_tool_that_writes_the_pickle_again_drops_it(tmp_path: Path, cut: int) -> None:
-    """Whole items still have the CRC-32 of their archives; what is left of a manifest is damage."""
+    """Whole items still have the CRC-32 of their archives; remains of a manifest count as damage."""
     save_some(tmp_path)
     path = tmp_path / ".metadata"
     pickled, _ = split_manifest(path.read_bytes())
@@ -148,7 +148,7 @@ def test_another_tool_that_writes_the_pickle_again_drops_it(tmp_path: Path, cut:
     assert same(into, LARGE)
 
 
-def test_one_of_a_later_version_is_passed_by(tmp_path: Path) -> None:
+def test_a_later_version_is_ignored(tmp_path: Path) -> None:
     save_some(tmp_path)
     path = tmp_path / ".metadata"
     content = bytearray(path.read_bytes()[:-12])
@@ -188,8 +188,8 @@ PARTS = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["in place", "converted"])
 @pytest.mark.parametrize("part", PARTS)
-def test_what_is_read_in_part_is_checked(tmp_path: Path, part: str, dtype: torch.dtype) -> None:
-    """A flip is noticed if it is in a block that is touched; if it is not, it does no harm."""
+def test_partial_reads_are_checked(tmp_path: Path, part: str, dtype: torch.dtype) -> None:
+    """A flip in a block that is touched is detected; in any other it does no harm."""
     save([whole("large", LARGE)], str(tmp_path))
     path = tmp_path / "__0_0.distcp"
     content = path.read_bytes()
@@ -249,7 +249,7 @@ def load_some(directory: Path) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
     return large, small, twin, load_objects(index, ["object"])["object"]
 
 
-def test_a_file_of_another_save_is_not_taken(tmp_path: Path) -> None:
+def test_a_file_of_another_save_is_rejected(tmp_path: Path) -> None:
     for seed in (0, 1):
         save_some(tmp_path / str(seed), seed)
     names = sorted(path.name for path in (tmp_path / "0").glob("*.distcp"))
@@ -263,8 +263,8 @@ def test_a_file_of_another_save_is_not_taken(tmp_path: Path) -> None:
     assert load_some(tmp_path / "0")[3] == ["object 0"]
 
 
-def test_an_item_of_another_save_is_not_taken(tmp_path: Path) -> None:
-    """Nor one of the same save in the place of another."""
+def test_an_item_of_another_save_is_rejected(tmp_path: Path) -> None:
+    """Nor is one of the same save in the place of another."""
     for seed in (0, 1):
         save_some(tmp_path / str(seed), seed)
     infos = CheckpointIndex(str(tmp_path / "0")).metadata.storage_data
@@ -282,7 +282,7 @@ def test_an_item_of_another_save_is_not_taken(tmp_path: Path) -> None:
     load_some(tmp_path / "0")
 
 
-def test_metadata_of_another_save_is_not_taken(tmp_path: Path) -> None:
+def test_metadata_of_another_save_is_rejected(tmp_path: Path) -> None:
     for seed in (0, 1):
         save_some(tmp_path / str(seed), seed)
     (tmp_path / "0" / ".metadata").write_bytes((tmp_path / "1" / ".metadata").read_bytes())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models whose fc1 rows are interleaved in memory, with megatron-core's own layers."""
+"""Models with fc1 rows interleaved in memory, built from megatron-core's own layers."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from ckpt_fast.glu.model import _deinterleave_glu_tensor, _interleave_glu_tensor
 
 
 def mixture(parallel_size: int) -> dict[str, Any]:
-    """Fields of TransformerConfig for a small mixture of experts that a CPU can run."""
+    """Return TransformerConfig fields for a small mixture of experts that runs on a CPU."""
     if not hasattr(moe_utils, "te_general_gemm"):
-        moe_utils.te_general_gemm = None  # missing from 0.16 where Transformer Engine is
+        moe_utils.te_general_gemm = None  # missing from 0.16 if Transformer Engine is installed
     return {
         "moe_router_topk": 1,
         "moe_router_pre_softmax": True,
@@ -30,7 +30,7 @@ def mixture(parallel_size: int) -> dict[str, Any]:
 
 
 def step_blindly(run: Any) -> float:
-    """A step with made-up gradients: mixtures train on several tensor-parallel ranks with GPU layers only."""
+    """Step with made-up gradients: mixtures train on several tensor-parallel ranks only with GPU layers."""
     position = run.state.train_state
     generator = torch.Generator().manual_seed(position.step)
     for parameter in run.model[0].parameters():
@@ -42,9 +42,9 @@ def step_blindly(run: Any) -> float:
 
 
 def interleave(model: torch.nn.Module, sizes: tuple[int | None, int | None]) -> None:
-    """Change the model's fc1 rows, and what comes out of them, so that it computes what it did before.
+    """Interleave the model's fc1 rows, and adapt their outputs so that it computes the same as before.
 
-    A GPU has activations that take interleaved rows; here the output is put back in order before them.
+    GPU activations accept interleaved rows; here the output is reordered before the activation.
     """
     config: Any = model.config
     config.moe_mlp_glu_interleave_size, config.moe_shared_expert_glu_interleave_size = sizes
@@ -63,7 +63,7 @@ def _contiguous_output(size: int, _: Any, __: Any, output: Any) -> Any:
 
 
 def contiguous_parameters(model: list[Any], sizes: tuple[int | None, int | None]) -> dict[str, torch.Tensor]:
-    """The parameters as a twin without interleaving has them, by their names in ``Run.fingerprint``."""
+    """Return the parameters as a model without interleaving has them, by name in ``Run.fingerprint``."""
     parameters: dict[str, torch.Tensor] = {}
     for name, parameter in compat.unwrap_model(model)[0].named_parameters():
         size = _size_for(name, sizes)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints of models with interleaved fc1 rows: the same as those of their twins without."""
+"""Checkpoints of models with interleaved fc1 rows are the same as those of equal models without."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ def save_in_the_background(run: Run) -> None:
     run.save()
     with torch.no_grad():
         for parameter in run.model[0].parameters():
-            parameter.add_(1.0)  # training goes on
+            parameter.add_(1.0)  # training continues
     maybe_finalize_async_save(run.state, run.checkpoint, blocking=True, terminate=True)
 
 
 def there_and_back(rank: int, setup: Setup, root: str) -> dict[str, Any]:
-    """Plain run -> interleaved run -> plain and interleaved runs; what came of each step."""
+    """Plain run -> interleaved run -> plain and interleaved runs; return the outcome of each step."""
     plain, found = os.path.join(root, "plain"), {}
     again, background = os.path.join(root, "again"), os.path.join(root, "background")
     glu = replace(other(setup), glu=SIZES)
@@ -65,7 +65,7 @@ def there_and_back(rank: int, setup: Setup, root: str) -> dict[str, Any]:
         future = run.fingerprint()
         found["same losses"] = torch.allclose(torch.tensor(mine), torch.tensor(losses), rtol=1e-2)
     with Run(glu, load=again, save=background, async_save=True, async_strategy="mcore") as run:
-        run.state.cfg.ddp = None  # as of programs that train nothing
+        run.state.cfg.ddp = None  # as in programs that do not train
         run.load()
         save_in_the_background(run)
     with Run(glu, load=background) as run:
@@ -86,7 +86,7 @@ def there_and_back(rank: int, setup: Setup, root: str) -> dict[str, Any]:
 
 
 def loaded_by_stock_code(run: Run, directory: str, saved: dict[str, Any]) -> list[str]:
-    """Model tensors that stock Megatron-Core does not load as ``saved`` has them."""
+    """Return the model tensors that stock Megatron-Core does not load as in ``saved``."""
     chunk = compat.unwrap_model(run.model)[0]
     for parameter in run.model[0].parameters():
         parameter.data.zero_()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Entries with interleaved rows: what they build and merge, by copies and in place."""
+"""Entries with interleaved rows: what they build and merge, by copying and in place."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ckpt_fast.glu.model import _deinterleave_glu_tensor, _interleave_glu_tensor
 from ckpt_fast.jobs.report import SaveReport
 
 K = 4
-# How the expert, layer and tensor-parallel axes of an fc1 weight are put before and around its rows.
+# How expert, layer and tensor-parallel axes are arranged around the rows of an fc1 weight.
 PLACES = {
     "dense": ((), (0, 0, 1)),
     "tensor parallel": ((), (0, 1, 2)),
@@ -31,7 +31,7 @@ PLACES = {
 
 
 def entry(data: torch.Tensor, place: str, singleton: bool | None) -> Any:
-    """A factory as megatron-core's MLPs have it; with None the ShardedTensor itself."""
+    """Return a factory as megatron-core's MLPs build it; with None, the ShardedTensor itself."""
     offsets, rows = PLACES[place]
     tensor = compat.ShardedTensor.from_rank_offsets(
         "experts.linear_fc1.weight", data, *offsets, rows, replica_id=(0, 0, 0), prepend_axis_num=len(offsets)
@@ -76,7 +76,7 @@ def test_the_same_pieces_as_without_interleaving(place: str, singleton: bool | N
 
 
 def test_what_cannot_be_seen_in_place_is_copied() -> None:
-    """A builder that does more than to cut rows, and data that only torch can read."""
+    """A builder that does more than split rows, and data that only torch can read."""
 
     def transposed(key: str, data: torch.Tensor, replica_id: Any, _: Any) -> list[Any]:
         return [compat.ShardedTensor.from_rank_offsets(f"{key}.{n}", data.t()) for n in range(2)]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Interleaved rows of grouped experts: Megatron-Core's TEGroupedMLP, over a linear layer that a CPU has."""
+"""Interleaved rows of grouped experts: Megatron-Core's TEGroupedMLP over a linear layer for the CPU."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PREFIX = "decoder.layers.0.mlp.experts."
 
 
 class GroupedLinear(torch.nn.Module):
-    """What a checkpoint sees of Transformer Engine's GroupedLinear, which needs a GPU to be built."""
+    """What a checkpoint sees of Transformer Engine's GroupedLinear, which can be built only on a GPU."""
 
     def __init__(self, count: int, inputs: int, outputs: int, *, pg_collection: Any, **_: Any) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class GroupedLinear(torch.nn.Module):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None
     ) -> dict[str, Any]:
-        """Keys and offsets as Transformer Engine's layer in Megatron-Core gives them."""
+        """Return keys and offsets as Transformer Engine's layer in Megatron-Core does."""
         state: dict[str, Any] = {}
         alone = metadata["singleton_local_shards"]
         for number in range(self.count):

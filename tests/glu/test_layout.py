@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""In which order rows are stored: recorded, assumed or overridden; what cannot be put in order is refused."""
+"""The order in which rows are stored: recorded, assumed or overridden; what cannot be ordered is refused."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from ckpt_fast.glu.model import _deinterleave_glu_tensor, _interleave_glu_tensor
 from tests.helpers import run_ranks
 from tests.interop.saved import save_with_stock
 from tests.models import Run, Setup, differences, other
-from tests.trainer.runs import error_of, iterations, parts, require
+from tests.trainer.training import error_of, iterations, parts, require
 
 SIZES = (4, 2)
 NONE = (None, None)
@@ -41,7 +41,7 @@ def dense_too(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def save_in_buckets(rank: int, root: str) -> dict[str, Any]:
-    """What becomes of an optimizer whose sharding knows no rows, when it is saved and when it is loaded."""
+    """Save and load an optimizer whose sharding does not know rows; return the outcome of each."""
     ours, plain = os.path.join(root, "ours"), os.path.join(root, "plain")
     with Run(BUCKETS, save=ours) as run:
         run.train(1)

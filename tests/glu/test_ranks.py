@@ -30,7 +30,7 @@ K = 2
 
 @contextlib.contextmanager
 def gated_mlp_state(rank: int) -> Iterator[tuple[dict[str, Any], torch.Tensor, torch.Tensor]]:
-    """The sharded state dict of a real tensor-parallel gated MLP whose fc1 rows are in run-time order.
+    """Build a real tensor-parallel gated MLP whose fc1 rows are in run-time order.
 
     Yields:
         (state dict, the global contiguous weight, this rank's weight as it is in memory).
@@ -68,7 +68,7 @@ def gated_mlp_state(rank: int) -> Iterator[tuple[dict[str, Any], torch.Tensor, t
 
 
 def stored_tensor(shards: list[Any], like: torch.Tensor) -> torch.Tensor:
-    """What the checkpoint holds after every rank has written its shards."""
+    """Return the checkpoint's tensor after every rank has written its shards."""
     everywhere: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everywhere, [(shard.global_slice(), shard.data) for shard in shards])
     stored = torch.full_like(like, -1.0)
@@ -88,7 +88,7 @@ def tensor_parallel_mlp(rank: int) -> None:
         assert torch.equal(stored_tensor(saved[WEIGHT], whole), whole)
         assert torch.equal(stored_tensor(saved[BIAS], whole[:, 0]), whole[:, 0])
 
-        # What a load gives back: the stored shards, merged by the same factory, brought into run-time order.
+        # What a load returns: the stored shards, merged by the same factory, in run-time order.
         read = {WEIGHT: [shard.data.clone() for shard in saved[WEIGHT]]}
         merged = compat.apply_factory_merges(read, {WEIGHT: factory})
         loaded = _process_state_dict_for_glu_interleaving(merged, K, interleave=True)
@@ -96,7 +96,7 @@ def tensor_parallel_mlp(rank: int) -> None:
 
 
 def low_memory_save(rank: int) -> None:
-    """Factories expanded before the rows are reordered give the same shards as factories reordered first."""
+    """Expand factories before the rows are reordered: the shards are the same as with the opposite order."""
     with gated_mlp_state(rank) as (state, _, _):
         late = _process_state_dict_for_glu_interleaving(state, K, interleave=False)
         compat.apply_factories(late)
@@ -108,12 +108,12 @@ def low_memory_save(rank: int) -> None:
             assert shard.global_shape == expected.global_shape
 
 
-# Rows that each rank holds. Megatron FSDP cuts a buffer of many weights: some ranks get none of one.
+# Rows of each rank. Megatron FSDP splits a buffer of many weights, so some ranks get none of one.
 CUTS = {1: ([12],), 2: ([6, 6], [7, 5], [12, 0]), 3: ([5, 0, 7], [1, 10, 1])}
 
 
 def fsdp_dtensor(whole: torch.Tensor, rank: int, cut: list[int]) -> DTensor:
-    """Rows dealt out as Megatron FSDP does, on one mesh dim of a mesh that also replicates."""
+    """Shard rows as Megatron FSDP does, along one dimension of a mesh that also replicates."""
     mesh = init_device_mesh("cpu", (1, len(cut)), mesh_dim_names=("outer", "dp"))
     piece = whole.split(cut)[rank].clone()
     placements = [Replicate(), Shard(0)]

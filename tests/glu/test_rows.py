@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tensor functions: every path gives the bytes that torch's own views give, in memory of its own."""
+"""The tensor functions: every path returns the bytes that torch's own views do, in memory of its own."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def on_path(path: str, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def random_tensor(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
-    """Any bits, not-a-numbers included; a bool has only two."""
+    """Return a tensor of random bits, NaNs included; a bool has only two values."""
     generator = torch.Generator().manual_seed(seed)
     if dtype is torch.bool:
         return torch.randint(0, 2, shape, generator=generator).to(dtype)
@@ -62,7 +62,7 @@ def random_tensor(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> 
 
 
 def by_views(tensor: torch.Tensor, k: int, interleave: bool) -> torch.Tensor:
-    """The definition, in torch's words."""
+    """The definition, in torch operations."""
     pairs = tensor.shape[0] // (2 * k)
     split = (2, pairs, k) if interleave else (pairs, 2, k)
     return tensor.reshape(*split, *tensor.shape[1:]).transpose(0, 1).reshape(tensor.shape).clone()

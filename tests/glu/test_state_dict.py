@@ -143,7 +143,7 @@ def test_factory_stores_the_contiguous_halves(ranks: int, singleton: bool) -> No
 
 
 def test_factory_of_a_part_of_the_rows_is_refused() -> None:
-    """What newer Megatron-Core builds where FSDP2 has cut the halves: one shard, inside W or inside V."""
+    """As newer Megatron-Core builds if FSDP2 has split the halves: one shard, inside W or inside V."""
 
     def build(key: str, data: torch.Tensor, *_: Any) -> list[Any]:
         return [compat.ShardedTensor.from_rank_offsets(key, data, (0, 1, 4))]

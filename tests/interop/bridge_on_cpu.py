@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Megatron Bridge imported without Transformer Engine, which wants a GPU.
+"""Imports Megatron Bridge without Transformer Engine, which needs a GPU.
 
-Bridge's adapter layers derive from Transformer Engine's classes, so that importing anything of Bridge needs
-them. Only modules of Bridge get the stand-in: Megatron-Core keeps seeing that there is none.
+Bridge's adapter layers derive from Transformer Engine's classes, so importing anything from Bridge needs
+them. Only Bridge's modules get the stand-in: Megatron-Core still sees none.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _PACKAGE = "transformer_engine"
 
 
 class _StandIn(types.ModuleType):
-    """A module that has every name asked of it: submodules in lower case, classes otherwise."""
+    """A module in which every name exists: submodules if lower case, classes otherwise."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -30,7 +30,7 @@ class _StandIn(types.ModuleType):
 
 @contextlib.contextmanager
 def transformer_engine_for_bridge() -> Iterator[None]:
-    """``import transformer_engine`` succeeds in here, for modules of Megatron Bridge alone."""
+    """Make ``import transformer_engine`` succeed in this block, for Megatron Bridge's modules only."""
     real_import, root = builtins.__import__, _StandIn(_PACKAGE)
 
     def stand_in(
@@ -52,7 +52,7 @@ def transformer_engine_for_bridge() -> Iterator[None]:
 
 
 def load_bridge() -> types.SimpleNamespace:
-    """Modules of Megatron Bridge that a training script uses. ImportError where it is not installed."""
+    """Return the Megatron Bridge modules that a training script uses. ImportError if it is not installed."""
     importlib.import_module("megatron.core.models.gpt")
     with transformer_engine_for_bridge():
         names = ("callbacks", "config", "state")
@@ -63,7 +63,7 @@ def load_bridge() -> types.SimpleNamespace:
 
 
 def load_auto_bridge() -> Any:
-    """The class ``megatron.bridge.AutoBridge``. ImportError where it is not installed."""
+    """Return the class ``megatron.bridge.AutoBridge``. ImportError if it is not installed."""
     importlib.import_module("megatron.core.models.gpt")
     with transformer_engine_for_bridge():
         return importlib.import_module("megatron.bridge").AutoBridge

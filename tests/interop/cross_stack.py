@@ -21,14 +21,14 @@ import torch
 from tests.interop import saved
 from tests.models import Setup
 
-# The state of the other sharding follows the buckets of one version of megatron-core.
+# The state of the other sharding depends on the buckets of one version of megatron-core.
 SETUP = Setup(distributed=True, reshardable=True, bf16=True)
 
 
 def read(rank: int, root: str) -> dict[str, Any]:
-    """What differs, by reader (and "resume", for load_checkpoint) and writer."""
+    """Return the differences, by reader (or "resume", for load_checkpoint) and writer."""
     wrong: dict[str, Any] = {"resume": saved.resume_all(rank, SETUP, root)}
-    # Stock readers before 0.19 do not know what stock writers from 0.19 on leave out.
+    # Stock readers before 0.19 cannot handle what stock writers from 0.19 on leave out.
     old_reader_new_writer = "common.pt" in _files_of_own_stock() and "common.pt" not in os.listdir(
         saved.iteration(root, "stock")
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One run saved by every writer, and what each reader makes of it. These functions run on the ranks."""
+"""One run saved by every writer, and what each reader loads from it. These functions run on the ranks."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ needs_stock_lists = pytest.mark.skipif(
 
 
 def iteration(root: str | Path, writer: str) -> str:
-    """The directory of the only checkpoint that ``writer`` wrote."""
+    """Return the directory of the only checkpoint that ``writer`` wrote."""
     return os.path.join(root, writer, f"iter_{STEP:07d}")
 
 
 def save_with_all(rank: int, setup: Setup, root: str, writers: tuple[str, ...] = WRITERS) -> None:
-    """Train and save the same state with each writer; keep beside it what readers must find."""
+    """Train and save the same state with each writer, and store beside it what readers must find."""
     with Run(setup, save=os.path.join(root, "ours")) as run:
         run.train(STEP)
         run.state.train_state.floating_point_operations_so_far = float(FLOPS)
@@ -54,7 +54,7 @@ def save_with_all(rank: int, setup: Setup, root: str, writers: tuple[str, ...] =
 
 
 def save_with_stock(run: Run, root: str, strategy: Any) -> None:
-    """What a trainer does around ``dist_checkpointing.save``; ``strategy`` None is the stock one."""
+    """Do what a trainer does around ``dist_checkpointing.save``; ``strategy`` None is the stock one."""
     directory = os.path.join(root, f"iter_{run.state.train_state.step:07d}")
     os.makedirs(directory, exist_ok=True)
     torch.distributed.barrier()
@@ -77,9 +77,9 @@ def save_with_stock(run: Run, root: str, strategy: Any) -> None:
 def read_all(
     rank: int, setup: Setup, root: str, skipped: Collection[tuple[str, str]] = ()
 ) -> dict[tuple[str, str], list[str]]:
-    """Load what each writer wrote with each reader into another run: (writer, reader) to what differs.
+    """Load each writer's checkpoint with each reader into another run; (writer, reader) to differences.
 
-    Nothing of megatron-core or torch is replaced while loading.
+    Nothing in megatron-core or torch is patched while loading.
     """
     expected = _expected(rank, root)["values"]
     wrong = {}
@@ -103,7 +103,7 @@ READERS: dict[str, Callable[[dict[str, Any], str], dict[str, Any]]] = {
 
 
 def resume_all(rank: int, setup: Setup, root: str) -> dict[str, list[str]]:
-    """Resume another run with ``load_checkpoint`` from what each writer wrote: writer to what differs."""
+    """Resume another run with ``load_checkpoint`` from each writer's checkpoint; writer to differences."""
     expected = _expected(rank, root)["run"]
     wrong = {}
     with Run(other(setup)) as run:
@@ -116,16 +116,16 @@ def resume_all(rank: int, setup: Setup, root: str) -> dict[str, list[str]]:
 
 
 def _expected(rank: int, root: str) -> dict[str, Any]:
-    # Our own file of a moment ago: RNG states are tuples and arrays.
+    # Our own file, just written: RNG states are tuples and arrays.
     return torch.load(os.path.join(root, f"expected_{rank}.pt"), weights_only=False)  # type: ignore[no-any-return]
 
 
 class NotSaved:
-    """Stands for a value that a checkpoint does not hold: each run keeps its own."""
+    """Stands in for a value that is not in the checkpoint: each run keeps its own."""
 
 
 def values_of(sharded_state_dict: Any) -> Any:
-    """The plain values of a sharded state dict, as loading it must give them back."""
+    """Return the plain values of a sharded state dict, as loading must return them."""
     if isinstance(sharded_state_dict, dict):
         return {key: values_of(value) for key, value in sharded_state_dict.items()}
     if isinstance(sharded_state_dict, list):
@@ -139,7 +139,7 @@ def values_of(sharded_state_dict: Any) -> Any:
 
 
 def wrong_values(expected: Any, found: Any, name: str = "") -> list[str]:
-    """Names of the values of ``expected`` that ``found`` lacks or has otherwise."""
+    """Return the names in ``expected`` that ``found`` lacks or has with other values."""
     if isinstance(expected, (dict, list)) and type(expected) is type(found):
         keys = expected if isinstance(expected, dict) else range(len(expected))
         if isinstance(expected, dict) or len(expected) == len(found):
@@ -156,7 +156,7 @@ def _item(container: Any, key: Any) -> Any:
 
 
 def read_with_dcp(directory: str) -> dict[str, Any]:
-    """Every tensor and object of a checkpoint, by torch alone; without the common state, kept elsewhere."""
+    """Load every tensor and object with torch alone, except the common state, which is stored elsewhere."""
     reader = dcp.FileSystemReader(directory)
     state: dict[str, Any] = {}
     for fqn, entry in reader.read_metadata().state_dict_metadata.items():
@@ -164,7 +164,7 @@ def read_with_dcp(directory: str) -> dict[str, Any]:
             state[fqn] = torch.empty(entry.size, dtype=entry.properties.dtype)
         elif not fqn.startswith("common_state"):
             state[fqn] = io.BytesIO()
-    # torch 2.6 cannot be told; there a load in a group is one of all its ranks.
+    # torch 2.6 has no such option; there, a load in a process group is collective.
     alone = {"no_dist": True} if "no_dist" in inspect.signature(dcp.load).parameters else {}
     dcp.load(state, storage_reader=reader, **alone)
     return state

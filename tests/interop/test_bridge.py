@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def with_bridge_state(run: Run, bridge: Any, **checkpoint: Any) -> Any:
-    """Bridge's GlobalState and configuration for a run, which keeps its model and optimizer."""
+    """Use Bridge's GlobalState and configuration in a run, which keeps its model and optimizer."""
     config = bridge.config
     state = bridge.state.GlobalState()
     state.cfg = config.ConfigContainer(

@@ -25,7 +25,7 @@ SETUP = Setup(tp=2)
 
 
 def save_a_llama(directory: Path) -> None:
-    """A small one of transformers, untrained, with a tokenizer that knows numbers."""
+    """Save a small, untrained transformers model, with a tokenizer that knows numbers."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -53,7 +53,7 @@ def weights(directory: Path) -> dict[str, torch.Tensor]:
 
 
 def take_bridges_model(run: Run, source: str) -> None:
-    """Give the run the model that Bridge makes for ``source``, of layers without Transformer Engine."""
+    """Give the run the model that Bridge builds for ``source``, from layers without Transformer Engine."""
     provider = load_auto_bridge().from_hf_pretrained(source).to_megatron_provider(load_weights=False)
     provider.tensor_model_parallel_size = run.setup.tp
     provider.use_cpu_initialization = True
@@ -74,7 +74,7 @@ def take_bridges_model(run: Run, source: str) -> None:
 
 def start_train_and_save(rank: int, source: str, root: str) -> dict[str, Any]:
     export = {"also_save_hf_checkpoint": True, "hf_source_path": source}
-    # Bridge, too, wants to know which GPU is the current one.
+    # Bridge also asks for the current GPU.
     with megatron_on_cpu(), Run(SETUP, save=root, pretrained_checkpoint=source, **export) as run:
         take_bridges_model(run, source)
         found: dict[str, Any] = {"started": run.load()}

@@ -19,7 +19,7 @@ STACKS = [REPOSITORY / ".venv", REPOSITORY / ".venv-b"]
 
 
 def other_python() -> Path | None:
-    """The Python of the stack that this is not; None unless both are installed."""
+    """Return the other stack's Python, or None unless both are installed."""
     pythons = [stack / "bin/python" for stack in STACKS if Path(sys.prefix) != stack]
     both = len(pythons) == 1 and pythons[0].exists()
     return pythons[0] if both else None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The files of a checkpoint, looked at without ckpt_fast and without megatron-core."""
+"""The files of a checkpoint, examined without ckpt_fast and without megatron-core."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def save(rank: int, root: str) -> None:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of two data-parallel ranks with two files each."""
+    """Save a checkpoint of two data-parallel ranks with two files each."""
     root = tmp_path_factory.mktemp("files")
     run_ranks(save, 2, str(root))
     return root / "iter_0000001"
@@ -87,7 +87,7 @@ def test_checksums_are_of_the_data(checkpoint: Path, metadata: Metadata) -> None
 
 
 class NamesOnly(pickle.Unpickler):
-    """Notes which classes and functions a pickle names."""
+    """Records the classes and functions that a pickle names."""
 
     def __init__(self, file: Any) -> None:
         super().__init__(file)

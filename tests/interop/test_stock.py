@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints of ours and of stock megatron-core, each read by the other, to the last bit."""
+"""Our checkpoints and stock megatron-core's, each read by the other, bit for bit."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ LAYOUTS = {
 
 
 class Saved(NamedTuple):
-    """Arguments for functions of ``saved``, in their order behind the rank."""
+    """Arguments for the functions of ``saved``, in their order after the rank."""
 
     ranks: int
     setup: Setup
     root: str
 
 
-# The others of these take most of the time.
+# The others take most of the time.
 QUICK = ("1-rank", "dp2-distributed", "tp2")
 
 
@@ -44,7 +44,7 @@ QUICK = ("1-rank", "dp2-distributed", "tp2")
     params=[pytest.param(name, marks=() if name in QUICK else pytest.mark.long) for name in LAYOUTS],
 )
 def checkpoints(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Saved:
-    """The same state, saved by every writer, in every layout."""
+    """Save the same state with every writer, in every layout."""
     ranks, setup = LAYOUTS[request.param]
     root = str(tmp_path_factory.mktemp(request.param))
     run_ranks(saved.save_with_all, ranks, setup, root)
@@ -72,7 +72,7 @@ def test_plain_dcp_reads_the_same_from_all(checkpoints: Saved, writer: str) -> N
 
 
 def test_plain_dcp_sees_all_parts_of_the_optimizer(checkpoints: Saved) -> None:
-    """The comparisons above compare what they claim to: weights, both moments and master weights."""
+    """The comparisons above cover what they claim to: weights, both moments and master weights."""
     _, setup, root = checkpoints
     state = saved.read_with_dcp(saved.iteration(root, "ours"))
     name = "decoder.layers.self_attention.linear_proj.weight"

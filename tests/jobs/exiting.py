@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A training program that ends with a save in flight: ``python -m tests.jobs.exiting DIRECTORY HOW``.
+"""A training program that exits with a save in flight: ``python -m tests.jobs.exiting DIRECTORY HOW``.
 
 RANK and WORLD_SIZE are in the environment.
 """

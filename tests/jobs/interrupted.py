@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Jobs that are ended early, on a slow disk: ``python -m tests.jobs.interrupted WHAT DIRECTORY``.
+"""Jobs that are interrupted, on a slow disk: ``python -m tests.jobs.interrupted WHAT DIRECTORY``.
 
 WHAT is a function of this module. ``slow_disk.c`` is preloaded.
 """
@@ -67,12 +67,12 @@ def requires(condition: object, text: str) -> None:
 
 
 def interrupted_after(seconds: float, action: Callable[[], object]) -> bool:
-    """Whether the action was ended by a signal that came so many seconds after it began."""
+    """Return whether a signal that came this many seconds after the action began interrupted it."""
     sent = time.monotonic() + seconds
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         action()
-    except (KeyboardInterrupt, CheckpointException):  # torch makes the second of the first
+    except (KeyboardInterrupt, CheckpointException):  # torch turns the first into the second
         requires(time.monotonic() - sent < 5.0, f"the signal took {time.monotonic() - sent:.2f} s")
         return True
     finally:
@@ -81,7 +81,7 @@ def interrupted_after(seconds: float, action: Callable[[], object]) -> bool:
 
 
 def jobs_left(wait_s: float = 5.0) -> list[str]:
-    """Threads that have not let go; a machine that is busy gives them a while."""
+    """Return the threads that have not finished; a busy machine gets some time."""
     deadline = time.monotonic() + wait_s
     while True:
         left = [thread.name for thread in threading.enumerate() if thread.name.startswith("ckpt_fast")]
@@ -97,7 +97,7 @@ def holds(directory: str, value: float) -> bool:
 
 
 def rounds(directory: str) -> None:
-    """A signal at many moments of saves and loads; what is saved to the same directory then is right."""
+    """Send a signal at many moments of saves and loads; later saves to the same directory are correct."""
     signal.signal(signal.SIGALRM, signal.default_int_handler)
     for writes in (pipeline_save, dcp_save):
         count = 0
@@ -118,7 +118,7 @@ def rounds(directory: str) -> None:
 
 
 def given_up(directory: str) -> None:
-    """The disk takes longer than the time there is; another save to the directory is published meanwhile."""
+    """The disk exceeds the deadline; meanwhile, another save to the directory is published."""
     job = new_save([TensorShard("w", tensor(1.0), (0, 0), (ROWS, 16384))], directory, snapshot=True, **FILES)
     with slow(6000):
         job.stage()
@@ -140,7 +140,7 @@ def given_up(directory: str) -> None:
 
 
 def failing(directory: str) -> None:
-    """A save waits to try again; given up, it neither does, nor waits for long."""
+    """A save is waiting for a retry; once abandoned, it neither retries nor waits for long."""
     os.environ["SLOW_DISK_ERRORS"] = "1000"
     job = new_save([TensorShard("w", tensor(1.0), (0, 0), (ROWS, 16384))], directory, snapshot=True, **FILES)
     job.stage()
@@ -170,7 +170,7 @@ def one_load(directory: str) -> None:
 
 
 def one_failing_save(directory: str) -> None:
-    """A save in the background whose future nobody asks for."""
+    """A background save whose future nobody waits for."""
     os.environ["SLOW_DISK_ERRORS"] = "1000"
     os.environ["CKPT_FAST_RETRIES"] = "0"
     store = torch.distributed.HashStore()
@@ -179,7 +179,7 @@ def one_failing_save(directory: str) -> None:
 
 
 def one_save_of_torchs(directory: str) -> None:
-    """In the background, and the program ends without waiting for it."""
+    """A background save that is not waited for when the program ends."""
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     with slow(0):
@@ -187,7 +187,7 @@ def one_save_of_torchs(directory: str) -> None:
 
 
 class HeldWriter(FastStorageWriter):
-    """Begins to write when the program is about to end."""
+    """Begins to write when the program is about to exit."""
 
     def write_data(self, *arguments: Any) -> Any:
         time.sleep(1.0)
@@ -208,7 +208,7 @@ def terminated(*_: object) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, terminated)
-    # A shell lets what it runs in the background ignore it.
+    # Shells let background processes ignore it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         globals()[sys.argv[1]](str(Path(sys.argv[2])))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Saves in flight: in order, of the values at the call, and failing on every rank or none."""
+"""Saves in flight: in order, with the values at the time of the call, failing on every rank or none."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("no_fsync")
 
 
 def handle(directory: Path | str, tensor: torch.Tensor, rows: int = 1, row: int = 0) -> SaveHandle:
-    """A staged save of one row of ``w``."""
+    """Stage a save of one row of ``w``."""
     shard = TensorShard("w", tensor.view(1, -1), (row, 0), (rows, tensor.numel()))
     job = new_save([shard], os.fspath(directory), snapshot=True, **FILES)
     job.stage()
@@ -39,7 +39,7 @@ def handle(directory: Path | str, tensor: torch.Tensor, rows: int = 1, row: int 
 
 @pytest.fixture
 def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
-    """Writing waits until the event is set: a slow disk."""
+    """Block writing until the event is set, like a slow disk."""
     opened = threading.Event()
     implementation = native.engine()
     original = implementation.write_files
@@ -125,7 +125,7 @@ def test_a_save_that_is_interrupted_anywhere_can_be_given_up(tmp_path: Path) -> 
         queue.close(abort=True)
         assert queue.get_num_unfinalized_calls() == 0 and request not in background._in_flight
         del request, finish
-        queue.schedule_async_request(handle(tmp_path, torch.full((4,), 2.0)))  # the directory is free
+        queue.schedule_async_request(handle(tmp_path, torch.full((4,), 2.0)))  # the directory is free again
         queue.close()
         assert same(loaded(tmp_path, "w", torch.zeros(1, 4)), torch.full((1, 4), 2.0))
         if not was_interrupted:
@@ -151,7 +151,7 @@ def test_failure(tmp_path: Path) -> None:
         also_bad = handle(tmp_path / "also bad", torch.zeros(40_000))
         queue.schedule_async_request(also_bad)
         for failing in (request, also_bad):
-            failing.wait()  # the limit is the whole process's, until here
+            failing.wait()  # until here, the limit applies to the whole process
         with pytest.raises(AsyncSaveError) as caught:
             queue.maybe_finalize_async_calls(blocking=True)
     assert isinstance(caught.value.__cause__, CheckpointWriteError)
@@ -178,7 +178,7 @@ def test_failure_while_staging(tmp_path: Path) -> None:
 
 
 def save_thrice(rank: int, directory: str, failing: int) -> list[Any]:
-    """Three saves in the queue; in the second the disk of one rank is full."""
+    """Three saves in the queue; during the second, the disk of one rank is full."""
     world, queue, seen = dist.get_world_size(), SaveQueue(), []
     for number in range(3):
         tensor = torch.full((30_000,), number * 10 + rank)
@@ -187,7 +187,7 @@ def save_thrice(rank: int, directory: str, failing: int) -> list[Any]:
             request.add_finalize_fn(lambda n=number: seen.append(n))
             queue.schedule_async_request(request)
             if number < 2:
-                request.wait()  # the limit is the whole process's: only the second save may meet it
+                request.wait()  # the limit applies to the whole process: only the second save may hit it
         tensor.fill_(-1)
     for _ in range(2):
         try:
@@ -336,11 +336,11 @@ def test_many_saves_leak_nothing(tmp_path: Path, saves: int) -> None:
     save_often(saves)
     descriptors, threads = resources()
     assert descriptors <= before[0] and threads <= before[1]
-    # A leaked buffer of each save would be 200 MB or more.
+    # Leaking one buffer per save would be 200 MB or more.
     assert resident_nbytes() - memory < 20 << 20
 
 
-def test_one_save_that_cannot_be_finished_at_exit_keeps_no_other_from_it(
+def test_an_unfinishable_save_at_exit_does_not_block_others(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail() -> None:

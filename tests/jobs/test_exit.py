@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What becomes of a save that is in flight when the program ends."""
+"""What happens to a save that is in flight when the program ends."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_one_rank_finishes_its_save(tmp_path: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["normally", pytest.param("exception", marks=pytest.mark.long)])
-def test_several_ranks_abandon_it_and_say_so(tmp_path: Path, how: str) -> None:
+def test_several_ranks_abandon_it_and_report_it(tmp_path: Path, how: str) -> None:
     message = (
         f"this process ends before the save to {tmp_path}/second was finalized: it is abandoned, and the"
     )
@@ -65,7 +65,7 @@ def test_several_ranks_abandon_it_and_say_so(tmp_path: Path, how: str) -> None:
 
 
 def test_sigterm_is_like_a_crash(tmp_path: Path) -> None:
-    """Without a handler of the program's own, there is nobody to ask: the checkpoint before it stays."""
+    """Without a handler of the program's own, nobody can finish it: the previous checkpoint stays."""
     (done,) = run(tmp_path, "SIGTERM")
     assert done.status == -signal.SIGTERM
     assert_not_published(tmp_path / "second")

@@ -17,7 +17,7 @@ EVENTS = ("line", "opcode")
 
 
 def can_pass(gate: Gate) -> bool:
-    """Whether another thread can open the gate, and two others pass."""
+    """Return whether another thread can open the gate, and two others can pass it."""
     passed = []
     threads = [threading.Thread(target=lambda: passed.append(gate.wait(5)), daemon=True) for _ in range(2)]
     threads.append(threading.Thread(target=gate.open, daemon=True))

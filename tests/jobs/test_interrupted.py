@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Saves and loads that are ended early: by a signal, a deadline, the end of the process."""
+"""Saves and loads that are ended early: by a signal, a deadline or process exit."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ FALLBACK = pytest.param("0", marks=pytest.mark.long)
 @pytest.mark.parametrize(
     "what", [*(pytest.param(each, marks=pytest.mark.long) for each in ("rounds", "given_up")), "failing"]
 )
-def test_what_is_ended_early_leaves_nothing(slow_disk: Path, tmp_path: Path, what: str, native: str) -> None:
+def test_interrupted_jobs_leave_nothing(slow_disk: Path, tmp_path: Path, what: str, native: str) -> None:
     run(slow_disk, what, tmp_path / "checkpoint", CKPT_FAST_NATIVE=native, CKPT_FAST_TIMEOUT="1")
 
 
@@ -73,14 +73,14 @@ def test_the_process_ends_as_it_should(
     process.send_signal(number)
     left_at, errors = process.communicate(timeout=60)
     assert process.returncode == status, errors
-    assert float(left_at) - sent < 2  # from there on the interpreter and torch take their time
+    assert float(left_at) - sent < 2  # from there on, the interpreter and torch take their time
     assert "terminate called" not in errors
     left = [path.name for path in tmp_path.glob("checkpoint/*") if what == "one_save"]
     assert ".metadata" not in left and not [name for name in left if "partial" in name]
 
 
 @pytest.mark.parametrize("what", ["one_failing_save", "one_failing_background_save"])
-def test_a_failure_that_nobody_asks_for_is_said_twice(slow_disk: Path, tmp_path: Path, what: str) -> None:
+def test_an_unretrieved_failure_is_logged_twice(slow_disk: Path, tmp_path: Path, what: str) -> None:
     errors = run(slow_disk, what, tmp_path / "checkpoint")
     assert f"the save to {tmp_path}/checkpoint in the background failed: Checkpoint" in errors
     assert f"this process ends, and its save to {tmp_path}/checkpoint had failed: Checkpoint" in errors

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who wants to know of saves is told, and cannot harm them."""
+"""Listeners hear of every save, and cannot harm it."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_nobody_who_listens_can_fail_a_save(
 
 
 def test_steps_are_nvtx_ranges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The package needs NVIDIA's tools to show anything; that its ranges open and close shows without."""
+    """Showing ranges needs NVIDIA's tools; that they open and close can be checked without."""
     events = []
 
     class Nvtx:

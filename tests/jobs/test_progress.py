@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The line on the terminal."""
+"""The progress line on the terminal."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Terminal(io.StringIO):
 @pytest.fixture
 def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
     found = Terminal()
-    # pytest puts its own into the module sys after the fixtures.
+    # pytest replaces sys's streams after the fixtures have run.
     monkeypatch.setattr(progress, "sys", SimpleNamespace(stderr=found))
     monkeypatch.setattr(progress, "_AFTER_S", 0.05)
     monkeypatch.setattr(progress, "_EVERY_S", 0.01)

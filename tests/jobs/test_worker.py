@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A worker whose owner is interrupted anywhere, in Python's own ``threading`` too, still comes to its end."""
+"""A worker whose owner is interrupted anywhere, even inside ``threading``, still comes to its end."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory with an address, and requests written down readably."""
+"""Memory with an address, and readable descriptions of requests."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ckpt_fast import native
 
 
 class Memory:
-    """Bytes at an address, with guard bytes on both sides that nobody may touch."""
+    """Bytes at an address, with guard bytes on both sides that must not change."""
 
     GUARD = b"\xa5" * 64
 
@@ -32,7 +32,7 @@ class Memory:
         return self._nbytes
 
     def content(self) -> bytes:
-        """The bytes; fails when a guard was overwritten."""
+        """Return the bytes; fails if a guard byte was overwritten."""
         whole = bytes(self._storage)
         assert whole.startswith(self.GUARD) and whole.endswith(self.GUARD), "wrote outside the memory"
         return whole[self._before : self._before + self._nbytes]
@@ -49,7 +49,7 @@ RANGE = ("range_file", "range_offset", "range_nbytes", "range_block")
 
 
 def named(names: Sequence[str], columns: Iterable[Any]) -> dict[str, Any]:
-    """Columns by their names."""
+    """Return columns by name."""
     return dict(zip(names, columns, strict=True))
 
 
@@ -84,7 +84,7 @@ class WriteCase:
             self.streams[digest] = self.streams.get(digest, b"") + content
 
     def add_patch(self, offset: int, digest: int) -> None:
-        """Patch the last file, whose pieces are all there."""
+        """Patch the last file, to which all pieces have been added."""
         crc = zlib.crc32(self.streams.get(digest, b""))
         self.images[-1][offset : offset + 4] = crc.to_bytes(4, "little")
         self.patches.append((len(self.images) - 1, offset, digest))

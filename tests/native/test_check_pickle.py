@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which pickles may be given to an unpickler; the engine and its twin agree on every one."""
+"""Which pickles may be passed to an unpickler; the engine and the fallback agree on every one."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ PLAIN = [
 
 
 def archived(value: object) -> bytes:
-    """The pickle in the archive that torch.save makes."""
+    """Return the pickle in the archive that torch.save writes."""
     buffer = io.BytesIO()
     torch.save(value, buffer)
     with zipfile.ZipFile(buffer) as archive:
@@ -83,7 +83,7 @@ def test_metadata_passes_with_anything_behind_it(native_impl: str, metadata: byt
 
 
 def nest(levels: int) -> bytes:
-    """Opcodes of a tuple whose hash takes 2 ** levels steps."""
+    """Return the opcodes of a tuple whose hash takes 2 ** levels steps."""
     content = b"K\x01\x94"
     for level in range(levels):
         content += bytes([ord("h"), level, 0x86, 0x94])
@@ -161,7 +161,7 @@ SEEDS = [
     archived({"t": torch.ones(3), "b": b"x" * 9}),
     *(content[:300] for content, _ in HOSTILE.values()),
 ]
-# Any byte, and more often one that means something.
+# Any byte, with a bias toward meaningful ones.
 OPCODES = st.one_of(st.integers(0, 255), st.sampled_from(sorted(ord(op.code) for op in pickletools.opcodes)))
 
 

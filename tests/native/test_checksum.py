@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CRC-32 against zlib's."""
+"""CRC-32 compared with zlib's."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from ckpt_fast import native
 from tests.native.memory import Memory, noise
 
-# native_impl is the same for all examples of a run, so its scope does no harm.
+# native_impl is the same for all examples of a test, so its scope does no harm.
 both = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 crcs = st.integers(0, 2**32 - 1)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""permute_rows against slices joined in Python."""
+"""permute_rows compared with slices joined in Python."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""read_extents against slices taken in Python."""
+"""read_extents compared with slices taken in Python."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FILES = [noise(700_001, seed=1), noise(4096, seed=2), b"", noise(300_000, seed=3
 offsets = st.one_of(st.sampled_from([0, 1, 4095, 4096, 65_536, 299_999]), st.integers(0, 700_001))
 sizes = st.one_of(st.sampled_from([0, 1, 4096, 262_144, 400_000]), st.integers(0, 9000))
 extents = st.lists(st.tuples(st.integers(0, len(FILES) - 1), offsets, sizes), max_size=25)
-# Gap before the range, its length, its blocks' length.
+# Gap before the range, its length, the length of its blocks.
 checked = st.lists(st.tuples(sizes, sizes, st.sampled_from([1, 7, 1000, 4096, 65_536, 1 << 20])), max_size=6)
 
 
@@ -34,10 +34,10 @@ def paths():
         yield [str(path) for path in paths]
 
 
-def read(paths, rows, ranges=(), threads=2, chunk_bytes=4096, direct=False):
-    """Read (file, offset, nbytes) rows; returns their bytes, and CRCs of (file, offset, nbytes, block)."""
-    memory = [Memory(bytes(nbytes), misalign=i % 5) for i, (_, _, nbytes) in enumerate(rows)]
-    columns = [column(*values) for values in zip(*rows, strict=True)] or [column()] * 3
+def read(paths, wanted, ranges=(), threads=2, chunk_bytes=4096, direct=False):
+    """Read (file, offset, nbytes) extents; return their bytes, and CRCs of (file, offset, nbytes, block)."""
+    memory = [Memory(bytes(nbytes), misalign=i % 5) for i, (_, _, nbytes) in enumerate(wanted)]
+    columns = [column(*values) for values in zip(*wanted, strict=True)] or [column()] * 3
     addresses = column(*(m.address for m in memory))
     checks = [column(*values) for values in zip(*ranges, strict=True)] or [column()] * 4
     crcs = native.read_extents(
@@ -51,19 +51,19 @@ def read(paths, rows, ranges=(), threads=2, chunk_bytes=4096, direct=False):
     return [m.content() for m in memory], list(memoryview(crcs).cast("q"))
 
 
-def expected_crcs(rows, ranges):
-    """By the definition: the CRC of each block that a row touches."""
+def expected_crcs(wanted, ranges):
+    """By definition: the CRC of each block that an extent touches."""
     crcs = []
     for file, offset, nbytes, block in ranges:
         for begin in range(offset, offset + nbytes, block):
             end = min(begin + block, offset + nbytes)
-            touched = any(f == file and at < end and at + n > begin for f, at, n in rows if n)
+            touched = any(f == file and at < end and at + n > begin for f, at, n in wanted if n)
             crcs.append(zlib.crc32(FILES[file][begin:end]) if touched else -1)
     return crcs
 
 
 def laid_out(checks):
-    """Ranges in one file after the other, as far as they fit."""
+    """Lay out ranges in one file after the other, as far as they fit."""
     ranges, file, end = [], 0, 0
     for gap, nbytes, block in checks:
         if end + gap + nbytes > len(FILES[file]):
@@ -87,28 +87,28 @@ def laid_out(checks):
 def test_bytes_and_digests_are_the_models(
     native_impl, paths, wanted, checks, threads, chunk_bytes, direct
 ) -> None:
-    rows, ranges = [], laid_out(checks)
-    for file, offset, nbytes in wanted:  # unordered, overlapping, cut to the file's size
+    in_file, ranges = [], laid_out(checks)
+    for file, offset, nbytes in wanted:  # unordered, overlapping, clipped to the file's size
         offset = min(offset, len(FILES[file]))  # noqa: PLW2901
-        rows.append((file, offset, min(nbytes, len(FILES[file]) - offset)))
-    contents, crcs = read(paths, rows, ranges, threads, chunk_bytes, direct)
-    for (file, offset, nbytes), content in zip(rows, contents, strict=True):
+        in_file.append((file, offset, min(nbytes, len(FILES[file]) - offset)))
+    contents, crcs = read(paths, in_file, ranges, threads, chunk_bytes, direct)
+    for (file, offset, nbytes), content in zip(in_file, contents, strict=True):
         assert content == FILES[file][offset : offset + nbytes]
-    assert crcs == expected_crcs(rows, ranges)
+    assert crcs == expected_crcs(in_file, ranges)
 
 
 @pytest.mark.parametrize("direct", [False, True])
 @pytest.mark.parametrize("apart", [100, 150, 5000])
 def test_thousands_of_small_extents(native_impl, paths, direct, apart) -> None:
-    rows = [(0, at, 100) for at in range(0, 700_000, apart)]
+    wanted = [(0, at, 100) for at in range(0, 700_000, apart)]
     ranges = [(0, 1001, 300_000, 4096), (0, 301_001, 390_000, 262_144)]
-    contents, crcs = read(paths, rows, ranges, chunk_bytes=65_536, direct=direct)
-    assert contents == [FILES[0][at : at + 100] for _, at, _ in rows]
-    assert crcs == expected_crcs(rows, ranges)
+    contents, crcs = read(paths, wanted, ranges, chunk_bytes=65_536, direct=direct)
+    assert contents == [FILES[0][at : at + 100] for _, at, _ in wanted]
+    assert crcs == expected_crcs(wanted, ranges)
 
 
 def test_blocks_that_nobody_wants_are_not_read(native_impl, tmp_path) -> None:
-    """Here they could not be: the file ends before."""
+    """Here they could not be: the file ends before them."""
     path = tmp_path / "short"
     path.write_bytes(FILES[0][:5000])
     contents, crcs = read([str(path)], [(0, 100, 10)], [(0, 0, 9000, 4096)])
@@ -126,9 +126,9 @@ def test_block_that_the_file_does_not_hold(native_impl, tmp_path, direct) -> Non
 @pytest.mark.parametrize("direct", [False, True])
 @pytest.mark.parametrize("nbytes", [100, 400_000])
 def test_file_that_ends_early(native_impl, paths, direct, nbytes) -> None:
-    rows = [(3, 0, 10), (3, 299_990, nbytes), (3, 299_980, nbytes)]
+    wanted = [(3, 0, 10), (3, 299_990, nbytes), (3, 299_980, nbytes)]
     with pytest.raises(OSError) as caught:
-        read(paths, rows, direct=direct)
+        read(paths, wanted, direct=direct)
     expected = f"read {nbytes} bytes at 299990 from {paths[3]}: file ends at 300000"
     assert (caught.value.errno, caught.value.strerror, caught.value.filename) == (5, expected, paths[3])
 
@@ -170,7 +170,7 @@ def test_special_file_is_refused_at_once(native_impl, tmp_path, kind, direct) ->
 )
 @pytest.mark.parametrize("direct", [False, True])
 def test_length_that_no_file_has_is_refused_at_once(native_impl, paths, offset, nbytes, direct) -> None:
-    """Looked up in the file before anything is planned for it."""
+    """The length is compared with the file before any work is planned for it."""
     with pytest.raises(OSError, match=rf"read {nbytes} bytes at {offset} from .*: file ends at 4096"):
         native.read_extents(
             paths,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What write_files and read_extents refuse, and what they say when the system does."""
+"""What write_files and read_extents refuse, and how they report errors of the system."""
 
 from __future__ import annotations
 
@@ -89,9 +89,12 @@ def test_bad_write_requests(native_impl, tmp_path, monkeypatch, change, message)
     ("row", "message"),
     [
         ((1, 0, 10), "extent 0: file 1 is not one of 1"),
-        ((0, -1, 10), "extent 0: 10 bytes at -1 are no range"),
-        ((0, 0, -1), "extent 0: -1 bytes at 0 are no range"),
-        ((0, 2**62, 2**62), "extent 0: 4611686018427387904 bytes at 4611686018427387904 are no range"),
+        ((0, -1, 10), "extent 0: 10 bytes at -1 are not a valid range"),
+        ((0, 0, -1), "extent 0: -1 bytes at 0 are not a valid range"),
+        (
+            (0, 2**62, 2**62),
+            "extent 0: 4611686018427387904 bytes at 4611686018427387904 are not a valid range",
+        ),
     ],
 )
 def test_bad_read_requests(native_impl, row, message) -> None:
@@ -103,22 +106,22 @@ def test_bad_read_requests(native_impl, row, message) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "message"),
+    ("ranges", "message"),
     [
         ([(1, 0, 10, 1)], "range 0: file 1 is not one of 1"),
-        ([(0, 0, 10, 1), (0, -1, 10, 1)], "range 1: 10 bytes at -1 are no range"),
+        ([(0, 0, 10, 1), (0, -1, 10, 1)], "range 1: 10 bytes at -1 are not a valid range"),
         ([(0, 0, 10, 0)], "range 0: its blocks have no bytes"),
         ([(0, 9, 10, 5), (0, 0, 10, 5)], "range 0: overlaps range 1"),
     ],
 )
-def test_bad_checked_ranges(native_impl, rows, message) -> None:
-    columns = [column(*values) for values in zip(*rows, strict=True)]
+def test_bad_checked_ranges(native_impl, ranges, message) -> None:
+    columns = [column(*values) for values in zip(*ranges, strict=True)]
     with pytest.raises(ValueError, match=re.escape(message)):
         native.read_extents(["a"], **named(EXTENT, [column(0)] * 4), **named(RANGE, columns), **HOW)
 
 
 def big_case(directory) -> WriteCase:
-    """One stream over 100 chunks whose patch waits for them all."""
+    """Return one stream of 100 chunks whose patch waits for all of them."""
     case = WriteCase(directory)
     case.add_file()
     case.add_piece(noise(100 * 4096), digest=0)
@@ -147,7 +150,7 @@ def test_write_beyond_the_file_size_limit(native_impl, tmp_path, direct) -> None
     found = re.fullmatch(
         rf"write 4096 bytes at (\d+) to {re.escape(path)}: File too large", caught.value.strerror
     )
-    # Past the page cache several chunks are on their way at once, and any of them may be the first to fail.
+    # Past the page cache several chunks are in flight at once, and any of them may be the first to fail.
     assert found and int(found[1]) in ((32768, 36864, 40960) if direct else (32768,))
 
 
@@ -197,7 +200,7 @@ def test_columns_of_the_wrong_type(wrong) -> None:
 
 @pytest.mark.parametrize("direct", [False, True])
 def test_files_get_their_names_when_all_are_whole(native_impl, tmp_path, direct) -> None:
-    """What has the name stays as it is until then, and what others have open stays for ever."""
+    """Until then, a file with that name stays as it is; readers that have it open keep it."""
     case = big_case(tmp_path)
     path = case.paths()[0]
     with open(path, "wb") as file:
@@ -244,8 +247,8 @@ def test_a_read_that_is_stopped(native_impl, tmp_path) -> None:
     case = big_case(tmp_path)
     case.write()
     into, progress = ctypes.create_string_buffer(100 * 4096), native.Progress()
-    rows = [column(0), column(0), column(100 * 4096), column(ctypes.addressof(into))]
-    request = {**named(EXTENT, rows), **named(RANGE, [column()] * 4), **HOW, "progress": progress}
+    extent = [column(0), column(0), column(100 * 4096), column(ctypes.addressof(into))]
+    request = {**named(EXTENT, extent), **named(RANGE, [column()] * 4), **HOW, "progress": progress}
     native.read_extents(case.paths(), **request)
     assert progress.nbytes == 100 * 4096
     progress.stop()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""write_files against files assembled in Python."""
+"""write_files compared with files assembled in Python."""
 
 from __future__ import annotations
 

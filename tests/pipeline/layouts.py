@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random tensors, random ways to cut them into pieces, and saving them so."""
+"""Random tensors, random partitions of them, and saving them that way."""
 
 from __future__ import annotations
 
@@ -49,20 +49,20 @@ PLAIN_DTYPES = [
 
 
 class Region(NamedTuple):
-    """Part of a tensor: where it starts and how far it reaches, per dimension."""
+    """Part of a tensor: its start and size in each dimension."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The part itself, as a view."""
+        """Return the part itself, as a view."""
         for dimension, (offset, size) in enumerate(zip(self.offsets, self.sizes, strict=True)):
             tensor = tensor.narrow(dimension, offset, size)
         return tensor
 
 
 def random_tensor(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
-    """A contiguous tensor of random bytes (of random truth values for bool)."""
+    """Return a contiguous tensor of random bytes (random truth values for bool)."""
     generator = torch.Generator().manual_seed(seed)
     numel = math.prod(shape)
     if dtype == torch.bool:
@@ -72,7 +72,7 @@ def random_tensor(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> 
 
 
 def raw_bytes(tensor: torch.Tensor) -> bytes:
-    """The tensor's elements in row-major order; equal bytes are equal tensors, NaNs included."""
+    """Return the elements in row-major order; equal bytes mean equal tensors, NaNs included."""
     if not tensor.numel():
         return b""
     flat = tensor.clone(memory_format=torch.contiguous_format).reshape(-1)
@@ -88,7 +88,7 @@ shapes = st.lists(st.integers(1, 9), min_size=0, max_size=4).map(tuple)
 
 @st.composite
 def cuts(draw: st.DrawFn, shape: tuple[int, ...]) -> list[Region]:
-    """A partition: first an uneven grid, then some of its cells cut once more on their own."""
+    """A partition: an uneven grid, some of whose cells are split once more."""
     axes = []
     for size in shape:
         edges = sorted({0, size, *draw(st.lists(st.integers(0, size), max_size=2))})
@@ -116,7 +116,7 @@ def _maybe_split(draw: st.DrawFn, region: Region) -> list[Region]:
 
 @st.composite
 def boxes(draw: st.DrawFn, shape: tuple[int, ...]) -> Region:
-    """A region to ask for; sometimes empty, often as wide as the tensor."""
+    """A region to request; sometimes empty, often as wide as the tensor."""
     offsets, sizes = [], []
     for size in shape:
         if draw(st.booleans()):
@@ -137,7 +137,7 @@ def shards_of(fqn: str, tensor: torch.Tensor, regions: list[Region]) -> list[Sha
 
 
 def whole(fqn: str, tensor: torch.Tensor) -> TensorShard:
-    """A tensor that is one piece."""
+    """Return a tensor that is one piece."""
     return TensorShard(fqn, tensor, (0,) * tensor.dim(), tuple(tensor.shape))
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Actions with collectives of their own: what the others see of a rank that ends within one."""
+"""Actions with collectives of their own: what the others see if a rank exits within one."""
 
 from __future__ import annotations
 

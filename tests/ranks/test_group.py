@@ -24,7 +24,7 @@ from tests.helpers import run_ranks
 
 
 class OddError(CheckpointMismatchError):
-    """A kind that other processes cannot rebuild: another constructor, and a lock inside."""
+    """An error that other processes cannot rebuild: another constructor, and a lock inside."""
 
     def __init__(self, a: str, b: str) -> None:
         super().__init__(f"{a} and {b}")
@@ -32,7 +32,7 @@ class OddError(CheckpointMismatchError):
 
 
 def fail(kind: str) -> None:
-    """Raise an error of the kind."""
+    """Raise an error of this kind."""
     if kind == "write":
         raise CheckpointWriteError("disk is full", errno.ENOSPC, "/data/file")
     if kind == "odd":

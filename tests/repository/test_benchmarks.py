@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every benchmark runs, at a size that measures nothing, so that none can rot."""
+"""Every benchmark runs, at a size too small to measure anything, so that none can rot."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TINY = ["--gigabytes", "0.002", "--rounds", "1"]
 
 
 def run(command: list[str], **environment: str) -> str:
-    """The output of a command that must succeed."""
+    """Return the output of a command, which must succeed."""
     result = subprocess.run(
         [sys.executable, "-W", "ignore", *command],
         env={**os.environ, "PYTHONWARNINGS": "ignore", **environment},
@@ -31,7 +31,7 @@ def run(command: list[str], **environment: str) -> str:
 
 
 def run_script(script: str, path: Path, *arguments: str) -> str:
-    """The report of one script, which must leave nothing else behind."""
+    """Return the report of one script, which must leave nothing else behind."""
     report, work = path / "report.txt", path / "work"
     where = ["--path", str(work), "--output", str(report)]
     output = run([str(BENCHMARKS / script), *TINY, *where, *arguments])
@@ -51,7 +51,7 @@ def test_save(tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_load(tmp_path: Path) -> None:
-    """Loads are compared with what was saved, so a pass says more than that the script ends."""
+    """Loads are compared with what was saved, so passing means more than that the script ends."""
     report = run_script("bench_load.py", tmp_path)
     for title in ("warm load", "cold load", "along axis 0", "along axis 1"):
         assert title in report

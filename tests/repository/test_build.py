@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``setup.py`` makes of a source tree, with compilers that only create their outputs."""
+"""What ``setup.py`` builds from a source tree, with compilers that only create their outputs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ echo compiled > "$2"
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """A copy of the sources, beside compilers."""
+    """Return a copy of the sources, with fake compilers beside it."""
     tree = tmp_path / "tree"
     not_sources = shutil.ignore_patterns("*.so", "__pycache__")
     for folder in ("ckpt_fast", "csrc"):
@@ -42,7 +42,7 @@ def tree(tmp_path: Path) -> Path:
 
 
 def setup(tree: Path, *arguments: str, cuda: bool) -> str:
-    """Run ``setup.py``; returns what it printed."""
+    """Run ``setup.py``; return what it printed."""
     path = os.pathsep.join([str(tree.parent / "bin"), os.environ["PATH"]])
     environment = {**os.environ, "PATH": path, "CXX": "c++"}
     environment.pop("CKPT_FAST_CUDA", None)
@@ -64,7 +64,7 @@ def test_the_version_names_the_cuda_of_the_build(tree: Path, cuda: bool, version
 
 
 def test_wheels_with_and_without_cuda_differ_in_name_and_content(tree: Path) -> None:
-    """Of one tree, the one with CUDA first: the other takes nothing from it."""
+    """From one tree, with CUDA first: the second takes nothing from the first."""
     contents = {}
     for cuda in (True, False):
         setup(tree, "--quiet", "bdist_wheel", "--dist-dir", str(tree.parent / f"wheel-{cuda}"), cuda=cuda)
@@ -84,7 +84,7 @@ def test_a_build_without_cuda_leaves_what_lies_in_the_source_tree(tree: Path) ->
         assert built == {"_engine", "_cuda"}
 
 
-def test_an_sdist_is_of_no_cuda(tree: Path) -> None:
+def test_an_sdist_has_no_cuda_version(tree: Path) -> None:
     setup(tree, "--quiet", "sdist", cuda=True)
     assert [path.name for path in (tree / "dist").iterdir()] == [f"ckpt_fast-{RELEASE}.tar.gz"]
     shutil.unpack_archive(tree / "dist" / f"ckpt_fast-{RELEASE}.tar.gz", tree.parent)

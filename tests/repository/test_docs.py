@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The documentation is true: links lead somewhere, snippets run, tables are those of the code."""
+"""The documentation is correct: links resolve, snippets run, tables match the code."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ documents = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(
 
 
 def prose(document: Path) -> str:
-    """The text without its fenced blocks."""
+    """Return the text without its fenced blocks."""
     return FENCE.sub("", document.read_text())
 
 
@@ -48,7 +48,7 @@ def blocks(document: Path, language: str) -> list[str]:
 
 
 def anchors(document: Path) -> set[str]:
-    """The names that headings have as targets of links."""
+    """Return the anchors of the headings."""
     titles = re.findall(r"^#+ (.*)$", prose(document), re.M)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
@@ -76,7 +76,7 @@ def test_tests_that_are_named_exist(document: Path) -> None:
 
 @documents
 def test_paths_exist(document: Path) -> None:
-    """Paths in code spans, from the top of the repository or from the package; others lie in a checkpoint."""
+    """Paths in code spans, from the top of the repository or from the package; others are in a checkpoint."""
     for path in re.findall(r"`((?:\w+/)+[\w.*/-]*)`", prose(document)):
         top = path.partition("/")[0]
         if top in TOP_FOLDERS:
@@ -116,7 +116,7 @@ def test_environment_variables_exist(document: Path) -> None:
 
 
 def variables() -> dict[str, tuple[str, str]]:
-    """Environment variable to (default, meaning), from the docstrings of ``settings``."""
+    """Map each environment variable to (default, meaning), from the docstrings of ``settings``."""
     found = {}
     for _, function in inspect.getmembers(settings, inspect.isfunction):
         first = " ".join((inspect.getdoc(function) or "").split("\n\n")[0].split())
@@ -158,7 +158,7 @@ def documented_api_snippet(rank: int, code: str, directory: str) -> None:
 
 
 def megatron_core_snippet(rank: int, code: str, directory: str) -> None:
-    """The snippet saves the weights, and brings them back after they were lost."""
+    """The snippet saves the weights and restores them after they were lost."""
     with models.Run(models.Setup()) as run, models.megatron_on_cpu():
         chunk = compat.unwrap_model(run.model)[0]
         weights = {name: value.detach().clone() for name, value in chunk.named_parameters()}
@@ -174,7 +174,7 @@ def megatron_core_snippet(rank: int, code: str, directory: str) -> None:
 
 
 def torch_dcp_snippet(rank: int, code: str, directory: str) -> None:
-    """The snippet saves a tensor, and brings it back after it was lost."""
+    """The snippet saves a tensor and restores it after it was lost."""
     weight = torch.arange(12.0).view(3, 4)
     names = {"state_dict": {"weight": weight, "step": 7}, "directory": directory}
     run_snippet(code, names, forget=weight.zero_)  # type: ignore[arg-type]
@@ -192,7 +192,7 @@ def install_snippet(rank: int, code: str, directory: str) -> None:
 
 
 def bridge_snippet(rank: int, code: str, directory: str) -> None:
-    """The snippet's last line names our manager; what is before it needs Bridge (tests/interop)."""
+    """The snippet's last line names our manager; the rest needs Bridge (tests/interop)."""
     names = {"config": types.SimpleNamespace(checkpoint=CheckpointConfig())}
     exec(compile(ast.Module([ast.parse(code).body[-1]], []), "README.md", "exec"), names)
     manager = create_checkpoint_manager(names["config"].checkpoint)
@@ -200,7 +200,7 @@ def bridge_snippet(rank: int, code: str, directory: str) -> None:
 
 
 def listener_snippet(rank: int, code: str, directory: str) -> None:
-    """The snippet's listener prints a line for each save, until it leaves."""
+    """The snippet's listener prints a line for each save, until it is removed."""
     names: dict[str, Any] = {}
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
@@ -221,7 +221,7 @@ def test_table_of_the_demo() -> None:
     assert positions == sorted(positions)
 
 
-# What the snippet of a door has in it, and no other.
+# A string that occurs in this door's snippet and in no other.
 DOORS = {
     "ckpt_fast.checkpointing": documented_api_snippet,
     "FastSaveStrategy": megatron_core_snippet,

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tests marked ``gpu`` have their fixtures and parameters set up also where they are skipped.
 
-Skipped before that, they would never be seen to ask for what is not there.
+Skipped before that, a missing fixture would go unnoticed on machines without a GPU.
 """
 
 from __future__ import annotations

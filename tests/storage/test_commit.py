@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files appear whole or not at all, and an old checkpoint stops being one before its bytes change."""
+"""Files appear whole or not at all, and an old checkpoint is invalidated before its bytes change."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ AS_ROOT = os.geteuid() == 0
 
 @contextlib.contextmanager
 def file_size_limit(nbytes: int) -> Iterator[None]:
-    """A disk that is full after ``nbytes`` of each file."""
+    """Simulate a full disk: no file can exceed ``nbytes``."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, before[1]))
     try:
@@ -31,7 +31,7 @@ def file_size_limit(nbytes: int) -> Iterator[None]:
 
 
 class Trace:
-    """The order of the system calls that matter, by what they were called on."""
+    """Records the order of the relevant system calls, and what they were called on."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls: list[tuple[str, str]] = []
@@ -103,7 +103,7 @@ def test_file_mode_follows_the_umask(tmp_path: Path, mask: int) -> None:
 
 
 def refuse(target: Path) -> CheckpointWriteError:
-    """Write to ``target``, which must fail and leave no partial file; the error."""
+    """Write to ``target``, which must fail and leave no partial file; return the error."""
     with pytest.raises(CheckpointWriteError) as caught:
         commit.write_file_atomic(str(target), bytes(100_000))
     if target.parent.is_dir():
@@ -155,7 +155,7 @@ def test_anything_else_that_goes_wrong_leaves_nothing_behind(tmp_path: Path) -> 
 
 
 def test_directory_that_cannot_be_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The new content is in place by then; the error must not say otherwise."""
+    """The new content is already in place; the error must not say otherwise."""
     path = tmp_path / "file"
     path.write_bytes(b"old")
 

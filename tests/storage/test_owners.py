@@ -107,7 +107,7 @@ def test_a_save_that_will_not_be_committed_is_over(
 def test_a_save_that_is_dropped_while_it_is_written_is_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As after a signal between two calls: nobody could commit it, and its thread is to stop."""
+    """As after a signal between two calls: nobody could commit it, so its thread must stop."""
     disk = HeldDisk(monkeypatch)
     first = staged(tmp_path, 1.0)
     thread = first._worker
@@ -123,7 +123,7 @@ def test_a_save_that_is_dropped_while_it_is_written_is_over(
 
 @pytest.mark.usefixtures("native_impl")
 def test_a_rename_that_hangs_keeps_the_directory() -> None:
-    """Whenever it returns, the file has its name: a save that began meanwhile would be destroyed."""
+    """Whenever it returns, the file gets its name and would destroy a save started in the meantime."""
     hold = owners.Hold()
     hold.progress = progress = native.Progress()
     assert progress.begin_rename()
@@ -152,7 +152,7 @@ def test_saves_in_torchs_threads_wait_for_each_other(tmp_path: Path, monkeypatch
 
 
 def test_a_save_of_torchs_that_failed_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch does not tell the writer that another rank has failed; the next save of the thread does."""
+    """torch does not tell the writer that another rank failed; the thread's next save does."""
     monkeypatch.setenv("CKPT_FAST_TIMEOUT", "1")
 
     def fail(*_: object, **__: object) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A checkpoint takes the place of an older one: at no moment is there none, and nobody's file is lost."""
+"""A checkpoint replaces an older one: there is always one to load, and no user's file is lost."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ OLD, NEW = torch.arange(1000), torch.arange(1000) + 5
 
 @pytest.fixture(params=["exchange", "two renames"])
 def file_system(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that can exchange two names, and one that cannot."""
+    """Choose a file system that can exchange two names, or one that cannot."""
     if request.param == "two renames":
         monkeypatch.setattr(replacement, "_renameat2", lambda: None)
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A directory with a checkpoint, and files that are not its own."""
+    """Return a directory with a checkpoint and unrelated files."""
     directory = tmp_path / "run" / "iter_0000005"
     save_tensors(directory, {"w": OLD}, writers=3, **FILES)
     (directory / "notes.txt").write_text("of the user")
@@ -86,7 +86,7 @@ def test_one_that_is_given_up_leaves_the_older(run: Path, when: str) -> None:
 
 
 def die_at(_: int, directory: str, call: str) -> None:
-    """The process ends before the first such call of a save."""
+    """End the process before the first such call of a save."""
 
     def end(*_: Any, **__: Any) -> None:
         os._exit(0)
@@ -169,7 +169,7 @@ def test_mount_points_are_known() -> None:
     assert replacement._is_mount_point("/proc") and not replacement._is_mount_point("/proc/self")
 
 
-def test_what_others_left_is_found_but_not_what_is_in_the_making(run: Path) -> None:
+def test_leftovers_are_found_but_not_saves_in_progress(run: Path) -> None:
     other = run.parent / "iter_0000006"
     other.mkdir()
     (run.parent / ".iter_0000005.0123abcd.ckpt_fast-new").mkdir()
@@ -220,7 +220,7 @@ def test_where_directories_cannot_be_renamed_the_files_are_moved(
 def test_whoever_puts_the_older_one_back_between_two_renames_is_waited_for(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As a load does that finds nothing in its place."""
+    """As a load does that finds nothing at the path."""
     monkeypatch.setattr(replacement, "_renameat2", lambda: None)
     original, count = os.rename, [0]
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small files and the documents in them: read at once or refused at once, whatever lies there."""
+"""Small files and the documents in them: read at once or refused at once, whatever is there."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SPECIAL = ["FIFO", "socket", "device", "directory"]
 
 
 def make_special(path: Path, kind: str) -> None:
-    """Put something at ``path`` that is no regular file."""
+    """Create something at ``path`` that is not a regular file."""
     if kind == "FIFO":
         os.mkfifo(path)
     elif kind == "socket":
@@ -118,7 +118,7 @@ def test_yaml_that_is_refused(content: bytes, reason: str) -> None:
 
 
 def test_depth_is_bounded_in_a_small_stack() -> None:
-    """The parsers' own recursion would end the process."""
+    """The parsers' own recursion would crash the process."""
     refusals: list[Exception] = []
 
     def parse() -> None:
@@ -138,7 +138,7 @@ def test_depth_is_bounded_in_a_small_stack() -> None:
     assert len(refusals) == 3
 
 
-def test_text_that_is_no_yaml_of_plain_data() -> None:
+def test_text_that_is_not_yaml_of_plain_data() -> None:
     with pytest.raises(yaml.YAMLError):
         parse_yaml(b"a: !!python/name:os.system")
 

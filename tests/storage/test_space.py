@@ -80,7 +80,7 @@ def test_of_a_directory_that_does_not_exist_yet(tmp_path: Path) -> None:
 
 
 def save_too_much(rank: int, directory: str) -> str:
-    """Each rank alone would fit."""
+    """Save so much that only one rank's part would fit; return the error."""
     with pytest.MonkeyPatch.context() as patch:
         file_system(patch, free=500_000)
         with pytest.raises(CheckpointWriteError) as caught:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What passes a spool, in which order, and what is left of it. The remote storage is another directory."""
+"""What passes through a spool, in which order, and what is left. The remote storage is a directory."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SEALS = {"seal_files": {"metadata.json": b"{}"}, "common_files": {"common.pt": b
 
 
 class Shelf:
-    """``Remote`` storage in a directory, which notes what was asked of it."""
+    """``Remote`` storage in a directory, which records the requests to it."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FastCheckpointManager, as a training loop calls it: with a queue of another kind, and callbacks."""
+"""FastCheckpointManager as a training loop calls it: with another kind of queue, and callbacks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ckpt_fast.checkpointing import CheckpointLoadContext, CheckpointSaveContext
 from ckpt_fast.run.async_queue import AsyncCallsQueue
 from tests.helpers import run_ranks
 from tests.models import FLOPS, Run, Setup, differences, other
-from tests.trainer.runs import iterations, tracked
+from tests.trainer.training import iterations, tracked
 
 SETUP = Setup(distributed=True, bf16=True)
 CLASS = "ckpt_fast.FastCheckpointManager"
@@ -27,7 +27,7 @@ def save_and_resume(rank: int, root: str, is_async: bool) -> dict[str, Any]:
     callbacks.register("on_checkpoint_save", lambda context: fired.append(context.state.train_state.step))
     with Run(SETUP, **config) as run:
         if is_async:
-            # What a loop that knows nothing of us puts there: a queue for another process.
+            # What a loop that does not know us puts there: a queue for another process.
             run.state._async_calls_queue = compat.MCoreAsyncCallsQueue()
         manager = create_checkpoint_manager(run.checkpoint)
         assert isinstance(manager, FastCheckpointManager)

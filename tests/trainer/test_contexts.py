@@ -73,7 +73,7 @@ def local_manager(rank: int, directory: str, replication: bool) -> tuple[str, bo
 @needs_nvrx
 @pytest.mark.parametrize("replication", [False, True])
 def test_local_manager_of_each_rank(tmp_path: Path, replication: bool) -> None:
-    """``replication_jump`` is left unset: the number of ranks that share a node is the sensible jump."""
+    """``replication_jump`` is unset: the number of ranks per node is the sensible default."""
     answers = run_ranks(local_manager, 2, str(tmp_path), replication)
     directories = [str(directory) for directory, _ in answers]
     assert len(set(directories)) == 2

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What W&B, MLflow, Comet, the progress log and fault tolerance are told. The services need accounts and a
-network, so stubs record the calls; the real MLflow and W&B do without in a test each."""
+"""What W&B, MLflow, Comet, the progress log and fault tolerance are told.
+
+The services need accounts and a network, so stubs record the calls; MLflow and W&B each have one offline
+test."""
 
 from __future__ import annotations
 
@@ -27,7 +29,7 @@ from tests.helpers import run_ranks
 
 
 class Recorder:
-    """Any method may be called; calls are kept by name."""
+    """Accepts any method call; records calls by name."""
 
     def __init__(self, fail=False):
         self.calls, self._fail = [], fail
@@ -151,7 +153,7 @@ def test_relative_paths_are_made_absolute(paths, monkeypatch):
     assert mlflow.calls == [("log_artifacts", (paths[0],), {"artifact_path": "llama/iter_0000007"})]
 
 
-def test_one_service_failing_does_not_keep_the_others_from_it(paths, capsys):
+def test_one_failing_service_does_not_affect_the_others(paths, capsys):
     wandb, mlflow, comet = Wandb(fail=True), Recorder(fail=True), Recorder()
     on_save_checkpoint_success(state(wandb, mlflow, comet), *paths, 7)
     on_load_checkpoint_success(state(wandb, mlflow, comet), *paths)
@@ -188,7 +190,7 @@ def test_no_directory_no_line():
     append_to_progress_log(None, "x")
 
 
-def test_a_full_disk_is_no_reason_to_stop(tmp_path, monkeypatch, caplog):
+def test_a_full_disk_does_not_stop_training(tmp_path, monkeypatch, caplog):
     monkeypatch.delenv("RANK", raising=False)
     (tmp_path / "file").write_text("")
     append_to_progress_log(str(tmp_path / "file"), "x")
@@ -209,7 +211,7 @@ def test_rank_0_alone_writes(tmp_path):
 
 
 class Monitor:
-    """What nvidia-resiliency-ext's RankMonitorClient offers; the real one needs its launcher."""
+    """The interface of nvidia-resiliency-ext's RankMonitorClient; the real one needs its launcher."""
 
     def __init__(self, fail=False):
         self.sections, self.updated, self.fail = [], [], fail

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Making managers: the default, and classes the user names."""
+"""Creating managers: the default, and classes named by the user."""
 
 from __future__ import annotations
 

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import torch
 
 from ckpt_fast import compat, native
-from ckpt_fast.doors.megatron.sharded_state import torch_bytes
 from ckpt_fast.errors import CheckpointCorruptError, CheckpointWriteError, UnsafeCheckpointError
 from ckpt_fast.format.manifest import Manifest
 from ckpt_fast.format.types import ObjectShard, Shard, TensorRequest, TensorShard
@@ -27,6 +26,7 @@ from ckpt_fast.pipeline.load.load import load_tensors_and_objects
 from ckpt_fast.pipeline.load.opened import OpenCheckpoint
 from ckpt_fast.pipeline.load.verify import require_complete
 from ckpt_fast.pipeline.save.encode import encode_metadata
+from ckpt_fast.pipeline.save.objects import object_bytes
 from ckpt_fast.pipeline.save.plan import file_prefix, is_plain
 from ckpt_fast.pipeline.save.seal import seal
 from ckpt_fast.pipeline.save.waves import Waves
@@ -73,7 +73,7 @@ def pack_local(state_dict: Any, directory: str, live: Container[int] = ()) -> Pa
         TypeError: the state dict is of a class that is not known here.
     """
     tensors: list[torch.Tensor] = []
-    payload = torch_bytes(_without_tensors(_require_known(state_dict), tensors))
+    payload = object_bytes(_without_tensors(_require_known(state_dict), tensors))
     try:
         decode_object(payload, "the state dict", verify=False)
     except (UnsafeCheckpointError, CheckpointCorruptError) as error:

@@ -51,6 +51,11 @@ class FastParallelSaveWrapper(compat.FullyParallelSaveStrategyWrapper):  # type:
     cached_distribution: Any
     _structure: list[Any] | None = None
 
+    @property
+    def distribution(self) -> object:
+        """Identity of the distribution that is cached; None if there is none."""
+        return self._structure if self.do_cache_distribution else None
+
     def is_unchanged(self, sharded_state_dict: dict[str, Any]) -> bool:
         """Local. Whether the cached distribution matches this rank's state."""
         is_cached = self.do_cache_distribution and self._structure is not None

@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import io
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -19,6 +18,7 @@ from ckpt_fast.format.types import ObjectShard, Shard, TensorRequest, TensorShar
 from ckpt_fast.glu.factory import RowShard
 from ckpt_fast.pipeline.load.index import CheckpointIndex
 from ckpt_fast.pipeline.load.load import load_tensors_and_objects
+from ckpt_fast.pipeline.save.objects import object_bytes
 
 
 def shards_of(sharded_state_dict: dict[str, Any]) -> list[Shard]:
@@ -43,7 +43,7 @@ def shards_of(sharded_state_dict: dict[str, Any]) -> list[Shard]:
             raise CheckpointMismatchError(f"{entry.key} is to be saved but has no data on this rank")
         data = entry.data.detach()[(None,) * entry.prepend_axis_num]
         shards.append(TensorShard(entry.key, data, tuple(entry.global_offset), tuple(entry.global_shape)))
-    shards.extend(ObjectShard(key, torch_bytes(values)) for key, values in objects.items())
+    shards.extend(ObjectShard(key, object_bytes(values)) for key, values in objects.items())
     return shards
 
 
@@ -153,13 +153,6 @@ def _require_shape(entry: Any, saved: tuple[int, ...], index: CheckpointIndex) -
             f"{entry.key} has shape {saved} in {index.directory} but {tuple(entry.global_shape)} in this "
             "model. Use the configuration the checkpoint was saved with."
         )
-
-
-def torch_bytes(value: Any) -> bytes:
-    """``torch.save`` in memory."""
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    return buffer.getvalue()
 
 
 @contextlib.contextmanager

@@ -18,20 +18,24 @@ from typing import Any
 import torch.distributed as dist
 
 from ckpt_fast import compat
+from ckpt_fast.doors.megatron.collecting import Collecting
 from ckpt_fast.doors.megatron.common_state import COMMON_FILE, COMMON_STATE_KEY, open_checkpoint
 from ckpt_fast.doors.megatron.load_strategy import FastLoadStrategy
 from ckpt_fast.doors.megatron.load_wanted import check_keys, load_wanted, prepare
-from ckpt_fast.doors.megatron.parallel_save import share_of
-from ckpt_fast.doors.megatron.sharded_state import mismatches, shards_of, torch_bytes
+from ckpt_fast.doors.megatron.reuse import Collector, KnownTensors
+from ckpt_fast.doors.megatron.sharded_state import mismatches, shards_of
 from ckpt_fast.doors.megatron.stock_queue import Flag, as_request
 from ckpt_fast.format.names import SEAL_FILE
 from ckpt_fast.format.types import FileRecord
 from ckpt_fast.glu.factory import in_place
 from ckpt_fast.pipeline.load.opened import OpenCheckpoint
 from ckpt_fast.pipeline.memory.garbage import without_collections
+from ckpt_fast.pipeline.save.objects import object_bytes
 from ckpt_fast.pipeline.save.parts import Completion, SaveOptions, Share
+from ckpt_fast.pipeline.save.program import ProgramCache
 from ckpt_fast.pipeline.save.save import Save
 from ckpt_fast.ranks.group import ControlGroup
+from ckpt_fast.settings import Settings
 
 CONTENT_METADATA_KEY = "content_metadata"
 # All four keys: versions before 0.19 want each of them and accept no other.
@@ -46,8 +50,9 @@ _SEAL = {
 class FastSaveStrategy(compat.TorchDistSaveShardedStrategy):  # type: ignore[misc]
     """Megatron-Core save strategy on the ckpt_fast pipeline.
 
-    What each rank has written is gathered at every save, whatever is cached: there is nothing that a rank
-    whose structure changed could leave stale.
+    The plan of a save is kept and used again while the structure of what this rank saves is the same. That is
+    compared at every save, whatever is promised: there is nothing that a rank whose structure changed could
+    leave stale.
 
     Args:
         backend, version: as Megatron-Core passes them; always "torch_dist", 1 on disk.
@@ -90,6 +95,8 @@ class FastSaveStrategy(compat.TorchDistSaveShardedStrategy):  # type: ignore[mis
             **options,
         )
         self.writers = thread_count
+        self.programs = ProgramCache()
+        self.known = KnownTensors()
 
     def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | os.PathLike[str]) -> None:
         """Collective. Save the sharded part; Megatron-Core itself writes ``metadata.json`` afterwards."""
@@ -133,7 +140,13 @@ class FastSaveStrategy(compat.TorchDistSaveShardedStrategy):  # type: ignore[mis
             directory,
             collect,
             # The seal is Megatron-Core's, and comes later: an older one may not vouch for these files.
-            SaveOptions(writers=self.writers, separate=self.separation_hint, replace=False, **options),
+            SaveOptions(
+                writers=self.writers,
+                separate=self.separation_hint,
+                replace=False,
+                programs=self.programs,
+                **options,
+            ),
             Completion(finish=lambda _: _restore(common, directory)),
         )
         job.stage()
@@ -142,7 +155,7 @@ class FastSaveStrategy(compat.TorchDistSaveShardedStrategy):  # type: ignore[mis
 
 @without_collections
 def start_save(
-    sharded_state_dict: dict[str, Any] | Callable[[], dict[str, Any]],
+    sharded_state_dict: dict[str, Any] | Callable[[], dict[str, Any]] | Collector,
     checkpoint_dir: str,
     strategy: Any,
     options: SaveOptions | None = None,
@@ -152,12 +165,14 @@ def start_save(
     preprocess_common_before_consistency_check: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
     content_metadata: dict[str, Any] | None = None,
     write_beside: Callable[[str], Sequence[FileRecord]] = lambda _: (),
+    reuse: bool = True,
 ) -> Save:
     """Collective. Everything up to and including staging; the caller then runs ``write`` and ``commit``.
 
     Args:
         sharded_state_dict: Megatron-Core's sharded state dict, or what collects it. A rank where collecting
-            fails does not leave the others alone.
+            fails does not leave the others alone. A Collector is asked for objects only while its tensors
+            are those of the strategy's last save.
         checkpoint_dir: the same on every rank.
         strategy: FastSaveStrategy, or FullyParallelSaveStrategyWrapper around one.
         options: see ``SaveOptions``; the strategy says how many files there are.
@@ -166,6 +181,7 @@ def start_save(
         preprocess_common_before_consistency_check: applied to the common state before ranks compare it.
         content_metadata: stored in the common state under ``content_metadata``.
         write_beside: see ``Share``.
+        reuse: plan as the strategy's last save did, where the structure is proven to be the same.
 
     Raises:
         CheckpointError: on every rank, naming the rank that failed; nothing has been written.
@@ -176,41 +192,40 @@ def start_save(
     validate = validate_access_integrity and dist.is_available() and dist.is_initialized()
     is_wrapped = isinstance(strategy, compat.FullyParallelSaveStrategyWrapper)
 
-    def state_dict() -> dict[str, Any]:
-        collected = sharded_state_dict() if callable(sharded_state_dict) else sharded_state_dict
-        if content_metadata is not None:
-            collected[CONTENT_METADATA_KEY] = content_metadata
-        return collected
+    base = strategy.base_strategy if is_wrapped else strategy
 
-    def preprocess(collected: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    def preprocess(state_dict: dict[str, Any], compare: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+        if content_metadata is not None:
+            state_dict[CONTENT_METADATA_KEY] = content_metadata
         with mismatches(f"nothing was saved to {checkpoint_dir}"):
             result: tuple[dict[str, Any], dict[str, Any]] = compat.save_preprocess(
-                in_place(collected), validate, preprocess_common_before_consistency_check
+                in_place(state_dict), compare, preprocess_common_before_consistency_check
             )
             return result
 
-    preprocessed = None
+    known = base.known if reuse else None
+    collecting = Collecting(sharded_state_dict, strategy, preprocess, known, base.programs)
     if validate:  # with collectives, in which no rank may wait for one that cannot collect its part
-        collected = group.agree(state_dict)
-        preprocessed = group.agree(lambda: preprocess(collected))
+        collecting.collect(group)
 
     def collect() -> Share:
-        sharded, common = preprocessed or preprocess(state_dict())
+        bound = options.host_buffer if options is not None else None
+        share, common = collecting.share(bound if bound is not None else Settings.read().host_buffer_bytes)
         return replace(
-            share_of(strategy, sharded) if is_wrapped else Share(shards_of(sharded)),
-            common_files={COMMON_FILE: torch_bytes(common)} if group.is_coordinator else {},
+            share,
+            common_files={COMMON_FILE: object_bytes(common)} if group.is_coordinator else {},
             files=compat.checkpoint_files(checkpoint_dir),
             write_beside=write_beside,
         )
 
-    base = strategy.base_strategy if is_wrapped else strategy
     job = Save(
         checkpoint_dir,
         collect,
-        replace(options or SaveOptions(), writers=base.writers),
+        replace(options or SaveOptions(), writers=base.writers, programs=base.programs if reuse else None),
         replace(completion or Completion(), seal_files={SEAL_FILE: json.dumps(_SEAL).encode()}),
     )
     job.stage()
+    collecting.learn(job.structure)
     return job
 
 
@@ -274,7 +289,7 @@ def _common_file(sharded_state_dict: dict[str, Any], directory: str) -> dict[str
     """The common state as ``common.pt`` must hold it, by that name; empty if Megatron-Core gave none."""
     for entry in compat.nested_values(sharded_state_dict):
         if isinstance(entry, compat.ShardedObject) and entry.unique_key == COMMON_STATE_KEY:
-            return {COMMON_FILE: torch_bytes(entry.data)}
+            return {COMMON_FILE: object_bytes(entry.data)}
     # Versions before 0.19 have written the file already, not durably, and read nothing else.
     with compat.checkpoint_files(directory) as files:
         try:

@@ -86,12 +86,12 @@ class Gpu:
         What is not contiguous is copied by rows, or made contiguous on the device first.
         """
         kernels = native.cuda()
-        plain = [kernels is not None and _is_plain(tensor) for tensor in tensors]
+        memcpy_ok = [kernels is not None and _can_memcpy(tensor) for tensor in tensors]
         with torch.cuda.stream(stream):
-            for tensor, slot, is_plain in zip(tensors, slots, plain, strict=True):
-                if not is_plain:
+            for tensor, slot, can_memcpy in zip(tensors, slots, memcpy_ok, strict=True):
+                if not can_memcpy:
                     copy_across(slot.view(tensor.dtype).view(tensor.shape), tensor)
-        chosen = [(t, s) for t, s, is_plain in zip(tensors, slots, plain, strict=True) if is_plain]
+        chosen = [(t, s) for t, s, can_memcpy in zip(tensors, slots, memcpy_ok, strict=True) if can_memcpy]
         if chosen and kernels is not None:
             kernels.copy_to_host(
                 array("q", (slot.data_ptr() for _, slot in chosen)),
@@ -114,10 +114,10 @@ def is_on_gpu(tensor: torch.Tensor) -> bool:
 
 def can_gather(tensor: torch.Tensor) -> bool:
     """Whether ``Gpu.gather`` takes the tensor."""
-    return native.cuda() is not None and _is_plain(tensor)
+    return native.cuda() is not None and _can_memcpy(tensor)
 
 
-def _is_plain(tensor: torch.Tensor) -> bool:
+def _can_memcpy(tensor: torch.Tensor) -> bool:
     return tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import copyreg
 import ctypes
 import io
@@ -10,7 +11,7 @@ import itertools
 import math
 import pickle
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ class WriteProgram:
         self.patch_file, self.patch_offset, self.patch_digest = array("q"), array("q"), array("q")
         # Where the bytes of each digest are, in the order of the digests.
         self.payload_file, self.payload_offset, self.payload_nbytes = array("I"), array("q"), array("q")
-        self._keep: list[Any] = []
+        self._keep: dict[int, Any] = {}  # by address
         self._constants: dict[bytes, int] = {}
         positions = itertools.count()
         for number, file in enumerate(files):
@@ -91,6 +92,18 @@ class WriteProgram:
             "digest_count": self.digest_count,
         }
 
+    def keep(self, memory: Any) -> None:
+        """Keep ctypes memory alive as long as this program."""
+        self._keep = {**self._keep, ctypes.addressof(memory): memory}
+
+    def without(self, pieces: Container[int]) -> WriteProgram:
+        """The same columns, without the constant bytes that only these pieces need."""
+        program = copy.copy(self)
+        needed = {address for piece, address in enumerate(self.piece_address) if piece not in pieces}
+        program._keep = {address: memory for address, memory in self._keep.items() if address in needed}
+        program._constants = {}
+        return program
+
     @property
     def digest_count(self) -> int:
         """The number of digests: one for each item's payload."""
@@ -121,8 +134,8 @@ class WriteProgram:
         address = self._constants.get(content)
         if address is None:
             memory = (ctypes.c_char * len(content)).from_buffer_copy(content)
-            self._keep.append(memory)
             address = self._constants[content] = ctypes.addressof(memory)
+            self._keep[address] = memory
         self._add_piece(file, offset, len(content), address, digest)
 
 

@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ckpt_fast.format.types import FileRecord, Shard
+from ckpt_fast.format.types import FileRecord, Shard, shard_nbytes
 from ckpt_fast.pipeline.memory.device_copy import StagingPolicy
+from ckpt_fast.pipeline.save.program import Prepared, ProgramCache
 from ckpt_fast.storage.files import Files
 
 
@@ -37,13 +38,20 @@ class Share:
             anything is touched, if ``is_divided`` is False on any of them.
     """
 
-    shards: Sequence[Shard]
+    shards: Sequence[Shard] | Prepared
     common_files: Mapping[str, bytes] = field(default_factory=dict)
     planner_data: Mapping[str, Any] | None = None
     files: Files | None = None
     write_beside: Callable[[str], Sequence[FileRecord]] = _no_files
     is_divided: bool = True
     divide: Callable[[], Sequence[Shard]] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all shards' values."""
+        return (
+            self.shards.nbytes if isinstance(self.shards, Prepared) else sum(map(shard_nbytes, self.shards))
+        )
 
 
 @dataclass(frozen=True)
@@ -57,6 +65,8 @@ class SaveOptions:
         host_buffer: bound on the host buffers in use, in bytes; None follows ``CKPT_FAST_HOST_BUFFER``.
             With a bound smaller than the state, staging waits for the writes of all but the last waves.
         separate: shards whose name begins so get files of their own; see ``plan_save``.
+        programs: of earlier saves, reused where the structure is the same; None: every save plans
+            anew.
         replace: keep an older checkpoint in the directory until this one is sealed, where that can be.
         when_written: called in the writing thread once this rank has written its last byte, or has failed.
     """
@@ -66,6 +76,7 @@ class SaveOptions:
     staging: StagingPolicy | None = None
     host_buffer: int | None = None
     separate: str | None = None
+    programs: ProgramCache | None = None
     replace: bool = True
     when_written: Callable[[], None] = _nothing
 

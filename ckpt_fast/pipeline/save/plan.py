@@ -99,6 +99,16 @@ def is_plain(tensor: torch.Tensor) -> bool:
     )
 
 
+def object_room(nbytes: int) -> int:
+    """The room that a file has for an object of this length.
+
+    Pickled numbers have different lengths. With some room to spare, the next save's objects do not move what
+    follows them.
+    """
+    spare = nbytes // 16 + ALIGNMENT
+    return -(-(nbytes + spare) // ALIGNMENT) * ALIGNMENT
+
+
 def file_prefix(rank: int) -> str:
     """The prefix of a rank's data file names, the same as stock writers use."""
     return f"__{rank}_"
@@ -186,5 +196,5 @@ def _place(bucket: list[PlannedItem]) -> tuple[list[PlannedItem], int]:
         alignment = PAGE if item.raw_nbytes >= _PAGE_ALIGN_FROM else ALIGNMENT
         offset = end + (-(end + head) % alignment)
         placed.append(item._replace(offset=offset))
-        end = offset + item.nbytes
+        end = offset + (object_room(item.nbytes) if isinstance(item.shard, ObjectShard) else item.nbytes)
     return placed, end

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from ckpt_fast.errors import CheckpointWriteError
 from ckpt_fast.format.manifest import Manifest, file_record, new_save_id
-from ckpt_fast.format.types import FileRecord, RankRecord, shard_nbytes
+from ckpt_fast.format.types import FileRecord, RankRecord
 from ckpt_fast.jobs import progress, untold
 from ckpt_fast.jobs.job import Job
 from ckpt_fast.jobs.report import SaveReport
@@ -27,6 +27,8 @@ from ckpt_fast.pipeline.save import seal
 from ckpt_fast.pipeline.save.encode import encode_metadata
 from ckpt_fast.pipeline.save.parts import Completion, SaveOptions, Share
 from ckpt_fast.pipeline.save.plan import file_prefix
+from ckpt_fast.pipeline.save.program import SaveProgram
+from ckpt_fast.pipeline.save.sealed import SealedMetadata
 from ckpt_fast.pipeline.save.waves import Waves
 from ckpt_fast.ranks.group import ControlGroup, Outcome
 from ckpt_fast.settings import Settings
@@ -100,6 +102,11 @@ class Save(Job):
             self.report.stall_s = time.perf_counter() - self._started
 
     @property
+    def structure(self) -> bytes | None:
+        """Names the save program of this rank's shards; None if none can describe them, or none is kept."""
+        return self._waves.structure
+
+    @property
     def _worker(self) -> Worker:
         return self._waves.worker
 
@@ -156,7 +163,12 @@ class Save(Job):
         assert self._written is not None, "commit before write"
         with self.report.timed("commit"), self._abandoned_if_left():
             outcomes = self._group.gather(self._written)
-            self._group.decide(lambda: self._publish(outcomes), outcomes)
+            is_known = self._group.decide(lambda: self._publish(outcomes), outcomes)
+            if is_known is None:
+                complete = self._group.gather(self._with_items())
+                is_known = self._group.decide(lambda: self._publish(complete), complete)
+        if self._program is not None:
+            self._program.is_known = bool(is_known)
         self._hold.let_go()
         self.report.seconds = time.perf_counter() - self._started
         if not self._options.snapshot:
@@ -187,12 +199,14 @@ class Save(Job):
             separate=options.separate,
             files=self._files,
             settings=chosen,
+            programs=options.programs,
         )
         self._hold.progress = self._waves.progress
         # It can no longer be committed: stop the thread, which has no reference to this object.
         weakref.finalize(self, self._waves.cancel).atexit = False
         owners.occupy(self.directory, self._hold)
-        return self._files.claim(sum(map(shard_nbytes, self._share.shards)))
+        self._nbytes = self._share.nbytes
+        return self._files.claim(self._nbytes)
 
     def _prepare(self) -> None:
         try:
@@ -214,6 +228,7 @@ class Save(Job):
         assert self._share is not None
         if self._share.divide is not None:
             self._share = replace(self._share, shards=self._share.divide())
+            self._nbytes = self._share.nbytes
 
     def _prepare_if_divided(self, claims: _Claims) -> tuple[bool, str | None]:
         if not all(each.value is not None and each.value[1] for each in claims):
@@ -237,7 +252,6 @@ class Save(Job):
         files, common, beside, waves = self._files, self._common_files, self._beside, self._waves
         write_beside, directory = share.write_beside, self.written_to
         try:
-            self._nbytes = sum(map(shard_nbytes, share.shards))
             waves.stage(share.shards)
             waves.then(lambda: files.write_in_order(common, waves.progress, sync_names=False))
             waves.then(lambda: beside.extend(write_beside(directory)))
@@ -262,9 +276,42 @@ class Save(Job):
         record.beside.extend(self._beside)
         return record
 
-    def _publish(self, outcomes: Sequence[Outcome[RankRecord]]) -> None:
+    @property
+    def _program(self) -> SaveProgram | None:
+        return self._waves.program
+
+    def _with_items(self) -> Outcome[RankRecord]:
+        assert self._written is not None
+        record, program = self._written.value, self._program
+        if record is None or not record.is_known or program is None:
+            return self._written
+        return replace(self._written, value=replace(record, items=program.items(), is_known=False))
+
+    def _metadata(self, records: Sequence[RankRecord]) -> bytes | None:
+        """The pickle in ``.metadata``; None if it takes items that the ranks left out."""
+        program = self._program
+        sealed = program.sealed if program is not None else None
+        if sealed is not None and sealed.fits(records, self._planner_data):
+            return sealed.encode(records)
+        if any(record.is_known for record in records):
+            return None
+        if program is not None:
+            program.sealed = None
+            if all(record.program for record in records):
+                with contextlib.suppress(ValueError):
+                    program.sealed = SealedMetadata(records, self._planner_data)
+                    return program.sealed.encode(records)
+        return encode_metadata((item for record in records for item in record.items), self._planner_data)
+
+    def _publish(self, outcomes: Sequence[Outcome[RankRecord]]) -> bool | None:
+        """Seal the checkpoint; returns whether the ranks may leave out their items next time.
+
+        None: nothing is done yet, because it takes items that the ranks have left out.
+        """
         records = [outcome.value for outcome in outcomes if outcome.value is not None]
-        metadata = encode_metadata((item for record in records for item in record.items), self._planner_data)
+        metadata = self._metadata(records)
+        if metadata is None:
+            return None
         files = [file for record in records for file in record.files]
         self._require_all_present(files)
         completion = self._completion
@@ -280,6 +327,7 @@ class Save(Job):
         seal.seal(self._files, metadata, manifest, completion.seal_files)
         self._files.take_place()
         completion.select()
+        return self._program is not None and self._program.sealed is not None
 
     def _require_all_present(self, files: Sequence[FileRecord]) -> None:
         """The coordinator must see what the others wrote, or the ranks do not share their storage."""

@@ -39,6 +39,7 @@ class Staged:
         owners: tensors that own memory read in place.
         buffer: host buffer that holds the copies, until ``release``.
         device_copies: those from GPUs, which may be on their way.
+        buffer_nbytes: length of the part of it that is used.
         copied_nbytes: bytes copied into it.
         allocated_nbytes: host memory that was new for it.
     """
@@ -48,6 +49,7 @@ class Staged:
     owners: list[torch.Tensor] = field(default_factory=list)
     buffer: HostBuffer | None = None
     device_copies: DeviceCopies = field(default_factory=DeviceCopies)
+    buffer_nbytes: int = 0
     copied_nbytes: int = 0
     allocated_nbytes: int = 0
 
@@ -110,13 +112,14 @@ def stage(
     is_copied = [tensor is not None and needs_copy(tensor, snapshot) for tensor in tensors]
     copied = [t for t, wanted in zip(tensors, is_copied, strict=True) if wanted and t is not None]
     nbytes = sum(_slot_nbytes(tensor) for tensor in copied)
-    staged = Staged(buffer=host_buffers.take(nbytes, bound, at_least) if nbytes else None)
+    buffer = host_buffers.take(nbytes, bound, at_least) if nbytes else None
+    staged = Staged(buffer=buffer, buffer_nbytes=nbytes)
     try:
         copies: Iterator[int] = iter(())
         if staged.buffer is not None:
             staged.copied_nbytes = sum(_nbytes(tensor) for tensor in copied)
             staged.allocated_nbytes = staged.buffer.nbytes if staged.buffer.is_new else 0
-            copies = iter(_copy(copied, staged.buffer, staged.device_copies, policy))
+            copies = iter(copy_tensors(copied, staged.buffer, staged.device_copies, policy))
         for tensor, wanted in zip(tensors, is_copied, strict=True):
             if tensor is None:
                 staged.addresses.append(0)
@@ -167,7 +170,7 @@ def copy_to_host(
         with buffer.watched(when_unused):
             return buffer, [
                 _as(tensor, buffer.slot(address - base, _nbytes(tensor)))
-                for tensor, address in zip(tensors, _copy(tensors, buffer, device_copies), strict=True)
+                for tensor, address in zip(tensors, copy_tensors(tensors, buffer, device_copies), strict=True)
             ]
     except BaseException:
         Staged(buffer=buffer, device_copies=device_copies).release()
@@ -181,15 +184,16 @@ def _tensor_of(item: PlannedItem) -> torch.Tensor | None:
     return item.shard.tensor.detach()
 
 
-def _copy(
+def copy_tensors(
     tensors: Sequence[torch.Tensor],
     buffer: HostBuffer,
     device_copies: DeviceCopies,
     policy: StagingPolicy = BLOCKING,
 ) -> list[int]:
-    """Copy the tensors into the buffer; returns the address of each.
+    """Copy plain tensors into the buffer; returns the address of each.
 
-    Those from GPUs may be on their way, as ``device_copies`` knows (after an error too).
+    The offsets in the buffer depend on the tensors' structure alone. Copies from GPUs may be on their way, as
+    ``device_copies`` knows (after an error too).
     """
     by_device: dict[torch.device, list[int]] = {}
     for number, tensor in enumerate(tensors):
@@ -225,17 +229,17 @@ def _offsets(tensors: Sequence[torch.Tensor], first: Sequence[int]) -> list[int]
 
 
 def _copy_on_cpu(tensors: Sequence[torch.Tensor], slots: Sequence[torch.Tensor]) -> None:
-    rows: list[tuple[int, ...]] = []
+    copies: list[tuple[int, ...]] = []
     for tensor, slot in zip(tensors, slots, strict=True):
         if needs_copy(tensor, snapshot=False):
             _as(tensor, slot).copy_(tensor)
             continue
         address = slot.data_ptr()
         for series in strided.as_rows(tensor):
-            rows.append((address, series.address, series.nbytes, series.number, series.pitch))
+            copies.append((address, series.address, series.nbytes, series.number, series.pitch))
             address += series.nbytes * series.number
-    if rows:
-        to, origin, nbytes, number, pitch = (array("q", column) for column in zip(*rows, strict=True))
+    if copies:
+        to, origin, nbytes, number, pitch = (array("q", column) for column in zip(*copies, strict=True))
         native.copy_runs(to, origin, nbytes, number, pitch, settings.io_threads())
 
 

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from ckpt_fast import native
 from ckpt_fast.errors import CheckpointError, CheckpointWriteError
@@ -18,6 +20,7 @@ from ckpt_fast.jobs.worker import LEAVE_S, Worker
 from ckpt_fast.pipeline.memory.device_copy import BLOCKING, DeviceCopies, StagingPolicy
 from ckpt_fast.pipeline.save.encode import WriteProgram
 from ckpt_fast.pipeline.save.plan import FilePlan, cut_waves, item_records, plan_save
+from ckpt_fast.pipeline.save.program import Prepared, ProgramCache, SaveProgram, prepare, structure_of
 from ckpt_fast.pipeline.save.stage import Staged, copied_nbytes, stage
 from ckpt_fast.pipeline.save.write import automatic_writers, write
 from ckpt_fast.settings import Settings
@@ -44,6 +47,7 @@ class Waves:
         settings: of the save; None: those in force.
         progress: stops the writing, where that is for others to decide as well.
         first: number of the first file.
+        programs: those of earlier saves, and the place to keep this one's; None: nothing is reused.
 
     Raises:
         ValueError: a setting, ``writers`` or ``bound`` makes no sense.
@@ -63,6 +67,7 @@ class Waves:
         settings: Settings | None = None,
         progress: native.Progress | None = None,
         first: int = 0,
+        programs: ProgramCache | None = None,
     ) -> None:
         self._settings = settings if settings is not None else Settings.read()
         if writers is not None and writers < 1:
@@ -82,18 +87,26 @@ class Waves:
         self._device_copies: list[DeviceCopies] = []
         self._separate = separate
         self._first = first
+        self._programs = programs
+        self.program: SaveProgram | None = None
+        self.structure: bytes | None = None
+        self._is_known = False
         self._record = RankRecord([], [])
         self._begun = time.perf_counter()
         self.progress = progress if progress is not None else native.Progress()
         self.error: BaseException | None = None
         self.worker = Worker("ckpt_fast-write", self.progress.stop)
 
-    def stage(self, shards: Sequence[Shard]) -> None:
+    def stage(self, shards: Sequence[Shard] | Prepared) -> None:
         """Plan, bring the bytes to host memory and begin to write them.
 
         With a bound smaller than the state this waits for the writes of all but the last waves. After an
         error, ``finish`` is still to be called.
         """
+        writers = self._writers or automatic_writers(self._files.directory, self._settings)
+        if isinstance(shards, Prepared):
+            self._stage_prepared(shards)
+            return
         waves: Sequence[Sequence[Shard]] = [shards]
         limit = None
         if self._bound is not None:
@@ -102,7 +115,14 @@ class Waves:
                 # Two waves share the bound: one is copied while the other is being written.
                 limit = self._bound // 2
                 waves = cut_waves(shards, sizes, limit)
-        writers = self._writers or automatic_writers(self._files.directory, self._settings)
+        structure = None
+        if len(waves) == 1 and self._programs is not None:
+            with self._report.timed("plan"):
+                structure, prepared = self._prepare(shards, writers, self._programs)
+                self.structure = structure
+            if prepared is not None:
+                self._stage_prepared(prepared)
+                return
         number = self._first
         for wave in waves:
             with self._report.timed("plan"):
@@ -110,14 +130,41 @@ class Waves:
                 number += len(files)
             with self._report.timed("stage"):
                 staged = stage(files, self._snapshot, self._bound, limit or 0, self._policy)
-            self._device_copies.append(staged.device_copies)
-            self._report.staged_nbytes += staged.copied_nbytes
-            self._report.host_memory_allocated += staged.allocated_nbytes
+            self._submit(staged, functools.partial(self._write_wave, wave, files, staged, structure))
+
+    def _prepare(
+        self, shards: Sequence[Shard], writers: int, programs: ProgramCache
+    ) -> tuple[bytes | None, Prepared | None]:
+        options = (self._prefix, writers, self._first, self._separate, self._snapshot)
+        structure = structure_of(shards, options)
+        program = programs.find(structure) if structure is not None else None
+        return structure, None if program is None else prepare(program, shards)
+
+    def _stage_prepared(self, prepared: Prepared) -> None:
+        self.program = prepared.program
+        self.structure = prepared.program.structure
+        with self._report.timed("stage"):
+            staged = prepared.program.stage(prepared, self._bound, self._policy)
+            if self._snapshot:
+                prepared.let_go()
+        self._submit(staged, lambda: self._write_prepared(prepared, staged))
+
+    def _submit(self, staged: Staged, write: Callable[[], None]) -> None:
+        self._device_copies.append(staged.device_copies)
+        self._report.staged_nbytes += staged.copied_nbytes
+        self._report.host_memory_allocated += staged.allocated_nbytes
+
+        def run() -> None:
             try:
-                self.worker.submit(functools.partial(self._write_wave, files, staged))
-            except RuntimeError:  # the process may start no more threads
+                self._unless_failed(write)
+            finally:
                 staged.release()
-                raise
+
+        try:
+            self.worker.submit(run)
+        except RuntimeError:  # the process may start no more threads
+            staged.release()
+            raise
 
     def then(self, action: Callable[[], None]) -> None:
         """Run ``action`` in the writing thread, once all that has been staged so far is written."""
@@ -182,9 +229,10 @@ class Waves:
             raise self.error
         if self.progress.stopped:
             raise CheckpointError(f"the save to {self._report.directory} was cancelled")
-        return self._record
+        program = self.program.token if self.program is not None else ""
+        return replace(self._record, program=program, is_known=self._is_known)
 
-    def run(self, shards: Sequence[Shard]) -> RankRecord:
+    def run(self, shards: Sequence[Shard] | Prepared) -> RankRecord:
         """``stage`` and ``finish``, for callers that have nothing to do in between.
 
         Whatever ends it early stops the writing, too, so that nobody reads the shards any more.
@@ -195,12 +243,6 @@ class Waves:
         except BaseException:
             self.abandon()
             raise
-
-    def _write_wave(self, files: Sequence[FilePlan], staged: Staged) -> None:
-        try:
-            self._unless_failed(lambda: self._write(files, staged))
-        finally:
-            staged.release()
 
     def _unless_failed(self, action: Callable[[], None]) -> None:
         if self.error is not None:
@@ -213,11 +255,29 @@ class Waves:
     def _note_end(self) -> None:
         self._report.written_s = time.perf_counter() - self._begun
 
-    def _write(self, files: Sequence[FilePlan], staged: Staged) -> None:
+    def _write_wave(
+        self, shards: Sequence[Shard], files: Sequence[FilePlan], staged: Staged, structure: bytes | None
+    ) -> None:
+        written = self._write(staged, lambda: WriteProgram(files, staged))
+        self._record.items.extend(item_records(files))
+        if structure is not None and self._programs is not None:
+            # What only a plan describes is planned again by the next save.
+            with contextlib.suppress(ValueError):
+                self.program = SaveProgram(structure, shards, files, staged, written)
+                self._programs.keep(self.program)
+
+    def _write_prepared(self, prepared: Prepared, staged: Staged) -> None:
+        program = prepared.program
+        self._write(staged, lambda: program.written(prepared, staged))
+        self._is_known = program.is_known
+        if not self._is_known:
+            self._record.items.extend(program.items())
+
+    def _write(self, staged: Staged, encode: Callable[[], WriteProgram]) -> WriteProgram:
         with self._report.timed("drain"):
             staged.wait()
         with self._report.timed("encode"):
-            program = WriteProgram(files, staged)
+            program = encode()
         with self._report.timed("write"):
             written, digests = write(
                 program, self._files.directory, self._settings, self.progress, self._files.durable
@@ -225,8 +285,8 @@ class Waves:
             self._files.hand_over(written, lambda: not self.progress.stopped)
         self._record.files.extend(written)
         self._report.count(written)
-        self._record.items.extend(item_records(files))
         self._record.digests.append(digests)
+        return program
 
 
 def _is_cancellation(error: BaseException) -> bool:

@@ -10,14 +10,10 @@ from typing import Any
 from ckpt_fast import compat
 from ckpt_fast.doors.megatron import torch_dist
 from ckpt_fast.doors.megatron.parallel_save import FastParallelSaveWrapper
-from ckpt_fast.errors import CheckpointError
 from ckpt_fast.glu.layout import (
     CONTIGUOUS,
     GLU_ROWS_KEY,
     Sizes,
-    contiguous_chunks,
-    require_whole_parameters,
-    rows_in_stored_order,
 )
 from ckpt_fast.glu.model import _get_model_glu_interleave_sizes
 from ckpt_fast.jobs.background import SaveHandle
@@ -31,15 +27,13 @@ from ckpt_fast.trainer.contents.data_position import FILES_KEY
 from ckpt_fast.trainer.contents.fsdp import save_fsdp_dtensor, write_along
 from ckpt_fast.trainer.contents.hugging_face import require_export, save_hf_copy
 from ckpt_fast.trainer.contents.local import save_layer_wise_optimizer, save_local
-from ckpt_fast.trainer.contents.rng import get_rng_state
 from ckpt_fast.trainer.contents.state_dict import (
     _build_sharded_state_dict_metadata,
-    apply_peft_adapter_filter_to_state_dict,
-    generate_state_dict,
     uses_distributed_optimizer,
 )
 from ckpt_fast.trainer.save.after_save import fire_callbacks, logger_finalizer, report, retain
 from ckpt_fast.trainer.save.async_save import end_save_to, make_room, schedule_async_save
+from ckpt_fast.trainer.save.collect import Collection
 from ckpt_fast.trainer.save.publish import save_errors_tolerated
 from ckpt_fast.trainer.save.run import SaveRun
 from ckpt_fast.trainer.save.staging import staging_policy
@@ -122,7 +116,7 @@ def save_checkpoint(
         request = _hand_over(
             run,
             target,
-            lambda: _collect(run, target, metadata, around, prebuilt_state_dict),
+            _collection(run, target, metadata, around, prebuilt_state_dict),
             metadata,
             around,
             preprocess_common_state_dict_fn,
@@ -173,110 +167,42 @@ def _glu_sizes(run: SaveRun) -> Sizes:
     return _get_model_glu_interleave_sizes(run.model, run.cfg)
 
 
-def _is_torch_dist(run: SaveRun, target: SaveTarget) -> bool:
-    return not target.is_local and run.ckpt_cfg.ckpt_format == "torch_dist"
-
-
 def _content_metadata(run: SaveRun, target: SaveTarget) -> dict[str, Any]:
     metadata = _build_sharded_state_dict_metadata(uses_distributed_optimizer(run.cfg), run.ckpt_cfg)
     metadata["dp_cp_group"] = run.pg_collection.dp_cp
-    if _glu_sizes(run) != (None, None) and _is_torch_dist(run, target):
+    if _glu_sizes(run) != (None, None) and target.is_torch_dist(run.ckpt_cfg):
         metadata[GLU_ROWS_KEY] = CONTIGUOUS
     return metadata
 
 
-def _collect(
+def _collection(
     run: SaveRun,
     target: SaveTarget,
     metadata: dict[str, Any],
     around: Surroundings,
     prebuilt: dict[str, Any] | None,
-) -> dict[str, Any]:
-    """The state dict in the layout of the format; what goes beside it is captured too.
+) -> Collection:
+    def capture() -> None:
+        # An odd one is refused on all ranks, while nothing has been touched.
+        Settings.read()
+        check_choices(run.ckpt_cfg)
+        around.position.capture()
+        around.publication.capture(run.state.train_state)
 
-    As local as what Megatron does for it.
-    """
-    # An odd one is refused on all ranks, while nothing has been touched.
-    Settings.read()
-    check_choices(run.ckpt_cfg)
-    around.position.capture()
-    around.publication.capture(run.state.train_state)
-    if prebuilt is not None:
-        print_rank_0("Using pre-built state dict (low-memory save)")
-    state_dict = _generate(run, target, metadata) if prebuilt is None else prebuilt
-    state_dict = _to_checkpoint_layout(run, target, state_dict, prebuilt is not None)
-    if target.is_local:
-        state_dict["train_state_metadata"] = around.publication.train_state
-        state_dict[FILES_KEY] = [list(each) for each in around.position.records]
-    return state_dict
+    return Collection(run, target, metadata, _glu_sizes(run), capture, prebuilt)
 
 
-def _generate(run: SaveRun, target: SaveTarget, metadata: dict[str, Any]) -> dict[str, Any]:
-    ckpt_cfg = run.ckpt_cfg
-    if not run.model:
-        raise CheckpointError(
-            "there is no model to save: pass its chunks, or prebuilt_state_dict together with pg_collection"
-        )
-    if "distrib_optim_sharding_type" in metadata:
-        print_rank_0(
-            f"Storing distributed optimizer sharded state of type {metadata['distrib_optim_sharding_type']}"
-        )
-    rng_state = None
-    if ckpt_cfg.save_rng:
-        rng_state = get_rng_state(
-            data_parallel_random_init=run.cfg.rng.data_parallel_random_init,
-            ckpt_format=ckpt_cfg.ckpt_format,
-            pg_collection=run.pg_collection,
-            module_name=run.module_name,
-        )
-    rerun_state = compat.get_rerun_state_machine().state_dict(
-        data_iterator=run.iterator, ckpt_format=ckpt_cfg.ckpt_format
-    )
-    chunks = (
-        contiguous_chunks(run.model, _glu_sizes(run), False) if _is_torch_dist(run, target) else run.model
-    )
-    state_dict = generate_state_dict(
-        ckpt_cfg,
-        chunks,
-        run.optimizer,
-        run.scheduler,
-        rng_state,
-        iteration=run.state.train_state.step,
-        optim_sd_kwargs={"metadata": metadata},
-        model_sd_kwargs={"metadata": metadata},
-        rerun_state=rerun_state,
-        pg_collection=run.pg_collection,
-    )
-    if "optimizer" in state_dict:
-        require_whole_parameters(
-            chunks, metadata, "Set dist_ckpt_optim_fully_reshardable=True, or save_optim=False."
-        )
-    return state_dict
-
-
-def _to_checkpoint_layout(
-    run: SaveRun, target: SaveTarget, state_dict: dict[str, Any], is_prebuilt: bool
-) -> dict[str, Any]:
-    """GLU rows in the order of the format, and adapters only, if that is what is trained."""
-    sizes = _glu_sizes(run)
-    if sizes != (None, None):
-        use_megatron_fsdp = bool(getattr(run.cfg.ddp, "use_megatron_fsdp", False))
-        state_dict = rows_in_stored_order(
-            state_dict,
-            sizes,
-            is_local=target.is_local,
-            is_arranged=_is_torch_dist(run, target) and not is_prebuilt,
-            use_megatron_fsdp=use_megatron_fsdp,
-        )
-    if run.cfg.peft is not None:
-        state_dict = apply_peft_adapter_filter_to_state_dict(state_dict, run.cfg.peft)
+def _collect_local(collection: Collection, around: Surroundings) -> dict[str, Any]:
+    state_dict = collection.everything()
+    state_dict["train_state_metadata"] = around.publication.train_state
+    state_dict[FILES_KEY] = [list(each) for each in around.position.records]
     return state_dict
 
 
 def _hand_over(
     run: SaveRun,
     target: SaveTarget,
-    collect: Callable[[], dict[str, Any]],
+    collection: Collection,
     metadata: dict[str, Any],
     around: Surroundings,
     preprocess_common: Callable[[dict[str, Any]], dict[str, Any]] | None,
@@ -297,12 +223,12 @@ def _hand_over(
     completion = around.completion({key: metadata[key] for key in (GLU_ROWS_KEY,) if key in metadata})
     if target.is_local:
         assert run.context is not None
-        state_dict = ControlGroup().agree(collect)
+        state_dict = ControlGroup().agree(lambda: _collect_local(collection, around))
         around.save_position()
         on_all_ranks(lambda: save_layer_wise_optimizer(run.optimizer, target.save_dir, run.pg_collection))
         return save_local(run.state, state_dict, run.context, target.step, run.pg_collection)
     if ckpt_cfg.ckpt_format == "fsdp_dtensor":
-        state_dict = ControlGroup().agree(collect)
+        state_dict = ControlGroup().agree(collection.everything)
         if not _publishes_itself(run, target):
             around.save_position()
         return save_fsdp_dtensor(
@@ -317,7 +243,7 @@ def _hand_over(
         )
     strategy, validate = _save_strategy(run)
     job = torch_dist.start_save(
-        collect,
+        collection,
         target.checkpoint_name,
         strategy,
         options,
@@ -326,6 +252,7 @@ def _hand_over(
         preprocess_common_before_consistency_check=preprocess_common,
         content_metadata=compat.clean_metadata_for_serialization(metadata),
         write_beside=around.write_position,
+        reuse=ckpt_cfg.ckpt_assume_constant_structure,
     )
     write_along(job, lambda directory: _write_other_formats(run, directory))
     if run.is_async:

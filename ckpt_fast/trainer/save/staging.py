@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -22,19 +23,29 @@ def staging_policy(model: Sequence[Any], optimizer: Any | None) -> StagingPolicy
     That protects its parameters and its state; and, if all of them wait, the model's parameters, which
     change as a consequence of a step only.
     """
-    inner = [getattr(member, "optimizer", None) for member in _members(optimizer)]
-    waiting = [each for each in inner if isinstance(each, torch.optim.Optimizer)]
-    protected: set[int] = set()
+    waiting = torch_optimizers(optimizer)
     for each in waiting:
         if each not in _waiting:
             each.register_step_pre_hook(_before_step)
             _waiting.add(each)
-        protected.update(_storage(tensor) for tensor in _tensors(each))
-    if waiting and len(waiting) == len(inner):
-        protected.update(_storage(parameter) for chunk in model for parameter in chunk.parameters())
-    # Wrappers around other tensors have no memory of their own.
-    protected.discard(0)
-    return StagingPolicy.chosen(lambda tensor: _storage(tensor) in protected)
+    all_wait = waiting and len(waiting) == len(_members(optimizer))
+
+    @functools.cache
+    def protected() -> set[int]:
+        storages = {_storage(tensor) for each in waiting for tensor in _tensors(each)}
+        if all_wait:
+            storages.update(_storage(parameter) for chunk in model for parameter in chunk.parameters())
+        # Wrappers around other tensors have no memory of their own.
+        storages.discard(0)
+        return storages
+
+    return StagingPolicy.chosen(lambda tensor: _storage(tensor) in protected())
+
+
+def torch_optimizers(optimizer: Any | None) -> list[torch.optim.Optimizer]:
+    """The torch optimizers inside Megatron-Core's."""
+    inner = [getattr(member, "optimizer", None) for member in _members(optimizer)]
+    return [each for each in inner if isinstance(each, torch.optim.Optimizer)]
 
 
 def _before_step(*_: Any) -> None:

@@ -29,6 +29,9 @@ class SaveTarget:
     def is_local(self) -> bool:
         return self.ckpt_type is CheckpointType.LOCAL
 
+    def is_torch_dist(self, ckpt_cfg: Any) -> bool:
+        return not self.is_local and bool(ckpt_cfg.ckpt_format == "torch_dist")
+
 
 def choose_target(
     ckpt_cfg: Any, context: dict[str, Any] | None, step: int, non_persistent: bool

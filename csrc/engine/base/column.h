@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Columns of a request, as the caller laid them out.
+// Columns of a request, in the caller's memory.
 #pragma once
 
 #include <cstddef>
@@ -7,7 +7,7 @@
 
 namespace ckpt_fast {
 
-/// A borrowed array of signed 64-bit integers, one per row.
+/// A borrowed array of signed 64-bit integers, one per row of the request's table.
 struct Column {
   const int64_t* data = nullptr;
   size_t size = 0;

@@ -9,7 +9,7 @@
 
 namespace ckpt_fast {
 
-/// A failed system call. what() tells everything, e.g.
+/// A failed system call. what() is complete, e.g.
 /// "write 4194304 bytes at 12288 to PATH: No space left on device".
 class SystemError : public std::runtime_error {
  public:

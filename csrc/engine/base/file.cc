@@ -21,7 +21,7 @@ namespace ckpt_fast {
 
 namespace {
 
-constexpr mode_t kCreateMode = 0666;  // the umask takes away what the user does not grant
+constexpr mode_t kCreateMode = 0666;  // restricted by the umask
 constexpr int kNamesTried = 100;
 
 int64_t align_down(int64_t value) { return value / kDirectAlignment * kDirectAlignment; }
@@ -34,10 +34,10 @@ int open_retrying(const std::string& path, int flags) {
   return fd;
 }
 
-/// What a file system says to direct I/O that it does not do at all, or not so.
+/// Whether a file system reports that it does not support direct I/O, or not in this form.
 bool refuses_direct(int error) { return error == EINVAL || error == EOPNOTSUPP; }
 
-/// Opens with O_DIRECT if asked; `*direct` tells whether it was granted.
+/// Opens with O_DIRECT if requested; `*direct` returns whether it was granted.
 Descriptor open_file(const std::string& path, int flags, bool* direct) {
   int fd = -1;
   if (*direct) fd = open_retrying(path, flags | O_DIRECT);
@@ -49,7 +49,7 @@ Descriptor open_file(const std::string& path, int flags, bool* direct) {
 
 std::string partial_name(const std::string& path) {
   uint32_t number = 0;
-  // Short of random bytes, early at boot, any number will do: an existing file is not opened.
+  // Without random bytes, early during boot, any number will do: an existing file is never opened.
   if (::getrandom(&number, sizeof number, GRND_NONBLOCK) < 0) number = static_cast<uint32_t>(::getpid());
   char suffix[sizeof ".01234567.partial"];
   std::snprintf(suffix, sizeof suffix, ".%08x.partial", number);
@@ -57,7 +57,7 @@ std::string partial_name(const std::string& path) {
   return path.substr(0, name) + "." + path.substr(name) + suffix;
 }
 
-/// Creates a file with a name that nobody has; `*direct` as for open_file.
+/// Creates a file under an unused name; `*direct` as for open_file.
 Descriptor create_file(const std::string& path, bool* direct, std::string* partial) {
   for (int tried = 1;; ++tried) {
     *partial = partial_name(path);
@@ -65,7 +65,7 @@ Descriptor create_file(const std::string& path, bool* direct, std::string* parti
     if (fd >= 0) return Descriptor(fd);
     const int error = errno;
     if (*direct && refuses_direct(error)) {
-      ::unlink(partial->c_str());  // it may have been created before O_DIRECT was looked at
+      ::unlink(partial->c_str());  // it may have been created before O_DIRECT was rejected
       *direct = false;
     } else if (error != EEXIST || tried == kNamesTried) {
       partial->clear();
@@ -130,7 +130,7 @@ OutputFile::OutputFile(std::string path, int64_t nbytes, bool direct) : path_(st
   try {
     prepare(nbytes, direct);
   } catch (...) {
-    ::unlink(partial_.c_str());  // no destructor runs
+    ::unlink(partial_.c_str());  // the destructor will not run
     throw;
   }
 }
@@ -149,7 +149,7 @@ void OutputFile::prepare(int64_t nbytes, bool direct) {
     bool buffered = false;
     buffered_ = open_file(partial_, O_WRONLY, &buffered);
   }
-  // Only a full disk is final here: whatever else fallocate(2) dislikes, the writes will tell if they mind.
+  // Only a full disk is final here: other fallocate(2) errors matter only if the writes fail too.
   if (nbytes > 0 && ::fallocate(file_.get(), 0, 0, nbytes) != 0 && (errno == ENOSPC || errno == EDQUOT)) {
     throw_write_error(nbytes, 0, path_, errno);
   }
@@ -159,7 +159,7 @@ int OutputFile::write_direct(const iovec& part, int64_t offset) {
   const int64_t aligned = align_down(static_cast<int64_t>(part.iov_len));
   const std::vector<iovec> head = {{part.iov_base, static_cast<size_t>(aligned)}};
   int error = aligned > 0 ? write_fully(file_.get(), head, offset) : 0;
-  if (refuses_direct(error)) {  // O_DIRECT was accepted by open(2) only, or wants more than 4096
+  if (refuses_direct(error)) {  // only open(2) accepted O_DIRECT, or it needs more than 4096
     clear_direct(file_.get());
     direct_ = false;
     error = write_fully(file_.get(), head, offset);
@@ -189,7 +189,7 @@ void OutputFile::sync() {
 void OutputFile::close() {
   for (Descriptor* const descriptor : {&buffered_, &file_}) {
     const int error = descriptor->close();
-    // An interrupted close has closed. It may have kept data from being handed over, unless that was synced.
+    // An interrupted close(2) has closed the file, but may have lost data that was not synced.
     if (error != 0 && !(error == EINTR && synced_)) throw_file_error("close", path_, error);
   }
 }
@@ -200,7 +200,7 @@ void OutputFile::publish() {
 }
 
 InputFile::InputFile(std::string path, bool direct) : path_(std::move(path)) {
-  // A FIFO is opened at once that way, and not when somebody writes to it.
+  // This way, opening a FIFO does not block until it has a writer.
   file_ = open_file(path_, O_RDONLY | O_NONBLOCK, &direct);
   struct stat status;
   if (::fstat(file_.get(), &status) != 0) throw_file_error("stat", path_, errno);
@@ -218,14 +218,14 @@ void InputFile::read(std::vector<iovec> parts, int64_t nbytes, int64_t offset) {
     const ssize_t got = ::preadv(file_.get(), parts.data() + first, count, offset + done);
     if (got < 0 && errno == EINTR) continue;
     if (got < 0 && refuses_direct(errno) && may_be_unaligned) {
-      // Whether or not another thread has already come to the same conclusion: this read was a direct one.
+      // Even if another thread has already switched: this particular read was a direct one.
       clear_direct(file_.get());
       direct_ = may_be_unaligned = false;
       continue;
     }
     if (got < 0) throw_read_error(nbytes, offset, path_, errno);
     if (got == 0) throw_file_ends(nbytes, offset, path_, offset + done);
-    // A short direct read may stop anywhere; the next one has to start aligned.
+    // A short direct read may end anywhere; the next one must start aligned.
     const int64_t step = direct_ && got >= kDirectAlignment ? align_down(got) : got;
     drop_front(&parts, &first, static_cast<size_t>(step));
     done += step;

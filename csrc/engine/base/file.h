@@ -13,7 +13,7 @@
 
 namespace ckpt_fast {
 
-/// Alignment that direct I/O needs of addresses, offsets and sizes.
+/// The alignment of addresses, offsets and sizes for direct I/O.
 constexpr int64_t kDirectAlignment = 4096;
 
 /// Owns a file descriptor.
@@ -35,13 +35,12 @@ class Descriptor {
   int fd_ = -1;
 };
 
-/// A file being created, under a name of its own: ".NAME.<8 hex digits>.partial" beside `path`. Nothing is
-/// ever opened for writing by a name that somebody else may use. Different ranges may be written from several
-/// threads at once.
+/// A file being created under a unique name: ".NAME.<8 hex digits>.partial" beside `path`. Nothing is ever
+/// opened for writing under a name that others may use. Threads may write different ranges concurrently.
 class OutputFile {
  public:
-  /// Creates the file and reserves `nbytes`, so that a full disk shows before bytes move. `direct` asks for
-  /// O_DIRECT; a file system that refuses it, or lives in memory, gets buffered writes.
+  /// Creates the file and reserves `nbytes`, so that a full disk is noticed before anything is written.
+  /// `direct` requests O_DIRECT; a file system that refuses it, or lives in memory, gets buffered writes.
   OutputFile(std::string path, int64_t nbytes, bool direct);
   /// Removes the file unless it was published.
   ~OutputFile();
@@ -49,13 +48,13 @@ class OutputFile {
   OutputFile& operator=(const OutputFile&) = delete;
 
   /// Writes all of a range of `nbytes`, the concatenation of `parts`. In direct mode there is one part, whose
-  /// address is like `offset` a multiple of kDirectAlignment; what is behind the last multiple in it goes
-  /// through the page cache.
+  /// address, like `offset`, is a multiple of kDirectAlignment; bytes after its last multiple go through the
+  /// page cache.
   void write(std::vector<iovec> parts, int64_t nbytes, int64_t offset);
 
   void sync();
   void close();
-  /// Gives the closed file its name, in place of what has it.
+  /// Renames the closed file to `path`, replacing any file there.
   void publish();
   bool direct() const { return direct_; }
 
@@ -64,23 +63,23 @@ class OutputFile {
   int write_direct(const iovec& part, int64_t offset);
 
   std::string path_;
-  std::string partial_;  // "" once it is published
+  std::string partial_;  // "" once published
   bool synced_ = false;
   Descriptor file_;
   Descriptor buffered_;  // a second view of a direct file, for what direct I/O cannot write
   std::atomic<bool> direct_{false};
 };
 
-/// A file being read. Different ranges may be read from several threads at once.
+/// A file being read. Threads may read different ranges concurrently.
 class InputFile {
  public:
-  /// Opens a regular file, or a link to one. Anything else is an error: it is not waited for.
+  /// Opens a regular file, or a link to one. Anything else is an error, without blocking.
   InputFile(std::string path, bool direct);
 
   int64_t size() const { return size_; }
 
-  /// Reads a range of `nbytes` into `parts`, which have room for it. In direct mode there is one part; its
-  /// address and size and `offset` are multiples of kDirectAlignment.
+  /// Reads a range of `nbytes` into `parts`, which have room for it. In direct mode there is one part, and
+  /// its address, its size and `offset` are multiples of kDirectAlignment.
   void read(std::vector<iovec> parts, int64_t nbytes, int64_t offset);
 
   bool direct() const { return direct_; }
@@ -94,7 +93,7 @@ class InputFile {
   std::atomic<bool> direct_{false};
 };
 
-/// Bytes in a regular file, which is not opened; errors are those of opening it.
+/// Returns the size of a regular file without opening it; errors are those of opening it.
 int64_t regular_file_size(const std::string& path);
 
 }  // namespace ckpt_fast

@@ -33,8 +33,7 @@ void parallel_for(size_t count, int threads, const std::function<void(size_t)>& 
     helpers.reserve(wanted);
     while (helpers.size() + 1 < wanted) helpers.emplace_back(work);
   } catch (const std::exception&) {
-    // No more threads are granted, or no memory for them: those there are, at least the caller's, do the
-    // work.
+    // No more threads, or no memory for them: the existing ones, at least the caller's, do the work.
   }
   work();
   for (std::thread& helper : helpers) helper.join();

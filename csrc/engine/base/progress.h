@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// How another thread watches a job that writes or reads files, and ends it early.
+// Lets another thread watch a job that writes or reads files, and stop it early.
 #pragma once
 
 #include <atomic>
@@ -21,8 +21,8 @@ class Progress {
   }
   bool stopped() const noexcept { return stopped_; }
 
-  /// Asked before each rename, which ends with `end_rename`. False once the job is stopped: whoever has
-  /// stopped it, and sees no rename under way, knows that none will come.
+  /// Called before each rename, with `end_rename` after it. Returns false once the job is stopped: a caller
+  /// of `stop` that sees no rename in progress knows that none will follow.
   bool begin_rename() {
     const std::lock_guard<std::mutex> lock(mutex_);
     if (stopped_) return false;
@@ -31,7 +31,7 @@ class Progress {
   }
   void end_rename() noexcept { --renaming_; }
 
-  /// Whether a rename is under way.
+  /// Whether a rename is in progress.
   bool renaming() const noexcept { return renaming_ > 0; }
 
  private:

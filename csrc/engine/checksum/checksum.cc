@@ -16,7 +16,7 @@ namespace {
 constexpr ByteTables kByteTables = make_byte_tables();
 constexpr ShiftTables kShiftTables = make_shift_tables();
 
-// Small enough that the checksum finds the block in the first-level cache for the copy that follows.
+// Small enough that the block is still in the L1 cache for the copy that follows its checksum.
 constexpr size_t kPortableBlock = 8 << 10;
 
 uint32_t copy_portable(uint8_t* destination, const uint8_t* source, size_t nbytes, uint32_t state) {

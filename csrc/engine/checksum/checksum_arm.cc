@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// CRC-32 by the instruction that ARMv8 has for this very polynomial, eight bytes at a time.
+// CRC-32 with ARMv8's instruction for this polynomial, eight bytes at a time.
 #if defined(__aarch64__)
 
 #include <arm_acle.h>

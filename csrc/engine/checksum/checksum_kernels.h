@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The seam between checksum.cc and its instruction-set specific inner loops.
+// The interface between checksum.cc and its instruction-set specific inner loops.
 #pragma once
 
 #include <cstddef>
@@ -23,17 +23,17 @@ struct Kernels {
   std::vector<std::string> features;
 };
 
-/// Plain C++ for any length; also finishes what the block kernels leave.
+/// Plain C++ for any length; also handles the tail that block kernels leave.
 uint32_t update_bytes(const uint8_t* source, size_t nbytes, uint32_t state);
 
-/// Every set of kernels that this processor runs, fastest first; the last is plain C++.
+/// Every set of kernels that this processor supports, fastest first; the last is plain C++.
 const std::vector<Kernels>& available_kernels();
 
 #if defined(__x86_64__)
 /// Those with carry-less multiplication, fastest first.
 std::vector<Kernels> x86_kernels();
 #elif defined(__aarch64__)
-/// The one with CRC-32 instructions, if they are there.
+/// The one with CRC-32 instructions, if supported.
 std::vector<Kernels> arm_kernels();
 #endif
 

@@ -17,7 +17,7 @@ namespace {
 
 enum class Copy { kNone, kCached, kStreaming };
 
-// A core keeps too few lines in flight to saturate memory while it also stores; asking for them this far
+// A core keeps too few cache lines in flight to saturate memory while it also stores; prefetching this far
 // ahead makes copies a fifth faster.
 constexpr size_t kPrefetchAhead = 2048;
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Arithmetic of CRC-32 polynomials over GF(2), all at compile time where the operands are.
+// Arithmetic of CRC-32 polynomials over GF(2), evaluated at compile time if the operands are.
 //
 // A polynomial of degree < 32 is a uint32_t in reflected order: the coefficient of x^j is bit 31 - j.
 #pragma once

@@ -19,14 +19,14 @@ class StreamDigests {
     for (size_t d = 0; d < nbytes.size(); ++d) streams_[d].missing = nbytes[d];
   }
 
-  /// Accounts for a part of stream `digest`: its CRC, its length, and the stream's bytes that follow it.
+  /// Adds a part of stream `digest`: its CRC, its length, and the number of stream bytes that follow it.
   void add(int64_t digest, uint32_t crc, int64_t nbytes, int64_t nbytes_behind) {
     Stream& stream = streams_[digest];
     stream.crc.fetch_xor(crc32_shift(crc, nbytes_behind), std::memory_order_relaxed);
     if (stream.missing.fetch_sub(nbytes, std::memory_order_acq_rel) == nbytes) wake();
   }
 
-  /// Blocks until every byte of the stream has been added. False when the job was abandoned instead.
+  /// Blocks until every byte of the stream has been added. Returns false if the job was abandoned instead.
   bool wait_complete(int64_t digest) {
     const std::atomic<int64_t>& missing = streams_[digest].missing;
     if (missing.load(std::memory_order_acquire) != 0) {
@@ -36,7 +36,7 @@ class StreamDigests {
     return missing.load(std::memory_order_acquire) == 0;
   }
 
-  /// Wakes all waiters for good: the bytes they wait for will not come.
+  /// Wakes all waiters permanently: the bytes they wait for will not come.
   void abandon() {
     {
       const std::lock_guard<std::mutex> lock(mutex_);

@@ -9,10 +9,10 @@ namespace ckpt_fast {
 
 namespace {
 
-// Shorter pieces are cheaper to copy than to hand to the kernel one by one.
+// Shorter pieces are cheaper to copy than to pass to the kernel one by one.
 constexpr size_t kShortestReference = 16 << 10;
 
-// Streaming stores pay from a few pages on; shorter pieces share cache lines with their neighbours.
+// Streaming stores pay off from a few pages on; shorter pieces share cache lines with their neighbors.
 constexpr size_t kShortestStream = 16 << 10;
 
 }  // namespace
@@ -20,7 +20,7 @@ constexpr size_t kShortestStream = 16 << 10;
 void ChunkImage::append_zeros(size_t nbytes) {
   std::memset(buffer_ + nbytes_, 0, nbytes);
   add_part(buffer_ + nbytes_, nbytes);
-  crc_ = ~crc32_shift(~crc_, nbytes);  // zeros only move the register on
+  crc_ = ~crc32_shift(~crc_, nbytes);  // zeros only shift the register
 }
 
 uint32_t ChunkImage::append(const uint8_t* piece, size_t nbytes, bool patchable) {
@@ -29,7 +29,7 @@ uint32_t ChunkImage::append(const uint8_t* piece, size_t nbytes, bool patchable)
     crc_ = crc32(piece, nbytes, before);
     add_part(piece, nbytes);
   } else {
-    // What is written directly is not read by the processor again; what is gathered is, by the kernel.
+    // Direct writes are not read by the processor again; gathered writes are, by the kernel.
     const bool streaming = mode_ == Mode::kFlat && nbytes >= kShortestStream;
     crc_ =
         copy_crc32(buffer_ + nbytes_, piece, nbytes, before, streaming ? Store::kStreaming : Store::kCached);
@@ -40,7 +40,7 @@ uint32_t ChunkImage::append(const uint8_t* piece, size_t nbytes, bool patchable)
 
 void ChunkImage::patch(size_t position, const uint8_t* bytes, size_t nbytes) {
   uint8_t* const target = buffer_ + position;
-  // The CRC is linear: changing bytes by a difference changes it by the difference's own, moved to its place.
+  // The CRC is linear: changing bytes by a difference changes the CRC by that of the shifted difference.
   uint32_t change = 0;
   for (size_t i = 0; i < nbytes; ++i) {
     const uint8_t difference = target[i] ^ bytes[i];

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The bytes of one chunk of a file, put together from pieces of memory, and their CRC-32.
+// The bytes of one chunk of a file, assembled from pieces of memory, and their CRC-32.
 #pragma once
 
 #include <sys/uio.h>
@@ -14,12 +14,12 @@ namespace ckpt_fast {
 
 class ChunkImage {
  public:
-  /// What becomes of long pieces: copied into one buffer (what direct I/O needs) or, saving the copy, left
-  /// where they are for a gathering write.
+  /// What happens to long pieces: they are copied into one buffer, as direct I/O requires, or left in place
+  /// for a gathering write, which saves the copy.
   enum class Mode { kFlat, kGather };
 
-  /// `buffer` holds the longest chunk. It, and with kGather the pieces, stay unchanged until the image has
-  /// been written.
+  /// `buffer` has room for the longest chunk. It, and with kGather also the pieces, must stay unchanged until
+  /// the image has been written.
   ChunkImage(uint8_t* buffer, Mode mode) : buffer_(buffer), mode_(mode) {}
 
   void append_zeros(size_t nbytes);

@@ -18,16 +18,16 @@ namespace {
 
 using std::to_string;
 
-// Buffered reads are checked when they are done; this much is still in the cache by then.
+// Buffered reads are checked after they complete; this much is still in the CPU cache by then.
 constexpr int64_t kCacheHot = 1 << 20;
 
-// Reading so much for nothing costs less than the system call that leaves it out.
+// Reading this many unwanted bytes costs less than a system call that avoids it.
 constexpr int64_t kFreeGap = 512;
-// Longer gaps are read as long as they are together at most this part of the bytes wanted around them.
+// Longer gaps are read as long as their sum is at most this fraction of the wanted bytes around them.
 constexpr int64_t kGapShare = 16;
 
-// Transfers that are shorter on average than this part of a chunk come sooner through the page cache, which
-// reads each page once and reads ahead.
+// Transfers shorter on average than this fraction of a chunk are faster through the page cache, which reads
+// each page once and reads ahead.
 constexpr int64_t kDirectShare = 32;
 
 void check_row(const char* kind, size_t row, int64_t file, size_t file_count, int64_t offset,
@@ -36,13 +36,13 @@ void check_row(const char* kind, size_t row, int64_t file, size_t file_count, in
     refuse(kind, row, "file " + to_string(file) + " is not one of " + to_string(file_count));
   }
   if (offset < 0 || nbytes < 0 || offset > std::numeric_limits<int64_t>::max() - kDirectAlignment - nbytes) {
-    refuse(kind, row, to_string(nbytes) + " bytes at " + to_string(offset) + " are no range");
+    refuse(kind, row, to_string(nbytes) + " bytes at " + to_string(offset) + " are not a valid range");
   }
 }
 
-template <typename Row>
-void sort_by_place(std::vector<Row>* rows) {
-  std::stable_sort(rows->begin(), rows->end(), [](const Row& a, const Row& b) {
+template <typename Range>
+void sort_by_place(std::vector<Range>* ranges) {
+  std::stable_sort(ranges->begin(), ranges->end(), [](const Range& a, const Range& b) {
     return std::tie(a.file, a.offset) < std::tie(b.file, b.offset);
   });
 }
@@ -57,7 +57,7 @@ void add_extents(const ReadRequest& request, ReadPlan* plan) {
   sort_by_place(&plan->extents);
 }
 
-/// A range whose bytes have checksums, `block_nbytes` of them one.
+/// A range with one checksum per `block_nbytes` bytes.
 struct CheckedRange {
   size_t row;  // in the request
   int64_t file;
@@ -100,9 +100,9 @@ std::vector<CheckedRange> checked_ranges(const ReadRequest& request, ReadPlan* p
 
 /// Collects the blocks that extents touch. Extents and ranges are sorted by place, so one sweep finds them.
 void add_blocks(const std::vector<CheckedRange>& ranges, ReadPlan* plan) {
-  size_t first = 0;  // the first range that an extent from here on may touch
+  size_t first = 0;  // the first range that this or a later extent may touch
   size_t range_of_next = 0;
-  int64_t next = 0;  // blocks of that range before this one have been dealt with
+  int64_t next = 0;  // earlier blocks of that range have been handled
   for (const Extent& extent : plan->extents) {
     if (extent.nbytes == 0) continue;
     const auto is_before = [&](const CheckedRange& range) {
@@ -130,7 +130,7 @@ bool are_disjoint(const std::vector<Extent>& extents, size_t first, size_t last)
   return true;
 }
 
-/// Whether the transfer's extents, which are disjoint, leave out no byte of its blocks.
+/// Whether the transfer's extents, which are disjoint, cover every byte of its blocks.
 bool cover_blocks(const ReadPlan& plan, const Transfer& transfer) {
   size_t extent = transfer.first;
   for (size_t i = transfer.first_block; i < transfer.last_block; ++i) {
@@ -145,7 +145,7 @@ bool cover_blocks(const ReadPlan& plan, const Transfer& transfer) {
   return true;
 }
 
-/// What is read: an extent, or a block around parts of some.
+/// A range to read: an extent, or a block around parts of extents.
 struct Span {
   int64_t file;
   int64_t offset;
@@ -154,13 +154,13 @@ struct Span {
   int64_t end() const { return offset + nbytes; }
 };
 
-/// Cuts runs of spans into transfers. The cuts fall on multiples of a step, which keeps direct reads aligned
-/// and lets each fit a chunk buffer.
+/// Cuts clusters of spans into transfers. The cuts fall on multiples of a step, which keeps direct reads
+/// aligned and lets each fit a chunk buffer.
 class Cutter {
  public:
   Cutter(int64_t step, ReadPlan* plan) : step_(step), plan_(plan) {}
 
-  /// Cuts [begin, end) of a file, behind all that was cut before; spans cover it but for small gaps.
+  /// Cuts [begin, end) of a file, after everything cut so far; spans cover it except for small gaps.
   void cut(int64_t file, int64_t begin, int64_t end) {
     while (begin < end) {
       const int64_t cut = begin + std::min(end - begin, step_ - begin % step_);
@@ -176,16 +176,17 @@ class Cutter {
   }
 
  private:
-  /// Those of `rows` that may have a part in [begin, end); `*from` moves on to the first of them.
-  template <typename Row>
-  static std::pair<size_t, size_t> within(const std::vector<Row>& rows, size_t* from, int64_t file,
+  /// The indices [first, last) of those `ranges` that may overlap [begin, end); advances `*from` to the
+  /// first.
+  template <typename Range>
+  static std::pair<size_t, size_t> within(const std::vector<Range>& ranges, size_t* from, int64_t file,
                                           int64_t begin, int64_t end) {
-    const auto is_before = [&](const Row& row) {
-      return row.file < file || (row.file == file && row.end() <= begin);
+    const auto is_before = [&](const Range& range) {
+      return range.file < file || (range.file == file && range.end() <= begin);
     };
-    while (*from < rows.size() && is_before(rows[*from])) ++*from;
+    while (*from < ranges.size() && is_before(ranges[*from])) ++*from;
     size_t to = *from;
-    while (to < rows.size() && rows[to].file == file && rows[to].offset < end) ++to;
+    while (to < ranges.size() && ranges[to].file == file && ranges[to].offset < end) ++to;
     return {*from, to};
   }
 
@@ -195,14 +196,14 @@ class Cutter {
   size_t block_ = 0;
 };
 
-/// A run of spans that are read together, gaps included.
-class Run {
+/// A cluster of spans that are read together, gaps included.
+class Cluster {
  public:
-  explicit Run(const Span& first) : file_(first.file), end_(first.end()), wanted_(first.nbytes) {}
+  explicit Cluster(const Span& first) : file_(first.file), end_(first.end()), wanted_(first.nbytes) {}
 
   int64_t end() const { return end_; }
 
-  /// Takes the span in if that reads little for nothing.
+  /// Adds the span if that reads few unwanted bytes.
   bool take(const Span& next) {
     const int64_t gap = std::max<int64_t>(next.offset - end_, 0);
     if (next.file != file_ || gap > kLongestGap) return false;
@@ -217,10 +218,10 @@ class Run {
   int64_t file_;
   int64_t end_;
   int64_t wanted_;
-  int64_t unwanted_ = 0;  // but for free gaps
+  int64_t unwanted_ = 0;  // except free gaps
 };
 
-/// Looks at each file that bytes are wanted of.
+/// Checks the size of each file from which bytes are wanted.
 void check_sizes(const ReadRequest& request, const std::vector<Extent>& extents) {
   size_t file = request.paths.size();
   for (const Extent& extent : extents) {
@@ -230,7 +231,7 @@ void check_sizes(const ReadRequest& request, const std::vector<Extent>& extents)
   }
 }
 
-/// Extents and blocks by place.
+/// Extents and blocks by position.
 std::vector<Span> spans_of(const ReadPlan& plan) {
   std::vector<Span> spans;
   for (const Extent& extent : plan.extents) spans.push_back({extent.file, extent.offset, extent.nbytes});
@@ -244,10 +245,10 @@ void cut_transfers(const ReadRequest& request, ReadPlan* plan) {
   const std::vector<Span> spans = spans_of(*plan);
   Cutter cutter(step, plan);
   for (size_t first = 0; first < spans.size();) {
-    Run run(spans[first]);
+    Cluster cluster(spans[first]);
     size_t last = first + 1;
-    while (last < spans.size() && run.take(spans[last])) ++last;
-    cutter.cut(spans[first].file, spans[first].offset, run.end());
+    while (last < spans.size() && cluster.take(spans[last])) ++last;
+    cutter.cut(spans[first].file, spans[first].offset, cluster.end());
     first = last;
   }
   int64_t nbytes = 0;

@@ -22,7 +22,7 @@ struct ReadRequest {
   Progress* progress = nullptr;
 };
 
-/// Bytes of a file and the memory they go to.
+/// Bytes of a file and their destination in memory.
 struct Extent {
   size_t row;  // in the request
   int64_t file;
@@ -33,7 +33,7 @@ struct Extent {
   int64_t end() const { return offset + nbytes; }
 };
 
-/// Bytes of a file that are read together for their checksum, as somebody wants some of them.
+/// Bytes of a file that are read together for their checksum, because some of them are wanted.
 struct Block {
   int64_t file;
   int64_t offset;
@@ -43,8 +43,8 @@ struct Block {
   int64_t end() const { return offset + nbytes; }
 };
 
-/// One transfer: a range of a file that is read at once. It holds (parts of) extents first … last - 1 and of
-/// blocks first_block … last_block - 1, with short gaps between them.
+/// One transfer: a range of a file that is read in one piece. It holds (parts of) extents first … last - 1
+/// and of blocks first_block … last_block - 1, with short gaps between them.
 struct Transfer {
   size_t file;
   int64_t begin;
@@ -64,15 +64,15 @@ struct ReadPlan {
   std::vector<Block> blocks;    // those that extents touch, by file and offset, disjoint
   size_t block_count = 0;       // touched or not
   std::vector<Transfer> transfers;
-  bool direct = false;  // asked for, and worth it
+  bool direct = false;  // requested, and worthwhile
 };
 
-/// Throws std::invalid_argument naming the first row that breaks the contract of read_extents, and what
-/// require_inside throws: lengths that no file has are not cut into transfers.
+/// Throws std::invalid_argument naming the first row that breaks the contract of read_extents, and
+/// what require_inside throws, so lengths beyond a file's end are not cut into transfers.
 ReadPlan make_read_plan(const ReadRequest& request);
 
-/// Throws SystemError naming the first row, as given, that a file of this size does not hold: the caller
-/// knows rows, not transfers.
+/// Throws SystemError naming the first extent, in the caller's order, that a file of this size does not hold:
+/// the caller knows extents, not transfers.
 void require_inside(const std::vector<Extent>& extents, size_t file, const std::string& path, int64_t size);
 
 }  // namespace ckpt_fast

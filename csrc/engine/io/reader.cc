@@ -26,7 +26,7 @@ struct OpenFile {
   std::atomic<int64_t> transfers_left{0};
 };
 
-/// In the place of a block's number.
+/// Used instead of a block's number.
 constexpr size_t kNoBlock = static_cast<size_t>(-1);
 
 std::vector<int64_t> block_sizes(const ReadPlan& plan) {
@@ -68,8 +68,8 @@ class ReadJob {
 
 std::vector<int64_t> ReadJob::run() {
   const PoolUse pool_use;
-  // As in the writer: a thread can copy out of its buffer while others wait for the device, which likes even
-  // more requests at a time when it reads.
+  // As in the writer: a thread can copy out of its buffer while others wait for the device, which benefits
+  // from even more concurrent requests when reading.
   const bool direct = !plan_.transfers.empty() && input_of(plan_.transfers.front().file).direct();
   parallel_for(plan_.transfers.size(), direct ? 4 * request_.threads : request_.threads, [this](size_t i) {
     const Transfer& transfer = plan_.transfers[i];
@@ -108,7 +108,7 @@ InputFile& ReadJob::input_of(size_t file) {
   return *state.input;
 }
 
-/// One scattering read puts every byte where it belongs, and what is between extents aside.
+/// One scattering read puts every wanted byte in place, and the bytes between extents into scratch memory.
 void ReadJob::read_in_place(const Transfer& transfer, InputFile& input) {
   uint8_t aside[kLongestGap];
   std::vector<iovec> parts;
@@ -165,8 +165,8 @@ void ReadJob::for_each_part(const Transfer& transfer, Visit&& visit) const {
   }
 }
 
-/// Calls visit(extent, begin, end, block) for what extents have of one block or, as kNoBlock, between blocks.
-/// The transfer scatters: extents are disjoint, so that one sweep over both finds all.
+/// Calls visit(extent, begin, end, block) for each part of an extent inside one block or, with kNoBlock,
+/// between blocks. The transfer scatters: extents are disjoint, so one sweep over both finds all parts.
 template <typename Visit>
 void ReadJob::for_each_piece(const Transfer& transfer, Visit&& visit) const {
   size_t block = transfer.first_block;

@@ -10,7 +10,7 @@
 namespace ckpt_fast {
 
 /// Returns the CRC-32 of every block of the request's ranges, -1 for those that no extent touches. Throws
-/// std::invalid_argument before any file is touched, SystemError when reading fails.
+/// std::invalid_argument before any file is touched, SystemError if reading fails.
 std::vector<int64_t> read_extents(const ReadRequest& request);
 
 }  // namespace ckpt_fast

@@ -47,7 +47,7 @@ void add_files(const WriteRequest& request, WritePlan* plan) {
   }
 }
 
-/// Where each stream ends: what its patch must lie behind.
+/// The end of each stream, which its patch must follow.
 struct StreamEnd {
   int64_t file = -1;
   int64_t offset = 0;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// A checked write request: what is in each file, and where each stream's checksum comes from and goes.
+// A checked write request: the contents of each file, and the sources and targets of each checksum.
 #pragma once
 
 #include <cstddef>
@@ -24,10 +24,10 @@ struct WriteRequest {
   bool direct = false;
   bool fsync = false;
   Progress* progress = nullptr;
-  int64_t block_nbytes = 0;  // 0: no digests of blocks
+  int64_t block_nbytes = 0;  // 0: no block digests
 };
 
-/// Bytes of memory and their place in a file.
+/// Bytes of memory and their position in a file.
 struct Piece {
   int64_t offset;
   int64_t nbytes;
@@ -54,7 +54,7 @@ struct PlannedFile {
 struct WritePlan {
   std::vector<PlannedFile> files;
   std::vector<int64_t> stream_nbytes;
-  std::vector<size_t> first_block;  // of each stream; empty without digests of blocks
+  std::vector<size_t> first_block;  // of each stream; empty without block digests
   size_t block_count = 0;
 };
 
@@ -63,13 +63,13 @@ constexpr int64_t kPatchNbytes = 4;
 /// Throws std::invalid_argument naming the first row that breaks the contract of write_files.
 WritePlan make_write_plan(const WriteRequest& request);
 
-/// Throws std::invalid_argument that names a row of a table.
+/// Throws std::invalid_argument naming a row of a table.
 [[noreturn]] void refuse(const char* kind, size_t row, const std::string& why);
 
 /// Throws std::invalid_argument unless all columns of a table have one entry per row.
 void check_lengths(const char* kind, std::initializer_list<Column> columns);
 
-/// Throws std::invalid_argument unless `threads` and `chunk_nbytes` can drive a job.
+/// Throws std::invalid_argument unless `threads` and `chunk_nbytes` are valid.
 void check_job(int threads, int64_t chunk_nbytes);
 
 }  // namespace ckpt_fast

@@ -69,9 +69,9 @@ class WriteJob {
   const std::vector<Chunk> chunks_;
 };
 
-/// As many files side by side as there are threads (a file system may serialize the writers of one file),
-/// and not more, so that open descriptors stay few. Within a file the order is by offset, which is what makes
-/// waiting for a stream safe: the chunks that hold its bytes have been taken earlier.
+/// As many files concurrently as there are threads (a file system may serialize the writers of one file), and
+/// no more, to keep the number of open descriptors small. Within a file the order is by offset, which makes
+/// waiting for a stream safe: the chunks that hold its bytes were taken earlier.
 std::vector<Chunk> WriteJob::cut_chunks() {
   std::vector<Chunk> chunks;
   const size_t window = static_cast<size_t>(request_.threads);
@@ -95,8 +95,8 @@ std::vector<Chunk> WriteJob::cut_chunks() {
 
 WriteResult WriteJob::run() {
   const PoolUse pool_use;
-  // A direct write leaves the processor to others until it is done: of three threads for each one granted
-  // one can fill its buffer while two wait, which keeps the device's queue from running empty.
+  // A direct write does not occupy the processor until it is done: with three threads per granted one, one
+  // can fill its buffer while two wait, which keeps the device's queue from running empty.
   const bool direct = !chunks_.empty() && output_of(chunks_.front().file).direct();
   parallel_for(
       chunks_.size(), direct ? 3 * request_.threads : request_.threads,
@@ -131,7 +131,8 @@ void WriteJob::finish_file(size_t file) {
   output.close();
 }
 
-/// All files are whole. Once the job is stopped no file gets its name any more: another save may own it.
+/// Called when all files are complete. Once the job is stopped, no more files are renamed: another save may
+/// own the names.
 void WriteJob::publish_files() {
   Progress* const progress = request_.progress;
   for (size_t file = 0; file < open_files_.size(); ++file) {
@@ -163,7 +164,7 @@ void WriteJob::write_chunk(const Chunk& chunk) {
   if (--open_files_[chunk.file].chunks_left == 0) finish_file(chunk.file);
 }
 
-/// Puts the chunk's image together, without its patches, and accounts for its parts of streams.
+/// Assembles the chunk's image, without its patches, and adds its parts to their streams.
 void WriteJob::fill(const Chunk& chunk, ChunkImage* image) {
   const std::vector<Piece>& pieces = plan_.files[chunk.file].pieces;
   const auto ends_behind = [](int64_t position, const Piece& piece) { return position < piece.end(); };
@@ -197,7 +198,7 @@ void WriteJob::append(const Piece& piece, int64_t begin, int64_t end, bool patch
     const uint32_t crc =
         image->append(piece.source + (begin - piece.offset), static_cast<size_t>(cut - begin), patched);
     if (piece.digest >= 0) {
-      // The block first: whoever sees the stream complete sees its blocks complete.
+      // The block first: if the stream is seen complete, so are its blocks.
       if (block_nbytes > 0) block_crcs_[block] ^= crc32_shift(crc, static_cast<uint64_t>(block_behind));
       digests_.add(piece.digest, crc, cut - begin, piece.digest_behind + (piece.end() - cut));
     }
@@ -205,7 +206,7 @@ void WriteJob::append(const Piece& piece, int64_t begin, int64_t end, bool patch
   }
 }
 
-/// The first patch that ends behind `position`.
+/// The first patch that ends after `position`.
 std::vector<Patch>::const_iterator patch_behind(const std::vector<Patch>& patches, int64_t position) {
   const auto ends_behind = [](int64_t at, const Patch& patch) { return at < patch.offset + kPatchNbytes; };
   return std::upper_bound(patches.begin(), patches.end(), position, ends_behind);
@@ -217,8 +218,8 @@ bool WriteJob::is_patched(size_t file, int64_t begin, int64_t end) const {
   return patch != patches.end() && patch->offset < end;
 }
 
-/// Stores finished checksums; false when the job was abandoned while waiting for one. Call it when all of
-/// the chunk's own bytes are accounted for: other chunks may be waiting for them.
+/// Stores finished checksums; returns false if the job was abandoned while waiting for one. Call it after all
+/// of the chunk's own bytes have been added: other chunks may be waiting for them.
 bool WriteJob::apply_patches(const Chunk& chunk, ChunkImage* image) {
   const std::vector<Patch>& patches = plan_.files[chunk.file].patches;
   auto patch = patch_behind(patches, chunk.begin);

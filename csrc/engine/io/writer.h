@@ -15,7 +15,7 @@ struct WriteResult {
   std::vector<uint32_t> block_crcs;  // of all blocks of stream 0, then of stream 1, ...
 };
 
-/// Throws std::invalid_argument before any file is touched, SystemError when writing fails.
+/// Throws std::invalid_argument before any file is touched, SystemError if writing fails.
 WriteResult write_files(const WriteRequest& request);
 
 }  // namespace ckpt_fast

@@ -35,7 +35,7 @@ uint8_t* map_buffer(size_t nbytes) {
   return data;
 }
 
-/// Idle buffers, all of one size: the last one asked for.
+/// Idle buffers, all of one size: the one last requested.
 class Pool {
  public:
   uint8_t* take(size_t nbytes) {
@@ -76,11 +76,11 @@ class Pool {
     for (; idle_.size() * size_ > kKeptNbytes; idle_.pop_back()) munmap(idle_.back(), size_);
   }
 
-  // A fork takes the lock along as it is: without a moment in which nobody holds it, for ever.
+  // A fork copies the lock in its current state: unless it is free at that moment, it stays locked forever.
   void before_fork() { mutex_.lock(); }
   void after_fork() { mutex_.unlock(); }
 
-  // The jobs of the process that was forked are not this one's.
+  // The parent's jobs do not exist in the child.
   void after_fork_in_child() {
     uses_ = 0;
     mutex_.unlock();

@@ -24,8 +24,8 @@ class Buffer {
   size_t size_;
 };
 
-/// While one of these exists, whatever is given back stays for the next Buffer. With the last one goes what
-/// idle buffers hold beyond kKeptNbytes.
+/// While one of these exists, returned memory is kept for the next Buffer. With the last one, idle buffers
+/// beyond kKeptNbytes are freed.
 class PoolUse {
  public:
   PoolUse();
@@ -37,7 +37,7 @@ class PoolUse {
 /// As much as the default settings use: 8 threads, 4 chunks of 4 MiB each.
 constexpr size_t kKeptNbytes = 128 << 20;
 
-/// Bytes that idle buffers hold at this moment.
+/// Returns the bytes that idle buffers hold at this moment.
 size_t pooled_nbytes();
 
 }  // namespace ckpt_fast

@@ -16,13 +16,13 @@ namespace {
 
 using std::to_string;
 
-// Long enough that taking a task costs nothing, short enough that threads end together.
+// Long enough that taking a task costs nothing, short enough that threads finish together.
 constexpr int64_t kTaskNbytes = 4 << 20;
 
-/// Rows whose runs take turns in memory, as the gate and up rows of an interleaved weight do: members [first,
-/// first + count) of the order of copies. They are read in turn too: a thread that skips every other stretch
-/// of memory reads at less than half the speed (0.46 was measured, at runs of 8 KiB), one that writes to two
-/// stretches in turn loses nothing.
+/// Series whose runs alternate in memory, as the gate and up rows of an interleaved weight do: members
+/// [first, first + count) of the copy order. They are read alternately too: a thread that skips every other
+/// stretch of memory reads at less than half the speed (0.46 was measured, with runs of 8 KiB), whereas one
+/// that alternates between two destinations loses nothing.
 struct Band {
   size_t first;
   size_t count;
@@ -35,33 +35,35 @@ struct Start {
   int64_t offset;
 };
 
-void check(const CopyRows& rows) {
-  const size_t count = rows.nbytes.size;
-  for (const Column* column : {&rows.destination, &rows.source, &rows.runs, &rows.pitch}) {
+void check(const CopySeries& series) {
+  const size_t count = series.nbytes.size;
+  for (const Column* column : {&series.destination, &series.source, &series.run_count, &series.pitch}) {
     if (column->size != count) throw std::invalid_argument("the columns of copy_runs differ in length");
   }
-  for (size_t row = 0; row < count; ++row) {
-    if (rows.nbytes[row] < 0) throw std::invalid_argument("row " + to_string(row) + " has a negative size");
-    if (rows.runs[row] < 0) {
-      throw std::invalid_argument("row " + to_string(row) + " has a negative number of runs");
+  for (size_t index = 0; index < count; ++index) {
+    if (series.nbytes[index] < 0)
+      throw std::invalid_argument("series " + to_string(index) + " has a negative size");
+    if (series.run_count[index] < 0) {
+      throw std::invalid_argument("series " + to_string(index) + " has a negative number of runs");
     }
   }
 }
 
-/// Whether the runs of `row` lie between the first two runs of `first`, the second two, and so on.
-bool takes_turns(const CopyRows& rows, size_t first, size_t row) {
-  return rows.runs[row] == rows.runs[first] && rows.nbytes[row] == rows.nbytes[first] &&
-         rows.pitch[row] == rows.pitch[first] && rows.source[row] < rows.source[first] + rows.pitch[first];
+/// Whether each run of series `index` lies between two consecutive runs of series `first`.
+bool takes_turns(const CopySeries& series, size_t first, size_t index) {
+  return series.run_count[index] == series.run_count[first] && series.nbytes[index] == series.nbytes[first] &&
+         series.pitch[index] == series.pitch[first] &&
+         series.source[index] < series.source[first] + series.pitch[first];
 }
 
-std::vector<Band> bands_of(const CopyRows& rows, const std::vector<size_t>& order) {
+std::vector<Band> bands_of(const CopySeries& series, const std::vector<size_t>& order) {
   std::vector<Band> bands;
   for (size_t number = 0; number < order.size(); ++number) {
-    const size_t row = order[number];
-    const int64_t nbytes = rows.nbytes[row] * rows.runs[row];
+    const size_t index = order[number];
+    const int64_t nbytes = series.nbytes[index] * series.run_count[index];
     if (nbytes == 0) continue;
-    if (!bands.empty() && rows.runs[row] > 1 && bands.back().first + bands.back().count == number &&
-        takes_turns(rows, order[bands.back().first], row)) {
+    if (!bands.empty() && series.run_count[index] > 1 && bands.back().first + bands.back().count == number &&
+        takes_turns(series, order[bands.back().first], index)) {
       bands.back().count += 1;
       bands.back().nbytes += nbytes;
     } else {
@@ -72,22 +74,22 @@ std::vector<Band> bands_of(const CopyRows& rows, const std::vector<size_t>& orde
 }
 
 /// Copies bytes `begin` to `end` of a band whose members are `members`.
-void copy_band(const CopyRows& rows, const size_t* members, size_t count, int64_t begin, int64_t end,
+void copy_band(const CopySeries& series, const size_t* members, size_t count, int64_t begin, int64_t end,
                Store store) {
-  const int64_t nbytes = rows.nbytes[members[0]];
+  const int64_t nbytes = series.nbytes[members[0]];
   size_t member = static_cast<size_t>(begin / nbytes) % count;
   int64_t run = begin / nbytes / static_cast<int64_t>(count);
   int64_t within = begin % nbytes;
   while (begin < end) {
-    const size_t row = members[member];
+    const size_t index = members[member];
     const int64_t size = std::min(nbytes - within, end - begin);
     if (++member == count) member = 0;
     const int64_t next_run = member == 0 ? run + 1 : run;
-    const size_t next_row = members[member];
+    const size_t next_index = members[member];
     begin += size;
-    const int64_t next = begin < end ? rows.source[next_row] + next_run * rows.pitch[next_row] : 0;
-    copy_memory(reinterpret_cast<void*>(rows.destination[row] + run * nbytes + within),
-                reinterpret_cast<const void*>(rows.source[row] + run * rows.pitch[row] + within),
+    const int64_t next = begin < end ? series.source[next_index] + next_run * series.pitch[next_index] : 0;
+    copy_memory(reinterpret_cast<void*>(series.destination[index] + run * nbytes + within),
+                reinterpret_cast<const void*>(series.source[index] + run * series.pitch[index] + within),
                 static_cast<size_t>(size), store, reinterpret_cast<const void*>(next));
     run = next_run;
     within = 0;
@@ -96,17 +98,18 @@ void copy_band(const CopyRows& rows, const size_t* members, size_t count, int64_
 
 }  // namespace
 
-void copy_runs(const CopyRows& rows, int threads) {
-  check(rows);
+void copy_runs(const CopySeries& series, int threads) {
+  check(series);
   if (threads < 1) throw std::invalid_argument("threads must be at least 1");
 
-  // In the order of the sources, whatever order the rows came in: memory is read from one end to the other.
-  std::vector<size_t> order(rows.nbytes.size);
+  // By source address, whatever the order of the request: memory is read from one end to the other.
+  std::vector<size_t> order(series.nbytes.size);
   std::iota(order.begin(), order.end(), size_t{0});
-  std::sort(order.begin(), order.end(), [&](size_t a, size_t b) { return rows.source[a] < rows.source[b]; });
-  const std::vector<Band> bands = bands_of(rows, order);
+  std::sort(order.begin(), order.end(),
+            [&](size_t a, size_t b) { return series.source[a] < series.source[b]; });
+  const std::vector<Band> bands = bands_of(series, order);
 
-  // Tasks of equal size, whatever the sizes of the bands.
+  // Tasks of equal size, independent of the sizes of the bands.
   std::vector<Start> starts;
   int64_t total = 0;
   for (size_t band = 0; band < bands.size(); ++band) {
@@ -123,8 +126,8 @@ void copy_runs(const CopyRows& rows, int threads) {
       const Band& band = bands[number];
       const size_t* const members = &order[band.first];
       const int64_t count = std::min(left, band.nbytes - offset);
-      const bool streams = streaming_pays(total, std::min(rows.nbytes[members[0]], count));
-      copy_band(rows, members, band.count, offset, offset + count,
+      const bool streams = streaming_pays(total, std::min(series.nbytes[members[0]], count));
+      copy_band(series, members, band.count, offset, offset + count,
                 streams ? Store::kStreaming : Store::kCached);
       left -= count;
     }

@@ -8,18 +8,18 @@
 
 namespace ckpt_fast {
 
-/// One row for each series of runs; see copy_runs in ckpt_fast/native/_engine.pyi.
-struct CopyRows {
+/// One entry per series of runs; see copy_runs in ckpt_fast/native/_engine.pyi.
+struct CopySeries {
   Column destination;
   Column source;
   Column nbytes;
-  Column runs;
+  Column run_count;
   Column pitch;
 };
 
-/// Copies, on `threads` threads, runs[i] runs of nbytes[i] bytes that begin pitch[i] bytes apart at source[i]
-/// to one behind the other at destination[i], for every row. Throws std::invalid_argument, before anything is
-/// copied, when the columns differ in length or a size is negative.
-void copy_runs(const CopyRows& rows, int threads);
+/// Copies, on `threads` threads and for every series i, run_count[i] runs of nbytes[i] bytes each from
+/// source[i], where they begin pitch[i] bytes apart, to destination[i], where they are packed. Throws
+/// std::invalid_argument, before anything is copied, if the columns differ in length or a size is negative.
+void copy_runs(const CopySeries& series, int threads);
 
 }  // namespace ckpt_fast

@@ -15,11 +15,11 @@ namespace {
 constexpr int64_t kCachesNbytes = 8 << 20;
 constexpr int64_t kShortestRun = 1 << 10;
 
-// A core keeps too few lines in flight to saturate memory while it also stores.
+// A core keeps too few cache lines in flight to saturate memory while it also stores.
 constexpr size_t kPrefetchAhead = 2048;
 
 #if defined(__x86_64__)
-// SSE2 is part of x86-64, and four stores fill a cache line as one 512-bit store does.
+// SSE2 is part of x86-64, and four stores fill a cache line just as one 512-bit store does.
 void stream_line(uint8_t* to, const uint8_t* from) {
   const auto* line = reinterpret_cast<const __m128i*>(from);
   auto* stores = reinterpret_cast<__m128i*>(to);

@@ -9,13 +9,13 @@
 
 namespace ckpt_fast {
 
-/// True when a job that moves `total_nbytes` in runs of `run_nbytes` gains from streaming stores: the whole
+/// True if a job that moves `total_nbytes` in runs of `run_nbytes` gains from streaming stores: the whole
 /// exceeds the caches, and a run is long enough to fill whole cache lines.
 bool streaming_pays(int64_t total_nbytes, int64_t run_nbytes);
 
-/// Copies between ranges that do not overlap. `next` is where the thread reads afterwards, if it knows: that
-/// is fetched ahead, where otherwise the bytes behind the source would be. What was stored by streaming may
-/// be read by other threads after fence_streaming.
+/// Copies between ranges that do not overlap. `next`, if known, is where the thread reads afterwards: it is
+/// prefetched instead of the bytes after the source. Other threads may read streamed stores only after
+/// fence_streaming.
 void copy_memory(void* destination, const void* source, size_t nbytes, Store store,
                  const void* next = nullptr);
 

@@ -15,7 +15,7 @@ namespace {
 
 using std::to_string;
 
-// One thread's unit of work: large enough to amortize taking it, small enough to share a matrix evenly.
+// A thread's unit of work: large enough to amortize taking it, small enough to divide a matrix evenly.
 constexpr int64_t kTaskNbytes = 1 << 20;
 
 struct Matrix {
@@ -25,14 +25,14 @@ struct Matrix {
   int64_t run;    // bytes that stay together
   int64_t pairs;  // of runs
 
-  /// Where the byte at `interleaved` of the interleaved order is in the contiguous one.
+  /// The position in the contiguous order of the byte at `interleaved` in the interleaved one.
   int64_t contiguous(int64_t interleaved) const {
     const int64_t i = interleaved / run;
     return (i % 2 * pairs + i / 2) * run + interleaved % run;
   }
 };
 
-/// The stretch of the interleaved order, from byte `begin` of a matrix on, that one task moves.
+/// The part of the interleaved order, starting at byte `begin` of a matrix, that one task moves.
 struct Task {
   size_t matrix;
   int64_t begin;
@@ -58,8 +58,8 @@ void check(const PermuteRows& matrices, int threads) {
   if (threads < 1) throw std::invalid_argument("threads is " + to_string(threads) + ", not at least 1");
 }
 
-// Both directions go through the interleaved order from its begin to its end, and so through two stretches
-// of the contiguous one: reads that skip every other run would bring memory in for nothing.
+// Both directions traverse the interleaved order from start to end, and thus two stretches of the contiguous
+// one: reads that skip every other run would load memory for nothing.
 void permute(const Matrix& matrix, int64_t at, int64_t end, bool interleave, Store store) {
   while (at < end) {
     const int64_t count = std::min(matrix.run - at % matrix.run, end - at);

@@ -6,7 +6,7 @@
 
 namespace ckpt_fast {
 
-/// One row for each matrix; see permute_rows in ckpt_fast/native/_engine.pyi.
+/// One entry per matrix; see permute_rows in ckpt_fast/native/_engine.pyi.
 struct PermuteRows {
   Column destination;
   Column source;

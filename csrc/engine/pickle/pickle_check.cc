@@ -22,7 +22,7 @@ class PickleChecker {
         metadata_(reader == PickleReader::kMetadata),
         limit_(kWeightPerByte * nbytes + kFreeWeight),
         values_(1, Value(Kind::kPlain)) {
-    // About as many as metadata has: growing in steps would touch twice the memory.
+    // About as many as metadata contains: growing in steps would touch twice the memory.
     values_.reserve(nbytes / 8);
     memo_.reserve(nbytes / 12);
   }
@@ -67,9 +67,9 @@ class PickleChecker {
   size_t start_ = 0;  // of the opcode
   size_t position_ = 0;
   uint8_t opcode_ = 0;
-  uint64_t argument_ = 0;        // a number, or the length of
-  uint64_t argument_begin_ = 0;  // what is here
-  std::vector<Value> values_;    // the first stands for all of which nothing more need be known
+  uint64_t argument_ = 0;        // a number, or the length of the bytes that
+  uint64_t argument_begin_ = 0;  // begin here
+  std::vector<Value> values_;    // the first represents all values about which nothing more need be known
   std::vector<uint32_t> stack_;
   std::vector<size_t> marks_;
   std::vector<uint32_t> memo_;
@@ -181,7 +181,7 @@ void PickleChecker::make() {
   }
 }
 
-/// Those of later ones.
+/// The opcodes of later protocols.
 void PickleChecker::combine() {
   switch (opcode_) {
     case 0x81:
@@ -252,7 +252,7 @@ std::string PickleChecker::popped_text() {
   return std::string(data_ + value.begin, data_ + value.begin + value.nbytes);
 }
 
-/// The unpickler keeps a table as long as the largest index.
+/// The unpickler's table is as long as the largest index.
 void PickleChecker::put(uint64_t index) {
   if (index >= start_) fail("the memo has no place " + std::to_string(index) + " yet");
   const uint32_t value = top();
@@ -287,7 +287,7 @@ void PickleChecker::frozen_set(size_t first) {
   push(value);
 }
 
-/// Puts what is on the stack from `first` on into what is below it.
+/// Puts the stack's values from `first` on into the one below them.
 void PickleChecker::extend(Kind kind, size_t first) {
   if (first <= fence()) fail("the stack is too short");
   if (kind == Kind::kDict && (stack_.size() - first) % 2 != 0) fail("a key has no value");
@@ -301,7 +301,7 @@ void PickleChecker::extend(Kind kind, size_t first) {
   stack_.resize(first);
 }
 
-/// Keys may all have the same hash; each is compared with those before it then. That of a text is random.
+/// Keys may all have the same hash; then each is compared with all previous ones. Text hashes are random.
 void PickleChecker::count_keys(size_t first, size_t step) {
   if (!metadata_) return;
   for (size_t i = first; i < stack_.size(); i += step) {

@@ -37,9 +37,9 @@ Makes makes_when_called(const std::string& module, const std::string& name) {
     if (name == "bytes" || name == "bytearray") return Makes::kBytes;
     if (name == "range" || name == "xrange") return Makes::kRange;
   }
-  // How protocol 2 spells bytes.
+  // Protocol 2's encoding of bytes.
   if (module == "_codecs" && name == "encode") return Makes::kEncoded;
-  // The unpickler of metadata counts how often such are compared.
+  // The metadata unpickler counts comparisons of these.
   if (module == "torch.distributed.checkpoint.metadata" && name == "MetadataIndex") return Makes::kCounted;
   return Makes::kAnything;
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a pickle of plain data consists of: opcodes with arguments, and the values that they make.
+// The parts of a pickle of plain data: opcodes with arguments, and the values that they create.
 #pragma once
 
 #include <cstddef>
@@ -12,16 +12,15 @@ namespace ckpt_fast {
 constexpr size_t kLargestPickle = std::numeric_limits<uint32_t>::max();
 constexpr uint64_t kWeightPerByte = 64;
 constexpr uint64_t kFreeWeight = 100'000;
-constexpr uint64_t kTextPerWeight = 8;  // bytes; what is made of a text may look at all of it
-constexpr int kDeepest = 256;           // hashing and comparing call themselves for every level
+constexpr uint64_t kTextPerWeight = 8;  // bytes; a constructor may scan a whole text
+constexpr int kDeepest = 256;           // hashing and comparing recurse at every level
 constexpr uint64_t kLongestInteger = 64;
 constexpr int64_t kLongestName = 1024;
-constexpr uint32_t kEmpty = std::numeric_limits<uint32_t>::max();  // a place of the memo
+constexpr uint32_t kEmpty = std::numeric_limits<uint32_t>::max();  // an unused memo slot
 
-/// The argument behind an opcode: a number of `width` bytes, or, if it is `counted`, as many bytes as that
-/// says.
+/// The argument of an opcode: a number of `width` bytes or, if `counted`, as many bytes as that number says.
 struct Argument {
-  int width;  // -1: no opcode that plain data has a use for
+  int width;  // -1: an opcode that plain data does not need
   bool counted;
   bool in_metadata;
 };
@@ -50,24 +49,24 @@ enum class Kind : uint8_t {
 
 enum class Makes : uint8_t { kAnything, kBytes, kRange, kEncoded, kCounted };
 
-/// What a class or function makes when it is called.
+/// What calling a class or function creates.
 Makes makes_when_called(const std::string& module, const std::string& name);
 
-/// The kind of what is made; `otherwise` if nothing more is known.
+/// The kind of the created value; `otherwise` if nothing more is known.
 Kind kind_made(Makes makes, Kind otherwise);
 
-/// Whether bytes() of it is no longer than it is itself.
+/// Whether bytes() of a value of this kind is no longer than the value itself.
 bool is_sized(Kind kind);
 
-/// What is known of a value without making it. There is one for every few bytes, so it is small.
+/// What is known of a value without creating it. There is one for every few bytes, so it is small.
 struct Value {
-  uint64_t weight = 1;  // values in it, shared ones as often as they occur
+  uint64_t weight = 1;  // values in it, counting shared ones each time they occur
   uint32_t begin = 0;   // of a text, in the pickle
   uint32_t nbytes = 0;
   uint16_t depth = 0;
   Kind kind = Kind::kPlain;
   Makes makes = Makes::kAnything;  // a global that is called
-  bool part = false;               // of another value, which would not notice a change
+  bool part = false;               // of another value, which would miss a change
   bool has_number = false;         // a tuple directly holds something that bytes() takes for a size
   bool has_range = false;          // a tuple directly holds a range
 

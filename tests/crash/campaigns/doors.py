@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every way into and out of a checkpoint, for tests that end saves and loads early.
+"""Every way to save and load a checkpoint, for tests that interrupt saves and loads.
 
-A door saves a number and loads it again: all values of the checkpoint are made of that number, so that a
-torn or mixed checkpoint cannot pass for a whole one.
+A door saves a number and loads it again: all values in the checkpoint derive from that number, so a torn or
+mixed checkpoint cannot pass for a complete one.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from ckpt_fast.trainer.save.async_save import is_empty_async_queue
 from tests.models import FLOPS, Run, Setup, differences, megatron_on_cpu
 from tests.saves import new_save, save
 
-ROWS, COLUMNS = 12, 16384  # a row is one chunk of 64 KiB
+ROWS, COLUMNS = 12, 16384  # a row is one 64 KiB chunk
 FILES: dict[str, Any] = {"common_files": {"common.pt": b"c"}, "seal_files": {"metadata.json": b"{}"}}
 
 
@@ -44,18 +44,18 @@ def values(number: float) -> torch.Tensor:
 
 
 def mine() -> tuple[int, int]:
-    """This rank, and how many there are."""
+    """Return this rank and the number of ranks."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def shard(number: float) -> TensorShard:
-    """This rank's part of one tensor."""
+    """Return this rank's part of one tensor."""
     rank, ranks = mine()
     return TensorShard("w", values(number), (rank * ROWS, 0), (ranks * ROWS, COLUMNS))
 
 
 def number_in(tensor: torch.Tensor) -> float:
-    """What all elements are."""
+    """Return the number that all elements equal."""
     numbers = torch.unique(tensor).tolist()
     assert len(numbers) == 1, f"a mixture of {numbers}"
     return float(numbers[0])
@@ -65,9 +65,9 @@ class Door(ABC):
     """One door.
 
     Attributes:
-        seal: of the files in a checkpoint's directory, the one that makes it a checkpoint.
-        is_run: whether a directory is the root of several checkpoints, those of a run.
-        polls: whether a save in the background is asked again and again if it is written, instead of awaited.
+        seal: the file that makes a directory a checkpoint.
+        is_run: whether a directory is the root of a run's checkpoints.
+        polls: whether a background save is polled instead of awaited.
     """
 
     seal = ".metadata"
@@ -80,22 +80,22 @@ class Door(ABC):
 
     @abstractmethod
     def load(self, directory: str) -> float:
-        """The number that the checkpoint is of."""
+        """Load the checkpoint and return its number."""
 
     def is_published(self, directory: str) -> bool:
-        """Whether there is a checkpoint."""
+        """Return whether there is a checkpoint."""
         return os.path.exists(os.path.join(directory, self.seal))
 
     def give_up(self) -> None:  # noqa: B027
-        """Whoever caught an interruption drops what is in flight."""
+        """Drop what is in flight, as code that caught an interruption does."""
 
     def left(self) -> list[str]:
-        """What is left of saves outside of their directories, when all have ended."""
+        """Return what finished saves have left behind outside their directories."""
         return []
 
 
 class Queued:
-    """Doors whose saves are in the background, in a queue of their own."""
+    """Doors whose saves run in the background, in a queue of their own."""
 
     polls: bool
 
@@ -124,7 +124,7 @@ class Pipeline(Door):
 
 
 class PipelineQueue(Queued, Pipeline):
-    """In the background."""
+    """Background saves through the pipeline's queue."""
 
     def save(self, directory: str, number: float) -> None:
         job = new_save([shard(number)], directory, snapshot=True, **FILES)
@@ -159,7 +159,7 @@ class DcpAsync(Dcp):
 
 
 class DcpQueue(Queued, Dcp):
-    """In the background, without torch's own thread."""
+    """Background saves without torch's own thread."""
 
     def save(self, directory: str, number: float) -> None:
         options = SaveOptions(snapshot=True)
@@ -171,7 +171,7 @@ class MegatronCore(Door):
     options: dict[str, Any] = {}  # noqa: RUF012
 
     def is_published(self, directory: str) -> bool:
-        """Megatron-Core writes the seal itself, and may leave it cut."""
+        """Return whether the seal is valid: Megatron-Core writes it itself, and may leave it truncated."""
         try:
             return bool(json.loads(Path(directory, self.seal).read_text()))
         except (FileNotFoundError, ValueError):
@@ -225,7 +225,7 @@ class Documented(Door):
         self._expected: dict[float, dict[str, Any]] = {}
 
     def expect(self, *numbers: float) -> None:
-        """Know what these are of without having saved them; before anything is loaded."""
+        """Learn what these checkpoints contain without having saved them; call it before loading anything."""
         for number in numbers:
             self._set("", number)
             self._expected[number] = self._run.fingerprint()
@@ -338,6 +338,6 @@ DOORS: dict[str, type[Door]] = {
 
 
 def one_rank() -> None:
-    """A process group of one."""
+    """Start a process group with one rank."""
     warnings.simplefilter("ignore")
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Saves and loads of one door, interrupted again and again.
+"""Saves and loads of one door, interrupted repeatedly.
 
 ``python -m tests.crash.campaigns.interruptions DOOR WHAT DIRECTORY MOMENTS`` prints what happened as JSON.
 WHAT is a function of this module. ``tests/slow_disk.c`` is preloaded.
@@ -32,15 +32,15 @@ from ckpt_fast.pipeline.memory.host_buffer import host_buffers
 from tests.crash.campaigns.doors import DOORS, Door, one_rank
 
 PACKAGE = os.sep + "ckpt_fast" + os.sep
-PATIENCE_S = 20.0  # of a busy machine
+PATIENCE_S = 20.0  # allows for a busy machine
 GRACE_S = 5.0
 OURS = "ckpt_fast"
 SOON_S = 20e-6
-HANGS_S = 25.0  # so long after the newest interruption
+HANGS_S = 25.0  # seconds after the newest interruption
 
 
 class Terminated(SystemExit):
-    """What a program's own handler of SIGTERM raises."""
+    """Raised by the program's own SIGTERM handler."""
 
 
 def require(condition: object, text: str) -> None:
@@ -58,11 +58,11 @@ def slow(milliseconds: int) -> Iterator[None]:
 
 
 class Interruption:
-    """Ends an action early, as Ctrl-C and a handler of SIGTERM do, in turn.
+    """Interrupts an action, alternately as Ctrl-C and as a SIGTERM handler.
 
     Attributes:
-        longest_s: from the signal until the action was left.
-        where: the line that the newest one met.
+        longest_s: the longest time from the signal until the action ended.
+        where: the line that was last interrupted.
     """
 
     def __init__(self) -> None:
@@ -74,11 +74,11 @@ class Interruption:
         signal.signal(signal.SIGALRM, self._raise)
 
     def after(self, seconds: float, action: Callable[[], object]) -> bool:
-        """Whether it was ended so many seconds after it began."""
+        """Interrupt it this many seconds after it began; return whether it was interrupted."""
         return self._ended(action, lambda: signal.setitimer(signal.ITIMER_REAL, seconds))
 
     def at_line(self, number: int, action: Callable[[], object]) -> bool:
-        """Whether it was ended near the line of that number that the main thread runs of the package."""
+        """Interrupt it near the ``number``-th package line in the main thread; return whether it was."""
         left = number
 
         def trace(frame: FrameType, event: str, _: Any) -> Any:
@@ -89,7 +89,7 @@ class Interruption:
                 left -= 1
                 if left == 0:
                     sys.settrace(None)
-                    # Not from here: Python runs handlers between some of its instructions only.
+                    # Not from here: Python runs handlers only between certain instructions.
                     signal.setitimer(signal.ITIMER_REAL, SOON_S)
             return trace
 
@@ -110,7 +110,7 @@ class Interruption:
     def _ended(self, action: Callable[[], object], arm: Callable[[], object]) -> bool:
         try:
             return self._ended_before(action, arm)
-        except (KeyboardInterrupt, Terminated):  # when it was over already
+        except (KeyboardInterrupt, Terminated):  # when it was already over
             signal.setitimer(signal.ITIMER_REAL, 0)
             return False
 
@@ -123,7 +123,7 @@ class Interruption:
             action()
             self._is_armed = False
         except (KeyboardInterrupt, Terminated, CheckpointException, RuntimeError) as error:
-            # Torch makes the last two of the others, the very last where it writes an archive.
+            # torch turns the others into the last two: CheckpointException, or RuntimeError from an archive.
             if isinstance(error, RuntimeError) and "unexpected pos" not in str(error):
                 raise
             require(self._sent is not None, "it failed before it was interrupted")
@@ -137,11 +137,11 @@ class Interruption:
 
 
 def let_go() -> None:
-    """Nothing of a save is left in this process."""
+    """Assert that nothing of a save is left in this process."""
     deadline = time.monotonic() + GRACE_S
     while True:
         gc.collect()
-        # A signal in ``Thread.start`` may leave one in the list that never ran.
+        # A signal during ``Thread.start`` may leave a thread that never ran in the list.
         threads = [each.name for each in threading.enumerate() if each.is_alive() and OURS in each.name]
         held = host_buffers.used_nbytes
         flags = glob.glob(f"/dev/shm/ckpt_fast-written-{os.getpid()}-*")
@@ -153,7 +153,7 @@ def let_go() -> None:
 
 
 def facts(directory: str) -> dict[str, tuple[int, int, int]]:
-    """Of every file: which it is, how long, when it was changed."""
+    """Return identity, length and modification time of every file."""
     found = {}
     for path, _, names in os.walk(directory):
         for name in names:
@@ -168,7 +168,7 @@ def no_partial_files(directory: str) -> None:
 
 
 class Saves:
-    """Interrupted saves beside a checkpoint that was published before, and what comes after each."""
+    """Interrupted saves beside a previously published checkpoint, and what follows each."""
 
     def __init__(self, door: Door, directory: str) -> None:
         self._door = door
@@ -184,7 +184,7 @@ class Saves:
         self._door.save(self._target, 2.0)
 
     def renew(self) -> None:
-        """As before the first of them."""
+        """Restore the initial state."""
         if self._is_run:
             shutil.rmtree(self._before)
             self._door.save(self._before, 1.0)
@@ -193,7 +193,7 @@ class Saves:
             shutil.rmtree(self._target, ignore_errors=True)
 
     def look(self, was_interrupted: bool, when: str) -> None:
-        """After a save that may have been interrupted: nothing is torn, and the next save is right."""
+        """Check after a possibly interrupted save: nothing is torn, and the next save is correct."""
         self.counts["interrupted" if was_interrupted else "in time"] += 1
         try:
             self._look()
@@ -217,7 +217,7 @@ class Saves:
         require(not left, f"left: {left}")
 
     def result(self, **more: Any) -> dict[str, Any]:
-        """What to report."""
+        """Return what to report."""
         return {"failures": self.failures, **more, **self.counts}
 
     def _of_before(self) -> dict[str, tuple[int, int, int]]:
@@ -232,7 +232,7 @@ def seconds_of(action: Callable[[], object]) -> float:
 
 
 def lines_of(action: Callable[[], object]) -> int:
-    """How many lines of the package the main thread runs."""
+    """Count the package's lines that the main thread runs."""
     count = 0
 
     def trace(frame: FrameType, event: str, _: Any) -> Any:
@@ -251,7 +251,7 @@ def lines_of(action: Callable[[], object]) -> int:
 
 
 def saves(door: Door, directory: str, moments: int) -> dict[str, Any]:
-    """At moments spread evenly over a save to a slow disk."""
+    """Interrupt a save to a slow disk at evenly spread moments."""
     job, interruption = Saves(door, directory), Interruption()
     job.renew()
     job.save()
@@ -267,7 +267,7 @@ def saves(door: Door, directory: str, moments: int) -> dict[str, Any]:
 
 
 def lines_of_saves(door: Door, directory: str, moments: int) -> dict[str, Any]:
-    """At lines spread evenly over those that the main thread runs of the package."""
+    """Interrupt a save at lines spread evenly over the package's lines that the main thread runs."""
     job, interruption = Saves(door, directory), Interruption()
     job.renew()
     lines = lines_of(job.save)
@@ -279,12 +279,12 @@ def lines_of_saves(door: Door, directory: str, moments: int) -> dict[str, Any]:
 
 
 def deadlines(door: Door, directory: str, moments: int) -> dict[str, Any]:
-    """Their time is up at moments spread evenly over a save in the background to a slow disk."""
+    """Time out at moments spread evenly over a background save to a slow disk."""
     return _deadlines(door, directory, moments, milliseconds=20)
 
 
 def deadlines_of_a_disk_that_hangs(door: Door, directory: str, moments: int) -> dict[str, Any]:
-    """The same, where a write takes longer than anybody waits who gives a save up."""
+    """The same, if a write takes longer than the grace period for abandoning a save."""
     return _deadlines(door, directory, moments, milliseconds=3000)
 
 
@@ -302,10 +302,10 @@ def _deadlines(door: Door, directory: str, moments: int, milliseconds: int) -> d
 
 
 def is_late(allowed_s: float, save: Callable[[], object]) -> bool:
-    """Whether a save in the background failed since it may not take longer than that."""
+    """Return whether a background save failed because its time limit was that short."""
     faulthandler.dump_traceback_later(HANGS_S, exit=True)
     original = settings.timeout_s
-    settings.timeout_s = lambda: allowed_s  # the variable is of whole seconds
+    settings.timeout_s = lambda: allowed_s  # the variable is in whole seconds
     try:
         save()
     except CheckpointError as error:
@@ -317,7 +317,7 @@ def is_late(allowed_s: float, save: Callable[[], object]) -> bool:
 
 
 def loads(door: Door, directory: str, moments: int) -> dict[str, Any]:
-    """At moments spread evenly over a load from a slow disk."""
+    """Interrupt a load from a slow disk at evenly spread moments."""
     door.save(directory, 1.0)
     before, interruption = facts(directory), Interruption()
     with slow(20):

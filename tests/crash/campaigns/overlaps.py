@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random saves that overlap, through several doors, to few directories, and what must be true of them.
+"""Random overlapping saves through several doors to a few directories, and the invariants they must keep.
 
-Every save has a number of its own, of which all its tensors and its ``step`` are made. So a checkpoint tells
-which save it is of, and that it is of no other.
+Every save has a unique number, from which all its tensors and its ``step`` derive. So a checkpoint shows
+which save it is from, and that it is from no other.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from ckpt_fast.pipeline.save.parts import SaveOptions
 
 DIRECTORIES = 4
 SHARED = {"one": 1, "true": True, "none": None, "dtype": "bf16", "empty": ()}
-# What a save may say that is refused, or given up.
+# Errors that a save may raise if it is refused or abandoned.
 REASONS = ("is not over: this one would destroy it", "was cancelled", "was saved already")
 
 
 def state_of(number: int, generator: random.Random) -> dict[str, Any]:
-    """A state dict of this number; several saves share its small values, and its tensors each other."""
+    """Return a state dict of this number; saves share its small values, and its tensors share storage."""
     shapes = [
         tuple(generator.randint(1, 40) for _ in range(generator.randint(1, 3)))
         for _ in range(generator.randint(1, 5))
@@ -52,7 +52,7 @@ def state_of(number: int, generator: random.Random) -> dict[str, Any]:
 
 
 def scramble(state: dict[str, Any]) -> None:
-    """Training goes on."""
+    """Change the state, as continued training does."""
     for value in state.values():
         if isinstance(value, torch.Tensor):
             value.fill_(-1)
@@ -62,7 +62,7 @@ def scramble(state: dict[str, Any]) -> None:
 
 
 def number_in(directory: str) -> int:
-    """Of which save the checkpoint is; it is whole, and of no other."""
+    """Return which save the checkpoint is from, checking that it is complete and from no other."""
     reader = FastStorageReader(directory)
     state: dict[str, Any] = {}
     metadata = reader.read_metadata()
@@ -80,14 +80,14 @@ def number_in(directory: str) -> int:
 
 
 class Overlaps:
-    """One schedule. All its saves are begun by this thread, or by one that it starts."""
+    """One schedule. All its saves are started by this thread, or by threads that it starts."""
 
     def __init__(self, root: str, seed: int) -> None:
         self._root = root
         self._random = random.Random(seed)
         self._number = 0
         self._lock = threading.Lock()
-        # Of each directory: which saves it may hold; and those still to be awaited, in any order.
+        # For each directory: the saves it may hold; and the saves still to be awaited, in any order.
         self._published: dict[str, set[int]] = {}
         self._awaited: list[tuple[str, int, Callable[[], object]]] = []
         self._threads: list[threading.Thread] = []
@@ -96,7 +96,7 @@ class Overlaps:
         self.counts: Counter[str] = Counter()
 
     def run(self, saves: int) -> None:
-        """Begin so many saves; all have ended when this returns."""
+        """Start this many saves; all have ended when this returns."""
         original, generator = waves.write, random.Random(self._random.random())
 
         def slowly(*arguments: Any) -> Any:
@@ -147,7 +147,7 @@ class Overlaps:
         self._threads.append(thread)
 
     def _staged(self, state: dict[str, Any], directory: str, number: int) -> None:
-        """A handle that is finalized in any order, given up, or dropped."""
+        """Start a save whose handle is finalized in any order, abandoned or dropped."""
         handle = SaveHandle(dcp_save.start_save(state, directory, SaveOptions(snapshot=True)))
         fate = self._random.choice(("finalize", "finalize", "drop", "abandon", "cancel"))
         if fate == "drop":
@@ -183,8 +183,8 @@ class Overlaps:
             self._is_published(directory, number)
 
     def _settle(self) -> None:
-        """Let all end, and look at what there is."""
-        # Those of threads wait for those that only this thread can end.
+        """Let all saves end, and check what is on disk."""
+        # Saves in threads wait for saves that only this thread can end.
         self._queue.maybe_finalize_async_calls(blocking=True)
         self._random.shuffle(self._awaited)
         self._awaited.sort(key=lambda entry: getattr(entry[2], "__name__", "") != "finalize")
@@ -209,7 +209,7 @@ class Overlaps:
     def _look(self) -> None:
         for directory, numbers in self._published.items():
             if not os.path.exists(os.path.join(directory, ".metadata")):
-                # A save that was given up later on has ended it.
+                # A later abandoned save has ended it.
                 self.counts["ended"] += 1
                 continue
             found = number_in(directory)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random saves in the background that overlap: of the documented API, and with Megatron-Core's strategies.
+"""Random overlapping background saves, through the documented API and through Megatron-Core's strategies.
 
-Every save has a number of its own, of which its parameters and counters are made.
+Every save has a unique number, from which its parameters and counters derive.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ SHAPE = (50, 40)
 
 
 class RunOverlaps:
-    """One schedule of one run, whose queue takes the saves of both. Use it as a context.
+    """One schedule of one run, whose queue takes the saves of both. Use it as a context manager.
 
     Args:
         root: directory of all its checkpoints.
-        seed: of the schedule.
+        seed: seed of the schedule.
     """
 
     def __init__(self, root: str, seed: int) -> None:
         self._root = root
         self._random = random.Random(seed)
         self._number = 0
-        # Of each checkpoint, by root and step: the saves to it that were begun.
+        # For each checkpoint, by root and step: the saves to it that were started.
         self._accepted: dict[tuple[str, int], list[int]] = {}
         self._run = Run(Setup(), save=root, async_save=True, async_strategy="mcore")
         self.counts: Counter[str] = Counter()
 
     def run(self, saves: int) -> None:
-        """Begin so many saves; all have ended when this returns."""
+        """Start this many saves; all have ended when this returns."""
         original, generator = waves.write, random.Random(self._random.random())
 
         def slowly(*arguments: Any) -> Any:
@@ -85,7 +85,7 @@ class RunOverlaps:
         self._fill(number, step)
         before = self._queue.handles[-1:]
         self._run.save()
-        self._fill(-1, 0)  # training goes on
+        self._fill(-1, 0)  # training continues
         is_skipped = policy == "skip" and self._queue.handles[-1:] == before
         self._note("skipped" if is_skipped else "begun", root, step, number)
 
@@ -124,7 +124,7 @@ class RunOverlaps:
         maybe_finalize_async_save(self._run.state, self._run.checkpoint, blocking=blocking)
 
     def _settle(self) -> None:
-        """Let all end, and look at what there is: of each checkpoint, the save that was begun last."""
+        """Let all saves end, and check that each checkpoint is the last save started to it."""
         self._finalize(blocking=True)
         for (place, step), numbers in self._accepted.items():
             found = self._core_number_in(place) if step == 0 else self._run_number_in(place, step)

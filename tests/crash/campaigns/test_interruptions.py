@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Saves and loads of every door, interrupted or late at many moments; what comes after is right each time."""
+"""Saves and loads of every door, interrupted or late at many moments; what follows is correct each time."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Saves that overlap: a checkpoint that was reported holds its own values, every other save was refused."""
+"""Overlapping saves: a reported checkpoint holds its own values, and every other save was refused."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two processes that save to one directory at once: what a third one loads is whole, or it is refused."""
+"""Two processes that save to one directory at once: what a third loads is complete, or is refused."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from ckpt_fast.pipeline.load.load import load_tensors
 from tests.pipeline.layouts import whole
 from tests.saves import save
 
-SHAPE = (3, 100_000)  # blocks of the manifest, and chunks, of several saves
+SHAPE = (3, 100_000)  # blocks of the manifest and chunks from several saves
 
 
 def save_often(directory: str, numbers: range) -> None:
     for number in numbers:
         shards = [whole(name, torch.full(SHAPE, float(number))) for name in "abc"]
-        # The files of the other process vanish: that is seen, or the load sees it.
+        # Files of the other process vanish: either the save or the load notices.
         with contextlib.suppress(CheckpointError):
             save(shards, directory, seal_files={"metadata.json": b"{}"})
 
@@ -38,7 +38,7 @@ def save_often_with(implementation: native.Implementation, directory: str, numbe
 
 
 def load(directory: str) -> float | None:
-    """What all tensors are made of; None if there is no checkpoint, or it is refused."""
+    """Return the number that all tensors equal; None if there is no checkpoint or it is refused."""
     tensors = [torch.zeros(SHAPE) for _ in "abc"]
     try:
         index = CheckpointIndex(directory)
@@ -51,7 +51,7 @@ def load(directory: str) -> float | None:
 
 
 def overwrite_each_other(directory: str, saves: int, implementation: native.Implementation) -> Counter[str]:
-    # Forked off a process that has torch imported and has no threads.
+    # Forked from a process that has imported torch and has no threads.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     children = [
@@ -64,7 +64,7 @@ def overwrite_each_other(directory: str, saves: int, implementation: native.Impl
     while any(child.is_alive() for child in children):
         counts["refused" if load(directory) is None else "whole"] += 1
     assert [child.exitcode for child in children] == [0, 0], "a process that saves has failed"
-    # Nobody disturbs it any more.
+    # Nobody interferes any more.
     save_often(directory, range(7, 8))
     assert load(directory) == 7
     return counts

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One rank of two is interrupted in a save, and leaves: the other is told, and nothing is torn."""
+"""One of two ranks is interrupted during a save and leaves: the other is told, and nothing is torn."""
 
 from __future__ import annotations
 

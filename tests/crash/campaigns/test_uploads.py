@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Saves to object storage, interrupted at many moments; nothing is left in the spool, or in memory."""
+"""Saves to object storage, interrupted at many moments; nothing is left in the spool or in memory."""
 
 from __future__ import annotations
 

@@ -37,10 +37,10 @@ from tests.helpers import preloaded_processes, run_ranks
 
 RANKS = 2
 SLOW_MS = 20
-TIMEOUT_S = 30.0  # of the group
+TIMEOUT_S = 30.0  # of the process group
 LIMIT_S = 2 * TIMEOUT_S
 INTERRUPTED = 130
-# These begin with collectives of torch, or of Megatron-Core.
+# These begin with collectives of torch or Megatron-Core.
 FOREIGN = ("dcp", "megatron-core", "megatron-core-async")
 
 
@@ -49,7 +49,7 @@ def save(_: int, name: str, directory: str, number: float) -> None:
 
 
 def measure(_: int, name: str, directory: str) -> tuple[float, int]:
-    """Seconds that a save to a slow disk takes; lines of the package that this rank's main thread runs."""
+    """Return how long a save to a slow disk takes and how many package lines this rank's main thread runs."""
     door = DOORS[name]()
     door.save(directory, 2.0)
     lines = lines_of(lambda: door.save(directory, 3.0))
@@ -58,7 +58,7 @@ def measure(_: int, name: str, directory: str) -> tuple[float, int]:
 
 
 def interrupt(rank: int, name: str, directory: str, what: str, victim: int, at: float) -> dict[str, Any]:
-    """Save, and interrupt one rank: how both came out of it."""
+    """Save and interrupt one rank; return the outcome on both."""
     door = DOORS[name]()
     with slow(SLOW_MS if what == "moments" else 0):
         outcome = _interrupted(door, directory, what, at) if rank == victim else _left_alone(door, directory)
@@ -68,7 +68,7 @@ def interrupt(rank: int, name: str, directory: str, what: str, victim: int, at: 
 
 
 def live(rank: int, rendezvous: str, connection: Connection, environment: dict[str, str], *args: Any) -> None:
-    """The life of a rank, which ends as programs do that were interrupted, or with what went wrong."""
+    """Run a rank, which exits as an interrupted program does, or with a report of what went wrong."""
     os.environ.update(environment)
     try:
         dist.init_process_group(
@@ -87,7 +87,7 @@ def live(rank: int, rendezvous: str, connection: Connection, environment: dict[s
 
 
 def outcomes_of(*args: Any) -> list[dict[str, Any]]:
-    """``interrupt`` on new processes, which end normally."""
+    """Run ``interrupt`` on new processes, which exit normally."""
     context = preloaded_processes()
     with tempfile.TemporaryDirectory(prefix="ranks_") as directory:
         ranks = []
@@ -133,13 +133,13 @@ def _left_alone(door: Door, directory: str) -> dict[str, Any]:
     except CheckpointError as error:
         return {"how": "refused", "why": str(error)}
     except (CheckpointException, RuntimeError) as error:
-        # Of collectives that are not ours.
+        # In collectives that are not ours.
         return {"how": "refused by torch", "why": f"{type(error).__name__}: {error}"}
     return {"how": "saved"}
 
 
 def look(_: int, name: str, before: str, target: str, published: bool) -> float | None:
-    """In new processes: the older checkpoint, what there is of the interrupted save, and the next save."""
+    """In new processes: check the older checkpoint, the interrupted save's remains, and the next save."""
     door = DOORS[name]()
     if isinstance(door, Documented):
         door.expect(1.0, 2.0)
@@ -153,7 +153,7 @@ def look(_: int, name: str, before: str, target: str, published: bool) -> float 
 
 
 class Campaign:
-    """Interrupted saves of one door, each by new processes, and what comes after each."""
+    """Interrupted saves of one door, each in new processes, and what follows each."""
 
     def __init__(self, name: str, directory: str) -> None:
         self._name = name

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Saves to object storage, interrupted again and again.
+"""Saves to object storage, interrupted repeatedly.
 
-``python -m tests.crash.campaigns.uploads DOOR WHAT DIRECTORY MOMENTS`` is as ``interruptions`` is. The
-storage is multi-storage-client's own, whose objects are files; each call to it waits first.
+``python -m tests.crash.campaigns.uploads DOOR WHAT DIRECTORY MOMENTS`` works like ``interruptions``. The
+storage is multi-storage-client's file provider; each call to it is delayed.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ PROFILE = "crash"
 
 
 class DcpUpload(Queued, Dcp):
-    """In the background, through the storage writer of another package, which nobody can interrupt."""
+    """Background saves through another package's storage writer, which cannot be interrupted."""
 
     def save(self, directory: str, number: float) -> None:
         from multistorageclient.contrib.torch.filesystem import MultiStorageFileSystemWriter
@@ -66,10 +66,10 @@ class DcpUpload(Queued, Dcp):
 
 
 class Stored(Door):
-    """Another door, to object storage.
+    """A door, redirected to object storage.
 
     Args:
-        door: is given URLs in the place of directories.
+        door: gets URLs instead of directories.
         base: the objects are the files below it.
         spool: see ``CKPT_FAST_SPOOL``.
     """
@@ -110,7 +110,7 @@ DOORS: dict[str, type[Door]] = {
 
 
 def set_up(directory: str) -> tuple[str, str]:
-    """Use object storage in this process; returns the directory of the objects, and the spool."""
+    """Enable object storage in this process; return the directory of the objects, and the spool."""
     base, spool = os.path.join(directory, "bucket"), os.path.join(directory, "spool")
     os.makedirs(base)
     os.makedirs(spool)
@@ -123,7 +123,7 @@ def set_up(directory: str) -> tuple[str, str]:
 
 
 def make_slow() -> None:
-    """Calls of the storage wait first."""
+    """Delay every call of the storage."""
     from multistorageclient.contrib.torch.filesystem import MultiStorageFileSystemWriter
 
     def slowly(original: Any, times: int) -> Any:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a disk may hold after a crash at any position of what ``recorder.c`` has recorded.
+"""The states a disk may be in after a crash at any position of what ``recorder.c`` has recorded.
 
-A disk promises this much: a file has the content of its last fsync, a directory the names of its last fsync.
-Of what was done since, each change of a directory and each content may have reached the disk on its own, or
-not. A change is all that one call does to one directory: a rename takes the old name away and gives the new
-one, an exchange gives both names their new meaning, or neither happens.
+A disk guarantees that a file has the content of its last fsync and a directory the names of its last fsync.
+Of everything since then, each change of a directory and each file's content may independently have reached
+the disk or not. A change is everything that one call does to one directory: a rename removes the old name and
+adds the new one, and an exchange updates both names, or neither happens.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Union
 
-# A directory: names and what they stand for, in order. A file: its content.
+# A directory maps names to what they refer to, in order. A file maps to its content.
 Tree = tuple[tuple[str, Union["Tree", bytes]], ...]
 
 
 class Call(NamedTuple):
-    """A line of the log. ``name`` is "note" for what the program under test says of itself, in ``path``."""
+    """A line of the log. ``name`` is "note" for a message of the program under test, in ``path``."""
 
     name: str
     inode: int
@@ -34,18 +34,18 @@ class Call(NamedTuple):
 
 
 def read_log(log: str, root: str) -> list[Call]:
-    """What was recorded, with paths relative to ``root``."""
+    """Return the recorded calls, with paths relative to ``root``."""
     calls, contents = [], dict[bytes, bytes]()
     for line in Path(log).read_text().splitlines():
         name, inode, path, second, copy = line.split("\t")
         content = Path(copy).read_bytes() if copy else b""
-        content = contents.setdefault(content, content)  # one object each: comparing them is quick then
+        content = contents.setdefault(content, content)  # one object per content makes comparing fast
         calls.append(Call(name, int(inode), _below(root, path), _below(root, second), content))
     return calls
 
 
 def note(log: str, text: str) -> None:
-    """Add a note to the log, while nothing else is recorded."""
+    """Add a note to the log while nothing else is being recorded."""
     with open(log, "a") as file:
         file.write(f"note\t0\t{text}\t\t\n")
 
@@ -56,11 +56,11 @@ def _below(root: str, path: str) -> str:
 
 @dataclass(eq=False)
 class File:
-    """A file, whatever its names are.
+    """A file, independent of its names.
 
     Attributes:
-        visible: its content, as of the last call that tells: what is being written is not seen.
-        promised: that of the last sync; None before.
+        visible: its content as of the last recorded call: partial writes are not recorded.
+        promised: the content of the last sync; None before that.
     """
 
     visible: bytes = b""
@@ -71,7 +71,7 @@ class File:
         return self.promised != self.visible
 
     def possible(self) -> list[bytes]:
-        """What it may hold after a power loss: the promised content first, the visible one last."""
+        """Return what it may contain after a power loss: the promised content first, the visible one last."""
         if not self.is_pending:
             return [self.visible]
         content, zeros = self.visible, bytes(len(self.visible))
@@ -82,12 +82,12 @@ class File:
 
 @dataclass(eq=False)
 class Directory:
-    """A directory, whatever its name is.
+    """A directory, independent of its name.
 
     Attributes:
-        names: as they are visible.
-        promised: those of the last sync.
-        changes: of names since.
+        names: the visible names.
+        promised: the names of the last sync.
+        changes: changes of names since then.
     """
 
     names: dict[str, Node] = field(default_factory=dict)
@@ -109,7 +109,7 @@ class Directory:
 
 
 Node = File | Directory
-# What one call does to the names of one directory; None takes a name away.
+# What one call does to the names of one directory; None removes a name.
 Change = dict[str, File | Directory | None]
 
 
@@ -122,14 +122,14 @@ def _apply(change: Change, names: dict[str, Node]) -> None:
 
 
 class Disk:
-    """A disk that was empty and synced, and what calls have done to it since."""
+    """A disk that was empty and synced, and the effects of calls on it since."""
 
     def __init__(self) -> None:
         self.root = Directory()
         self._nodes: dict[int, Node] = {}
 
     def do(self, call: Call) -> None:
-        """One more call."""
+        """Apply one more call."""
         if call.name == "note":
             return
         if call.name == "mkdir":
@@ -158,11 +158,11 @@ class Disk:
             raise ValueError(f"{call}: no such call is known")
 
     def visible(self) -> Tree:
-        """What a program that was killed leaves."""
+        """Return what is left when the program is killed."""
         return self._tree(lambda each: each.names, lambda each: each.visible)
 
     def after_power_loss(self, seeds: Sequence[int]) -> Iterator[tuple[str, Tree]]:
-        """Disks that may come up again, with a word for each: the worst ones, and some for each seed."""
+        """Yield possible disks after a power loss, with labels: the worst ones, and some for each seed."""
         directories, files = self._pending()
         changes = [(directory, change) for directory in directories for change in directory.changes]
         yield "nothing but what is promised", self._with([], [])
@@ -180,7 +180,7 @@ class Disk:
             yield f"by chance {seed}", self._by_chance(random.Random(seed))
 
     def _with(self, changes: Sequence[tuple[Directory, Change]], files: Sequence[File]) -> Tree:
-        """What is promised, with these changes and the visible contents of these files."""
+        """Return the promised state, plus these changes and the visible contents of these files."""
         by_directory: dict[Directory, list[Change]] = {}
         for directory, change in changes:
             by_directory.setdefault(directory, []).append(change)
@@ -197,7 +197,7 @@ class Disk:
         return self._tree(names, lambda each: chance.choice(each.possible()))
 
     def _pending(self) -> tuple[list[Directory], list[File]]:
-        """What a power loss may change, of all that can still be reached."""
+        """Return what a power loss may or may not lose, among everything still reachable."""
         found: dict[Node, None] = {}
 
         def walk(node: Node) -> None:
@@ -260,7 +260,7 @@ class Disk:
 
 
 def lay_out(tree: Tree, directory: str) -> None:
-    """Make the tree in ``directory``, which does not exist."""
+    """Create the tree in ``directory``, which must not exist."""
     os.mkdir(directory)
     for name, node in tree:
         path = os.path.join(directory, name)
@@ -271,7 +271,7 @@ def lay_out(tree: Tree, directory: str) -> None:
 
 
 def tree_of(directory: str) -> Tree:
-    """What is in a directory."""
+    """Return the contents of a directory."""
     entries = sorted(os.scandir(directory), key=lambda each: each.name)
     return tuple(
         (each.name, tree_of(each.path) if each.is_dir() else Path(each.path).read_bytes()) for each in entries

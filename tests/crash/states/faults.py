@@ -15,13 +15,13 @@ from ckpt_fast.storage import commit, replacement
 
 
 class Faults:
-    """Counts the calls that change the disk, and lets one of them meet a fault.
+    """Counts the calls that change the disk, and makes one of them fail.
 
-    Nothing is really synced meanwhile: no test here can turn the power off, and all must be quick.
+    Nothing is actually synced: no test here can cut the power, and all must be fast.
 
     Args:
-        at: number of the call to fail, from 0; None counts only.
-        fault: takes the place of that call, with the name of the function and its arguments.
+        at: number of the call to fail, from 0; None only counts.
+        fault: replaces that call; gets the name of the function and its arguments.
     """
 
     def __init__(self, at: int | None, fault: Callable[..., Any]) -> None:
@@ -43,7 +43,7 @@ class Faults:
             "write_files": lambda *paths, **columns: write_files(*paths, **{**columns, "fsync": False}),
         }
         with contextlib.ExitStack() as stack:
-            # Each time as the first: directories are made anew, with the same names.
+            # As the first time: directories may be recreated with the same names.
             stack.enter_context(mock.patch.object(commit, "_durable", set()))
             for name, original in originals.items():
                 home = {"write_files": implementation, "_exchange": replacement}.get(name, os)
@@ -61,17 +61,17 @@ class Faults:
 
 
 def fail(_name: str, _original: Callable[..., Any], *_arguments: Any, **_options: Any) -> NoReturn:
-    """The call does nothing and reports that the disk is broken."""
+    """Do nothing and report a broken disk."""
     raise OSError(errno.EIO, os.strerror(errno.EIO), "somewhere")
 
 
 def die(_name: str, _original: Callable[..., Any], *_arguments: Any, **_options: Any) -> NoReturn:
-    """The process ends before the call."""
+    """End the process before the call."""
     os._exit(0)
 
 
 def tear(name: str, original: Callable[..., Any], *arguments: Any, **options: Any) -> NoReturn:
-    """The process ends in the middle of the call: data files are half written."""
+    """End the process in the middle of the call: data files are half written."""
     if name == "write_files":
         original(*arguments, **options)
         for path in arguments[0]:

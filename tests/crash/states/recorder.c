@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// Records what programs do to names and contents below the directory $CRASH_ROOT, for tests: preload it.
+// Records, when preloaded, what programs do to names and contents below the directory $CRASH_ROOT.
 //
 // Each line of the file $CRASH_LOG is one call that changed a directory, gave a file its content (at close)
-// or made something durable, in the order in which they were done, whatever thread or process did them:
+// or made something durable, in order, across all threads and processes:
 //
-//   call \t i-node \t path \t second path \t file with a copy of the content
+//   call \t inode \t path \t second path \t file with a copy of the content
 //
-// Nothing is really synced: that would only cost time.
+// Nothing is actually synced: that would only cost time.
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -28,7 +28,7 @@ static void die(const char* what) {
   abort();
 }
 
-// One call at a time, of all threads and processes: each opens the log anew, so that flock keeps them apart.
+// One call at a time across all threads and processes: each reopens the log, so that flock serializes them.
 static void lock(void) {
   const char* const name = getenv("CRASH_LOG");
   log_file = (int)syscall(SYS_openat, AT_FDCWD, name, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0666);
@@ -47,7 +47,7 @@ static int is_below_root(const char* path) {
   return strncmp(path, root, length) == 0 && (path[length] == '/' || path[length] == 0);
 }
 
-// Finds the path of a descriptor; whether it is one to watch.
+// Finds the path of a descriptor; returns whether to watch it.
 static int is_watched_file(int fd, char* path) {
   char link[64];
   path[0] = 0;
@@ -60,7 +60,7 @@ static int is_watched_file(int fd, char* path) {
   return is_below_root(path);
 }
 
-// Makes a path absolute; whether it is one to watch.
+// Makes a path absolute; returns whether to watch it.
 static int is_watched(int at, const char* name, char* path) {
   if (getenv("CRASH_ROOT") == NULL) return 0;
   if (name[0] == '/') {
@@ -83,7 +83,7 @@ static void record(const char* call, ino_t inode, const char* path, const char* 
   if (write(log_file, line, (size_t)length) != length) die("record");
 }
 
-// Records a call on what a descriptor stands for, with the content if that is a regular file.
+// Records a call on a descriptor's file, with its content if it is a regular file.
 static void record_file(const char* call, int fd, const char* path) {
   static int copies;
   char link[64], copy[PATH_MAX] = "";
@@ -158,7 +158,7 @@ int fsync(int fd) {
 
 int fdatasync(int fd) { return fsync(fd); }
 
-// What is done to names, and recorded if it succeeds.
+// Changes of names, recorded if they succeed.
 static int change(const char* call, long result, const char* path, const char* second) {
   struct stat status = {.st_ino = 0};
   if (result == 0) {

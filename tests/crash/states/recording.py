@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ranks do to record a run of saves, and to look at the disks that may come up after a crash in it."""
+"""What ranks do to record a series of saves, and to check the disks that a crash may leave."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BEGUN, RETURNED = "begun", "returned"
 
 
 def record(rank: int, name: str, place: str) -> None:
-    """Collective, with ``recorder.c`` preloaded. Leaves ``place/disk``, a log, and what was saved."""
+    """Collective, with ``recorder.c`` preloaded. Leave ``place/disk``, a log, and what was saved."""
     scenario, disk, log = SCENARIOS[name], os.path.join(place, "disk"), os.path.join(place, "log")
     expected = []
     native = mock.patch.dict(os.environ, CKPT_FAST_NATIVE=str(int(scenario.native)))
@@ -46,10 +46,10 @@ def record(rank: int, name: str, place: str) -> None:
 
 @dataclass(frozen=True)
 class State:
-    """A disk that may come up: after which call, what of it reached the disk, and what it has to hold.
+    """A disk state after a crash: after which call, what reached the disk, and what it must contain.
 
     Attributes:
-        lowest, highest: the versions that a load may give; 0 is none.
+        lowest, highest: the versions that a load may return; 0 is none.
     """
 
     position: int
@@ -60,12 +60,12 @@ class State:
 
 
 def states_after(calls: Sequence[Call], seeds: int, without: Collection[int] = ()) -> Iterator[State]:
-    """Every state that a crash in the last save may leave, and no state twice.
+    """Yield every distinct state that a crash during the last save may leave.
 
     Args:
         calls: what was recorded.
-        seeds: how many states are made by chance at each position.
-        without: numbers of syncs that are left out.
+        seeds: how many random states are generated at each position.
+        without: numbers of syncs to omit.
     """
     disk, lowest, highest = Disk(), 0, 0
     last = max(int(call.path.split()[1]) for call in calls if call.name == "note")
@@ -91,11 +91,11 @@ def states_after(calls: Sequence[Call], seeds: int, without: Collection[int] = (
 
 @dataclass
 class Findings:
-    """What came of a scenario.
+    """The results of a scenario.
 
     Attributes:
         states: how many there are.
-        checked: how many were looked at.
+        checked: how many were checked.
         failures: position, state, and what is wrong with it.
         versions: what was loaded, and how often.
     """
@@ -107,7 +107,7 @@ class Findings:
 
 
 class Looking:
-    """Loads what is on a disk, once for each that differs."""
+    """Loads each distinct disk state once."""
 
     def __init__(self, job: Any, expected: list[Any], ranks: int, place: str) -> None:
         self._job, self._expected, self._ranks = job, expected, ranks
@@ -117,7 +117,7 @@ class Looking:
         self._count = 0
 
     def failure(self, state: State, go_on: bool = False) -> str | None:
-        """What is wrong with a state; with ``go_on`` also of a save and a load on top of it."""
+        """Return what is wrong with a state; with ``go_on``, also with a save and a load on top of it."""
         found = self._outcomes.get(state.tree)
         if found is None or go_on:
             found = self._outcomes[state.tree] = self._look(state.tree, go_on)
@@ -131,7 +131,7 @@ class Looking:
         return self._outcomes[state.tree]
 
     def _look(self, tree: Tree, go_on: bool) -> int | str:
-        # A directory of its own: what the process remembers of others does not meet it.
+        # A separate directory, so that what the process remembers about other directories does not apply.
         self._count += 1
         directory = self._job.disk = os.path.join(self._place, str(self._count))
         if dist.get_rank() == 0:
@@ -167,13 +167,13 @@ class Looking:
 
 
 def _together(action: Callable[[], Any]) -> Any:
-    """What an action returns on this rank, or a text if it fails on any, or numbers differ.
+    """Return what an action returns on this rank, or a text if it fails on any rank or the numbers differ.
 
-    No rank goes on alone: what follows is collective.
+    No rank continues alone: what follows is collective.
     """
     try:
         found = action()
-    except (Exception, CheckpointException) as error:  # torch's is no Exception
+    except (Exception, CheckpointException) as error:  # torch's exception does not derive from Exception
         found = f"{type(error).__name__}: {error}"
     told = found if isinstance(found, int | str) else None
     outcomes: list[Any] = [None] * dist.get_world_size()
@@ -182,12 +182,12 @@ def _together(action: Callable[[], Any]) -> Any:
 
 
 def look(_rank: int, name: str, place: str, ranks: int, seeds: int, most: int | None = None) -> Findings:
-    """Collective. Load every state of a recorded scenario, or ``most`` of them, evenly spread.
+    """Collective. Load all states of a recorded scenario, or ``most`` of them, evenly spread.
 
     Args:
         name: the scenario.
         place: what ``record`` was given.
-        ranks: how many recorded it. One rank can load what they saved, but for local checkpoints.
+        ranks: how many recorded it. One rank can load what they saved, except local checkpoints.
         seeds, most: how many states.
     """
     calls = read_calls(place)
@@ -207,7 +207,7 @@ def look(_rank: int, name: str, place: str, ranks: int, seeds: int, most: int | 
 
 
 def syncs(_rank: int, name: str, place: str, ranks: int, seeds: int) -> list[tuple[str, str]]:
-    """Collective. Every sync of the last save, and what would fail without it; "" for nothing."""
+    """Collective. Return every sync of the last save, with what would fail without it, or ""."""
     calls, found = read_calls(place), []
     last = next(number for number in reversed(range(len(calls))) if calls[number].path.startswith(BEGUN))
     with looking(name, place, ranks) as looks:
@@ -230,7 +230,7 @@ def looking(name: str, place: str, ranks: int) -> Iterator[Looking]:
 
 
 def read_calls(place: str) -> list[Call]:
-    """What was recorded; an AssertionError if a call is missing."""
+    """Return the recorded calls; raises AssertionError if one is missing."""
     disk = os.path.join(place, "disk")
     calls, replayed = read_log(os.path.join(place, "log"), disk), Disk()
     for call in calls:

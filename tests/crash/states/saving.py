@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs of saves, the last of which meets a crash, and the loads that follow it.
+"""Series of saves, the last of which a crash interrupts, and the loads that follow.
 
-All that belongs to a checkpoint differs from one save to the next, even if they are of the same iteration:
-weights, optimizer, scheduler, counters, and the position of every rank in the data.
+Everything in a checkpoint differs from one save to the next, even for the same iteration: weights, optimizer,
+scheduler, counters, and every rank's data position.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ from ckpt_fast.config import TokenizerConfig
 from ckpt_fast.pipeline.load.verify import find_damage
 from ckpt_fast.state import TrainState
 from tests.models import FLOPS, Run, Setup, differences, megatron_on_cpu
-from tests.trainer.runs import Loader, iterator
+from tests.trainer.training import Loader, iterator
 
-ROOT = "of/a/run"  # of the checkpoints on the disk; nothing of it is there at first
+ROOT = "of/a/run"  # of the checkpoints on disk; none of it exists at first
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """A run of saves.
+    """A series of saves.
 
     Attributes:
-        iterations: of the saves, in order; those for recovery only are negative.
+        iterations: the iterations of the saves, in order; those for recovery only are negative.
         config: fields of CheckpointConfig.
         with_data: there is a data loader, whose position is saved with the checkpoint or, with a name,
             in a directory of that name.
         with_tokenizer: there is a tokenizer.
         door: "dcp" or "dcp-async" instead of ``save_checkpoint``.
         native: saved by the engine; False for the fallback.
-        makes_directory: the program makes the directory of the checkpoint itself, and syncs nothing.
+        makes_directory: the program creates the checkpoint's directory itself, and syncs nothing.
     """
 
     iterations: tuple[int, ...]
@@ -98,10 +98,10 @@ SCENARIOS = {
 
 
 class Job(ABC):
-    """What saves and loads.
+    """Saves and loads for one scenario.
 
     Args:
-        scenario: what it is to do.
+        scenario: what to do.
         disk: the directory that is its disk.
     """
 
@@ -111,18 +111,18 @@ class Job(ABC):
 
     @abstractmethod
     def save(self, version: int) -> Any:
-        """Save, and return what was saved when it is published. Versions count from 1."""
+        """Save, and return what was saved once it is published. Versions count from 1."""
 
     @abstractmethod
     def load(self) -> Any:
-        """What there is to load; None if there is nothing."""
+        """Load the newest checkpoint; None if there is none."""
 
     @abstractmethod
     def differences(self, expected: Any, found: Any) -> list[str]:
-        """In what a load differs from a save."""
+        """Return how a load differs from a save."""
 
     def version_in(self, expected: list[Any]) -> int:
-        """Which of the saves a load gives, as a whole; 0 if there is nothing to load.
+        """Return which save is loaded, as a whole; 0 if there is nothing to load.
 
         Raises:
             AssertionError: it is none of them.
@@ -137,14 +137,14 @@ class Job(ABC):
         return wrong.index([]) + 1
 
     def check_names(self) -> None:  # noqa: B027
-        """What is sealed is whole, and what a tracker names is sealed: other readers have nothing else."""
+        """Check that sealed checkpoints are complete and tracked ones sealed: other readers rely on it."""
 
     def check_what_lies_beside(self, version: int, ranks: int) -> None:  # noqa: B027
-        """What a load does not give, or not on one rank."""
+        """Check what a load does not return, or not on one rank."""
 
 
 class Training(Job):
-    """``save_checkpoint`` and ``load_checkpoint`` of a small model."""
+    """``save_checkpoint`` and ``load_checkpoint`` with a small model."""
 
     def __init__(self, scenario: Scenario, disk: str, run: Run, context: dict[str, Any]) -> None:
         super().__init__(scenario, disk)
@@ -155,7 +155,7 @@ class Training(Job):
         return self._save(version, abs(iteration), iteration < 0)
 
     def save_later(self, version: int) -> dict[str, Any]:
-        """Another save, of an iteration after all others."""
+        """Save once more, an iteration later than all others."""
         return self._save(version, 1 + max(map(abs, self.scenario.iterations)), False)
 
     def _save(self, version: int, iteration: int, non_persistent: bool) -> dict[str, Any]:
@@ -211,7 +211,7 @@ class Training(Job):
 
     def check_what_lies_beside(self, version: int, ranks: int) -> None:
         wrong = []
-        # A local checkpoint tells a rank of its own position only.
+        # A local checkpoint contains only the rank's own position.
         looked_at = [dist.get_rank()] if self.scenario.is_local else range(ranks)
         for rank in looked_at if self.scenario.with_data else ():
             loader = Loader(-1)
@@ -231,7 +231,7 @@ class Training(Job):
             self._context = init_checkpointing_context(checkpoint)
 
     def _spoil(self) -> None:
-        """Nothing that a load leaves as it was passes for loaded."""
+        """Overwrite everything, so that a value the load leaves alone cannot pass for loaded."""
         run = self._run
         with torch.no_grad():
             for group in run.optimizer.param_groups:
@@ -253,7 +253,7 @@ def _adam_states(optimizer: Any) -> Iterator[dict[str, torch.Tensor]]:
 
 
 class _Rank(SoloGroup):  # type: ignore[misc]
-    """A place in a group that nobody talks to."""
+    """A position in a group that is never communicated with."""
 
     def __init__(self, rank: int) -> None:
         self._rank = rank
@@ -267,7 +267,7 @@ def position_in_data(version: int, rank: int) -> int:
 
 
 class Tokenizer:
-    """Saves itself as Hugging Face's do."""
+    """A tokenizer that saves itself as Hugging Face's do."""
 
     def save_pretrained(self, directory: str) -> None:
         for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -276,7 +276,7 @@ class Tokenizer:
 
 @dataclass
 class Data:
-    """The part of a configuration that is about data."""
+    """The data part of a configuration."""
 
     tokenizer: Any = None
     dataloader_save: str | None = None
@@ -323,7 +323,7 @@ class Dcp(Job):
 
 @contextlib.contextmanager
 def job_of(scenario: Scenario, disk: str, seed: int = 1234) -> Iterator[Any]:
-    """The job of a scenario on this rank."""
+    """Yield this rank's job for a scenario."""
     if scenario.is_dcp:
         yield Dcp(scenario, disk)
         return
@@ -336,7 +336,7 @@ def job_of(scenario: Scenario, disk: str, seed: int = 1234) -> Iterator[Any]:
 
 
 def wait_for_deletions() -> None:
-    """Checkpoints that are too old are deleted in threads after saves in the background."""
+    """Wait for the threads that delete old checkpoints after background saves."""
     for thread in threading.enumerate():
         if thread is not threading.main_thread() and not thread.daemon:
             thread.join()

@@ -3,7 +3,7 @@
 
 The run saves iterations 1, 2, 3, ... into directories of their own, names each in a tracker file once it is
 published, and keeps the last three. Every fifth iteration is saved a second time, over itself. After a crash
-it resumes behind the iteration in the tracker, so it meets what the crash has left behind.
+it resumes after the iteration in the tracker, so it encounters what the crash has left behind.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SHAPES = [(0, 3), (), (17,), (300, 70), (32, 512)]
 
 
 def tensors_of(iteration: int) -> dict[str, torch.Tensor]:
-    """The state of the run after an iteration."""
+    """Return the state of the run after an iteration."""
     generator = torch.Generator().manual_seed(iteration)
     return {
         f"w{number}": torch.randn(shape, generator=generator, dtype=torch.float32)
@@ -39,7 +39,7 @@ def directory_of(root: str, iteration: int) -> str:
 
 
 def tracked(root: str) -> int:
-    """The iteration that the tracker names; 0 before the first."""
+    """Return the iteration that the tracker names; 0 before the first."""
     try:
         with open(os.path.join(root, "latest")) as file:
             return int(file.read())
@@ -77,7 +77,7 @@ def track(root: str, iteration: int) -> None:
 
 
 def train(root: str, iterations: int | None = None) -> None:
-    """Resume and go on, for ever or for some iterations."""
+    """Resume and continue, forever or for some iterations."""
     first = tracked(root) + 1
     iteration = first
     while iterations is None or iteration < first + iterations:
@@ -104,10 +104,10 @@ def is_published(root: str, iteration: int) -> bool:
 
 
 def check(root: str) -> int:
-    """What holds at every moment; returns the iteration that the tracker names.
+    """Check what must hold at every moment; return the iteration that the tracker names.
 
-    Every published checkpoint is whole, to the bit. The tracker names a published one, also while the run
-    saves that one anew.
+    Every published checkpoint is complete, bit for bit. The tracker names a published one, even while the run
+    is saving that one again.
     """
     latest = tracked(root)
     for iteration in range(max(1, latest - 3), latest + 2):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every call that changes the disk fails once, or is the last thing the process does."""
+"""Each call that changes the disk fails once, or is the last thing the process does."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from ckpt_fast.errors import CheckpointError
 from tests.crash.states.faults import Faults, die, fail, tear
 from tests.crash.states.scenario import check, is_published, save_iteration, tracked, train
 
-# The iteration whose save meets the fault, and the iterations before it. Even ones save in the background.
+# The iteration whose save meets the fault, and the ones before it. Even ones save in the background.
 SAVES = {"foreground": (5, [3, 4]), "background": (4, [2, 3]), "over itself": (5, [4, 5])}
 
 
 def before_the_save(directory: str, kind: str) -> str:
-    """A copy, ready to be copied again, of the run as it is before the save that meets the fault."""
+    """Return a copy of the run as it is before the faulty save, to be copied again."""
     start = os.path.join(directory, "start")
     os.mkdir(start)
     for iteration in SAVES[kind][1]:
@@ -58,7 +58,7 @@ def test_every_call_fails(
                     save_iteration(root, iteration)
             except CheckpointError as error:
                 assert "Input/output error" in str(error), "the cause is not named"
-                # The last call of all makes the tracker's new content durable: it is in place by then.
+                # The last call makes the tracker's new content durable, which is already in place by then.
                 assert check(root) == (iteration if number == counted.count - 1 else before)
             else:
                 assert kind == "over itself", "only what is left of a checkpoint that was replaced may stay"
@@ -74,7 +74,7 @@ def test_every_call_fails(
 def test_the_process_ends_at_every_call(
     tmp_path: Path, fault: Callable[..., Any], implementation: native.Implementation
 ) -> None:
-    # In a process that has no threads, and so may fork. A forkserver may have been started by another test.
+    # In a process without threads, which may fork. Another test may have started a forkserver.
     context = multiprocessing.get_context("spawn")
     process = context.Process(target=end_all_saves, args=(str(tmp_path), fault, implementation))
     process.start()
@@ -99,7 +99,7 @@ def end_at_every_call(
             before = tracked(root)
             forked(save_until, root, iteration, number, fault, done)
             assert check(root) in (before, iteration)
-            # What the crash has left behind is in nobody's way.
+            # The remains of the crash must not get in the way.
             forked(train_without_syncing, root)
             assert check(root) > before
             number += 1
@@ -119,7 +119,7 @@ def train_without_syncing(root: str) -> None:
 
 
 def forked(action: Callable[..., Any], *arguments: Any) -> None:
-    """Run ``action`` in a fork of this process, which so stays without threads."""
+    """Run ``action`` in a fork of this process, which thereby stays without threads."""
     child = os.fork()
     if child == 0:
         code = 1

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run is killed at random moments, again and again; what is published is always whole."""
+"""A run is killed repeatedly at random moments; what is published is always complete."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from tests.crash.states.scenario import check, train
 
 
 def run(root: str, implementation: native.Implementation, fsync: bool) -> None:
-    """The life of a run that will be killed."""
+    """Run until killed."""
     os.environ["CKPT_FAST_FSYNC"] = str(int(fsync))
     with native.using(implementation):
         train(root)
 
 
 def kill_often(root: Path, kills: int, implementation: native.Implementation, fsync: bool, seed: int) -> int:
-    """Start and kill the run; returns the last iteration published."""
-    # Children are forked from a process that has torch imported and has no threads.
+    """Start and kill the run repeatedly; return the last published iteration."""
+    # Children are forked from a process that has imported torch and has no threads.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, "tests.crash.states.scenario"])
     moments, latest, longest_s = random.Random(seed), 0, 0.25
@@ -38,7 +38,7 @@ def kill_often(root: Path, kills: int, implementation: native.Implementation, fs
         before, latest = latest, check(str(root))
         assert latest >= before, "the tracker went back"
         if latest == before:
-            longest_s *= 1.2  # on a slow machine a save takes longer
+            longest_s *= 1.2  # saves take longer on a slow machine
     return latest
 
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The power fails between any two syncs, and the disk keeps only what it must, or any part of the rest.
+"""The power fails between any two syncs, and the disk keeps only what it must, or also part of the rest.
 
-A disk promises this much: a file has the content of its last fsync, a directory the names of its last fsync.
-What was done since may have reached the disk, each name and each file on its own, or not. The model below
-keeps what is promised beside what is visible, and lays out disks as they may come up again.
+A disk guarantees that a file has the content of its last fsync and a directory the names of its last fsync.
+Everything since then may or may not have reached the disk, independently for each name and file. The model
+below tracks the promised and the visible state, and lays out possible disks.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SEEDS = 2
 
 
 class Disk:
-    """What is promised of the files below ``root``, by inode: contents, and names of directories."""
+    """The promised state of the files below ``root``, by inode: contents, and names in directories."""
 
     def __init__(self, root: str) -> None:
         self.root = root
@@ -35,11 +35,11 @@ class Disk:
         self._sync_directory(root)
 
     def sync(self, descriptor: int) -> None:
-        """Take note of an fsync."""
+        """Record an fsync."""
         path = os.readlink(f"/proc/self/fd/{descriptor}")
         if not path.startswith(self.root):
             return
-        self._held.append(os.dup(descriptor))  # so that no other file gets its inode
+        self._held.append(os.dup(descriptor))  # so that its inode is not reused
         if os.path.isdir(path):
             self._sync_directory(path)
         else:
@@ -55,7 +55,7 @@ class Disk:
         self._directories |= {entry.inode() for entry in entries if entry.is_dir()}
 
     def after_power_loss(self, target: str, luck: random.Random | None) -> None:
-        """Lay out a disk that may come up: with nothing but what is promised, or with some more by luck."""
+        """Lay out a possible disk: only what is promised, or also a random part of the rest."""
         shutil.rmtree(target, ignore_errors=True)
         visible = {}
         for path, _, files in os.walk(self.root):
@@ -110,7 +110,7 @@ def test_power_fails_after_every_sync(tmp_path: Path, monkeypatch: pytest.Monkey
         def sync(descriptor: int) -> None:
             nonlocal latest, states
             with one_at_a_time:
-                # Before it, luck decides about all that was done since the last sync; then this one is done.
+                # Before it: a random part of everything since the last sync; then this sync is done.
                 for _ in range(SEEDS):
                     disk.after_power_loss(up_again, luck)
                     assert check(up_again) >= latest, "a checkpoint that was published is gone"
@@ -127,7 +127,7 @@ def test_power_fails_after_every_sync(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_the_model_loses_what_is_not_synced(tmp_path: Path) -> None:
-    """The test above would be worth nothing if its disks forgot nothing."""
+    """The test above would be worthless if the disks never lost anything."""
     root, up_again = tmp_path / "run", tmp_path / "up again"
     root.mkdir()
     disk = Disk(str(root))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A kill or a power loss ends a save: what comes up again is the checkpoint before it, or the new one.
+"""A kill or a power loss interrupts a save: what is left is the previous checkpoint or the new one.
 
-What belongs to a checkpoint beside the tensors belongs to the promise: trackers, train state, configuration,
-tokenizer, the position in the data, and old checkpoints that are deleted.
+The promise covers everything in a checkpoint besides the tensors too: trackers, train state, configuration,
+tokenizer, the data position, and old checkpoints that are being deleted.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ MOST = 8
 
 
 def cases(names_of: dict[int, Iterable[str]]) -> list[Any]:
-    """Scenarios, and on how many ranks."""
+    """Return scenarios with their numbers of ranks."""
     return [(name, world_size) for world_size, names in names_of.items() for name in names]
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    """``run_ranks`` with the recorder preloaded, which does nothing until it is told where."""
+    """Call ``run_ranks`` with the recorder preloaded, which does nothing until it is given a path."""
     library = tmp_path_factory.mktemp("recorder") / "recorder.so"
     source = Path(__file__).with_name("recorder.c")
     subprocess.run(["cc", "-O1", "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
@@ -52,7 +52,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
             pool.submit(os.getpid).result()  # the process starts with its first task
 
         def run(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
-            # The process between needs to import nothing.
+            # The intermediate process need not import anything.
             name = SimpleNamespace(__module__=function.__module__, __qualname__=function.__qualname__)
             return pool.submit(run_ranks, name, *args, **options).result()
 
@@ -85,7 +85,7 @@ def look_at(
 
 @pytest.mark.parametrize(("name", "world_size"), cases({1: ONE_RANK, 2: TWO_RANKS}))
 def test_some_states(ranks: Ranks, tmp_path: Path, name: str, world_size: int) -> None:
-    most = None if SCENARIOS[name].is_dcp else MOST  # quick ones
+    most = None if SCENARIOS[name].is_dcp else MOST  # the fast ones
     found = look_at(ranks, tmp_path, name, world_size, seeds=1, most=most)
     assert found.failures == []
 
@@ -99,7 +99,7 @@ def test_all_states(ranks: Ranks, tmp_path: Path, name: str, world_size: int) ->
 
 
 def test_a_sync_that_is_missing_is_noticed(ranks: Ranks, tmp_path: Path) -> None:
-    """The tests above would be worth nothing if they passed without the syncs."""
+    """The tests above would be worthless if they passed without the syncs."""
     (tmp_path / "disk").mkdir()
     ranks(recording.record, 1, "dcp", str(tmp_path))
     (found,) = ranks(recording.syncs, 1, "dcp", str(tmp_path), 1, 2)
@@ -110,7 +110,7 @@ def test_a_sync_that_is_missing_is_noticed(ranks: Ranks, tmp_path: Path) -> None
 
 
 def disk_after(*calls: str) -> Disk:
-    """The disk after calls, each with its arguments. A file has its i-node's number as content."""
+    """Return the disk after calls, each with its arguments. A file's content is its inode number."""
     disk = Disk()
     for line in calls:
         name, *arguments = line.split()
@@ -150,7 +150,7 @@ def test_what_is_deleted_may_come_back_in_parts() -> None:
 
 
 def trees(disk: Disk) -> list[Any]:
-    """What may come up again, as dicts; what is promised comes first."""
+    """Return the possible states after a power loss, as dicts; the promised one comes first."""
 
     def as_dict(tree: Any) -> Any:
         return tree if isinstance(tree, bytes) else {name: as_dict(child) for name, child in tree}

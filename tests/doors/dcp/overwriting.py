@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A process that saves again and again to where ``test_one_save`` loads from.
+"""A process that saves repeatedly to the directory that ``test_one_save`` loads from.
 
-Everything of save ``n`` is ``n``: the object, and every element.
+Everything in save ``n`` is ``n``: the object, and every element.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ WRITERS: dict[str, Any] = {
 
 
 def state(number: int) -> dict[str, Any]:
-    """Tensors that are read in place, in rows, in another dtype and whole, and an object behind them."""
+    """Return tensors that are read in place, by rows, converted and whole, and an object after them."""
     value = float(number)
     return {
         "wide": torch.full((64, 1024), value),
@@ -41,7 +41,7 @@ def save(directory: str, writer: str, number: int) -> None:
 
 
 def save_beside(directory: str, writer: str, number: int) -> None:
-    """Save under another name and change names, as whoever wants the old checkpoint until then does."""
+    """Save under another name and rename, as users do who want to keep the old checkpoint until then."""
     save(f"{directory}.new", writer, number)
     os.rename(directory, f"{directory}.old")
     os.rename(f"{directory}.new", directory)
@@ -56,6 +56,6 @@ def main(directory: str, writer: str, manner: str) -> None:
     parent = os.getppid()
     for number in itertools.count(1):
         saving(directory, writer, number % 100 + 1)
-        time.sleep(number % 3 / 100)  # now and then a load is done in between
+        time.sleep(number % 3 / 100)  # now and then, leave time for a load
         if os.getppid() != parent:
             return

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the ranks of ``test_dcp_ranks`` do: save and load FSDP2 and DTensor states, with ours and torch's."""
+"""What the ranks of ``test_ranks`` do: save and load FSDP2 and DTensor states with ours and torch's."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ WRITERS = {
     "stock": dcp.FileSystemWriter,
 }
 READERS = {"ours": FastStorageReader, "stock": dcp.FileSystemReader}
-# torch 2.6 runs FSDP2's collectives on streams as only GPUs have them.
+# torch 2.6 runs FSDP2's collectives on streams, which only GPUs have.
 FSDP2_ON_CPU = hasattr(torch.cpu.Stream, "record_event")
 
 
 class Trained:
-    """A sharded model after an optimizer step. 13 and 7 rows divide unevenly; of 3, a rank of 4 gets none."""
+    """A sharded model after a step. 13 and 7 rows divide unevenly; of 3, one of 4 ranks gets none."""
 
     def __init__(self, seed: int) -> None:
         world = dist.get_world_size()
@@ -63,12 +63,12 @@ class Trained:
         )
 
     def whole(self) -> dict[str, Any]:
-        """The state as one rank would have it. Collective."""
+        """Collective. Return the state as one rank would have it."""
         return _whole(self.state())
 
 
 def matrices(seed: int) -> dict[str, torch.Tensor]:
-    """DTensors on meshes of one and two dimensions, and without any."""
+    """Return DTensors on one- and two-dimensional meshes, and a plain tensor."""
     world = dist.get_world_size()
     torch.manual_seed(seed + 100)
     columns = 2 if world % 2 == 0 else 1
@@ -97,7 +97,7 @@ def wrong(found: dict[str, Any], expected_file: str) -> list[str]:
 
 
 def save_with_all(rank: int, root: str) -> None:
-    """The same state with every writer, synchronously and in the background, and as it is in ``whole.pt``."""
+    """Save the same state with every writer, in both modes, and store it in ``whole.pt``."""
     run = Trained(seed=0)
     whole = run.whole()
     if rank == 0:
@@ -120,7 +120,7 @@ def _scramble(value: Any) -> None:
 
 
 def load_all(rank: int, root: str) -> dict[tuple[str, str], list[str]]:
-    """Load what every writer wrote with every reader into another run: what differs."""
+    """Load what every writer wrote with every reader into another run; return the differences."""
     found = {}
     for writer in (*WRITERS, "async"):
         for name, reader in READERS.items():
@@ -132,7 +132,7 @@ def load_all(rank: int, root: str) -> dict[tuple[str, str], list[str]]:
 
 
 def cached_plans(rank: int, root: str) -> list[list[str]]:
-    """Four saves with plans cached by torch: the third without change, the fourth of another structure."""
+    """Save four times with plans cached by torch: the third is unchanged, the fourth has a new structure."""
     SavePlanner._cached_save_plan.clear()
     SavePlanner._cached_final_save_plan.clear()
     for cache in ("_cached_all_plans", "_cached_global_plan", "_cached_metadata"):
@@ -155,7 +155,7 @@ def cached_plans(rank: int, root: str) -> list[list[str]]:
 
 
 def alone(rank: int, root: str) -> list[str]:
-    """One rank of several saves and loads without the others."""
+    """Save and load several times on one rank, without the others."""
     if rank == 0:
         return []
     state, found = {"w": torch.arange(10)}, {"w": torch.zeros(10, dtype=torch.int64)}
@@ -167,7 +167,7 @@ def alone(rank: int, root: str) -> list[str]:
 
 
 def without_collectives(rank: int, root: str) -> list[str]:
-    """Every rank its own metadata, in one directory, again and again; one rank is later than the other."""
+    """Each rank writes its own metadata to one directory, repeatedly; one rank is later than the other."""
     problems = []
     for step in range(3):
         state = {"w": torch.full((40,), 10 * step + rank), f"only on {rank}": torch.ones(rank + 1)}
@@ -185,14 +185,14 @@ def without_collectives(rank: int, root: str) -> list[str]:
         dcp.save(state, storage_writer=FastStorageWriter(root, overwrite=False), use_collectives=False)
         problems.append("overwritten")
     except Exception as error:
-        dist.barrier()  # which torch leaves out when a rank fails by itself
+        dist.barrier()  # torch omits it if a rank fails by itself
         if "overwrite is False" not in str(error):
             problems.append(str(error))
     return problems
 
 
 def modes_in_turn(rank: int, root: str) -> list[list[str]]:
-    """Saves with and without collectives into one directory: what the directory holds after each."""
+    """Save with and without collectives into one directory; return its contents after each."""
     seen = []
     for use_collectives in (False, True, False):
         state = {"w": torch.full((40,), rank)}
@@ -214,7 +214,7 @@ def error_of(action: Any) -> str:
 
 
 def failing_write(rank: int, root: str) -> list[str]:
-    """Rank 1 cannot write: synchronously, and in the background, and the older one stays; then all can."""
+    """Let rank 1 fail to write, in both modes: the old checkpoint stays. Then all ranks write."""
     (Path(root) / f"file{rank}").write_text("")
     elsewhere = f"{root}/file{rank}/below" if rank == 1 else f"{root}/checkpoint"
     state = {"m": matrices(0)}
@@ -238,7 +238,7 @@ def failing_preparation(rank: int, root: str) -> str:
 
 
 def failing_snapshot(rank: int, root: str) -> str:
-    """Rank 1 has no room for its copy."""
+    """Stage a save for which rank 1 has no room; return the error."""
     if rank == 1:
         os.environ["CKPT_FAST_HOST_BUFFER"] = "1"
     state = {"m": matrices(0)}
@@ -246,7 +246,7 @@ def failing_snapshot(rank: int, root: str) -> str:
 
 
 def failing_read(rank: int, root: str) -> str:
-    """The data that only rank 1 reads is damaged."""
+    """Load a checkpoint with damage in data that only rank 1 reads; return the error."""
     shards = init_device_mesh("cpu", (2,))
     state = {"w": distribute_tensor(torch.arange(20000), shards, [Shard(0)])}
     dcp.save(state, storage_writer=FastStorageWriter(root))
@@ -260,11 +260,11 @@ def failing_read(rank: int, root: str) -> str:
 
 
 def objects_of_ranks(rank: int, root: str) -> list[str]:
-    """Objects under the same name on all ranks, and a BytesIO under another on each."""
+    """Save objects under the same name on all ranks, and a BytesIO under a different name on each."""
     state = {"step": 5, "nested": {"list": [1, {"a": "b"}]}, f"rng.{rank}": io.BytesIO(b"%d" % rank)}
     dcp.save(state, storage_writer=FastStorageWriter(root))
     found: dict[str, Any] = {"step": 0, "nested": {"list": [0, {"a": ""}]}, f"rng.{rank}": None}
-    os.environ["CKPT_FAST_ALLOW_PICKLE"] = "1"  # for the BytesIO
+    os.environ["CKPT_FAST_ALLOW_PICKLE"] = "1"  # allows the BytesIO
     dcp.load(found, storage_reader=FastStorageReader(root))
     problems = [] if found.pop(f"rng.{rank}").getvalue() == b"%d" % rank else ["rng"]
     del state[f"rng.{rank}"]
@@ -272,7 +272,7 @@ def objects_of_ranks(rank: int, root: str) -> list[str]:
 
 
 def flipped_bits_read_in_halves(rank: int, root: str) -> int:
-    """One rank has saved, one bit is flipped, each of two ranks reads a half: how many loads are errors."""
+    """Flip one bit of a checkpoint of one rank, load half on each of two ranks; count the failed loads."""
     tensor = torch.randn(1024, 300, generator=torch.Generator().manual_seed(0))
     if rank == 0:
         dcp.save({"w": tensor}, storage_writer=FastStorageWriter(root), no_dist=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the ranks of ``test_dcp_coverage`` do, and the planners they do it with."""
+"""What the ranks of ``test_coverage`` do, and the planners they use."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ROWS = 8
 
 
 def state(fill: float | None = None) -> dict[str, Any]:
-    """Tensors in every kind of division that two ranks, or one, can make."""
+    """Return tensors sharded in every way that two ranks, or one, can."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
 
     def values(*shape: int) -> torch.Tensor:
@@ -65,7 +65,7 @@ def edit(directory: str, change: Callable[[Metadata], None]) -> None:
 
 
 def lose(metadata: Metadata, fqn: str, number: int) -> None:
-    """Take one piece of a tensor out of the metadata, as if it had never been."""
+    """Remove one piece of a tensor from the metadata, as if it had never existed."""
     chunk = metadata.state_dict_metadata[fqn].chunks.pop(number)
     for index in list(metadata.storage_data):
         if index.fqn == fqn and index.offset == chunk.offsets:
@@ -85,7 +85,7 @@ def load(directory: str, into: dict[str, Any], **options: Any) -> None:
 
 
 def load_without_a_piece(rank: int, directory: str, partial: bool) -> tuple[str, str]:
-    """Errors of a load whose second rank lacks a piece, and of one of what is whole."""
+    """Return the errors of a load that lacks a piece of the second rank, and of a complete one."""
     planner = dcp.DefaultLoadPlanner(allow_partial_load=partial)
     into = state(-7.0)
     if partial:
@@ -98,7 +98,7 @@ def load_without_a_piece(rank: int, directory: str, partial: bool) -> tuple[str,
 
 
 class Views:
-    """A ``.metadata`` that is another file on one rank."""
+    """Makes ``.metadata`` a different file on one rank."""
 
     def __init__(self, directory: str, rank: int) -> None:
         self.reader = FastStorageReader(directory)
@@ -121,7 +121,7 @@ def load_with_two_views(rank: int, directory: str) -> str:
 
 
 class Replacing(dcp.DefaultLoadPlanner):
-    """Another save comes in between."""
+    """Lets another save replace the checkpoint during the load."""
 
     def __init__(self, directory: str, replace: bool) -> None:
         super().__init__()
@@ -139,7 +139,7 @@ def load_while_replaced(rank: int, directory: str) -> str:
 
 
 class Doubling(dcp.DefaultLoadPlanner):
-    """Asks for the first row of a tensor twice, as a planner with an error might, and not for the last."""
+    """Requests the first row of a tensor twice, as a buggy planner might, and never the last."""
 
     def create_local_plan(self) -> Any:
         plan = super().create_local_plan()
@@ -160,12 +160,12 @@ class Doubling(dcp.DefaultLoadPlanner):
 
 
 def flip_every_bit(rank: int, directory: str, implementation: str, first: int, step: int) -> dict[str, Any]:
-    """Load with every bit of ``.metadata`` flipped in turn: what came of it, and what was wrong."""
+    """Load with every bit of ``.metadata`` flipped in turn; return the outcomes and what was wrong."""
     path = Path(directory) / ".metadata"
     content = path.read_bytes()
     expected = whole(state())
     outcomes: dict[str, Any] = {"error": 0, "same": 0, "wrong": []}
-    logging.disable()  # torch says of each .metadata that it cannot be read
+    logging.disable()  # torch reports each .metadata that it cannot read
     with native.using(implementation), memory_limit(2 << 30):
         for bit in range(first, 8 * len(content), step):
             _show(rank, path, content, bit)
@@ -184,7 +184,7 @@ def flip_every_bit(rank: int, directory: str, implementation: str, first: int, s
 
 
 def _show(rank: int, path: Path, content: bytes, bit: int | None) -> None:
-    """Give all ranks the file with this bit flipped."""
+    """Show all ranks the file with this bit flipped."""
     dist.barrier()
     if rank == 0:
         damaged = bytearray(content)
@@ -195,7 +195,7 @@ def _show(rank: int, path: Path, content: bytes, bit: int | None) -> None:
 
 
 def copy_with_another_metadata(directory: str) -> None:
-    """A directory beside it that differs in one byte behind the pickle."""
+    """Make a sibling directory whose ``.metadata`` differs in one byte after the pickle."""
     other = f"{directory}-other"
     os.makedirs(other)
     (Path(other) / ".metadata").write_bytes((Path(directory) / ".metadata").read_bytes() + b" ")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""States to save with torch DCP, and how to compare what came back."""
+"""States to save with torch DCP, and how to compare what is loaded."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.pipeline.layouts import PLAIN_DTYPES, random_tensor, same
 
 
 def training_state(seed: int = 0) -> dict[str, Any]:
-    """A model and its optimizer after a step, and what trainers keep beside them."""
+    """Return a model and its optimizer after a step, and what trainers keep beside them."""
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(48, 96), nn.GELU(), nn.Linear(96, 5), nn.BatchNorm1d(5))
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01 + seed)
@@ -34,7 +34,7 @@ def training_state(seed: int = 0) -> dict[str, Any]:
 
 
 def odd_tensors(seed: int = 0) -> dict[str, torch.Tensor]:
-    """Every dtype, and the shapes, strides and views that are easy to get wrong."""
+    """Return every dtype, and the shapes, strides and views that are easy to get wrong."""
     matrix = random_tensor((6, 10), torch.float32, seed)
     wave = torch.complex(random_tensor((4, 5), torch.float32, seed), torch.full((4, 5), 2.0))
     return {
@@ -59,7 +59,7 @@ def odd_tensors(seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def blank(value: Any) -> Any:
-    """The same structure with other values: what a state dict to load into looks like."""
+    """Return the same structure with other values: a state dict to load into."""
     if isinstance(value, torch.Tensor):
         return torch.zeros(value.shape, dtype=value.dtype)
     if isinstance(value, dict):
@@ -70,7 +70,7 @@ def blank(value: Any) -> Any:
 
 
 def differences(expected: Any, found: Any, name: str = "") -> list[str]:
-    """Names of the values that are not the same to the last bit."""
+    """Return the names of values that are not bitwise identical."""
     if isinstance(expected, torch.Tensor):
         equal = isinstance(found, torch.Tensor) and same(expected.detach(), found.detach())
         return [] if equal else [name]

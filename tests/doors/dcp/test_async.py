@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""dcp.async_save through the torch DCP door: a checkpoint holds what was there when the call returned."""
+"""dcp.async_save through the torch DCP door: a checkpoint contains the values at the time of the call."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ Pair = namedtuple("Pair", ["first", "second"])
 
 @pytest.fixture(autouse=True)
 def pool(monkeypatch: pytest.MonkeyPatch) -> WatchedPool:
-    """A pool that nothing else has used."""
+    """Return a fresh pool."""
     fresh = WatchedPool()
     monkeypatch.setattr(stage_module, "host_buffers", fresh)
     monkeypatch.setattr(dcp_snapshot, "host_buffers", fresh)
@@ -66,7 +66,7 @@ def load(directory: Path, like: dict[str, Any]) -> dict[str, Any]:
 def scramble(value: Any) -> None:
     """Change everything in place."""
     if isinstance(value, torch.Tensor):
-        if value.stride() != (1, 0):  # what is expanded cannot be written to
+        if value.stride() != (1, 0):  # expanded tensors cannot be written to
             value.detach().copy_(random_tensor(tuple(value.shape), value.dtype, seed=9))
     elif isinstance(value, dict):
         for child in value.values():
@@ -113,7 +113,7 @@ def test_saves_in_flight_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 class Watching(FastStorageWriter):
-    """Notes where it stages to."""
+    """Records where it stages to."""
 
     addresses: list[list[int]]
 
@@ -128,7 +128,7 @@ def test_memory_is_used_again(tmp_path: Path, pool: WatchedPool) -> None:
     state = {name: torch.randn(100, 10) for name in "abc"}
     writer = Watching(tmp_path)
     for step in range(3):
-        state = {name: tensor + 1 for name, tensor in state.items()}  # other tensors, of the same shapes
+        state = {name: tensor + 1 for name, tensor in state.items()}  # other tensors, with the same shapes
         async_save(tmp_path / str(step), state, writer).result()
         assert writer.report is not None
         assert writer.report.host_memory_allocated == (3 * 4032 if step == 0 else 0)
@@ -174,7 +174,7 @@ def test_memory_that_is_not_to_be_kept(tmp_path: Path, pool: WatchedPool) -> Non
 
 
 def test_every_kind_of_value(tmp_path: Path) -> None:
-    """What a snapshot makes of a state dict, looked at directly."""
+    """Check directly what a snapshot makes of a state dict."""
     inner = torch.randn(4)
     state = {
         "ordered": OrderedDict(b=torch.ones(2), a=torch.zeros(2)),
@@ -209,7 +209,7 @@ def test_every_kind_of_value(tmp_path: Path) -> None:
 
 
 def test_values_that_torch_stores_whole_stay_small(tmp_path: Path) -> None:
-    """torch.save stores all of a view's storage: that must not be the whole host buffer."""
+    """torch.save stores a view's whole storage, which must not be the entire host buffer."""
     state = {"pair": (torch.ones(10), 1), "large": torch.zeros(1 << 20)}
     async_save(tmp_path, state).result()
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) < (4 << 20) + 20_000
@@ -288,7 +288,7 @@ def save_in_a_process(rank: int, directory: str) -> list[str]:
     from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 
     assert dist.get_world_size() == 1
-    os.environ["MASTER_ADDR"] = "127.0.0.1"  # else torch looks for this host's name
+    os.environ["MASTER_ADDR"] = "127.0.0.1"  # otherwise torch resolves this host's name
     expected, state = training_state(), training_state()
     writer = FastStorageWriter(directory, thread_count=2)
     future = async_save(Path(directory), state, writer, async_checkpointer_type=AsyncCheckpointerType.PROCESS)
@@ -303,7 +303,7 @@ def test_in_a_process_of_its_own(tmp_path: Path) -> None:
 
 
 class HeldPlanner(DefaultSavePlanner):
-    """Gives its data once ``go`` is set: the time between staging and writing, however long."""
+    """Delivers its data once ``go`` is set: an arbitrarily long time between staging and writing."""
 
     def __init__(self, go: threading.Event) -> None:
         super().__init__()
@@ -316,8 +316,8 @@ class HeldPlanner(DefaultSavePlanner):
 
 @pytest.mark.parametrize("shared", [1, True, None, "bf16", 1001.5, ()])
 @pytest.mark.parametrize("kind", ["sync", "async"])
-def test_values_that_saves_share_link_nothing(tmp_path: Path, shared: object, kind: str) -> None:
-    """A save in flight keeps its memory when another one ends that has an equal value beside its tensors."""
+def test_equal_values_do_not_link_saves(tmp_path: Path, shared: object, kind: str) -> None:
+    """A save in flight keeps its memory when another ends that has an equal value beside its tensors."""
     go = threading.Event()
     first = {"w": torch.full((1000,), 1.0), "meta": shared}
     in_flight = async_save(tmp_path / "1", first, planner=HeldPlanner(go))
@@ -335,7 +335,7 @@ def test_values_that_saves_share_link_nothing(tmp_path: Path, shared: object, ki
 
 
 def test_a_snapshot_is_saved_once(tmp_path: Path, pool: WatchedPool) -> None:
-    """Its memory is another's afterwards: a second save of it is refused, not wrong."""
+    """Its memory is reused afterwards: saving it a second time is refused rather than wrong."""
     writer = FastStorageWriter(tmp_path)
     staged = writer.stage({"w": torch.zeros(1000)})
     dcp.save(staged, checkpoint_id=tmp_path / "1", storage_writer=writer)

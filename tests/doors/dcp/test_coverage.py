@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A load through the torch DCP door fills what it is asked to fill, from one save, or is an error."""
+"""A load through the torch DCP door fills everything it is asked to, from one save, or raises."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.helpers import run_ranks
 
 @pytest.mark.parametrize("partial", [False, True])
 def test_a_piece_that_is_missing_fails_all_ranks(partial: bool, tmp_path: Path) -> None:
-    """Of 8 rows in two halves, what the second rank wants is not there at all."""
+    """Of 8 rows in two halves, everything that the second rank requests is missing."""
     run_ranks(dcp_reads.save_stock, 2, str(tmp_path))
     edit(str(tmp_path), lambda metadata: lose(metadata, "rows", 1))
     for error, rest in run_ranks(dcp_reads.load_without_a_piece, 2, str(tmp_path), partial):
@@ -29,7 +29,7 @@ def test_a_piece_that_is_missing_fails_all_ranks(partial: bool, tmp_path: Path) 
 
 
 def test_a_part_that_is_missing_is_named(tmp_path: Path) -> None:
-    """The same on one rank that wants all of it."""
+    """The same, if one rank requests all of it."""
     run_ranks(dcp_reads.save_stock, 2, str(tmp_path))
     edit(str(tmp_path), lambda metadata: lose(metadata, "columns", 0))
     (result,) = run_ranks(_load_columns, 1, str(tmp_path))
@@ -41,7 +41,7 @@ def _load_columns(rank: int, directory: str) -> str:
     return dcp_reads.error_of(lambda: dcp_reads.load(directory, into))
 
 
-def test_ranks_that_see_another_metadata_are_named(tmp_path: Path) -> None:
+def test_ranks_that_see_different_metadata_are_named(tmp_path: Path) -> None:
     directory = str(tmp_path / "checkpoint")
     run_ranks(dcp_reads.save_stock, 2, directory)
     dcp_reads.copy_with_another_metadata(directory)
@@ -58,7 +58,7 @@ def test_a_checkpoint_that_is_replaced_meanwhile(tmp_path: Path) -> None:
 @pytest.mark.parametrize("implementation", ["engine", "fallback"])
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_flipped_bits_of_stock_metadata(ranks: int, implementation: str, tmp_path: Path) -> None:
-    """Of every bit that is there a sample; ``-m slow`` takes them all."""
+    """Only a sample of the bits; ``-m slow`` takes all of them."""
     _flip(ranks, implementation, tmp_path, step=151)
 
 
@@ -93,7 +93,7 @@ def load(directory: Path, into: dict[str, Any], **options: Any) -> dict[str, Any
 
 
 def test_an_element_that_is_asked_for_twice(saved: Path) -> None:
-    """Without it, the volume alone would seem right."""
+    """Otherwise, the volume alone would seem right."""
     with pytest.raises(
         CheckpointException, match=r"plan for plain .*\(2,\) at \(0,\) and \(3,\) at \(1,\) overl"
     ):
@@ -112,7 +112,7 @@ def test_a_planner_may_leave_a_tensor_out(saved: Path) -> None:
 
 
 def test_a_planner_without_a_state_dict(saved: Path) -> None:
-    """What it asks for must at least leave no holes."""
+    """Whatever it requests, no holes may be left."""
 
     class Holes(Doubling):
         holes = True
@@ -137,7 +137,7 @@ def test_a_planner_without_a_state_dict(saved: Path) -> None:
         load(saved, {"plain": torch.zeros(5)}, planner=Holes())
 
 
-def test_a_replicated_piece_is_no_contradiction(saved: Path) -> None:
+def test_a_replicated_piece_is_not_a_contradiction(saved: Path) -> None:
     def twice(metadata: Any) -> None:
         chunks = metadata.state_dict_metadata["plain"].chunks
         chunks.append(chunks[0])

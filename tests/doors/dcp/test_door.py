@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The torch DCP door on one rank: what torch's writer and reader do, ours do, and each reads the other."""
+"""The torch DCP door on one rank behaves like torch's writer and reader, and each reads the other's files."""
 
 from __future__ import annotations
 
@@ -213,7 +213,7 @@ def test_report(tmp_path: Path) -> None:
 
 
 class Names(pickle.Unpickler):
-    """Notes what a pickle names, and what state it gives to TensorProperties."""
+    """Records the globals of a pickle, and the state it gives to TensorProperties."""
 
     def __init__(self, file: Any) -> None:
         super().__init__(file)
@@ -239,7 +239,7 @@ def test_metadata_is_what_every_torch_reads(tmp_path: Path) -> None:
     names = Names((tmp_path / ".metadata").open("rb"))
     unpickled = names.load()
     assert {name.partition(".")[0] for name in names.names} == {"torch"}
-    # One for all tensors of a dtype: the file is shorter and read sooner.
+    # One object for all tensors of a dtype: the file is shorter and faster to read.
     assert len(names.properties) == 3 and {len(properties) for properties in names.properties} == {5}
     assert {type(info) for info in unpickled.storage_data.values()} == {_StorageInfo}
     assert unpickled.storage_data == metadata.storage_data
@@ -256,7 +256,7 @@ def test_metadata_is_what_every_torch_reads(tmp_path: Path) -> None:
 
 
 class Custom:
-    """Not plain data: to load it is to run code."""
+    """Not plain data: loading it runs code."""
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Custom)
@@ -287,7 +287,7 @@ def test_unknown_transform_is_named(tmp_path: Path) -> None:
 
 
 def flip(directory: Path, content: bytes, at: int) -> None:
-    """Flip a bit of the only data file, ``at`` bytes into the only place that has ``content``."""
+    """Flip a bit of the only data file, ``at`` bytes into the only occurrence of ``content``."""
     (path,) = directory.glob("*.distcp")
     data = bytearray(path.read_bytes())
     assert data.count(content) == 1
@@ -309,7 +309,7 @@ def test_a_flipped_bit_is_noticed(writer: str, tmp_path: Path) -> None:
 
 
 def with_byteorder(item: bytes, byteorder: bytes | None) -> bytes:
-    """The item with another byteorder member, its data untouched; None removes the member."""
+    """Return the item with another byteorder member and the same data; None removes the member."""
     out = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(item)) as old, zipfile.ZipFile(out, "w") as new:
         for name in old.namelist():

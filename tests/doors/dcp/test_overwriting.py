@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``dcp.save`` over an existing checkpoint: that is one until the new one is."""
+"""``dcp.save`` over an existing checkpoint, which stays valid until the new one is."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_a_failed_save_leaves_the_older_checkpoint_as_it_was(tmp_path: Path) -> 
 
 
 def test_an_older_checkpoint_is_there_until_the_new_one_is(tmp_path: Path) -> None:
-    """What it was told to do is seen from the other side: while the data is being written."""
+    """Observed from outside while the data is being written."""
     state = {f"w{number}": torch.full((5,), 1.0) for number in range(4)}
     writer = FastStorageWriter(tmp_path, thread_count=2)
     dcp.save(state, storage_writer=writer)
@@ -65,7 +65,7 @@ def test_an_older_checkpoint_is_there_until_the_new_one_is(tmp_path: Path) -> No
 
 
 def test_one_of_another_format_ends_first(tmp_path: Path) -> None:
-    """Its seal would vouch for the files of the new one."""
+    """Its seal would otherwise vouch for the files of the new one."""
     save(tmp_path, {"w": torch.zeros(5)})
     (tmp_path / "metadata.json").write_text("{}")
     with pytest.raises(CheckpointException, match="cannot be pickled"):
@@ -75,7 +75,7 @@ def test_one_of_another_format_ends_first(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("cached", [False, True])
 def test_plans_that_are_kept(tmp_path: Path, cached: bool) -> None:
-    """torch may keep each rank's plan between saves; the names of the files are not of it."""
+    """torch may cache each rank's plan between saves; file names are not part of it."""
     options = {"enable_plan_caching": True} if cached else {}
     for number in range(4):
         state = {"w": torch.full((5,), float(number)), "step": number}
@@ -87,7 +87,7 @@ def test_plans_that_are_kept(tmp_path: Path, cached: bool) -> None:
         assert len(list(tmp_path.iterdir())) == 2 and manifest_lies(tmp_path) == []
 
 
-def test_what_dead_saves_left_goes_with_a_later_one(tmp_path: Path) -> None:
+def test_a_later_save_removes_what_dead_saves_left(tmp_path: Path) -> None:
     save(tmp_path, {"w": torch.zeros(5)})
     (tmp_path / "__0_7.distcp").write_bytes(b"whole, of a save that was never published")
     os.utime(tmp_path / "__0_7.distcp", (time.time() - 7200,) * 2)
@@ -97,7 +97,7 @@ def test_what_dead_saves_left_goes_with_a_later_one(tmp_path: Path) -> None:
 
 
 def test_two_processes_that_save_there_without_each_other(tmp_path: Path) -> None:
-    """The one that is late finds its data, also if the other has published meanwhile."""
+    """The later one finds its data even if the other has published in the meantime."""
     save(tmp_path, {"w": torch.zeros(5)})
 
     class Slow(DefaultSavePlanner):

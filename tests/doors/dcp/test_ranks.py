@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The torch DCP door on several ranks: FSDP2, resharding, every mode of torch's, and ranks that fail."""
+"""The torch DCP door on several ranks: FSDP2, resharding, each of torch's modes, and failing ranks."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_one_rank_alone(tmp_path: Path) -> None:
 
 @needs_modes
 def test_without_collectives(tmp_path: Path) -> None:
-    """A rank must not remove what a faster one has written already."""
+    """A rank must not remove what a faster one has already written."""
     assert run_ranks(dcp_ranks.without_collectives, 2, str(tmp_path)) == [[], []]
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Uploads that are given up: the writer of another package cannot be interrupted."""
+"""Abandoned uploads: another package's writer cannot be interrupted."""
 
 from __future__ import annotations
 

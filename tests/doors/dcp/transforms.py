@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A stream transform of torch DCP (compression is one) to save with. torch 2.6 has none: ImportError."""
+"""A torch DCP stream transform (compression is one) to save with. torch 2.6 has none: ImportError."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class _InvertedSink(io.BytesIO):
 
 
 def registry() -> ExtensionRegistry:
-    """What a reader needs to undo the transform."""
+    """Return what a reader needs to undo the transform."""
     extensions = ExtensionRegistry()
     extensions.register(Inverted)
     return extensions

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Local checkpoints with replicas, when directories are lost, files damaged, and writes fail."""
+"""Local checkpoints with replicas, with lost directories, damaged files and failing writes."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def local_state(run: Run) -> Any:
 
 
 def what_is_wrong(local: Any, expected: Any) -> list[str]:
-    """Names of what a run that resumes from ``local`` gets otherwise than it was saved."""
+    """Return the names of values that a run resumed from ``local`` does not have as saved."""
     with Run(other(SETUP)) as run, megatron_on_cpu():
         run._step()
         group = compat.get_pg_collection(run.model).dp_cp
@@ -60,7 +60,7 @@ def what_is_wrong(local: Any, expected: Any) -> list[str]:
 
 
 def recover(root: str, expected: Any, replicated: bool = True) -> str:
-    """Resume from what is there; returns what was logged on the way."""
+    """Resume from what is there; return the log messages."""
     with errors_of("ckpt_fast.doors.local.manager") as lines:
         found = manager(root, replicated)
         assert found.find_latest() == 2
@@ -83,7 +83,7 @@ def errors_of(name: str) -> Iterator[list[str]]:
 
 
 def damage(root: str, keeper: int, owner: int) -> None:
-    """Flip a bit in what rank ``keeper`` has of the state of rank ``owner``."""
+    """Flip a bit in rank ``keeper``'s copy of the state of rank ``owner``."""
     path = os.path.join(root, str(keeper), f"iter_0000002_{owner}_local", f"__{owner}_0.distcp")
     with open(path, "r+b") as file:
         file.seek(os.path.getsize(path) // 2)
@@ -93,7 +93,7 @@ def damage(root: str, keeper: int, owner: int) -> None:
 
 
 def lose_and_recover(rank: int, root: str) -> None:
-    """No part of the manager needs a GPU: nothing is replaced while it works."""
+    """Lose directories and recover. The manager needs no GPU, so nothing is patched while it works."""
     with Run(SETUP) as run:
         run.train(1)
         saver = manager(root)
@@ -179,7 +179,7 @@ def state_dict_of(common: dict[str, Any]) -> Any:
 def save_one(rank: int, root: str) -> None:
     saver = manager(root, replicated=False)
     common = {"step": 3, "groups": [{"lr": 0.1, "betas": (0.9, 0.95)}], 7: torch.ones(3)}
-    # An interrupted save of the same iteration is in the way of nobody.
+    # An interrupted save of the same iteration must not get in the way.
     os.makedirs(os.path.join(root, "0", "iter_0000005_0_local.dirty", "folder"))
     saved = state_dict_of(common)
     saver.save(saved, 5)
@@ -236,7 +236,7 @@ def test_a_state_dict_comes_back_as_it_was(tmp_path: Path) -> None:
 
 
 def interrupt_a_save(rank: int, root: str) -> None:
-    """Ctrl-C while the disk is slow: nobody writes any more, and nothing appears, now or later."""
+    """Interrupt a save (Ctrl-C) on a slow disk: writing stops, and nothing appears, now or later."""
     saver, write_files = manager(root, replicated=False), native.write_files
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -264,7 +264,7 @@ def test_an_interrupted_save_is_ended(tmp_path: Path) -> None:
 
 
 def save_again_halfway(rank: int, root: str) -> None:
-    """Rank 1 ends between the moment when all have written and that when its new state is in its place."""
+    """Kill rank 1 after all have written and before its new state is in place."""
 
     def save(step: int, fails: bool = False) -> None:
         saver = manager(root, replicated=False)
@@ -294,7 +294,7 @@ def test_ranks_of_two_saves_go_on_with_one(tmp_path: Path) -> None:
 
 
 def fail_again(rank: int, root: str) -> None:
-    """What is saved again stays, on both ranks, if one of them cannot write the new state."""
+    """Fail to write the new state on one rank: the old state of the iteration stays on both."""
     write_files = native.write_files
 
     def failing(*arguments: Any, **options: Any) -> Any:

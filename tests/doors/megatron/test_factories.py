@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Factories of every kind come out of our load as out of stock megatron-core's."""
+"""Factories of every kind load through our strategy as through stock megatron-core's."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Merge = Callable[[Any], Any]
 def halves(
     merge: Merge, data: torch.Tensor, copies: bool = False, rank: int = 0, ranks: int = 1
 ) -> ShardedTensorFactory:
-    """A factory that cuts a rank's rows in two, into views or copies."""
+    """Return a factory that splits a rank's rows in two, as views or copies."""
 
     def build(key: str, data: torch.Tensor, replica_id: Any, _: Any) -> list[ShardedTensor]:
         return [
@@ -58,7 +58,7 @@ def sections(data: torch.Tensor) -> ShardedTensorFactory:
 
 @functools.wraps(swiglu(ROWS).merge_fn)
 def disguised(pieces: list[torch.Tensor]) -> torch.Tensor:
-    """Bears the name of Megatron-Core's, and does more."""
+    """Return a function with the name of Megatron-Core's that does more."""
     return torch.cat(pieces) * 2
 
 
@@ -81,7 +81,7 @@ def loaded(load: Callable[..., Any], factory: ShardedTensorFactory, directory: P
 
 
 def merged(rank: int, ranks: int, root: str) -> dict[str, list[bool]]:
-    """For every merge, views and copies: whether ours and stock give what it makes of the pieces."""
+    """For every merge, with views and copies: whether ours and stock return its result for the pieces."""
     right: dict[str, list[bool]] = {}
     mine = ROWS + 100 * rank
     for name, merge in MERGES.items():
@@ -119,12 +119,12 @@ def test_what_megatron_core_only_joins_stays_in_place(
     value = loaded(torch_dist.load, make(into), tmp_path)
     assert value.data_ptr() == into.data_ptr() and torch.equal(value, ROWS)
     assert not value.requires_grad
-    apart = torch.zeros(4, 6).t()  # its pieces are no rows of memory
+    apart = torch.zeros(4, 6).t()  # its pieces are not contiguous
     assert torch.equal(loaded(torch_dist.load, make(apart), tmp_path), ROWS)
 
 
 def test_pieces_in_another_order_are_joined_so(tmp_path: Path) -> None:
-    """Megatron-Core's merge, and a build of somebody else's that gives the pieces the other way round."""
+    """Megatron-Core's merge, with someone else's build function that returns the pieces in reverse order."""
     merge = swiglu(ROWS).merge_fn
 
     def build(key: str, data: torch.Tensor, replica_id: Any, _: Any) -> list[ShardedTensor]:
@@ -145,7 +145,7 @@ def test_only_megatron_cores_own_are_known(function: Any) -> None:
 
 
 def test_interleaved_rows_of_a_factory_that_does_more(tmp_path: Path) -> None:
-    """Rows in the checkpoint's order reach the merge, whose result is interleaved."""
+    """The merge gets rows in the checkpoint's order, and its result is interleaved."""
     save({"w": halves(torch.cat, ROWS)}, str(tmp_path))
     factory = interleaved(halves(MERGES["scales"], torch.zeros_like(ROWS)), 3)
     assert factory.in_place() is factory

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A training loop that builds Megatron-Core's strategies itself, with ours in their place."""
+"""A training loop that builds Megatron-Core's strategies itself, with ours substituted."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SETUP = Setup(distributed=True, bf16=True)
 
 
 def defaults() -> dict[str, type]:
-    """What Megatron-Core and a module that took the names from it would build now."""
+    """Return what Megatron-Core, and a module that imported its names, would build now."""
     return {
         "by name": torch_strategies.TorchDistSaveShardedStrategy,
         "default": type(serialization.get_default_save_sharded_strategy()),
@@ -52,7 +52,7 @@ def test_everything_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
         assert ckpt_fast.install().changed == installed.changed
         assert (training.Save, training.Load) == (ckpt_fast.FastSaveStrategy, ckpt_fast.FastLoadStrategy)
         assert all(kind.__module__.startswith("ckpt_fast.") for kind in defaults().values())
-        # Imported in between: one module took the stock name, one knows ours.
+        # Imported in between: one module imported the stock name, one imported ours.
         later = types.ModuleType("later")
         later.TorchDistSaveShardedStrategy = torch_strategies.TorchDistSaveShardedStrategy  # type: ignore
         later.FastSaveStrategy = ckpt_fast.FastSaveStrategy  # type: ignore[attr-defined]
@@ -108,7 +108,7 @@ def load_as_trainers_do(run: Run, directory: str) -> Any:
 
 
 def train_save_and_load(rank: int, root: str) -> None:
-    """Three saves of one loop, the last two in the background while it trains on; loaded by both."""
+    """Save three times in one loop, the last two in the background while it trains on; load with both."""
     expected: dict[str, Any] = {}
     with ckpt_fast.install(), Run(SETUP) as run, megatron_on_cpu():
         context: dict[str, Any] = {}
@@ -163,7 +163,7 @@ def save_more_and_more(rank: int, root: str) -> list[bool]:
     return reused
 
 
-def test_a_rank_whose_structure_changed_takes_the_others_along(tmp_path: Path) -> None:
+def test_a_changed_structure_on_one_rank_replans_all(tmp_path: Path) -> None:
     answers = run_ranks(save_more_and_more, 2, str(tmp_path))
     assert answers == [[False, True, False, False, True]] * 2
     strategy = ckpt_fast.FastLoadStrategy()

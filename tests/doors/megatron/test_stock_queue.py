@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Megatron-Core's own save in the background, with our strategy and the queues of the stock packages."""
+"""Megatron-Core's own background save, with our strategy and the queues of the stock packages."""
 
 from __future__ import annotations
 
@@ -30,25 +30,25 @@ ROWS = 300
 
 
 def make_queue(kind: str) -> tuple[Any, str]:
-    """(queue, name of the package whose requests it takes)."""
+    """Return (queue, name of the package whose requests it takes)."""
     if kind == "ours":
         return AsyncCallsQueue(), "mcore"
     package, persistent = kind.split("-")
     _, queue_class = compat.get_async_strategy(package, "AsyncCallsQueue")
     options = {"persistent": persistent == "persistent"}
     if "cpu_shm_mode" in inspect.signature(queue_class.__init__).parameters:
-        options["cpu_shm_mode"] = True  # without it the worker of nvidia-resiliency-ext 0.7 wants a GPU
+        options["cpu_shm_mode"] = True  # otherwise the worker of nvidia-resiliency-ext 0.7 needs a GPU
     return queue_class(**options), package
 
 
 def start_save(state: dict[str, Any], directory: str, package: str) -> Any:
-    """``dist_checkpointing.save`` of either generation; the request it returns."""
+    """Call ``dist_checkpointing.save`` of either generation; return its request."""
     save, options = dist_checkpointing.save, {}
     strategy = FastSaveStrategy()
     if "async_strategy" in inspect.signature(save).parameters:
         options["async_strategy"] = package
     elif package != "mcore":
-        # Megatron-Core 0.16 knows no other package, but hands through what the strategy returns.
+        # Megatron-Core 0.16 knows no other package, but passes on whatever the strategy returns.
         own = strategy.async_save
         strategy.async_save = lambda *arguments: own(*arguments, package)
     return save(state, directory, strategy, async_sharded_save=True, **options)
@@ -62,7 +62,7 @@ def sharded(rank: int, world_size: int, tensor: torch.Tensor) -> dict[str, Any]:
 
 
 def save_change_finalize(rank: int, kind: str, directory: str, world_size: int) -> list[int]:
-    """Three saves; what they saved changes as soon as the call has returned."""
+    """Save three times; change the saved state as soon as each call has returned."""
     published, flags = [], []
     with megatron_on_cpu():
         queue, package = make_queue(kind)
@@ -82,7 +82,7 @@ def save_change_finalize(rank: int, kind: str, directory: str, world_size: int) 
 
 
 def load_stock(rank: int, directory: str, world_size: int) -> list[float]:
-    """What stock Megatron-Core finds in the three checkpoints, in this rank's part."""
+    """Return what stock Megatron-Core loads from the three checkpoints for this rank."""
     values = []
     for number in range(3):
         into = sharded(rank, world_size, torch.zeros(ROWS, 50))
@@ -113,7 +113,7 @@ def test_stock_queues_publish_what_we_write(tmp_path: Path, kind: str, world_siz
 
 
 def drop_and_save_again(rank: int, directory: str) -> float:
-    """What a signal between the call and the queue does: the request is gone."""
+    """Do what a signal between the call and the queue does: the request is lost."""
     with megatron_on_cpu():
         request = start_save(sharded(rank, 1, torch.ones(ROWS, 50)), directory, "mcore")
         flag = request.async_fn_args[0]
@@ -133,7 +133,7 @@ def test_a_request_that_is_dropped_is_given_up(tmp_path: Path) -> None:
 
 
 def test_a_flag_is_set_once(tmp_path: Path) -> None:
-    """The descriptor is somebody else's afterwards."""
+    """Afterwards, the descriptor may belong to something else."""
     flag = Flag()
     flag.set()
     with open(tmp_path / "other", "w+b", buffering=0) as other:
@@ -153,7 +153,7 @@ def test_a_flag_goes_with_its_owner() -> None:
 
 
 def give_up_and_save_again(rank: int, directory: str, how: str) -> float:
-    """Whoever keeps the request, and the error, keeps nobody from saving again."""
+    """Keeping the request and the error keeps nobody from saving again."""
     write_files = native.engine().write_files
 
     def hanging(*arguments: Any, **options: Any) -> Any:

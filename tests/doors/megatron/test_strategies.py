@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Our strategies where Megatron-Core's own code calls them: options, removal, and what is refused."""
+"""Our strategies, called by Megatron-Core's own code: options, removal, and what is refused."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def files(root: Path) -> set[str]:
 @needs_stock_lists
 @pytest.mark.parametrize("hint", ["extra", None])
 def test_tensors_can_be_removed(tmp_path: Path, hint: str | None) -> None:
-    """In files of their own they leave the disk, elsewhere the table of contents."""
+    """If they have files of their own, the files go; otherwise, only their entries in the metadata."""
     run_ranks(save_separately, 2, str(tmp_path), hint)
     common = {"__0_0.distcp", "__1_0.distcp"}
     if hint is not None:

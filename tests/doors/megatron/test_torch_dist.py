@@ -59,7 +59,7 @@ def test_dtypes_and_shapes(tmp_path: Path, dtype: torch.dtype, shape: tuple[int,
         entry.data = destination
         loaded = torch_dist.load({"t": entry}, str(tmp_path))
         assert identical(loaded["t"], value)
-        # A tensor given is filled, not replaced.
+        # A tensor passed in is filled, not replaced.
         assert destination is None or identical(destination, value)
 
 
@@ -118,7 +118,7 @@ def test_nesting_common_state_and_local_objects(tmp_path: Path) -> None:
 
 
 def test_factories(tmp_path: Path) -> None:
-    """One tensor in memory, two in the checkpoint, as Megatron-Core does it for SwiGLU."""
+    """One tensor in memory, two in the checkpoint, as in Megatron-Core's SwiGLU."""
 
     def factory(data: torch.Tensor) -> ShardedTensorFactory:
         def build(key: str, tensor: torch.Tensor, *_: Any) -> dict[str, Any]:
@@ -137,7 +137,7 @@ def test_factories(tmp_path: Path) -> None:
 
 
 def test_prepended_axes(tmp_path: Path) -> None:
-    """A stack of layers is one tensor in the checkpoint, of which each layer is a piece."""
+    """A stack of layers is one tensor in the checkpoint, with each layer as a piece."""
     state = {
         str(layer): from_rank_offsets("w", filled(2, 3, start=layer * 6), (0, layer, 3), prepend_axis_num=1)
         for layer in range(3)
@@ -150,7 +150,7 @@ def test_prepended_axes(tmp_path: Path) -> None:
 
 
 def test_shape_mismatch_where_it_is_allowed(tmp_path: Path) -> None:
-    """Vocabularies are padded to the layout: the padding that only one side has stays zero."""
+    """Vocabularies are padded depending on the layout: padding that only one side has stays zero."""
     save({"v": from_rank_offsets("v", filled(5, 2), allow_shape_mismatch=True)}, str(tmp_path))
     longer = from_rank_offsets("v", torch.full((8, 2), 7.0), allow_shape_mismatch=True)
     expected = torch.cat([filled(5, 2), torch.zeros(3, 2)])
@@ -197,7 +197,7 @@ def test_missing_parts_are_named(tmp_path: Path) -> None:
 
 
 def grid(rank: int, shape: tuple[int, int] = (4, 6)) -> dict[str, Any]:
-    """A tensor in columns, one in rows, a replicated one, and an object of each rank."""
+    """Return tensors sharded by columns, by rows and replicated, and one object per rank."""
     whole = filled(*shape)
     rows, columns = shape[0] // 2, shape[1] // 2
     return {
@@ -213,7 +213,7 @@ def grid(rank: int, shape: tuple[int, int] = (4, 6)) -> dict[str, Any]:
 
 
 def empty(state: dict[str, Any]) -> dict[str, Any]:
-    """The scaffold that asks for ``state``."""
+    """Return the scaffold that requests ``state``."""
     for entry in state.values():
         if isinstance(entry, ShardedTensor):
             entry.data.zero_()
@@ -241,7 +241,7 @@ def through_every_door(rank: int, root: str, parallel: bool) -> None:
     job = torch_dist.start_save(grid(rank), paths["ours"], strategy(torch_dist.FastSaveStrategy()))
     job.write()
     job.commit()
-    # Stock code with our strategy needs nothing of CUDA; with its own it does.
+    # Stock code with our strategy needs no CUDA; with its own it does.
     dist_checkpointing.save(grid(rank), paths["strategy"], strategy(torch_dist.FastSaveStrategy()))
     with megatron_on_cpu():
         stock = compat.TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
@@ -262,7 +262,7 @@ LOADERS = (torch_dist.FastLoadStrategy, compat.TorchDistLoadShardedStrategy)
 
 
 def describe(strategy: Any, path: str) -> Any:
-    """What a strategy says is in a checkpoint, without the common state, which stock may list."""
+    """Return the strategy's description of a checkpoint, without the common state, which stock may list."""
     tensors = strategy.load_tensors_metadata(path)
     everything = strategy.load_sharded_metadata(path)
     return (
@@ -278,7 +278,7 @@ def test_every_door_on_two_ranks(tmp_path: Path, parallel: bool) -> None:
 
 
 def reshard(rank: int, directory: str) -> None:
-    """Columns are asked for as rows, and rows as columns."""
+    """Load columns as rows, and rows as columns."""
     save(grid(rank), directory)
     whole = filled(4, 6)
     crossed = {
@@ -330,7 +330,7 @@ STRICTNESS = {
 
 
 def ask_for_less_and_more(rank: int, directory: str, strict: str) -> Any:
-    """``rows`` and ``same`` are there, ``extra`` is not, the rest is not asked for."""
+    """Request ``rows`` and ``same``, which exist, and ``extra``, which does not; omit the rest."""
     if rank == 0 and not os.path.exists(directory):
         os.mkdir(directory)
     torch.distributed.barrier()

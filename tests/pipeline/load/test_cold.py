@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is not in the page cache is read past it, and slices read only themselves."""
+"""Uncached data bypasses the page cache, and slices read only themselves."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ ROWS, COLUMNS = 1024, 4096
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> tuple[Path, torch.Tensor]:
-    """A directory with one tensor, "w", of 8 MiB."""
+    """Save a directory with one 8 MiB tensor, "w"."""
     tensor = torch.arange(ROWS * COLUMNS).to(torch.int16).view(ROWS, COLUMNS)
     save([TensorShard("w", tensor, (0, 0), tuple(tensor.shape))], str(tmp_path / "c"))
     return tmp_path / "c", tensor
 
 
 def forget(directory: Path) -> None:
-    """Drop the checkpoint from the page cache; skips where the file system is the cache."""
+    """Drop the checkpoint from the page cache; skip if the file system is in memory."""
     cold = False
     for path in directory.glob("*.distcp"):
         with open(path, "rb") as file:
@@ -45,7 +45,7 @@ def forget(directory: Path) -> None:
 
 
 def spy_on_direct(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """The ``direct`` of every read from now on."""
+    """Record the ``direct`` argument of every read from now on."""
     seen: list[bool] = []
     read_extents = native.read_extents
 
@@ -110,7 +110,7 @@ def test_direct_reads_can_be_turned_off(
 
 
 def bytes_read() -> int:
-    """By read calls of this process, from files of any kind."""
+    """Return the bytes read by this process's read calls, from files of any kind."""
     lines = Path("/proc/self/io").read_text().splitlines()
     return int(dict(line.split(": ") for line in lines)["rchar"])
 
@@ -120,7 +120,7 @@ def bytes_read() -> int:
 def test_an_eighth_reads_an_eighth(
     checkpoint: tuple[Path, torch.Tensor], axis: int, verify: str, cold: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also with checksums, where the eighth is rows; of columns every block is touched."""
+    """With checksums too if the eighth is rows; columns touch every block."""
     monkeypatch.setenv("CKPT_FAST_VERIFY", verify)
     directory, tensor = checkpoint
     if cold:

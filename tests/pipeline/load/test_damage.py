@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bytes on disk that are not what was written: noticed, or harmless; never a wrong tensor, never a crash."""
+"""Bytes on disk that are not what was written: detected, or harmless; never a wrong tensor or a crash."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def save_stock(directory: str) -> None:
 
 
 def load_is_right(directory: str) -> bool:
-    """Load everything, and a slice of it; whether all is as it was saved."""
+    """Load everything, and a slice of it; return whether all is as saved."""
     index = CheckpointIndex(directory)
     wide, flat, part = torch.zeros_like(WIDE), torch.zeros_like(FLAT), torch.zeros(SLICE.sizes)
     requests = [
@@ -87,7 +87,7 @@ def data_file(directory: Path) -> Path:
 
 
 def flips(path: Path, step: int = 1) -> Iterator[int]:
-    """Give the file each of many damaged contents in turn, one flipped bit each; restore it at the end."""
+    """Damage the file in many ways in turn, one flipped bit each; restore it at the end."""
     content = path.read_bytes()
     with path.open("r+b", buffering=0) as file:
         for position in range(0, len(content), step):
@@ -111,7 +111,7 @@ def test_flipped_bit_in_the_data_file(checkpoint: Path, step: int) -> None:
     assert noticed > 10
 
 
-def test_every_bit_of_a_tensor_is_watched(ours: Path) -> None:
+def test_every_flipped_bit_of_a_tensor_is_detected(ours: Path) -> None:
     content = data_file(ours).read_bytes()
     start = content.index(bytes(WIDE.numpy().tobytes()))
     for position in flips(data_file(ours)):
@@ -127,7 +127,7 @@ def test_flipped_bit_in_our_metadata(ours: Path) -> None:
 
 
 def test_flipped_bit_in_stock_metadata(tmp_path: Path) -> None:
-    """It has no checksum: damage may give other values, but no error that is not about the checkpoint."""
+    """It has no checksum: damage may change values, but every error must blame the checkpoint."""
     save_stock(str(tmp_path))
     with memory_limit(4 << 30):
         for _ in flips(tmp_path / ".metadata"):
@@ -145,7 +145,7 @@ def test_our_metadata_replaced_by_a_stock_writer(tmp_path: Path) -> None:
 
 
 def test_our_metadata_is_compared_with_the_sidecar(ours: Path) -> None:
-    """A flip that leaves a sound pickle: the tensor's name."""
+    """A flip that leaves a valid pickle: in the tensor's name."""
     make_older(ours)
     path = ours / ".metadata"
     path.write_bytes(path.read_bytes().replace(b"wide", b"wild"))
@@ -156,7 +156,7 @@ def test_our_metadata_is_compared_with_the_sidecar(ours: Path) -> None:
 
 
 def test_metadata_of_many_frames_is_compared_too(tmp_path: Path) -> None:
-    """Pickles are cut into frames of 64 KiB."""
+    """Pickles are divided into frames of 64 KiB."""
     save([whole(f"{n:06}" + "x" * 60, torch.zeros(1)) for n in range(600)], str(tmp_path))
     make_older(tmp_path)
     path = tmp_path / ".metadata"
@@ -214,7 +214,7 @@ def test_a_hole_in_the_data_file(checkpoint: Path) -> None:
 
 
 def test_data_file_with_other_content(checkpoint: Path) -> None:
-    """Of the right length, as after files of two checkpoints have been mixed."""
+    """With the right length, as after mixing files of two checkpoints."""
     path = data_file(checkpoint)
     path.write_bytes(os.urandom(path.stat().st_size))
     with pytest.raises(CheckpointCorruptError, match=path.name):
@@ -241,7 +241,7 @@ def test_a_shard_is_missing(ours: Path) -> None:
 
 
 def test_no_descriptor_left(checkpoint: Path) -> None:
-    """The checkpoint is not to blame, and nobody should load an older one for it."""
+    """The checkpoint is not to blame, and no older one should be loaded because of it."""
     index = CheckpointIndex(str(checkpoint))
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     in_use = max(map(int, os.listdir("/proc/self/fd")))

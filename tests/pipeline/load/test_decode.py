@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading a checkpoint runs none of its code, and damage is called damage."""
+"""Reading a checkpoint runs none of its code, and damage is reported as damage."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ class GlobalNamed:
         self.module, self.name = module, name
 
     def __call__(self) -> None:
-        """Nobody calls it; pickle insists that what a pickle calls is callable."""
+        """Never called; pickle insists that what a pickle calls is callable."""
 
 
 def dump(value: Any) -> bytes:
-    """A pickle in which every ``GlobalNamed`` is a global."""
+    """Return a pickle in which every ``GlobalNamed`` is a global."""
 
     class Pickler(pickle._Pickler):  # type: ignore[misc,name-defined]
         def save(self, obj: Any, save_persistent_id: bool = True) -> None:
@@ -111,7 +111,7 @@ def test_metadata_that_names_anything_else_is_refused(tmp_path: Path, module: st
     assert "CKPT_FAST_ALLOW_PICKLE=1" in text
 
 
-def test_refused_metadata_has_run_nothing(tmp_path: Path) -> None:
+def test_refused_metadata_runs_nothing(tmp_path: Path) -> None:
     proof = tmp_path / "ran"
     directory = write(tmp_path, pickle.dumps(Metadata({}, planner_data=Calls(os.mkdir, str(proof)))))
     with pytest.raises(UnsafeCheckpointError):
@@ -183,7 +183,7 @@ def test_retired_plans_of_megatron_core(tmp_path: Path) -> None:
 
 
 def test_retired_metadata_of_megatron_core(tmp_path: Path) -> None:
-    """Before 0.16 the whole metadata was an object of a subclass, with a field more."""
+    """Before 0.16, the whole metadata was an object of a subclass with one more field."""
     state = dump({**vars(Metadata(entry())), "mcore_data": {"w": {}}})[2:-1]
     header = f"c{MCORE_TORCH}\nMCoreMetadata\n)".encode() + pickle.NEWOBJ
     found = read_dcp_metadata(write(tmp_path, b"\x80\x02" + header + state + pickle.BUILD + pickle.STOP))
@@ -205,7 +205,7 @@ def test_metadata_cut_short_anywhere(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "content", [b"", b"\0" * 100, b"garbage", b"\x80\x04N.", pickle.dumps({"a": 1}), pickle.dumps(Metadata)]
 )
-def test_metadata_that_is_none(tmp_path: Path, content: bytes) -> None:
+def test_invalid_metadata(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(CheckpointCorruptError, match=r"load an earlier iteration|not checkpoint metadata"):
         read_dcp_metadata(write(tmp_path, content))
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""No file takes more memory or time than its length justifies, whatever is in it and whatever it is."""
+"""No file takes more memory or time than its length justifies, whatever it contains and whatever it is."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ MOST_MEMORY = 300 << 20
 
 
 def memory(name: str) -> int:
-    """Bytes, from the kernel's account of this process."""
+    """Return bytes from the kernel's accounting of this process."""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
     return int(line.split()[1]) << 10
 
 
 @pytest.fixture
 def bounded() -> Iterator[None]:
-    """The test takes less than 300 MiB more than it began with."""
+    """Assert that memory use grows by less than 300 MiB during the test."""
     before = memory("VmRSS")
     if CAN_MEASURE:
         Path("/proc/self/clear_refs").write_text("5")
@@ -52,7 +52,7 @@ def bounded() -> Iterator[None]:
 
 @pytest.fixture
 def at_once(bounded: None) -> Iterator[None]:
-    """... and less than 5 seconds."""
+    """... and that it takes less than 5 seconds."""
     begin = time.monotonic()
     yield
     assert time.monotonic() - begin < 5
@@ -79,7 +79,7 @@ def metadata_of(kind: str, directory: Path) -> bytes:
 @pytest.mark.parametrize("step", [7, pytest.param(1, marks=pytest.mark.long)])
 @pytest.mark.parametrize("kind", ["ours", "stock", "stock, nested", "protocol 2"])
 def test_flipped_bits_of_metadata(tmp_path: Path, kind: str, step: int, bounded: None) -> None:
-    """An error of ours, or metadata that an index can be made of; of our own, what was written."""
+    """One of our errors, or metadata that can be indexed; if it is ours, only what was written."""
     content = metadata_of(kind, tmp_path)
     (tmp_path / ".metadata").write_bytes(content)
     original = read_dcp_metadata(str(tmp_path))
@@ -146,7 +146,7 @@ def test_bounds_stay_where_code_is_allowed(
 
 
 def test_metadata_cannot_change_the_members_of_an_enum(tmp_path: Path) -> None:
-    """Which are the same objects for the whole process."""
+    """They are the same objects for the whole process."""
     member = b"\x80\x04ctorch.distributed.checkpoint.planner\nWriteItemType\nK\x01\x85"
     for made in (b"R", b"\x81"):
         (tmp_path / ".metadata").write_bytes(member + made + b"}\x8c\x06hackedK\x01sb.")
@@ -207,14 +207,14 @@ def test_deep_sidecar(tmp_path: Path, content: bytes, at_once: None) -> None:
 def archive_of(members: list[tuple[str, bytes]], compression: int = zipfile.ZIP_STORED) -> bytes:
     buffer = io.BytesIO()
     with warnings.catch_warnings(), zipfile.ZipFile(buffer, "w", compression) as archive:
-        warnings.simplefilter("ignore")  # of names that occur twice
+        warnings.simplefilter("ignore")  # from names that occur twice
         for name, content in members:
             archive.writestr(name, content)
     return buffer.getvalue()
 
 
 def overlapping() -> bytes:
-    """A directory whose entries are all the same long member, by other names."""
+    """Return a directory whose entries are all the same long member under different names."""
     members = [(f"archive/data/{n}", b"x" * (1 << 20 if n == 0 else 1)) for n in range(200)]
     content = bytearray(archive_of(members))
     end = content.rindex(b"PK\x05\x06")
@@ -274,7 +274,7 @@ def number(value: int) -> bytes:
 
 
 def equal_hashes(kind: str) -> bytes:
-    """A pickle of 400 kB with as many keys of one hash as it can have."""
+    """Return a 400 kB pickle with as many keys with the same hash as fit."""
     key: Callable[[bytes], bytes] = {
         "integers": lambda each: each,
         "tuples": lambda each: each + pickle.TUPLE1,

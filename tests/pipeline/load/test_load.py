@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Any region of any sharding into any destination, from our checkpoints and from torch DCP's."""
+"""Any region of any sharding into any destination, from our checkpoints and torch DCP's."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ def load(directory: Path | str, fqn: str, into: torch.Tensor, offsets: tuple[int
 
 def save_stock(directory: Path | str, state: dict[str, object]) -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it says that one process saves alone
+        warnings.simplefilter("ignore")  # it is logged that one process saves alone
         dcp.save(state, checkpoint_id=directory)
 
 
 def test_an_unknown_variable_is_warned_about(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Not by saves alone: a process may only load."""
+    """Not only by saves: a process may only load."""
     save([TensorShard("w", torch.ones(3), (0,), (3,))], str(tmp_path))
     monkeypatch.setattr(environment, "_warned", set())
     monkeypatch.setenv("CKPT_FAST_VERIFI", "0")
@@ -63,7 +63,7 @@ def test_an_unknown_variable_is_warned_about(
 
 @st.composite
 def destinations(draw: st.DrawFn, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """A tensor of this shape in memory of some arrangement, filled with something else than the answer."""
+    """Return a tensor of this shape in memory of some layout, filled with something other than the answer."""
     kind = draw(st.sampled_from(["contiguous", "transposed", "inside", "strided"]))
     if kind == "transposed" and shape:
         order = draw(st.permutations(range(len(shape))))
@@ -95,7 +95,7 @@ def test_any_region_of_any_sharding(data: st.DataObject) -> None:
 
 
 def overlap(a: Region, b: Region) -> tuple[int, ...] | None:
-    """Shape of what two regions share; None where that is nothing."""
+    """Return the shape that two regions have in common; None if nothing."""
     sizes = tuple(
         min(p + n, q + m) - max(p, q)
         for p, n, q, m in zip(a.offsets, a.sizes, b.offsets, b.sizes, strict=True)
@@ -105,7 +105,7 @@ def overlap(a: Region, b: Region) -> tuple[int, ...] | None:
 
 @pytest.mark.parametrize("shape", [(96, 64), (4, 40, 48), (3, 1, 5, 400), (4096,)], ids=str)
 def test_regions_with_long_runs(tmp_path: Path, shape: tuple[int, ...]) -> None:
-    """Rows long enough to be read where they belong, without a landing place."""
+    """Rows long enough to be read straight into place, without an intermediate buffer."""
     tensor = random_tensor(shape, torch.float64)
     save_tensors(tmp_path, {"w": tensor})
     generator = torch.Generator().manual_seed(1)
@@ -324,7 +324,7 @@ def test_a_piece_with_a_transposed_layout_is_saved_by_value(tmp_path: Path) -> N
 def test_what_is_not_read_in_place_lands_in_waves(
     tmp_path: Path, limit: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a buffer for one tensor, for some, and for all of them; in between some that need none."""
+    """With a buffer for one tensor, for some, and for all; some in between need none."""
     monkeypatch.setattr(load_module, "_LANDING_NBYTES", limit)
     taken, take = [], load_module.host_buffers.take
     monkeypatch.setattr(

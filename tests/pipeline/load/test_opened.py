@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An open checkpoint: what was read first is what everybody gets."""
+"""An open checkpoint: every part is read once, and everyone gets what was read first."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Boxes as runs of bytes, against numpy's slicing."""
+"""Boxes as runs of bytes, compared with numpy's slicing."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_runs_are_the_region_in_row_major_order(case: tuple[tuple[int, ...], Reg
 
 @given(regions_of_pieces())
 def test_runs_do_not_touch(case: tuple[tuple[int, ...], Region]) -> None:
-    """Two runs that touched could have been one."""
+    """Adjacent runs should have been one."""
     sizes, region = case
     box = Box(sizes, region.offsets, region.sizes, 4)
     starts = set(box.run_offsets())
@@ -92,7 +92,7 @@ def region_slices(region: Region) -> tuple[slice, ...]:
 
 @st.composite
 def reshaped_regions(draw: st.DrawFn) -> tuple[torch.Tensor, tuple[int, ...], Region, tuple[int, ...]]:
-    """Memory whose rows lie apart, the shape it stands for, a region of that, and a piece's extents."""
+    """Return strided memory, the shape it represents, a region of that, and a piece's extents."""
     blocks, k, width = draw(st.integers(1, 4)), draw(st.integers(1, 4)), draw(st.sampled_from([1, 64, 100]))
     memory = torch.zeros(blocks, 2, k, width, dtype=torch.int32)
     view = draw(st.sampled_from([memory[:, 0], memory[:, 1], memory.transpose(0, 1)]))

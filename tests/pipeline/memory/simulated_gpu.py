@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A GPU made of queues: work happens later, in any order that streams and events allow.
+"""A GPU simulated with queues: work happens later, in any order that streams and events allow.
 
-Its memory is the host's, so that what staging does with a GPU can be tested, and shuffled, without one.
+Its memory is the host's, so staging for GPUs can be tested, in random orders, without one.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Wait:
 
 
 class SimulatedGpu:
-    """Takes the place of ``Gpu``. ``seed`` shuffles the streams against each other."""
+    """Replaces ``Gpu``. ``seed`` shuffles the streams against each other."""
 
     def __init__(self, seed: int = 0, free_nbytes: int = 1 << 40) -> None:
         self.current, self.side = Stream(), Stream()
@@ -43,7 +43,7 @@ class SimulatedGpu:
         self._random = random.Random(seed)
         self._turn = threading.Lock()
 
-    # What staging calls.
+    # Called by staging.
 
     def record(self, stream: Stream) -> Event:
         event = Event()
@@ -89,14 +89,14 @@ class SimulatedGpu:
         for tensor, slot in zip(tensors, slots, strict=True):
             stream.work.append(lambda slot=slot, tensor=tensor: fill(slot, tensor))
 
-    # What training does.
+    # Called by training.
 
     def compute(self, action: Callable[[], Any]) -> None:
-        """A kernel on the current stream."""
+        """Run a kernel on the current stream."""
         self.current.work.append(action)
 
     def advance(self) -> bool:
-        """Do one thing that may be done now; False if there is none."""
+        """Do one thing that may be done now; return False if there is none."""
         with self._turn:
             return self._advance()
 
@@ -128,14 +128,14 @@ def fill(slot: torch.Tensor, tensor: torch.Tensor) -> None:
 
 
 def install(monkeypatch: pytest.MonkeyPatch, simulated: SimulatedGpu) -> None:
-    """From now on CPU tensors are taken for tensors of this GPU."""
+    """From now on, treat CPU tensors as tensors of this GPU."""
     monkeypatch.setattr(stage_module, "is_on_gpu", lambda tensor: True)
     monkeypatch.setattr(device_copy.gpu, "gpu_of", lambda device: simulated)
     monkeypatch.setattr(gpu, "can_gather", lambda tensor: tensor.is_contiguous())
 
 
 class EagerGpu(SimulatedGpu):
-    """A GPU whose current stream is the host itself: what training computes, it computes at once."""
+    """A GPU whose current stream is the host itself: training's computations happen at once."""
 
     def compute(self, action: Callable[[], Any]) -> None:
         action()

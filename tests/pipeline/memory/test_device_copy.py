@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Snapshots of GPU tensors: the values at the call, whatever training does afterwards and the GPU when."""
+"""Snapshots of GPU tensors: the values at the time of the call, whatever training and the GPU do later."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def tensors_of(sizes: list[int]) -> dict[str, torch.Tensor]:
 def staged_on(
     gpu: SimulatedGpu, tensors: dict[str, torch.Tensor], policy: StagingPolicy
 ) -> Callable[[], dict]:
-    """Stage; the result waits and gives each tensor's bytes."""
+    """Stage; the result waits and returns each tensor's bytes."""
     with pytest.MonkeyPatch.context() as patch:
         install(patch, gpu)
         files = plan_save([whole(fqn, tensor) for fqn, tensor in tensors.items()], "__0_", 1)
@@ -77,7 +77,7 @@ def test_what_training_does_after_the_call_never_reaches_the_checkpoint(
     sizes: list[int], mode: str, protected: bool, memory: int, seed: int
 ) -> None:
     gpu, tensors = SimulatedGpu(seed, memory), tensors_of(sizes)
-    # Work of training that is still on its way when the save is asked for belongs to the checkpoint.
+    # Training work still in progress when the save is requested belongs in the checkpoint.
     for tensor in tensors.values():
         gpu.compute(lambda tensor=tensor: tensor.add_(1))
     expected = {fqn: raw_bytes(tensor + 1) for fqn, tensor in tensors.items()}
@@ -86,7 +86,7 @@ def test_what_training_does_after_the_call_never_reaches_the_checkpoint(
 
     promised = protected or mode == "overlapped"
     if promised:
-        # Unprotected tensors change at once, the others after their owner has asked for the order.
+        # Unprotected tensors change at once, the others after their owner has requested ordering.
         for tensor in tensors.values():
             if policy.is_protected is not None and not policy.is_protected(tensor):
                 gpu.compute(lambda tensor=tensor: tensor.fill_(-1))
@@ -98,7 +98,7 @@ def test_what_training_does_after_the_call_never_reaches_the_checkpoint(
 
 
 def test_without_the_promise_kept_the_simulation_would_show_it() -> None:
-    """The test above can fail: a protected tensor that changes unasked reaches the checkpoint."""
+    """The test above can fail: a protected tensor that changes without ordering reaches the checkpoint."""
     torn = 0
     for seed in range(30):
         gpu, tensors = SimulatedGpu(seed), {"w": torch.zeros(LARGE)}
@@ -153,8 +153,8 @@ def test_a_failed_staging_gives_its_memory_back_only_when_nothing_writes_to_it()
 
 
 @pytest.mark.parametrize("asked", [True, False])
-def test_a_save_is_of_the_moment_it_was_asked_for(tmp_path: Path, no_fsync: None, asked: bool) -> None:
-    """From the call to the file. Without the order that was promised the checkpoint would be torn."""
+def test_a_save_holds_the_state_at_the_call(tmp_path: Path, no_fsync: None, asked: bool) -> None:
+    """From the call to the file. Without the promised ordering, the checkpoint would be torn."""
     gpu, tensor, queue = SimulatedGpu(seed=3), torch.arange(float(LARGE)), SaveQueue()
     expected = tensor.clone()
     with pytest.MonkeyPatch.context() as patch:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The garbage collector is off while something is planned, and on again afterwards, whatever happened."""
+"""The garbage collector is off while planning, and on again afterwards, whatever happened."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def nested() -> bool:
     return is_enabled() or gc.isenabled()
 
 
-def test_off_within() -> None:
+def test_collector_is_off_inside() -> None:
     assert gc.isenabled()
     assert not nested()
     assert gc.isenabled()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Host buffers: exact, aligned, kept, bounded, safe to share between threads and to fork with."""
+"""Host buffers: exact, aligned, kept, bounded, safe to share between threads and across forks."""
 
 from __future__ import annotations
 
@@ -57,13 +57,13 @@ def test_more_than_there_is() -> None:
 
 
 def test_a_child_process_shares_no_pages() -> None:
-    """Pages shared with a child are copied when the parent writes to them: that is what must not happen."""
+    """Pages shared with a child are copied when the parent writes to them, which must not happen."""
     buffer = HostBuffer(1 << 20)
     buffer.memory.fill_(1)
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
-        os.write(writer, ctypes.string_at(buffer.memory.data_ptr(), 1))  # torch's threads are not here
+        os.write(writer, ctypes.string_at(buffer.memory.data_ptr(), 1))  # torch's threads do not exist here
         os._exit(0)
     os.waitpid(child, 0)
     assert os.read(reader, 1) == b"\0"
@@ -143,7 +143,7 @@ def test_waiting_ends_with_an_error() -> None:
 
 
 def test_what_is_dropped_is_in_use_no_longer() -> None:
-    """As after a signal whose handler raises between taking a buffer and keeping it."""
+    """As after a signal whose handler raises between acquiring a buffer and storing it."""
     pool = HostBufferPool()
     pool.take(100, bound=100)
     assert pool.used_nbytes == 0
@@ -179,7 +179,7 @@ def test_failed_allocation_takes_nothing() -> None:
 
 
 def test_given_back_by_a_destructor() -> None:
-    """One may run at any time, also in a thread that is just taking a buffer."""
+    """A destructor may run at any time, even in a thread that is just acquiring a buffer."""
     pool = HostBufferPool()
     buffer = pool.take(100, bound=100)
     with pool._lock:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Strided memory as runs, and as rows that a copy engine takes, against torch's own order of elements."""
+"""Strided memory as runs, and as rows for a copy engine, compared with torch's own order of elements."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pickle in ``.metadata``: what it holds, what stock torch makes of it, what it refuses."""
+"""The pickle in ``.metadata``: what it contains, what stock torch makes of it, what it refuses."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def object_record(fqn: str, rank: int = 0) -> ItemRecord:
 
 
 def globals_of(pickled: bytes) -> set[tuple[str, str]]:
-    """(module, name) of everything that a pickle names."""
+    """Return (module, name) of everything that a pickle names."""
     named = set()
 
     class Recorder(pickle.Unpickler):
@@ -195,7 +195,7 @@ def test_names_data_classes_of_torch_only() -> None:
 
 
 def properties_state(encoded: bytes) -> Any:
-    """What ``TensorProperties.__setstate__`` is given when the pickle is loaded."""
+    """Return what ``TensorProperties.__setstate__`` gets when the pickle is loaded."""
     seen = []
 
     class Recorder(pickle.Unpickler):

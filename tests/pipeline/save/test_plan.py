@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 
 from ckpt_fast.format.archive import ALIGNMENT, PAGE
 from ckpt_fast.format.types import Extent, ObjectShard, Shard, TensorShard
-from ckpt_fast.pipeline.save.plan import FilePlan, file_prefix, item_records, plan_save
+from ckpt_fast.pipeline.save.plan import FilePlan, file_prefix, item_records, object_room, plan_save
 from tests.pipeline.layouts import PLAIN_DTYPES, random_tensor, same, whole
 
 PAGE_ALIGN_FROM = 64 * PAGE
 
 
 def tensor_shard(number: int, numel: int, dtype: torch.dtype = torch.uint8) -> TensorShard:
-    # One page of memory however large the tensor: a plan looks at shapes only.
+    # One page of memory however large the tensor: a plan uses only shapes.
     return whole(f"t{number}", torch.empty(1, dtype=dtype).expand(numel))
 
 
@@ -66,6 +66,9 @@ def test_layout(shards: list[Shard], writers: int) -> None:
             else:
                 assert item.payload is not None and item.raw_nbytes == 0
             end = item.offset + item.nbytes
+            if isinstance(item.shard, ObjectShard):
+                assert object_room(item.nbytes) > item.nbytes, "no room to grow"
+                end = item.offset + object_room(item.nbytes)
         assert file.nbytes == end
 
 
@@ -87,7 +90,7 @@ def test_balance(sizes: list[int], writers: int) -> None:
     files = plan_save([tensor_shard(n, size) for n, size in enumerate(sizes)], "__0_", writers)
     loads = [sum(item.nbytes for item in file.items) for file in files]
     largest = max(item.nbytes for file in files for item in file.items)
-    # What placing the largest first into the emptiest file promises (Graham): 4/3 of the optimum at most.
+    # What assigning the largest first to the emptiest file guarantees (Graham): at most 4/3 of the optimum.
     optimum = max(largest, math.ceil(sum(loads) / len(loads)))
     assert max(loads) <= optimum * 4 / 3 + 1 or max(loads) - min(loads) <= largest
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What can be refused is refused on all ranks, before anything of an older checkpoint is touched."""
+"""Invalid requests are refused on all ranks, before anything of an older checkpoint is touched."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ DOORS = [(through_the_pipeline, CheckpointError), (through_dcp, CheckpointExcept
 @pytest.mark.filterwarnings("ignore:torch.distributed is")
 @pytest.mark.parametrize(("door", "error"), DOORS)
 @pytest.mark.parametrize(("name", "value"), SETTINGS)
-def test_an_odd_setting(
+def test_an_invalid_setting(
     tmp_path: Path,
     name: str,
     value: str,
@@ -86,7 +86,7 @@ def test_no_host_memory(tmp_path: Path, bound: int) -> None:
 
 
 def odd_on_one_rank(rank: int, directory: str, name: str, value: str) -> list[str]:
-    """What each door says on this rank when the setting of rank 1 is odd."""
+    """Return what each door raises on this rank if rank 1 has an invalid setting."""
     if rank == 1:
         os.environ[name] = value
     shard = TensorShard("w", torch.ones(1, 8), (rank, 0), (2, 8))
@@ -107,7 +107,7 @@ def odd_on_one_rank(rank: int, directory: str, name: str, value: str) -> list[st
     ("name", "value"),
     [("HOST_BUFFER", "0"), ("NATIVE", "yes"), ("STAGING", "gpu"), ("THREADS", "0"), ("TIMEOUT", "0")],
 )
-def test_an_odd_setting_on_one_rank(tmp_path: Path, name: str, value: str) -> None:
+def test_an_invalid_setting_on_one_rank(tmp_path: Path, name: str, value: str) -> None:
     through_the_pipeline(tmp_path)
     before = content(tmp_path)
     first, second = run_ranks(odd_on_one_rank, 2, str(tmp_path), f"CKPT_FAST_{name}", value, timeout_s=30)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A save publishes a whole checkpoint, or raises on every rank and publishes none."""
+"""A save publishes a complete checkpoint, or raises on every rank and publishes none."""
 
 from __future__ import annotations
 
@@ -211,7 +211,7 @@ def test_a_directory_in_the_way_of_any_file(tmp_path: Path, obstacle: str) -> No
 
 @pytest.mark.usefixtures("no_fsync")
 def test_a_file_that_vanished_before_the_commit(tmp_path: Path) -> None:
-    """As where a rank's disk is not the one that the coordinator sees."""
+    """As if a rank's disk were not the one that the coordinator sees."""
     for damage, text in (("unlink", "is missing"), ("truncate", r"has 5 bytes instead of \d+")):
         job = new_save([whole("w", torch.zeros(9))], str(tmp_path), **FILES)
         job.stage()

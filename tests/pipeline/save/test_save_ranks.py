@@ -23,7 +23,7 @@ from tests.storage.test_commit import file_size_limit
 
 
 def save_rows(rank: int, directory: str, value: int, failing: int | None = None, **options: Any) -> Any:
-    """Each rank saves its row of ``w``; returns the error, if there was one. ``failing`` has a full disk."""
+    """Save this rank's row of ``w``; return the error, if any. Rank ``failing`` has a full disk."""
     world = dist.get_world_size()
     row = torch.full((1, 3000), value * 100 + rank, dtype=torch.int32)
     shards = [TensorShard("w", row, (rank, 0), (world, 3000))]
@@ -67,7 +67,7 @@ def test_a_smaller_world_leaves_no_file_of_the_larger_one(tmp_path: Path) -> Non
 
 
 def save_copies(rank: int, directory: str) -> Any:
-    """Both ranks believe that theirs is the main replica."""
+    """Make both ranks claim to have the main replica."""
     try:
         save([whole("w", torch.zeros(4))], directory, **FILES)
     except CheckpointError as error:
@@ -98,7 +98,7 @@ def test_a_group_of_some_ranks(tmp_path: Path) -> None:
 
 
 def save_unevenly(rank: int, directory: str) -> int:
-    """More ranks than rows: the last rank has none; rank 0 has objects too."""
+    """More ranks than rows: the last rank has none; rank 0 also has objects."""
     row = torch.full((1 if rank < 2 else 0, 4), rank, dtype=torch.int16)
     shards: list[Any] = [TensorShard("w", row, (rank, 0), (2, 4))]
     if rank == 0:

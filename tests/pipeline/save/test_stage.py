@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Staging: the engine finds each item's bytes at the address it is given, wherever the tensor was."""
+"""Staging: the engine finds each item's bytes at the given address, wherever the tensor was."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from tests.saves import save
 
 @pytest.fixture(autouse=True)
 def pool(monkeypatch: pytest.MonkeyPatch) -> HostBufferPool:
-    """A pool that nothing else has used."""
+    """Return a fresh pool."""
     fresh = HostBufferPool()
     monkeypatch.setattr(stage_module, "host_buffers", fresh)
     return fresh
 
 
 class Wrapper(torch.Tensor):
-    """A tensor that stands for another one, as quantized weights do."""
+    """A tensor that wraps another one, as quantized weights do."""
 
     inner: torch.Tensor
 
@@ -53,7 +53,7 @@ class Wrapper(torch.Tensor):
 
 
 def odd_tensors() -> dict[str, torch.Tensor]:
-    """Tensors whose values are not their memory from first to last."""
+    """Return tensors whose values are not simply their memory from first to last."""
     wave = torch.complex(torch.randn(4, 5), torch.randn(4, 5))
     odd = {
         "transposed": torch.randn(6, 10).t(),

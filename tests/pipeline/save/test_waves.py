@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Saves in waves: any state through a ring of bounded host buffers, and the same checkpoint in the end."""
+"""Saves in waves: any state through a ring of bounded host buffers gives the same checkpoint."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ KIB = 1024
 
 
 class WatchedPool(HostBufferPool):
-    """Notes how much was in use at once."""
+    """Records how much was in use at once."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ def pool(monkeypatch: pytest.MonkeyPatch) -> WatchedPool:
 
 
 def state(kib: Sequence[int], seed: int = 0) -> dict[str, torch.Tensor]:
-    """Tensors of so many KiB."""
+    """Return tensors of the given sizes in KiB."""
     return {
         f"w{number}": random_tensor((size, 256), torch.float32, seed + number)
         for number, size in enumerate(kib)
@@ -71,7 +71,7 @@ def shards_of(tensors: dict[str, torch.Tensor]) -> list[Shard]:
 
 
 def wrong(directory: Path, expected: dict[str, torch.Tensor]) -> list[str]:
-    """Names of the tensors that a checkpoint does not give back, every checksum compared."""
+    """Return the names of tensors that do not come back from a checkpoint, verifying every checksum."""
     found = {fqn: torch.zeros_like(tensor) for fqn, tensor in expected.items()}
     index = CheckpointIndex(str(directory))
     requests = [TensorRequest(fqn, tensor, (0,) * tensor.dim()) for fqn, tensor in found.items()]
@@ -145,7 +145,7 @@ def test_bound_from_the_environment(
 
 
 class HeldDisk:
-    """Writes that wait until they may."""
+    """Blocks writes until released."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.go = threading.Event()
@@ -222,7 +222,7 @@ def test_a_wave_is_copied_while_the_one_before_is_written(
 
 
 def test_failed_write(tmp_path: Path, pool: WatchedPool) -> None:
-    """The waves after it are not written, all memory comes back, and the error is the first one."""
+    """Later waves are not written, all memory is returned, and the error is the first one."""
     report = SaveReport(str(tmp_path / "missing"))
     waves = Waves(report, "__0_", snapshot=True, bound=50 * KIB)
     ran = []
@@ -237,7 +237,7 @@ def test_failed_write(tmp_path: Path, pool: WatchedPool) -> None:
 
 
 def test_failed_staging(tmp_path: Path, pool: WatchedPool) -> None:
-    """What was staged before is written (or not) by the time the error is known; nothing is published."""
+    """Earlier waves are written (or not) by the time the error is known; nothing is published."""
     no_data = whole("no data", torch.empty(20, 256, device="meta"))
     shards = [*shards_of(state([25] * 3)), no_data]
     with pytest.raises(CheckpointError, match="meta tensor"):

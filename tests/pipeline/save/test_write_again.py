@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A write that failed for a reason that may pass is made again, from the buffers."""
+"""A write that failed for a possibly transient reason is retried from the buffers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TENSOR = torch.arange(5000.0)
 
 
 def fail_writes(monkeypatch: pytest.MonkeyPatch, code: int, times: int) -> list[int]:
-    """The next ``times`` writes leave half of each file and fail; the list has one entry for every write."""
+    """Make the next ``times`` writes leave half of each file and fail; the list gets one entry per write."""
     made: list[int] = []
     write_files = native.write_files
 

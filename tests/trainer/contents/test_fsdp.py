@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""fsdp_dtensor checkpoints of FSDP2 models, through the engine: at once and in the background."""
+"""fsdp_dtensor checkpoints of FSDP2 models through the engine, synchronous and in the background."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ pytestmark = [
 
 
 class Chunk(torch.nn.Module):
-    """What says which preprocessing a model needs."""
+    """The attributes that determine which preprocessing a model needs."""
 
     config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1)
 
@@ -46,7 +46,7 @@ def config(**checkpoint: Any) -> Any:
 
 
 def state_of(run: dcp_ranks.Trained, seed: int = 0) -> dict[str, Any]:
-    """The sections that a training run has: DTensors of uneven pieces, objects, and numbers."""
+    """Return the sections of a training run: uneven DTensors, objects and numbers."""
     state = run.state()
     return {
         "model": {**state["model"], **state["matrices"]},
@@ -80,7 +80,7 @@ def save_both_ways(rank: int, root: str) -> None:
 
 
 def load_all(rank: int, root: str, strict: bool) -> dict[str, Any]:
-    """Into another run: which values differ from what was saved, by directory; stock reads ours as well."""
+    """Load into another run; return which values differ, by directory. Stock reads ours as well."""
     expected = torch.load(f"{root}/whole.pt", weights_only=False)
     wrong: dict[str, Any] = {}
     for name in ("sync", "async", "writer", "stock"):
@@ -118,7 +118,7 @@ def test_what_was_saved_comes_back(tmp_path: Path, strict: bool) -> None:
 
 
 def save_to_object_storage(rank: int, url: str, directory: str) -> dict[str, Any]:
-    """At once, in the background, and in the background over a checkpoint with a rank that fails."""
+    """Save synchronously, in the background, and in the background over a checkpoint with a failing rank."""
     from multistorageclient.contrib.torch.filesystem import MultiStorageFileSystemWriter
 
     with pytest.MonkeyPatch.context() as patch:

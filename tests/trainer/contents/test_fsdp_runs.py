@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole runs with ``ckpt_format="fsdp_dtensor"``: which checkpoint is taken, and what of it is restored.
+"""Whole runs with ``ckpt_format="fsdp_dtensor"``: which checkpoint is chosen and what is restored.
 
-The model is torch's FSDP2, which runs on a CPU; around it stands what Megatron FSDP's classes offer.
+The model is torch's FSDP2, which runs on a CPU, in classes with the interface of Megatron FSDP's.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Chunk(torch.nn.Sequential):
 
 
 class Optimizer:
-    """Adam with the methods of Megatron-Core's optimizers; ``calls`` are those that matter here."""
+    """Adam with the methods of Megatron-Core's optimizers; ``calls`` records the relevant ones."""
 
     def __init__(self, model: Chunk) -> None:
         self.model, self.adam = model, torch.optim.Adam(model.parameters(), lr=0.1)
@@ -69,7 +69,7 @@ class Optimizer:
 
 
 class Training:
-    """One run of the rank it is made in. ``checkpoint`` are fields of CheckpointConfig."""
+    """One run on this rank. ``checkpoint`` are fields of CheckpointConfig."""
 
     def __init__(self, seed: int = 0, **checkpoint: Any) -> None:
         install_cpu_rng_tracker(seed)
@@ -100,7 +100,7 @@ class Training:
         return load_checkpoint(self.state, [self.model], self.optimizer, None)
 
     def parts(self) -> dict[str, Any]:
-        """Copies of the whole values of what a checkpoint restores. Collective."""
+        """Collective. Return copies of the whole values of what a checkpoint restores."""
         options = dcp_state_dict.StateDictOptions(full_state_dict=True)
         model, adam = dcp_state_dict.get_state_dict(self.model, self.optimizer.adam, options=options)
         tracker = compat.get_cuda_rng_tracker().get_states()
@@ -108,7 +108,7 @@ class Training:
 
 
 def save_all(rank: int, root: str) -> None:
-    """Iterations 1, 2 (in the background, without nvidia-resiliency-ext) and, for recovery, 3."""
+    """Save iterations 1, 2 (in the background, without nvidia-resiliency-ext) and, for recovery, 3."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compat, "HAVE_NVRX", False)
         run = Training(save=root, non_persistent_ckpt_type="global", async_strategy="mcore")
@@ -130,7 +130,7 @@ def save_all(rank: int, root: str) -> None:
 
 
 def resume(rank: int, root: str, source: str, step: int, changes: dict[str, Any], layout: int) -> Any:
-    """What a load has restored of iteration ``step``'s values, and what it called."""
+    """Return what a load restored of iteration ``step``'s values, and what it called."""
     with pytest.MonkeyPatch.context() as patch:
         collected: list[Any] = []
         get_rng_state = load_plan.get_rng_state
@@ -212,7 +212,7 @@ def test_a_strict_load_needs_no_validation(checkpoints: Path) -> None:
     assert (found["restored"], found["validated"]) == (ALL, [])
 
 
-def test_a_damaged_checkpoint_is_passed_over(checkpoints: Path, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_skipped(checkpoints: Path, tmp_path: Path) -> None:
     for name in ("iter_0000001", "iter_0000002"):
         shutil.copytree(checkpoints / name, tmp_path / name)
     for name in ("latest_train_state.pt", "expected.pt"):
@@ -224,7 +224,7 @@ def test_a_damaged_checkpoint_is_passed_over(checkpoints: Path, tmp_path: Path) 
 
 
 def test_fused_layers_are_mapped_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where the installed Megatron-Core is older than some of the handlers."""
+    """Even if the installed Megatron-Core is older than some of the handlers."""
     order: list[str] = []
 
     def pair(name: str) -> Any:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hugging Face weights as the start of a run and as a copy beside checkpoints.
 
-Megatron Bridge, which converts them, is no part of either test environment. A stand-in with the documented
-methods of its AutoBridge takes its place; it keeps weights under Megatron's names, in one file.
+Megatron Bridge, which converts them, is not in either test environment. A stand-in with the documented
+methods of its AutoBridge replaces it; it stores weights under Megatron's names, in one file.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from ckpt_fast import compat
 from tests.helpers import run_ranks
 from tests.models import Run, Setup, differences, identical, other
-from tests.trainer.runs import error_of, iterations, require, tracked
+from tests.trainer.training import error_of, iterations, require, tracked
 
 SETUP = Setup(bf16=True, distributed=True)
 WEIGHTS = "pytorch_model.bin"
@@ -71,7 +71,7 @@ class AutoBridge:
 
 @pytest.fixture
 def bridge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Where the stand-in lies; the ranks run in ``tmp_path``."""
+    """Return where the stand-in is; the ranks run in ``tmp_path``."""
     package = tmp_path / "site/megatron/bridge"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text(STAND_IN)
@@ -81,7 +81,7 @@ def bridge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 @contextlib.contextmanager
 def installed(site: str) -> Iterator[None]:
-    """Within it, this process finds Megatron Bridge."""
+    """Make Megatron Bridge importable in this block."""
     sys.path.append(site)
     try:
         yield
@@ -110,7 +110,7 @@ def start_from_hf(rank: int, site: str, source: str) -> dict[str, Any]:
         untouched = differences(before, run.fingerprint(), "train_state", "optimizer")
         result = run.load()
         loaded = run.fingerprint()
-        # Copies the master weights into the model: nothing is undone.
+        # Copies the master weights into the model, which must change nothing.
         for member in run.optimizer.chained_optimizers:
             member._copy_main_params_to_model_params()
         run.model[0].start_param_sync(force_sync=True)
@@ -152,7 +152,7 @@ def test_hf_directories_that_cannot_be_loaded(tmp_path: Path) -> None:
 
 
 def save_with_copies(rank: int, site: str) -> dict[str, Any]:
-    """Save the model and adapters, then what cannot be exported, and with a rank that fails."""
+    """Save the model and adapters, then what cannot be exported, and with a failing rank."""
     config = {"also_save_hf_checkpoint": True, "hf_source_path": "org/model", "hf_trust_remote_code": True}
     with installed(site), Run(SETUP, save="run", hf_save_every_n_ranks=2, **config) as run:
         run.train(1)
@@ -209,7 +209,7 @@ def export_with_a_rank_missing(rank: int, site: str) -> tuple[str, str]:
 def test_no_rank_waits_for_one_that_failed_between_collectives(
     tmp_path: Path, bridge: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not even ``on_save_error="warn"`` lets training go on: the ranks are out of step."""
+    """Not even ``on_save_error="warn"`` lets training continue: the ranks are out of step."""
     monkeypatch.setenv("CKPT_FAST_TIMEOUT", "1")
     for error in run_ranks(export_with_a_rank_missing, 2, bridge, fresh=True, timeout_s=60):
         require(

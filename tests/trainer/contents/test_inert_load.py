@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files of data loaders: plain data comes back, everything else is refused and has no effect."""
+"""Files of data loaders: plain data round-trips, everything else is refused without effect."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def test_registered_classes(monkeypatch):
 
 
 def test_energon_states(monkeypatch):
-    """Energon's own classes where it is installed would need its loaders; these have its names and kinds."""
+    """Energon's own classes would need its loaders; these have the same names and kinds."""
     module = types.ModuleType("megatron.energon.savable_loader")
 
     @dataclasses.dataclass

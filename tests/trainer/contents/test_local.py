@@ -15,32 +15,32 @@ from ckpt_fast.checkpointing import init_checkpointing_context, maybe_finalize_a
 from ckpt_fast.doors.local.files import write_local
 from tests.helpers import run_ranks
 from tests.models import FLOPS, Run, Setup, differences, megatron_on_cpu, other
-from tests.trainer.runs import iterations, tracked
+from tests.trainer.training import iterations, tracked
 
 local_door = pytest.importorskip("ckpt_fast.doors.local.manager")
 pytestmark = pytest.mark.skipif(not compat.HAVE_RESIL, reason="needs nvidia-resiliency-ext")
 
 
 def save_and_recover(rank: int, setup: Setup, root: str, local: str, is_async: bool) -> dict[str, Any]:
-    """A persistent checkpoint of step 1, a local one of step 2; a new run recovers from the newer one."""
+    """Save step 1 persistently and step 2 locally; recover a new run from the newer one."""
     config = {
         "non_persistent_ckpt_type": "local",
         "non_persistent_local_ckpt_dir": local,
         "async_save": is_async,
         "async_strategy": "mcore",
     }
-    # nvidia-resiliency-ext and the state dict it takes wait for a GPU, whether there is one or not.
+    # nvidia-resiliency-ext and its state dict synchronize with a GPU, whether there is one or not.
     go = threading.Event()
     with megatron_on_cpu(), Run(setup, save=root, **config) as run, pytest.MonkeyPatch.context() as patch:
         if is_async:
-            # The disk is slow: it begins when training has changed everything.
+            # The disk is slow: writing begins when training has changed everything.
             patch.setattr(local_door, "write_local", lambda *args: (go.wait(30), write_local(*args)))
         context = init_checkpointing_context(run.checkpoint)
         run.state.initialize_async_checkpoint_worker()
         run.train(1)
         run.save(checkpointing_context=context)
         run.train(1)
-        # The train state has not been told of the operations yet.
+        # The train state does not include these operations yet.
         training = (run.state, run.model, run.optimizer, run.scheduler)
         options = {"checkpointing_context": context, "non_persistent_ckpt": True}
         save_checkpoint(*training, FLOPS + 1, **options)
@@ -74,7 +74,7 @@ def test_recovery_from_local_files(
 
 
 def save_before_and_after_a_change(_rank: int, root: str, local: str) -> tuple[tuple[int, int], list[str]]:
-    """Local checkpoints of steps 1 and 2 with constant structure, though a parameter's type changes."""
+    """Save local checkpoints of steps 1 and 2 as constant structure, although a parameter's type changes."""
     config = {
         "non_persistent_ckpt_type": "local",
         "non_persistent_local_ckpt_dir": local,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is understood of Megatron-LM's stored arguments."""
+"""How Megatron-LM's stored arguments are interpreted."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""RNG state: what is collected, in which shape, and that the same numbers follow after it is put back."""
+"""RNG state: what is collected, in which shape, and that restoring it repeats the numbers."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def seed(value: int) -> None:
 
 
 def draw() -> tuple[float, ...]:
-    """One number of each generator; each draw moves them on."""
+    """Draw one number from each generator, which advances them."""
     with compat.get_cuda_rng_tracker().fork():
         forked = torch.rand(1).item()
     return random.random(), float(np.random.rand()), torch.rand(1).item(), forked
@@ -108,7 +108,7 @@ def test_a_state_made_without_a_gpu_seeds_one() -> None:
 
 
 def test_later_draws_do_not_reach_into_a_collected_state() -> None:
-    """A save in the background pickles the state while training draws on."""
+    """A background save pickles the state while training keeps drawing."""
     (state,) = get_rng_state(False, "torch", pg_collection=get_pg_collection([]))
     before = io.BytesIO()
     torch.save(state, before)
@@ -214,7 +214,7 @@ def resume_with_own_state(rank: int, sizes: dict[str, int]) -> bool:
 
 @pytest.mark.parametrize("sizes", [{}, {"context_parallel_size": 2}, {"expert_model_parallel_size": 2}])
 def test_differently_seeded_ranks_get_their_own_state_back(sizes: dict[str, int]) -> None:
-    """With context parallelism both ranks are rank 0 of their data-parallel group."""
+    """With context parallelism, both ranks are rank 0 of their data-parallel groups."""
     assert run_ranks(resume_with_own_state, 2, sizes) == [True, True]
 
 

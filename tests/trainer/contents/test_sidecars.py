@@ -24,11 +24,11 @@ from ckpt_fast.trainer.contents.sidecars import (
 )
 from tests.helpers import run_ranks
 from tests.models import Run, Setup
-from tests.trainer.runs import error_of, require
+from tests.trainer.training import error_of, require
 
 
 class Loader:
-    """Counts samples, and can say and be told where it is."""
+    """Counts samples, and can report and restore its position."""
 
     def __init__(self, position=0, fail=False):
         self.position, self.fail = position, fail
@@ -51,7 +51,7 @@ def iterator(loader):
 
 
 class Group(SoloGroup):
-    """The place of this process in a group that it does not talk to."""
+    """The position of this process in a group that it never communicates with."""
 
     def __init__(self, rank=0):
         self._rank = rank

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a state dict holds under which options, and how strictly a model takes one."""
+"""What a state dict contains under which options, and how strictly a model loads one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ckpt_fast.errors import CheckpointMismatchError
 
 
 class Chunk(torch.nn.Module):
-    """A model chunk that shows what it was asked for."""
+    """A model chunk that records what it was asked for."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class Chunk(torch.nn.Module):
 
 
 class Optimizer:
-    """An optimizer that shows what it was asked for."""
+    """An optimizer that records what it was asked for."""
 
     def __init__(self, is_stub: bool = False) -> None:
         self.is_stub_optimizer = is_stub
@@ -101,11 +101,11 @@ def test_what_there_is_not_is_left_out(changes: dict[str, Any], missing: set[str
 def test_save_options() -> None:
     bare = CheckpointConfig(save_optim=False, save_rng=False)
     assert generate(bare).keys() == {"checkpoint_version", "iteration", "model", "rerun_state_machine"}
-    # A scaffold asks for what the checkpoint has, whatever this run will save.
+    # A scaffold requests what the checkpoint has, whatever this run will save.
     loading = {"optim_sd_kwargs": {"is_loading": True}}
     assert generate(bare, **loading).keys() == generate().keys()
     assert "rng_state" not in generate(bare, **loading, rng_state=None)
-    # Saved even where there is none: readers expect the key.
+    # Saved even if there is none: readers expect the key.
     assert generate(rng_state=None)["rng_state"] is None
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Damaging every file of a run's checkpoints in every way, and what a load makes of it."""
+"""Damages every file of a run's checkpoints in every way, and classifies the resulting loads."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from torch.distributed.checkpoint import FileSystemReader
 from ckpt_fast import resume_dataloader
 from tests.helpers import run_ranks
 from tests.models import FLOPS, Run, Setup, differences, other, seed_everything
-from tests.trainer.runs import Loader, iterator, saved_fingerprint
+from tests.trainer.training import Loader, iterator, saved_fingerprint
 
 Outcome = Literal["right", "older", "scratch", "error", "WRONG"]
 
 
 class Damage(NamedTuple):
-    """What is done to one file: ``name`` is relative to the root of the checkpoints.
+    """A change to one file: ``name`` is relative to the root of the checkpoints.
 
-    ``value`` is the bit to flip, the number of bytes that are left, or the name of the file to put there.
+    ``value`` is the bit to flip, the length to truncate to, or the name of the replacement file.
     """
 
     kind: Literal["flip", "remove", "empty", "cut", "exchange"]
@@ -34,7 +34,7 @@ class Damage(NamedTuple):
 
 
 class Case(NamedTuple):
-    """One damage, what came of it, and the error or the names of the values that are wrong."""
+    """One damage, its outcome, and the error or the names of the wrong values."""
 
     damage: Damage
     outcome: Outcome
@@ -57,7 +57,7 @@ def inflict(root: str, damage: Damage) -> None:
 
 
 def files_of(root: str, step: int) -> list[str]:
-    """Names, relative to the root, of all files of an iteration and its data loaders, and of the trackers."""
+    """Return the names, relative to the root, of all files of an iteration, its data loaders and trackers."""
     directories = [os.path.join(root, parent, f"iter_{step:07d}") for parent in ("", "energon")]
     inner = [
         os.path.join(parent, name)
@@ -70,14 +70,15 @@ def files_of(root: str, step: int) -> list[str]:
 
 
 def flips(root: str, name: str, every: int = 1, first: int = 0) -> list[Damage]:
-    """Flips of every so many bits of a file."""
+    """Return flips of every n-th bit of a file."""
     return [Damage("flip", name, bit) for bit in range(first, 8 * os.path.getsize(f"{root}/{name}"), every)]
 
 
 def sampled_flips(root: str, step: int, per_file: int, per_item: int) -> list[Damage]:
-    """Flips of so many bits of every file, and of every item in the data files.
+    """Return flips of a number of bits of every file, and of every item in the data files.
 
-    They are spread over all bytes, the ends of files and items more densely. Equal calls give equal flips.
+    They are spread over all bytes, more densely at the ends of files and items. Equal calls return equal
+    flips.
     """
     flips: list[Damage] = []
     extents = _items(root, step)
@@ -96,7 +97,7 @@ def sampled_flips(root: str, step: int, per_file: int, per_item: int) -> list[Da
 
 
 def _items(root: str, step: int) -> list[tuple[str, int, int]]:
-    """File, begin and end of every item of the data files."""
+    """Return file, start and end of every item in the data files."""
     directory = f"iter_{step:07d}"
     storage = FileSystemReader(os.path.join(root, directory)).read_metadata().storage_data
     return sorted(
@@ -108,14 +109,14 @@ def _items(root: str, step: int) -> list[tuple[str, int, int]]:
 
 
 def _position(chance: random.Random, begin: int, end: int, number: int) -> int:
-    """By turns: anywhere, among the first and among the last bytes of a range."""
+    """In turn: anywhere, near the start, and near the end of a range."""
     edge = min(512, end - begin)
     low, high = [(begin, end), (begin, begin + edge), (end - edge, end)][number % 3]
     return chance.randrange(low, high)
 
 
 def whole_file_damages(root: str, step: int, older: int) -> list[Damage]:
-    """Each file removed, emptied, cut, and exchanged with that of the same name in the older iteration."""
+    """Return each file removed, emptied, cut, and exchanged with the older iteration's."""
     damages: list[Damage] = []
     for name in files_of(root, step):
         size = os.path.getsize(os.path.join(root, name))
@@ -135,15 +136,15 @@ def outcomes(
     config: dict[str, Any] | None = None,
     resharded: bool = False,
 ) -> list[Case]:
-    """On every rank: inflict one damage after the other, each on the sound files, and load.
+    """On every rank: inflict one damage after another, each on intact files, and load.
 
     Args:
-        setup: of the run that loads.
-        root: of ``runs.save_steps``, with the fingerprints beside it.
-        steps: the newest iteration, and the one that is to be fallen back to.
+        setup: the setup of the run that loads.
+        root: the root of ``training.save_steps``, with the fingerprints beside it.
+        steps: the newest iteration, and the one to fall back to.
         config: fields of CheckpointConfig besides ``load``.
-        resharded: the layout is not the one that saved. Expected is what the sound files give then: the
-            ranks that saved had other pieces of it.
+        resharded: the layout differs from the one that saved. The reference is then a load of the intact
+            files, because the ranks that saved had other pieces.
     """
     cases = []
     with Run(other(setup), load=root, **(config or {})) as run:
@@ -173,12 +174,12 @@ def _values_of_sound_files(run: Run, step: int) -> dict[str, Any]:
 
 
 def _found(run: Run, context: dict[str, Any]) -> dict[str, Any]:
-    """The fingerprint, and the position in the data that the context leads to."""
+    """Return the fingerprint, and the data position that the context leads to."""
     loader = Loader(-1)
     try:
         resume_dataloader(run.state, iterator(loader), context)
         position: Any = loader.position
-    except Exception as error:  # more ranks than saved have no positions
+    except Exception as error:  # ranks beyond those that saved have no positions
         position = type(error).__name__
     return {**run.fingerprint(), "data": position}
 
@@ -200,7 +201,7 @@ def _load(run: Run, damage: Damage, expected: list[dict[str, Any]]) -> Case:
 
 
 def _scramble(run: Run) -> None:
-    """Leave nothing of what the last load restored."""
+    """Destroy everything that the last load restored."""
     with torch.no_grad():
         for parameter in run.model[0].parameters():
             parameter.fill_(7.0)
@@ -233,7 +234,7 @@ def same_on_all(
     damages: list[Damage],
     resharded: bool = False,
 ) -> list[Case]:
-    """``outcomes`` of rank 0; the others have the same."""
+    """Return the ``outcomes`` of rank 0, which are those of all ranks."""
     first: list[Case]
     first, *others = run_ranks(outcomes, ranks, setup, root, steps, damages, {}, resharded, timeout_s=7000)
     for cases in others:
@@ -242,10 +243,10 @@ def same_on_all(
 
 
 def count(cases: Iterable[Case]) -> dict[str, int]:
-    """How often there was which outcome."""
+    """Return how often each outcome occurred."""
     return dict(Counter(case.outcome for case in cases))
 
 
 def unwanted(cases: Iterable[Case], *wanted: Outcome) -> list[Case]:
-    """Those with another outcome."""
+    """Return the cases with any other outcome."""
     return [case for case in cases if case.outcome not in wanted]

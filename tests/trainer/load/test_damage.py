@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every small file of a run, damaged in every way: the values as saved, or the older whole checkpoint."""
+"""Every small file of a run, damaged in every way: the values as saved, or the older intact checkpoint."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ckpt_fast.trainer.places.trackers import (
 )
 from tests.helpers import run_ranks
 from tests.models import Setup
-from tests.trainer import runs
+from tests.trainer import training
 from tests.trainer.load import damage
 from tests.trainer.load.damage import Case, Damage
 
@@ -35,9 +35,9 @@ SMALL = [f"{NEWEST}/{name}" for name in ("train_state.pt", "run_config.yaml", "m
     scope="module", params=[1, pytest.param(2, marks=pytest.mark.long)], ids=["1-rank", "2-ranks"]
 )
 def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, str]:
-    """Number of ranks, and the root of iterations 1 and 2 that they saved."""
+    """Return the number of ranks, and the root of iterations 1 and 2 that they saved."""
     root = str(tmp_path_factory.mktemp("damage") / "run")
-    run_ranks(runs.save_steps, request.param, SETUP, root, 2, {})
+    run_ranks(training.save_steps, request.param, SETUP, root, 2, {})
     return request.param, root
 
 
@@ -55,7 +55,7 @@ def test_a_tracker_that_is_lost_or_damaged_costs_nothing(saved: tuple[int, str],
 @pytest.mark.parametrize("name", SMALL)
 def test_a_small_file_that_is_lost_is_a_reason_to_go_back(saved: tuple[int, str], name: str) -> None:
     damages = [Damage("remove", name), Damage("empty", name)]
-    if not name.endswith(".yaml"):  # the beginning of one is one
+    if not name.endswith(".yaml"):  # a prefix of one is one
         damages.append(Damage("cut", name, 100))
     assert damage.unwanted(outcomes(saved, damages), "older") == []
 
@@ -79,7 +79,7 @@ def test_a_train_state_of_another_save_is_noticed(saved: tuple[int, str]) -> Non
 
 
 def write_run(root: Path) -> None:
-    """What ``published`` looks at: trackers, and an iteration that is sealed."""
+    """Write what ``published`` looks at: trackers, and an iteration that is sealed."""
     state = snapshot_train_state(TrainState(step=2, consumed_train_samples=64), 1e15)
     publish_trackers(str(root), 2, state)
     (root / NEWEST).mkdir()
@@ -89,7 +89,7 @@ def write_run(root: Path) -> None:
 
 @pytest.mark.parametrize(("name", "every"), [(TRACKERS[0], 101), (TRACKERS[1], 1)])
 def test_bits_of_the_trackers(tmp_path: Path, name: str, every: int) -> None:
-    """Whatever is flipped, the iteration is found; if it is noticed, that is said."""
+    """Whatever is flipped, the iteration is found; if the flip is detected, it is reported."""
     write_run(tmp_path)
     tracker = tmp_path / name
     sound, noticed = tracker.read_bytes(), 0
@@ -103,7 +103,7 @@ def test_bits_of_the_trackers(tmp_path: Path, name: str, every: int) -> None:
 
 
 def refused(path: Path, flips: list[Damage]) -> int:
-    """How many flips of a train state are refused; what is not refused must say what was saved."""
+    """Return how many flips of a train state are refused; the others must load what was saved."""
     sound, expected, count = path.read_bytes(), read_train_state.read(str(path)), 0
     for flip in flips:
         damage.inflict(str(path.parent), flip)
@@ -131,7 +131,7 @@ def test_every_bit_of_the_train_state(tmp_path: Path) -> None:
 
 
 def test_entries_of_the_archive_that_claim_to_be_directories(tmp_path: Path) -> None:
-    """torch reads nothing of such an entry, and returns what happens to lie in memory."""
+    """torch reads nothing of such an entry, and returns uninitialized memory."""
     write_run(tmp_path)
     path = tmp_path / NEWEST / "train_state.pt"
     with zipfile.ZipFile(path) as archive:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every file of a checkpoint, the large ones too, damaged or exchanged: no wrong value, and no mixture."""
+"""Every file of a checkpoint, the large ones too, damaged or exchanged: no wrong values, no mixtures."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from tests.helpers import run_ranks
 from tests.models import Setup
-from tests.trainer import runs
+from tests.trainer import training
 from tests.trainer.load import damage
 from tests.trainer.load.damage import Case, Damage
 
@@ -23,9 +23,9 @@ NEWEST = "iter_0000002"
     scope="module", params=[pytest.param(1, marks=pytest.mark.long), 2], ids=["1-rank", "2-ranks"]
 )
 def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, str]:
-    """Number of ranks, and the root of iterations 1 and 2 that they saved."""
+    """Return the number of ranks, and the root of iterations 1 and 2 that they saved."""
     root = str(tmp_path_factory.mktemp("everywhere") / "run")
-    run_ranks(runs.save_steps, request.param, SETUP, root, 2, {}, True)
+    run_ranks(training.save_steps, request.param, SETUP, root, 2, {}, True)
     return request.param, root
 
 
@@ -42,7 +42,7 @@ def test_a_file_that_is_missing_cut_or_of_another_save(saved: tuple[int, str]) -
     damages = [each for each in damage.whole_file_damages(saved[1], 2, 1) if NEWEST in each.name]
     exchanged = [each.name for each in damages if each.kind == "exchange"]
     assert exchanged == names(saved)
-    # The seal and what the run looked like are the same in both.
+    # The seal and the run configuration are the same in both.
     equal = [
         Damage("exchange", name, name.replace(NEWEST, "iter_0000001"))
         for name in names(saved)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Damaged files read by a run of another layout, which takes parts of items: as saved, or the older one."""
+"""Damaged files, loaded in another layout from parts of items: as saved, or the older checkpoint."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import pytest
 
 from tests.helpers import run_ranks
 from tests.models import Setup
-from tests.trainer import runs
+from tests.trainer import training
 from tests.trainer.load import damage
 from tests.trainer.load.damage import Case, Damage
 
 STEPS = (2, 1)
 RESHARDABLE = Setup(distributed=True, reshardable=True)
-# Items of several blocks of the manifest; the optimizer has float32 weights and whole moments on every rank.
+# Items of several manifest blocks; the optimizer has float32 weights and whole moments on every rank.
 LARGE = Setup(hidden=256)
 
 
@@ -47,10 +47,10 @@ QUICK = ("tp-2-to-1",)
     params=[pytest.param(name, marks=() if name in QUICK else pytest.mark.long) for name in LAYOUTS],
 )
 def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Layouts, str]:
-    """The layouts, and the root of iterations 1 and 2."""
+    """Return the layouts, and the root of iterations 1 and 2."""
     layouts = LAYOUTS[request.param]
     root = str(tmp_path_factory.mktemp("resharded") / "run")
-    run_ranks(runs.save_steps, *layouts.saved, root, 2, {}, True)
+    run_ranks(training.save_steps, *layouts.saved, root, 2, {}, True)
     return layouts, root
 
 
@@ -81,7 +81,7 @@ def test_many_flipped_bits_of_every_file_and_item(
 def test_a_file_that_is_missing_cut_or_of_another_save(saved: tuple[Layouts, str]) -> None:
     cases = outcomes(saved, damage.whole_file_damages(saved[1], 2, 1))
     assert {case.damage.kind for case in cases} == {"remove", "empty", "cut", "exchange"}
-    # What is equal in both iterations, and one of two trackers, are no loss.
+    # Files equal in both iterations, and one of two trackers, are no loss.
     harmless = (
         "metadata.json",
         "run_config.yaml",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Missing, damaged and foreign checkpoints: every rank raises, saying what failed, where, and what to do."""
+"""Missing, damaged and foreign checkpoints: every rank raises what failed, where, and what to do."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from ckpt_fast.trainer.load.restore import restore_rerun_and_rng
 from tests.helpers import run_ranks
 from tests.manifests import make_older
 from tests.models import Run, Setup
-from tests.trainer import runs
-from tests.trainer.runs import error_of, require
+from tests.trainer import training
+from tests.trainer.training import error_of, require
 
 SETUP = Setup(bf16=True, distributed=True)
 EXIT_1 = ("SystemExit", "1")
@@ -30,15 +30,15 @@ EXIT_1 = ("SystemExit", "1")
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Iterations 1 and 2 of two ranks."""
+    """Save iterations 1 and 2 on two ranks."""
     root = str(tmp_path_factory.mktemp("errors") / "run")
-    run_ranks(runs.save_steps, 2, SETUP, root, 2, {})
+    run_ranks(training.save_steps, 2, SETUP, root, 2, {})
     return root
 
 
 @pytest.fixture
 def root(sound: str, tmp_path: Path) -> Path:
-    """A copy to damage."""
+    """Return a copy to damage."""
     return Path(shutil.copytree(sound, tmp_path / "run"))
 
 
@@ -48,7 +48,7 @@ def load(rank: int, setup: Setup, config: dict[str, Any]) -> tuple[str, str]:
 
 
 def load_on_two(setup: Setup = SETUP, **config: Any) -> tuple[str, str]:
-    """The one error that both ranks raise."""
+    """Load on two ranks; return the one error that both raise."""
     first, second = run_ranks(load, 2, setup, config)
     assert first == second
     return first
@@ -89,7 +89,7 @@ def test_every_exit_has_a_status_that_job_scripts_see(root: Path, tmp_path: Path
 
 
 def load_without_rng_states(rank: int, root: str) -> tuple[str, str]:
-    """The checkpoint's own says less than one that was promised."""
+    """Load a checkpoint that promises more than it contains; return the error."""
     with Run(SETUP, load=root) as run:
         plan = LoadPlan(rng=True)
         groups = compat.get_pg_collection(run.model)
@@ -139,7 +139,7 @@ def truncate(name: str, nbytes: int) -> Callable[[Path], None]:
 
 
 def flip_last_weight_bit(directory: Path) -> None:
-    """A bit of ``output_layer.weight``'s data, in whichever file it is."""
+    """Flip a bit in the data of ``output_layer.weight``, in whichever file it is."""
     metadata = torch.distributed.checkpoint.FileSystemReader(directory).read_metadata()
     (info,) = [info for index, info in metadata.storage_data.items() if index.fqn == "output_layer.weight"]
     with (directory / info.relative_path).open("r+b") as file:
@@ -154,7 +154,7 @@ def garble(name: str) -> Callable[[Path], None]:
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], None], tuple[str, ...], tuple[str, ...]]] = {
-    # what is done, kinds of error, fragments of its text
+    # what is done, error types, fragments of the text
     "no-seal": (unlink("metadata.json"), ("CheckpointCorruptError",), ("metadata.json",)),
     "no-metadata": (
         unlink(".metadata"),
@@ -187,7 +187,7 @@ def test_damaged_checkpoints(root: Path, damage: str, kind: str) -> None:
     if kind != "ours":
         make_older(directory)
     if kind == "stock":
-        # As stock writers leave it: damage has to be noticed without the list of files.
+        # As stock writers leave it: damage must be detected without the list of files.
         (directory / "ckpt_fast.json").unlink()
     inflict(directory)
     error, text = load_on_two(load=str(root))
@@ -204,7 +204,7 @@ def test_an_empty_directory(root: Path) -> None:
 
 
 def load_where_rank_1_lacks_a_file(rank: int, path: str) -> tuple[str, str]:
-    """Each rank has its own view of the directory, as on a file system that is not shared."""
+    """Give each rank its own view of the directory, as on a file system that is not shared."""
     with Run(SETUP) as run:
         scaffold = run.sharded_state_dict() if rank == 9 else {"model": run.sharded_state_dict(True)["model"]}
         return error_of(lambda: torch_dist.load(scaffold, f"{path}_{rank}"))
@@ -263,7 +263,7 @@ def test_model_of_another_shape(root: Path, setup: Setup, name: str, shapes: tup
 
 
 def load_other_keys(rank: int, path: str, strict: str, ranks: list[int]) -> tuple[str, str]:
-    """Ask, on ``ranks`` only, for a name that the checkpoint does not have."""
+    """Request, on ``ranks`` only, a name that is not in the checkpoint."""
     with Run(SETUP) as run:
         scaffold = {"model": run.sharded_state_dict(True)["model"]}
         if rank in ranks:

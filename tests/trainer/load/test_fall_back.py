@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A damaged checkpoint of any tier is replaced by the newest whole one of any tier; all ranks agree."""
+"""A damaged checkpoint of any tier is replaced by the newest intact one of any tier; all ranks agree."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ckpt_fast import compat
 from ckpt_fast.checkpointing import init_checkpointing_context
 from tests.helpers import run_ranks
 from tests.models import FLOPS, Run, Setup, differences, megatron_on_cpu, other
-from tests.trainer.runs import error_of
+from tests.trainer.training import error_of
 
 pytest.importorskip("ckpt_fast.doors.local.manager")
 pytestmark = pytest.mark.skipif(not compat.HAVE_RESIL, reason="needs nvidia-resiliency-ext")
@@ -33,7 +33,7 @@ def config_of(root: str) -> dict[str, Any]:
 
 
 def save(rank: int, root: str, persistent: set[int], local: set[int]) -> None:
-    """Train up to the newest step; a fingerprint of each step saved is left beside."""
+    """Train up to the newest step; store a fingerprint of each saved step beside it."""
     with megatron_on_cpu(), Run(SETUP, **config_of(root)) as run:
         context = init_checkpointing_context(run.checkpoint)
         for step in range(1, max(persistent | local) + 1):
@@ -45,9 +45,9 @@ def save(rank: int, root: str, persistent: set[int], local: set[int]) -> None:
 
 
 def load(rank: int, root: str, expected: int, config: dict[str, Any]) -> tuple[Any, list[str], str]:
-    """The outcome of a load, what differs from the expected step, and what was printed.
+    """Return the outcome of a load, the differences from the expected step, and what was printed.
 
-    Afterwards the run goes on and saves locally: what was damaged is in nobody's way.
+    Afterwards the run continues and saves locally: the damaged files must not get in the way.
     """
     printed = io.StringIO()
     with megatron_on_cpu(), Run(other(SETUP), **config_of(root), **config) as run:

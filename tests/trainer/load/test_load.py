@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``load_checkpoint`` restores under which configuration, and which checkpoint it takes."""
+"""What ``load_checkpoint`` restores under which configuration, and which checkpoint it chooses."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ from ckpt_fast.doors.megatron import torch_dist
 from ckpt_fast.trainer.load import load as load_module
 from tests.helpers import RankError, run_ranks
 from tests.models import FLOPS, Run, Setup, differences, other
-from tests.trainer import runs
-from tests.trainer.runs import ALL, Loaded
+from tests.trainer import training
+from tests.trainer.training import ALL, Loaded
 
 SETUP = Setup(bf16=True, distributed=True)
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Checkpoints of iterations 1 and 2 of one rank."""
+    """Save iterations 1 and 2 on one rank."""
     root = str(tmp_path_factory.mktemp("load") / "run")
-    run_ranks(runs.save_steps, 1, SETUP, root, 2, {})
+    run_ranks(training.save_steps, 1, SETUP, root, 2, {})
     return root
 
 
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A checkpoint without optimizer, scheduler and RNG."""
+    """Save a checkpoint without optimizer, scheduler and RNG."""
     root = str(tmp_path_factory.mktemp("bare") / "run")
-    run_ranks(runs.save_steps, 1, SETUP, root, 1, {"save_optim": False, "save_rng": False})
+    run_ranks(training.save_steps, 1, SETUP, root, 1, {"save_optim": False, "save_rng": False})
     return root
 
 
 def load(root: str, step: int = 2, options: dict[str, Any] | None = None, **config: Any) -> Loaded:
-    (loaded,) = run_ranks(runs.load, 1, SETUP, root, step, {"load": root, **config}, options or {})
+    (loaded,) = run_ranks(training.load, 1, SETUP, root, step, {"load": root, **config}, options or {})
     return loaded
 
 
@@ -72,7 +72,7 @@ def test_save_options_do_not_limit_a_load(root: str, config: dict[str, Any]) -> 
     ],
 )
 def test_every_strictness_loads_what_fits(root: str, strictness: str) -> None:
-    # "missing" are the train state's neighbours that a scaffold never asks for: there are none here.
+    # "missing" are the train state's neighbours that a scaffold never requests: there are none here.
     assert load(root, dist_ckpt_strictness=strictness).restored == ALL
 
 
@@ -124,7 +124,7 @@ def test_what_was_not_saved_stays_as_it_is(bare: str) -> None:
 
 
 def fresh_optimizer_follows_the_weights(rank: int, root: str, config: dict[str, Any]) -> list[float]:
-    """After a load without optimizer state, master weights are the loaded weights: nothing is undone."""
+    """Load without optimizer state; return what changes when master weights are copied into the model."""
     with Run(other(SETUP), load=root, **config) as run:
         run.train(1)
         run.load()
@@ -146,7 +146,7 @@ def test_pretrained_checkpoint_is_the_fallback(root: str, tmp_path: Path) -> Non
     loaded = load(root, load=str(tmp_path), pretrained_checkpoint=root)
     assert loaded.result[0] == 0
     assert loaded.restored == {"model"}
-    # As soon as the run has a checkpoint of its own, that is resumed from.
+    # Once the run has a checkpoint of its own, it is resumed from that.
     shutil.copytree(root, tmp_path / "run")
     assert load(root, load=str(tmp_path / "run"), pretrained_checkpoint="/nowhere").restored == ALL
 
@@ -164,7 +164,7 @@ def test_recovery_checkpoint_goes_before_an_older_persistent_one(root: str, tmp_
     config = {"load": str(run), "non_persistent_ckpt_type": "global"}
     assert load(root, step=2, **config).restored == ALL
     assert load(root, step=1, ckpt_step=1, **config).restored == ALL
-    # Not even a pretrained checkpoint is preferred to it.
+    # Not even a pretrained checkpoint is preferred.
     shutil.rmtree(run / "iter_0000001")
     (run / "latest_checkpointed_iteration.txt").unlink()
     assert load(root, step=2, pretrained_checkpoint=root, **config).restored == ALL
@@ -177,8 +177,8 @@ def load_weights_alone(rank: int, root: str, directory: str) -> tuple[set[str], 
         state_dict = _load_model_weights_from_checkpoint(directory, run.model, return_state_dict=True)
         assert not differences(before, run.fingerprint(), "model")
         assert _load_model_weights_from_checkpoint(directory, run.model) is None
-        wrong = differences(runs.saved_fingerprint(root, 2, rank), run.fingerprint())
-        changed = runs.parts(differences(before, run.fingerprint()))
+        wrong = differences(training.saved_fingerprint(root, 2, rank), run.fingerprint())
+        changed = training.parts(differences(before, run.fingerprint()))
         assert set(state_dict) >= {"model"}
         return changed, [name for name in wrong if name.startswith("model")]
 
@@ -223,7 +223,7 @@ def test_mismatching_keys_are_returned(root: str) -> None:
 
 
 def weights_with_every_strictness(rank: int, directory: str) -> list[Any]:
-    """What is returned, and whether the weights are those of the checkpoint, with and without asking."""
+    """Return result type, whether it has the model, and the plain call's result, for each strictness."""
     found = []
     with Run(other(SETUP)) as run:
         for strictness in ("assume_ok_unexpected", "return_unexpected", "return_all"):
@@ -241,14 +241,14 @@ def weights_with_every_strictness(rank: int, directory: str) -> list[Any]:
 
 
 def test_weights_alone_with_mismatches_returned(root: str) -> None:
-    """Megatron-Core returns a tuple then; without ``return_state_dict`` it must not reach the model."""
+    """Megatron-Core then returns a tuple; without ``return_state_dict`` it must not reach the model."""
     directory = os.path.join(root, "iter_0000002")
     (found,) = run_ranks(weights_with_every_strictness, 1, directory)
     assert found == [("dict", True, None), ("tuple", True, None), ("tuple", True, None)]
 
 
 def load_modules_apart(rank: int, sources: list[str], is_mimo: bool) -> list[tuple[str, str]]:
-    """Rank 0 does not ask for a tensor that rank 1 has a replica of: modules may be on ranks of their own."""
+    """Load modules that differ by rank: rank 0 does not request a tensor that rank 1 has a replica of."""
     errors = []
     config = {"non_persistent_ckpt_type": "global", "fully_parallel_save": False}
     with Run(other(SETUP), **config) as run:
@@ -257,7 +257,7 @@ def load_modules_apart(rank: int, sources: list[str], is_mimo: bool) -> list[tup
             if rank == 0:
                 del scaffold["model"]["output_layer.weight"]
             errors.append(
-                runs.error_of(
+                training.error_of(
                     lambda source=source, scaffold=scaffold: _load_base_checkpoint(
                         source,
                         run.checkpoint,
@@ -283,7 +283,7 @@ def test_modules_on_ranks_of_their_own_load_from_every_source(root: str, tmp_pat
 
 
 class WithExtraState(torch.nn.Linear):
-    """A module whose checkpoint holds extra state, as Transformer Engine's do."""
+    """A module with extra state in its checkpoint, as Transformer Engine's have."""
 
     def sharded_state_dict(self, prefix: str = "", **_: Any) -> dict[str, Any]:
         name = f"layers.{self.out_features}"

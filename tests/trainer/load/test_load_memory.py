@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much host memory a load takes beside the state that it fills."""
+"""How much host memory a load takes in addition to the state it fills."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def peaks_of_loads(rank: int, setups: dict[str, Setup], root: str) -> dict[str, 
 
 
 def peak_of_load(setup: Setup, root: str) -> int:
-    """Bytes by which memory in use rises, at most, above what it was before the load."""
+    """Return the peak increase in memory use during the load, in bytes."""
     with Run(other(setup), load=root) as run:
         run.train(1)
         run.optimizer.zero_grad()
@@ -40,17 +40,17 @@ def peak_of_load(setup: Setup, root: str) -> int:
 
 
 def status(name: str) -> int:
-    """Bytes, from the kernel's account of this process."""
+    """Return bytes from the kernel's accounting of this process."""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
     return int(line.split()[1]) << 10
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak cannot be reset")
 def test_no_second_copy_of_the_state(tmp_path: Path) -> None:
-    """What is read goes where it belongs, gated layers included; in new processes some 35 MiB come on top.
+    """Data is read straight into place, gated layers included; a new process adds about 35 MiB.
 
-    For a fully reshardable state, Megatron-Core makes whole float32 tensors of master weights and moments,
-    from which it takes the rank's part: 120 MiB here.
+    For a fully reshardable state, Megatron-Core creates whole float32 tensors of master weights and moments,
+    from which it extracts the rank's part: 120 MiB here.
     """
     setups = {
         "replicated": replace(SETUP, distributed=False),

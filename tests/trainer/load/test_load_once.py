@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A load looks at its checkpoint once: files are opened and decoded once by each rank that needs them."""
+"""A load reads its checkpoint once: each rank opens and decodes the files it needs exactly once."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ckpt_fast.doors.megatron import common_state
 from ckpt_fast.pipeline.load import decode
 from tests.helpers import run_ranks, uninstall_rng_tracker
 from tests.models import FLOPS, Run, Setup
-from tests.trainer import runs
+from tests.trainer import training
 from tests.trainer.contents.test_fsdp_runs import Training
 
 SETUP = Setup(bf16=True, distributed=True)
@@ -44,8 +44,8 @@ class Watch:
 
     Attributes:
         opened: how often each file was opened, by its name below the directory.
-        extents: (file, offset, length) of what the engine was told to read.
-        calls: how often ``.metadata`` was unpickled, ``common.pt`` decoded, and ranks met.
+        extents: (file, offset, length) of everything the engine was told to read.
+        calls: how often ``.metadata`` was unpickled, ``common.pt`` decoded, and a collective made.
     """
 
     def __init__(self, directory: str) -> None:
@@ -79,7 +79,7 @@ class Watch:
 
 @functools.cache
 def _watches() -> list[Watch]:
-    """Those that are watching. Python's hook for audits cannot be taken out again."""
+    """Return the active watches. Python's audit hooks cannot be removed."""
     watches: list[Watch] = []
 
     def audit(event: str, args: tuple[Any, ...]) -> None:
@@ -110,7 +110,7 @@ def watched(directory: str) -> Iterator[Watch]:
 
 
 def overlaps(extents: list[tuple[str, int, int]]) -> list[tuple[str, int]]:
-    """Where something is read that has been read already."""
+    """Return the positions at which something is read that was already read."""
     found, ends = [], {"": 0}
     for path, offset, nbytes in sorted(extents):
         if offset < ends.get(path, 0):
@@ -136,10 +136,10 @@ def require_once(watch: Watch, directory: str, names: list[str]) -> None:
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_torch_dist(tmp_path: Path, ranks: int, config: dict[str, Any]) -> None:
     root = str(tmp_path / "run")
-    run_ranks(runs.save_steps, ranks, SETUP, root, 1, {})
+    run_ranks(training.save_steps, ranks, SETUP, root, 1, {})
     for rank, (result, watch) in enumerate(run_ranks(load, ranks, root, config)):
         assert result == (1, float(FLOPS))
-        # What only rank 0 decides, it alone looks at.
+        # What rank 0 alone decides, it alone reads.
         require_once(watch, "iter_0000001", SMALL_FILES if rank == 0 else SMALL_FILES[:3])
         assert watch.calls["decode_object"] == 1
         if ranks > 1:

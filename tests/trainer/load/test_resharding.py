@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From layout to layout, by load and save, no bit of a weight, a moment or a master weight moves."""
+"""Loading and saving from layout to layout changes no bit of a weight, a moment or a master weight."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import torch
 from tests.helpers import run_ranks
 from tests.interop.saved import read_with_dcp
 from tests.models import FLOPS, Run, Setup, differences, identical, other
-from tests.trainer import runs
-from tests.trainer.runs import ALL
+from tests.trainer import training
+from tests.trainer.training import ALL
 
 DENSE = Setup(bf16=True, distributed=True, reshardable=True, layers=2)
 EXPERTS = replace(DENSE, experts=4)
 
-# (ranks, setup): each is loaded from the one before it. What the parallel sizes leave of the ranks is the
-# data-parallel size.
+# (ranks, setup): each is loaded from the previous one. The data-parallel size is what the other parallel
+# sizes leave of the ranks.
 Layout = tuple[int, Setup]
 ON_TWO_RANKS: dict[str, list[Layout]] = {
     "dense": [
@@ -54,22 +54,22 @@ ON_FOUR_RANKS: dict[str, list[Layout]] = {
 
 
 def load_and_save(rank: int, setup: Setup, source: str, target: str) -> set[str]:
-    """Load and save again without training; the parts that the load left as they were."""
+    """Load and save again without training; return the parts that the load left unchanged."""
     with Run(other(setup), load=source, save=target) as run:
         run.train(3)
         before = run.fingerprint()
         assert run.load() == (2, FLOPS)
         run.save()
-        return ALL - runs.parts(differences(before, run.fingerprint()))
+        return ALL - training.parts(differences(before, run.fingerprint()))
 
 
 def wander(layouts: list[Layout], directory: Path) -> list[set[str]]:
-    """Save in the first layout, then load and save in each of the others; the parts each load left alone."""
+    """Load and save in each layout in turn, after the first; return what each load left unchanged."""
     roots = [str(directory / str(number)) for number in range(len(layouts))]
-    run_ranks(runs.save_steps, layouts[0][0], layouts[0][1], roots[0], 2, {})
+    run_ranks(training.save_steps, layouts[0][0], layouts[0][1], roots[0], 2, {})
     kept = []
     for (ranks, setup), source, target in zip(layouts[1:], roots, roots[1:], strict=False):
-        # A seed of its own: the generators would be as saved without being loaded.
+        # A different seed: otherwise the generators would be as saved without being loaded.
         another = replace(setup, seed=int(os.path.basename(target)))
         found = run_ranks(load_and_save, ranks, another, source, target)
         assert all(each == found[0] for each in found)
@@ -84,7 +84,7 @@ def wander(layouts: list[Layout], directory: Path) -> list[set[str]]:
 
 
 def rng_is_kept(before: Layout, after: Layout) -> bool:
-    """RNG states belong to (pipeline, tensor) ranks, with expert parallelism also to data-parallel ones."""
+    """RNG states belong to (pipeline, tensor) ranks; with expert parallelism, to data-parallel ranks too."""
     (ranks, one), (ranks_after, another) = before, after
     if (one.tp, one.pp) != (another.tp, another.pp):
         return True
@@ -110,7 +110,7 @@ def test_parallel_sizes_change_on_four_ranks(tmp_path: Path, kind: str) -> None:
 def load_elsewhere(rank: int, setup: Setup, root: str) -> tuple[str, str]:
     with Run(setup, load=root) as run:
         run.train(1)
-        return runs.error_of(run.load)
+        return training.error_of(run.load)
 
 
 @pytest.mark.parametrize(
@@ -133,6 +133,6 @@ def test_optimizers_that_do_not_follow_the_experts_say_so(
     tmp_path: Path, setup: Setup, kind: str, fragments: tuple[str, ...]
 ) -> None:
     root = str(tmp_path / "run")
-    run_ranks(runs.save_steps, 1, setup, root, 1, {})
+    run_ranks(training.save_steps, 1, setup, root, 1, {})
     for error in run_ranks(load_elsewhere, 2, replace(setup, ep=2), root):
-        runs.require(error, kind, *fragments)
+        training.require(error, kind, *fragments)

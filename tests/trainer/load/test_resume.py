@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A resumed run repeats the saved one to the last bit, also on other ranks than it was saved by."""
+"""A resumed run repeats the saved one bit for bit, even on a different number of ranks."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ import pytest
 from ckpt_fast.checkpointing import maybe_finalize_async_save
 from tests.helpers import RankError, run_ranks
 from tests.models import FLOPS, Run, Setup, differences, other, seed_everything
-from tests.trainer import runs
+from tests.trainer import training
 from tests.trainer.load.test_resharding import load_and_save
-from tests.trainer.runs import ALL
+from tests.trainer.training import ALL
 
 DISTRIBUTED = Setup(bf16=True, distributed=True, layers=2)
 RESHARDABLE = Setup(bf16=True, distributed=True, reshardable=True, layers=2)
 
 
 def save_go_on_and_return(rank: int, setup: Setup, root: str, is_async: bool) -> dict[str, Any]:
-    """Save, train on, seed anew, load in the same process; what differs from the saved run and its future."""
+    """Save, train on, reseed, load in one process; return differences from the saved run and its future."""
     with Run(setup, save=root, load=root, async_save=is_async, async_strategy="mcore") as run:
         run.train(2)
         run.state.initialize_async_checkpoint_worker()
@@ -65,9 +65,9 @@ def test_a_run_returns_to_where_it_saved(tmp_path: Path, ranks: int, setup: Setu
 def test_data_parallel_size_changes(tmp_path: Path, setup: Setup) -> None:
     """1 rank -> 2 data-parallel ranks -> 1 rank, with everything, RNG included."""
     roots = [str(tmp_path / name) for name in ("first", "dp2")]
-    run_ranks(runs.save_steps, 1, setup, roots[0], 2, {})
+    run_ranks(training.save_steps, 1, setup, roots[0], 2, {})
     assert run_ranks(load_and_save, 2, setup, roots[0], roots[1]) == [set()] * 2
-    (loaded,) = run_ranks(runs.load, 1, setup, roots[0], 2, {"load": roots[1]}, {})
+    (loaded,) = run_ranks(training.load, 1, setup, roots[0], 2, {"load": roots[1]}, {})
     assert loaded.restored == ALL
 
 
@@ -78,7 +78,7 @@ def load_with_tp2(rank: int, root: str, config: dict[str, Any]) -> Any:
 
 def test_sharding_that_cannot_change_layout_says_so(tmp_path: Path) -> None:
     root = str(tmp_path / "run")
-    run_ranks(runs.save_steps, 1, DISTRIBUTED, root, 1, {})
+    run_ranks(training.save_steps, 1, DISTRIBUTED, root, 1, {})
     with pytest.raises(RankError) as caught:
         run_ranks(load_with_tp2, 2, root, {})
     assert caught.value.errors == {0: "RuntimeError", 1: "RuntimeError"}

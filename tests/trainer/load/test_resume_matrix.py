@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The resume matrix: what each way to start from a checkpoint restores, and what it leaves as it was."""
+"""The resume matrix: what each way to start from a checkpoint restores, and what it leaves unchanged."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from ckpt_fast.trainer.load.load import _load_checkpoint_from_path
 from tests.helpers import run_ranks
 from tests.interop.saved import save_with_stock
 from tests.models import FLOPS, Run, Setup, differences, megatron_on_cpu, other
-from tests.trainer import runs
-from tests.trainer.runs import ALL, Loaded
+from tests.trainer import training
+from tests.trainer.training import ALL, Loaded
 
 SETUP = Setup(bf16=True, distributed=True, reshardable=True, layers=2)
 ADAPTER = SimpleNamespace(adapter_key_filter=lambda key: isinstance(key, str) and "linear_proj" in key)
@@ -33,10 +33,10 @@ ADAPTER = SimpleNamespace(adapter_key_filter=lambda key: isinstance(key, str) an
 
 @dataclass(frozen=True)
 class Case:
-    """One row: how a run is started, and what of it is then as saved and as before.
+    """One row: how a run is started, which parts are then as saved, and which as before.
 
-    ``restored`` is None where the fingerprints of another layout cannot be compared: the tests of resharding
-    compare whole tensors.
+    ``restored`` is None if the layouts' fingerprints cannot be compared: the resharding tests compare whole
+    tensors.
     """
 
     kept: set[str]
@@ -84,7 +84,7 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Roots of one run's checkpoints, by the names that cases use."""
+    """Return the roots of one run's checkpoints, by the names that cases use."""
     root = tmp_path_factory.mktemp("matrix")
     run_ranks(save_sources, 1, str(root))
     shutil.copytree(root / "run/iter_0000002", root / "release/release")
@@ -94,16 +94,16 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def save_sources(rank: int, root: str) -> None:
     config = {"non_persistent_ckpt_type": "global"}
-    runs.save_steps(rank, SETUP, os.path.join(root, "run"), 2, config)
-    runs.save_steps(rank, SETUP, os.path.join(root, "without optimizer"), 2, {"save_optim": False})
-    runs.save_steps(rank, SETUP, os.path.join(root, "without RNG"), 2, {"save_rng": False})
+    training.save_steps(rank, SETUP, os.path.join(root, "run"), 2, config)
+    training.save_steps(rank, SETUP, os.path.join(root, "without optimizer"), 2, {"save_optim": False})
+    training.save_steps(rank, SETUP, os.path.join(root, "without RNG"), 2, {"save_rng": False})
     with Run(SETUP, save=os.path.join(root, "run"), load=os.path.join(root, "run"), **config) as run:
         run.load()
         run.save(non_persistent_ckpt=True)
 
 
 def start(rank: int, case: Case, root: str) -> Loaded:
-    """Start a run as the case says; data-parallel ranks all compare with what the one rank saved."""
+    """Start a run as the case says; all data-parallel ranks compare with what the single rank saved."""
     named = {
         name: os.path.join(root, value) if value in ("run",) else value for name, value in case.config.items()
     }
@@ -114,9 +114,11 @@ def start(rank: int, case: Case, root: str) -> Loaded:
         before = run.fingerprint()
         result = run.load(**case.options)
         after = run.fingerprint()
-    saved = runs.saved_fingerprint(os.path.join(root, source), case.step, 0)
+    saved = training.saved_fingerprint(os.path.join(root, source), case.step, 0)
     return Loaded(
-        result, ALL - runs.parts(differences(saved, after)), ALL - runs.parts(differences(before, after))
+        result,
+        ALL - training.parts(differences(saved, after)),
+        ALL - training.parts(differences(before, after)),
     )
 
 
@@ -146,18 +148,18 @@ def tune(rank: int, root: str) -> dict[str, Any]:
         tuned = run.fingerprint()
     with Run(other(SETUP), **config, ckpt_step=99) as run:
         run.state.cfg.peft = ADAPTER
-        # As a training program loads the base: before the adapters, and as the start of something new.
+        # As a training program loads the base: before the adapters, and as a new run.
         run.checkpoint.finetune = True
         _load_checkpoint_from_path(
             base, run.state, run.model, None, None, checkpointing_context={}, ignore_ckpt_step=True
         )
-        saved = runs.saved_fingerprint(base, 2, rank)
+        saved = training.saved_fingerprint(base, 2, rank)
         found["base"] = [name for name in differences(saved, run.fingerprint()) if name.startswith("model.")]
         run.checkpoint.finetune, run.checkpoint.ckpt_step = False, None
         found["result"] = run.load()
         recovered = run.fingerprint()
         adapters = {name for name in tuned if "linear_proj" in name}
-        # Nor does a damaged newest one change what an older one holds.
+        # Nor does a damaged newest one change what an older one contains.
         run.train(1)
         run.save(non_persistent_ckpt=True)
         os.unlink(os.path.join(own, "non_persistent/iter_0000004/__0_0.distcp"))
@@ -175,7 +177,7 @@ def tune(rank: int, root: str) -> dict[str, Any]:
 
 
 def test_resume_adapters_from_recovery_without_load(checkpoints: Path) -> None:
-    """``load`` is None: that the recovery checkpoint holds adapters only follows from where it lies."""
+    """``load`` is None: only its location shows that the recovery checkpoint holds adapters."""
     (found,) = run_ranks(tune, 1, str(checkpoints))
     assert found == {
         "finetune": True,
@@ -191,7 +193,7 @@ def test_resume_adapters_from_recovery_without_load(checkpoints: Path) -> None:
 
 
 def recover_locally(rank: int, root: str, local: str) -> dict[str, Any]:
-    """Nothing in ``load``, a pretrained model, and a local checkpoint of the run: that is resumed."""
+    """Resume from a local checkpoint, with ``load`` empty and a pretrained model configured."""
     config = {
         "load": os.path.join(local, "empty"),
         "pretrained_checkpoint": os.path.join(root, "run"),
@@ -203,7 +205,7 @@ def recover_locally(rank: int, root: str, local: str) -> dict[str, Any]:
         context = init_checkpointing_context(run.checkpoint)
         found["first start"] = run.load(checkpointing_context=context)[0], run.checkpoint.finetune
         run.train(4)
-        # The number of operations is the argument's: the train state may be behind.
+        # The number of operations is the argument's: the train state may lag behind.
         run.state.train_state.floating_point_operations_so_far = -1.0
         save_checkpoint(
             run.state,
@@ -232,7 +234,7 @@ def test_resume_locally_rather_than_from_the_pretrained_model(checkpoints: Path,
 # --- Rerun state -----------------------------------------------------------------------------------------
 
 
-# Of three fields in some versions, of two in others.
+# Some versions have three fields, others two.
 CALLER = Caller(*("loss", 0, 0)[: len(Caller._fields)])
 
 
@@ -249,7 +251,7 @@ def rerun_machine() -> Iterator[RerunStateMachine]:
 
 
 def save_in_a_rerun(rank: int, root: str) -> None:
-    """A result was suspicious: the step is to be run again on other hardware, from this checkpoint."""
+    """Save after a suspicious result: the step is to be rerun from this checkpoint on other hardware."""
     with rerun_machine() as machine, Run(SETUP, save=root) as run:
         run.train(2)
         machine.state = RerunState.WILL_RERUN_FROM_CHECKPOINT
@@ -268,7 +270,7 @@ def load_in_a_rerun(rank: int, root: str, setup: Setup) -> Any:
 
 
 def test_resume_a_step_that_is_to_be_run_again(tmp_path: Path) -> None:
-    """Each rank has its own rerun state; ranks in another number, or of another layout, go without."""
+    """Each rank has its own rerun state; a different number of ranks or layout goes without."""
     root = str(tmp_path)
     run_ranks(save_in_a_rerun, 2, root)
     assert run_ranks(load_in_a_rerun, 2, root, SETUP) == [
@@ -286,7 +288,7 @@ GATHERED = {"distrib_optim_sharding_type": "dp_zero_gather_scatter"}
 
 
 def save_legacy(run: Run, root: str, content: dict[str, Any] | None, arguments: dict[str, Any]) -> None:
-    """As Megatron-LM did: arguments and counters in the state dict, and its tracker only."""
+    """Save as Megatron-LM does: arguments and counters in the state dict, and only its own tracker."""
     run.state.train_state.step = 7
     state_dict_of = run.sharded_state_dict
     facts = {"args": Namespace(**arguments), "num_floating_point_operations_so_far": 5}
@@ -298,7 +300,7 @@ def save_legacy(run: Run, root: str, content: dict[str, Any] | None, arguments: 
     for name in ("run_config.yaml", "train_state.pt"):
         os.unlink(os.path.join(directory, name))
     if content == GATHERED and os.path.exists(os.path.join(directory, "common.pt")):
-        # As it was once stored: there is content metadata, but no sharding type in it.
+        # As it was once stored: with content metadata, but without a sharding type in it.
         common = torch.load(os.path.join(directory, "common.pt"), weights_only=False)
         del common["content_metadata"]["distrib_optim_sharding_type"]
         torch.save(common, os.path.join(directory, "common.pt"))
@@ -348,7 +350,7 @@ def test_resume_what_stock_megatron_core_saved_for_megatron_lm(
 ) -> None:
     ((result, consumed, different),) = run_ranks(load_legacy, 1, setup, str(tmp_path), content, arguments)
     assert (result, consumed) == ((7, 5), 4)
-    assert runs.parts(different) == wrong
+    assert training.parts(different) == wrong
 
 
 def save_without_sharding_type(rank: int, root: str) -> None:
@@ -359,10 +361,12 @@ def save_without_sharding_type(rank: int, root: str) -> None:
 
 def load_into_another_layout(rank: int, root: str) -> tuple[str, str]:
     with Run(replace(SETUP, tp=2), load=root) as run:
-        return runs.error_of(run.load)
+        return training.error_of(run.load)
 
 
 def test_resume_into_another_layout_without_a_sharding_type(tmp_path: Path) -> None:
     run_ranks(save_without_sharding_type, 1, str(tmp_path))
     for error in run_ranks(load_into_another_layout, 2, str(tmp_path)):
-        runs.require(error, "RuntimeError", "(2, 1) vs (1, 1)", "dp_zero_gather_scatter", "load_optim=False")
+        training.require(
+            error, "RuntimeError", "(2, 1) vs (1, 1)", "dp_zero_gather_scatter", "load_optim=False"
+        )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ranks that see different directories: rank 0 decides, the others wait, and an error says who sees what."""
+"""Ranks that see different directories: rank 0 decides, the others wait, and errors say who sees what."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from ckpt_fast.storage.files import Directory
 from ckpt_fast.trainer.load import visibility
 from tests.helpers import run_ranks
 from tests.models import FLOPS, Run, Setup
-from tests.trainer import runs
-from tests.trainer.runs import error_of, require
+from tests.trainer import training
+from tests.trainer.training import error_of, require
 
 SETUP = Setup()
 
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Iterations 1 and 2 of two ranks."""
+    """Save iterations 1 and 2 on two ranks."""
     root = str(tmp_path_factory.mktemp("visibility") / "run")
-    run_ranks(runs.save_steps, 2, SETUP, root, 2, {})
+    run_ranks(training.save_steps, 2, SETUP, root, 2, {})
     return root
 
 
 @pytest.fixture
 def root(sound: str, tmp_path: Path) -> Path:
-    """A copy to hide parts of."""
+    """Return a copy to hide parts of."""
     return Path(shutil.copytree(sound, tmp_path / "run"))
 
 
@@ -58,7 +58,7 @@ needs_mounts = pytest.mark.skipif(not can_mount(), reason="needs mount namespace
 
 
 def see_instead(root: str, view: str) -> None:
-    """From now on this thread, and those that it starts, find at ``root`` what is in ``view``."""
+    """From now on this thread, and those that it starts, see ``view`` at ``root``."""
     new_mount_namespace = 0x00020000
     if ctypes.CDLL(None, use_errno=True).unshare(new_mount_namespace) != 0:
         raise OSError(ctypes.get_errno(), "unshare")
@@ -67,7 +67,7 @@ def see_instead(root: str, view: str) -> None:
 
 
 def load(rank: int, root: str, view: str, late: str | None, weights_of: str | None) -> Any:
-    """Rank 1 sees ``view`` in the place of ``root``; the file ``late`` appears in it after 2 s."""
+    """Load while rank 1 sees ``view`` instead of ``root``; the file ``late`` appears there after 2 s."""
     if rank == 1:
         see_instead(root, view)
         if late is not None:
@@ -100,7 +100,7 @@ def test_a_rank_that_sees_nothing(
 
 @needs_mounts
 def test_a_rank_that_sees_another_save(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not even an older one that all could load is taken: rank 0 sees a whole one."""
+    """Not even an older one that all could load is chosen: rank 0 sees an intact one."""
     monkeypatch.setenv("CKPT_FAST_VISIBLE_TIMEOUT", "1")
     view = Path(shutil.copytree(root, tmp_path / "view"))
     metadata = view / "iter_0000002/.metadata"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The list of what there is to resume from: tiers, links, trackers, and what is whole."""
+"""The list of checkpoints to resume from: tiers, links, trackers, and which are complete."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SEAL = '{"sharded_backend": "torch_dist", "sharded_backend_version": 1}'
 
 
 def checkpoint(root: Path, step: int, sealed: bool = True) -> Path:
-    """A directory that passes for a whole checkpoint of ours as far as the catalog looks."""
+    """Make a directory that passes for a complete checkpoint of ours as far as the catalog looks."""
     directory = root / f"iter_{step:07d}"
     directory.mkdir(parents=True)
     (directory / "__0_0.distcp").write_bytes(b"data")
@@ -33,7 +33,7 @@ def publish(root: Path, step: int) -> None:
 
 
 class Manager:
-    """As much of a local checkpoint manager as the catalog asks for."""
+    """The part of a local checkpoint manager that the catalog uses."""
 
     def iterations(self) -> list[int]:
         return [4, 3]
@@ -60,7 +60,7 @@ def test_one_list_of_all_tiers(tmp_path: Path) -> None:
     assert found[1] == Found("recovery", str(recovery), 4, f"{recovery}/iter_0000004")
 
 
-def test_links_are_followed_and_other_names_passed_over(tmp_path: Path) -> None:
+def test_links_are_followed_and_other_names_ignored(tmp_path: Path) -> None:
     archive = checkpoint(tmp_path / "archive", 5)
     run = tmp_path / "run"
     checkpoint(run, 4)
@@ -131,7 +131,7 @@ def test_trackers_that_are_lost(tmp_path: Path, names: tuple[int, ...], damage: 
             path.write_bytes(b"" if damage == "empty" else b"\x80garbled")
     found = published(str(tmp_path))
     assert (found.iteration, found.is_release) == (8, False)
-    # Megatron Bridge writes the first alone.
+    # Megatron Bridge writes only the first.
     assert bool(found.notes) == (names != (1,) or damage != "remove")
     publish(tmp_path, 8)
     assert published(str(tmp_path)) == catalog.Published(8)

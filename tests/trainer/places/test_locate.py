@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which checkpoint is taken of those that lie there."""
+"""Which of the existing checkpoints is chosen."""
 
 from __future__ import annotations
 
@@ -95,14 +95,14 @@ def test_a_root_that_cannot_be_one(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         _resolve_checkpoint_iteration(str(tmp_path / "file"), None)
     with pytest.raises(ValueError, match=r"ckpt_step=3 specified but checkpoint\.load is None"):
         _resolve_checkpoint_iteration(None, 3)
-    # No directory is not the working directory.
+    # An empty directory name is not the working directory.
     monkeypatch.chdir(tmp_path)
     publish(tmp_path, 9)
     assert _resolve_checkpoint_iteration("", None) == (-1, False)
 
 
 def test_iterations_without_a_tracker_are_not_searched_for(tmp_path: Path) -> None:
-    """An untracked directory may be half a checkpoint."""
+    """An untracked directory may be an incomplete checkpoint."""
     make_iteration(tmp_path, 5)
     assert _resolve_checkpoint_iteration(str(tmp_path), None) == (-1, False)
 
@@ -145,7 +145,7 @@ def resolve_own(rank: int, directory: str, step: int | None) -> tuple[int, bool]
 
 
 def test_ranks_that_see_other_files_follow_rank_0(tmp_path: Path) -> None:
-    """Rank 1 has no tracker yet; deciding for itself it would not take part in reading the tracker."""
+    """Rank 1 has no tracker yet; deciding for itself, it would not take part in reading the tracker."""
     publish(tmp_path / "0", 30)
     assert run_ranks(resolve_own, 2, str(tmp_path), None) == [(30, False), (30, False)]
 

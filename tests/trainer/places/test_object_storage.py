@@ -26,13 +26,13 @@ profiles = (f"store{number}" for number in itertools.count())
 
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A URL whose objects are files under ``tmp_path/run``. Profiles are cached, so each test has its own."""
+    """Return a URL for objects in ``tmp_path/run``. Profiles are cached, so each test has its own."""
     pytest.importorskip("multistorageclient")
     profile, config = next(profiles), tmp_path / "msc.yaml"
     provider = {"type": "file", "options": {"base_path": str(tmp_path)}}
     config.write_text(yaml.safe_dump({"profiles": {profile: {"storage_provider": provider}}}))
     monkeypatch.setenv("MSC_CONFIG", str(config))
-    monkeypatch.setattr(MultiStorageClientFeature, "_enabled", True)  # newer Megatron-Core: not by default
+    monkeypatch.setattr(MultiStorageClientFeature, "_enabled", True)  # newer Megatron-Core: off by default
     return f"msc://{profile}/run"
 
 

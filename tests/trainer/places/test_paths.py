@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names of a checkpoint's files, and what a directory is recognised as."""
+"""Names of a checkpoint's files, and what a directory is recognized as."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ckpt_fast.trainer.places import paths
 
 @pytest.fixture
 def stored_objects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A multi-storage-client profile "store" whose objects are files under the returned directory."""
+    """Make a multi-storage-client profile "store" whose objects are files under the returned directory."""
     pytest.importorskip("multistorageclient")
     config = tmp_path / "msc.yaml"
     bucket = tmp_path / "bucket"
@@ -53,7 +53,7 @@ def test_any_marker_makes_an_iteration_directory(tmp_path: Path, marker: str) ->
 
 
 @pytest.mark.parametrize("nothing", [None, ""])
-def test_no_path_is_no_checkpoint(nothing: str | None) -> None:
+def test_no_path_is_not_a_checkpoint(nothing: str | None) -> None:
     assert not paths.is_checkpoint_iteration_directory(nothing)
     assert not paths.checkpoint_exists(nothing)
     assert not paths.is_hf_checkpoint_dir(nothing)
@@ -68,7 +68,7 @@ def test_a_root_exists_with_either_tracker(tmp_path: Path, tracker: str) -> None
     assert not paths.is_checkpoint_iteration_directory(str(tmp_path))
 
 
-def test_a_directory_in_the_trackers_place_is_no_tracker(tmp_path: Path) -> None:
+def test_a_directory_in_the_trackers_place_is_not_a_tracker(tmp_path: Path) -> None:
     (tmp_path / "latest_checkpointed_iteration.txt").mkdir()
     assert not paths.checkpoint_exists(str(tmp_path))
 

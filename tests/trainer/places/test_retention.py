@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Retention: what is kept, what is deleted, and what a crash or an error in the middle leaves."""
+"""Retention: what is kept, what is deleted, and what a crash or an error in between leaves."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_zero_leaves_the_one_to_resume_from(tmp_path):
     assert left(tmp_path) == [3]
 
 
-def test_newer_ones_may_be_in_the_making(tmp_path):
+def test_newer_ones_may_be_in_progress(tmp_path):
     for iteration in (1, 2, 3, 4):
         checkpoint(tmp_path, iteration)
     cleanup(str(tmp_path), leave_ckpt_num=1, max_iteration=2)
@@ -96,7 +96,7 @@ def test_newer_ones_may_be_in_the_making(tmp_path):
 
 
 def test_after_a_roll_back_the_resumed_run_is_kept(tmp_path):
-    """Iterations 150 and 160 are of the time before the roll-back to 80."""
+    """Iterations 150 and 160 are from before the rollback to 80."""
     for iteration in (80, 90, 100, 150, 160):
         checkpoint(tmp_path, iteration)
     track(tmp_path, 100)
@@ -173,7 +173,7 @@ def test_the_newest_stay_where_none_is_known_to_be_whole(tmp_path):
 
 
 def test_unfinished_ones_do_not_count(tmp_path):
-    """The save of iteration 3 died; without it two checkpoints must remain."""
+    """The save of iteration 3 died; without it, two checkpoints must remain."""
     for iteration in (1, 2, 4):
         checkpoint(tmp_path, iteration)
     checkpoint(tmp_path, 3, finished=False)

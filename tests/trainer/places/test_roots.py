@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""However a directory is named, the same checkpoint is found, with its position in the data; all is said."""
+"""However a directory is named, the same checkpoint and data position are found, and all is reported."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from ckpt_fast import resume_dataloader
 from ckpt_fast.trainer.places.paths import settle_directories, settled
 from tests.helpers import RankError, run_ranks
 from tests.models import FLOPS, Run, Setup
-from tests.trainer import runs
-from tests.trainer.runs import Loader, iterator
+from tests.trainer import training
+from tests.trainer.training import Loader, iterator
 
 SETUP = Setup()
 
 
 def save(rank: int, root: Any) -> None:
-    """Persistent checkpoints of 1 and 2, one for recovery of 3; the position is 100 for each step."""
+    """Save 1 and 2 persistently and 3 for recovery; the position is 100 per step."""
     with Run(SETUP, save=root, non_persistent_ckpt_type="global") as run:
         for step in (1, 2, 3):
             run.train(1)
@@ -34,7 +34,7 @@ def save(rank: int, root: Any) -> None:
 
 
 def resume(rank: int, directory: str, config: dict[str, Any], loader: Any = None) -> tuple[Any, int, str]:
-    """The result of a load in a working directory, the position of the data, and what was printed."""
+    """Return the result of a load in a working directory, the data position, and what was printed."""
     os.chdir(directory)
     printed, loader = io.StringIO(), loader or Loader(-1)
     with Run(SETUP, **config) as run, contextlib.redirect_stdout(printed):
@@ -47,7 +47,7 @@ def resume(rank: int, directory: str, config: dict[str, Any], loader: Any = None
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Saved to a relative ``Path``."""
+    """Return what was saved to a relative ``Path``."""
     directory = tmp_path_factory.mktemp("roots")
     with contextlib.chdir(directory) if hasattr(contextlib, "chdir") else contextlib.nullcontext():
         run_ranks(save, 1, directory / "run")
@@ -56,7 +56,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def directory(sound: Path, tmp_path: Path) -> Path:
-    """A copy to change."""
+    """Return a copy to change."""
     shutil.copytree(sound / "run", tmp_path / "run")
     return tmp_path
 
@@ -121,7 +121,7 @@ def test_an_iteration_that_was_moved_to_an_archive(directory: Path) -> None:
 # --- What is said ----------------------------------------------------------------------------------------
 
 
-def test_a_position_that_is_lost_is_said(directory: Path) -> None:
+def test_a_lost_position_is_reported(directory: Path) -> None:
     shutil.rmtree(directory / "run/energon/iter_0000002")
     ((_, position, printed),) = run_ranks(resume, 1, str(directory), {"load": "run"})
     assert position == -1
@@ -129,13 +129,13 @@ def test_a_position_that_is_lost_is_said(directory: Path) -> None:
     assert f"WARNING: no dataloader state in {directory}/run/energon/iter_0000002" in printed
 
 
-def test_a_loader_that_cannot_take_the_position_is_said(sound: Path) -> None:
+def test_a_loader_that_cannot_restore_is_reported(sound: Path) -> None:
     ((_, _, printed),) = run_ranks(resume, 1, str(sound), {"load": "run"}, SimpleNamespace())
     assert "WARNING: the position in the data is not restored" in printed
     assert "has no restore_state" in printed
 
 
-def test_parts_that_are_not_restored_are_said(sound: Path) -> None:
+def test_parts_that_are_not_restored_are_reported(sound: Path) -> None:
     for config, restored, left in (
         ({"finetune": True}, "weights;", "optimizer (finetune), scheduler (finetune), RNG (finetune)"),
         ({"load_optim": False}, "weights, RNG, counters;", "optimizer (load_optim=False)"),
@@ -164,7 +164,9 @@ def lose_everything(directory: Path) -> None:
         ("run", "none of the 2 iterations in {}/run is whole: {}/run/iter_0000002"),
     ],
 )
-def test_a_start_from_scratch_is_said_once(directory: Path, load: str | None, why: str, ranks: int) -> None:
+def test_a_start_from_scratch_is_reported_once(
+    directory: Path, load: str | None, why: str, ranks: int
+) -> None:
     (directory / "empty").mkdir()
     lose_everything(directory)
     answers = run_ranks(resume, ranks, str(directory), {"load": load})
@@ -181,7 +183,7 @@ def test_a_start_from_scratch_is_said_once(directory: Path, load: str | None, wh
 def test_whole_iterations_without_trackers_are_loaded(directory: Path) -> None:
     for path in directory.glob("run/latest_*"):
         path.unlink()
-    # Nor does anybody start from a pretrained checkpoint then.
+    # Nor is a pretrained checkpoint used then.
     for config in ({}, {"pretrained_checkpoint": "/nowhere"}):
         ((result, position, printed),) = run_ranks(resume, 1, str(directory), {"load": "run", **config})
         assert (result, position) == ((2, FLOPS), 200)
@@ -213,4 +215,4 @@ def test_a_configuration_without_directories_stays_as_it_is() -> None:
 
 
 def test_the_fixture_saves_what_it_says(sound: Path) -> None:
-    assert runs.iterations(str(sound / "run")) == [1, 2]
+    assert training.iterations(str(sound / "run")) == [1, 2]

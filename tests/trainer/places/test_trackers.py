@@ -81,7 +81,7 @@ def test_a_file_is_read_once_until_it_is_replaced(tmp_path: Path, monkeypatch: p
         assert trackers.read_train_state(str(path)).step == 5
     assert len(opened) == 1
 
-    # Same size, and even the same time of modification: only the file itself is another one.
+    # Same size, and even the same modification time: only the file itself is different.
     times = (path.stat().st_atime_ns, path.stat().st_mtime_ns)
     save_state(path, 6)
     os.utime(path, ns=times)
@@ -146,7 +146,7 @@ def test_run_config_is_sanitised(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["- a\n", "just text", "model: 3\n", "checkpoint: [save]\n"])
-def test_a_file_that_is_no_run_config(tmp_path: Path, content: str) -> None:
+def test_a_file_that_is_not_a_run_config(tmp_path: Path, content: str) -> None:
     path = tmp_path / "run_config.yaml"
     path.write_text(content)
     with pytest.raises(RuntimeError, match=r"run_config\.yaml: it is no configuration.*ckpt_step"):
@@ -244,7 +244,7 @@ def test_an_older_save_that_is_finalized_late_leaves_the_trackers(
 def test_trackers_keep_the_old_checkpoint_when_the_new_one_cannot_be_named(tmp_path: Path) -> None:
     first = trackers.snapshot_train_state(TrainState(step=1), 0)
     trackers.publish_trackers(str(tmp_path), 1, first)
-    # A directory where the tracker was cannot be replaced by a file.
+    # A directory in the tracker's place cannot be replaced by a file.
     tracker = tmp_path / "latest_train_state.pt"
     tracker.unlink()
     (tracker / "in_the_way").mkdir(parents=True)

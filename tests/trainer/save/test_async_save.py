@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scheduling and publishing background saves, with a queue and without one."""
+"""Scheduling and publishing background saves, with and without a queue."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.helpers import RankError, run_ranks
 
 
 class State:
-    """The part of GlobalState these functions use."""
+    """The part of GlobalState that these functions use."""
 
     def __init__(self, queue: Any = None) -> None:
         self.async_calls_queue = queue
@@ -41,7 +41,7 @@ def append(path: Path, line: str) -> None:
 
 
 def request_to(path: Path, log: Path) -> Any:
-    """Stages "staged", writes it to ``path``, then appends two lines to ``log``."""
+    """Return a request that stages "staged", writes it to ``path`` and appends two lines to ``log``."""
     return MCoreAsyncRequest(
         write,
         (path, None),
@@ -121,7 +121,7 @@ def test_without_a_queue_no_rank_publishes_what_another_could_not_write(tmp_path
 
 
 class Writer:
-    """Prepared data, as FileSystemWriterAsync hands it out."""
+    """Prepared data, as FileSystemWriterAsync returns it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

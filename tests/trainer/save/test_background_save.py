@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Saves that are written while training goes on: what they hold, and when they show."""
+"""Saves that are written while training continues: what they contain, and when they become visible."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from ckpt_fast.callbacks import CallbackManager
 from ckpt_fast.checkpointing import maybe_finalize_async_save
 from tests.helpers import RankError, run_ranks
 from tests.models import Run, Setup, differences, other
-from tests.trainer import runs
-from tests.trainer.runs import ALL, is_sealed, iterations, tracked
+from tests.trainer import training
+from tests.trainer.training import ALL, is_sealed, iterations, tracked
 
 SETUP = Setup(bf16=True, distributed=True)
 BACKGROUND = {"async_save": True, "async_strategy": "mcore"}
@@ -50,7 +50,7 @@ def save_in_background(rank: int, root: str) -> list[str]:
         run.save()
         run.train(1)
         run.save()
-        # Two in flight; the first checkpoint stays until one of them takes its place.
+        # Two in flight; the first checkpoint stays until one of them replaces it.
         assert (tracked(root), is_sealed(root, 1)) == ((1, 1), True)
         torch.distributed.barrier()
     with Run(other(SETUP), load=root) as loading:
@@ -61,9 +61,9 @@ def save_in_background(rank: int, root: str) -> list[str]:
     return wrong
 
 
-def test_background_save_is_of_the_moment_it_was_asked_for(tmp_path: Path) -> None:
+def test_background_save_holds_the_state_at_the_call(tmp_path: Path) -> None:
     assert run_ranks(save_in_background, 2, str(tmp_path)) == [[], []]
-    # Deleting goes on in a thread.
+    # Deletion continues in a thread.
     wait_until(lambda: iterations(str(tmp_path)) == [4])
 
 
@@ -94,20 +94,20 @@ def test_finalizing_without_blocking_gets_there_on_all_ranks_at_once(tmp_path: P
 
 def test_without_a_queue_the_save_is_made_at_once(tmp_path: Path) -> None:
     root = str(tmp_path / "run")
-    run_ranks(runs.save_steps, 2, SETUP, root, 1, BACKGROUND)
+    run_ranks(training.save_steps, 2, SETUP, root, 1, BACKGROUND)
     assert tracked(root) == (1, 1)
-    loaded = run_ranks(runs.load, 2, SETUP, root, 1, {"load": root}, {})
+    loaded = run_ranks(training.load, 2, SETUP, root, 1, {"load": root}, {})
     assert [each.restored for each in loaded] == [ALL, ALL]
 
 
 def test_formats_that_cannot_be_saved_in_the_background(tmp_path: Path) -> None:
     with pytest.raises(RankError, match="async_save is not available for ckpt_format 'torch'") as caught:
-        run_ranks(runs.save_steps, 1, SETUP, str(tmp_path), 1, {**BACKGROUND, "ckpt_format": "torch"})
+        run_ranks(training.save_steps, 1, SETUP, str(tmp_path), 1, {**BACKGROUND, "ckpt_format": "torch"})
     assert caught.value.errors == {0: "NotImplementedError"}
 
 
 class Uploads:
-    """In the place of MLflow: what was uploaded."""
+    """Replaces MLflow; records uploads."""
 
     def __init__(self) -> None:
         self.paths: list[str] = []
@@ -117,7 +117,7 @@ class Uploads:
 
 
 class Notes:
-    """In the place of Comet: what was noted."""
+    """Replaces Comet; records notes."""
 
     def __init__(self) -> None:
         self.steps: list[int] = []
@@ -142,6 +142,6 @@ def change_settings_in_flight(rank: int, root: str) -> tuple[list[str], list[int
     return uploads.paths, notes.steps
 
 
-def test_loggers_are_told_as_it_was_when_the_save_began(tmp_path: Path) -> None:
-    """By the settings of then, and of the step of then."""
+def test_loggers_get_the_values_at_the_call(tmp_path: Path) -> None:
+    """With the settings and the step of the time of the call."""
     assert run_ranks(change_settings_in_flight, 1, str(tmp_path)) == [(["iter_0000001"], [1, 3])]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Failing disks, failing ranks: every rank raises, and the previous checkpoint stays selected and whole."""
+"""Failing disks and ranks: every rank raises, and the previous checkpoint stays selected and intact."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from ckpt_fast.errors import CheckpointError
 from ckpt_fast.pipeline.save.parts import SaveOptions
 from tests.helpers import run_ranks
 from tests.models import Run, Setup
-from tests.trainer import runs
-from tests.trainer.runs import ALL, error_of, require
+from tests.trainer import training
+from tests.trainer.training import ALL, error_of, require
 
 SETUP = Setup(bf16=True, distributed=True)
 
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Iterations 1 and 2 of two ranks."""
+    """Save iterations 1 and 2 on two ranks."""
     root = str(tmp_path_factory.mktemp("failures") / "run")
-    run_ranks(runs.save_steps, 2, SETUP, root, 2, {})
+    run_ranks(training.save_steps, 2, SETUP, root, 2, {})
     return root
 
 
 @pytest.fixture
 def root(sound: str, tmp_path: Path) -> Path:
-    """A copy to save into."""
+    """Return a copy to save into."""
     return Path(shutil.copytree(sound, tmp_path / "run"))
 
 
@@ -45,7 +45,7 @@ def root(sound: str, tmp_path: Path) -> Path:
 
 
 def save(rank: int, config: dict[str, Any], break_it: str) -> tuple[tuple[str, str], bool]:
-    """Save step 3 on top of a resumed run with something in the way; the error, and errno was kept."""
+    """Save step 3 in a resumed run with an obstacle; return the error, and whether errno was kept."""
     with Run(SETUP, **config) as run:
         run.load()
         run.train(1)
@@ -60,7 +60,7 @@ def save(rank: int, config: dict[str, Any], break_it: str) -> tuple[tuple[str, s
 
 
 class limited_files:
-    """Files of this process cannot grow beyond ``nbytes``: writes fail with EFBIG."""
+    """Limit files of this process to ``nbytes``: writes fail with EFBIG."""
 
     def __init__(self, nbytes: int) -> None:
         self._nbytes = nbytes
@@ -76,7 +76,7 @@ class limited_files:
 
 
 class blocked:
-    """A directory of the name of a file to be written, made on one rank before the save."""
+    """Put a directory in place of a file to be written, on one rank, before the save."""
 
     def __init__(self, rank: int, path: str) -> None:
         self._path = path if rank == 1 else None
@@ -145,7 +145,7 @@ def test_failed_saves(root: Path, failure: str, background: bool) -> None:
     for fragment in (f"{root}/iter_0000003", *EXPECTED[failure]):
         assert fragment in text
 
-    # The run is as if it had not tried: the previous checkpoint is selected, complete, and loads.
+    # As if the save had not been tried: the previous checkpoint is selected, complete, and loads.
     assert (root / "latest_checkpointed_iteration.txt").read_text() == "2"
     assert torch.load(root / "latest_train_state.pt", weights_only=True)["step"] == 2
 
@@ -154,7 +154,7 @@ def test_previous_checkpoint_loads_after_a_failed_save(sound: str, tmp_path: Pat
     root = shutil.copytree(os.path.dirname(sound), tmp_path / "copy") / "run"
     config = {"save": str(root), "load": str(root)}
     run_ranks(save, 2, config, "full_disk_on_rank_1")
-    for loaded in run_ranks(runs.load, 2, SETUP, str(root), 2, {"load": str(root)}, {}):
+    for loaded in run_ranks(training.load, 2, SETUP, str(root), 2, {"load": str(root)}, {}):
         assert loaded.restored == ALL
 
 
@@ -162,7 +162,7 @@ def save_with_a_full_log(rank: int, root: str) -> None:
     with Run(SETUP, save=root) as run, open("/dev/full", "w") as log, contextlib.redirect_stdout(log):
         run.train(1)
         run.save()
-        # Its buffer would be flushed, and fail, when it is closed.
+        # Its buffer would be flushed when it is closed, and fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), log.fileno())
 
 
@@ -185,7 +185,7 @@ def test_save_directory_is_a_file(tmp_path: Path) -> None:
 
 
 def remove_the_directory_in_between(rank: int, root: str) -> tuple[str, str]:
-    """Between the writing of the data and its publication."""
+    """Remove it after the data is written and before it is published; return the error."""
     with Run(SETUP, save=root) as run:
         run.train(1)
         job = torch_dist.start_save(
@@ -218,7 +218,7 @@ def test_errors_keep_errno_and_path(tmp_path: Path) -> None:
 
 
 class OutOfOrderError(Exception):
-    """Raised by a module or optimizer of the program."""
+    """Raised by the program's own module or optimizer."""
 
 
 def break_down(*_: Any, **__: Any) -> Any:

@@ -23,8 +23,8 @@ from ckpt_fast.pipeline.load.index import CheckpointIndex
 from ckpt_fast.pipeline.load.verify import find_damage
 from tests.helpers import run_ranks
 from tests.models import FLOPS, Run, Setup, differences, identical, megatron_on_cpu, other
-from tests.trainer.runs import error_of, is_sealed, iterations, require, tracked
 from tests.trainer.save.test_policies import DAMAGES
+from tests.trainer.training import error_of, is_sealed, iterations, require, tracked
 
 SETUP = Setup(distributed=True, reshardable=True)
 
@@ -49,7 +49,7 @@ class Bucket:
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator[None]:
-        """The feature is on, in this rank."""
+        """Enable the feature on this rank."""
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(MultiStorageClientFeature, "_enabled", True)
             patch.setenv("CKPT_FAST_SPOOL", self.spool)
@@ -57,7 +57,7 @@ class Bucket:
             yield
 
     def of(self, step: int) -> tuple[str, str]:
-        """The checkpoint of an iteration, as URL and as directory."""
+        """Return an iteration's checkpoint, as URL and as directory."""
         name = f"iter_{step:07d}"
         return f"{self.url}/{name}", f"{self.local}/{name}"
 
@@ -69,14 +69,14 @@ def bucket(tmp_path: Path) -> Bucket:
 
 
 def loaded(setup: Setup, **config: Any) -> tuple[tuple[int, float], dict[str, Any]]:
-    """Result and fingerprint of a run that was at another place before it loaded."""
+    """Return result and fingerprint of a run that was in another state before it loaded."""
     with Run(other(setup), **config) as run:
         run.train(2)
         return run.load(), run.fingerprint()
 
 
 def save_and_resume(rank: int, bucket: Bucket) -> dict[str, Any]:
-    """Iteration 1 at once, 2 and 3 in the background; back from the newest, by step and by directory."""
+    """Save 1 synchronously, 2 and 3 in the background; resume from the newest, by step and by directory."""
     found: dict[str, Any] = {}
     prints = {}
     with bucket.in_use():
@@ -132,7 +132,7 @@ def save_steps(rank: int, bucket: Bucket) -> None:
             run.save()
 
 
-def test_damaged_objects_are_passed_over(bucket: Bucket) -> None:
+def test_damaged_objects_are_skipped(bucket: Bucket) -> None:
     run_ranks(save_steps, 2, bucket)
     saved = shutil.copytree(bucket.local, f"{bucket.local}.saved")
     for name, damage in DAMAGES.items():
@@ -142,7 +142,7 @@ def test_damaged_objects_are_passed_over(bucket: Bucket) -> None:
 
 
 def other_doors(rank: int, bucket: Bucket) -> list[str]:
-    """Ours and stock, by URL and by directory, writing and reading: which of them differ."""
+    """Write and read with ours and stock, by URL and by directory; return which differ."""
     wrong = []
     with bucket.in_use(), Run(Setup()) as run:
         run.train(1)
@@ -199,7 +199,7 @@ def test_the_objects_are_the_files_of_a_local_save(bucket: Bucket) -> None:
 
 
 def fail_to_upload(rank: int, bucket: Bucket) -> dict[str, tuple[str, str]]:
-    """In the way of rank 1's data, at once and in the background; of the coordinator's seal; of the spool."""
+    """Obstruct rank 1's data (in both modes), the coordinator's seal, and the spool; return the errors."""
     errors = {}
     with bucket.in_use(), Run(SETUP, save=bucket.url) as run:
         run.train(1)
@@ -222,7 +222,7 @@ def fail_to_upload(rank: int, bucket: Bucket) -> dict[str, tuple[str, str]]:
 
 
 def _obstruct(rank: int, bucket: Bucket, name: str) -> None:
-    """Put a directory in the way of an object of iteration 2."""
+    """Put a directory in place of an object of iteration 2."""
     torch.distributed.barrier()
     if rank == 0:
         shutil.rmtree(bucket.of(2)[1], ignore_errors=True)
@@ -275,7 +275,7 @@ def save_and_load(rank: int, url: str) -> list[tuple[str, str]]:
 
 
 def test_other_urls_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their data would lie in a local directory called "s3:"."""
+    """Their data would end up in a local directory called "s3:"."""
     monkeypatch.chdir(tmp_path)
     ((saving, loading),) = run_ranks(save_and_load, 1, "s3://bucket/run")
     require(saving, "CheckpointWriteError", "cannot save to s3://bucket/run", "multi-storage-client")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An iteration is saved again: the old one is there, whole in every part, until the new one is."""
+"""Saving an iteration again: the old checkpoint stays, complete in every part, until it is replaced."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def home_of(name: str) -> Any:
 
 @contextlib.contextmanager
 def killed_at(number: int, root: Path, left: Path) -> Iterator[None]:
-    """Copy ``root`` to ``left`` before the change of a directory of that number."""
+    """Copy ``root`` to ``left`` before the n-th change of a directory."""
     remaining = [number]
     originals = {name: getattr(home_of(name), name) for name in CHANGES}
 
@@ -55,7 +55,7 @@ def killed_at(number: int, root: Path, left: Path) -> Iterator[None]:
 
 
 def state_of(run: Run, number: int) -> dict[str, Any]:
-    """Make all that a checkpoint holds depend on the number."""
+    """Make everything in a checkpoint depend on the number."""
     train_state = run.state.train_state
     train_state.step, train_state.consumed_train_samples = 5, 100 + number
     with torch.no_grad():
@@ -70,7 +70,7 @@ def save(run: Run, number: int) -> None:
 
 
 def number_in(run: Run, root: Path) -> int:
-    """Of which save the checkpoint is that a load finds; all its parts are of this one."""
+    """Return which save a load finds; all its parts must be from that save."""
     state_of(run, -1)
     loader = Loader(-1)
     run.checkpoint.load = str(root)
@@ -102,7 +102,7 @@ def kill_at_every_change(_: int, directory: str) -> list[int]:
             if not left.exists():
                 break
             found.append(number_in(run, left))
-            # What is left is in nobody's way.
+            # What is left must not get in the way.
             run.checkpoint.save = str(left)
             save(run, 3)
             assert number_in(run, left) == 3

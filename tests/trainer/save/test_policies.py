@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What happens when a save fails, or the newest checkpoint is damaged."""
+"""What happens if a save fails or the newest checkpoint is damaged."""
 
 from __future__ import annotations
 
@@ -13,26 +13,27 @@ from typing import Any
 
 import pytest
 
+from ckpt_fast.pipeline.load.decode import read_dcp_metadata
 from tests.helpers import RankError, run_ranks
 from tests.manifests import make_older
 from tests.models import FLOPS, Run, Setup
-from tests.trainer import runs
-from tests.trainer.runs import ALL, Loaded
+from tests.trainer import training
+from tests.trainer.training import ALL, Loaded
 
 SETUP = Setup()
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Checkpoints of iterations 1, 2 and 3 of one rank."""
+    """Save iterations 1, 2 and 3 on one rank."""
     root = str(tmp_path_factory.mktemp("policies") / "run")
-    run_ranks(runs.save_steps, 1, SETUP, root, 3, {})
+    run_ranks(training.save_steps, 1, SETUP, root, 3, {})
     return root
 
 
 @pytest.fixture
 def root(saved: str, tmp_path: Path) -> str:
-    """A copy to damage, with the fingerprints beside it."""
+    """Return a copy to damage, with the fingerprints beside it."""
     for name in os.listdir(os.path.dirname(saved)):
         if name.endswith(".pt"):
             shutil.copy(os.path.join(os.path.dirname(saved), name), tmp_path)
@@ -41,20 +42,24 @@ def root(saved: str, tmp_path: Path) -> str:
 
 
 def load(root: str, step: int, **config: Any) -> Loaded:
-    (loaded,) = run_ranks(runs.load, 1, SETUP, root, step, {"load": root, **config}, {})
+    (loaded,) = run_ranks(training.load, 1, SETUP, root, step, {"load": root, **config}, {})
     return loaded
 
 
-def flip_a_bit(path: str) -> None:
-    with open(path, "r+b") as file:
-        file.seek(os.path.getsize(path) // 2)
+def flip_a_bit(directory: str) -> None:
+    """Flip a bit in the middle of the longest item of rank 0."""
+    items = read_dcp_metadata(directory).storage_data.values()
+    mine = [item for item in items if item.relative_path == "__0_0.distcp"]
+    longest = max(mine, key=lambda item: item.length)
+    with open(os.path.join(directory, longest.relative_path), "r+b") as file:
+        file.seek(longest.offset + longest.length // 2)
         byte = file.read(1)[0]
         file.seek(-1, os.SEEK_CUR)
         file.write(bytes([byte ^ 1]))
 
 
 DAMAGES = {
-    "bit": lambda directory: flip_a_bit(os.path.join(directory, "__0_0.distcp")),
+    "bit": flip_a_bit,
     "truncated": lambda directory: os.truncate(os.path.join(directory, "__0_0.distcp"), 5000),
     "shard": lambda directory: os.unlink(os.path.join(directory, "__0_0.distcp")),
     "seal": lambda directory: os.unlink(os.path.join(directory, "metadata.json")),
@@ -68,7 +73,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_is_passed_over(root: str, damage: str) -> None:
+def test_a_damaged_checkpoint_is_skipped(root: str, damage: str) -> None:
     DAMAGES[damage](os.path.join(root, "iter_0000003"))
     assert load(root, 2) == Loaded((2, FLOPS), restored=ALL, kept=set())
 
@@ -82,12 +87,12 @@ def fall_back(rank: int, roots: list[str]) -> list[tuple[int, float]]:
 
 
 def test_ranks_fall_back_together(saved: str, tmp_path: Path) -> None:
-    """Whatever is wrong with the newest checkpoint, half-written directories included, no rank waits."""
+    """Whatever is wrong with the newest checkpoint, half-written directories included, no rank hangs."""
     roots = []
     for name, damage in DAMAGES.items():
         roots.append(shutil.copytree(saved, tmp_path / name))
         damage(str(tmp_path / name / "iter_0000003"))
-    # An interrupted save, newer than what the tracker names, of which nothing may be believed.
+    # An interrupted save, newer than what the tracker names, of which nothing may be trusted.
     unfinished = shutil.copytree(saved, tmp_path / "unfinished")
     shutil.copytree(unfinished / "iter_0000003", unfinished / "iter_0000004")
     (unfinished / "iter_0000004/metadata.json").unlink()
@@ -95,8 +100,8 @@ def test_ranks_fall_back_together(saved: str, tmp_path: Path) -> None:
     assert results == [[(2, FLOPS)] * len(roots) + [(3, FLOPS)]] * 2
 
 
-def test_a_damaged_recovery_checkpoint_is_passed_over(saved: str, tmp_path: Path) -> None:
-    """For the recovery checkpoint before it, or for the persistent one, whichever is newer."""
+def test_a_damaged_recovery_checkpoint_is_skipped(saved: str, tmp_path: Path) -> None:
+    """By the recovery checkpoint before it, or by the persistent one, whichever is newer."""
     root = tmp_path / "run"
     shutil.copytree(saved, root / "non_persistent")
     shutil.copytree(os.path.join(saved, "iter_0000002"), root / "iter_0000002")
@@ -118,14 +123,14 @@ def test_a_damaged_recovery_checkpoint_is_passed_over(saved: str, tmp_path: Path
 
 
 def load_and_tell(rank: int, config: dict[str, Any]) -> tuple[Any, str]:
-    """The result of a load, and the directory it fell back to."""
+    """Return the result of a load, and the directory it fell back to."""
     printed = io.StringIO()
     with Run(SETUP, **config) as run, contextlib.redirect_stdout(printed):
         result = run.load()
     return result, re.findall(r"falling back to (\S+)", printed.getvalue())[-1]
 
 
-def test_several_damaged_checkpoints_are_passed_over(root: str) -> None:
+def test_several_damaged_checkpoints_are_skipped(root: str) -> None:
     DAMAGES["bit"](os.path.join(root, "iter_0000003"))
     DAMAGES["shard"](os.path.join(root, "iter_0000002"))
     assert load(root, 1).result == (1, FLOPS)
@@ -146,8 +151,8 @@ def test_no_fall_back_where_none_is_wanted(root: str) -> None:
 
 
 @pytest.mark.parametrize("step", [2, 3])
-def test_a_policy_that_is_none_is_refused(root: str, step: int) -> None:
-    """Also while nothing is damaged: not when it is needed for the first time."""
+def test_an_invalid_policy_is_refused(root: str, step: int) -> None:
+    """Even if nothing is damaged: not only when it is needed for the first time."""
     if step == 2:
         DAMAGES["bit"](os.path.join(root, "iter_0000003"))
     with pytest.raises(RankError, match="on_corrupt='retry': use one of fallback, raise") as raised:
@@ -156,10 +161,10 @@ def test_a_policy_that_is_none_is_refused(root: str, step: int) -> None:
 
 
 @pytest.mark.parametrize("setting", [{"on_save_error": "ignore"}, {"on_save_in_progress": "drop"}])
-def test_a_save_with_a_policy_that_is_none(setting: dict[str, str], tmp_path: Path) -> None:
+def test_a_save_with_an_invalid_policy(setting: dict[str, str], tmp_path: Path) -> None:
     ((name, value),) = setting.items()
     with pytest.raises(RankError, match=f"{name}='{value}': use one of "):
-        run_ranks(runs.save_steps, 1, SETUP, str(tmp_path / "run"), 1, setting)
+        run_ranks(training.save_steps, 1, SETUP, str(tmp_path / "run"), 1, setting)
     assert not list(tmp_path.glob("run/iter_*"))
 
 
@@ -193,13 +198,13 @@ def _overwrite_with_stock(rank: int, directory: str) -> None:
 
 
 def _fail_to_save(rank: int, root: str, asynchronous: bool) -> tuple[int, bool]:
-    """Save step 1; let step 2 fail on the last rank only; go on; save step 3."""
+    """Save step 1; let step 2 fail on the last rank only; continue; save step 3."""
     with Run(SETUP, save=root, on_save_error="warn", async_save=asynchronous) as run:
         run.state.initialize_async_checkpoint_worker()
         for step in (1, 2, 3):
             run.train(1)
             if step == 2 and rank == 0:
-                # A directory where a data file should be.
+                # A directory in place of a data file.
                 os.makedirs(os.path.join(root, "iter_0000002", "__1_0.distcp", "in_the_way"))
             run.save()
             from ckpt_fast.checkpointing import maybe_finalize_async_save

@@ -20,15 +20,15 @@ from ckpt_fast.doors.megatron.common_state import load_common_state_dict
 from tests.helpers import RankError, run_ranks
 from tests.interop.saved import read_with_dcp
 from tests.models import FLOPS, Run, Setup, differences, identical, other
-from tests.trainer import runs
-from tests.trainer.runs import error_of, iterations, require, tracked
+from tests.trainer import training
+from tests.trainer.training import error_of, iterations, require, tracked
 
 SETUP = Setup(bf16=True, distributed=True)
 
 
 def test_files_around_the_payload(tmp_path: Path) -> None:
     root = str(tmp_path / "run")
-    run_ranks(runs.save_steps, 2, SETUP, root, 2, {})
+    run_ranks(training.save_steps, 2, SETUP, root, 2, {})
     assert tracked(root) == (2, 2)
     assert iterations(root) == [1, 2]
     for step in (1, 2):
@@ -71,7 +71,7 @@ def test_parallel_save_shares_the_writing(tmp_path: Path) -> None:
     sizes = {}
     for parallel in (True, False):
         root = str(tmp_path / str(parallel))
-        run_ranks(runs.save_steps, 2, Setup(), root, 1, {"fully_parallel_save": parallel})
+        run_ranks(training.save_steps, 2, Setup(), root, 1, {"fully_parallel_save": parallel})
         files = Path(root).glob("iter_0000001/*.distcp")
         sizes[parallel] = {path.name: path.stat().st_size for path in files}
     assert sizes[False].keys() == {"__0_0.distcp"}
@@ -85,7 +85,7 @@ def overwrite(rank: int, root: str) -> list[str]:
         run.save()
         if rank == 0:
             directory = Path(root) / "iter_0000001"
-            # Left by a run on more ranks, and the user's own.
+            # Left by a run on more ranks, and the user's own file.
             (directory / "__7_0.distcp").write_bytes(b"old")
             (directory / "notes.txt").write_text("mine")
         torch.distributed.barrier()
@@ -108,7 +108,7 @@ def test_saving_an_iteration_again_replaces_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize("keep, left", [(-1, [1, 2, 3]), (None, [1, 2, 3]), (2, [2, 3]), (1, [3]), (0, [3])])
 def test_retention(tmp_path: Path, keep: int | None, left: list[int]) -> None:
     root = str(tmp_path / "run")
-    run_ranks(runs.save_steps, 1, SETUP, root, 3, {"most_recent_k": keep})
+    run_ranks(training.save_steps, 1, SETUP, root, 3, {"most_recent_k": keep})
     # Not even 0 deletes what the tracker names.
     assert iterations(root) == left
     assert tracked(root) == (3, 3)
@@ -128,7 +128,7 @@ def test_non_persistent_checkpoints_have_a_place_of_their_own(tmp_path: Path) ->
     run_ranks(save_for_recovery, 1, root, {})
     assert (iterations(root), tracked(root)) == ([1], (1, 1))
     recovery = os.path.join(root, "non_persistent")
-    # The one before the newest is kept until the newest is known to be whole.
+    # The second newest is kept until the newest is known to be complete.
     assert (iterations(recovery), tracked(recovery)) == ([3, 4], (4, 4))
 
     elsewhere = str(tmp_path / "elsewhere")
@@ -162,7 +162,7 @@ def test_non_persistent_types_that_cannot_be_saved(
 
 
 def save_oddly(rank: int, root: str) -> list[tuple[str, str]]:
-    """Without a directory, without a model, and without RNG states."""
+    """Save without a directory, without a model, and without RNG states."""
     with Run(SETUP, save="") as run, pytest.MonkeyPatch.context() as patch:
         run.checkpoint.non_persistent_ckpt_type = "global"
         errors = [error_of(run.save), error_of(lambda: run.save(non_persistent_ckpt=True))]
@@ -170,7 +170,9 @@ def save_oddly(rank: int, root: str) -> list[tuple[str, str]]:
         save = functools.partial(save_checkpoint, run.state, [], run.optimizer, run.scheduler, 0)
         errors.append(error_of(save))
         run.checkpoint.save_rng = False
-        patch.setattr("ckpt_fast.trainer.save.save.get_rng_state", lambda *_, **__: pytest.fail("not wanted"))
+        patch.setattr(
+            "ckpt_fast.trainer.save.collect.get_rng_state", lambda *_, **__: pytest.fail("not wanted")
+        )
         return [*errors, error_of(run.save)]
 
 
@@ -208,7 +210,7 @@ def save_with_callbacks(rank: int, root: str) -> None:
     manager.user_state["count"] = 41
 
     def on_save(context: CallbackContext) -> None:
-        # It can rely on the checkpoint, on rank 0 as elsewhere.
+        # Callbacks can rely on the checkpoint, on every rank.
         assert tracked(root) is not None
         context.user_state["count"] += 1
         seen.append(context)
@@ -273,7 +275,7 @@ ADAPTER = SimpleNamespace(adapter_key_filter=lambda key: isinstance(key, str) an
 
 
 def tune_adapters(rank: int, base: str, root: str) -> tuple[set[str], list[str], tuple[int, int]]:
-    """Save what a fine-tuning of some weights changed, and resume it on top of the base weights."""
+    """Save what fine-tuning of some weights changed, and resume it on top of the base weights."""
     with Run(Setup(), save=root) as run:
         run.state.cfg.peft = ADAPTER
         run.train(2)
@@ -295,11 +297,11 @@ def tune_adapters(rank: int, base: str, root: str) -> tuple[set[str], list[str],
 
 def test_adapters_are_saved_and_resumed_alone(tmp_path: Path) -> None:
     base, root = str(tmp_path / "base"), str(tmp_path / "adapters")
-    run_ranks(runs.save_steps, 1, Setup(), base, 1, {})
+    run_ranks(training.save_steps, 1, Setup(), base, 1, {})
     ((on_disk, wrong, result),) = run_ranks(tune_adapters, 1, base, root)
     model = {name for name in on_disk if name.startswith(("decoder.", "embedding.", "output_layer."))}
     assert model == {"decoder.layers.self_attention.linear_proj.weight"}
-    # fp32 parameters are their own master weights: the optimizer brings them back.
+    # fp32 parameters are their own master weights: the optimizer restores them.
     assert [name for name in wrong if not name.startswith("optimizer")] == []
     assert result == (2, FLOPS)
 
@@ -308,7 +310,7 @@ def test_adapters_are_saved_and_resumed_alone(tmp_path: Path) -> None:
 
 
 class Linear(torch.nn.Module):
-    """A module that knows what Megatron-Core asks of modules, and needs none of its groups."""
+    """A module with the interface that Megatron-Core requires, which needs none of its groups."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()

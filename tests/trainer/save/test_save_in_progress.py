@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A save is due while the one before is still being written."""
+"""A save is due while the previous one is still being written."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from ckpt_fast import native
 from ckpt_fast.checkpointing import maybe_finalize_async_save
 from tests.helpers import run_ranks
 from tests.models import Run, Setup
-from tests.trainer.runs import iterations, tracked
+from tests.trainer.training import iterations, tracked
 
 SETUP = Setup(bf16=True, distributed=True)
 
 
 def save_twice(rank: int, root: str, policy: str) -> dict[str, Any]:
-    """The first save is slow on rank 1 alone, until the second one has been asked for."""
+    """Save twice: the first save is slow on rank 1 alone, until the second has been requested."""
     opened, implementation = threading.Event(), native.engine()
     original = implementation.write_files
     if rank == 1:

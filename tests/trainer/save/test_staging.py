@@ -37,7 +37,7 @@ def load_weights(run: Run) -> None:
 def change_while_copying(
     rank: int, setup: Setup, root: str, change: Callable[[Run], None], hooked: bool
 ) -> list[str]:
-    """Names of what the checkpoint has of another moment than the call's."""
+    """Return the names of values in the checkpoint that are not those at the time of the call."""
     with Run(setup, save=root, load=root, async_save=True, async_strategy="mcore") as run:
         run.state.initialize_async_checkpoint_worker()
         run.train(1)

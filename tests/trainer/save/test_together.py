@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ranks act together: what fails on one is the same error on all, soon, and there are few collectives."""
+"""Ranks act together: a failure on one is the same error on all, soon, with few collectives."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from ckpt_fast.doors.megatron.parallel_save import FastParallelSaveWrapper
 from ckpt_fast.pipeline.save.parts import SaveOptions
 from tests.helpers import RankError, run_ranks
 from tests.models import Run, Setup
-from tests.trainer.runs import error_of, require, tracked
+from tests.trainer.training import error_of, require, tracked
 
 SETUP = Setup(bf16=True, distributed=True)
 _COLLECTIVES = (
@@ -41,7 +41,7 @@ _SOON_S = 20.0
 
 @contextmanager
 def counted() -> Iterator[Counter[str]]:
-    """Counts what a program calls, not what that calls in turn."""
+    """Count what a program calls directly, not nested calls."""
     calls: Counter[str] = Counter()
     depth = 0
 
@@ -78,7 +78,7 @@ def test_a_save_of_a_known_structure_makes_five_collectives(tmp_path: Path, setu
 
 
 def fail(rank: int, root: str, what: str) -> tuple[str, str, float]:
-    """Save a second time, with something wrong on rank 1; the error, and how long it took."""
+    """Save a second time, with a fault on rank 1; return the error, and how long it took."""
     with Run(SETUP, save=root, ckpt_assume_constant_structure=True) as run:
         context: dict[str, Any] = {}
         run.save(checkpointing_context=context)
@@ -102,7 +102,7 @@ class Failing(Callback):  # type: ignore[misc]
 
 
 def callback(rank: int, run: Run) -> dict[str, Any]:
-    """Only one rank has one."""
+    """Register a callback on one rank only."""
     manager = CallbackManager()
     if rank == 1:
         manager.add(Failing())
@@ -148,7 +148,7 @@ def test_what_fails_on_one_rank_is_the_same_error_on_both(
 
 
 def save_after_one_that_was_refused(rank: int, root: str) -> list[float]:
-    """A tensor comes along; the first save with it is refused on rank 1, after rank 0 has looked at it."""
+    """Add a tensor; its first save is refused on rank 1 after rank 0 has planned it."""
     strategy = FastParallelSaveWrapper(FastSaveStrategy(), dist.group.WORLD, do_cache_distribution=True)
 
     def state(names: str, value: float) -> dict[str, ShardedTensor]:
@@ -173,7 +173,7 @@ def save_after_one_that_was_refused(rank: int, root: str) -> list[float]:
     return [float(loaded[name][-1]) for name in "abc"]
 
 
-def test_a_refused_save_leaves_no_idea_of_who_saves_what(tmp_path: Path) -> None:
+def test_a_refused_save_caches_no_distribution(tmp_path: Path) -> None:
     for values in run_ranks(save_after_one_that_was_refused, 2, str(tmp_path)):
         assert values == [3.0, 3.0, 3.0]
 
@@ -213,7 +213,7 @@ def load_damaged(rank: int, root: str) -> tuple[str, str]:
     return error_of(lambda: dist_checkpointing.load(state(0.0), root, FastLoadStrategy()))
 
 
-def test_no_rank_goes_on_with_a_load_that_failed_on_another(tmp_path: Path) -> None:
+def test_no_rank_continues_a_load_that_failed_on_another(tmp_path: Path) -> None:
     first, second = run_ranks(load_damaged, 2, str(tmp_path))
     assert first == second
     require(first, "CheckpointCorruptError", "rank 1: ")

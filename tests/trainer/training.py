@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ranks do in the tests of saving and loading: train, save, load, and say what came of it."""
+"""What ranks do in the tests of saving and loading: train, save, load, and report the outcome."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ALL = {"model", "optimizer", "scheduler", "rng", "train_state"}
 
 
 class Loaded(NamedTuple):
-    """What a load did: which parts of a run are now as saved, and which are as before the load."""
+    """The outcome of a load: which parts of a run are now as saved, and which as before the load."""
 
     result: tuple[int, float]
     restored: set[str]
@@ -46,8 +46,8 @@ def save_steps(
 ) -> None:
     """Train ``steps`` steps and save after each; ``config`` are fields of CheckpointConfig.
 
-    ``with_data``: and the state of a data loader, another one in every step and on every rank; "data" in the
-    fingerprint.
+    With ``with_data``, also save a data loader's state, different in every step and on every rank ("data" in
+    the fingerprint).
     """
     with Run(setup, save=root, **config) as run:
         for step in range(1, steps + 1):
@@ -59,14 +59,14 @@ def save_steps(
 
 
 def saved_fingerprint(root: str, step: int, rank: int) -> dict[str, Any]:
-    """The fingerprint that ``save_steps`` took right after it saved."""
+    """Return the fingerprint that ``save_steps`` took right after it saved."""
     return torch.load(_expected(root, step, rank), weights_only=False)  # type: ignore[no-any-return]
 
 
 def load(
     rank: int, setup: Setup, root: str, step: int, config: dict[str, Any], options: dict[str, Any]
 ) -> Loaded:
-    """Load into a run that has trained on its own, and compare with what ``save_steps`` left of ``root``.
+    """Load into a run that has trained on its own, and compare with the fingerprints of ``save_steps``.
 
     ``config`` are fields of CheckpointConfig, ``options`` arguments of ``load_checkpoint``.
     """
@@ -83,7 +83,7 @@ def load(
 
 
 def parts(names: list[str]) -> set[str]:
-    """Which parts of a run the names of a fingerprint belong to."""
+    """Return the parts of a run that the names of a fingerprint belong to."""
     rng = ("random", "numpy", "torch", "tracker.")
     return {"rng" if name.startswith(rng) else name.partition(".")[0].rstrip("0123456789") for name in names}
 
@@ -98,17 +98,17 @@ def tracked(root: str) -> tuple[int, int] | None:
 
 
 def iterations(root: str) -> list[int]:
-    """The iterations that have a directory, in order."""
+    """Return the iterations that have a directory, in order."""
     return sorted(int(path.name.removeprefix("iter_")) for path in Path(root).glob("iter_*"))
 
 
 def is_sealed(root: str, step: int) -> bool:
-    """Whether the checkpoint of an iteration is whole."""
+    """Return whether the checkpoint of an iteration is complete."""
     return (Path(root) / f"iter_{step:07d}/metadata.json").exists()
 
 
 def error_of(action: Callable[[], Any]) -> tuple[str, str]:
-    """Kind and text of what ``action`` raises."""
+    """Return type and text of the error that ``action`` raises."""
     try:
         result = action()
     except (Exception, SystemExit) as error:
@@ -117,7 +117,7 @@ def error_of(action: Callable[[], Any]) -> tuple[str, str]:
 
 
 def require(error: tuple[str, str], kind: str, *fragments: str) -> None:
-    """Assert that an error is of a kind and that its text has all the fragments."""
+    """Assert that an error has the type and that its text has all the fragments."""
     assert error[0] == kind, error
     assert [fragment for fragment in fragments if fragment not in error[1]] == [], error[1]
 

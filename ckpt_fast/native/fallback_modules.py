@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine's walk over torch modules, in Python."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def walk_modules(roots: Sequence[object]) -> tuple[list[Any], list[Any], bytes]:
+    modules: list[Any] = []
+    tensors: list[Any] = []
+    names: list[str] = []
+    for root in roots:
+        _take(root, modules, tensors, names)
+    return modules, tensors, "".join(names).encode()
+
+
+def _take(module: object, modules: list[Any], tensors: list[Any], names: list[str]) -> None:
+    modules.append(module)
+    attributes = vars(module)
+    for kind in ("_parameters", "_buffers"):
+        for name, tensor in _part(attributes, kind).items():
+            names.append(f"{name}\0")
+            if tensor is None:
+                names.append("0")
+            else:
+                tensors.append(tensor)
+        names.append(";")
+    for kind in ("_non_persistent_buffers_set", "_state_dict_hooks", "_state_dict_pre_hooks"):
+        names.append(f"{len(_part(attributes, kind))},")
+    names.append("+" if "sharded_state_dict" in attributes else "-")
+    for name, child in _part(attributes, "_modules").items():
+        names.append(f"{name}\0")
+        if child is not None:
+            _take(child, modules, tensors, names)
+        names.append(")")
+
+
+def _part(attributes: dict[str, Any], name: str) -> Any:
+    found = attributes.get(name)
+    if found is None:
+        raise TypeError(f"not a torch module: it has no {name}")
+    if name != "_non_persistent_buffers_set" and not isinstance(found, dict):
+        raise TypeError(f"{name} of a module is no dictionary")
+    return found

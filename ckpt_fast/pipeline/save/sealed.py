@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ``.metadata`` of programs that were executed before: the same pickle, with new lengths of objects."""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ckpt_fast.format.types import RankRecord
+from ckpt_fast.pipeline.save.encode import encode_metadata
+
+# Pickled as four bytes, so is every length that later takes its place. The last byte is a mark that hardly
+# any other number in the pickle has; if one does, the next mark is tried.
+_INT = struct.Struct("<I")
+_MARKS = (0x5A, 0x6B, 0x7C, 0x3D)
+_MOST = 1 << 24
+
+
+class SealedMetadata:
+    """A pickled ``.metadata``, and where in it the lengths of objects stand. All else depends on structure.
+
+    Args:
+        records: of all ranks in rank order, with their items.
+        planner_data: see ``encode_metadata``.
+
+    Raises:
+        CheckpointMismatchError: see ``encode_metadata``.
+        ValueError: lengths cannot be told from other numbers.
+    """
+
+    def __init__(self, records: Sequence[RankRecord], planner_data: Mapping[str, Any] | None) -> None:
+        self._programs = _programs(records)
+        self._planner_data = planner_data
+        self._objects = [
+            (rank, position)
+            for rank, record in enumerate(records)
+            for position, item in enumerate(record.items)
+            if item.dtype is None
+        ]
+        if len(self._objects) >= _MOST:
+            raise ValueError(f"{len(self._objects)} objects are too many")
+        for mark in _MARKS:
+            pickled = encode_metadata(_marked(records, mark), planner_data)
+            places = _places(pickled, mark, len(self._objects))
+            if places is not None:
+                self._pickled, self._places = pickled, places
+                return
+        raise ValueError("the lengths of objects cannot be told from other numbers")
+
+    def fits(self, records: Sequence[RankRecord], planner_data: Mapping[str, Any] | None) -> bool:
+        """Whether these ranks executed the same programs."""
+        return self._programs == _programs(records) and self._planner_data == planner_data
+
+    def encode(self, records: Sequence[RankRecord]) -> bytes:
+        """The pickle for what the ranks have written now.
+
+        Args:
+            records: they ``fit``; their items are not needed.
+        """
+        pickled = bytearray(self._pickled)
+        for place, (rank, position) in zip(self._places, self._objects, strict=True):
+            (digests,) = records[rank].digests
+            _INT.pack_into(pickled, place, digests.nbytes[position])
+        return bytes(pickled)
+
+
+def _programs(records: Sequence[RankRecord]) -> list[str]:
+    return [record.program for record in records]
+
+
+def _marked(records: Sequence[RankRecord], mark: int) -> list[Any]:
+    items, number = [], mark << 24
+    for record in records:
+        for item in record.items:
+            if item.dtype is None:
+                items.append(item._replace(extent=item.extent._replace(nbytes=number)))
+                number += 1
+            else:
+                items.append(item)
+    return items
+
+
+def _places(pickled: bytes, mark: int, count: int) -> list[int] | None:
+    """Where each of the marked numbers stands; None if one does not stand in exactly one place."""
+    places = [-1] * count
+    # "J": an integer of four bytes follows. Looking ahead finds those that overlap, too.
+    for match in re.finditer(b"(?=J(...)" + re.escape(bytes([mark])) + b")", pickled, re.DOTALL):
+        number = int.from_bytes(match[1], "little")
+        if number < count:
+            if places[number] >= 0:
+                return None
+            places[number] = match.start() + 1
+    return None if -1 in places else places
