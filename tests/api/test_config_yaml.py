@@ -207,7 +207,7 @@ plain = st.recursive(
 )
 
 
-@settings(max_examples=30)
+@settings(max_examples=100)
 @given(plain)
 def test_plain_data_comes_back(value):
     text = config_yaml.to_yaml(ConfigContainer(dataset={"value": value}))

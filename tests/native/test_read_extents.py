@@ -76,7 +76,7 @@ def laid_out(checks):
     return ranges
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=50)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=150)
 @given(
     wanted=extents,
     checks=checked,

@@ -45,7 +45,7 @@ def build_case(directory: Path, layout: list[tuple[list[tuple[int, int, int]], i
     return case
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=50)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=150)
 @given(
     layout=files,
     threads=st.integers(1, 4),

@@ -77,7 +77,7 @@ def destinations(draw: st.DrawFn, shape: tuple[int, ...], dtype: torch.dtype) ->
     return torch.empty(shape, dtype=dtype)
 
 
-@settings(max_examples=50)
+@settings(max_examples=150)
 @given(st.data())
 def test_any_region_of_any_sharding(data: st.DataObject) -> None:
     shape = data.draw(shapes)
