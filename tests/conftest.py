@@ -15,6 +15,9 @@ import torch
 
 from ckpt_fast import native
 
+# Nothing is compiled here, and what torch would import for that is a quarter of each process's startup time.
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+
 # Examples have no deadline: how long one takes depends on the machine. Function-scoped fixtures only choose
 # an implementation or create a directory, so sharing them between examples is harmless.
 hypothesis.settings.register_profile(
@@ -50,14 +53,13 @@ def slow_disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return library
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call(item: pytest.Item) -> None:
     """Skip tests that need a GPU if there is none, unless the job exists to run exactly these.
 
-    With ``--setup-only``, no test runs, and fixtures and parameters need no GPU.
+    Fixtures and parameters, which need no GPU, are set up before, so their errors show everywhere.
     """
-    if torch.cuda.is_available() or os.environ.get("FAIL_WITHOUT_GPU") == "1" or config.option.setuponly:
+    if item.get_closest_marker("gpu") is None or torch.cuda.is_available():
         return
-    skip = pytest.mark.skip(reason="needs a CUDA device (FAIL_WITHOUT_GPU=1 makes this a failure)")
-    for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(skip)
+    if os.environ.get("FAIL_WITHOUT_GPU") != "1":
+        pytest.skip("needs a CUDA device (FAIL_WITHOUT_GPU=1 makes this a failure)")

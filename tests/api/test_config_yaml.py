@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
@@ -207,6 +207,7 @@ plain = st.recursive(
 )
 
 
+@settings(max_examples=100)
 @given(plain)
 def test_plain_data_comes_back(value):
     text = config_yaml.to_yaml(ConfigContainer(dataset={"value": value}))

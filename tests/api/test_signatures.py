@@ -7,8 +7,6 @@ import dataclasses
 import enum
 import inspect
 import logging
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -142,9 +140,3 @@ def test_checkpoint_version_starts_unset_and_follows_its_setter(monkeypatch: pyt
     checkpointing.set_checkpoint_version(3.0)
     assert checkpointing._CHECKPOINT_VERSION == 3.0
     assert checkpointing.get_checkpoint_version() == 3.0
-
-
-def test_checkpoint_version_is_unset_in_a_new_process() -> None:
-    program = "from ckpt_fast import checkpointing as c; print(c._CHECKPOINT_VERSION)"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["None"]

@@ -58,29 +58,27 @@ import torch
 import torch.distributed.checkpoint as dcp
 import ckpt_fast
 from ckpt_fast import FastStorageReader, FastStorageWriter, cli
-directory, module = sys.argv[1:]
+directory, *modules = sys.argv[1:]
 dcp.save({"w": torch.arange(9.0), "step": {"n": 3}}, storage_writer=FastStorageWriter(directory))
 loaded = {"w": torch.zeros(9), "step": {"n": 0}}
 dcp.load(loaded, storage_reader=FastStorageReader(directory))
 assert torch.equal(loaded["w"], torch.arange(9.0)) and loaded["step"] == {"n": 3}
 assert ckpt_fast.last_report().directory == directory and ckpt_fast.__version__
 assert cli.main(["verify", directory]) == cli.main(["info", directory]) == 0
-for _ in range(2):
+for module in modules * 2:
     try:
         importlib.import_module(module)
     except ImportError as error:
         assert "pip install megatron-core" in str(error) and "ckpt_fast[megatron]" in str(error), error
     else:
-        raise SystemExit("no error")
+        raise SystemExit(f"no error from {module}")
 """
 
 
-@pytest.mark.parametrize(
-    "module", ["ckpt_fast.checkpointing", "ckpt_fast.doors.megatron.install", "ckpt_fast.trainer.bridge"]
-)
-def test_torch_dcp_works_without_megatron_core(module: str, tmp_path: Path) -> None:
+def test_torch_dcp_works_without_megatron_core(tmp_path: Path) -> None:
     """And what needs Megatron-Core says what to install."""
-    run_python(WITHOUT_MEGATRON_CORE, str(tmp_path), module)
+    modules = ["ckpt_fast.checkpointing", "ckpt_fast.doors.megatron.install", "ckpt_fast.trainer.bridge"]
+    run_python(WITHOUT_MEGATRON_CORE, str(tmp_path), *modules)
 
 
 def test_a_package_that_megatron_core_lacks_is_named() -> None:
@@ -107,15 +105,21 @@ WITHOUT_OPTIONAL_PACKAGES = """
 import sys
 for name in ("nvidia_resiliency_ext", "multistorageclient", "modelopt"):
     sys.modules[name] = None
+import ckpt_fast
 from ckpt_fast import compat
 assert (compat.HAVE_RESIL, compat.HAVE_NVRX) == (False, False)
 assert isinstance(compat.NVRxAsyncRequest, type)
 assert not compat.MultiStorageClientFeature.is_enabled()
 assert compat.get_async_strategy("mcore", "AsyncRequest")[1] is compat.MCoreAsyncRequest
-for call in (lambda: compat.get_async_strategy("nvrx"), compat.import_tensor_aware_state_dict):
+calls = (
+    lambda: compat.get_async_strategy("nvrx", "AsyncRequest"),
+    compat.import_tensor_aware_state_dict,
+    lambda: ckpt_fast.FastLocalCheckpointManager,
+)
+for call in calls:
     try:
         call()
-    except (ModuleNotFoundError, RuntimeError) as error:
+    except (ImportError, RuntimeError) as error:
         print(error)
     else:
         raise SystemExit("no error")
@@ -133,7 +137,10 @@ else:
 
 def test_without_any_optional_package() -> None:
     printed = run_python(WITHOUT_OPTIONAL_PACKAGES)
-    assert sum("resiliency" in line for line in printed.splitlines()) == 2
+    queue, state_dict, local, _ = printed.splitlines()
+    assert "nvidia-resiliency-ext" in queue and "mcore" in queue
+    assert "resiliency" in state_dict
+    assert "FastLocalCheckpointManager needs nvidia-resiliency-ext" in local
     assert "install nvidia-modelopt" in printed
 
 

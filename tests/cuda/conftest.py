@@ -22,9 +22,10 @@ def _missing() -> str | None:
     return None
 
 
-def pytest_runtest_setup(item: pytest.Item) -> None:
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call(item: pytest.Item) -> None:
     missing = _missing() if item.get_closest_marker("gpu") else None
-    if missing is None or item.config.option.setuponly:
+    if missing is None:
         return
     if os.environ.get("FAIL_WITHOUT_GPU") == "1":
         pytest.fail(f"FAIL_WITHOUT_GPU=1, but {missing}", pytrace=False)

@@ -36,7 +36,7 @@ class Saved(NamedTuple):
 
 
 # The others take most of the time.
-QUICK = ("1-rank", "1-rank-distributed", "dp2-distributed", "tp2")
+QUICK = ("1-rank", "dp2-distributed", "tp2")
 
 
 @pytest.fixture(

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A training program that exits with a save in flight: ``python -m tests.jobs.exiting DIRECTORY HOW``."""
+"""A training program that exits with a save in flight: ``python -m tests.jobs.exiting DIRECTORY HOW``.
+
+RANK and WORLD_SIZE are in the environment.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +22,10 @@ from tests.saves import new_save, save
 
 
 def main(directory: str, how: str) -> None:
-    if "WORLD_SIZE" in os.environ:
-        dist.init_process_group("gloo")
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    world = dist.get_world_size() if dist.is_initialized() else 1
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if world > 1:
+        rendezvous = f"file://{directory}/rendezvous"
+        dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world)
     tensor = torch.full((1, 100_000), float(rank))
     shard = TensorShard("w", tensor, (rank, 0), (world, 100_000))
     save([shard], f"{directory}/first", seal_files={"metadata.json": b"{}"})

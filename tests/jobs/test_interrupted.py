@@ -42,7 +42,10 @@ def run(slow_disk: Path, what: str, directory: Path, **environment: str) -> str:
     return errors
 
 
-@pytest.mark.parametrize("native", ["1", "0"])
+FALLBACK = pytest.param("0", marks=pytest.mark.long)
+
+
+@pytest.mark.parametrize("native", ["1", FALLBACK])
 @pytest.mark.parametrize(
     "what", [*(pytest.param(each, marks=pytest.mark.long) for each in ("rounds", "given_up")), "failing"]
 )
@@ -50,8 +53,15 @@ def test_interrupted_jobs_leave_nothing(slow_disk: Path, tmp_path: Path, what: s
     run(slow_disk, what, tmp_path / "checkpoint", CKPT_FAST_NATIVE=native, CKPT_FAST_TIMEOUT="1")
 
 
-@pytest.mark.parametrize("what", ["one_save", "one_load"])
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, -signal.SIGINT), (signal.SIGTERM, 3)])
+@pytest.mark.parametrize(
+    ("what", "number", "status"),
+    [
+        ("one_save", signal.SIGINT, -signal.SIGINT),
+        ("one_load", signal.SIGTERM, 3),
+        pytest.param("one_save", signal.SIGTERM, 3, marks=pytest.mark.long),
+        pytest.param("one_load", signal.SIGINT, -signal.SIGINT, marks=pytest.mark.long),
+    ],
+)
 @pytest.mark.parametrize("after", [pytest.param(0.05, marks=pytest.mark.long), 0.4])
 def test_the_process_ends_as_it_should(
     slow_disk: Path, tmp_path: Path, what: str, number: signal.Signals, status: int, after: float
@@ -76,7 +86,7 @@ def test_an_unretrieved_failure_is_logged_twice(slow_disk: Path, tmp_path: Path,
     assert f"this process ends, and its save to {tmp_path}/checkpoint had failed: Checkpoint" in errors
 
 
-@pytest.mark.parametrize("native", ["1", "0"])
+@pytest.mark.parametrize("native", ["1", FALLBACK])
 def test_a_save_of_torchs_that_nobody_waits_for_is_finished_at_exit(
     slow_disk: Path, tmp_path: Path, native: str
 ) -> None:

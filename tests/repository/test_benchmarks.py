@@ -88,9 +88,8 @@ def test_plan(tmp_path: Path) -> None:
     assert report.count("MB of .metadata") == 4
 
 
-@pytest.mark.parametrize(
-    "implementation", ["1", pytest.param("0", marks=pytest.mark.long)], ids=["engine", "fallback"]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("implementation", ["1", "0"], ids=["engine", "fallback"])
 def test_parts(implementation: str) -> None:
     run(
         ["-m", "pytest", "-p", "no:cacheprovider", "--benchmark-disable", str(BENCHMARKS / "bench_parts.py")],

@@ -70,7 +70,7 @@ def run(
     [
         pytest.param("pipeline-queue", "lines_of_saves", "1", marks=pytest.mark.long),
         pytest.param("dcp", "saves", "0", marks=pytest.mark.long),
-        ("pipeline", "loads", "1"),
+        pytest.param("pipeline", "loads", "1", marks=pytest.mark.long),
         pytest.param("pipeline-queue", "deadlines", "1", marks=pytest.mark.long),
     ],
 )

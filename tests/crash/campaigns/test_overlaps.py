@@ -29,7 +29,7 @@ def run(root: Path, seeds: range, saves: int, timeout_s: float = 120) -> Counter
     return counts
 
 
-@pytest.mark.parametrize("native", ["1", "0"])
+@pytest.mark.parametrize("native", ["1", pytest.param("0", marks=pytest.mark.long)])
 def test_random_overlaps(
     tmp_path: Path, no_fsync: None, monkeypatch: pytest.MonkeyPatch, native: str
 ) -> None:

@@ -43,7 +43,8 @@ def kill_often(root: Path, kills: int, implementation: native.Implementation, fs
 
 
 @pytest.mark.parametrize(
-    ("implementation", "fsync"), [("engine", True), ("engine", False), ("fallback", False)]
+    ("implementation", "fsync"),
+    [("engine", True), pytest.param("engine", False, marks=pytest.mark.long), ("fallback", False)],
 )
 def test_killed_at_random_moments(tmp_path: Path, implementation: native.Implementation, fsync: bool) -> None:
     assert kill_often(tmp_path, 12, implementation, fsync, seed=1) > 0

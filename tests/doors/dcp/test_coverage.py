@@ -59,7 +59,7 @@ def test_a_checkpoint_that_is_replaced_meanwhile(tmp_path: Path) -> None:
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_flipped_bits_of_stock_metadata(ranks: int, implementation: str, tmp_path: Path) -> None:
     """Only a sample of the bits; ``-m slow`` takes all of them."""
-    _flip(ranks, implementation, tmp_path, step=61)
+    _flip(ranks, implementation, tmp_path, step=151)
 
 
 @pytest.mark.slow

@@ -27,7 +27,7 @@ def saved_by_4(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("world_size", [4, 2, 1])
+@pytest.mark.parametrize("world_size", [4, pytest.param(2, marks=pytest.mark.long), 1])
 def test_fsdp2_on_as_many_ranks_and_fewer(world_size: int, saved_by_4: Path) -> None:
     pairs = [(writer, reader) for writer in (*dcp_ranks.WRITERS, "async") for reader in dcp_ranks.READERS]
     results = run_ranks(dcp_ranks.load_all, world_size, str(saved_by_4))

@@ -96,7 +96,7 @@ def load_stock(rank: int, directory: str, world_size: int) -> list[float]:
 KINDS = ["ours", "mcore-temporal", "nvrx-temporal", "nvrx-persistent"]
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.long), 2])
 @pytest.mark.parametrize("kind", KINDS)
 def test_stock_queues_publish_what_we_write(tmp_path: Path, kind: str, world_size: int) -> None:
     if kind.startswith("nvrx"):

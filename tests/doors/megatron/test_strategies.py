@@ -5,9 +5,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -142,37 +139,6 @@ def test_the_wrong_class_is_named(tmp_path: Path) -> None:
     (messages,) = run_ranks(save_with_the_wrong_object, 1, str(tmp_path))
     assert "takes a FastSaveStrategy" in messages[0] and "got a FastLoadStrategy" in messages[0]
     assert "takes a FastLoadStrategy" in messages[1] and "got a FastSaveStrategy" in messages[1]
-
-
-WITHOUT_NVRX = """
-import sys
-sys.modules["nvidia_resiliency_ext"] = None
-import ckpt_fast
-try:
-    ckpt_fast.FastLocalCheckpointManager
-except ImportError as error:
-    print(error)
-from ckpt_fast import compat
-try:
-    compat.get_async_strategy("nvrx", "AsyncRequest")
-except ModuleNotFoundError as error:
-    print(error)
-print(compat.get_async_strategy("mcore", "AsyncRequest")[1].__module__)
-"""
-
-
-def test_without_nvrx_only_what_needs_it_is_missing() -> None:
-    ran = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", WITHOUT_NVRX],
-        capture_output=True,
-        text=True,
-        check=True,
-        env=os.environ,
-    )
-    local, queue, request = ran.stdout.strip().splitlines()
-    assert "FastLocalCheckpointManager needs nvidia-resiliency-ext" in local
-    assert "nvidia-resiliency-ext" in queue and "mcore" in queue
-    assert request.startswith("megatron.core.")
 
 
 def save_what_one_rank_cannot(rank: int, root: str) -> None:

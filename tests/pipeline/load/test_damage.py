@@ -100,9 +100,10 @@ def test_undamaged(checkpoint: Path) -> None:
     assert load_is_right(str(checkpoint))
 
 
-def test_flipped_bit_in_the_data_file(checkpoint: Path) -> None:
+@pytest.mark.parametrize("step", [37, pytest.param(11, marks=pytest.mark.long)])
+def test_flipped_bit_in_the_data_file(checkpoint: Path, step: int) -> None:
     noticed = 0
-    for position in flips(data_file(checkpoint), 11):
+    for position in flips(data_file(checkpoint), step):
         try:
             assert load_is_right(str(checkpoint)), f"byte {position}"
         except CheckpointCorruptError:

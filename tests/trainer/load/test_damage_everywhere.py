@@ -19,7 +19,9 @@ STEPS = (2, 1)
 NEWEST = "iter_0000002"
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["1-rank", "2-ranks"])
+@pytest.fixture(
+    scope="module", params=[pytest.param(1, marks=pytest.mark.long), 2], ids=["1-rank", "2-ranks"]
+)
 def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, str]:
     """Return the number of ranks, and the root of iterations 1 and 2 that they saved."""
     root = str(tmp_path_factory.mktemp("everywhere") / "run")
@@ -51,7 +53,7 @@ def test_a_file_that_is_missing_cut_or_of_another_save(saved: tuple[int, str]) -
 
 
 def test_flipped_bits_of_every_file(saved: tuple[int, str]) -> None:
-    flips = damage.sampled_flips(saved[1], 2, per_file=6, per_item=0)
+    flips = damage.sampled_flips(saved[1], 2, per_file=3, per_item=0)
     assert damage.unwanted(outcomes(saved, flips), "right", "older") == []
 
 

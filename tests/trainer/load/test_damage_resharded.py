@@ -39,7 +39,7 @@ LAYOUTS = {
 }
 
 
-QUICK = ("tp-2-to-1", "1-to-tp-2")
+QUICK = ("tp-2-to-1",)
 
 
 @pytest.fixture(

@@ -79,7 +79,7 @@ def damage_persistent(root: Path, step: int) -> None:
     (root / f"run/iter_{step:07d}/common.pt").write_bytes(b"")
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.long), 2])
 @pytest.mark.parametrize(
     ("persistent", "local", "damaged", "expected"),
     [

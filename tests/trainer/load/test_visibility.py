@@ -112,7 +112,9 @@ def test_a_rank_that_sees_another_save(root: Path, tmp_path: Path, monkeypatch: 
 
 
 @needs_mounts
-@pytest.mark.parametrize("late", [".metadata", "metadata.json", "common.pt"])
+@pytest.mark.parametrize(
+    "late", [".metadata", pytest.param("metadata.json", marks=pytest.mark.long), "common.pt"]
+)
 def test_what_appears_late_is_waited_for(root: Path, tmp_path: Path, late: str) -> None:
     view = Path(shutil.copytree(root, tmp_path / "view"))
     late = f"iter_0000002/{late}"
