@@ -11,9 +11,9 @@ import torch
 
 from tests.helpers import run_ranks
 from tests.models import Run, Setup
-from tests.trainer.save import mutations
-from tests.trainer.save.mutations import Mutation
-from tests.trainer.save.twins import Twins
+from tests.trainer.reuse import mutations
+from tests.trainer.reuse.mutations import Mutation
+from tests.trainer.reuse.twins import Twins
 
 SETUPS = {
     "dense": Setup(layers=2, distributed=True),
