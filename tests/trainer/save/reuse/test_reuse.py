@@ -3,17 +3,19 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from random import Random
 
 import pytest
 import torch
+from megatron.core import dist_checkpointing
 
 from tests.helpers import run_ranks
-from tests.models import Run, Setup
-from tests.trainer.reuse import mutations
-from tests.trainer.reuse.mutations import Mutation
-from tests.trainer.reuse.twins import Twins
+from tests.models import Run, Setup, differences, identical, megatron_on_cpu, other
+from tests.trainer.save.reuse import mutations
+from tests.trainer.save.reuse.mutations import Mutation
+from tests.trainer.save.reuse.twins import Twins
 
 SETUPS = {
     "dense": Setup(layers=2, distributed=True),
@@ -69,6 +71,32 @@ def test_rank_without_anything_to_save(tmp_path: Path) -> None:
     assert (
         run_ranks(save_in_modes, 2, str(tmp_path), SETUPS["gated"], [False] * 3) == [[False, True, True]] * 2
     )
+
+
+def load_reused(rank: int, root: str) -> list[str]:
+    """Return what a run, and stock code, load otherwise than it was at the third save."""
+    with Run(SETUPS["bf16"]) as run:
+        twins = Twins(run, root)
+        for _ in range(3):
+            run.train(1)
+            reused = twins.save()
+        assert reused
+        expected, directory = run.fingerprint(), twins.directory("kept")
+        values = {
+            name: tensor.clone()
+            for name, tensor in mutations.model_of(run).state_dict().items()
+            if tensor is not None
+        }
+    with Run(other(SETUPS["bf16"]), load=os.path.dirname(directory)) as run:
+        run.load()
+        wrong = differences(expected, run.fingerprint())
+    with Run(other(SETUPS["bf16"])) as run, megatron_on_cpu():
+        loaded = dist_checkpointing.load(run.sharded_state_dict(is_loading=True), directory)["model"]
+        return wrong + [name for name, value in values.items() if not identical(value, loaded[name])]
+
+
+def test_reused_save_is_loaded_by_ckpt_fast_and_by_stock_code(tmp_path: Path) -> None:
+    assert run_ranks(load_reused, 2, str(tmp_path)) == [[], []]
 
 
 def change(rank: int, root: str, setup: Setup, changes: list[Mutation]) -> dict[str, list[bool]]:

@@ -12,8 +12,8 @@ import pytest
 
 from tests.helpers import run_ranks
 from tests.models import Run, Setup
-from tests.trainer.reuse import mutations
-from tests.trainer.reuse.twins import Twins
+from tests.trainer.save.reuse import mutations
+from tests.trainer.save.reuse.twins import Twins
 
 
 def tensors_kept(rank: int, root: str, in_background: bool) -> list[str]:

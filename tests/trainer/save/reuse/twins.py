@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Saves in pairs: with a context that is kept between saves, and, at the same moment, with a new one.
 
-The pair must have the same content. What the ranks of ``test_reuse`` do to a run between two pairs is in
-``mutations``.
+The pair must have the same content. ``mutations`` has what may happen to a run between two
+pairs.
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ from ckpt_fast.pipeline.save import seal
 from ckpt_fast.trainer.save.collect import Collection
 from tests.helpers import run_ranks
 from tests.models import Run, Setup
-from tests.trainer.reuse import mutations
-from tests.trainer.reuse.twins import Twins, differing
+from tests.trainer.save.reuse import mutations
+from tests.trainer.save.reuse.twins import Twins, differing
 
 SETUP = Setup(layers=2, distributed=True, bf16=True)
 ALL = (0, 1)
