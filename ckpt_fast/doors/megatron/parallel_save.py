@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 from ckpt_fast import compat
@@ -49,12 +50,13 @@ class FastParallelSaveWrapper(compat.FullyParallelSaveStrategyWrapper):  # type:
     """
 
     cached_distribution: Any
-    _structure: list[Any] | None = None
+    _structure: bytes | None = None
+    _distribution: object = None  # a new one whenever the ranks distribute anew
 
     @property
     def distribution(self) -> object:
         """Identity of the distribution that is cached; None if there is none."""
-        return self._structure if self.do_cache_distribution else None
+        return self._distribution if self.do_cache_distribution else None
 
     def is_unchanged(self, sharded_state_dict: dict[str, Any]) -> bool:
         """Local. Whether the cached distribution matches this rank's state."""
@@ -71,10 +73,10 @@ class FastParallelSaveWrapper(compat.FullyParallelSaveStrategyWrapper):  # type:
     def distribute_anew(self, sharded_state_dict: dict[str, Any]) -> None:
         """Collective. Choose the ranks whatever was chosen before."""
         structure = _structure_of(sharded_state_dict)  # before replicas change their ids
-        self.cached_distribution = self._structure = None
+        self.cached_distribution = self._structure = self._distribution = None
         super().apply_saving_parallelization(sharded_state_dict)
         # Only now: with a structure that was never distributed, no rank would save the tensor.
-        self._structure = structure
+        self._structure, self._distribution = structure, object()
 
     def distribute_as_before(self, sharded_state_dict: dict[str, Any]) -> None:
         """Local. Choose the ranks as last time; all ranks have agreed that nothing has changed."""
@@ -82,9 +84,11 @@ class FastParallelSaveWrapper(compat.FullyParallelSaveStrategyWrapper):  # type:
             super().apply_saving_parallelization(sharded_state_dict)
 
 
-def _structure_of(sharded_state_dict: dict[str, Any]) -> list[Any]:
-    return [
-        (entry.key, tuple(entry.global_offset), tuple(entry.local_shape), entry.replica_id)
-        for entry in compat.nested_values(sharded_state_dict)
-        if isinstance(entry, compat.ShardedTensor)
-    ]
+def _structure_of(sharded_state_dict: dict[str, Any]) -> bytes:
+    """A digest of everything that decides the distribution."""
+    digest = hashlib.blake2b(digest_size=16)
+    for entry in compat.nested_values(sharded_state_dict):
+        if isinstance(entry, compat.ShardedTensor):
+            place = (entry.key, tuple(entry.global_offset), tuple(entry.local_shape), entry.replica_id)
+            digest.update(repr(place).encode())
+    return digest.digest()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import operator
 import weakref
+from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -92,9 +93,9 @@ class _Known(NamedTuple):
     owners: list[weakref.ref[Any]]
     tensors: list[weakref.ref[torch.Tensor]]
     facts: bytes
-    holders: list[int]
+    holders: array[int]
     geometry: list[Any]
-    addresses: list[int]
+    addresses: array[int]
     source: torch.Tensor
     offset: torch.Tensor
     views: list[tuple[torch.Size, tuple[int, ...]]]
@@ -107,7 +108,7 @@ class _Known(NamedTuple):
         if not (_are(self.owners, inventory.owners) and _are(self.tensors, inventory.tensors)):
             return False
         holders = [inventory.tensors[number] for number in self.holders]
-        return self.addresses == _addresses(holders) and self.geometry == _geometry(holders)
+        return self.addresses == array("q", _addresses(holders)) and self.geometry == _geometry(holders)
 
 
 class KnownTensors:
@@ -153,7 +154,7 @@ class KnownTensors:
         if not program.holds(payloads):
             return None
         holders = [*(inventory.tensors[number] for number in known.holders), *known.outline.padding]
-        addresses = torch.tensor(known.addresses + _addresses(known.outline.padding), dtype=torch.int64)
+        addresses = torch.tensor([*known.addresses, *_addresses(known.outline.padding)], dtype=torch.int64)
 
         def tensors() -> list[torch.Tensor]:
             places = zip(known.source.tolist(), known.offset.tolist(), known.views, strict=True)
@@ -207,9 +208,9 @@ class KnownTensors:
                 list(map(weakref.ref, inventory.owners)),
                 list(map(weakref.ref, inventory.tensors)),
                 _digest(inventory.facts),
-                holders,
+                array("q", holders),
                 _shared(_geometry(holding)),
-                _addresses(holding),
+                array("q", _addresses(holding)),
                 torch.tensor([source for source, _ in places], dtype=torch.int64),
                 torch.tensor([offset for _, offset in places], dtype=torch.int64),
                 views,

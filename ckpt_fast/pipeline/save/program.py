@@ -16,6 +16,7 @@ import marshal
 import pickle
 import secrets
 import threading
+import zlib
 from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -158,12 +159,12 @@ class SaveProgram:
         self.sealed: SealedMetadata | None = None
         self.staged_nbytes = staged.buffer_nbytes
         self._copied_nbytes = staged.copied_nbytes
-        self._items = pickle.dumps(item_records(files), 5)
+        self._items = zlib.compress(pickle.dumps(item_records(files), 5), 1)
         self._compile(shards, [item for file in files for item in file.items], staged, written)
 
     def items(self) -> list[ItemRecord]:
         """What ``.metadata`` needs of each item, in the order of the digests."""
-        records: list[ItemRecord] = pickle.loads(self._items)
+        records: list[ItemRecord] = pickle.loads(zlib.decompress(self._items))
         return records
 
     def suits(self, snapshot: bool, bound: int | None) -> bool:
@@ -202,7 +203,7 @@ class SaveProgram:
             if self._copies is None:
                 tensors = prepared.tensors()
                 copied = [tensors[number].detach() for number in self._copied]
-                copy_tensors(copied, buffer, staged.device_copies, policy)
+                staged.addresses = copy_tensors(copied, buffer, staged.device_copies, policy)
                 return staged
             copies = self._copies
             native.copy_runs(
@@ -227,7 +228,9 @@ class SaveProgram:
         """
         program = copy.copy(self._written)
         addresses = self._constant_addresses.clone()
-        if staged.buffer is not None:
+        if staged.addresses:
+            addresses[self._staged_pieces] = torch.tensor(staged.addresses, dtype=torch.int64)
+        elif staged.buffer is not None:
             addresses[self._staged_pieces] = self._staged_offsets + staged.buffer.memory.data_ptr()
         addresses[self._read_pieces] = prepared.pointers[self._read_tensors] + self._read_offsets
         if self._rooms:
