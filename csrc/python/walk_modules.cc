@@ -26,6 +26,7 @@ class Walk {
  private:
   void take(py::handle module) {
     modules_.append(module);
+    if (!py::hasattr(module, dict_)) throw py::type_error("not a torch module: it has no attributes");
     const py::object attributes = module.attr(dict_);
     take_tensors(dictionary(attributes, parameters_));
     take_tensors(dictionary(attributes, buffers_));

@@ -142,7 +142,7 @@ class Collection:
         facts = [repr(tuple(self._conditions()))]
         try:
             owners, tensors, names = native.walk_modules(run.model)
-        except (TypeError, AttributeError, RecursionError):
+        except (TypeError, RecursionError):
             return None
         for optimizer in torch_optimizers(run.optimizer):
             owners.append(optimizer)
