@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from ckpt_fast import settings
 from ckpt_fast.errors import AsyncSaveError
@@ -39,6 +40,7 @@ class SaveHandle:
         self.finalize_fns: list[Callable[[], None]] = []
         self._deadline: float | None = None
         self._outcome: SaveReport | Exception | None = None
+        self._is_publishing = False
 
     @property
     def directory(self) -> str:
@@ -85,6 +87,12 @@ class SaveHandle:
         """Whether this rank still writes though its time is up."""
         return self._remaining_s() <= 0 and not self.is_written()
 
+    def is_due(self) -> bool:
+        """Whether, as far as this rank goes, the next collective step of the save need not wait."""
+        if self._is_publishing:
+            return self._job.is_published
+        return self.is_written() or self.is_overdue()
+
     def wait(self, timeout_s: float | None = None) -> bool:
         """Block until this rank has written its part; returns whether that was within ``timeout_s``."""
         return self._job.wait(timeout_s)
@@ -98,23 +106,37 @@ class SaveHandle:
         """The error that ``finalize`` raised; None before the call and after success."""
         return self._outcome if isinstance(self._outcome, Exception) else None
 
+    def begin_commit(self) -> bool:
+        """Collective. Let the coordinator publish while training goes on, if that has not begun.
+
+        Returns:
+            Whether ``finalize`` need not wait, the same on every rank.
+
+        Raises:
+            AsyncSaveError: on every rank; nothing has been published.
+        """
+        if self._is_publishing:
+            return True
+        with self._failures_kept(), self._failing_in_background():
+            self._job.write(max(self._remaining_s(), 0.0))
+            is_over = self._job.begin_commit()
+        self._is_publishing = True
+        return is_over
+
     def finalize(self) -> None:
         """Collective. Wait for the write until its deadline, commit, then run the finalizers.
 
         Raises:
             AsyncSaveError: on every rank, if a rank failed to write; nothing has been published.
         """
-        if self in _in_flight:
-            _in_flight.remove(self)
-        try:
-            self._commit()
+        self._leave()
+        with self._failures_kept():
+            with self._failing_in_background():
+                if not self._is_publishing:
+                    self._job.write(max(self._remaining_s(), 0.0))
+                self._job.commit()
             for finalize_fn in self.finalize_fns:
                 finalize_fn()
-        except Exception as error:
-            self._outcome = error
-            # It is reported here, so it need not be reported at exit.
-            untold.forget(self.directory)
-            raise
         self._outcome = self.report
 
     def result(self) -> SaveReport:
@@ -139,9 +161,16 @@ class SaveHandle:
         Returns:
             Whether it has ended.
         """
-        if self in _in_flight:
-            _in_flight.remove(self)
+        self._leave()
         return self._job.abandon(wait_s)
+
+    def settle(self) -> bool:
+        """Local. The process ends: wait for a commit that has begun, until the save's deadline.
+
+        Returns:
+            Whether the checkpoint is published, as far as this rank knows.
+        """
+        return self._is_publishing and self._job.settle(max(self._remaining_s(), 0.0))
 
     @property
     def failure(self) -> BaseException | None:
@@ -153,12 +182,28 @@ class SaveHandle:
             self._deadline = time.monotonic() + settings.timeout_s()
         return self._deadline - time.monotonic()
 
-    def _commit(self) -> None:
-        self._job.write(max(self._remaining_s(), 0.0))
+    @contextlib.contextmanager
+    def _failures_kept(self) -> Iterator[None]:
+        """A block whose error is the save's outcome. It is raised, so it need not be reported at exit."""
         try:
-            self._job.commit()
+            yield
+        except Exception as error:
+            self._outcome = error
+            self._leave()
+            untold.forget(self.directory)
+            raise
+
+    @contextlib.contextmanager
+    def _failing_in_background(self) -> Iterator[None]:
+        try:
+            yield
         except Exception as error:
             raise AsyncSaveError(f"the save to {self.directory} in the background failed: {error}") from error
+
+    def _leave(self) -> None:
+        """An exit of the process has nothing to settle here any more."""
+        if self in _in_flight:
+            _in_flight.remove(self)
 
 
 def wait_staged() -> None:
@@ -198,6 +243,9 @@ class SaveQueue:
     def maybe_finalize_async_calls(self, blocking: bool = False, no_dist: bool = False) -> list[int]:
         """Collective. Finalize, oldest first, the saves that all ranks have written, or whose time is up.
 
+        Without ``blocking``, no rank waits for storage: the coordinator publishes such a save in a thread,
+        and a later call finds it published.
+
         Args:
             blocking: wait for all of them.
             no_dist: look at this rank only; finalizing itself stays collective.
@@ -214,12 +262,16 @@ class SaveQueue:
             if not blocking and not self._is_due_everywhere(handle, no_dist):
                 break
             try:
+                if not blocking and not handle.begin_commit():
+                    break
                 self._scheduled.popleft()
                 handle.finalize()
-            except Exception:
-                raise
-            except BaseException:  # an interruption: nothing can find it here later to abandon it
-                handle.abandon()
+            except BaseException as error:
+                if self._scheduled and self._scheduled[0][1] is handle:
+                    self._scheduled.popleft()
+                if not isinstance(error, Exception):
+                    # An interruption: nothing can find it here later to abandon it.
+                    handle.abandon()
                 raise
             finalized.append(index)
         return finalized
@@ -239,7 +291,7 @@ class SaveQueue:
 
     @staticmethod
     def _is_due_everywhere(handle: SaveHandle, no_dist: bool) -> bool:
-        due = handle.is_written() or handle.is_overdue()
+        due = handle.is_due()
         group = ControlGroup()
         if no_dist or group.size == 1:
             return due
@@ -253,6 +305,15 @@ def _settle() -> None:
     """The process ends with saves in flight. One rank alone can finish them; many can no longer agree to."""
     for handle in list(_in_flight):
         if handle.ranks > 1:
+            if handle.settle():
+                handle.abandon()
+                logger.warning(
+                    "this process ends before the save to %s was finalized: the checkpoint is published, but "
+                    "what was to follow (callbacks, deleting older ones) was not run. Call "
+                    "maybe_finalize_async_save(..., blocking=True) at the end of training.",
+                    handle.directory,
+                )
+                continue
             failed, ended = handle.failure, handle.abandon()
             logger.warning(
                 "this process ends before the save to %s was finalized: it is abandoned%s, and the "

@@ -56,6 +56,28 @@ class Job(ABC):
     def commit(self) -> object:
         """Collective. Publish the checkpoint if every rank has written its part, else raise on every rank."""
 
+    def begin_commit(self) -> bool:
+        """Collective. After ``write``: the coordinator begins to publish, so that ``commit`` need not wait.
+
+        Returns:
+            Whether ``commit`` may follow at once, the same on every rank; otherwise once ``is_published``
+            says so everywhere.
+        """
+        return True
+
+    @property
+    def is_published(self) -> bool:
+        """Local. After ``begin_commit``: whether ``commit`` need not wait for this rank."""
+        return True
+
+    def settle(self, timeout_s: float) -> bool:
+        """Local. The process ends after ``begin_commit``: wait for what has been begun.
+
+        Returns:
+            Whether the checkpoint is published, as far as this rank knows.
+        """
+        return False
+
     @property
     def ranks(self) -> int:
         """The number of ranks that save together."""

@@ -176,6 +176,51 @@ class _Result(Generic[T]):
         return self.value
 
 
+class Task(Generic[T]):
+    """One action in a thread of its own, and what comes of it.
+
+    Args:
+        name: of the thread.
+        action: anything.
+        stop: lets it end soon.
+    """
+
+    def __init__(self, name: str, action: Callable[[], T], stop: Callable[[], None]) -> None:
+        self._action = action
+        self._results: list[_Result[T]] = []
+        self._worker = Worker(name, stop)
+
+    def start(self) -> None:
+        """Begin. Whatever interrupts this, ``abandon`` ends it.
+
+        Raises:
+            RuntimeError: the process may start no more threads.
+        """
+        self._worker.submit(self._run)
+        self._worker.close()
+
+    @property
+    def is_done(self) -> bool:
+        """Whether ``result`` need not wait."""
+        return self._worker.is_done
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Wait for its end; returns whether it came in time."""
+        return self._worker.wait(timeout_s)
+
+    def result(self) -> T:
+        """Wait; the action's value, or its error raised."""
+        self._worker.wait()
+        return self._results[0].get()
+
+    def abandon(self, wait_s: float = LEAVE_S) -> bool:
+        """Stop it; returns whether it has ended within ``wait_s``."""
+        return self._worker.abandon(wait_s)
+
+    def _run(self) -> None:
+        self._results.append(_Result(self._action))
+
+
 def interruptibly(action: Callable[[], T], stop: Callable[[], None]) -> T:
     """``action()``, which a signal may end early, although it stays in native code for long.
 
@@ -189,18 +234,16 @@ def interruptibly(action: Callable[[], T], stop: Callable[[], None]) -> T:
     """
     if threading.current_thread() is not threading.main_thread():
         return action()
-    results: list[_Result[T]] = []
-    worker = Worker("ckpt_fast-read", stop)
+    task = Task("ckpt_fast-read", action, stop)
     try:
         try:
-            worker.submit(lambda: results.append(_Result(action)))
+            task.start()
         except RuntimeError:  # the process may start no more threads
             return action()
-        worker.close()
-        worker.wait()
+        task.wait()
     except BaseException:
-        if not worker.abandon():
+        if not task.abandon():
             logger.error("the file system does not answer: waiting for it, as it may still write to memory")
-            worker.wait()
+            task.wait()
         raise
-    return results[0].get()
+    return task.result()

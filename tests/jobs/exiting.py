@@ -38,17 +38,39 @@ def main(directory: str, how: str) -> None:
 
     native.engine().write_files = slowly
     queue = SaveQueue()
-    job = new_save([shard], f"{directory}/second", snapshot=True, seal_files={"metadata.json": b"{}"})
+    job = new_save(
+        [shard],
+        f"{directory}/second",
+        snapshot=True,
+        seal_files={"metadata.json": b"{}"},
+        finish=finish if "publishing" in how else lambda _: (),
+    )
     job.stage()
     request = SaveHandle(job)
     request.add_finalize_fn(print_finalized)
     queue.schedule_async_request(request)
     tensor.fill_(-1)
+    if "publishing" in how:
+        publish(request, queue, how)
     if how == "exception":
         raise ValueError("the loss is nan")
     if how == "SIGTERM":
         threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
         time.sleep(30)
+
+
+def publish(request: SaveHandle, queue: SaveQueue, how: str) -> None:
+    """Let the coordinator begin to publish, and return in the middle of it."""
+    request.wait()
+    while not request._is_publishing:
+        queue.maybe_finalize_async_calls()
+    if how.startswith("killed"):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def finish(_: str) -> tuple[()]:
+    time.sleep(0.5)
+    return ()
 
 
 def print_finalized() -> None:

@@ -21,16 +21,17 @@ from ckpt_fast.doors.dcp.save import plan_together
 from ckpt_fast.doors.dcp.snapshot import snapshots
 from ckpt_fast.errors import CheckpointError
 from ckpt_fast.jobs import untold
-from ckpt_fast.jobs.job import Job, too_late
+from ckpt_fast.jobs.job import too_late
+from ckpt_fast.jobs.publishing import PublishedJob, Publishing
 from ckpt_fast.jobs.report import SaveReport
-from ckpt_fast.jobs.worker import Worker
+from ckpt_fast.jobs.worker import LEAVE_S, Worker
 from ckpt_fast.pipeline.save import seal
 from ckpt_fast.ranks.group import ControlGroup, Outcome
 from ckpt_fast.settings import Settings
 from ckpt_fast.storage import owners
 
 
-class Upload(Job):
+class Upload(PublishedJob[float]):
     """One save in progress.
 
     The writer can neither be interrupted nor asked how far it is. What it has written of a save that is given
@@ -95,7 +96,8 @@ class Upload(Job):
 
     def is_over(self) -> bool:
         """Whether another save may be made in its place; see ``owners.Owner``."""
-        return self.is_written() and (self._is_committed or self._progress.stopped)
+        publishes = self._publishing is not None and not self._publishing.is_done
+        return self.is_written() and not publishes and (self._is_committed or self._progress.stopped)
 
     @property
     def failure(self) -> BaseException | None:
@@ -107,16 +109,24 @@ class Upload(Job):
         with self._abandoned_if_left():
             self._outcome = self._group.attempt(lambda: self._finish_writing(timeout_s))
 
+    def abandon(self, wait_s: float = LEAVE_S) -> bool:
+        """Local. Give the save up without the other ranks; returns whether nothing of it is under way."""
+        ended = super().abandon(wait_s)
+        return self._stop_publishing(wait_s) and ended
+
     def commit(self) -> SaveReport:
         """Collective. Publish the checkpoint if every rank has written its part, else raise on every rank."""
-        assert self._outcome is not None, "commit before write"
-        with self.report.timed("commit"), self._abandoned_if_left():
-            outcomes = self._group.gather(self._outcome)
-            self._group.decide(lambda: self._publish(outcomes), outcomes)
+        self.report.seconds = self._publish_everywhere()
         self._is_committed = True
-        self.report.seconds = time.perf_counter() - self._begun
         seal.report(self.report, self._group.global_rank)
         return self.report
+
+    def _meet(self) -> Publishing[float]:
+        assert self._outcome is not None, "commit before write"
+        outcomes = self._group.gather(self._outcome)
+        return Publishing(
+            self.directory, self._group, outcomes, lambda: self._publish(outcomes), self._progress.stop
+        )
 
     def _plan(self, state_dict: dict[str, Any]) -> SavePlan:
         planner, writer = self._planner, self._writer
@@ -165,6 +175,10 @@ class Upload(Job):
             raise CheckpointError(f"the save to {self.report.directory} was cancelled")
         return self._results
 
-    def _publish(self, outcomes: list[Outcome[list[WriteResult]]]) -> None:
+    def _publish(self, outcomes: list[Outcome[list[WriteResult]]]) -> float:
+        """Returns the seconds since the save began."""
         assert self._metadata is not None
+        if self._progress.stopped:
+            raise CheckpointError(f"the save to {self.report.directory} was cancelled")
         self._writer.finish(self._metadata, [outcome.value or [] for outcome in outcomes])
+        return time.perf_counter() - self._begun

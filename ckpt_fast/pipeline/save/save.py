@@ -19,7 +19,7 @@ from ckpt_fast.errors import CheckpointWriteError
 from ckpt_fast.format.manifest import Manifest, file_record, new_save_id
 from ckpt_fast.format.types import FileRecord, RankRecord
 from ckpt_fast.jobs import progress, untold
-from ckpt_fast.jobs.job import Job
+from ckpt_fast.jobs.publishing import PublishedJob, Publishing
 from ckpt_fast.jobs.report import SaveReport
 from ckpt_fast.jobs.worker import LEAVE_S, Worker
 from ckpt_fast.pipeline.memory.device_copy import BLOCKING, StagingPolicy
@@ -33,6 +33,7 @@ from ckpt_fast.pipeline.save.waves import Waves
 from ckpt_fast.ranks.group import ControlGroup, Outcome
 from ckpt_fast.settings import Settings
 from ckpt_fast.storage import owners
+from ckpt_fast.storage.commit import renaming
 from ckpt_fast.storage.files import Claim, Directory, Files
 from ckpt_fast.storage.owners import Hold
 
@@ -41,7 +42,7 @@ logger = logging.getLogger(__name__)
 _Claims = Sequence[Outcome[tuple[Claim, bool]]]
 
 
-class Save(Job):
+class Save(PublishedJob[tuple[bool, float]]):
     """One save in progress. Every rank calls ``stage``, ``write`` and ``commit``, in this order.
 
     ``stage`` and ``commit`` are collective; ``write`` is local and may run in another thread. The shards'
@@ -139,6 +140,7 @@ class Save(Job):
     def abandon(self, wait_s: float = LEAVE_S) -> bool:
         """Local. Give the save up without the other ranks; returns whether nothing of it is under way."""
         ended = self._waves_or_none is None or self._waves.abandon(wait_s)
+        ended = self._stop_publishing(wait_s) and ended
         if ended and self._group.is_coordinator:
             self._files.withdraw()
         self._hold.let_go()
@@ -160,20 +162,12 @@ class Save(Job):
 
     def commit(self) -> SaveReport:
         """Collective. Publish the checkpoint if every rank has written its part, else raise on every rank."""
-        assert self._written is not None, "commit before write"
-        with self.report.timed("commit"), self._abandoned_if_left():
-            outcomes = self._group.gather(self._written)
-            is_known = self._group.decide(lambda: self._publish(outcomes), outcomes)
-            if is_known is None:
-                complete = self._group.gather(self._with_items())
-                is_known = self._group.decide(lambda: self._publish(complete), complete)
-                assert is_known is not None, "nothing was published"
+        is_known, self.report.seconds = self._publish_everywhere()
         if self._program is not None:
-            self._program.is_known = bool(is_known)
+            self._program.is_known = is_known
         self._hold.let_go()
-        self.report.seconds = time.perf_counter() - self._started
         if not self._options.snapshot:
-            self.report.stall_s = self.report.seconds
+            self.report.seconds = self.report.stall_s = time.perf_counter() - self._started
         seal.report(self.report, self._group.global_rank)
         return self.report
 
@@ -281,6 +275,23 @@ class Save(Job):
     def _program(self) -> SaveProgram | None:
         return self._waves.program
 
+    def _meet(self) -> Publishing[tuple[bool, float]]:
+        assert self._written is not None, "commit before write"
+        outcomes = self._group.gather(self._written)
+        records = [outcome.value for outcome in outcomes if outcome.value is not None]
+        sealed = self._program.sealed if self._program is not None else None
+        if sealed is not None and not sealed.fits(records, self._planner_data):
+            sealed = None
+        if not self._group.all_true(sealed is not None or not any(record.is_known for record in records)):
+            outcomes = self._group.gather(self._with_items())
+        return Publishing(
+            self.directory,
+            self._group,
+            outcomes,
+            lambda: self._publish([outcome.value for outcome in outcomes if outcome.value], sealed),
+            self._waves.progress.stop,
+        )
+
     def _with_items(self) -> Outcome[RankRecord]:
         assert self._written is not None
         record, program = self._written.value, self._program
@@ -288,14 +299,11 @@ class Save(Job):
             return self._written
         return replace(self._written, value=replace(record, items=program.items(), is_known=False))
 
-    def _metadata(self, records: Sequence[RankRecord]) -> bytes | None:
-        """The pickle in ``.metadata``; None if it takes items that the ranks left out."""
-        program = self._program
-        sealed = program.sealed if program is not None else None
-        if sealed is not None and sealed.fits(records, self._planner_data):
+    def _metadata(self, records: Sequence[RankRecord], sealed: SealedMetadata | None) -> bytes:
+        """The pickle in ``.metadata``."""
+        if sealed is not None:
             return sealed.encode(records)
-        if any(record.is_known for record in records):
-            return None
+        program = self._program
         if program is not None:
             program.sealed = None
             if all(record.program for record in records):
@@ -304,15 +312,18 @@ class Save(Job):
                     return program.sealed.encode(records)
         return encode_metadata((item for record in records for item in record.items), self._planner_data)
 
-    def _publish(self, outcomes: Sequence[Outcome[RankRecord]]) -> bool | None:
-        """Seal the checkpoint; returns whether the ranks may leave out their items next time.
+    def _publish(self, records: Sequence[RankRecord], sealed: SealedMetadata | None) -> tuple[bool, float]:
+        """Seal the checkpoint, and let others choose it.
 
-        None: nothing is done yet, because it takes items that the ranks have left out.
+        Args:
+            records: of all ranks.
+            sealed: fits them; None: they have their items.
+
+        Returns:
+            Whether the ranks may leave out their items next time; seconds since the save began.
         """
-        records = [outcome.value for outcome in outcomes if outcome.value is not None]
-        metadata = self._metadata(records)
-        if metadata is None:
-            return None
+        progress = self._waves.progress
+        metadata = self._metadata(records, sealed)
         files = [file for record in records for file in record.files]
         self._require_all_present(files)
         completion = self._completion
@@ -325,10 +336,12 @@ class Save(Job):
             beside=[file for record in records for file in record.beside],
             notes=completion.notes,
         )
-        seal.seal(self._files, metadata, manifest, completion.seal_files)
-        self._files.take_place()
-        completion.select()
-        return self._program is not None and self._program.sealed is not None
+        seal.seal(self._files, metadata, manifest, completion.seal_files, progress=progress)
+        with renaming(self.directory, progress):
+            self._files.take_place()
+            completion.select()
+        is_known = self._program is not None and self._program.sealed is not None
+        return is_known, time.perf_counter() - self._started
 
     def _require_all_present(self, files: Sequence[FileRecord]) -> None:
         """The coordinator must see what the others wrote, or the ranks do not share their storage."""
