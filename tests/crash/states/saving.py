@@ -11,6 +11,7 @@ import contextlib
 import glob
 import os
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ from ckpt_fast.compat import SoloGroup
 from ckpt_fast.config import TokenizerConfig
 from ckpt_fast.pipeline.load.verify import find_damage
 from ckpt_fast.state import TrainState
+from ckpt_fast.trainer.save.async_save import is_empty_async_queue
 from tests.models import FLOPS, Run, Setup, differences, megatron_on_cpu
 from tests.trainer.training import Loader, iterator
 
@@ -177,7 +179,9 @@ class Training(Job):
             if self.scenario.with_data
             else None,
         )
-        maybe_finalize_async_save(run.state, run.checkpoint, blocking=True)
+        while not is_empty_async_queue(run.state):  # as training does, which lets a thread publish
+            maybe_finalize_async_save(run.state, run.checkpoint)
+            time.sleep(0.001)
         return expected
 
     def load(self) -> dict[str, Any] | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 
 import torch
 
@@ -65,7 +66,8 @@ def save_iteration(root: str, iteration: int) -> None:
         handle, queue = SaveHandle(job), SaveQueue()
         handle.add_finalize_fn(lambda: track(root, iteration))
         queue.schedule_async_request(handle)
-        queue.maybe_finalize_async_calls(blocking=True)
+        while not queue.maybe_finalize_async_calls():  # as training does, which lets a thread publish
+            time.sleep(0.001)
         return
     job.write()
     job.commit()
