@@ -89,8 +89,8 @@ def maybe_finalize_async_save(
 ) -> None:
     """Publish the saves whose data is written on all ranks. Collective.
 
-    Without ``blocking``, nobody waits for storage: the coordinator publishes in a thread, and a later call runs
-    what follows a save (callbacks, retention), or raises what went wrong.
+    Without ``blocking``, nobody waits for storage: the coordinator publishes in a thread, and a later call
+    runs what follows a save (callbacks, retention), or raises what went wrong.
 
     Args:
         global_state: holds the queue.
