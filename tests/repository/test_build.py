@@ -69,10 +69,10 @@ def test_wheels_with_and_without_cuda_differ_in_name_and_content(tree: Path) -> 
     for cuda in (True, False):
         setup(tree, "--quiet", "bdist_wheel", "--dist-dir", str(tree.parent / f"wheel-{cuda}"), cuda=cuda)
         (wheel,) = (tree.parent / f"wheel-{cuda}").iterdir()
+        names = zipfile.ZipFile(wheel).namelist()
+        assert {"ckpt_fast/py.typed", "ckpt_fast/native/_engine.pyi"} <= set(names), "no types for its users"
         contents[wheel.name.split("-")[1]] = {
-            Path(name).name.split(".")[0]
-            for name in zipfile.ZipFile(wheel).namelist()
-            if name.endswith(".so")
+            Path(name).name.split(".")[0] for name in names if name.endswith(".so")
         }
     assert contents == {f"{RELEASE}+cu128": {"_engine", "_cuda"}, RELEASE: {"_engine"}}
 
