@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ckpt_fast.doors.megatron.torch_dist import FastSaveStrategy
     from ckpt_fast.jobs.background import wait_staged
     from ckpt_fast.jobs.metrics import add_listener
+    from ckpt_fast.pipeline.load.verify import VerifyReport, verify
     from ckpt_fast.pipeline.memory.host_buffer import reserve_host_memory
     from ckpt_fast.pipeline.save.seal import last_report
     from ckpt_fast.trainer.bridge import FastCheckpointManager
@@ -34,6 +35,7 @@ __all__ = [
     "FastSaveStrategy",
     "FastStorageReader",
     "FastStorageWriter",
+    "VerifyReport",
     "add_listener",
     "install",
     "last_report",
@@ -41,6 +43,7 @@ __all__ = [
     "reserve_host_memory",
     "resume_dataloader",
     "uninstall",
+    "verify",
     "wait_staged",
 ]
 
@@ -52,12 +55,14 @@ _HOMES = {
     "FastSaveStrategy": "ckpt_fast.doors.megatron.torch_dist",
     "FastStorageReader": "ckpt_fast.doors.dcp",
     "FastStorageWriter": "ckpt_fast.doors.dcp",
+    "VerifyReport": "ckpt_fast.pipeline.load.verify",
     "install": "ckpt_fast.doors.megatron.install",
     "last_report": "ckpt_fast.pipeline.save.seal",
     "register_dataloader_state_class": "ckpt_fast.trainer.contents.inert_load",
     "reserve_host_memory": "ckpt_fast.pipeline.memory.host_buffer",
     "resume_dataloader": "ckpt_fast.trainer.contents.sidecars",
     "uninstall": "ckpt_fast.doors.megatron.install",
+    "verify": "ckpt_fast.pipeline.load.verify",
     "wait_staged": "ckpt_fast.jobs.background",
     "add_listener": "ckpt_fast.jobs.metrics",
 }

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from importlib import metadata
 from importlib.util import find_spec
@@ -29,8 +30,10 @@ def checkpoint(tmp_path: Path) -> str:
 
 
 def test_verify_a_whole_checkpoint(checkpoint: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["verify", checkpoint]) == 0
+    assert main(["verify", "--deep", checkpoint]) == 0
     assert capsys.readouterr().out == f"{checkpoint}: ok\n"
+    assert main(["verify", checkpoint]) == 0
+    assert capsys.readouterr().out == f"{checkpoint}: ok (structure and lengths; --deep reads every byte)\n"
 
 
 @pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata"])
@@ -41,7 +44,7 @@ def test_verify_names_the_file_with_a_flipped_bit(
     content = bytearray(Path(path).read_bytes())
     content[len(content) // 3] ^= 4
     Path(path).write_bytes(content)
-    assert main(["verify", checkpoint]) == 1
+    assert main(["verify", "--deep", checkpoint]) == 1
     error = capsys.readouterr().err
     assert path in error and "CRC-32" in error
 
@@ -58,14 +61,60 @@ def test_verify_names_the_file_that_is_missing_or_short(
     assert f"{path} is missing" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("deep", [[], ["--deep"]])
+@pytest.mark.parametrize("change", ["missing", "empty", "altered"])
+def test_verify_looks_at_the_small_files_too(
+    tmp_path: Path, change: str, deep: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    save([TensorShard("w", torch.ones(3), (0,), (3,))], str(tmp_path), seal_files={"metadata.json": b"{}"})
+    seal = tmp_path / "metadata.json"
+    seal.unlink()
+    if change != "missing":
+        seal.write_bytes(b"" if change == "empty" else b"[]")
+    assert main(["verify", *deep, str(tmp_path)]) == 1
+    assert str(seal) in capsys.readouterr().err
+
+
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_verify_what_is_not_our_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     stock = str(tmp_path / "stock")
     dcp.save({"w": torch.ones(3)}, storage_writer=dcp.FileSystemWriter(stock))
-    assert main(["verify", stock, str(tmp_path / "nowhere")]) == 1
-    errors = capsys.readouterr().err
-    assert "written by another library" in errors
-    assert "nowhere is not a complete checkpoint" in errors
+    assert main(["verify", "--deep", stock]) == 0
+    text, empty = tmp_path / "text", tmp_path / "empty"
+    text.write_text("not a checkpoint")
+    empty.mkdir()
+    for path in (text, empty, tmp_path / "nowhere"):
+        assert main(["verify", str(path), stock]) == 2, "nothing is known of it, so it is not damaged"
+        said = capsys.readouterr()
+        assert f"{path}: no checkpoint\n{stock}: ok" in said.out and str(path) in said.err
+    flip(Path(stock) / "__0_0.distcp", -500)
+    assert main(["verify", "--deep", str(text), stock]) == 1
+
+
+def flip(path: Path, position: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(content)
+
+
+def test_verify_a_directory_of_checkpoints(
+    tmp_path: Path, checkpoint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "iter_0000002"
+    save([TensorShard("w", torch.ones(3), (0,), (3,))], str(other))
+    (tmp_path / "iter_0000003").mkdir()  # of a save that has not ended
+    (tmp_path / "latest_train_state.pt").write_bytes(b"")
+    assert main(["verify", "--deep", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == f"{checkpoint}: ok\n{other}: ok\n"
+
+
+def test_verify_as_json(checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    os.truncate(os.path.join(checkpoint, "__0_0.distcp"), 1000)
+    assert main(["verify", "--json", checkpoint, str(tmp_path / "nowhere")]) == 1
+    first, second = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (first["path"], first["sound"], first["deep"]) == (checkpoint, False, False)
+    assert "has 1000 bytes" in first["damages"][0]
+    assert second["sound"] is None and "does not exist" in second["error"]
 
 
 def test_info_lists_what_is_in_a_checkpoint(checkpoint: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,33 +1,85 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``ckpt-fast verify DIR...``: read checkpoints whole and compare every file with its checksum."""
+"""``ckpt-fast verify PATH...``: is a checkpoint what was written?"""
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import sys
+from dataclasses import asdict
 from typing import Any
 
-from ckpt_fast.errors import CheckpointError
-from ckpt_fast.pipeline.load.verify import find_damage
+from ckpt_fast.errors import CheckpointError, CheckpointNotFoundError
+from ckpt_fast.format.names import METADATA_FILE
+from ckpt_fast.pipeline.load.verify import VerifyReport, verify
+
+_SOUND, _DAMAGED, _NOT_CHECKED = 0, 1, 2
 
 
 def add_parser(commands: Any) -> None:
     """Add the command to the parser."""
-    parser = commands.add_parser("verify", help="read checkpoints whole and compare every file's checksum")
-    parser.add_argument("directories", nargs="+", metavar="DIR", help="iteration directory")
+    parser = commands.add_parser(
+        "verify",
+        help="check that checkpoints are what was written",
+        description="Check that checkpoints are what was written: of ckpt_fast, Megatron-Core (torch_dist), "
+        "torch DCP. Exit status: 0 all sound, 1 one is damaged, 2 one could not be checked.",
+    )
+    parser.add_argument(
+        "paths", nargs="+", metavar="PATH", help="a checkpoint, or a directory of checkpoints"
+    )
+    parser.add_argument("--deep", action="store_true", help="read every byte, and compare checksums")
+    parser.add_argument("--json", action="store_true", help="one JSON object for each checkpoint")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
-    """0 if every checkpoint is whole, else 1."""
-    sound = True
-    for directory in options.directories:
-        try:
-            damages = find_damage(directory)
-        except CheckpointError as error:
-            damages = [str(error)]
-        for damage in damages:
-            sys.stderr.write(f"{damage}\n")
-        sys.stdout.write(f"{directory}: {'damaged' if damages else 'ok'}\n")
-        sound = sound and not damages
-    return 0 if sound else 1
+    """0 if every checkpoint is sound, 1 if one is damaged, 2 if none is but one could not be checked."""
+    statuses = [_verify(path, options) for given in options.paths for path in _checkpoints(given)]
+    return _DAMAGED if _DAMAGED in statuses else max(statuses)
+
+
+def _checkpoints(path: str) -> list[str]:
+    """The checkpoints in a directory of checkpoints; otherwise the path itself."""
+    if not os.path.isdir(path) or os.path.exists(os.path.join(path, METADATA_FILE)):
+        return [path]
+    with os.scandir(path) as entries:
+        below = sorted(entry.path for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+    return [each for each in below if os.path.exists(os.path.join(each, METADATA_FILE))] or [path]
+
+
+def _verify(path: str, options: argparse.Namespace) -> int:
+    try:
+        report = verify(path, options.deep)
+    except CheckpointError as error:
+        return _not_checked(path, error, options)
+    if options.json:
+        _write_line(json.dumps({**asdict(report), "sound": report.is_sound}))
+    else:
+        _tell(report)
+    return _SOUND if report.is_sound else _DAMAGED
+
+
+def _tell(report: VerifyReport) -> None:
+    for line in (*report.damages, *report.unchecked):
+        sys.stderr.write(f"{line}\n")
+    result = "ok" if report.is_sound else "damaged"
+    if report.unchecked:
+        result += f", {len(report.unchecked)} items could not be checked"
+    elif report.is_sound and not report.deep:
+        result += " (structure and lengths; --deep reads every byte)"
+    _write_line(f"{report.path}: {result}")
+
+
+def _not_checked(path: str, error: CheckpointError, options: argparse.Namespace) -> int:
+    what = "no checkpoint" if isinstance(error, CheckpointNotFoundError) else "could not be checked"
+    if options.json:
+        _write_line(json.dumps({"path": path, "sound": None, "error": str(error)}))
+    else:
+        sys.stderr.write(f"{error}\n")
+        _write_line(f"{path}: {what}")
+    return _NOT_CHECKED
+
+
+def _write_line(line: str) -> None:
+    sys.stdout.write(f"{line}\n")

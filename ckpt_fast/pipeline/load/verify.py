@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Verify: is a checkpoint on disk what was written? Compared with the manifest; nothing is unpickled."""
+"""Verify: is a checkpoint on disk what was written?"""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ import functools
 import os
 import zlib
 from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from ckpt_fast import native, settings
-from ckpt_fast.errors import CheckpointCorruptError, CheckpointNotFoundError
-from ckpt_fast.format.names import DATA_SUFFIX, METADATA_FILE
+from ckpt_fast.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
+from ckpt_fast.format.names import DATA_SUFFIX
 from ckpt_fast.format.types import FileRecord
 from ckpt_fast.jobs.worker import interruptibly
+from ckpt_fast.pipeline.load.foreign import ContentCheck, structural_damage
 from ckpt_fast.pipeline.load.opened import OpenCheckpoint
 from ckpt_fast.storage.files import Directory
 
@@ -54,29 +57,87 @@ def require_complete(checkpoint: OpenCheckpoint) -> None:
             )
 
 
-def find_damage(directory: str) -> list[str]:
-    """Local. Read every file once and compare its CRC-32; one line per file that differs, or none.
+@dataclass(frozen=True)
+class VerifyReport:
+    """What was found out about a checkpoint.
+
+    Attributes:
+        path: the checkpoint.
+        damages: one line for each defect: a file or an item that is missing, short or not what was written.
+        unchecked: one line for each item whose bytes could not be checked. Only items of other libraries: of
+            classes that are not read, or in archives that are none of torch.
+        deep: whether every byte was read. Otherwise lengths, ``.metadata`` and small files were looked at.
+    """
+
+    path: str
+    damages: tuple[str, ...]
+    unchecked: tuple[str, ...] = ()
+    deep: bool = True
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether no defect was found."""
+        return not self.damages
+
+
+def verify(path: str | os.PathLike[str], deep: bool = True) -> VerifyReport:
+    """Compare a checkpoint with what was written. Local; nothing is loaded, no code of a pickle is run.
+
+    Checkpoints of ckpt_fast have a checksum of every file. Of those of other libraries (torch DCP,
+    Megatron-Core) the structure is checked, and the checksums in the archives of tensors and objects.
+
+    Args:
+        path: the directory that has ``.metadata``.
+        deep: read every byte.
 
     Raises:
-        CheckpointNotFoundError: the directory is not a checkpoint, or has no checksums to compare with.
-        CheckpointCorruptError: ``.metadata``, or the sidecar of an older checkpoint, is itself damaged.
+        CheckpointNotFoundError: there is no checkpoint.
+        CheckpointError: it cannot be read, which says nothing about it.
     """
-    if not os.path.exists(os.path.join(directory, METADATA_FILE)):
-        raise CheckpointNotFoundError(f"{directory} is not a complete checkpoint: it has no {METADATA_FILE}")
-    records = OpenCheckpoint(Directory(directory)).records()
-    if records is None:
-        raise CheckpointNotFoundError(
-            f"{directory} has no checksums of whole files: it was written by another library, whose items "
-            "can only be checked by loading them"
-        )
+    directory = os.fspath(path)
+    if not os.path.isdir(directory):
+        problem = "is no directory" if os.path.lexists(directory) else "does not exist"
+        raise CheckpointNotFoundError(f"{directory} {problem}; a checkpoint is a directory with .metadata")
+    try:
+        with OpenCheckpoint(Directory(directory)) as checkpoint:
+            records = checkpoint.records()
+            if records is not None:
+                return VerifyReport(directory, tuple(_own_damage(directory, records, deep)), deep=deep)
+            index = checkpoint.index
+            damages = list(structural_damage(index))
+            content = ContentCheck(index)
+            # What a file lacks would be reported once more for every item in it.
+            if deep and not damages:
+                damages.extend(content.damage())
+            return VerifyReport(directory, tuple(damages), tuple(content.unchecked), deep)
+    except CheckpointCorruptError as error:
+        return VerifyReport(directory, (str(error),), deep=deep)
+    except OSError as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(
+            f"{directory} cannot be read ({error.strerror or error}), which says nothing about it"
+        ) from error
+
+
+def find_damage(directory: str) -> list[str]:
+    """``verify`` of every byte; the defects.
+
+    Raises:
+        CheckpointNotFoundError: the directory is not a checkpoint.
+    """
+    return list(verify(directory).damages)
+
+
+def _own_damage(directory: str, records: Sequence[FileRecord], deep: bool) -> Iterator[str]:
     missing = {record.path: nbytes for record, nbytes in Directory(directory).missing(records)}
-    damages = (
-        _length_damage(directory, record, missing[record.path])
-        if record.path in missing
-        else _content_damage(directory, record)
-        for record in records
-    )
-    return [damage for damage in damages if damage is not None]
+    for record in records:
+        if record.path in missing:
+            yield _length_damage(directory, record, missing[record.path])
+        elif deep or not record.path.endswith(DATA_SUFFIX):
+            damage = _content_damage(directory, record)
+            if damage is not None:
+                yield damage
 
 
 def _difference(checkpoint: OpenCheckpoint, record: FileRecord) -> str | None:
