@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ckpt_fast.doors.dcp import FastStorageReader, FastStorageWriter
+    from ckpt_fast.doors.dcp.functions import async_save, load, save
     from ckpt_fast.doors.local.manager import FastLocalCheckpointManager
     from ckpt_fast.doors.megatron.install import install, uninstall
     from ckpt_fast.doors.megatron.load_strategy import FastLoadStrategy
@@ -35,11 +36,14 @@ __all__ = [
     "FastStorageReader",
     "FastStorageWriter",
     "add_listener",
+    "async_save",
     "install",
     "last_report",
+    "load",
     "register_dataloader_state_class",
     "reserve_host_memory",
     "resume_dataloader",
+    "save",
     "uninstall",
     "wait_staged",
 ]
@@ -52,11 +56,14 @@ _HOMES = {
     "FastSaveStrategy": "ckpt_fast.doors.megatron.torch_dist",
     "FastStorageReader": "ckpt_fast.doors.dcp",
     "FastStorageWriter": "ckpt_fast.doors.dcp",
+    "async_save": "ckpt_fast.doors.dcp.functions",
     "install": "ckpt_fast.doors.megatron.install",
     "last_report": "ckpt_fast.pipeline.save.seal",
+    "load": "ckpt_fast.doors.dcp.functions",
     "register_dataloader_state_class": "ckpt_fast.trainer.contents.inert_load",
     "reserve_host_memory": "ckpt_fast.pipeline.memory.host_buffer",
     "resume_dataloader": "ckpt_fast.trainer.contents.sidecars",
+    "save": "ckpt_fast.doors.dcp.functions",
     "uninstall": "ckpt_fast.doors.megatron.install",
     "wait_staged": "ckpt_fast.jobs.background",
     "add_listener": "ckpt_fast.jobs.metrics",

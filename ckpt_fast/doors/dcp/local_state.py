@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One rank's part of a state dict: flattened as torch DCP's default planners do, without their objects.
+
+Everything here is read at every save and load, tensor by tensor, and so is kept to a few operations each.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import marshal
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+from torch.distributed.checkpoint._sharded_tensor_utils import _flatten_sharded_tensors
+from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.planner_helpers import _create_chunk_list
+from torch.distributed.checkpoint.stateful import Stateful
+from torch.distributed.checkpoint.utils import find_tensor_shard
+from torch.distributed.tensor import DTensor
+
+from ckpt_fast.errors import CheckpointMismatchError
+from ckpt_fast.format.consistency import Region
+from ckpt_fast.pipeline.save.plan import is_plain
+from ckpt_fast.pipeline.save.program import memory_of
+
+# What a state dict mostly consists of, told by its type alone.
+_WHOLE = frozenset((torch.Tensor, torch.nn.Parameter))
+_MOST_LAYOUTS = 1 << 16
+
+
+class Parent(NamedTuple):
+    """A dict or list of a nested state dict, and the keys that lead to it."""
+
+    container: Any
+    path: tuple[str | int, ...]
+
+
+class Flattened:
+    """The leaves of a nested state dict in columns, in torch DCP's order and by its names.
+
+    Attributes:
+        names: of the leaves: their keys, joined by dots.
+        values: the leaves.
+        parents, keys: what each leaf is in, and its key there.
+        outline: what containers there are, and which leaves are in them.
+    """
+
+    def __init__(self, state_dict: Mapping[str, Any]) -> None:
+        self.names: list[str] = []
+        self.values: list[Any] = []
+        self.parents: list[Parent] = []
+        self.keys: list[Any] = []
+        self.outline: list[Any] = []
+        self._visit(Parent(state_dict, ()), state_dict.items(), "")
+
+    def paths(self) -> dict[str, tuple[str | int, ...]]:
+        """torch DCP's mapping of names to keys, by which its tools nest a state dict again.
+
+        Raises:
+            CheckpointMismatchError: two leaves have the same name.
+        """
+        paths: dict[str, tuple[str | int, ...]] = {}
+        for name, parent, key in zip(self.names, self.parents, self.keys, strict=True):
+            if name in paths:
+                raise CheckpointMismatchError(
+                    f"two values of the state dict are called {name}: nested keys are joined by dots. Rename "
+                    "one of them."
+                )
+            paths[name] = (*parent.path, _step(parent, key))
+        return paths
+
+    def _visit(self, parent: Parent, items: Iterable[tuple[Any, Any]], prefix: str) -> None:
+        names, values, parents, keys = self.names, self.values, self.parents, self.keys
+        for key, value in items:
+            name = prefix + (key if type(key) is str else str(key))
+            if type(value) not in _WHOLE and not isinstance(value, torch.Tensor):
+                if isinstance(value, Mapping):
+                    self._enter(Parent(value, (*parent.path, _step(parent, key))), value.items(), name)
+                    continue
+                if isinstance(value, list) and _is_divided(value):
+                    self._enter(Parent(value, (*parent.path, _step(parent, key))), enumerate(value), name)
+                    continue
+            names.append(name)
+            values.append(value)
+            parents.append(parent)
+            keys.append(key)
+
+    def _enter(self, parent: Parent, items: Iterable[tuple[Any, Any]], name: str) -> None:
+        self.outline.append((parent.path, isinstance(parent.container, list), len(self.names)))
+        self._visit(parent, items, name + ".")
+        self.outline.append(len(self.names))
+
+
+def _step(parent: Parent, key: Any) -> str | int:
+    return key if isinstance(parent.container, list) else str(key)
+
+
+def _is_divided(values: list[Any]) -> bool:
+    """Whether the elements of a list are leaves of their own: torch DCP keeps other lists whole."""
+    return any(
+        isinstance(value, (torch.Tensor, Mapping)) or (isinstance(value, list) and _is_divided(value))
+        for value in values
+    )
+
+
+def plain_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """A shallow copy, with the state dict of each ``Stateful`` object in its place."""
+    return {key: value.state_dict() if is_stateful(value) else value for key, value in state_dict.items()}
+
+
+def is_stateful(value: Any) -> bool:
+    """Whether torch DCP asks the value for its state dict."""
+    # Checking for a protocol takes longer than all else that is done about a tensor.
+    if isinstance(value, torch.Tensor) or type(value) in (dict, list, int, float, str):
+        return False
+    return isinstance(value, Stateful)
+
+
+class LocalState:
+    """The shards and objects that this rank could save, in columns of one entry each.
+
+    Args:
+        state_dict: nested; of tensors of any kind and objects.
+
+    Attributes:
+        names: of the whole tensors, and of the objects.
+        values: this rank's memory, or the object.
+        places: where it lies in the whole tensor, and that one's shape; None where it is the whole tensor,
+            () for an object.
+
+    Raises:
+        CheckpointMismatchError: a tensor is not what its sharding says.
+    """
+
+    def __init__(self, state_dict: Mapping[str, Any]) -> None:
+        self.names: list[str] = []
+        self.values: list[Any] = []
+        self.places: list[tuple[tuple[int, ...], tuple[int, ...]] | tuple[()] | None] = []
+        self._flat = flat = Flattened(state_dict)
+        with torch.no_grad():
+            for name, value in zip(flat.names, flat.values, strict=True):
+                if type(value) in _WHOLE:
+                    self._add(name, value, None)
+                elif isinstance(value, torch.Tensor):
+                    self._add_shards(name, value)
+                else:
+                    self._add(name, value, ())
+
+    def _add(self, name: str, value: Any, place: Any) -> None:
+        self.names.append(name)
+        self.values.append(value)
+        self.places.append(place)
+
+    def _add_shards(self, name: str, tensor: torch.Tensor) -> None:
+        shape = tuple(tensor.size())
+        for region, local in shards_of_tensor(name, tensor):
+            if tuple(local.shape) != region.sizes:
+                raise CheckpointMismatchError(
+                    f"{name} is divided so that this rank has {region} of it, but its tensor has the shape "
+                    f"{tuple(local.shape)}; what would be written could not be loaded"
+                )
+            # Where there are more ranks than rows, some have nothing.
+            if region.numel or 0 in shape:
+                self._add(name, local, (region.offsets, shape))
+
+    def paths(self) -> dict[str, tuple[str | int, ...]]:
+        """See ``Flattened.paths``."""
+        return self._flat.paths()
+
+    def structure(self, options: tuple[Any, ...]) -> bytes | None:
+        """A digest of everything but values and addresses; None if it cannot be told from another one.
+
+        Args:
+            options: what else is to be the same.
+        """
+        rows: list[Any] = []
+        with torch._C.DisableTorchFunction():
+            for name, value, place in zip(self.names, self.values, self.places, strict=True):
+                if place == ():
+                    rows.append(name)
+                elif (type(value) in _WHOLE and value.layout is torch.strided) or is_plain(value):
+                    rows.append((name, place, value.is_meta, *memory_of(value)))
+                else:
+                    return None
+        try:
+            return hashlib.blake2b(
+                marshal.dumps((options, self._flat.outline, rows), 2), digest_size=16
+            ).digest()
+        except ValueError:  # sizes that are more than plain integers
+            return None
+
+
+def shards_of_tensor(name: str, tensor: torch.Tensor) -> Sequence[tuple[Region, torch.Tensor]]:
+    """This rank's shards of a tensor of any kind: their places, and the memory itself."""
+    if isinstance(tensor, ShardedTensor):
+        flattened = _flatten_sharded_tensors({name: tensor}).get(name)
+        if flattened is None:
+            return []
+        tensor = flattened
+    regions = regions_of(tensor)
+    if isinstance(tensor, DTensor) and type(tensor._local_tensor) is torch.Tensor:
+        return [(region, tensor._local_tensor) for region in regions]
+    return [
+        (region, find_tensor_shard(tensor, MetadataIndex(name, torch.Size(region.offsets))))
+        for region in regions
+    ]
+
+
+_Layouts = dict[tuple[Any, ...], list[Region]]
+_layouts: weakref.WeakKeyDictionary[Any, _Layouts] = weakref.WeakKeyDictionary()
+
+
+def regions_of(value: object) -> Sequence[Region]:
+    """The places of this rank's shards of a tensor, as torch's planners see them; none of another value."""
+    if not isinstance(value, torch.Tensor):
+        return []
+    if type(value) in _WHOLE:
+        return [Region((0,) * value.dim(), tuple(value.shape))]
+    if not isinstance(value, DTensor):
+        return _regions(value)
+    mesh = value.device_mesh
+    if mesh.get_coordinate() is None:  # of ranks that this one is not among
+        return []
+    if type(value._local_tensor) is not torch.Tensor:
+        return _regions(value)
+    known = _layouts.get(mesh)
+    if known is None or len(known) > _MOST_LAYOUTS:
+        known = _layouts[mesh] = {}
+    layout = (value.shape, value.placements)
+    regions = known.get(layout)
+    if regions is None:
+        regions = known[layout] = _regions(value)
+    return regions
+
+
+def _regions(tensor: torch.Tensor) -> list[Region]:
+    return [Region(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in _create_chunk_list(tensor)]
