@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``ckpt_fast.save``, ``async_save``, ``load``: torch DCP's files, without its planners and storage objects."""
+"""``ckpt_fast.save``, ``async_save`` and ``load``: torch DCP's files, without its planners."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ class _Loading:
         self._index = CheckpointIndex(self._directory)
         self._values = values
         flat = Flattened(values)
-        flat.paths()
+        flat.require_unique()
         saved = self._index.metadata.state_dict_metadata
         missing, misfits = [], []
         with torch.no_grad():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import marshal
 import weakref
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -57,20 +58,22 @@ class Flattened:
         self._visit(Parent(state_dict, ()), state_dict.items(), "")
 
     def paths(self) -> dict[str, tuple[str | int, ...]]:
-        """torch DCP's mapping of names to keys, by which its tools nest a state dict again.
+        """torch DCP's mapping of names to keys, by which its tools nest a state dict again."""
+        leaves = zip(self.names, self.parents, self.keys, strict=True)
+        return {name: (*parent.path, _step(parent, key)) for name, parent, key in leaves}
+
+    def require_unique(self) -> None:
+        """Check that no two leaves have the same name.
 
         Raises:
-            CheckpointMismatchError: two leaves have the same name.
+            CheckpointMismatchError: two have.
         """
-        paths: dict[str, tuple[str | int, ...]] = {}
-        for name, parent, key in zip(self.names, self.parents, self.keys, strict=True):
-            if name in paths:
-                raise CheckpointMismatchError(
-                    f"two values of the state dict are called {name}: nested keys are joined by dots. Rename "
-                    "one of them."
-                )
-            paths[name] = (*parent.path, _step(parent, key))
-        return paths
+        if len(set(self.names)) < len(self.names):
+            (name, _), *_ = Counter(self.names).most_common(1)
+            raise CheckpointMismatchError(
+                f"two values of the state dict are called {name}: nested keys are joined by dots. Rename one "
+                "of them."
+            )
 
     def _visit(self, parent: Parent, items: Iterable[tuple[Any, Any]], prefix: str) -> None:
         names, values, parents, keys = self.names, self.values, self.parents, self.keys
@@ -136,23 +139,19 @@ class LocalState:
     """
 
     def __init__(self, state_dict: Mapping[str, Any]) -> None:
-        self.names: list[str] = []
-        self.values: list[Any] = []
-        self.places: list[tuple[tuple[int, ...], tuple[int, ...]] | tuple[()] | None] = []
         self._flat = flat = Flattened(state_dict)
+        names: list[str] = []
+        values: list[Any] = []
+        places: list[tuple[tuple[int, ...], tuple[int, ...]] | tuple[()] | None] = []
+        self.names, self.values, self.places = names, values, places
         with torch.no_grad():
             for name, value in zip(flat.names, flat.values, strict=True):
-                if type(value) in _WHOLE:
-                    self._add(name, value, None)
-                elif isinstance(value, torch.Tensor):
+                if type(value) not in _WHOLE and isinstance(value, torch.Tensor):
                     self._add_shards(name, value)
-                else:
-                    self._add(name, value, ())
-
-    def _add(self, name: str, value: Any, place: Any) -> None:
-        self.names.append(name)
-        self.values.append(value)
-        self.places.append(place)
+                    continue
+                names.append(name)
+                values.append(value)
+                places.append(None if type(value) in _WHOLE else ())
 
     def _add_shards(self, name: str, tensor: torch.Tensor) -> None:
         shape = tuple(tensor.size())
@@ -164,10 +163,17 @@ class LocalState:
                 )
             # Where there are more ranks than rows, some have nothing.
             if region.numel or 0 in shape:
-                self._add(name, local, (region.offsets, shape))
+                self.names.append(name)
+                self.values.append(local)
+                self.places.append((region.offsets, shape))
 
     def paths(self) -> dict[str, tuple[str | int, ...]]:
-        """See ``Flattened.paths``."""
+        """See ``Flattened.paths``.
+
+        Raises:
+            CheckpointMismatchError: two values have the same name.
+        """
+        self._flat.require_unique()
         return self._flat.paths()
 
     def structure(self, options: tuple[Any, ...]) -> bytes | None:
@@ -195,6 +201,8 @@ class LocalState:
 
 def shards_of_tensor(name: str, tensor: torch.Tensor) -> Sequence[tuple[Region, torch.Tensor]]:
     """This rank's shards of a tensor of any kind: their places, and the memory itself."""
+    if type(tensor) in _WHOLE:
+        return [(Region((0,) * tensor.dim(), tuple(tensor.shape)), tensor)]
     if isinstance(tensor, ShardedTensor):
         flattened = _flatten_sharded_tensors({name: tensor}).get(name)
         if flattened is None:

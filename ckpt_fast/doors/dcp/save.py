@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""State dicts saved in torch DCP's files without ``dcp.save``: staged now, written by a thread, then committed.
+"""State dicts saved in torch DCP's files without ``dcp.save``: staged, written by a thread, committed.
 
 ``dcp.save`` plans with objects for every tensor, at every save. Here the first save of a structure decides
 which rank saves what, and the pipeline compiles a save program. Both are kept with the process group, without
