@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner_helpers import _init_state_dict
 
@@ -148,7 +149,9 @@ def _misfit(name: str, value: Any, entry: Any) -> str:
 
 
 def _materialized(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor with memory in the place of one on the meta device."""
+    """A tensor with memory in the place of one on the meta device: where the process group's tensors are."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return torch.empty_like(tensor, device=torch.get_default_device())
     box = {"": tensor}
     _init_state_dict(box)
     return box[""]
