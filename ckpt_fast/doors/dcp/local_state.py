@@ -10,7 +10,7 @@ import hashlib
 import marshal
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -156,13 +156,13 @@ class LocalState:
     def _add_shards(self, name: str, tensor: torch.Tensor) -> None:
         shape = tuple(tensor.size())
         for region, local in shards_of_tensor(name, tensor):
-            if tuple(local.shape) != region.sizes:
+            if local.shape != region.sizes:
                 raise CheckpointMismatchError(
                     f"{name} is divided so that this rank has {region} of it, but its tensor has the shape "
                     f"{tuple(local.shape)}; what would be written could not be loaded"
                 )
             # Where there are more ranks than rows, some have nothing.
-            if region.numel or 0 in shape:
+            if 0 not in region.sizes or 0 in shape:
                 self.names.append(name)
                 self.values.append(local)
                 self.places.append((region.offsets, shape))
@@ -203,22 +203,17 @@ def shards_of_tensor(name: str, tensor: torch.Tensor) -> Sequence[tuple[Region, 
     """This rank's shards of a tensor of any kind: their places, and the memory itself."""
     if type(tensor) in _WHOLE:
         return [(Region((0,) * tensor.dim(), tuple(tensor.shape)), tensor)]
+    if isinstance(tensor, DTensor) and type(tensor._local_tensor) is torch.Tensor:
+        return [(region, tensor._local_tensor) for region in _layouts.regions(tensor)]
     if isinstance(tensor, ShardedTensor):
         flattened = _flatten_sharded_tensors({name: tensor}).get(name)
         if flattened is None:
             return []
         tensor = flattened
-    regions = regions_of(tensor)
-    if isinstance(tensor, DTensor) and type(tensor._local_tensor) is torch.Tensor:
-        return [(region, tensor._local_tensor) for region in regions]
     return [
         (region, find_tensor_shard(tensor, MetadataIndex(name, torch.Size(region.offsets))))
-        for region in regions
+        for region in regions_of(tensor)
     ]
-
-
-_Layouts = dict[tuple[Any, ...], list[Region]]
-_layouts: weakref.WeakKeyDictionary[Any, _Layouts] = weakref.WeakKeyDictionary()
 
 
 def regions_of(value: object) -> Sequence[Region]:
@@ -227,22 +222,41 @@ def regions_of(value: object) -> Sequence[Region]:
         return []
     if type(value) in _WHOLE:
         return [Region((0,) * value.dim(), tuple(value.shape))]
-    if not isinstance(value, DTensor):
-        return _regions(value)
-    mesh = value.device_mesh
-    if mesh.get_coordinate() is None:  # of ranks that this one is not among
-        return []
-    if type(value._local_tensor) is not torch.Tensor:
-        return _regions(value)
-    known = _layouts.get(mesh)
-    if known is None or len(known) > _MOST_LAYOUTS:
-        known = _layouts[mesh] = {}
-    layout = (value.shape, value.placements)
-    regions = known.get(layout)
-    if regions is None:
-        regions = known[layout] = _regions(value)
-    return regions
+    if isinstance(value, DTensor) and type(value._local_tensor) is torch.Tensor:
+        return _layouts.regions(value)
+    return _regions(value)
+
+
+class _Layouts:
+    """The places of shards by mesh, shape and placements: to compute them takes longer than all else."""
+
+    def __init__(self) -> None:
+        self._all: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
+        # Most tensors in a row are on the same mesh.
+        self._latest: tuple[Callable[[], Any], dict[Any, list[Region]]] = (lambda: None, {})
+
+    def regions(self, tensor: DTensor) -> list[Region]:
+        """``regions_of`` a DTensor whose local tensor is a plain one."""
+        mesh = tensor.device_mesh
+        latest, known = self._latest
+        if latest() is not mesh:
+            # Meshes of the same ranks are equal, but a process that has joined again may be another rank.
+            place = mesh.get_coordinate()
+            known = self._all.setdefault(mesh, {}).setdefault(place and tuple(place), {})
+            self._latest = weakref.ref(mesh), known
+        layout = (tensor.shape, tensor.placements)
+        regions = known.get(layout)
+        if regions is None:
+            if len(known) >= _MOST_LAYOUTS:
+                known.clear()
+            regions = known[layout] = _regions(tensor)
+        return regions
+
+
+_layouts = _Layouts()
 
 
 def _regions(tensor: torch.Tensor) -> list[Region]:
+    if isinstance(tensor, DTensor) and tensor.device_mesh.get_coordinate() is None:
+        return []  # of ranks that this one is not among
     return [Region(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in _create_chunk_list(tensor)]
