@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fast, crash-safe training checkpoints in the files Megatron and torch already read.
 
-The documented API is in ``ckpt_fast.checkpointing``. ``save``, ``async_save`` and ``load`` are for FSDP2 and plain
-PyTorch. The classes here are for programs that already save with torch DCP or Megatron-Core: pass them where those
-take a storage writer, a reader or a strategy.
+The documented API is in ``ckpt_fast.checkpointing``. ``save``, ``async_save`` and ``load`` are for FSDP2 and
+plain PyTorch. The classes here are for programs that already save with torch DCP or Megatron-Core: pass them
+where those take a storage writer, a reader or a strategy.
 ``resume_dataloader`` goes with ``load_checkpoint``: it puts the data loader where the checkpoint left it.
 """
 

@@ -56,7 +56,6 @@ def save(
     Raises:
         CheckpointError: on every rank, naming the rank that failed. Nothing was published, and an older
             checkpoint is as it was.
-        ValueError: an option or a setting makes no sense.
     """
     job = _started(state_dict, path, process_group, no_dist, overwrite, SaveOptions(writers=thread_count))
     job.write()
@@ -92,7 +91,6 @@ def async_save(
     Raises:
         CheckpointError: on every rank, naming the rank that failed; nothing is in flight. What fails later
             is raised by the future, on every rank, as AsyncSaveError.
-        ValueError: an option or a setting makes no sense.
     """
     group = ControlGroup.of_one() if no_dist else ControlGroup(process_group)
     committer = committers.get(group, process_group)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner_helpers import _init_state_dict
 
@@ -91,9 +92,11 @@ class _Loading:
                 elif not isinstance(value, torch.Tensor) or not _fits(value, entry):
                     misfits.append(_misfit(name, value, entry))
                 else:
-                    if value.is_meta:
+                    if not isinstance(value, ShardedTensor) and value.is_meta:
                         parent.container[key] = _materialized(value)
                     for region, local in shards_of_tensor(name, parent.container[key]):
+                        if local.is_meta:
+                            misfits.append(f"{name} is on the meta device there and has no memory")
                         self._requests.append(TensorRequest(name, local, region.offsets))
         if misfits:
             more = f" (and {len(misfits) - _MOST_SHOWN} more)" if len(misfits) > _MOST_SHOWN else ""

@@ -177,7 +177,7 @@ class LocalState:
         return self._flat.paths()
 
     def structure(self, options: tuple[Any, ...]) -> bytes | None:
-        """A digest of everything but values and addresses; None if it cannot be told from another one.
+        """A digest of everything but values and addresses; None if there is something that it cannot tell.
 
         Args:
             options: what else is to be the same.
@@ -189,8 +189,8 @@ class LocalState:
                     rows.append(name)
                 elif (type(value) in _WHOLE and value.layout is torch.strided) or is_plain(value):
                     rows.append((name, place, value.is_meta, *memory_of(value)))
-                else:
-                    return None
+                else:  # stored by torch itself, so no save program is made of it
+                    rows.append((name, place, id(value.dtype), tuple(value.shape)))
         try:
             return hashlib.blake2b(
                 marshal.dumps((options, self._flat.outline, rows), 2), digest_size=16

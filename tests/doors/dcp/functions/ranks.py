@@ -14,6 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed._shard import sharded_tensor
+from torch.distributed._shard.sharded_tensor import Shard as ShardOf
 from torch.distributed.checkpoint.state_dict import set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -80,6 +82,37 @@ def load_matrices(rank: int, root: str) -> list[list[str]]:
         load(state, root)
         found.append(wrong(whole_of(state), f"{root}.pt"))
     return found
+
+
+def sharded_tensors(rank: int, root: str) -> list[str]:
+    """Save and load FSDP1's kind of tensors: two shards a rank, of nine rows, and rank 1 has none of one."""
+
+    def state(first: int) -> dict[str, Any]:
+        values = torch.arange(first, first + 45).view(9, 5)
+        starts = [(0, 2), (3, 2)] if rank == 0 else [(2, 1), (5, 4)]
+        rows = sharded_tensor.init_from_local_shards(
+            [ShardOf.from_tensor_and_offsets(values[s : s + n].clone(), [s, 0], rank) for s, n in starts],
+            9,
+            5,
+        )
+        whole = [ShardOf.from_tensor_and_offsets(values.clone(), [0, 0], 0)] if rank == 0 else []
+        return {"rows": rows, "whole": sharded_tensor.init_from_local_shards(whole, 9, 5), "step": first}
+
+    def content(value: dict[str, Any]) -> list[Any]:
+        shards = [*value["rows"].local_shards(), *value["whole"].local_shards()]
+        return [value["step"], *(shard.tensor.tolist() for shard in shards)]
+
+    problems = []
+    for first in (100, 200):
+        ckpt_fast.save(state(first), f"{root}/ours")
+        dcp.save(state(first), storage_writer=dcp.FileSystemWriter(f"{root}/stock"))
+        for path in ("ours", "stock"):
+            for name, load in READERS.items():
+                found = state(0)
+                load(found, f"{root}/{path}")
+                if content(found) != content(state(first)):
+                    problems.append(f"{first} {path} {name}")
+    return problems
 
 
 def replicated(rank: int, root: str) -> tuple[list[int], list[int]]:

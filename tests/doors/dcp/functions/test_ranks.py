@@ -38,6 +38,10 @@ def test_dtensors_on_other_ranks(saving: int, loading: int, tmp_path: Path) -> N
     assert run_ranks(functions_ranks.load_matrices, loading, str(tmp_path / "m")) == [[[], []]] * loading
 
 
+def test_sharded_tensors(tmp_path: Path) -> None:
+    assert run_ranks(functions_ranks.sharded_tensors, 2, str(tmp_path)) == [[], []]
+
+
 def test_replicated_tensors_are_divided_by_bytes(tmp_path: Path) -> None:
     results = run_ranks(functions_ranks.replicated, 4, str(tmp_path))
     sizes = results[0][1]

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import itertools
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from ckpt_fast.pipeline.load.index import CheckpointIndex
 from tests.doors.dcp.states import blank, differences, odd_tensors, training_state
 from tests.manifests import manifest_lies
 from tests.pipeline.layouts import PLAIN_DTYPES, random_tensor
+from tests.pipeline.save.test_stage import Wrapper
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
 
@@ -172,6 +174,24 @@ def test_sparse_and_quantized_tensors(tmp_path: Path) -> None:
         ckpt_fast.load(found, tmp_path)
         assert torch.equal(found["q"].int_repr(), state(number)["q"].int_repr())
         assert torch.equal(found["w"], state(number)["w"])
+
+
+def test_tensors_that_wrap_others_are_stored_by_torch(tmp_path: Path) -> None:
+    def stored(directory: Path) -> Any:
+        metadata = CheckpointIndex(str(directory)).metadata
+        info = next(info for index, info in metadata.storage_data.items() if index.fqn == "a.wrapper")
+        content = (directory / info.relative_path).read_bytes()[info.offset : info.offset + info.length]
+        return torch.load(io.BytesIO(content), weights_only=False)
+
+    for number in range(2):
+        state = {"a": {"wrapper": Wrapper(torch.arange(6.0) + number)}, "w": torch.ones(3)}
+        ckpt_fast.save(state, tmp_path / "a")
+        future = ckpt_fast.async_save(state, tmp_path / "b")
+        state["a"]["wrapper"].inner.zero_()
+        future.result()
+        for directory in (tmp_path / "a", tmp_path / "b"):
+            assert type(stored(directory)) is Wrapper
+            assert torch.equal(stored(directory).inner, torch.arange(6.0) + number)
 
 
 class Counter:
