@@ -238,9 +238,9 @@ class PerGroup(Generic[T]):
         """The value of ``process_group`` (None: of all ranks), through which ``group`` talks."""
         if group.size == 1:
             return self._alone
-        return self._of_groups.setdefault(
-            process_group if process_group is not None else dist.group.WORLD, self._new()
-        )
+        key = process_group if process_group is not None else dist.group.WORLD
+        value = self._of_groups.get(key)
+        return value if value is not None else self._of_groups.setdefault(key, self._new())
 
 
 def _device_of(group: dist.ProcessGroup | None) -> torch.device:
