@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fast, crash-safe training checkpoints in the files Megatron and torch already read.
 
-The documented API is in ``ckpt_fast.checkpointing``. The classes here are for programs that already save with
-torch DCP or Megatron-Core: pass them where those take a storage writer, a reader or a strategy.
+The documented API is in ``ckpt_fast.checkpointing``. ``save``, ``async_save`` and ``load`` are for FSDP2 and
+plain PyTorch. The classes here are for programs that already save with torch DCP or Megatron-Core: pass them
+where those take a storage writer, a reader or a strategy.
 ``resume_dataloader`` goes with ``load_checkpoint``: it puts the data loader where the checkpoint left it.
 """
 
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ckpt_fast.doors.dcp import FastStorageReader, FastStorageWriter
+    from ckpt_fast.doors.dcp.functions import async_save, load, save
     from ckpt_fast.doors.local.manager import FastLocalCheckpointManager
     from ckpt_fast.doors.megatron.install import install, uninstall
     from ckpt_fast.doors.megatron.load_strategy import FastLoadStrategy
@@ -37,11 +39,14 @@ __all__ = [
     "FastStorageWriter",
     "VerifyReport",
     "add_listener",
+    "async_save",
     "install",
     "last_report",
+    "load",
     "register_dataloader_state_class",
     "reserve_host_memory",
     "resume_dataloader",
+    "save",
     "uninstall",
     "verify",
     "wait_staged",
@@ -56,11 +61,14 @@ _HOMES = {
     "FastStorageReader": "ckpt_fast.doors.dcp",
     "FastStorageWriter": "ckpt_fast.doors.dcp",
     "VerifyReport": "ckpt_fast.pipeline.load.verify",
+    "async_save": "ckpt_fast.doors.dcp.functions",
     "install": "ckpt_fast.doors.megatron.install",
     "last_report": "ckpt_fast.pipeline.save.seal",
+    "load": "ckpt_fast.doors.dcp.functions",
     "register_dataloader_state_class": "ckpt_fast.trainer.contents.inert_load",
     "reserve_host_memory": "ckpt_fast.pipeline.memory.host_buffer",
     "resume_dataloader": "ckpt_fast.trainer.contents.sidecars",
+    "save": "ckpt_fast.doors.dcp.functions",
     "uninstall": "ckpt_fast.doors.megatron.install",
     "verify": "ckpt_fast.pipeline.load.verify",
     "wait_staged": "ckpt_fast.jobs.background",

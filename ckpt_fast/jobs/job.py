@@ -88,6 +88,10 @@ class Job(ABC):
         """Bytes that this rank has written so far, and its total if known."""
         return self.report.nbytes, self.report.nbytes
 
+    def talk_through(self, group: ControlGroup) -> None:
+        """Local. Let the collectives from now on be those of ``group``, which has the same ranks."""
+        self._group = group
+
     def is_written(self) -> bool:
         """Whether this rank has nothing left to write (or has failed)."""
         return self._worker.is_done

@@ -13,6 +13,7 @@ import logging
 import os
 import pickle
 import re
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, NoReturn, TypeVar
@@ -219,6 +220,27 @@ class ControlGroup:
 
     def _coordinator(self) -> int:
         return dist.get_global_rank(self._group, 0) if self._group is not None else 0
+
+
+class PerGroup(Generic[T]):
+    """A value for each process group, forgotten with it, and one for this process alone. Thread-safe.
+
+    Args:
+        new: makes the value of a group that has none.
+    """
+
+    def __init__(self, new: Callable[[], T]) -> None:
+        self._new = new
+        self._alone = new()
+        self._of_groups: weakref.WeakKeyDictionary[Any, T] = weakref.WeakKeyDictionary()
+
+    def get(self, group: ControlGroup, process_group: dist.ProcessGroup | None) -> T:
+        """The value of ``process_group`` (None: of all ranks), through which ``group`` talks."""
+        if group.size == 1:
+            return self._alone
+        key = process_group if process_group is not None else dist.group.WORLD
+        value = self._of_groups.get(key)
+        return value if value is not None else self._of_groups.setdefault(key, self._new())
 
 
 def _device_of(group: dist.ProcessGroup | None) -> torch.device:

@@ -225,6 +225,7 @@ def test_table_of_the_demo() -> None:
 DOORS = {
     "ckpt_fast.checkpointing": documented_api_snippet,
     "FastSaveStrategy": megatron_core_snippet,
+    "ckpt_fast.save(": torch_dcp_snippet,
     "FastStorageWriter": torch_dcp_snippet,
     "ckpt_fast.install()": install_snippet,
     "FastCheckpointManager": bridge_snippet,

@@ -5,7 +5,8 @@
     dcp.load(state_dict, storage_reader=FastStorageReader(path))
 
 Planning stays with torch: DTensors, FSDP2, flattened state dicts, partial loads and plan caching work as they
-do with torch's own file system writer, and each side reads what the other has written.
+do with torch's own file system writer, and each side reads what the other has written. ``functions`` has
+``ckpt_fast.save``, ``async_save`` and ``load``, which plan by themselves.
 """
 
 from ckpt_fast.doors.dcp.reader import FastStorageReader

@@ -8,16 +8,14 @@ is missing, or in another place, a part of the destination would be left as it w
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
-import torch
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner
-from torch.distributed.checkpoint.planner_helpers import _create_chunk_list
-from torch.distributed.tensor import DTensor
 
+from ckpt_fast.doors.dcp.local_state import regions_of
 from ckpt_fast.errors import CheckpointCorruptError, CheckpointMismatchError
 from ckpt_fast.format.consistency import Region, missing_message, require_apart
 
@@ -67,20 +65,8 @@ def require_covered(plan: LoadPlan, planner: LoadPlanner, metadata: Metadata, di
 def _destinations(planner: LoadPlanner) -> Iterator[_Destination]:
     state = getattr(planner, "state_dict", None)
     for fqn, value in state.items() if isinstance(state, dict) else ():
-        for chunk in _chunks(value):
-            yield _Destination(fqn, tuple(chunk.offsets), tuple(chunk.sizes))
-
-
-def _chunks(value: object) -> Iterable[Region]:
-    """The places of this rank's parts of a tensor, as torch's planner sees them; none of another value."""
-    if not isinstance(value, torch.Tensor):
-        return []
-    if isinstance(value, DTensor):
-        if value.device_mesh.get_coordinate() is None:  # of ranks that this one is not among
-            return []
-    elif type(value) in (torch.Tensor, torch.nn.Parameter):
-        return [Region((0,) * value.dim(), tuple(value.shape))]
-    return _create_chunk_list(value)  # type: ignore[return-value]
+        for region in regions_of(value):
+            yield _Destination(fqn, region.offsets, region.sizes)
 
 
 def _require_covered(destination: _Destination, regions: list[Region], directory: str) -> None:

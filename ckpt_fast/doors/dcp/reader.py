@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import logging
 import os
 from typing import Any
 
@@ -15,8 +14,9 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
+from ckpt_fast.doors.dcp.agreement import report_unasked, require_same_save
 from ckpt_fast.doors.dcp.coverage import require_covered
-from ckpt_fast.errors import CheckpointError, CheckpointMismatchError
+from ckpt_fast.errors import CheckpointMismatchError
 from ckpt_fast.format.names import METADATA_FILE
 from ckpt_fast.pipeline.load.decode import Contents, decode_object, read_contents
 from ckpt_fast.pipeline.load.index import CheckpointIndex
@@ -24,11 +24,9 @@ from ckpt_fast.pipeline.load.load import load_parts
 from ckpt_fast.pipeline.load.opened import OpenCheckpoint
 from ckpt_fast.pipeline.load.parts import Part
 from ckpt_fast.pipeline.load.place import Box
-from ckpt_fast.pipeline.load.unasked import Unasked, find_unasked, warning_text
+from ckpt_fast.pipeline.load.unasked import Unasked
 from ckpt_fast.pipeline.memory.garbage import without_collections
 from ckpt_fast.storage.versions import FileVersions
-
-logger = logging.getLogger(__name__)
 
 StrPath = str | os.PathLike[str]
 # Takes the place of the identity where every rank has a ``.metadata`` of its own.
@@ -117,17 +115,10 @@ class FastStorageReader(StorageReader):
         Raises:
             CheckpointError: ranks see another save.
         """
-        others = [
-            str(rank)
-            for rank, plan in enumerate(plans)
-            if isinstance(plan.storage_data, str) and plan.storage_data != self._identity
-        ]
-        if others and self._identity is not None:
-            raise CheckpointError(
-                f"{_named(others)} another {METADATA_FILE} in {self._path} than the rank that "
-                "coordinates the load. All ranks must see the same files: the path must be on a file system "
-                "that they share, and no save may be running into it. Load again."
-            )
+        of_ranks = {
+            rank: plan.storage_data for rank, plan in enumerate(plans) if isinstance(plan.storage_data, str)
+        }
+        require_same_save(self._path, self._identity, of_ranks)
         self._asked = {item.storage_index.fqn for plan in plans for item in plan.items}
         return plans
 
@@ -154,16 +145,12 @@ class FastStorageReader(StorageReader):
         """On the coordinator: report the parts that no rank requests."""
         if self._asked is None or self._index is None:
             return
-        self.unasked, self._asked = find_unasked(self._index.metadata, self._asked), None
-        logger.info("%d of %d bytes in %s were not asked for", *self.unasked[:2], self._path)
-        partial = self.partial or getattr(planner, "allow_partial_load", False)
-        if self.unasked.sections and not partial and getattr(planner, "keys", None) is None:
-            remedy = (
-                "Put them into the state dict (an optimizer has no moments before its first step; "
-                "get_state_dict of torch makes them). If they are left out on purpose, load with "
-                "DefaultLoadPlanner(allow_partial_load=True)."
-            )
-            logger.warning("%s", warning_text(self._path, self.unasked.sections, remedy))
+        by_planner = (
+            getattr(planner, "allow_partial_load", False) or getattr(planner, "keys", None) is not None
+        )
+        is_partial = self.partial or by_planner
+        self.unasked = report_unasked(self._path, self._index.metadata, self._asked, is_partial=is_partial)
+        self._asked = None
 
     @without_collections
     def _read(self, plan: LoadPlan, planner: LoadPlanner) -> None:
@@ -222,13 +209,6 @@ def _part(index: CheckpointIndex, item: ReadItem, target: torch.Tensor) -> Part:
             "state dict disagree; load into tensors of the shapes that were saved."
         )
     return Part(tensor, piece, Box(piece.sizes, start, lengths, tensor.dtype.itemsize), target)
-
-
-def _named(ranks: list[str]) -> str:
-    if len(ranks) == 1:
-        return f"rank {ranks[0]} sees"
-    shown = ", ".join(ranks[:8]) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
-    return f"the ranks {shown} see"
 
 
 def is_local_path(checkpoint_id: StrPath) -> bool:

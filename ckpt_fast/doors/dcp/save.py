@@ -1,36 +1,76 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torch DCP's state dicts saved without ``dcp.save``: staged now, written by a thread, committed later.
+"""State dicts saved in torch DCP's files without ``dcp.save``: staged, written by a thread, committed.
 
-``dcp.save`` and ``dcp.async_save`` keep their collectives in the thread that writes. For a trainer's queue
-all collectives must be in the trainer's own thread; what is between them is the pipeline's ``Save``.
+``dcp.save`` plans with objects for every tensor, at every save. Here the first save of a structure decides
+which rank saves what, and the pipeline compiles a save program. Both are kept with the process group, without
+any tensor: later saves of the structure compare it, by a digest, and execute the program.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 
-from ckpt_fast.doors.dcp.writer import shards_of
-from ckpt_fast.format.types import FileRecord
+from ckpt_fast.doors.dcp.division import Division, divide_alone, divide_together
+from ckpt_fast.doors.dcp.local_state import LocalState
+from ckpt_fast.errors import CheckpointMismatchError
+from ckpt_fast.format.types import FileRecord, ObjectShard, Shard, TensorShard
 from ckpt_fast.pipeline.memory.garbage import without_collections
+from ckpt_fast.pipeline.save.objects import object_bytes
 from ckpt_fast.pipeline.save.parts import Completion, SaveOptions, Share
+from ckpt_fast.pipeline.save.program import Prepared, ProgramCache
 from ckpt_fast.pipeline.save.save import Save
-from ckpt_fast.ranks.group import ControlGroup
+from ckpt_fast.ranks.group import ControlGroup, PerGroup
+from ckpt_fast.settings import Settings
+
+# Structures that one process group is known to save: of a model, its optimizer, an average of it; each also
+# as a copy that is written in the background. A structure takes about a kilobyte a tensor.
+_MOST_STRUCTURES = 4
+
+
+class KnownStructures:
+    """The structures that a process group has saved last. Thread-safe."""
+
+    def __init__(self) -> None:
+        self.programs = ProgramCache(_MOST_STRUCTURES)
+        self._divisions: OrderedDict[bytes, Division] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def find(self, structure: bytes) -> Division | None:
+        """What this rank saves of a structure, if that is kept."""
+        with self._lock:
+            division = self._divisions.get(structure)
+            if division is not None:
+                self._divisions.move_to_end(structure)
+            return division
+
+    def keep(self, structure: bytes, division: Division) -> None:
+        """Keep what this rank saves of a structure; the least recently used one goes."""
+        with self._lock:
+            self._divisions[structure] = division
+            self._divisions.move_to_end(structure)
+            while len(self._divisions) > _MOST_STRUCTURES:
+                self._divisions.popitem(last=False)
+
+
+_known = PerGroup(KnownStructures)
 
 
 @without_collections
 def start_save(
-    state_dict: dict[str, Any],
+    state_dict: Mapping[str, Any] | Callable[[], Mapping[str, Any]],
     directory: str,
     options: SaveOptions | None = None,
     completion: Completion | None = None,
     *,
     process_group: dist.ProcessGroup | None = None,
+    no_dist: bool = False,
     write_beside: Callable[[str], Sequence[FileRecord]] = lambda _: (),
 ) -> Save:
     """Collective. Everything up to and including staging; the caller then runs ``write`` and ``commit``.
@@ -38,63 +78,123 @@ def start_save(
     The files are those of ``dcp.save`` with the default planner.
 
     Args:
-        state_dict: nested, of DTensors, tensors and objects.
+        state_dict: nested, of DTensors, tensors and objects; or what gives it. A rank where that fails does
+            not leave the others alone.
         directory: the same on every rank; an older checkpoint in it is replaced.
-        options: see ``SaveOptions``.
+        options: see ``SaveOptions``; without ``programs``, those of earlier saves of the process group are
+            used.
         completion: see ``Completion``.
         process_group: the ranks that save together; None means all.
+        no_dist: this rank saves without any other.
         write_beside: see ``Share``.
 
     Raises:
         CheckpointError: on every rank, naming the rank that failed; nothing has been published.
     """
-    planner = DefaultSavePlanner()
-    group = ControlGroup(process_group)
-
-    def plan_locally() -> SavePlan:
-        planner.set_up_planner(state_dict, None, group.is_coordinator)
-        return planner.create_local_plan()
-
-    plan, metadata = plan_together(group, planner, plan_locally)
-
-    def collect() -> Share:
-        shards = shards_of(planner.finish_plan(plan), planner)
-        planner_data = metadata.planner_data if metadata is not None else None
-        return Share(shards, planner_data=planner_data or {}, write_beside=write_beside)
-
-    job = Save(directory, collect, options, completion, process_group)
+    options = options or SaveOptions()
+    group = ControlGroup.of_one() if no_dist else ControlGroup(process_group)
+    known = _known.get(group, process_group)
+    if options.programs is None:
+        options = replace(options, programs=known.programs)
+    collecting = _Collecting(state_dict, group, known, options)
+    job = Save(
+        directory,
+        lambda: replace(collecting.share(), write_beside=write_beside),
+        options,
+        completion,
+        process_group,
+    )
+    job.talk_through(group)
     job.stage()
+    collecting.learn(job.structure)
     return job
 
 
-def plan_together(
-    group: ControlGroup,
-    planner: SavePlanner,
-    plan_locally: Callable[[], SavePlan],
-    divide: Callable[[list[SavePlan]], list[SavePlan]] = lambda plans: plans,
-) -> tuple[SavePlan, Metadata | None]:
-    """Collective. torch DCP's planning: every rank's plan, then the plan of all, then each its own part.
+class _Collecting:
+    """One rank's part of one save."""
 
-    Args:
-        group: the ranks that save together.
-        planner: makes the plan of all.
-        plan_locally: makes this rank's.
-        divide: has the last word on the plan of all, which it gets in rank order. Runs on the coordinator.
+    def __init__(
+        self,
+        source: Mapping[str, Any] | Callable[[], Mapping[str, Any]],
+        group: ControlGroup,
+        known: KnownStructures,
+        options: SaveOptions,
+    ) -> None:
+        self._source = source
+        self._group = group
+        self._known = known
+        self._options = options
+        self._structure: bytes | None = None
+        self._division: Division | None = None
+        self._planner_data: dict[str, Any] = {}
 
-    Returns:
-        This rank's part; and what ``.metadata`` will say, on the coordinator.
+    def share(self) -> Share:
+        """Local. What this rank brings; as last time, if it has the same structure."""
+        state = LocalState(self._source() if callable(self._source) else self._source)
+        options = self._options
+        # What else a program is made for; a structure's division goes with it.
+        made_for = (self._group.global_rank, options.snapshot, options.writers, options.separate)
+        self._structure = state.structure(made_for)
+        if self._structure is not None:
+            self._division = self._known.find(self._structure)
+        if self._division is None and self._group.size == 1:
+            self._keep(divide_alone(state))
+        if self._division is None:
+            return Share(
+                (), planner_data=self._planner_data, division=None, divide=lambda: self._divide(state)
+            )
+        self._planner_data.update(self._division.planner_data)
+        return Share(
+            self._prepared(state, self._division) or _shards(state, self._division),
+            planner_data=self._planner_data,
+            division=self._division.token,
+            divide=lambda: self._divide(state),
+        )
 
-    Raises:
-        CheckpointError: on every rank, naming the rank that failed.
-    """
-    plans: list[SavePlan] = []
-    metadata: list[Metadata] = []
+    def learn(self, program: bytes | None) -> None:
+        """Local. Let the next save use the program of this one, which has been staged."""
+        if self._division is not None:
+            self._division.program = program
 
-    def plan_globally() -> None:
-        together, described = planner.create_global_plan([each.value for each in local if each.value])
-        plans.extend(divide(together))
-        metadata.append(described)
+    def _divide(self, state: LocalState) -> Sequence[Shard]:
+        division = divide_together(self._group, state)
+        self._keep(division)
+        self._planner_data.clear()
+        self._planner_data.update(division.planner_data)
+        return _shards(state, division)
 
-    local = group.collect(plan_locally)
-    group.decide(plan_globally, local)
-    return group.scatter(plans), metadata[0] if metadata else None
+    def _keep(self, division: Division) -> None:
+        self._division = division
+        if self._structure is not None:
+            self._known.keep(self._structure, division)
+
+    def _prepared(self, state: LocalState, division: Division) -> Prepared | None:
+        """The shards for the program of an earlier save; None if there is none that suits."""
+        programs, options = self._options.programs, self._options
+        program = programs.find(division.program) if programs is not None and division.program else None
+        bound = options.host_buffer if options.host_buffer is not None else Settings.read().host_buffer_bytes
+        if program is None or not program.suits(options.snapshot, bound):
+            return None
+        payloads = [object_bytes(state.values[number]) for number in division.objects]
+        if not program.holds(payloads):
+            return None
+        tensors = [state.values[number] for number in division.tensors]
+        with torch._C.DisableTorchFunction():
+            pointers = torch.tensor([tensor.data_ptr() for tensor in tensors], dtype=torch.int64)
+        return Prepared(program, pointers, payloads, lambda: tensors, tensors)
+
+
+@without_collections
+def _shards(state: LocalState, division: Division) -> list[Shard]:
+    shards: list[Shard] = [
+        ObjectShard(state.names[number], object_bytes(state.values[number])) for number in division.objects
+    ]
+    for number in division.tensors:
+        name, tensor = state.names[number], state.values[number]
+        if tensor.is_meta:
+            raise CheckpointMismatchError(
+                f"{name} is on the meta device and has no data to save; materialize it first"
+            )
+        offsets, shape = state.places[number] or ((0,) * tensor.dim(), tuple(tensor.shape))
+        shards.append(TensorShard(name, tensor.detach(), offsets, shape))
+    return shards

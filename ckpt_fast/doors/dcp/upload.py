@@ -13,11 +13,10 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.planner import SavePlan
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 
 from ckpt_fast import native, settings
-from ckpt_fast.doors.dcp.save import plan_together
 from ckpt_fast.doors.dcp.snapshot import snapshots
 from ckpt_fast.errors import CheckpointError
 from ckpt_fast.jobs import untold
@@ -138,7 +137,7 @@ class Upload(PublishedJob[float]):
             writer.set_up_storage_writer(self._group.is_coordinator)
             return writer.prepare_local_plan(planner.create_local_plan())
 
-        plan, self._metadata = plan_together(self._group, planner, plan_locally, writer.prepare_global_plan)
+        plan, self._metadata = _plan_together(self._group, planner, plan_locally, writer.prepare_global_plan)
         return plan
 
     def _begin_writing(self, plan: SavePlan) -> None:
@@ -182,3 +181,36 @@ class Upload(PublishedJob[float]):
             raise CheckpointError(f"the save to {self.report.directory} was cancelled")
         self._writer.finish(self._metadata, [outcome.value or [] for outcome in outcomes])
         return time.perf_counter() - self._begun
+
+
+def _plan_together(
+    group: ControlGroup,
+    planner: SavePlanner,
+    plan_locally: Callable[[], SavePlan],
+    divide: Callable[[list[SavePlan]], list[SavePlan]] = lambda plans: plans,
+) -> tuple[SavePlan, Metadata | None]:
+    """Collective. torch DCP's planning: every rank's plan, then the plan of all, then each its own part.
+
+    Args:
+        group: the ranks that save together.
+        planner: makes the plan of all.
+        plan_locally: makes this rank's.
+        divide: has the last word on the plan of all, which it gets in rank order. Runs on the coordinator.
+
+    Returns:
+        This rank's part; and what ``.metadata`` will say, on the coordinator.
+
+    Raises:
+        CheckpointError: on every rank, naming the rank that failed.
+    """
+    plans: list[SavePlan] = []
+    metadata: list[Metadata] = []
+
+    def plan_globally() -> None:
+        together, described = planner.create_global_plan([each.value for each in local if each.value])
+        plans.extend(divide(together))
+        metadata.append(described)
+
+    local = group.collect(plan_locally)
+    group.decide(plan_globally, local)
+    return group.scatter(plans), metadata[0] if metadata else None

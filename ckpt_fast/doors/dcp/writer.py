@@ -165,7 +165,8 @@ class FastStorageWriter(AsyncStager, StorageWriter):
         save, chosen = self._save, self._settings
         name = save.path if save.lone_rank is None else os.path.join(save.path, file_prefix(save.lone_rank))
         hold(name, chosen.timeout_s)
-        self._refuse_overwriting(save)
+        if not self._overwrite:
+            refuse_overwriting(save.path, save.seal)
         self._make_room(save, sum(map(_planned_nbytes, plans)))
         return [
             plan
@@ -301,21 +302,29 @@ class FastStorageWriter(AsyncStager, StorageWriter):
             )
         commit.invalidate(save.path, rank=save.lone_rank)
 
-    def _refuse_overwriting(self, save: _Save) -> None:
-        if self._overwrite:
-            return
-        if os.path.exists(os.path.join(save.path, save.seal)):
-            raise CheckpointWriteError(
-                f"{save.path} holds a checkpoint and overwrite is False; choose another directory",
-                filename=save.path,
-            )
-
     def __getstate__(self) -> dict[str, Any]:
         # To the process that writes, with AsyncCheckpointerType.PROCESS.
         return {name: value for name, value in self.__dict__.items() if name != "_of_thread"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _of_thread=threading.local())
+
+
+def refuse_overwriting(directory: str, seal_name: str = METADATA_FILE) -> None:
+    """Local. Check that a directory holds no checkpoint.
+
+    Args:
+        directory: the checkpoint.
+        seal_name: the file that would make it one.
+
+    Raises:
+        CheckpointWriteError: it holds one.
+    """
+    if os.path.exists(os.path.join(directory, seal_name)):
+        raise CheckpointWriteError(
+            f"{directory} holds a checkpoint and overwrite is False; choose another directory",
+            filename=directory,
+        )
 
 
 def _can_stay(save: _Save) -> bool:

@@ -38,7 +38,7 @@ def share_of(strategy: Any, sharded: dict[str, Any]) -> Share:
             raise CheckpointMismatchError(f"nothing was saved: {error}") from error
         return shards_of(sharded)
 
-    return Share(shards_of(sharded), is_divided=is_divided, divide=divide)
+    return Share(shards_of(sharded), division="" if is_divided else None, divide=divide)
 
 
 class FastParallelSaveWrapper(compat.FullyParallelSaveStrategyWrapper):  # type: ignore[misc]

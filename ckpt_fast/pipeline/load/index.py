@@ -342,16 +342,17 @@ class CheckpointIndex:
         return located
 
 
-def missing_keys_message(directory: str, keys: list[str], metadata: Metadata) -> str:
+def missing_keys_message(directory: str, keys: list[str], metadata: Metadata, remedy: str = "") -> str:
     """Text of the error for names that a checkpoint does not have."""
     shown = ", ".join(sorted(keys)[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
     last = keys[0].rsplit(".", 1)[-1]
     similar = sorted(key for key in metadata.state_dict_metadata if key.rsplit(".", 1)[-1] == last)[:3]
     hint = f" It has, for example, {', '.join(similar)}." if similar else ""
-    return (
-        f"the checkpoint {directory} has no {shown}.{hint} Load it into the model it was saved from, or "
-        "choose a dist_ckpt_strictness that tolerates missing keys."
+    remedy = remedy or (
+        "Load it into the model it was saved from, or choose a dist_ckpt_strictness that tolerates missing "
+        "keys."
     )
+    return f"the checkpoint {directory} has no {shown}.{hint} {remedy}"
 
 
 def _extent(info: Any) -> Extent:

@@ -28,14 +28,15 @@ class Share:
     Attributes:
         shards: what this rank saves. No two ranks save the same piece.
         common_files: name to content, written durably by the coordinator before the checkpoint is sealed.
-        planner_data: torch DCP's name to path mapping, None for Megatron-Core; the coordinator's counts.
+        planner_data: torch DCP's name to path mapping, None for Megatron-Core; the coordinator's counts. Read
+            once the work is divided.
         files: where the checkpoint's files go; None: into its directory. Closed once they are written.
         write_beside: writes, durably, what this rank has to put beside the checkpoint, and returns what that
             is. Gets the directory of the files. Run in the writing thread.
-        is_divided: False where the ranks have to agree first which of them saves what: ``shards`` are then
-            only what this rank could save.
+        division: names the division of the work that ``shards`` follow; None where the ranks have to agree
+            first which of them saves what: ``shards`` are then only what this rank could save.
         divide: gives this rank's shards once the ranks have agreed. Collective; run by all ranks, before
-            anything is touched, if ``is_divided`` is False on any of them.
+            anything is touched, unless all of them name the same division.
     """
 
     shards: Sequence[Shard] | Prepared
@@ -43,7 +44,7 @@ class Share:
     planner_data: Mapping[str, Any] | None = None
     files: Files | None = None
     write_beside: Callable[[str], Sequence[FileRecord]] = _no_files
-    is_divided: bool = True
+    division: str | None = ""
     divide: Callable[[], Sequence[Shard]] | None = None
 
     @property

@@ -55,16 +55,17 @@ def structure_of(shards: Sequence[Shard], options: tuple[Any, ...]) -> bytes | N
             t = shard.tensor
             if not is_plain(t):
                 return None
-            rows.append(
-                (
-                    *(shard.fqn, shard.offsets, shard.global_shape, shard.sizes),
-                    *(id(t.dtype), tuple(t.shape), t.stride(), t.get_device(), t.is_conj() or t.is_neg()),
-                )
-            )
+            rows.append((shard.fqn, shard.offsets, shard.global_shape, shard.sizes, *memory_of(t)))
     try:
         return hashlib.blake2b(marshal.dumps((options, rows), 2), digest_size=16).digest()
     except ValueError:  # sizes that are more than plain integers
         return None
+
+
+def memory_of(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """All that a plain tensor's structure consists of: plain values, of this process only."""
+    t = tensor
+    return id(t.dtype), tuple(t.shape), t.stride(), t.get_device(), t.is_conj() or t.is_neg()
 
 
 class Prepared:

@@ -39,7 +39,8 @@ from ckpt_fast.storage.owners import Hold
 
 logger = logging.getLogger(__name__)
 
-_Claims = Sequence[Outcome[tuple[Claim, bool]]]
+# What a rank needs, and the division of the work that its shards follow.
+_Claims = Sequence[Outcome[tuple[Claim, str | None]]]
 
 
 class Save(PublishedJob[tuple[bool, float]]):
@@ -77,6 +78,7 @@ class Save(PublishedJob[tuple[bool, float]]):
         self._files: Files = Directory(self.directory)
         self._waves_or_none: Waves | None = None
         self._hold = Hold()
+        self._claimed: Claim | None = None
         self._nbytes = 0
         self._planner_data: Mapping[str, Any] | None = None
         self._common_files: Mapping[str, bytes] = {}
@@ -176,7 +178,7 @@ class Save(PublishedJob[tuple[bool, float]]):
         assert self._waves_or_none is not None, "the save was not staged"
         return self._waves_or_none
 
-    def _claim(self) -> Claim:
+    def _claim(self) -> tuple[Claim, str | None]:
         """Local. All that can be refused, before anything of an older checkpoint is touched."""
         chosen, options = Settings.read(), self._options
         assert self._collect is not None, "a save is staged once"
@@ -201,32 +203,33 @@ class Save(PublishedJob[tuple[bool, float]]):
         weakref.finalize(self, self._waves.cancel).atexit = False
         owners.occupy(self.directory, self._hold)
         self._nbytes = self._share.nbytes
-        return self._files.claim(self._nbytes)
+        self._claimed = self._files.claim(self._nbytes)
+        return self._claimed, self._share.division
 
     def _prepare(self) -> None:
         try:
-            claims = self._group.collect(lambda: (self._claim(), self._is_divided()))
+            claims = self._group.collect(self._claim)
             is_prepared, place = self._group.decide(lambda: self._prepare_if_divided(claims), claims)
             if not is_prepared:
-                self._group.agree(self._divide)
-                place = self._group.decide(lambda: self._prepare_files(claims))
+                divided = self._group.collect(self._divide)
+                place = self._group.decide(lambda: self._prepare_files(divided), divided)
             if place is not None:
                 self._files.write_to(place)
         except BaseException:
             self._files.close()
             raise
 
-    def _is_divided(self) -> bool:
-        return self._share is not None and self._share.is_divided
-
-    def _divide(self) -> None:
-        assert self._share is not None
+    def _divide(self) -> tuple[Claim, str | None]:
+        """Collective. What this rank needs now that the ranks have agreed which of them saves what."""
+        assert self._share is not None and self._claimed is not None
         if self._share.divide is not None:
             self._share = replace(self._share, shards=self._share.divide())
             self._nbytes = self._share.nbytes
+        return self._claimed._replace(nbytes=self._nbytes), self._share.division
 
     def _prepare_if_divided(self, claims: _Claims) -> tuple[bool, str | None]:
-        if not all(each.value is not None and each.value[1] for each in claims):
+        divisions = {each.value[1] for each in claims if each.value is not None}
+        if None in divisions or len(divisions) > 1:
             return False, None
         return True, self._prepare_files(claims)
 

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Saves that end by themselves: a thread writes, and a second one commits, with collectives of its own.
+
+The ranks commit through a process group that nothing else uses, so that these collectives cannot meet those
+of training. They commit one save after the other, in the order in which all ranks have started them.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import datetime
+import os
+import weakref
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch.distributed as dist
+
+from ckpt_fast import settings
+from ckpt_fast.jobs import untold
+from ckpt_fast.jobs.background import SaveHandle
+from ckpt_fast.jobs.report import SaveReport
+from ckpt_fast.pipeline.save.save import Save
+from ckpt_fast.ranks.group import ControlGroup, PerGroup
+
+
+class SaveFuture(Future[SaveReport]):
+    """The outcome of a save in the background: a ``concurrent.futures.Future``. None of it is collective.
+
+    It cannot be cancelled: the other ranks could not know. An error that nobody asks for is logged when it
+    happens, and again at exit.
+
+    Args:
+        directory: the checkpoint.
+    """
+
+    def __init__(self, directory: str) -> None:
+        super().__init__()
+        self._directory = directory
+        self.set_running_or_notify_cancel()
+
+    def result(self, timeout: float | None = None) -> SaveReport:
+        """Wait for the end of the save; its report.
+
+        Raises:
+            AsyncSaveError: the save failed, on every rank; nothing was published.
+            TimeoutError: it takes longer than ``timeout`` seconds.
+        """
+        error = self.exception(timeout)
+        if error is not None:
+            raise error
+        return super().result(timeout)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """Wait for the end of the save; its error, None if it was published."""
+        error = super().exception(timeout)
+        if error is not None:
+            untold.forget(self._directory)
+        return error
+
+
+class Committer:
+    """Commits the background saves of one process group, in a thread that the interpreter waits for."""
+
+    def __init__(self) -> None:
+        self._group: ControlGroup | None = None
+        self._thread = ThreadPoolExecutor(1, "ckpt_fast-commit")
+
+    def get_ready(self, group: ControlGroup, process_group: dist.ProcessGroup | None) -> None:
+        """Collective. Have a process group to commit through; the first call creates it.
+
+        Args:
+            group: talks through ``process_group``.
+            process_group: None means all ranks.
+        """
+        if self._group is None:
+            self._group = group if group.size == 1 else ControlGroup(_new_group(process_group))
+
+    def finish(self, job: Save) -> SaveFuture:
+        """Local. Write and commit a staged save that owns its bytes; all ranks do so in the same order."""
+        assert self._group is not None, "get_ready comes first"
+        future = SaveFuture(job.directory)
+        handle = SaveHandle(job)
+        job.talk_through(self._group)
+        try:
+            handle.start()
+            self._thread.submit(_finish, handle, future)
+        except BaseException:
+            handle.abandon()
+            raise
+        _in_flight[_key(job.directory)] = future
+        return future
+
+
+committers = PerGroup(Committer)
+
+
+def _new_group(process_group: dist.ProcessGroup | None) -> Any:
+    # A rank may need all of its time to write while the others wait for it.
+    timeout = datetime.timedelta(seconds=2 * settings.timeout_s())
+    if process_group is None:
+        return dist.new_group(timeout=timeout, backend="gloo")
+    ranks = dist.get_process_group_ranks(process_group)
+    return dist.new_group(ranks, timeout, "gloo", use_local_synchronization=True)
+
+
+_in_flight: weakref.WeakValueDictionary[str, SaveFuture] = weakref.WeakValueDictionary()
+
+
+def wait_for_save(directory: str) -> None:
+    """Local. Return once no background save of this kind to the directory is in flight.
+
+    Whether it was published is for the holder of its future to find out.
+    """
+    earlier = _in_flight.get(_key(directory))
+    if earlier is not None:
+        concurrent.futures.wait([earlier])
+
+
+def _finish(handle: SaveHandle, future: SaveFuture) -> None:
+    try:
+        handle.finalize()
+    except BaseException as error:
+        untold.report(handle.directory, error)
+        future.set_exception(error)
+    else:
+        future.set_result(handle.report)
+
+
+def _key(directory: str) -> str:
+    return os.path.realpath(directory)

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""State dicts loaded from torch DCP's files without ``dcp.load``: checked by all ranks, then read by each."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner_helpers import _init_state_dict
+
+from ckpt_fast.doors.dcp.agreement import report_unasked, require_same_save
+from ckpt_fast.doors.dcp.local_state import Flattened, is_stateful, shards_of_tensor
+from ckpt_fast.errors import CheckpointMismatchError
+from ckpt_fast.format.types import TensorRequest
+from ckpt_fast.pipeline.load.index import CheckpointIndex, missing_keys_message
+from ckpt_fast.pipeline.load.load import load_tensors_and_objects
+from ckpt_fast.pipeline.memory.garbage import without_collections
+from ckpt_fast.ranks.group import ControlGroup
+
+_MOST_SHOWN = 5
+
+
+class _Seen(NamedTuple):
+    """What the coordinator has to know of a rank: its save, and the names it asks for; None means all."""
+
+    identity: str
+    asked: list[str] | None
+
+
+def load_state_dict(
+    state_dict: dict[str, Any], directory: str, group: ControlGroup, *, allow_partial_load: bool = False
+) -> None:
+    """Collective. See ``ckpt_fast.load``."""
+    # In the same order on all ranks: an object's state_dict may be collective.
+    keys = sorted(state_dict, key=str)
+    loading = _Loading(directory, allow_partial_load)
+
+    def prepare() -> _Seen:
+        values = {key: state_dict[key] for key in keys}
+        loading.prepare(
+            {key: value.state_dict() if is_stateful(value) else value for key, value in values.items()}
+        )
+        return loading.seen
+
+    seen = group.collect(prepare)
+    group.decide(lambda: loading.agree([each.value for each in seen if each.value is not None]), seen)
+    group.agree(loading.read)
+    loaded = loading.place()
+    for key in keys:
+        if is_stateful(state_dict[key]):
+            state_dict[key].load_state_dict(loaded[key])
+        else:
+            state_dict[key] = loaded[key]
+
+
+class _Loading:
+    """One rank's part of one load."""
+
+    def __init__(self, directory: str, allow_partial_load: bool) -> None:
+        self._directory = directory
+        self._is_partial = allow_partial_load
+        self._values: dict[str, Any] = {}
+        self._requests: list[TensorRequest] = []
+        self._objects: list[tuple[str, Any, Any]] = []  # name, container, key
+        self._loaded: dict[str, Any] = {}
+
+    @without_collections
+    def prepare(self, values: dict[str, Any]) -> None:
+        """Local. Look what of the state dict is in the checkpoint, and where it goes.
+
+        Raises:
+            CheckpointError: see ``ckpt_fast.load``.
+        """
+        self._index = CheckpointIndex(self._directory)
+        self._values = values
+        flat = Flattened(values)
+        flat.require_unique()
+        saved = self._index.metadata.state_dict_metadata
+        missing, misfits = [], []
+        with torch.no_grad():
+            for name, value, parent, key in zip(
+                flat.names, flat.values, flat.parents, flat.keys, strict=True
+            ):
+                entry = saved.get(name)
+                if entry is None:
+                    missing.append(name)
+                elif not isinstance(value, torch.Tensor) and isinstance(entry, BytesStorageMetadata):
+                    self._objects.append((name, parent.container, key))
+                elif not isinstance(value, torch.Tensor) or not _fits(value, entry):
+                    misfits.append(_misfit(name, value, entry))
+                else:
+                    if not isinstance(value, ShardedTensor) and value.is_meta:
+                        parent.container[key] = _materialized(value)
+                    for region, local in shards_of_tensor(name, parent.container[key]):
+                        if local.is_meta:
+                            misfits.append(f"{name} is on the meta device there and has no memory")
+                        self._requests.append(TensorRequest(name, local, region.offsets))
+        if misfits:
+            more = f" (and {len(misfits) - _MOST_SHOWN} more)" if len(misfits) > _MOST_SHOWN else ""
+            raise CheckpointMismatchError(
+                f"{self._directory} does not fit the state dict: {'; '.join(misfits[:_MOST_SHOWN])}{more}. "
+                "Nothing was loaded; load into the model that was saved."
+            )
+        if missing and not self._is_partial:
+            remedy = (
+                "Load it into what was saved, or pass allow_partial_load=True to leave the rest as it is."
+            )
+            raise CheckpointMismatchError(
+                missing_keys_message(self._directory, missing, self._index.metadata, remedy)
+            )
+        asked = [name for name in flat.names if name in saved]
+        self.seen = _Seen(self._index.identity, None if len(asked) == len(saved) else asked)
+
+    def agree(self, seen: list[_Seen]) -> None:
+        """Coordinator. All ranks see one save; what none of them asks for is reported."""
+        require_same_save(
+            self._directory, self.seen.identity, {rank: each.identity for rank, each in enumerate(seen)}
+        )
+        asked = [each.asked for each in seen]
+        if None not in asked:
+            names = {name for each in asked if each is not None for name in each}
+            report_unasked(self._directory, self._index.metadata, names, is_partial=self._is_partial)
+
+    def read(self) -> None:
+        """Local. Fill the tensors."""
+        with torch.no_grad():
+            self._loaded = load_tensors_and_objects(
+                self._index, self._requests, {name for name, _, _ in self._objects}
+            )
+        # A save ends the checkpoint that it overwrites before it touches the data files.
+        self._index.versions.require_unchanged()
+
+    def place(self) -> dict[str, Any]:
+        """Local. The state dict, with the loaded objects where others were."""
+        for name, container, key in self._objects:
+            container[key] = self._loaded[name]
+        return self._values
+
+
+def _fits(tensor: torch.Tensor, entry: Any) -> bool:
+    return isinstance(entry, TensorStorageMetadata) and entry.size == tensor.size()
+
+
+def _misfit(name: str, value: Any, entry: Any) -> str:
+    wanted = f"a tensor of shape {tuple(value.size())}" if isinstance(value, torch.Tensor) else "an object"
+    is_tensor = isinstance(entry, TensorStorageMetadata)
+    saved = f"a tensor of shape {tuple(entry.size)}" if is_tensor else "an object"
+    return f"{name} is {wanted} there and {saved} in the checkpoint"
+
+
+def _materialized(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor with memory in the place of one on the meta device: where the process group's tensors are."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return torch.empty_like(tensor, device=torch.get_default_device())
+    box = {"": tensor}
+    _init_state_dict(box)
+    return box[""]
