@@ -61,7 +61,9 @@ def odd_tensors(seed: int = 0) -> dict[str, torch.Tensor]:
 def blank(value: Any) -> Any:
     """Return the same structure with other values: a state dict to load into."""
     if isinstance(value, torch.Tensor):
-        return torch.zeros(value.shape, dtype=value.dtype)
+        # Not every dtype can be filled with zeros by torch.
+        zeros = torch.zeros(value.numel() * value.itemsize, dtype=torch.uint8)
+        return zeros.view(value.dtype).view(value.shape)
     if isinstance(value, dict):
         return {key: blank(child) for key, child in value.items()}
     if isinstance(value, list):
