@@ -21,6 +21,7 @@ from ckpt_fast.pipeline.memory.garbage import without_collections
 from ckpt_fast.pipeline.save.parts import Completion, SaveOptions, Share
 from ckpt_fast.pipeline.save.save import Save
 from ckpt_fast.ranks.group import ControlGroup
+from ckpt_fast.storage.files import absolute
 
 
 @without_collections
@@ -62,7 +63,7 @@ def start_save(
         planner_data = metadata.planner_data if metadata is not None else None
         return Share(shards, planner_data=planner_data or {}, write_beside=write_beside)
 
-    job = Save(directory, collect, options, completion, process_group)
+    job = Save(absolute(directory), collect, options, completion, process_group)
     job.stage()
     return job
 
