@@ -290,7 +290,7 @@ class Save(Job):
 
     def _metadata(self, records: Sequence[RankRecord]) -> bytes | None:
         """The pickle in ``.metadata``; None if it takes items that the ranks left out."""
-        program = self._program
+        program, partial = self._program, self._options.partial
         sealed = program.sealed if program is not None else None
         if sealed is not None and sealed.fits(records, self._planner_data):
             return sealed.encode(records)
@@ -300,9 +300,10 @@ class Save(Job):
             program.sealed = None
             if all(record.program for record in records):
                 with contextlib.suppress(ValueError):
-                    program.sealed = SealedMetadata(records, self._planner_data)
+                    program.sealed = SealedMetadata(records, self._planner_data, partial=partial)
                     return program.sealed.encode(records)
-        return encode_metadata((item for record in records for item in record.items), self._planner_data)
+        items = (item for record in records for item in record.items)
+        return encode_metadata(items, self._planner_data, partial=partial)
 
     def _publish(self, outcomes: Sequence[Outcome[RankRecord]]) -> bool | None:
         """Seal the checkpoint; returns whether the ranks may leave out their items next time.
