@@ -7,7 +7,10 @@ type is the natural one to catch, the kind derives from it as well.
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
+from typing import Any
 
 
 class CheckpointError(Exception):
@@ -65,3 +68,45 @@ class UnsafeCheckpointError(CheckpointError):
 
 class AsyncSaveError(CheckpointError, RuntimeError):
     """A background save failed; ``__cause__`` is the first error."""
+
+
+@contextlib.contextmanager
+def also_raised_as(foreign: type[BaseException]) -> Iterator[None]:
+    """A block, or as a decorator a function, whose CheckpointErrors can be caught as ``foreign`` as well.
+
+    For entry points that implement another library's interface: their callers catch that library's errors.
+    Such an error is the same object in all other respects, and travels to other ranks.
+    """
+    try:
+        yield
+    except CheckpointError as error:
+        if not isinstance(error, foreign):
+            error.__class__ = _joined(type(error), foreign)
+        raise
+
+
+_classes: dict[tuple[type[CheckpointError], type[BaseException]], type[CheckpointError]] = {}
+
+
+def _joined(own: type[CheckpointError], foreign: type[BaseException]) -> type[CheckpointError]:
+    """The class that is both, by the name of ``own``, whose text and arguments it has; one for each two."""
+
+    def reduce(error: CheckpointError) -> tuple[Any, ...]:
+        reduced: Any = own.__reduce__(error)
+        return (_rebuild, (own, foreign, reduced[1]), *reduced[2:])
+
+    if (own, foreign) not in _classes:
+        members = {
+            "__module__": own.__module__,
+            "__doc__": own.__doc__,
+            "__str__": own.__str__,
+            "__reduce__": reduce,
+        }
+        _classes[own, foreign] = type(own.__name__, (own, foreign), members)
+    return _classes[own, foreign]
+
+
+def _rebuild(
+    own: type[CheckpointError], foreign: type[BaseException], arguments: tuple[Any, ...]
+) -> CheckpointError:
+    return _joined(own, foreign)(*arguments)

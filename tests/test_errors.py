@@ -11,8 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from ckpt_fast import errors
-from ckpt_fast.errors import CheckpointError, CheckpointNotFoundError, CheckpointWriteError
+from ckpt_fast import compat, errors
+from ckpt_fast.errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    CheckpointWriteError,
+    also_raised_as,
+)
+from ckpt_fast.ranks.group import ControlGroup
 
 KINDS = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, CheckpointError)]
 BUILTIN = {
@@ -62,3 +68,55 @@ def test_write_error_without_an_errno() -> None:
 def test_not_found_is_one_plain_message() -> None:
     error = CheckpointNotFoundError("text")
     assert str(error) == "text" and error.errno is None
+
+
+class AnotherLibraryError(Exception):
+    """What callers of its interface catch."""
+
+
+FOREIGN = [AnotherLibraryError, compat.DistCheckpointingError]
+
+
+@pytest.mark.parametrize("foreign", FOREIGN, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_an_error_is_of_two_kinds(kind: type[CheckpointError], foreign: type[BaseException]) -> None:
+    original, cause = kind("what failed, where, what to do"), OSError("why")
+
+    @also_raised_as(foreign)
+    def fail() -> None:
+        raise original from cause
+
+    for _ in range(2):  # an error that is kept may be raised again
+        with pytest.raises(kind, match=r"^what failed, where, what to do$") as raised:
+            fail()
+        error = raised.value
+        assert error is original and isinstance(error, foreign) and error.__cause__ is cause
+        assert type(error).__name__ == kind.__name__ and type(error).__module__ == kind.__module__
+    for other in (pickle.loads(pickle.dumps(error)), copy.copy(error)):
+        assert type(other) is type(error) and str(other) == str(error)
+
+
+def test_errno_and_path_stay() -> None:
+    with pytest.raises(CheckpointWriteError) as raised, also_raised_as(AnotherLibraryError):
+        raise CheckpointWriteError("text", errno.ENOSPC, "/data/file")
+    for error in (raised.value, pickle.loads(pickle.dumps(raised.value))):
+        assert isinstance(error, AnotherLibraryError)
+        assert (error.errno, error.filename, str(error)) == (errno.ENOSPC, "/data/file", "text")
+
+
+def test_other_errors_are_left_alone() -> None:
+    with pytest.raises(KeyError) as raised, also_raised_as(AnotherLibraryError):
+        raise KeyError("key")
+    assert not isinstance(raised.value, AnotherLibraryError)
+
+
+def test_an_agreement_raises_our_kind_alone() -> None:
+    """Who calls a door from within has another interface."""
+
+    @also_raised_as(AnotherLibraryError)
+    def fail() -> None:
+        raise CheckpointNotFoundError("text")
+
+    with pytest.raises(CheckpointNotFoundError, match="rank 0: text") as raised:
+        ControlGroup.of_one().agree(fail)
+    assert type(raised.value) is CheckpointNotFoundError

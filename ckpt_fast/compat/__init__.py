@@ -63,6 +63,7 @@ from megatron.core.msc_utils import MultiStorageClientFeature
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.rerun_state_machine import Call, Caller, get_rerun_state_machine
 from megatron.core.tensor_parallel import (
@@ -75,6 +76,7 @@ from megatron.core.transformer import MegatronModule
 from megatron.core.utils import StragglerDetector, get_model_config, get_pg_size, unwrap_model
 
 from ckpt_fast.compat.bridge import import_auto_bridge
+from ckpt_fast.compat.errors import DistCheckpointingError, import_local_checkpointing_error
 from ckpt_fast.compat.factories import only_joins
 from ckpt_fast.compat.fsdp import (
     HAVE_MEGATRON_FSDP,
@@ -124,6 +126,7 @@ __all__ = [
     "HAVE_RESIL",
     "MODELOPT_DIR",
     "CheckpointingException",
+    "DistCheckpointingError",
     "DistributedOptimizer",
     "EnergyMonitor",
     "FullyParallelLoadStrategyWrapper",
@@ -138,6 +141,7 @@ __all__ = [
     "MultiStorageClientFeature",
     "NVRxAsyncRequest",
     "NVRxFileSystemWriterAsync",
+    "OptimizerParamScheduler",
     "ProcessGroupCollection",
     "ShardedBase",
     "ShardedObject",
@@ -178,6 +182,7 @@ __all__ = [
     "import_auto_bridge",
     "import_basic_state_dict",
     "import_local_checkpointing",
+    "import_local_checkpointing_error",
     "import_tensor_aware_state_dict",
     "is_graph_safe_cuda_rng_tracker",
     "is_main_replica",

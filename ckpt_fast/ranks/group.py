@@ -21,6 +21,7 @@ from typing import Any, Generic, NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 
+from ckpt_fast import errors
 from ckpt_fast.errors import CheckpointError, CheckpointWriteError
 
 logger = logging.getLogger(__name__)
@@ -253,7 +254,7 @@ def _device_of(group: dist.ProcessGroup | None) -> torch.device:
 
 def _portable(error: CheckpointError) -> CheckpointError:
     """The error as one of the kinds in ``errors``, which any rank can rebuild from its text."""
-    kind = next(kind for kind in type(error).__mro__ if kind.__module__ == CheckpointError.__module__)
+    kind = next(kind for kind in type(error).__mro__ if getattr(errors, kind.__name__, None) is kind)
     if isinstance(error, CheckpointWriteError):
         portable: CheckpointError = CheckpointWriteError(str(error), error.errno, error.filename)
     else:

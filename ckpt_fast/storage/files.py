@@ -110,6 +110,19 @@ class Files(Protocol):
         """``close``."""
 
 
+def absolute(path: str | os.PathLike[str], start: str | None = None) -> str:
+    """A path that keeps its meaning if the program changes its directory; an URL stays as it is.
+
+    ``..`` stays too: it may lead out of a link.
+
+    Args:
+        path: absolute, or relative to ``start``.
+        start: an absolute path; None: the current directory.
+    """
+    name = os.fspath(path)
+    return name if "://" in name or os.path.isabs(name) else os.path.join(start or os.getcwd(), name)
+
+
 class Directory:
     """Files of a file system, where the engine's own are the checkpoint's.
 

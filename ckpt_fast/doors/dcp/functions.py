@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +18,7 @@ from ckpt_fast.jobs.report import SaveReport
 from ckpt_fast.pipeline.save.parts import SaveOptions
 from ckpt_fast.pipeline.save.save import Save
 from ckpt_fast.ranks.group import ControlGroup
+from ckpt_fast.storage.files import absolute
 
 
 def save(
@@ -132,7 +132,7 @@ def load(
         be filled in part.
     """
     group = ControlGroup.of_one() if no_dist else ControlGroup(process_group)
-    load_state_dict(state_dict, os.fspath(path), group, allow_partial_load=allow_partial_load)
+    load_state_dict(state_dict, absolute(path), group, allow_partial_load=allow_partial_load)
 
 
 def _started(
@@ -143,7 +143,7 @@ def _started(
     overwrite: bool,
     options: SaveOptions,
 ) -> Save:
-    directory = os.fspath(path)
+    directory = absolute(path)
     wait_for_save(directory)
 
     def collect() -> dict[str, Any]:

@@ -22,10 +22,11 @@ from ckpt_fast.pipeline.load.decode import Contents, decode_object, read_content
 from ckpt_fast.pipeline.load.index import CheckpointIndex
 from ckpt_fast.pipeline.load.load import load_parts
 from ckpt_fast.pipeline.load.opened import OpenCheckpoint
-from ckpt_fast.pipeline.load.parts import Part
+from ckpt_fast.pipeline.load.parts import Part, require_memory
 from ckpt_fast.pipeline.load.place import Box
 from ckpt_fast.pipeline.load.unasked import Unasked
 from ckpt_fast.pipeline.memory.garbage import without_collections
+from ckpt_fast.storage.files import absolute
 from ckpt_fast.storage.versions import FileVersions
 
 StrPath = str | os.PathLike[str]
@@ -57,7 +58,7 @@ class FastStorageReader(StorageReader):
         self, path: StrPath, extension_registry: Any = None, checkpoint: OpenCheckpoint | None = None
     ) -> None:
         super().__init__()
-        self._path = os.fspath(path)
+        self._path = absolute(path)
         self._extensions = extension_registry
         self._opened = checkpoint
         self._index: CheckpointIndex | None = None
@@ -65,23 +66,37 @@ class FastStorageReader(StorageReader):
         self._identity: str | None = None
         self._versions: FileVersions | None = None
         self._asked: set[str] | None = None
+        self._unreadable: Exception | None = None
         self.partial = False
         self.unasked: Unasked | None = None
 
     def reset(self, checkpoint_id: StrPath | None = None) -> None:
         """Begin a new load, from ``checkpoint_id`` if one is given."""
         if checkpoint_id:
-            self._path = os.fspath(checkpoint_id)
+            self._path = absolute(checkpoint_id)
             self._opened = None
         self._index = self._contents = self._identity = self._versions = self._asked = self.unasked = None
+        self._unreadable = None
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """The checkpoint's metadata; with ``rank`` that of one rank, saved without collectives.
+
+        torch asks for the second where it cannot have the first, and hides what either raises. So if neither
+        can be read, the second is empty, and ``set_up_storage_reader`` raises the error of the first.
 
         Raises:
             CheckpointNotFoundError, CheckpointCorruptError, UnsafeCheckpointError.
         """
         rank = kwargs.get("rank")
+        try:
+            return self._read_metadata(rank)
+        except Exception as error:
+            if rank is not None and self._unreadable is not None:
+                return Metadata({})
+            self._unreadable = error
+            raise
+
+    def _read_metadata(self, rank: int | None) -> Metadata:
         prefix = "" if rank is None else f"__{rank}"
         if self._opened is not None and rank is None:
             self._contents, self._versions = self._opened.contents, self._opened.versions
@@ -89,6 +104,7 @@ class FastStorageReader(StorageReader):
             self._versions = FileVersions(self._path)
             self._versions.note([prefix + METADATA_FILE])
             self._contents = read_contents(self._path, prefix)
+        self._unreadable = None
         self._identity = self._contents.identity if rank is None else _OF_ONE_RANK
         metadata = self._contents.metadata
         if getattr(metadata, "storage_meta", None) is None:
@@ -98,7 +114,13 @@ class FastStorageReader(StorageReader):
     def set_up_storage_reader(
         self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
     ) -> None:
-        """Called on every rank with the metadata to load by."""
+        """Called on every rank with the metadata to load by.
+
+        Raises:
+            CheckpointError: there is none; see ``read_metadata``.
+        """
+        if self._unreadable is not None:
+            raise self._unreadable
         contents = self._contents
         if contents is None or contents.metadata is not metadata:
             # Somebody else has read it; no manifest is known to belong to it.
@@ -158,7 +180,7 @@ class FastStorageReader(StorageReader):
         assert index is not None
         objects = [item for item in plan.items if item.type == LoadItemType.BYTE_IO]
         items = [item for item in plan.items if item.type != LoadItemType.BYTE_IO]
-        targets = [planner.resolve_tensor(item).detach() for item in items]
+        targets = [_detached(planner.resolve_tensor(item)) for item in items]
         _, payloads = load_parts(
             index,
             [_part(index, item, target) for item, target in zip(items, targets, strict=True)],
@@ -183,16 +205,23 @@ class FastStorageReader(StorageReader):
         return is_local_path(checkpoint_id)
 
 
+def _detached(target: torch.Tensor) -> torch.Tensor:
+    """The target without its history. A sparse one itself: what its alias grows to, the alias alone has."""
+    return target.detach() if target.layout == torch.strided else target
+
+
 def _part(index: CheckpointIndex, item: ReadItem, target: torch.Tensor) -> Part:
     """The region of a saved piece that a planner wants in ``target``.
 
     Raises:
-        CheckpointMismatchError: the region is not inside the piece, or not of the target's shape.
+        CheckpointMismatchError: the region is not inside the piece, or not of the target's shape; or the
+            target is on the meta device.
     """
     lengths, start = tuple(item.lengths), tuple(item.storage_offsets)
     tensor, piece = index.piece(
         item.storage_index.fqn, tuple(item.storage_index.offset or (0,) * len(lengths))
     )
+    require_memory(tensor.fqn, target)
     inside = (lengths == piece.sizes and not any(start)) or (
         len(lengths) == len(start) == len(piece.sizes)
         and all(

@@ -28,6 +28,7 @@ from ckpt_fast.pipeline.save.program import Prepared, ProgramCache
 from ckpt_fast.pipeline.save.save import Save
 from ckpt_fast.ranks.group import ControlGroup, PerGroup
 from ckpt_fast.settings import Settings
+from ckpt_fast.storage.files import absolute
 
 # Structures that one process group is known to save: of a model, its optimizer, an average of it; each also
 # as a copy that is written in the background. A structure takes about a kilobyte a tensor.
@@ -98,7 +99,7 @@ def start_save(
         options = replace(options, programs=known.programs)
     collecting = _Collecting(state_dict, group, known, options)
     job = Save(
-        directory,
+        absolute(directory),
         lambda: replace(collecting.share(), write_beside=write_beside),
         options,
         completion,

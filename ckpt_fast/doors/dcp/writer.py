@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import logging
@@ -32,12 +33,12 @@ from ckpt_fast.jobs.report import SaveReport
 from ckpt_fast.pipeline.memory.garbage import without_collections
 from ckpt_fast.pipeline.save import seal
 from ckpt_fast.pipeline.save.encode import pickle_metadata, share_parts
-from ckpt_fast.pipeline.save.plan import file_prefix
+from ckpt_fast.pipeline.save.plan import file_prefix, require_values
 from ckpt_fast.pipeline.save.waves import Waves
 from ckpt_fast.ranks.group import ControlGroup
 from ckpt_fast.settings import Settings
 from ckpt_fast.storage import commit
-from ckpt_fast.storage.files import Directory
+from ckpt_fast.storage.files import Directory, absolute
 from ckpt_fast.storage.space import has_room_beside, require_space
 
 logger = logging.getLogger(__name__)
@@ -114,7 +115,9 @@ class FastStorageWriter(AsyncStager, StorageWriter):
         self._thread_count = thread_count
         self._overwrite = overwrite
         self._keep_buffer = cache_staged_state_dict
-        self._latest = _Save(os.fspath(path))
+        self._latest = _Save(absolute(path))
+        # Where the program was when it staged a save that another thread will begin, and the staging thread.
+        self._staged_in: tuple[str, int] | None = None
         # torch makes all calls for one save in one thread.
         self._of_thread = threading.local()
         self.report: SaveReport | None = None
@@ -124,13 +127,15 @@ class FastStorageWriter(AsyncStager, StorageWriter):
     def reset(self, checkpoint_id: StrPath | None = None) -> None:
         """Begin a new save, to ``checkpoint_id`` if one is given."""
         let_go()
-        path = os.fspath(checkpoint_id) if checkpoint_id else self._latest.path
+        staged_in = self._take_staged_in()
+        path = absolute(checkpoint_id, staged_in) if checkpoint_id else self._latest.path
         self._latest = self._of_thread.announced = _Save(path)
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """Called on every rank; ``rank`` and ``use_collectives`` may be among the keywords."""
         announced = self._announced()
         self._of_thread.announced = None
+        self._take_staged_in()
         self._of_thread.save = self._latest = dataclasses.replace(
             announced,
             rank=kwargs.get("rank"),
@@ -249,6 +254,8 @@ class FastStorageWriter(AsyncStager, StorageWriter):
         save, on all ranks.
         """
         let_go()
+        with contextlib.suppress(FileNotFoundError):  # the current directory may have been deleted
+            self._staged_in = os.getcwd(), threading.get_native_id()
         return snapshots.take(state_dict, self._keep_buffer)
 
     def synchronize_staging(self) -> None:
@@ -258,6 +265,13 @@ class FastStorageWriter(AsyncStager, StorageWriter):
         """Nothing to release: host memory is the process's, see ``cache_staged_state_dict``."""
 
     # --- -----------------------------------------------------------------------------------------------
+
+    def _take_staged_in(self) -> str | None:
+        """For a save that was staged in another thread, the directory that its relative id is meant in."""
+        if self._staged_in is None or self._staged_in[1] == threading.get_native_id():
+            return None
+        (directory, _), self._staged_in = self._staged_in, None
+        return directory
 
     def _waves(self, report: SaveReport, prefix: str, chosen: Settings, first: int = 0) -> Waves:
         bound = chosen.host_buffer_bytes
@@ -362,6 +376,7 @@ def _shard(item: WriteItem, data: torch.Tensor | io.BytesIO) -> Shard:
             f"the save plan has a piece of {item.index.fqn} of shape {tuple(chunk.sizes)}, but the planner "
             f"gave a tensor of shape {tuple(data.shape)} for it; what it would write could not be loaded"
         )
+    require_values(item.index.fqn, data)
     return TensorShard(item.index.fqn, data.detach(), tuple(chunk.offsets), tuple(item.tensor_data.size))
 
 

@@ -27,7 +27,7 @@ from ckpt_fast.pipeline.load.opened import OpenCheckpoint
 from ckpt_fast.pipeline.load.verify import require_complete
 from ckpt_fast.pipeline.save.encode import encode_metadata
 from ckpt_fast.pipeline.save.objects import object_bytes
-from ckpt_fast.pipeline.save.plan import file_prefix, is_plain
+from ckpt_fast.pipeline.save.plan import file_prefix, is_plain, require_values
 from ckpt_fast.pipeline.save.seal import seal
 from ckpt_fast.pipeline.save.waves import Waves
 from ckpt_fast.settings import Settings
@@ -56,6 +56,28 @@ def memory_of(state_dict: Any) -> set[int]:
     tensors: list[torch.Tensor] = []
     _without_tensors(state_dict, tensors)
     return {tensor.untyped_storage().data_ptr() for tensor in tensors}
+
+
+def require_all_values(state_dict: Any) -> None:
+    """Local. Raise if a tensor of a state dict has no values.
+
+    Raises:
+        CheckpointMismatchError: it is on the meta device; naming it.
+    """
+    kinds: Any = tuple(_kinds().values())
+
+    def look(value: Any, name: str) -> None:
+        if isinstance(value, torch.Tensor):
+            require_values(name, value)
+        elif isinstance(value, (compat.ShardedTensor, compat.ShardedObject)):
+            look(value.data, value.key)
+        elif isinstance(value, kinds):
+            look(vars(value), "")
+        elif isinstance(value, (dict, list)):
+            for key, child in value.items() if isinstance(value, dict) else enumerate(value):
+                look(child, f"{name}.{key}" if name else str(key))
+
+    look(state_dict, "")
 
 
 def pack_local(state_dict: Any, directory: str, live: Container[int] = ()) -> Packed:

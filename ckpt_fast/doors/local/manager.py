@@ -14,7 +14,7 @@ import re
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Container, Iterable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,7 @@ from ckpt_fast.doors.local.files import (
     pack_local,
     read_local,
     remove_local,
+    require_all_values,
     save_id_of,
     take_place,
     write_local,
@@ -38,19 +39,22 @@ from ckpt_fast.errors import (
     CheckpointError,
     CheckpointMismatchError,
     CheckpointNotFoundError,
+    also_raised_as,
 )
 from ckpt_fast.format.manifest import new_save_id
 from ckpt_fast.jobs.report import SaveReport
 from ckpt_fast.jobs.worker import LEAVE_S
+from ckpt_fast.ranks.group import ControlGroup
 from ckpt_fast.storage import replacement
+from ckpt_fast.storage.files import absolute
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 _NAME = re.compile(r"iter_(\d{7,})_(\d+)_local")
 _PARTIAL = re.compile(_NAME.pattern + r"\.(dirty|old)")
 
 try:
     LocalCheckpointManager, _ = compat.import_local_checkpointing()
+    CheckpointingException = compat.import_local_checkpointing_error()
 except ImportError as error:
     raise compat.UnavailableError(
         f"FastLocalCheckpointManager needs nvidia-resiliency-ext, which cannot be imported ({error}): "
@@ -66,16 +70,20 @@ class FastLocalCheckpointManager(LocalCheckpointManager):  # type: ignore[misc, 
     logged and a replica taken instead; if there is none, the newest iteration that is whole on all ranks.
 
     Neither a GPU nor a second process is needed: in the background, threads of this process write.
+    Every CheckpointError can be caught as nvidia-resiliency-ext's CheckpointingException as well.
     """
 
+    root_local_ckpt_dir: str | os.PathLike[str]
     latest_iteration: int
     globally_available_ids: list[set[Any]]
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
+        self.root_local_ckpt_dir = absolute(self.root_local_ckpt_dir)
         # Of what was read last.
         self._save_ids: set[str | None] = set()
 
+    @also_raised_as(CheckpointingException)
     def save(self, state_dict: Any, iteration: int, is_async: bool = False) -> Any:
         """Collective. Replicate and save; ``state_dict`` belongs to the manager from now on.
 
@@ -96,6 +104,7 @@ class FastLocalCheckpointManager(LocalCheckpointManager):  # type: ignore[misc, 
                 f"cannot save the local checkpoint of iteration {iteration}: that of "
                 f"{self.latest_iteration} exists. Use another session_id or directory for another run."
             )
+        ControlGroup().agree(lambda: require_all_values(state_dict))
         own = self._ckpt_id(iteration)
         states = {own: state_dict}
         if self.repl_strategy is not None:
@@ -107,12 +116,10 @@ class FastLocalCheckpointManager(LocalCheckpointManager):  # type: ignore[misc, 
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.latest_iteration = -1
-        if is_async:
-            flag = Flag()
-            return as_request(
-                LocalSave(self, iteration, states, live, flag.set), flag, compat.NVRxAsyncRequest
-            )
-        job = LocalSave(self, iteration, states, live)
+        flag = Flag() if is_async else None
+        job = LocalSave(self, iteration, states, live, flag.set if flag is not None else None)
+        if flag is not None:
+            return as_request(job, flag, compat.NVRxAsyncRequest, CheckpointingException)
         try:
             job.write()
             job.commit()
@@ -121,6 +128,7 @@ class FastLocalCheckpointManager(LocalCheckpointManager):  # type: ignore[misc, 
             raise
         return None
 
+    @also_raised_as(CheckpointingException)
     def load(self) -> tuple[Any, Any]:
         """Collective, after ``find_latest``. The newest state of this rank that can be had, and its id.
 
@@ -152,6 +160,7 @@ class FastLocalCheckpointManager(LocalCheckpointManager):  # type: ignore[misc, 
             return []
         return sorted(_complete(self.globally_available_ids), reverse=True)
 
+    @also_raised_as(CheckpointingException)
     def load_iteration(self, iteration: int) -> tuple[Any, Any]:
         """Collective, after ``find_latest``. This rank's state of one iteration, and its id.
 
@@ -233,7 +242,7 @@ class FastLocalCheckpointManager(LocalCheckpointManager):  # type: ignore[misc, 
             except CheckpointError as error:
                 logger.error("rank %d: a local checkpoint is damaged and not used: %s", self.rank, error)
                 failed[identity] = str(error)
-        gathered = _all_gather((failed, self._save_ids))
+        gathered = ControlGroup().all_gather((failed, self._save_ids))
         all_failed = [each for each, _ in gathered]
         return states, all_failed, set[str | None]().union(*(ids for _, ids in gathered))
 
@@ -246,7 +255,7 @@ class FastLocalCheckpointManager(LocalCheckpointManager):  # type: ignore[misc, 
             Whether the states in their places are of one save now, and this rank may read again.
         """
         found = {identity: self._found(identity) for identity in needed}
-        gathered = _all_gather([set(each) for each in found.values()])
+        gathered = ControlGroup().all_gather([set(each) for each in found.values()])
         of_each = [ids for rank in gathered for ids in rank]
         common = set.intersection(*of_each) if of_each else set()
         if not common:
@@ -266,7 +275,7 @@ class FastLocalCheckpointManager(LocalCheckpointManager):  # type: ignore[misc, 
                 moved.append(identity)
         except CheckpointError as error:
             logger.error("rank %d: %s", self.rank, error)
-        return all(_all_gather(len(moved) == len(found)))
+        return all(ControlGroup().all_gather(len(moved) == len(found)))
 
     def _found(self, identity: Any) -> dict[str | None, bool]:
         """Local. The saves of which this rank has a state, and whether it lies beside its place."""
@@ -389,11 +398,3 @@ def _complete(available: list[set[Any]]) -> list[int]:
         for iteration, rank, _ in ids:
             ranks[iteration].add(rank)
     return [iteration for iteration, covered in ranks.items() if len(covered) == len(available)]
-
-
-def _all_gather(value: T) -> list[T]:
-    if not dist.is_initialized():
-        return [value]
-    values = [value] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values

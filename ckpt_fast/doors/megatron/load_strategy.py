@@ -14,7 +14,8 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from ckpt_fast import compat
 from ckpt_fast.doors.megatron.common_state import COMMON_STATE_KEY, open_checkpoint, require_torch_dist
-from ckpt_fast.doors.megatron.sharded_state import load_sharded
+from ckpt_fast.doors.megatron.sharded_state import ShardedLoad
+from ckpt_fast.errors import also_raised_as
 from ckpt_fast.pipeline.load.opened import OpenCheckpoint
 from ckpt_fast.pipeline.remove import remove_named
 from ckpt_fast.ranks.group import ControlGroup
@@ -22,6 +23,9 @@ from ckpt_fast.ranks.group import ControlGroup
 
 class FastLoadStrategy(compat.TorchDistLoadShardedStrategy):  # type: ignore[misc]
     """Megatron-Core load strategy on the ckpt_fast pipeline: tensors by offset, no code from pickles.
+
+    Every CheckpointError it raises can be caught as Megatron-Core's CheckpointingException, or as torch's
+    CheckpointException, as well.
 
     Args:
         options, named_options: of the installed Megatron-Core's strategy.
@@ -35,6 +39,7 @@ class FastLoadStrategy(compat.TorchDistLoadShardedStrategy):  # type: ignore[mis
         # Tensors of quantised kinds are made plain ones by Megatron-Core before they come here.
         self.stream_ckpt_dequant = False
 
+    @also_raised_as(compat.DistCheckpointingError)
     def load(
         self,
         sharded_state_dict: dict[str, Any],
@@ -43,17 +48,29 @@ class FastLoadStrategy(compat.TorchDistLoadShardedStrategy):  # type: ignore[mis
     ) -> dict[str, Any]:
         """Collective. A dict of the same nesting with every sharded entry replaced by its loaded value.
 
+        No tensor is touched on any rank before what every rank asks for is found to fit the checkpoint.
+
         Raises:
             CheckpointError: on every rank, naming the one that failed: no rank goes on, or waits, alone.
         """
 
-        def load() -> dict[str, Any]:
-            with self._open(checkpoint_dir) as checkpoint, checkpoint.named():
-                require_torch_dist(checkpoint)
-                self.cached_global_metadata = checkpoint.index.metadata
-                return load_sharded(sharded_state_dict, checkpoint.index, self._verify)
+        group = ControlGroup()
+        with contextlib.ExitStack() as stack:
 
-        return ControlGroup().agree(load)
+            def prepare() -> tuple[OpenCheckpoint, ShardedLoad]:
+                checkpoint = stack.enter_context(self._open(checkpoint_dir))
+                with checkpoint.named():
+                    require_torch_dist(checkpoint)
+                    self.cached_global_metadata = checkpoint.index.metadata
+                    return checkpoint, ShardedLoad(sharded_state_dict, checkpoint.index)
+
+            checkpoint, prepared = group.agree(prepare)
+
+            def read() -> dict[str, Any]:
+                with checkpoint.named():
+                    return prepared.read(self._verify)
+
+            return group.agree(read)
 
     @contextlib.contextmanager
     def reading(self, checkpoint: OpenCheckpoint) -> Iterator[None]:
@@ -73,6 +90,7 @@ class FastLoadStrategy(compat.TorchDistLoadShardedStrategy):  # type: ignore[mis
         with self._open(checkpoint_dir) as checkpoint, checkpoint.named():
             return checkpoint.index.metadata
 
+    @also_raised_as(compat.DistCheckpointingError)
     def load_tensors_metadata(
         self, checkpoint_dir: str | os.PathLike[str], metadata: Any = None
     ) -> dict[str, Any]:
@@ -86,6 +104,7 @@ class FastLoadStrategy(compat.TorchDistLoadShardedStrategy):  # type: ignore[mis
             if hasattr(entry, "chunks")
         }
 
+    @also_raised_as(compat.DistCheckpointingError)
     def load_sharded_metadata(self, checkpoint_dir: str | os.PathLike[str]) -> dict[str, Any]:
         """``load_tensors_metadata`` and, by unique key, a ShardedObject without data per saved object."""
         metadata = self._saved_metadata(checkpoint_dir)
@@ -96,6 +115,7 @@ class FastLoadStrategy(compat.TorchDistLoadShardedStrategy):  # type: ignore[mis
         }
         return {**objects, **self.load_tensors_metadata(checkpoint_dir, metadata)}
 
+    @also_raised_as(compat.DistCheckpointingError)
     def remove_sharded_tensors(self, checkpoint_dir: str | os.PathLike[str], key_prefix: str) -> None:
         """Local: for one rank. Take all tensors and objects whose key begins so out of the checkpoint."""
         with compat.checkpoint_files(checkpoint_dir) as files:

@@ -4,14 +4,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
 from ckpt_fast import compat
 from ckpt_fast.doors.megatron.common_state import read_common_state
-from ckpt_fast.doors.megatron.sharded_state import merge_in_place, mismatches
+from ckpt_fast.doors.megatron.sharded_state import Path, entries_of, merge_in_place, mismatches
 from ckpt_fast.glu.factory import in_place
 from ckpt_fast.pipeline.load import unasked
 from ckpt_fast.pipeline.load.opened import OpenCheckpoint
@@ -82,6 +82,13 @@ def check_keys(
             return result
 
     return ControlGroup().agree(check)
+
+
+def dropped(wanted: dict[str, Any], found: dict[str, Any]) -> Collection[Path]:
+    """Local. The paths in the sharded state dict of what ``check_keys`` has left out."""
+    if found is wanted:
+        return ()
+    return dict(entries_of(wanted)).keys() - dict(entries_of(found)).keys()
 
 
 def load_wanted(wanted: dict[str, Any], checkpoint_dir: str, strategy: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ckpt_fast import compat
 from ckpt_fast.doors.megatron.sharded_state import shards_of
-from ckpt_fast.errors import CheckpointMismatchError
+from ckpt_fast.errors import CheckpointMismatchError, also_raised_as
 from ckpt_fast.format.types import Shard
 from ckpt_fast.pipeline.save.parts import Share
 from ckpt_fast.ranks.group import ControlGroup
@@ -63,6 +63,7 @@ class FastParallelSaveWrapper(compat.FullyParallelSaveStrategyWrapper):  # type:
         is_cached = self.do_cache_distribution and self._structure is not None
         return is_cached and self._structure == _structure_of(sharded_state_dict)
 
+    @also_raised_as(compat.DistCheckpointingError)
     def apply_saving_parallelization(self, sharded_state_dict: dict[str, Any]) -> None:
         """Collective, over all ranks. Choose the rank that saves each tensor: ``replica_id`` is 0 there."""
         if ControlGroup().all_true(self.is_unchanged(sharded_state_dict)):

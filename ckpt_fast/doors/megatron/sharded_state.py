@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -17,16 +17,77 @@ from ckpt_fast.errors import CheckpointMismatchError
 from ckpt_fast.format.types import ObjectShard, Shard, TensorRequest, TensorShard
 from ckpt_fast.glu.factory import RowShard
 from ckpt_fast.pipeline.load.index import CheckpointIndex
-from ckpt_fast.pipeline.load.load import load_tensors_and_objects
+from ckpt_fast.pipeline.load.load import prepare
 from ckpt_fast.pipeline.save.objects import object_bytes
+from ckpt_fast.pipeline.save.plan import require_values
+
+# The keys and list indices that lead to an entry of a nested state dict.
+Path = tuple[Any, ...]
+
+
+def entries_of(sharded_state_dict: dict[str, Any]) -> Iterator[tuple[Path, Any]]:
+    """Every entry of a nested state dict, with its path."""
+    containers: list[tuple[Path, Any]] = [((), sharded_state_dict)]
+    while containers:
+        path, container = containers.pop()
+        items = container.items() if isinstance(container, dict) else enumerate(container)
+        for key, value in items:
+            if isinstance(value, (dict, list)):
+                containers.append(((*path, key), value))
+            else:
+                yield (*path, key), value
+
+
+def require_distinct_names(sharded_state_dict: dict[str, Any]) -> None:
+    """Local. Raise if two entries have paths that are equal once they are joined with dots.
+
+    Raises:
+        CheckpointMismatchError: as for a key "a.b" beside a dict "a" with a key "b".
+    """
+    names: list[str] = []
+    containers: list[tuple[str, Any]] = [("", sharded_state_dict)]
+    while containers:
+        prefix, container = containers.pop()
+        for key, value in container.items() if isinstance(container, dict) else enumerate(container):
+            if isinstance(value, (dict, list)):
+                containers.append((f"{prefix}{key}.", value))
+            else:
+                names.append(f"{prefix}{key}")
+    if len(set(names)) < len(names):
+        name, _ = Counter(names).most_common(1)[0]
+        raise CheckpointMismatchError(
+            f"two entries of the sharded state dict have the path {name!r}, one of them by a key with a dot "
+            "in it. torch DCP, whose files these are, joins keys with dots: rename one of them."
+        )
+
+
+def require_distinct_objects(sharded_state_dict: dict[str, Any]) -> None:
+    """Local, for one rank. Raise if two objects that are to be saved have the same key.
+
+    Raises:
+        CheckpointMismatchError: naming the key.
+    """
+    saved = Counter(
+        entry.unique_key
+        for entry in compat.nested_values(sharded_state_dict)
+        if isinstance(entry, compat.ShardedObject) and compat.is_main_replica(entry.replica_id)
+    )
+    for key, count in saved.items():
+        if count > 1:
+            raise CheckpointMismatchError(
+                f"nothing was saved: {count} objects of the sharded state dict have the key {key!r}. Each "
+                "needs a key of its own, or one main replica: check key and replica_id."
+            )
 
 
 def shards_of(sharded_state_dict: dict[str, Any]) -> list[Shard]:
     """The pieces this rank saves: main replicas only, objects of one key together.
 
     Raises:
-        CheckpointMismatchError: a sharded tensor has no data, or is of a kind the files cannot hold.
+        CheckpointMismatchError: a sharded tensor has no data or is on the meta device, or two entries have
+            the same name.
     """
+    require_distinct_names(sharded_state_dict)
     shards: list[Shard] = []
     objects: dict[str, list[Any]] = defaultdict(list)
     for entry in compat.nested_values(sharded_state_dict):
@@ -41,34 +102,49 @@ def shards_of(sharded_state_dict: dict[str, Any]) -> list[Shard]:
             continue
         if entry.data is None:
             raise CheckpointMismatchError(f"{entry.key} is to be saved but has no data on this rank")
+        require_values(entry.key, entry.data)
         data = entry.data.detach()[(None,) * entry.prepend_axis_num]
         shards.append(TensorShard(entry.key, data, tuple(entry.global_offset), tuple(entry.global_shape)))
     shards.extend(ObjectShard(key, object_bytes(values)) for key, values in objects.items())
     return shards
 
 
-def load_sharded(
-    sharded_state_dict: dict[str, Any], index: CheckpointIndex, verify: bool | None = None
-) -> dict[str, Any]:
-    """Local. The same nesting with every ShardedTensor and ShardedObject replaced by its loaded value."""
-    entries = list(compat.nested_values(sharded_state_dict))
-    tensors = [entry for entry in entries if isinstance(entry, compat.ShardedTensor)]
-    keys = {entry.unique_key for entry in entries if isinstance(entry, compat.ShardedObject)}
-    objects = load_tensors_and_objects(index, list(_requests(tensors, index)), sorted(keys), verify)
-    values = {key: iter(value) for key, value in objects.items()}
+class ShardedLoad:
+    """One rank's load of a sharded state dict, which fits the checkpoint. Nothing has been filled yet.
 
-    def loaded(entry: Any) -> Any:
-        if isinstance(entry, compat.ShardedTensor):
-            return entry.data
-        try:
-            return next(values[entry.unique_key])
-        except StopIteration:
-            raise CheckpointMismatchError(
-                f"{entry.unique_key} is asked for more often than {index.directory} has it"
-            ) from None
+    Raises:
+        CheckpointMismatchError: the checkpoint lacks an entry, or has it in another shape; or two entries
+            have the same name.
+        CheckpointCorruptError: the checkpoint lacks a part of a tensor.
+    """
 
-    result: dict[str, Any] = compat.dict_list_map_outplace(loaded, sharded_state_dict)
-    return result
+    def __init__(self, sharded_state_dict: dict[str, Any], index: CheckpointIndex) -> None:
+        require_distinct_names(sharded_state_dict)
+        self._state_dict, self._index = sharded_state_dict, index
+        entries = list(compat.nested_values(sharded_state_dict))
+        tensors = [entry for entry in entries if isinstance(entry, compat.ShardedTensor)]
+        keys = {entry.unique_key for entry in entries if isinstance(entry, compat.ShardedObject)}
+        self._prepared = prepare(index, list(_requests(tensors, index)), sorted(keys))
+        self._padded = [entry for entry in tensors if entry.allow_shape_mismatch]
+
+    def read(self, verify: bool | None = None) -> dict[str, Any]:
+        """The same nesting with every ShardedTensor and ShardedObject replaced by its loaded value."""
+        for entry in self._padded:
+            entry.data.zero_()  # padding that only one side has stays zero
+        values = {key: iter(value) for key, value in self._prepared.read_objects(verify).items()}
+
+        def loaded(entry: Any) -> Any:
+            if isinstance(entry, compat.ShardedTensor):
+                return entry.data
+            try:
+                return next(values[entry.unique_key])
+            except StopIteration:
+                raise CheckpointMismatchError(
+                    f"{entry.unique_key} is asked for more often than {self._index.directory} has it"
+                ) from None
+
+        result: dict[str, Any] = compat.dict_list_map_outplace(loaded, self._state_dict)
+        return result
 
 
 def merge_in_place(sharded_state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -131,8 +207,6 @@ def _requests(tensors: Iterable[Any], index: CheckpointIndex) -> Iterator[Tensor
         entry.data = entry.data.detach()
         destination = entry.data[(None,) * entry.prepend_axis_num]
         if entry.allow_shape_mismatch:
-            # Padding that only one side has stays zero.
-            entry.data.zero_()
             for axis, (offset, limit) in enumerate(zip(entry.global_offset, saved, strict=True)):
                 size = min(destination.shape[axis], max(limit - offset, 0))
                 destination = destination.narrow(axis, 0, size)

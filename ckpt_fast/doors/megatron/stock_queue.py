@@ -19,6 +19,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
+from ckpt_fast.errors import also_raised_as
 from ckpt_fast.jobs import finalizer
 from ckpt_fast.jobs.background import SaveHandle
 from ckpt_fast.jobs.job import Job
@@ -69,30 +70,34 @@ class RequestFinalizer:
     Args:
         handle: the save, started.
         flag: of it.
+        foreign: the kind of error that the queue's owner catches, which errors are of as well.
     """
 
-    def __init__(self, handle: SaveHandle, flag: Flag) -> None:
+    def __init__(self, handle: SaveHandle, flag: Flag, foreign: type[BaseException]) -> None:
         self._handle = handle
         self._flag = flag
+        self._foreign = foreign
         weakref.finalize(self, _give_up, handle, flag).atexit = False
 
     def __call__(self) -> None:
         """Collective. AsyncSaveError on every rank if a rank failed."""
         self._flag.remove()
-        self._handle.finalize()
+        with also_raised_as(self._foreign):
+            self._handle.finalize()
 
     def give_up(self, wait_s: float) -> bool:
         """Local. The request will not be finalized; returns whether the save has ended within ``wait_s``."""
         return _give_up(self._handle, self._flag, wait_s)
 
 
-def as_request(job: Job, flag: Flag, request_class: Callable[..., Any]) -> Any:
+def as_request(job: Job, flag: Flag, request_class: Callable[..., Any], foreign: type[BaseException]) -> Any:
     """The request that ends when a staged save is written.
 
     Args:
         job: a save whose ``stage`` has returned, with ``snapshot`` and with ``flag.set`` as ``when_written``.
         flag: of this save.
         request_class: ``AsyncRequest`` of the package whose queue will get it: each takes only its own.
+        foreign: see ``RequestFinalizer``.
 
     Returns:
         A request whose one finalizer is collective: it publishes the save, or raises AsyncSaveError on every
@@ -100,7 +105,7 @@ def as_request(job: Job, flag: Flag, request_class: Callable[..., Any]) -> Any:
         up.
     """
     handle = SaveHandle(job)
-    request_finalizer = RequestFinalizer(handle, flag)
+    request_finalizer = RequestFinalizer(handle, flag, foreign)
     handle.start()
     return request_class(
         async_fn=wait_until_written,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,10 +21,11 @@ from ckpt_fast import compat
 from ckpt_fast.doors.megatron.collecting import Collecting
 from ckpt_fast.doors.megatron.common_state import COMMON_FILE, COMMON_STATE_KEY, open_checkpoint
 from ckpt_fast.doors.megatron.load_strategy import FastLoadStrategy
-from ckpt_fast.doors.megatron.load_wanted import check_keys, load_wanted, prepare
+from ckpt_fast.doors.megatron.load_wanted import check_keys, dropped, load_wanted, prepare
 from ckpt_fast.doors.megatron.reuse import Collector, KnownTensors
-from ckpt_fast.doors.megatron.sharded_state import mismatches, shards_of
+from ckpt_fast.doors.megatron.sharded_state import Path, mismatches, require_distinct_objects, shards_of
 from ckpt_fast.doors.megatron.stock_queue import Flag, as_request
+from ckpt_fast.errors import also_raised_as
 from ckpt_fast.format.names import SEAL_FILE
 from ckpt_fast.format.types import FileRecord
 from ckpt_fast.glu.factory import in_place
@@ -36,6 +37,7 @@ from ckpt_fast.pipeline.save.program import ProgramCache
 from ckpt_fast.pipeline.save.save import Save
 from ckpt_fast.ranks.group import ControlGroup
 from ckpt_fast.settings import Settings
+from ckpt_fast.storage.files import absolute
 
 CONTENT_METADATA_KEY = "content_metadata"
 # All four keys: versions before 0.19 want each of them and accept no other.
@@ -52,7 +54,7 @@ class FastSaveStrategy(compat.TorchDistSaveShardedStrategy):  # type: ignore[mis
 
     The plan of a save is kept and used again while the structure of what this rank saves is the same. That is
     compared at every save, whatever is promised: there is nothing that a rank whose structure changed could
-    leave stale.
+    leave stale. Errors of a save, and of finalizing one in the background, are those of ``FastLoadStrategy``.
 
     Args:
         backend, version: as Megatron-Core passes them; always "torch_dist", 1 on disk.
@@ -98,12 +100,14 @@ class FastSaveStrategy(compat.TorchDistSaveShardedStrategy):  # type: ignore[mis
         self.programs = ProgramCache()
         self.known = KnownTensors()
 
+    @also_raised_as(compat.DistCheckpointingError)
     def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | os.PathLike[str]) -> None:
         """Collective. Save the sharded part; Megatron-Core itself writes ``metadata.json`` afterwards."""
         job = self._staged(sharded_state_dict, checkpoint_dir)
         job.write()
         job.commit()
 
+    @also_raised_as(compat.DistCheckpointingError)
     def async_save(
         self,
         sharded_state_dict: dict[str, Any],
@@ -123,12 +127,12 @@ class FastSaveStrategy(compat.TorchDistSaveShardedStrategy):  # type: ignore[mis
         _, request_class = compat.get_async_strategy(async_strategy, "AsyncRequest")
         flag = Flag()
         job = self._staged(sharded_state_dict, checkpoint_dir, snapshot=True, when_written=flag.set)
-        return as_request(job, flag, request_class)
+        return as_request(job, flag, request_class, compat.DistCheckpointingError)
 
     def _staged(
         self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | os.PathLike[str], **options: Any
     ) -> Save:
-        directory = os.fspath(checkpoint_dir)
+        directory = absolute(compat.as_url(checkpoint_dir))
         common: dict[str, bytes] = {}
 
         def collect() -> Share:
@@ -144,6 +148,9 @@ class FastSaveStrategy(compat.TorchDistSaveShardedStrategy):  # type: ignore[mis
                 writers=self.writers,
                 separate=self.separation_hint,
                 replace=False,
+                # Megatron-Core has validated what it was asked to; beyond that torch's planner only counts
+                # elements, and only of several ranks.
+                partial=ControlGroup().size == 1,
                 programs=self.programs,
                 **options,
             ),
@@ -188,6 +195,7 @@ def start_save(
         TypeError: the strategy is of another class.
     """
     _require_class(strategy, FastSaveStrategy)
+    checkpoint_dir = absolute(compat.as_url(checkpoint_dir))
     options = options or SaveOptions()
     group = ControlGroup()
     validate = validate_access_integrity and dist.is_available() and dist.is_initialized()
@@ -202,7 +210,9 @@ def start_save(
             result: tuple[dict[str, Any], dict[str, Any]] = compat.save_preprocess(
                 in_place(state_dict), compare, preprocess_common_before_consistency_check
             )
-            return result
+        if validate_access_integrity and not validate:
+            require_distinct_objects(result[0])
+        return result
 
     known = base.known if reuse else None
     collecting = Collecting(sharded_state_dict, strategy, preprocess, known, base.programs)
@@ -224,7 +234,12 @@ def start_save(
     job = Save(
         checkpoint_dir,
         collect,
-        replace(options, writers=base.writers, programs=base.programs if reuse else None),
+        replace(
+            options,
+            writers=base.writers,
+            programs=base.programs if reuse else None,
+            partial=not validate_access_integrity and group.size == 1,
+        ),
         replace(completion or Completion(), seal_files={SEAL_FILE: json.dumps(_SEAL).encode()}),
     )
     job.stage()
@@ -242,6 +257,7 @@ def load(
     strategy: Any = None,
     strict: Any = compat.StrictHandling.ASSUME_OK_UNEXPECTED,
     validate_access_integrity: bool = True,
+    accept_missing: Callable[[Collection[Path]], None] = lambda _: None,
 ) -> Any:
     """Collective. Load what the sharded state dict asks for.
 
@@ -255,6 +271,8 @@ def load(
         strategy: FastLoadStrategy (default), or a wrapper around one.
         strict: Megatron-Core's ``StrictHandling`` or its string value.
         validate_access_integrity: check that the ranks' requests fit together.
+        accept_missing: gets the paths of this rank's entries that the checkpoint lacks and ``strict``
+            tolerates, before anything is filled. An error it raises refuses the load on all ranks.
 
     Returns:
         The state dict with the common state merged in; with the two ``return_*`` modes of ``strict`` a tuple
@@ -280,6 +298,7 @@ def load(
         sharded, missing, unexpected = check_keys(
             wanted.sharded, checkpoint_dir, strategy, strict, validate_access_integrity
         )
+        group.agree(lambda: accept_missing(dropped(wanted.sharded, sharded)))
         state_dict = wanted.state_dict
         compat.merge(state_dict, load_wanted(sharded, checkpoint_dir, strategy))
     state_dict = compat.apply_factory_merges(state_dict, wanted.factories)

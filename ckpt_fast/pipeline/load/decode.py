@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import re
 import zlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -180,13 +181,22 @@ def decode_object(payload: bytes, where: str, verify: bool) -> Any:
     try:
         return torch.load(io.BytesIO(payload), map_location="cpu", weights_only=not settings.pickle_allowed())
     except pickle.UnpicklingError as error:
+        # Without torch's own text, whose advice is about torch.load.
         raise UnsafeCheckpointError(
-            f"{where} holds more than tensors and plain data: {error}. {REMEDY}"
-        ) from error
+            f"{where} holds more than tensors and plain data: {_refused(str(error))}. {REMEDY}"
+        ) from None
     except Exception as error:
         raise CheckpointCorruptError(
             f"{where} cannot be read ({type(error).__name__}: {error}); load an earlier iteration"
         ) from error
+
+
+def _refused(message: str) -> str:
+    """What torch's restricted unpickler has refused, from its message."""
+    named = re.search(r"GLOBAL (\S+) was not an allowed global", message)
+    if named:
+        return f"the class or function {named[1]}, which was not registered with add_safe_globals of torch"
+    return message.rpartition("WeightsUnpickler error: ")[2].strip().partition("\n")[0]
 
 
 def _require_bounded(payload: bytes, where: str, verify: bool) -> None:

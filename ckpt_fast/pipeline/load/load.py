@@ -13,14 +13,14 @@ from typing import Any, NamedTuple
 import torch
 
 from ckpt_fast import settings
-from ckpt_fast.errors import CheckpointCorruptError
+from ckpt_fast.errors import CheckpointCorruptError, CheckpointMismatchError
 from ckpt_fast.format.archive import ALIGNMENT
 from ckpt_fast.format.types import Extent, TensorRequest
 from ckpt_fast.pipeline.load.checks import Checks
 from ckpt_fast.pipeline.load.decode import decode_object, undo_transforms
 from ckpt_fast.pipeline.load.index import CheckpointIndex, RawData
-from ckpt_fast.pipeline.load.parts import Part, landing_nbytes, parts_of
-from ckpt_fast.pipeline.load.place import Box, Destination, runs
+from ckpt_fast.pipeline.load.parts import Part, landing_nbytes, parts_of, require_memory
+from ckpt_fast.pipeline.load.place import Box, Destination, Reshaped, runs
 from ckpt_fast.pipeline.load.read import ByteArena, ReadProgram
 from ckpt_fast.pipeline.memory.garbage import without_collections
 from ckpt_fast.pipeline.memory.host_buffer import HostBuffer, host_buffers
@@ -49,7 +49,7 @@ def load_tensors(
     index: CheckpointIndex, requests: Sequence[TensorRequest], verify: bool | None = None
 ) -> LoadReport:
     """``load_tensors_and_objects`` for those who want no objects."""
-    return _load(index, requests, (), verify)[0]
+    return prepare(index, requests, ()).read(verify)[0]
 
 
 def load_objects(index: CheckpointIndex, fqns: Iterable[str], verify: bool | None = None) -> dict[str, Any]:
@@ -78,20 +78,48 @@ def load_tensors_and_objects(
             region are missing. Destinations then hold undefined values.
         UnsafeCheckpointError: see ``decode_object``; destinations as above.
     """
-    verify = settings.verify_on_load() if verify is None else verify
-    _, payloads = _load(index, requests, fqns, verify)
-    return {
-        fqn: decode_object(payload, f"{fqn} in {index.directory}/{index.object_extent(fqn).path}", verify)
-        for fqn, payload in payloads.items()
-    }
+    return prepare(index, requests, fqns).read_objects(verify)
+
+
+@dataclass(frozen=True)
+class PreparedLoad:
+    """A load that fits its checkpoint; no destination has been touched. From ``prepare``."""
+
+    index: CheckpointIndex
+    parts: Sequence[Part]
+    fqns: Sequence[str]
+
+    def read(self, verify: bool | None = None) -> tuple[LoadReport, dict[str, bytes]]:
+        """Fill the destinations, and return the bytes of the objects by name; see ``load_parts``."""
+        return load_parts(self.index, self.parts, self.fqns, verify)
+
+    def read_objects(self, verify: bool | None = None) -> dict[str, Any]:
+        """Fill the destinations, and return the objects by name; see ``load_tensors_and_objects``."""
+        verify = settings.verify_on_load() if verify is None else verify
+        index = self.index
+        return {
+            fqn: decode_object(payload, f"{fqn} in {index.directory}/{index.object_extent(fqn).path}", verify)
+            for fqn, payload in self.read(verify)[1].items()
+        }
 
 
 @without_collections
-def _load(
-    index: CheckpointIndex, requests: Sequence[TensorRequest], fqns: Iterable[str], verify: bool | None
-) -> tuple[LoadReport, dict[str, bytes]]:
-    parts = [part for request in requests for part in parts_of(index, request)]
-    return load_parts(index, parts, fqns, verify)
+def prepare(
+    index: CheckpointIndex, requests: Sequence[TensorRequest], fqns: Iterable[str] = ()
+) -> PreparedLoad:
+    """The first half of ``load_tensors_and_objects``: find everything that is wanted. Reads no data file.
+
+    Raises:
+        CheckpointMismatchError: a name is missing, a region lies outside the saved tensor, or a destination
+            has no memory.
+        CheckpointCorruptError: pieces of a region are missing.
+    """
+    fqns = list(fqns)
+    for fqn in fqns:
+        index.object_extent(fqn)
+    for request in requests:
+        require_memory(request.fqn, request.destination)
+    return PreparedLoad(index, [part for request in requests for part in parts_of(index, request)], fqns)
 
 
 @without_collections
@@ -317,6 +345,26 @@ class _Wave:
             )
         for part in parts:
             region = tensor
-            for dimension, (start, size) in enumerate(zip(part.box.start, part.box.shape, strict=True)):
-                region = region.narrow(dimension, start, size)
-            part.destination.copy_(region)
+            try:
+                for dimension, (start, size) in enumerate(zip(part.box.start, part.box.shape, strict=True)):
+                    if size != region.shape[dimension]:  # not every kind of tensor can be narrowed
+                        region = region.narrow(dimension, start, size)
+                _fill(part.destination, region)
+            except (RuntimeError, ValueError) as error:
+                raise CheckpointMismatchError(
+                    f"{where} is a {_kind(tensor)}, whose region of shape {part.box.shape} at "
+                    f"{part.box.start} cannot be copied into a {_kind(part.destination)}: {error}"
+                ) from error
+
+
+def _fill(destination: Destination, source: torch.Tensor) -> None:
+    if isinstance(destination, torch.Tensor) and destination.layout == source.layout != torch.strided:
+        destination.resize_as_sparse_(source)
+    destination.copy_(source)
+
+
+def _kind(tensor: Destination) -> str:
+    if isinstance(tensor, Reshaped):
+        tensor = tensor.tensor
+    layout = f" of layout {tensor.layout}" if tensor.layout != torch.strided else ""
+    return f"{type(tensor).__name__} of shape {tuple(tensor.shape)}{layout}"

@@ -6,6 +6,8 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import torch
+
 from ckpt_fast.errors import CheckpointCorruptError, CheckpointMismatchError
 from ckpt_fast.format.consistency import Region, missing_message
 from ckpt_fast.format.types import TensorRequest
@@ -20,6 +22,19 @@ class Part(NamedTuple):
     piece: Piece
     box: Box
     destination: Destination
+
+
+def require_memory(fqn: str, destination: torch.Tensor) -> None:
+    """Raise if nothing can be loaded into a destination.
+
+    Raises:
+        CheckpointMismatchError: it is on the meta device.
+    """
+    if destination.is_meta:
+        raise CheckpointMismatchError(
+            f"{fqn} cannot be loaded into a tensor on the meta device, which has no memory. Give the model "
+            "memory first, with module.to_empty(device=...)."
+        )
 
 
 def parts_of(index: CheckpointIndex, request: TensorRequest) -> list[Part]:

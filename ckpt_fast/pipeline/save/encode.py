@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from ckpt_fast.errors import CheckpointMismatchError
-from ckpt_fast.format.consistency import tile
+from ckpt_fast.format.consistency import Region, require_apart, tile
 from ckpt_fast.format.names import LAYOUT, LAYOUT_ATTRIBUTE
 from ckpt_fast.format.types import ItemRecord
 from ckpt_fast.pipeline.memory.garbage import without_collections
@@ -140,16 +140,19 @@ class WriteProgram:
 
 
 @without_collections
-def encode_metadata(records: Iterable[ItemRecord], planner_data: Mapping[str, Any] | None = None) -> bytes:
+def encode_metadata(
+    records: Iterable[ItemRecord], planner_data: Mapping[str, Any] | None = None, *, partial: bool = False
+) -> bytes:
     """The pickle in ``.metadata``: readable by torch DCP of any version from 2.6 on, naming no class of ours.
 
     Args:
         records: the items of all ranks.
         planner_data: torch DCP's flattened-name to path mapping; None for Megatron-Core checkpoints.
+        partial: see ``SaveOptions``.
 
     Raises:
         CheckpointMismatchError: two ranks disagree on a tensor's shape or dtype, or wrote the same piece, or
-            the pieces of a tensor do not cover each of its elements once.
+            the pieces of a tensor do not cover each of its elements once; with ``partial`` at most once.
     """
     tensors: dict[str, Any] = {}
     storage: dict[Any, Any] = {}
@@ -172,7 +175,7 @@ def encode_metadata(records: Iterable[ItemRecord], planner_data: Mapping[str, An
                 f"{other.relative_path} and {record.extent.path}. Each piece needs exactly one main "
                 "replica: check replica_id of the sharded state dict."
             )
-    _require_complete(tensors)
+    _require_complete(tensors, partial)
     metadata = Metadata(
         state_dict_metadata=tensors,
         planner_data=dict(planner_data) if planner_data is not None else None,
@@ -270,7 +273,7 @@ def _entry(tensors: dict[str, Any], record: ItemRecord, shared: _SharedParts) ->
     return entry
 
 
-def _require_complete(tensors: Mapping[str, Any]) -> None:
+def _require_complete(tensors: Mapping[str, Any], partial: bool) -> None:
     for fqn, entry in tensors.items():
         if not isinstance(entry, TensorStorageMetadata):
             continue
@@ -282,15 +285,23 @@ def _require_complete(tensors: Mapping[str, Any]) -> None:
             continue
         shape = tuple(entry.size)
         wanted, written = math.prod(shape), sum(chunk.sizes.numel() for chunk in entry.chunks)
-        if written != wanted:
+        if written > wanted or (written < wanted and not partial):
             problem = f"the ranks wrote {written} of the {wanted} elements of {fqn} {shape}"
-        elif not tile(shape, entry.chunks):
+        elif not (tile if written == wanted else _are_apart)(shape, entry.chunks):
             problem = f"the pieces that the ranks wrote do not cover {fqn} {shape}: some overlap"
         else:
             continue
         raise CheckpointMismatchError(
             f"{problem}. Nothing was published; check the sharding that model and optimizer declare for it."
         )
+
+
+def _are_apart(shape: Sequence[int], chunks: Iterable[ChunkStorageMetadata]) -> bool:
+    try:
+        require_apart(shape, [Region(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in chunks])
+    except ValueError:
+        return False
+    return True
 
 
 def _reduce_properties(properties: TensorProperties) -> tuple[Any, ...]:

@@ -68,6 +68,7 @@ class SaveOptions:
         separate: shards whose name begins so get files of their own; see ``plan_save``.
         programs: of earlier saves, reused where the structure is the same; None: every save plans
             anew.
+        partial: parts of tensors may be missing from what all ranks save together.
         replace: keep an older checkpoint in the directory until this one is sealed, where that can be.
         when_written: called in the writing thread once this rank has written its last byte, or has failed.
     """
@@ -78,6 +79,7 @@ class SaveOptions:
     host_buffer: int | None = None
     separate: str | None = None
     programs: ProgramCache | None = None
+    partial: bool = False
     replace: bool = True
     when_written: Callable[[], None] = _nothing
 

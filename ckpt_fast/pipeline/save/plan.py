@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from ckpt_fast.errors import CheckpointMismatchError
 from ckpt_fast.format.archive import ALIGNMENT, PAGE, Archive, item_nbytes, tensor_archive
 from ckpt_fast.format.names import DATA_SUFFIX
 from ckpt_fast.format.types import Extent, ItemRecord, ObjectShard, Shard, TensorShard
@@ -84,6 +85,19 @@ def plan_save(
             items, end = _place(bucket)
             files.append(FilePlan(f"{start}{first + len(files)}{DATA_SUFFIX}", end, items))
     return files
+
+
+def require_values(fqn: str, tensor: torch.Tensor) -> None:
+    """Raise if a tensor that is to be saved has no values.
+
+    Raises:
+        CheckpointMismatchError: it is on the meta device.
+    """
+    if tensor.is_meta:
+        raise CheckpointMismatchError(
+            f"{fqn} is on the meta device and has no values to save. Give the model memory and weights "
+            "first, with module.to_empty(device=...) and a load."
+        )
 
 
 def is_plain(tensor: torch.Tensor) -> bool:

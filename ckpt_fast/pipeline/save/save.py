@@ -283,7 +283,7 @@ class Save(PublishedJob[tuple[bool, float]]):
         outcomes = self._group.gather(self._written)
         records = [outcome.value for outcome in outcomes if outcome.value is not None]
         sealed = self._program.sealed if self._program is not None else None
-        if sealed is not None and not sealed.fits(records, self._planner_data):
+        if sealed is not None and not sealed.fits(records, self._planner_data, partial=self._options.partial):
             sealed = None
         if not self._group.all_true(sealed is not None or not any(record.is_known for record in records)):
             outcomes = self._group.gather(self._with_items())
@@ -306,14 +306,15 @@ class Save(PublishedJob[tuple[bool, float]]):
         """The pickle in ``.metadata``."""
         if sealed is not None:
             return sealed.encode(records)
-        program = self._program
+        program, partial = self._program, self._options.partial
         if program is not None:
             program.sealed = None
             if all(record.program for record in records):
                 with contextlib.suppress(ValueError):
-                    program.sealed = SealedMetadata(records, self._planner_data)
+                    program.sealed = SealedMetadata(records, self._planner_data, partial=partial)
                     return program.sealed.encode(records)
-        return encode_metadata((item for record in records for item in record.items), self._planner_data)
+        items = (item for record in records for item in record.items)
+        return encode_metadata(items, self._planner_data, partial=partial)
 
     def _publish(self, records: Sequence[RankRecord], sealed: SealedMetadata | None) -> tuple[bool, float]:
         """Seal the checkpoint, and let others choose it.

@@ -25,16 +25,23 @@ class SealedMetadata:
 
     Args:
         records: of all ranks in rank order, with their items.
-        planner_data: see ``encode_metadata``.
+        planner_data, partial: see ``encode_metadata``.
 
     Raises:
         CheckpointMismatchError: see ``encode_metadata``.
         ValueError: lengths cannot be told from other numbers.
     """
 
-    def __init__(self, records: Sequence[RankRecord], planner_data: Mapping[str, Any] | None) -> None:
+    def __init__(
+        self,
+        records: Sequence[RankRecord],
+        planner_data: Mapping[str, Any] | None,
+        *,
+        partial: bool = False,
+    ) -> None:
         self._programs = _programs(records)
         self._planner_data = planner_data
+        self._partial = partial
         self._objects = [
             (rank, position)
             for rank, record in enumerate(records)
@@ -46,16 +53,22 @@ class SealedMetadata:
         if any(records[rank].items[position].extent.nbytes > _LONGEST for rank, position in self._objects):
             raise ValueError(f"an object is longer than {_LONGEST} bytes")
         for mark in _MARKS:
-            pickled = encode_metadata(_marked(records, mark), planner_data)
+            pickled = encode_metadata(_marked(records, mark), planner_data, partial=partial)
             places = _places(pickled, mark, len(self._objects))
             if places is not None:
                 self._pickled, self._places = pickled, places
                 return
         raise ValueError("the lengths of objects cannot be told from other numbers")
 
-    def fits(self, records: Sequence[RankRecord], planner_data: Mapping[str, Any] | None) -> bool:
-        """Whether these ranks executed the same programs."""
-        return self._programs == _programs(records) and self._planner_data == planner_data
+    def fits(
+        self, records: Sequence[RankRecord], planner_data: Mapping[str, Any] | None, *, partial: bool = False
+    ) -> bool:
+        """Whether these ranks executed the same programs, and what was required of them then suffices."""
+        return (
+            self._programs == _programs(records)
+            and self._planner_data == planner_data
+            and (partial or not self._partial)
+        )
 
     def encode(self, records: Sequence[RankRecord]) -> bytes:
         """The pickle for what the ranks have written now.

@@ -6,7 +6,10 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import torch
+
 from ckpt_fast import compat
+from ckpt_fast.pipeline.load.parts import require_memory
 from ckpt_fast.ranks.group import ControlGroup
 from ckpt_fast.ranks.world import barrier_if_distributed, print_rank_0
 from ckpt_fast.trainer.places.paths import ensure_directory_exists
@@ -77,7 +80,15 @@ def load_local(
 
     Raises:
         CheckpointCorruptError: on every rank: it is not whole.
+        CheckpointMismatchError: on every rank: a tensor to load into is on the meta device.
     """
+
+    def require_all_memory() -> None:
+        for entry in compat.nested_values(sharded_state_dict):
+            if isinstance(getattr(entry, "data", None), torch.Tensor):
+                require_memory(entry.key, entry.data)
+
+    ControlGroup().agree(require_all_memory)
     manager = context["local_checkpoint_manager"]
     # That of nvidia-resiliency-ext loads its newest.
     is_ours = hasattr(manager, "load_iteration")

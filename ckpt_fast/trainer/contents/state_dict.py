@@ -138,12 +138,12 @@ def delete_extra_state(state_dict: Any) -> Any:
         state_dict: a checkpoint's state dict (its ``model`` section is cleaned) or a model's.
 
     Returns:
-        The argument itself. Anything that is not a mapping is returned unchanged.
+        The argument itself. Anything whose keys cannot be had is returned unchanged.
     """
     target = state_dict["model"] if isinstance(state_dict, dict) and "model" in state_dict else state_dict
     try:
         doomed = [key for key in target.keys() if isinstance(key, str) and _EXTRA_STATE in key]  # noqa: SIM118
-    except (AttributeError, TypeError):
+    except Exception:
         return state_dict
     for key in doomed:
         del target[key]
@@ -202,12 +202,32 @@ def _load_without_extra_state(
     missing = [key for key in missing if not key.endswith(_EXTRA_STATE)]
     unexpected = [key for key in unexpected if not key.endswith(_EXTRA_STATE)]
     if missing or unexpected:
-        raise CheckpointMismatchError(
-            "the checkpoint does not fit the model."
-            f"{_grouped(' Missing in the checkpoint', missing)}"
-            f"{_grouped(' Unknown to the model', unexpected)}"
-            " Use the configuration it was saved with, or load with strict=False to skip these."
-        ) from strict_error
+        raise _misfit(missing, unexpected) from strict_error
+
+
+def require_whole_model(missing: Iterable[tuple[Any, ...]]) -> None:
+    """Raise unless only ``_extra_state`` is missing of a model, as ``_load_model_state_dict`` with ``strict``
+    would once everything else is loaded.
+
+    Args:
+        missing: paths, in the whole state dict, of what the checkpoint lacks.
+
+    Raises:
+        CheckpointMismatchError: other parts of a model section are missing.
+    """
+    keys = {str(path[1]) for path in missing if len(path) > 1 and _is_model_section(path[0])}
+    lacking = sorted(key for key in keys if not key.endswith(_EXTRA_STATE))
+    if lacking:
+        raise _misfit(lacking, [])
+
+
+def _misfit(missing: list[str], unexpected: list[str]) -> CheckpointMismatchError:
+    return CheckpointMismatchError(
+        "the checkpoint does not fit the model."
+        f"{_grouped(' Missing in the checkpoint', missing)}"
+        f"{_grouped(' Unknown to the model', unexpected)}"
+        " Use the configuration it was saved with, or load with strict=False to skip these."
+    )
 
 
 def _grouped(title: str, keys: Iterable[str], shown: int = 6) -> str:

@@ -17,6 +17,7 @@ from ckpt_fast.ranks.world import barrier_if_distributed, on_rank_0, print_rank_
 from ckpt_fast.trainer.contents.data_position import FILES_KEY, require_files
 from ckpt_fast.trainer.contents.fsdp import load_fsdp_dtensor
 from ckpt_fast.trainer.contents.local import load_local
+from ckpt_fast.trainer.contents.state_dict import require_whole_model
 from ckpt_fast.trainer.contexts import CheckpointType
 from ckpt_fast.trainer.load.located import (
     Located,
@@ -53,12 +54,19 @@ def choose_or_say(run: LoadRun, load_dir: str | None, step: int | None) -> Found
 
 
 def load_state_dict(
-    run: LoadRun, located: Located, sharded_state_dict: dict[str, Any] | None, *, is_mimo: bool = False
+    run: LoadRun,
+    located: Located,
+    sharded_state_dict: dict[str, Any] | None,
+    *,
+    is_mimo: bool = False,
+    needs_model: bool = False,
 ) -> tuple[dict[str, Any], Any]:
     """The parts of a checkpoint that the sharded state dict requests, and the checkpoint's name. Collective.
 
     Args:
         is_mimo: a multi-module model, whose sharding no rank can validate.
+        needs_model: refuse a torch_dist checkpoint that lacks a part of the model, before anything is filled,
+            even if ``dist_ckpt_strictness`` tolerates it.
 
     Raises:
         CheckpointError: on every rank, naming the rank that failed.
@@ -86,6 +94,7 @@ def load_state_dict(
         strategy=strategy,
         strict=run.ckpt_cfg.dist_ckpt_strictness,
         validate_access_integrity=not (is_mimo and not run.ckpt_cfg.fully_parallel_save),
+        accept_missing=require_whole_model if needs_model else lambda _: None,
     )
     return loaded[0] if isinstance(loaded, tuple) else loaded, located.name
 

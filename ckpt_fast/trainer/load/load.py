@@ -28,6 +28,7 @@ from ckpt_fast.trainer.contents.state_dict import (
     _generate_model_state_dict,
     apply_peft_adapter_filter_to_state_dict,
     delete_extra_state,
+    require_whole_model,
 )
 from ckpt_fast.trainer.contents.version import get_checkpoint_version, set_checkpoint_version
 from ckpt_fast.trainer.contexts import CheckpointType
@@ -238,17 +239,24 @@ def _load_found(run: LoadRun, load_dir: str | None, found: Found) -> tuple[int, 
             scaffold, reading = _without_model_and_optimizer(scaffold, run)
         if adapters_only:
             scaffold = apply_peft_adapter_filter_to_state_dict(scaffold, cfg.peft)
-        state_dict, name = load_state_dict(reading, located, scaffold, is_mimo=is_mimo(run_config, cfg))
+        is_strict = run.strict and not adapters_only
+        state_dict, name = load_state_dict(
+            reading,
+            located,
+            scaffold,
+            is_mimo=is_mimo(run_config, cfg),
+            needs_model=is_strict and not run.skip_model_and_optimizer,
+        )
     _note_version(state_dict)
-    restore_train_state(state, progress, state_dict, located)
 
     def restore() -> None:
         if not run.skip_model_and_optimizer:
-            restore_model(run, plan, located, state_dict, run.strict and not adapters_only)
+            restore_model(run, plan, located, state_dict, is_strict)
         restore_optimizer(run, plan, located, state_dict, left_alone=left_alone)
         restore_rerun_and_rng(plan, state_dict, cfg, run.groups)
 
     on_all_ranks(restore)
+    restore_train_state(state, progress, state_dict, located)
     announce_loaded(run, load_dir, name, located.kind)
     announce_restored(run, plan, located)
     return state.train_state.step, state.train_state.floating_point_operations_so_far
@@ -335,6 +343,7 @@ def _load_model_weights_from_checkpoint(
             common=common,
             strategy=load_strategy(fully_parallel_load, pg_collection),
             strict=dist_ckpt_strictness,
+            accept_missing=require_whole_model if strict and not return_state_dict else lambda _: None,
         )
     state_dict = loaded[0] if isinstance(loaded, tuple) else loaded
     for section in filter(_is_model_section, state_dict):

@@ -175,9 +175,8 @@ def restore_optimizer(
         if scheduler is not None:
             key = "lr_scheduler" if "lr_scheduler" in state_dict else "opt_param_scheduler"
             saved = state_dict[key]
-            if hasattr(scheduler, "num_steps"):
-                # Megatron-Core's adds the saved steps to those it has taken.
-                scheduler.num_steps = 0
+            if isinstance(scheduler, compat.OptimizerParamScheduler):
+                scheduler.num_steps = 0  # the saved steps are added to those it has taken
             scheduler.load_state_dict(saved)
     except KeyError as error:
         print_rank_0(

@@ -33,6 +33,7 @@ from ckpt_fast.trainer.places.paths import (
     join_paths,
     names_in,
     read_file,
+    settled,
 )
 
 logger = logging.getLogger(__name__)
@@ -80,7 +81,7 @@ def cleanup_old_non_persistent_checkpoint(
         return
     print_rank_0(f"Checkpoints scheduled for removal: {_names(removed)}")
     print_rank_0(f"Checkpoints kept: {_names(kept)}")
-    paths = [each.path for each in removed]
+    paths = [settled(each.path) for each in removed]
     if not do_async:
         _remove_checkpoints(paths)
     elif paths:

@@ -53,6 +53,7 @@ T = TypeVar("T")
 # Beyond what the largest runs count, by factors of thousands.
 _MOST_COUNTED = 1 << 53
 _MOST_FLOPS = 1e33
+_LARGEST = (1 << 63) - 1  # that ranks can compare
 
 # (path, mtime in ns, size, inode): a file that was replaced within one clock tick has another inode.
 _Stamp = tuple[str, int, int, int]
@@ -206,6 +207,8 @@ def parse_tracker(path: str) -> tuple[int, Exception | None]:
         if not re.fullmatch(r"-?[0-9]+", text):
             raise ValueError
         iteration = int(text)
+        if iteration > _LARGEST:
+            raise ValueError
     except ValueError:
         return -1, ValueError(f"the tracker {path} holds neither an iteration nor 'release': {text[:80]!r}")
     except (OSError, CheckpointCorruptError) as error:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import fractions
 import logging
 import os
 import shutil
@@ -314,3 +315,71 @@ def fail_again(rank: int, root: str) -> None:
 
 def test_a_failed_save_leaves_an_older_one_of_the_iteration(tmp_path: Path) -> None:
     run_ranks(fail_again, 2, str(tmp_path))
+
+
+def small_state(device: str = "cpu", **common: Any) -> Any:
+    kind = compat.import_tensor_aware_state_dict()
+    rank = torch.distributed.get_rank()
+    weight = compat.ShardedTensor.from_rank_offsets("w", torch.ones(4, device=device), replica_id=rank)
+    return kind.from_state_dict({"weight": weight, **common}, algo="atomic")[0]
+
+
+def refuse(rank: int, root: str) -> list[tuple[str, bool, str]]:
+    """Return the name, whether callers of nvidia-resiliency-ext catch it, and the text of each error."""
+    saver = manager(root, replicated=False)
+    empty = small_state(device="meta")
+    actions = [saver.load, lambda: saver.save(empty, 1)]
+    saver.find_latest()
+    saver.save(small_state(), 2)
+    saver.find_latest()
+    actions += [
+        lambda: saver.load_iteration(7),
+        lambda: saver.save(small_state(), 2),
+        lambda: saver.save(small_state(unsafe=fractions.Fraction(1, 2)), 3),
+    ]
+    found = []
+    for action in [*actions[2:], *actions[:2]]:
+        if action is actions[0]:
+            saver.latest_iteration = -1
+        try:
+            action()
+        except CheckpointError as error:
+            catchable = isinstance(error, compat.import_local_checkpointing_error())
+            found.append((type(error).__name__, catchable, str(error)))
+    return found
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_errors_are_of_the_kind_that_callers_catch(tmp_path: Path, world_size: int) -> None:
+    for found in run_ranks(refuse, world_size, str(tmp_path)):
+        assert [kinds for *kinds, _ in found] == [
+            ["CheckpointCorruptError", True],
+            ["CheckpointMismatchError", True],
+            ["UnsafeCheckpointError", True],
+            ["CheckpointNotFoundError", True],
+            ["CheckpointMismatchError", True],
+        ]
+        assert "w is on the meta device and has no values to save" in found[-1][2]
+
+
+def save_and_change_directory(rank: int, root: str) -> None:
+    home = os.getcwd()
+    os.makedirs(os.path.join(root, "elsewhere"))
+    os.chdir(root)
+    try:
+        saver = manager("local", replicated=False)
+        saver.find_latest()
+        queue = AsyncCallsQueue()
+        os.chdir("elsewhere")
+        queue.schedule_async_request(saver.save(small_state(), 1, is_async=True))
+        queue.close()
+        for thread in saver_threads():
+            thread.join()
+        assert os.listdir() == []
+    finally:
+        os.chdir(home)
+    assert manager(os.path.join(root, "local"), replicated=False).find_latest() == 1
+
+
+def test_a_relative_path_keeps_its_meaning(tmp_path: Path) -> None:
+    run_ranks(save_and_change_directory, 1, str(tmp_path))

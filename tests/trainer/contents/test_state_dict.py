@@ -168,6 +168,11 @@ def test_content_metadata(distributed: bool, fields: dict[str, Any], expected: d
     assert found == {**always, **expected}
 
 
+class WithoutKeys:
+    def keys(self) -> Any:
+        raise RuntimeError("not now")
+
+
 def test_deleting_extra_state() -> None:
     def content() -> dict[Any, Any]:
         return {"a._extra_state": 1, "_extra_state.b": 2, "x_extra_state1": 3, "weight": 4, 5: 6}
@@ -178,7 +183,7 @@ def test_deleting_extra_state() -> None:
     model = content()
     assert delete_extra_state(model) is model
     assert model == {"weight": 4, 5: 6}
-    for other in (None, [1], "text"):
+    for other in (None, [1], "text", WithoutKeys()):
         assert delete_extra_state(other) is other
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from ckpt_fast.checkpointing import _load_base_checkpoint, _load_model_weights_from_checkpoint
 from ckpt_fast.compat import ShardedObject, ShardedTensor, get_pg_collection
 from ckpt_fast.doors.megatron import torch_dist
+from ckpt_fast.doors.megatron.load_strategy import FastLoadStrategy
 from ckpt_fast.trainer.load import load as load_module
 from tests.helpers import RankError, run_ranks
 from tests.models import FLOPS, Run, Setup, differences, other
@@ -74,6 +76,57 @@ def test_save_options_do_not_limit_a_load(root: str, config: dict[str, Any]) -> 
 def test_every_strictness_loads_what_fits(root: str, strictness: str) -> None:
     # "missing" are the train state's neighbours that a scaffold never requests: there are none here.
     assert load(root, dist_ckpt_strictness=strictness).restored == ALL
+
+
+def load_what_does_not_fit(rank: int, setup: Setup, config: dict[str, Any]) -> tuple[str, str, list[str]]:
+    """Return the error and what the load has changed."""
+    with Run(setup, **config) as run:
+        run.train(1)
+        before = {**run.fingerprint(), "step": run.state.train_state.step}
+        kind, message = training.error_of(run.load)
+        return kind, message, differences(before, {**run.fingerprint(), "step": run.state.train_state.step})
+
+
+STRICTNESS = ["assume_ok_unexpected", "log_unexpected", "log_all", "ignore_all", "return_all"]
+
+
+@pytest.mark.parametrize("strictness", STRICTNESS)
+@pytest.mark.parametrize("lacking", ["decoder.final_layernorm", "a layer"])
+def test_a_load_that_is_refused_has_changed_nothing(
+    root: str, tmp_path: Path, lacking: str, strictness: str
+) -> None:
+    directory = shutil.copytree(root, tmp_path / "run")
+    setup = dataclasses.replace(other(SETUP), layers=2)
+    if lacking != "a layer":
+        setup = other(SETUP)
+        FastLoadStrategy().remove_sharded_tensors(str(directory / "iter_0000002"), lacking)
+    config = {"load": str(directory), "dist_ckpt_strictness": strictness, "load_optim": False}
+    ((kind, message, changed),) = run_ranks(load_what_does_not_fit, 1, setup, config)
+    assert (kind, changed) == ("CheckpointMismatchError", [])
+    assert ("decoder.layers" if lacking == "a layer" else lacking) in message
+
+
+class Scheduler:
+    """Not Megatron-Core's: its steps are not added up."""
+
+    num_steps = 5
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        pass
+
+
+def load_another_scheduler(rank: int, root: str) -> int:
+    with Run(other(SETUP), load=root) as run:
+        run.scheduler = Scheduler()
+        run.load()
+        return run.scheduler.num_steps
+
+
+def test_a_scheduler_that_is_not_megatrons_keeps_its_steps(root: str) -> None:
+    assert run_ranks(load_another_scheduler, 1, root) == [5]
 
 
 def test_an_explicit_step_wins_over_the_tracker(root: str) -> None:

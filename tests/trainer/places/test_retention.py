@@ -228,6 +228,22 @@ def test_in_the_background_on_a_thread_that_an_exit_waits_for(tmp_path, monkeypa
     assert left(tmp_path) == [2]
 
 
+def test_a_relative_path_keeps_its_meaning(tmp_path, monkeypatch):
+    for iteration in (1, 2):
+        checkpoint(tmp_path, iteration)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    removing, moved = retention._remove_checkpoints, threading.Event()
+    monkeypatch.setattr(retention, "_remove_checkpoints", lambda paths: moved.wait() and removing(paths))
+    before = set(threading.enumerate())
+    cleanup(".", do_async=True)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    moved.set()
+    for thread in set(threading.enumerate()) - before:
+        thread.join()
+    assert left(tmp_path) == [2]
+
+
 @pytest.mark.parametrize("do_async", [False, True])
 def test_failures_are_logged_and_the_others_are_deleted(tmp_path, monkeypatch, caplog, do_async):
     rmtree = retention.shutil.rmtree

@@ -262,7 +262,7 @@ def test_read_metadata(tmp_path: Path, text: str, expected: tuple[int, bool]) ->
     assert trackers.read_metadata(str(tracker)) == expected
 
 
-@pytest.mark.parametrize("content", [b"latest", b"", b"\xff\xfe7"])
+@pytest.mark.parametrize("content", [b"latest", b"", b"\xff\xfe7", b"9" * 20, b"9" * 5000])
 def test_read_metadata_of_garbage(tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes) -> None:
     tracker = tmp_path / "tracker"
     tracker.write_bytes(content)
