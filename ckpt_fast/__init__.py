@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from ckpt_fast.doors.megatron.install import install, uninstall
     from ckpt_fast.doors.megatron.load_strategy import FastLoadStrategy
     from ckpt_fast.doors.megatron.torch_dist import FastSaveStrategy
+    from ckpt_fast.format.inert.classes import allow_class
     from ckpt_fast.jobs.background import wait_staged
     from ckpt_fast.jobs.metrics import add_listener
     from ckpt_fast.pipeline.memory.host_buffer import reserve_host_memory
     from ckpt_fast.pipeline.save.seal import last_report
     from ckpt_fast.trainer.bridge import FastCheckpointManager
-    from ckpt_fast.trainer.contents.inert_load import register_dataloader_state_class
     from ckpt_fast.trainer.contents.sidecars import resume_dataloader
 
     __version__: str
@@ -35,9 +35,9 @@ __all__ = [
     "FastStorageReader",
     "FastStorageWriter",
     "add_listener",
+    "allow_class",
     "install",
     "last_report",
-    "register_dataloader_state_class",
     "reserve_host_memory",
     "resume_dataloader",
     "uninstall",
@@ -52,9 +52,9 @@ _HOMES = {
     "FastSaveStrategy": "ckpt_fast.doors.megatron.torch_dist",
     "FastStorageReader": "ckpt_fast.doors.dcp",
     "FastStorageWriter": "ckpt_fast.doors.dcp",
+    "allow_class": "ckpt_fast.format.inert.classes",
     "install": "ckpt_fast.doors.megatron.install",
     "last_report": "ckpt_fast.pipeline.save.seal",
-    "register_dataloader_state_class": "ckpt_fast.trainer.contents.inert_load",
     "reserve_host_memory": "ckpt_fast.pipeline.memory.host_buffer",
     "resume_dataloader": "ckpt_fast.trainer.contents.sidecars",
     "uninstall": "ckpt_fast.doors.megatron.install",

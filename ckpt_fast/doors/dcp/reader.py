@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
+from ckpt_fast import settings
 from ckpt_fast.doors.dcp.coverage import require_covered
 from ckpt_fast.errors import CheckpointError, CheckpointMismatchError
 from ckpt_fast.format.names import METADATA_FILE
@@ -26,6 +27,7 @@ from ckpt_fast.pipeline.load.parts import Part
 from ckpt_fast.pipeline.load.place import Box
 from ckpt_fast.pipeline.load.unasked import Unasked, find_unasked, warning_text
 from ckpt_fast.pipeline.memory.garbage import without_collections
+from ckpt_fast.pipeline.save.objects import encoded
 from ckpt_fast.storage.versions import FileVersions
 
 logger = logging.getLogger(__name__)
@@ -177,11 +179,9 @@ class FastStorageReader(StorageReader):
             [_part(index, item, target) for item, target in zip(items, targets, strict=True)],
             [item.storage_index.fqn for item in objects],
         )
-        for fqn, payload in payloads.items():
-            # torch's planner unpickles without restriction; what is not plain data must not reach it.
-            decode_object(payload, f"{fqn} in {self._path}", verify=True)
         for item in objects:
-            planner.load_bytes(item, io.BytesIO(payloads[item.storage_index.fqn]))
+            fqn = item.storage_index.fqn
+            planner.load_bytes(item, io.BytesIO(_harmless(payloads[fqn], f"{fqn} in {self._path}")))
         for item, target in zip(items, targets, strict=True):
             planner.commit_tensor(item, target)
 
@@ -194,6 +194,18 @@ class FastStorageReader(StorageReader):
     def validate_checkpoint_id(cls, checkpoint_id: StrPath) -> bool:
         """Whether this reader can read there: from a local path."""
         return is_local_path(checkpoint_id)
+
+
+def _harmless(payload: bytes, where: str) -> bytes:
+    """An object as this process pickles it; torch's planner unpickles without restriction.
+
+    Raises:
+        CheckpointCorruptError, UnsafeCheckpointError: see ``decode_object``.
+    """
+    # Elsewhere the tensors of a GPU could not be restored to it.
+    device = None if torch.cuda.is_available() else "cpu"
+    value = decode_object(payload, where, verify=True, device=device)
+    return payload if settings.pickle_allowed() else encoded(value)
 
 
 def _part(index: CheckpointIndex, item: ReadItem, target: torch.Tensor) -> Part:

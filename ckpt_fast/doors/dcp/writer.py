@@ -8,6 +8,7 @@ import io
 import logging
 import math
 import os
+import pickle
 import threading
 import time
 import uuid
@@ -32,6 +33,7 @@ from ckpt_fast.jobs.report import SaveReport
 from ckpt_fast.pipeline.memory.garbage import without_collections
 from ckpt_fast.pipeline.save import seal
 from ckpt_fast.pipeline.save.encode import pickle_metadata, share_parts
+from ckpt_fast.pipeline.save.objects import require_loadable, unsaved
 from ckpt_fast.pipeline.save.plan import file_prefix
 from ckpt_fast.pipeline.save.waves import Waves
 from ckpt_fast.ranks.group import ControlGroup
@@ -338,14 +340,32 @@ def _planned_nbytes(plan: SavePlan) -> int:
 
 @without_collections
 def shards_of(plan: SavePlan, planner: SavePlanner) -> list[Shard]:
-    """The items that a plan assigns to this rank, with the planner's data."""
-    return [_shard(item, planner.resolve_data(item)) for item in plan.items]
+    """The items that a plan assigns to this rank, with the planner's data.
+
+    Raises:
+        UnsafeCheckpointError: an object could not be loaded again.
+    """
+    return [
+        _object_shard(item, planner)
+        if item.type == WriteItemType.BYTE_IO
+        else _tensor_shard(item, planner.resolve_data(item))
+        for item in plan.items
+    ]
 
 
-def _shard(item: WriteItem, data: torch.Tensor | io.BytesIO) -> Shard:
-    if item.type == WriteItemType.BYTE_IO:
-        assert isinstance(data, io.BytesIO)
-        return ObjectShard(item.index.fqn, data.getvalue())
+def _object_shard(item: WriteItem, planner: SavePlanner) -> ObjectShard:
+    name = item.index.fqn
+    try:
+        data = planner.resolve_data(item)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise unsaved(name, str(error)) from error
+    assert isinstance(data, io.BytesIO)
+    payload = data.getvalue()
+    require_loadable(payload, name)
+    return ObjectShard(name, payload)
+
+
+def _tensor_shard(item: WriteItem, data: torch.Tensor | io.BytesIO) -> TensorShard:
     assert isinstance(data, torch.Tensor) and item.tensor_data is not None
     chunk = item.tensor_data.chunk
     if data.shape != chunk.sizes:

@@ -26,6 +26,7 @@ def shards_of(sharded_state_dict: dict[str, Any]) -> list[Shard]:
 
     Raises:
         CheckpointMismatchError: a sharded tensor has no data, or is of a kind the files cannot hold.
+        UnsafeCheckpointError: an object could not be loaded again.
     """
     shards: list[Shard] = []
     objects: dict[str, list[Any]] = defaultdict(list)
@@ -43,7 +44,7 @@ def shards_of(sharded_state_dict: dict[str, Any]) -> list[Shard]:
             raise CheckpointMismatchError(f"{entry.key} is to be saved but has no data on this rank")
         data = entry.data.detach()[(None,) * entry.prepend_axis_num]
         shards.append(TensorShard(entry.key, data, tuple(entry.global_offset), tuple(entry.global_shape)))
-    shards.extend(ObjectShard(key, object_bytes(values)) for key, values in objects.items())
+    shards.extend(ObjectShard(key, object_bytes(values, key)) for key, values in objects.items())
     return shards
 
 

@@ -15,7 +15,7 @@ import ckpt_fast
 from ckpt_fast.compat import SoloGroup
 from ckpt_fast.config import TokenizerConfig
 from ckpt_fast.errors import CheckpointError
-from ckpt_fast.trainer.contents.inert_load import RefusedPickleError
+from ckpt_fast.format.inert.kinds import RefusedPickleError
 from ckpt_fast.trainer.contents.sidecars import (
     maybe_load_dataloader_state,
     maybe_save_dataloader_state,

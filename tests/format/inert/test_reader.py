@@ -17,14 +17,14 @@ import types
 import numpy as np
 import pytest
 import torch
-
-from ckpt_fast.errors import UnsafeCheckpointError
-from ckpt_fast.trainer.contents import inert_load as inert_load_module
 from ckpt_fast.trainer.contents.inert_load import (
     RefusedPickleError,
     inert_load,
     register_dataloader_state_class,
 )
+
+from ckpt_fast.errors import UnsafeCheckpointError
+from ckpt_fast.trainer.contents import inert_load as inert_load_module
 
 
 class Token(enum.Enum):
