@@ -196,11 +196,12 @@ def _build_uuid(made: uuid.UUID, state: Any) -> None:
 
 
 def _build_bytes_io(made: io.BytesIO, state: Any) -> None:
-    require(type(state) is tuple and len(state) == 3 and not state[2], "a BytesIO")
-    content, position, _ = state
-    require(type(content) is bytes and type(position) is int and 0 <= position <= len(content), "a BytesIO")
+    require(type(state) is tuple and len(state) == 3, "a BytesIO")
+    content, position, rest = state
+    require(type(content) is bytes and type(position) is int and 0 <= position < 1 << 62, "a BytesIO")
     made.write(content)
     made.seek(position)
+    set_attributes(made, rest or {})
 
 
 def _member(cls: Any, name: Any) -> Any:

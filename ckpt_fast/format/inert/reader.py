@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import _compat_pickle
+import collections
 import functools
 import pickle
 from collections.abc import Callable, Iterable, Mapping
@@ -14,6 +15,7 @@ from ckpt_fast.format.inert.classes import build_trusted, is_trusted, program_ki
 from ckpt_fast.format.inert.kinds import Kind, Named, refuse, require_keys, standard_kinds
 from ckpt_fast.format.inert.tensors import StorageName, tensor_kinds, torch_value
 
+_DICTS = (dict, collections.OrderedDict, collections.defaultdict, collections.Counter)
 LoadStorage = Callable[[Any], Any]
 # What pickles of containers and data need; the others could call and change things.
 _OPCODES = (
@@ -137,7 +139,7 @@ class InertUnpickler(_PythonUnpickler):  # type: ignore[misc]
 
     def _extend(self, made: Any, values: list[Any]) -> None:
         self._require_values(values)
-        if not hasattr(made, "extend") or isinstance(made, (Named, type)):
+        if type(made) not in (list, collections.deque) and not is_trusted(type(made)):
             refuse(f"Restricted unpickler refused to append to a {type(made).__name__}")
         made.extend(values)
 
@@ -154,14 +156,12 @@ class InertUnpickler(_PythonUnpickler):  # type: ignore[misc]
             self._require_values(keys)
             self._require_values(values)
             require_keys(keys)
-        if not isinstance(made, dict):
+        if type(made) in _DICTS or is_trusted(type(made)):
+            set_item = type(made).__setitem__
+        elif isinstance(made, dict):
+            set_item = dict.__setitem__  # and no code of the program
+        else:
             refuse(f"Restricted unpickler refused to set items of a {type(made).__name__}")
-        # Those of OrderedDict and Counter are Python's; others of the program do not matter.
-        set_item = (
-            dict.__setitem__
-            if type(made).__module__ not in ("builtins", "collections")
-            else type(made).__setitem__
-        )
         for key, value in zip(keys, values, strict=True):
             set_item(made, key, value)
 
@@ -169,9 +169,10 @@ class InertUnpickler(_PythonUnpickler):  # type: ignore[misc]
         items = self.pop_mark()
         self._require_values(items)
         require_keys(items)
-        if not isinstance(self.stack[-1], set):
-            refuse("Restricted unpickler refused to add items to what is no set")
-        self.stack[-1].update(items)
+        made = self.stack[-1]
+        if type(made) is not set:
+            refuse(f"Restricted unpickler refused to add items to a {type(made).__name__}")
+        made.update(items)
 
     def _frozen_set(self) -> None:
         items = self.pop_mark()

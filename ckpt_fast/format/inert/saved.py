@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import re
 import sys
@@ -22,20 +23,28 @@ from ckpt_fast.format.torch_archive import member_content, open_archive, require
 # What torch.save's format before zip archives begins with: a pickled magic number, and a version.
 _LEGACY_MAGIC, _LEGACY_VERSION = 0x1950A86A20F9469CFC6C, 1001
 
-# What the pickles of plain data and tensors name, all of which is always loaded.
+# Names in a pickle of protocol 2, and those of which everything that torch.save writes is loaded.
 _NAME = re.compile(rb"c([\w.]+)\n(\w+)\n")
 _SETTLED = {
-    (b"collections", b"OrderedDict"),
-    (b"torch._utils", b"_rebuild_parameter"),
-    (b"torch._utils", b"_rebuild_tensor_v2"),
+    (b"_codecs", b"encode"),
+    (b"_io", b"BytesIO"),
     (b"__builtin__", b"bytearray"),
     (b"__builtin__", b"complex"),
-    (b"_codecs", b"encode"),
+    (b"collections", b"OrderedDict"),
+    (b"numpy", b"dtype"),
+    (b"numpy", b"ndarray"),
+    (b"numpy._core.multiarray", b"_reconstruct"),
+    (b"numpy._core.multiarray", b"scalar"),
+    (b"torch._utils", b"_rebuild_parameter"),
+    (b"torch._utils", b"_rebuild_tensor_v2"),
     *((b"torch", name.encode()) for name in TYPED_STORAGES.values()),
     *((b"torch", str(dtype).removeprefix("torch.").encode()) for dtype in TYPED_STORAGES),
 }
-_LOCAL_NBYTES = 30
-_PICKLE_NAME = b"/data.pkl"
+# Except NumPy's dtypes of objects, of structures and of times, and those with metadata.
+_UNSETTLED = re.compile(rb"X.\0\0\0[OVMmT][0-9]|\(K\x04X", re.DOTALL)
+_LOCAL_NBYTES = 30  # the fixed part of a member's header
+_DESCRIPTOR = b"PK\7\10"  # follows its bytes
+_SMALL = 4 << 10
 
 Content = Callable[[str, int], torch.UntypedStorage]
 
@@ -86,30 +95,41 @@ def require_readable(payload: bytes) -> None:
     if pickled is None:
         read_saved(payload)
         return
-    try:
-        native.check_pickle(pickled, archive=True)
-    except ValueError as error:
-        raise RefusedPickleError(str(error)) from error
-    # Later protocols spell names otherwise.
-    if pickled[1] == 2 and _SETTLED.issuperset(_NAME.findall(pickled)):
-        return
-    storages = _Storages(lambda _, nbytes: _new_storage(nbytes, device="meta"))
-    InertUnpickler(io.BytesIO(pickled), storages.load).load()
+    is_settled = _is_settled_once if len(pickled) <= _SMALL else _is_settled
+    if not is_settled(pickled):
+        storages = _Storages(lambda _, nbytes: _new_storage(nbytes, device="meta"))
+        InertUnpickler(io.BytesIO(pickled), storages.load).load()
 
 
 def _first_pickle(payload: bytes) -> bytes | None:
     """The pickle that the archive begins with, as those of ``torch.save`` do; None for any other."""
     lengths = payload[26:_LOCAL_NBYTES]
-    name_nbytes, extra_nbytes = int.from_bytes(lengths[:2], "little"), int.from_bytes(lengths[2:], "little")
-    start = _LOCAL_NBYTES + name_nbytes + extra_nbytes
-    if not payload.startswith(b"PK\3\4") or not payload[_LOCAL_NBYTES:start].startswith(
-        b"archive" + _PICKLE_NAME
-    ):
+    name_nbytes = int.from_bytes(lengths[:2], "little")
+    name = payload[_LOCAL_NBYTES : _LOCAL_NBYTES + name_nbytes]
+    start = _LOCAL_NBYTES + name_nbytes + int.from_bytes(lengths[2:], "little")
+    end = payload.find(_DESCRIPTOR, start)
+    if not payload.startswith(b"PK\3\4") or not name.endswith(b"/data.pkl") or end < 0:
         return None
+    return payload[start:end]
+
+
+def _is_settled(pickled: bytes) -> bool:
+    """Whether a pickle that torch has made holds plain data, tensors and arrays, all of which are loaded.
+
+    Raises:
+        RefusedPickleError: it asks for more memory or time than its length justifies.
+    """
     try:
-        return payload[start : start + native.check_pickle(memoryview(payload)[start:], archive=True)]
+        end = native.check_pickle(pickled, archive=True)
     except ValueError as error:
         raise RefusedPickleError(str(error)) from error
+    # Later protocols spell names otherwise.
+    is_sound = end == len(pickled) and pickled[1] == 2
+    return is_sound and _SETTLED.issuperset(_NAME.findall(pickled)) and not _UNSETTLED.search(pickled)
+
+
+# The pickles of tensors of one shape and dtype are the same: their bytes are elsewhere.
+_is_settled_once = functools.lru_cache(maxsize=2048)(_is_settled)
 
 
 class _Storages:

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from ckpt_fast import settings
+from ckpt_fast import native, settings
 from ckpt_fast.errors import UnsafeCheckpointError
 from ckpt_fast.format.inert.saved import require_readable
 
@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 # Of pickled plain values. Most objects of a run are far smaller, and hundreds of them are equal.
 _LONGEST = 4 << 10
+# A pickle this short is not nested too deep, and without this opcode nothing in it occurs twice.
+_SHORT, _REPEATED = 256, pickle.BINGET
 
 
 def object_bytes(value: Any, name: str) -> bytes:
@@ -105,8 +107,18 @@ class _PlainPickler(pickle.Pickler):
 
 @lru_cache(maxsize=2048)
 def _saved_plain(pickled: bytes) -> tuple[bytes, str | None]:
-    payload = _torch_saved(pickle.loads(pickled))
-    return payload, _refusal(payload)
+    return _torch_saved(pickle.loads(pickled)), _growth(pickled)
+
+
+def _growth(pickled: bytes) -> str | None:
+    """Why a plain value would be refused: nested too deep, or in itself."""
+    if len(pickled) < _SHORT and _REPEATED not in pickled:
+        return None
+    try:
+        native.check_pickle(pickled, archive=True)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _torch_saved(value: Any) -> bytes:
