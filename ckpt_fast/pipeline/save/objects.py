@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 # Of pickled plain values. Most objects of a run are far smaller, and hundreds of them are equal.
 _LONGEST = 4 << 10
+# How far an error leads into what is refused.
+_MOST_LEVELS = 16
 # A pickle this short is not nested too deep, and without this opcode nothing in it occurs twice.
 _SHORT, _REPEATED = 256, pickle.BINGET
 
@@ -46,11 +48,9 @@ def object_bytes(value: Any, name: str) -> bytes:
     try:
         payload, reason = _encoded(value)
     except Exception as error:
-        name, _, reason = _innermost(name, value, str(error))
-        raise unsaved(name, reason) from error
+        raise unsaved(*_innermost(name, value, str(error))) from error
     if reason is not None and not settings.pickle_allowed():
-        name, value, reason = _innermost(name, value, reason)
-        _report(name, f"a {type(value).__module__}.{type(value).__qualname__}: {reason}")
+        _report(*_innermost(name, value, reason))
     return payload
 
 
@@ -135,16 +135,20 @@ def _refusal(payload: bytes) -> str | None:
     return None
 
 
-def _innermost(name: str, value: Any, reason: str) -> tuple[str, Any, str]:
-    """The part of a value that is refused, by its name, with the reason."""
-    for key, part in _parts(value):
-        try:
-            found = _encoded(part)[1]
-        except Exception as error:
-            found = str(error)
-        if found is not None:
-            return _innermost(f"{name}[{key!r}]", part, found)
-    return name, value, reason
+def _innermost(name: str, value: Any, reason: str) -> tuple[str, str]:
+    """The part of a value that is refused, by its name and class, and the reason."""
+    for _ in range(_MOST_LEVELS):
+        for key, part in _parts(value):
+            try:
+                found = _encoded(part)[1]
+            except Exception as error:
+                found = str(error)
+            if found is not None:
+                name, value, reason = f"{name}[{key!r}]", part, found
+                break
+        else:
+            break
+    return f"{name} (a {type(value).__module__}.{type(value).__qualname__})", reason
 
 
 def _parts(value: Any) -> Any:
