@@ -237,3 +237,19 @@ def test_megatron_core_refuses(tmp_path: Path) -> None:
         pattern = rf"(?s){what}.* cannot be saved.*{REFUSED[name][1]}.*ckpt_fast\.allow_class"
         assert re.search(pattern, error), (place, name, error)
         assert is_there, (place, name)
+
+
+def refused_on_one_rank(rank: int, root: str) -> tuple[str, Any]:
+    os.environ["CKPT_FAST_FSYNC"] = "0"
+    with megatron_on_cpu():
+        for value in (3, Custom(3) if rank else 3):
+            state = {"o": ShardedObject("o", value, (2,), (rank,))}
+            error = outcome(lambda: SAVERS["door"](state, root))  # noqa: B023
+        return error, torch_dist.load({"o": ShardedObject("o", None, (2,), (rank,))}, root)["o"]
+
+
+def test_one_rank_refuses_for_all(tmp_path: Path) -> None:
+    (first, still), (second, _) = run_ranks(refused_on_one_rank, 2, str(tmp_path))
+    assert first == second
+    assert re.search(r"rank 1.*o/shard_1_2.*tests\.everyday\.Custom", first)
+    assert still == 3

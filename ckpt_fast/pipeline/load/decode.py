@@ -191,7 +191,7 @@ def decode_object(payload: bytes, where: str, verify: bool, device: str | None =
             return torch.load(io.BytesIO(payload), map_location=device, weights_only=False)
         return read_saved(payload, device)
     except RefusedPickleError as error:
-        raise RefusedPickleError(
+        raise UnsafeCheckpointError(
             f"{where} holds more than tensors and plain data: {error}. If it is a class that you trust, "
             f"import its module and call ckpt_fast.allow_class with it. {REMEDY}"
         ) from error

@@ -120,7 +120,7 @@ def maybe_load_dataloader_state(
 
     Raises:
         RuntimeError: states were saved, but by fewer data-parallel ranks than there are now.
-        RefusedPickleError: the file holds more than plain data; nothing of it has been run.
+        UnsafeCheckpointError: the file holds more than plain data; nothing of it has been run.
     """
     if not dataloader_load_path or not file_exists(dataloader_load_path):
         return
@@ -176,7 +176,7 @@ def resume_dataloader(
 
     Raises:
         RuntimeError: states were saved, but by fewer data-parallel ranks than there are now.
-        RefusedPickleError: a file holds more than plain data; nothing of it has been run.
+        UnsafeCheckpointError: a file holds more than plain data; nothing of it has been run.
         CheckpointCorruptError: a file is not what was saved with the checkpoint.
         CheckpointError: on the ranks that could read, naming the one that could not.
     """
