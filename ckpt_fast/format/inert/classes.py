@@ -172,9 +172,10 @@ def _enum_kind(cls: type[enum.Enum]) -> Kind | str:
 def _energon_kind(cls: type) -> Kind | str:
     if issubclass(cls, dict):
         return Kind(new=lambda: dict.__new__(cls), build=set_attributes)
-    return (
-        _dataclass_kind(cls, _HOOKS - {"__post_init__"}) if dataclasses.is_dataclass(cls) else "it is no data"
-    )
+    if not dataclasses.is_dataclass(cls):
+        return "it is no data"
+    # Energon gives some of them methods for being pickled.
+    return Kind(new=lambda: object.__new__(cls), build=build_trusted)
 
 
 def _is_named_tuple(cls: type) -> bool:

@@ -92,40 +92,40 @@ def require_readable(payload: bytes) -> None:
         Exception: of whatever kind, if torch has not written it.
     """
     pickled = _first_pickle(payload)
-    if pickled is None:
+    is_settled = _is_settled_once if len(pickled) <= _SMALL else _is_settled
+    try:
+        if is_settled(pickled):
+            return
+    except ValueError:  # not all of a pickle, or one that is refused
         read_saved(payload)
         return
-    is_settled = _is_settled_once if len(pickled) <= _SMALL else _is_settled
-    if not is_settled(pickled):
-        storages = _Storages(lambda _, nbytes: _new_storage(nbytes, device="meta"))
-        InertUnpickler(io.BytesIO(pickled), storages.load).load()
+    storages = _Storages(lambda _, nbytes: _new_storage(nbytes, device="meta"))
+    InertUnpickler(io.BytesIO(pickled), storages.load).load()
 
 
-def _first_pickle(payload: bytes) -> bytes | None:
-    """The pickle that the archive begins with, as those of ``torch.save`` do; None for any other."""
+def _first_pickle(payload: bytes) -> bytes:
+    """The pickle that an archive begins with, as those of ``torch.save`` do.
+
+    Anything else if there is none, and a part of it if it contains what follows the members of an archive.
+    """
     lengths = payload[26:_LOCAL_NBYTES]
-    name_nbytes = int.from_bytes(lengths[:2], "little")
-    name = payload[_LOCAL_NBYTES : _LOCAL_NBYTES + name_nbytes]
-    start = _LOCAL_NBYTES + name_nbytes + int.from_bytes(lengths[2:], "little")
-    end = payload.find(_DESCRIPTOR, start)
-    if not payload.startswith(b"PK\3\4") or not name.endswith(b"/data.pkl") or end < 0:
-        return None
-    return payload[start:end]
+    names = int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little")
+    start = _LOCAL_NBYTES + names
+    is_archive = payload.startswith(b"PK\3\4")
+    return payload[start : payload.find(_DESCRIPTOR, start)] if is_archive else b""
 
 
 def _is_settled(pickled: bytes) -> bool:
     """Whether a pickle that torch has made holds plain data, tensors and arrays, all of which are loaded.
 
     Raises:
-        RefusedPickleError: it asks for more memory or time than its length justifies.
+        ValueError: it is not one pickle, or asks for more memory or time than its length justifies.
     """
-    try:
-        end = native.check_pickle(pickled, archive=True)
-    except ValueError as error:
-        raise RefusedPickleError(str(error)) from error
+    if native.check_pickle(pickled, archive=True) != len(pickled):
+        raise ValueError("there is more than a pickle")
     # Later protocols spell names otherwise.
-    is_sound = end == len(pickled) and pickled[1] == 2
-    return is_sound and _SETTLED.issuperset(_NAME.findall(pickled)) and not _UNSETTLED.search(pickled)
+    is_simple = pickled[1] == 2 and _SETTLED.issuperset(_NAME.findall(pickled))
+    return is_simple and not _UNSETTLED.search(pickled)
 
 
 # The pickles of tensors of one shape and dtype are the same: their bytes are elsewhere.

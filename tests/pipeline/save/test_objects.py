@@ -73,6 +73,14 @@ def test_arrays(dtype: str) -> None:
         )
 
 
+def test_text_that_looks_like_the_end_of_a_member() -> None:
+    value = [Phase.TRAIN, "PK\7\10" * 2, torch.ones(2)]
+    payload = object_bytes(value, "o")
+    assert decode_object(payload, "o", verify=True)[1] == value[1]
+    with pytest.raises(UnsafeCheckpointError, match=r"^o\[1\].*Custom"):
+        object_bytes(["PK\7\10", Custom(1)], "o")
+
+
 def test_what_contains_itself() -> None:
     value: list[Any] = []
     value.append(value)
