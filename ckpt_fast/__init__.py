@@ -14,18 +14,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ckpt_fast.doors.dcp import FastStorageReader, FastStorageWriter
-    from ckpt_fast.doors.dcp.functions import async_save, load, save
+    from ckpt_fast.doors.dcp.direct.functions import async_save, load, save
     from ckpt_fast.doors.local.manager import FastLocalCheckpointManager
     from ckpt_fast.doors.megatron.install import install, uninstall
     from ckpt_fast.doors.megatron.load_strategy import FastLoadStrategy
     from ckpt_fast.doors.megatron.torch_dist import FastSaveStrategy
+    from ckpt_fast.format.inert.classes import allow_class
     from ckpt_fast.jobs.background import wait_staged
     from ckpt_fast.jobs.metrics import add_listener
     from ckpt_fast.pipeline.load.verify import VerifyReport, verify
     from ckpt_fast.pipeline.memory.host_buffer import reserve_host_memory
     from ckpt_fast.pipeline.save.seal import last_report
     from ckpt_fast.trainer.bridge import FastCheckpointManager
-    from ckpt_fast.trainer.contents.inert_load import register_dataloader_state_class
     from ckpt_fast.trainer.contents.sidecars import resume_dataloader
 
     __version__: str
@@ -39,11 +39,11 @@ __all__ = [
     "FastStorageWriter",
     "VerifyReport",
     "add_listener",
+    "allow_class",
     "async_save",
     "install",
     "last_report",
     "load",
-    "register_dataloader_state_class",
     "reserve_host_memory",
     "resume_dataloader",
     "save",
@@ -61,14 +61,14 @@ _HOMES = {
     "FastStorageReader": "ckpt_fast.doors.dcp",
     "FastStorageWriter": "ckpt_fast.doors.dcp",
     "VerifyReport": "ckpt_fast.pipeline.load.verify",
-    "async_save": "ckpt_fast.doors.dcp.functions",
+    "allow_class": "ckpt_fast.format.inert.classes",
+    "async_save": "ckpt_fast.doors.dcp.direct.functions",
     "install": "ckpt_fast.doors.megatron.install",
     "last_report": "ckpt_fast.pipeline.save.seal",
-    "load": "ckpt_fast.doors.dcp.functions",
-    "register_dataloader_state_class": "ckpt_fast.trainer.contents.inert_load",
+    "load": "ckpt_fast.doors.dcp.direct.functions",
     "reserve_host_memory": "ckpt_fast.pipeline.memory.host_buffer",
     "resume_dataloader": "ckpt_fast.trainer.contents.sidecars",
-    "save": "ckpt_fast.doors.dcp.functions",
+    "save": "ckpt_fast.doors.dcp.direct.functions",
     "uninstall": "ckpt_fast.doors.megatron.install",
     "verify": "ckpt_fast.pipeline.load.verify",
     "wait_staged": "ckpt_fast.jobs.background",

@@ -63,7 +63,7 @@ class CheckpointWriteError(CheckpointError, OSError):
 
 
 class UnsafeCheckpointError(CheckpointError):
-    """Loading would have to run code contained in the checkpoint, and was refused."""
+    """Loading would have to run code contained in the checkpoint, or would for what is to be saved."""
 
 
 class AsyncSaveError(CheckpointError, RuntimeError):

@@ -19,6 +19,7 @@ from typing import Literal, cast, get_args
 logger = logging.getLogger(__name__)
 
 StagingMode = Literal["auto", "blocking", "overlapped", "device"]
+OnUnloadable = Literal["refuse", "warn"]
 
 _SUFFIXES = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _PREFIX = "CKPT_FAST_"
@@ -60,6 +61,7 @@ class Settings:
         # Not save settings, but an invalid value should be found now rather than at the next load.
         verify_on_load()
         pickle_allowed()
+        on_unloadable()
         return cls(
             native_enabled(),
             io_threads(),
@@ -184,6 +186,15 @@ def pickle_allowed() -> bool:
     """``CKPT_FAST_ALLOW_PICKLE`` (0): 1 lets pickles in a checkpoint name any class, which can run arbitrary
     code."""
     return _flag("CKPT_FAST_ALLOW_PICKLE", default=False)
+
+
+def on_unloadable() -> OnUnloadable:
+    """``CKPT_FAST_ON_UNLOADABLE`` (refuse): what a save does with an object that a load would refuse: refuse
+    it as well, or warn and save it."""
+    value = os.environ.get("CKPT_FAST_ON_UNLOADABLE", "refuse")
+    if value not in get_args(OnUnloadable):
+        raise ValueError(f"CKPT_FAST_ON_UNLOADABLE={value!r}: use one of {', '.join(get_args(OnUnloadable))}")
+    return cast(OnUnloadable, value)
 
 
 @cache

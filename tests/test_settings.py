@@ -122,7 +122,11 @@ ODD = {
     "CKPT_FAST_TIMEOUT": ("0", "99999999999", "inf"),
     "CKPT_FAST_HOST_BUFFER": ("0", "-1G"),
     "CKPT_FAST_STAGING": ("gpu", ""),
+    "CKPT_FAST_ON_UNLOADABLE": ("ignore", "1", ""),
 }
+
+
+VALID = {"CKPT_FAST_STAGING": "auto", "CKPT_FAST_CHUNK": "4M", "CKPT_FAST_ON_UNLOADABLE": "warn"}
 
 
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name in ODD for value in ODD[name]])
@@ -138,7 +142,7 @@ def test_an_unknown_variable_is_warned_about_once(
 ) -> None:
     monkeypatch.setattr(settings, "_warned", set())
     for name in (*ODD, "CKPT_FAST_METRICS", "CKPT_FAST_SPOOL", "CKPT_FAST_CUDA"):
-        monkeypatch.setenv(name, {"CKPT_FAST_STAGING": "auto", "CKPT_FAST_CHUNK": "4M"}.get(name, "1"))
+        monkeypatch.setenv(name, VALID.get(name, "1"))
     monkeypatch.setenv("CKPT_FAST_TREADS", "4")
     settings.Settings.read()
     settings.Settings.read()

@@ -48,7 +48,7 @@ _UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
 
 
 # The storage class that stands for a dtype in a torch.save pickle; newer dtypes have none.
-_TYPED_STORAGES = {
+TYPED_STORAGES = {
     torch.float64: "DoubleStorage",
     torch.float32: "FloatStorage",
     torch.float16: "HalfStorage",
@@ -364,7 +364,7 @@ def _pickle_of_tensor(dtype: torch.dtype, shape: tuple[int, ...], numel: int) ->
         stride[dimension] = step
         step *= max(shape[dimension], 1)
     common: tuple[Any, ...] = (_StorageReference(), 0, shape, tuple(stride), False, OrderedDict())
-    storage_name = _TYPED_STORAGES.get(dtype)
+    storage_name = TYPED_STORAGES.get(dtype)
     if storage_name is not None:
         storage_id = ("storage", getattr(torch, storage_name), "0", "cpu", numel)
         call = _Rebuild(torch._utils._rebuild_tensor_v2, common)

@@ -13,6 +13,7 @@ _END_NBYTES = 22
 _END_SIGNATURE = b"PK\x05\x06"
 _NO_COMMENT = b"\0\0"
 _ENCRYPTED = 1
+_LOCAL_NBYTES = 30  # the fixed part of a member's header
 # torch.save before archives: magic number, version, machine, the value, names of the storages behind it.
 _LEGACY_PICKLES = 5
 
@@ -44,6 +45,14 @@ def open_archive(payload: bytes) -> zipfile.ZipFile:
     if sum(member.file_size for member in members) > len(payload):
         raise ValueError("its members are longer together than the whole")
     return archive
+
+
+def member_content(payload: bytes, member: zipfile.ZipInfo) -> memoryview:
+    """The bytes of a member of ``open_archive(payload)``; no copy is made."""
+    lengths = payload[member.header_offset + 26 : member.header_offset + _LOCAL_NBYTES]
+    names = int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little")
+    start = member.header_offset + _LOCAL_NBYTES + names
+    return memoryview(payload)[start : start + member.file_size]
 
 
 def require_sound(archive: zipfile.ZipFile) -> None:

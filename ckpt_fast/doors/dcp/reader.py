@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
+from ckpt_fast import settings
 from ckpt_fast.doors.dcp.agreement import report_unasked, require_same_save
 from ckpt_fast.doors.dcp.coverage import require_covered
 from ckpt_fast.errors import CheckpointMismatchError
@@ -26,6 +27,7 @@ from ckpt_fast.pipeline.load.parts import Part, require_memory
 from ckpt_fast.pipeline.load.place import Box
 from ckpt_fast.pipeline.load.unasked import Unasked
 from ckpt_fast.pipeline.memory.garbage import without_collections
+from ckpt_fast.pipeline.save.objects import encoded
 from ckpt_fast.storage.files import absolute
 from ckpt_fast.storage.versions import FileVersions
 
@@ -186,11 +188,9 @@ class FastStorageReader(StorageReader):
             [_part(index, item, target) for item, target in zip(items, targets, strict=True)],
             [item.storage_index.fqn for item in objects],
         )
-        for fqn, payload in payloads.items():
-            # torch's planner unpickles without restriction; what is not plain data must not reach it.
-            decode_object(payload, f"{fqn} in {self._path}", verify=True)
         for item in objects:
-            planner.load_bytes(item, io.BytesIO(payloads[item.storage_index.fqn]))
+            fqn = item.storage_index.fqn
+            planner.load_bytes(item, io.BytesIO(_harmless(payloads[fqn], f"{fqn} in {self._path}")))
         for item, target in zip(items, targets, strict=True):
             planner.commit_tensor(item, target)
 
@@ -208,6 +208,18 @@ class FastStorageReader(StorageReader):
 def _detached(target: torch.Tensor) -> torch.Tensor:
     """The target without its history. A sparse one itself: what its alias grows to, the alias alone has."""
     return target.detach() if target.layout == torch.strided else target
+
+
+def _harmless(payload: bytes, where: str) -> bytes:
+    """An object as this process pickles it; torch's planner unpickles without restriction.
+
+    Raises:
+        CheckpointCorruptError, UnsafeCheckpointError: see ``decode_object``.
+    """
+    # Elsewhere the tensors of a GPU could not be restored to it.
+    device = None if torch.cuda.is_available() else "cpu"
+    value = decode_object(payload, where, verify=True, device=device)
+    return payload if settings.pickle_allowed() else encoded(value)
 
 
 def _part(index: CheckpointIndex, item: ReadItem, target: torch.Tensor) -> Part:

@@ -5,35 +5,32 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import io
 import logging
-import math
 import os
 import threading
 import time
 import uuid
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
-from torch.distributed.checkpoint.filesystem import _StorageInfo, _StoragePrefix
+from torch.distributed.checkpoint.filesystem import _StoragePrefix
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.staging import AsyncStager
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
+from ckpt_fast.doors.dcp.plan_items import planned_nbytes, results_of, shards_of
 from ckpt_fast.doors.dcp.reader import StrPath, is_local_path
 from ckpt_fast.doors.dcp.snapshot import snapshots
 from ckpt_fast.doors.dcp.steps import hold, last_step, let_go, step, written_by
-from ckpt_fast.errors import CheckpointMismatchError, CheckpointWriteError
+from ckpt_fast.errors import CheckpointWriteError
 from ckpt_fast.format.manifest import Manifest, new_save_id
 from ckpt_fast.format.names import METADATA_FILE, SEAL_FILE
-from ckpt_fast.format.types import BlockDigests, FileRecord, ObjectShard, RankRecord, Shard, TensorShard
 from ckpt_fast.jobs.report import SaveReport
 from ckpt_fast.pipeline.memory.garbage import without_collections
 from ckpt_fast.pipeline.save import seal
 from ckpt_fast.pipeline.save.encode import pickle_metadata, share_parts
-from ckpt_fast.pipeline.save.plan import file_prefix, require_values
+from ckpt_fast.pipeline.save.plan import file_prefix
 from ckpt_fast.pipeline.save.waves import Waves
 from ckpt_fast.ranks.group import ControlGroup
 from ckpt_fast.settings import Settings
@@ -42,17 +39,6 @@ from ckpt_fast.storage.files import Directory, absolute
 from ckpt_fast.storage.space import has_room_beside, require_space
 
 logger = logging.getLogger(__name__)
-
-
-class _Written(NamedTuple):
-    """Travels to the coordinator as a write result's storage data: the item, and what is for the manifest.
-
-    The digests are those of all items of the rank; its first result brings them.
-    """
-
-    info: _StorageInfo
-    file: FileRecord
-    digests: list[BlockDigests]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +158,7 @@ class FastStorageWriter(AsyncStager, StorageWriter):
         hold(name, chosen.timeout_s)
         if not self._overwrite:
             refuse_overwriting(save.path, save.seal)
-        self._make_room(save, sum(map(_planned_nbytes, plans)))
+        self._make_room(save, sum(map(planned_nbytes, plans)))
         return [
             plan
             if plan.storage_data is not None
@@ -203,7 +189,7 @@ class FastStorageWriter(AsyncStager, StorageWriter):
         if not self._save.publishes:
             seal.report(report, ControlGroup().global_rank, is_published=False)
         future: Future[list[WriteResult]] = Future()
-        future.set_result(_results(plan, record))
+        future.set_result(results_of(plan, record))
         return future
 
     @last_step
@@ -348,55 +334,3 @@ def _can_stay(save: _Save) -> bool:
     except OSError:
         return False
     return save.seal in names and SEAL_FILE not in names
-
-
-def _planned_nbytes(plan: SavePlan) -> int:
-    """Bytes of the tensors in a plan; how large objects are is not known before they are pickled."""
-    return sum(
-        math.prod(item.tensor_data.chunk.sizes) * item.tensor_data.properties.dtype.itemsize
-        for item in plan.items
-        if item.tensor_data is not None
-    )
-
-
-@without_collections
-def shards_of(plan: SavePlan, planner: SavePlanner) -> list[Shard]:
-    """The items that a plan assigns to this rank, with the planner's data."""
-    return [_shard(item, planner.resolve_data(item)) for item in plan.items]
-
-
-def _shard(item: WriteItem, data: torch.Tensor | io.BytesIO) -> Shard:
-    if item.type == WriteItemType.BYTE_IO:
-        assert isinstance(data, io.BytesIO)
-        return ObjectShard(item.index.fqn, data.getvalue())
-    assert isinstance(data, torch.Tensor) and item.tensor_data is not None
-    chunk = item.tensor_data.chunk
-    if data.shape != chunk.sizes:
-        raise CheckpointMismatchError(
-            f"the save plan has a piece of {item.index.fqn} of shape {tuple(chunk.sizes)}, but the planner "
-            f"gave a tensor of shape {tuple(data.shape)} for it; what it would write could not be loaded"
-        )
-    require_values(item.index.fqn, data)
-    return TensorShard(item.index.fqn, data.detach(), tuple(chunk.offsets), tuple(item.tensor_data.size))
-
-
-@without_collections
-def _results(plan: SavePlan, record: RankRecord) -> list[WriteResult]:
-    """The information about the written items that torch's coordinator needs."""
-    index_of = {_place(item): item.index for item in plan.items}
-    file_of = {file.path: file for file in record.files}
-    return [
-        WriteResult(
-            index=index_of[item.fqn, None if item.dtype is None else item.offsets],
-            size_in_bytes=item.extent.nbytes,
-            storage_data=_Written(
-                _StorageInfo(*item.extent), file_of[item.extent.path], [] if number else record.digests
-            ),
-        )
-        for number, item in enumerate(record.items)
-    ]
-
-
-def _place(item: WriteItem) -> tuple[str, tuple[int, ...] | None]:
-    chunk = item.tensor_data.chunk if item.tensor_data is not None else None
-    return item.index.fqn, tuple(chunk.offsets) if chunk is not None else None

@@ -21,7 +21,6 @@ from ckpt_fast.errors import CheckpointCorruptError, CheckpointWriteError, Unsaf
 from ckpt_fast.format.manifest import Manifest
 from ckpt_fast.format.types import ObjectShard, Shard, TensorRequest, TensorShard
 from ckpt_fast.jobs.report import SaveReport
-from ckpt_fast.pipeline.load.decode import decode_object
 from ckpt_fast.pipeline.load.load import load_tensors_and_objects
 from ckpt_fast.pipeline.load.opened import OpenCheckpoint
 from ckpt_fast.pipeline.load.verify import require_complete
@@ -95,10 +94,9 @@ def pack_local(state_dict: Any, directory: str, live: Container[int] = ()) -> Pa
         TypeError: the state dict is of a class that is not known here.
     """
     tensors: list[torch.Tensor] = []
-    payload = object_bytes(_without_tensors(_require_known(state_dict), tensors))
     try:
-        decode_object(payload, "the state dict", verify=False)
-    except (UnsafeCheckpointError, CheckpointCorruptError) as error:
+        payload = object_bytes(_without_tensors(_require_known(state_dict), tensors), "the state dict")
+    except UnsafeCheckpointError as error:
         raise UnsafeCheckpointError(f"nothing was saved to {directory}: {error}") from error
     return Packed(
         payload,

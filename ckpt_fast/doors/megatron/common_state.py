@@ -3,24 +3,36 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+import numpy as np
+
 from ckpt_fast import compat, settings
-from ckpt_fast.errors import CheckpointCorruptError, CheckpointMismatchError, CheckpointNotFoundError
+from ckpt_fast.errors import (
+    CheckpointCorruptError,
+    CheckpointMismatchError,
+    CheckpointNotFoundError,
+    UnsafeCheckpointError,
+)
 from ckpt_fast.format.documents import parse_json
 from ckpt_fast.format.manifest import file_record
 from ckpt_fast.format.names import SEAL_FILE
 from ckpt_fast.pipeline.load.decode import decode_object
 from ckpt_fast.pipeline.load.load import load_objects
 from ckpt_fast.pipeline.load.opened import OpenCheckpoint
+from ckpt_fast.pipeline.save.objects import object_bytes, require_loadable
 from ckpt_fast.storage.small_files import LARGEST_TEXT, read_small_file
 
 COMMON_FILE = "common.pt"
 # Megatron-Core from 0.19 on keeps the common state in a data file, under this name.
 COMMON_STATE_KEY = "common_state/shard_0_1"
+# The common state, in errors.
+_NAME = "the common state"
 _NEEDED_IN_SEAL = {"sharded_backend", "sharded_backend_version"}
 
 
@@ -133,6 +145,40 @@ def load_common_state_dict(checkpoint_dir: str) -> dict[str, Any]:
     """
     with open_checkpoint(checkpoint_dir) as checkpoint:
         return read_common_state(checkpoint)
+
+
+def common_bytes(state: Any) -> bytes:
+    """Local. The content of ``common.pt``.
+
+    Raises:
+        UnsafeCheckpointError: a part of the state could not be loaded again.
+    """
+    return object_bytes(plain_numbers(state), _NAME)
+
+
+def common_bytes_of(content: bytes) -> bytes:
+    """Local. ``common_bytes`` of what Megatron-Core has written; where a load would refuse that and a warning
+    is all that is wanted, it stays as it is."""
+    require_loadable(content, _NAME)
+    try:
+        state = decode_object(content, COMMON_FILE, verify=False)
+    except UnsafeCheckpointError:
+        return content
+    return common_bytes(state)
+
+
+def plain_numbers(state: Any) -> Any:
+    """The state with Python's numbers in place of NumPy's scalars, which Megatron-Core does not load."""
+    if type(state) in (dict, OrderedDict):
+        return type(state)((key, plain_numbers(value)) for key, value in state.items())
+    if type(state) in (list, tuple):
+        return type(state)(map(plain_numbers, state))
+    if type(state) is argparse.Namespace:
+        return argparse.Namespace(**plain_numbers(vars(state)))
+    if isinstance(state, np.generic):
+        plain = state.item()
+        return plain if type(plain) in (bool, int, float, complex, str, bytes) else state
+    return state
 
 
 def read_common_state(checkpoint: OpenCheckpoint) -> dict[str, Any]:

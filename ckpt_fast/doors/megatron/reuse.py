@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from ckpt_fast.doors.megatron.common_state import common_bytes
 from ckpt_fast.doors.megatron.sharded_state import shards_of
 from ckpt_fast.format.types import ObjectShard, Shard, TensorShard
 from ckpt_fast.pipeline.memory.garbage import without_collections
@@ -192,7 +193,7 @@ class KnownTensors:
         objects = {shard.fqn: shard.payload for shard in shards if isinstance(shard, ObjectShard)}
         # The short way must give what the long one gave.
         found, same = _collect_objects(collector, preprocess, outline)
-        if found != objects or object_bytes(same) != object_bytes(common):
+        if found != objects or common_bytes(same) != common_bytes(common):
             return
         tensors = [shard.tensor for shard in shards if isinstance(shard, TensorShard)]
         with torch._C.DisableTorchFunction():
@@ -227,7 +228,8 @@ def _collect_objects(
     found = {}
     for name, references in outline.extra_states.items():
         modules = [reference() for reference in references]
-        found[name] = object_bytes([module.get_extra_state() for module in modules if module is not None])
+        states = [module.get_extra_state() for module in modules if module is not None]
+        found[name] = object_bytes(states, name)
     for shard in shards_of(sharded):
         if isinstance(shard, TensorShard) or shard.fqn in found:
             return None, common

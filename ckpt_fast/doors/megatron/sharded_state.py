@@ -86,6 +86,7 @@ def shards_of(sharded_state_dict: dict[str, Any]) -> list[Shard]:
     Raises:
         CheckpointMismatchError: a sharded tensor has no data or is on the meta device, or two entries have
             the same name.
+        UnsafeCheckpointError: an object could not be loaded again.
     """
     require_distinct_names(sharded_state_dict)
     shards: list[Shard] = []
@@ -105,7 +106,7 @@ def shards_of(sharded_state_dict: dict[str, Any]) -> list[Shard]:
         require_values(entry.key, entry.data)
         data = entry.data.detach()[(None,) * entry.prepend_axis_num]
         shards.append(TensorShard(entry.key, data, tuple(entry.global_offset), tuple(entry.global_shape)))
-    shards.extend(ObjectShard(key, object_bytes(values)) for key, values in objects.items())
+    shards.extend(ObjectShard(key, object_bytes(values, key)) for key, values in objects.items())
     return shards
 
 

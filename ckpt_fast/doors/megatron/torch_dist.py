@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pickle
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any
@@ -19,7 +20,14 @@ import torch.distributed as dist
 
 from ckpt_fast import compat
 from ckpt_fast.doors.megatron.collecting import Collecting
-from ckpt_fast.doors.megatron.common_state import COMMON_FILE, COMMON_STATE_KEY, open_checkpoint
+from ckpt_fast.doors.megatron.common_state import (
+    COMMON_FILE,
+    COMMON_STATE_KEY,
+    common_bytes,
+    common_bytes_of,
+    open_checkpoint,
+    plain_numbers,
+)
 from ckpt_fast.doors.megatron.load_strategy import FastLoadStrategy
 from ckpt_fast.doors.megatron.load_wanted import check_keys, dropped, load_wanted, prepare
 from ckpt_fast.doors.megatron.reuse import Collector, KnownTensors
@@ -31,7 +39,6 @@ from ckpt_fast.format.types import FileRecord
 from ckpt_fast.glu.factory import in_place
 from ckpt_fast.pipeline.load.opened import OpenCheckpoint
 from ckpt_fast.pipeline.memory.garbage import without_collections
-from ckpt_fast.pipeline.save.objects import object_bytes
 from ckpt_fast.pipeline.save.parts import Completion, SaveOptions, Share
 from ckpt_fast.pipeline.save.program import ProgramCache
 from ckpt_fast.pipeline.save.save import Save
@@ -206,13 +213,19 @@ def start_save(
     def preprocess(state_dict: dict[str, Any], compare: bool) -> tuple[dict[str, Any], dict[str, Any]]:
         if content_metadata is not None:
             state_dict[CONTENT_METADATA_KEY] = content_metadata
+        split: tuple[dict[str, Any], dict[str, Any]]
         with mismatches(f"nothing was saved to {checkpoint_dir}"):
-            result: tuple[dict[str, Any], dict[str, Any]] = compat.save_preprocess(
-                in_place(state_dict), compare, preprocess_common_before_consistency_check
-            )
+            try:
+                split = compat.save_preprocess(
+                    in_place(state_dict), compare, preprocess_common_before_consistency_check
+                )
+            except (pickle.PicklingError, AttributeError, TypeError):
+                # Megatron-Core pickles the common state to compare it. Our error says which part is to blame.
+                common_bytes(compat.save_preprocess(state_dict, False, None)[1])
+                raise
         if validate_access_integrity and not validate:
-            require_distinct_objects(result[0])
-        return result
+            require_distinct_objects(split[0])
+        return split
 
     known = base.known if reuse else None
     collecting = Collecting(sharded_state_dict, strategy, preprocess, known, base.programs)
@@ -226,7 +239,7 @@ def start_save(
         share, common = collecting.share(options.snapshot, bound)
         return replace(
             share,
-            common_files={COMMON_FILE: object_bytes(common)} if group.is_coordinator else {},
+            common_files={COMMON_FILE: common_bytes(common)} if group.is_coordinator else {},
             files=compat.checkpoint_files(checkpoint_dir),
             write_beside=write_beside,
         )
@@ -311,13 +324,15 @@ def _common_file(sharded_state_dict: dict[str, Any], directory: str) -> dict[str
     """The common state as ``common.pt`` must hold it, by that name; empty if Megatron-Core gave none."""
     for entry in compat.nested_values(sharded_state_dict):
         if isinstance(entry, compat.ShardedObject) and entry.unique_key == COMMON_STATE_KEY:
-            return {COMMON_FILE: object_bytes(entry.data)}
+            entry.data = plain_numbers(entry.data)
+            return {COMMON_FILE: common_bytes(entry.data)}
     # Versions before 0.19 have written the file already, not durably, and read nothing else.
     with compat.checkpoint_files(directory) as files:
         try:
-            return {COMMON_FILE: files.read(COMMON_FILE)}
+            written = files.read(COMMON_FILE)
         except FileNotFoundError:
             return {}
+    return {COMMON_FILE: common_bytes_of(written)}
 
 
 def _restore(common: dict[str, bytes], directory: str) -> list[FileRecord]:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import io
 import os
 import pickle
-import re
 import zlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -22,10 +21,12 @@ from ckpt_fast.errors import (
     UnsafeCheckpointError,
 )
 from ckpt_fast.format.documents import parse_json
+from ckpt_fast.format.inert.kinds import RefusedPickleError
+from ckpt_fast.format.inert.saved import read_saved
 from ckpt_fast.format.manifest import Manifest, file_record, has_manifest, split_manifest
 from ckpt_fast.format.metadata_pickle import REMEDY, unpickle_metadata
 from ckpt_fast.format.names import LAYOUT_ATTRIBUTE, METADATA_FILE, SIDECAR_FILE
-from ckpt_fast.format.torch_archive import open_archive, require_plain_pickles, require_sound
+from ckpt_fast.format.torch_archive import open_archive, require_sound
 from ckpt_fast.format.types import FileRecord
 from ckpt_fast.pipeline.memory.garbage import without_collections
 from ckpt_fast.storage.small_files import read_small_file
@@ -161,47 +162,23 @@ def _differs_from_sidecar(directory: str, name: str, content: bytes) -> bool:
     return bool(named) and named != [file_record(name, content)]
 
 
-def decode_object(payload: bytes, where: str, verify: bool) -> Any:
-    """The value of an object item, as ``torch.load`` gives it with ``weights_only``.
+def decode_object(payload: bytes, where: str, verify: bool, device: str | None = "cpu") -> Any:
+    """The value of an object item; see ``format/inert`` for what it may be made of.
 
     Args:
         payload: the whole item.
         where: names the item in errors.
         verify: check the archive's CRC-32s first.
+        device: for tensors in it; None: each goes to the device that it was on.
 
     Raises:
         CheckpointCorruptError: a checksum differs or the archive is damaged.
-        UnsafeCheckpointError: the value is made of more than tensors and plain data.
+        UnsafeCheckpointError: the value is made of more than the classes that are known or allowed.
     """
     if not payload.startswith((b"PK", _LEGACY_MAGIC)):
         raise CheckpointCorruptError(
             f"{where} is damaged: torch.save did not write it; load an earlier iteration"
         )
-    _require_bounded(payload, where, verify)
-    try:
-        return torch.load(io.BytesIO(payload), map_location="cpu", weights_only=not settings.pickle_allowed())
-    except pickle.UnpicklingError as error:
-        # Without torch's own text, whose advice is about torch.load.
-        raise UnsafeCheckpointError(
-            f"{where} holds more than tensors and plain data: {_refused(str(error))}. {REMEDY}"
-        ) from None
-    except Exception as error:
-        raise CheckpointCorruptError(
-            f"{where} cannot be read ({type(error).__name__}: {error}); load an earlier iteration"
-        ) from error
-
-
-def _refused(message: str) -> str:
-    """What torch's restricted unpickler has refused, from its message."""
-    named = re.search(r"GLOBAL (\S+) was not an allowed global", message)
-    if named:
-        return f"the class or function {named[1]}, which was not registered with add_safe_globals of torch"
-    return message.rpartition("WeightsUnpickler error: ")[2].strip().partition("\n")[0]
-
-
-def _require_bounded(payload: bytes, where: str, verify: bool) -> None:
-    """Reading the payload needs no more than its length justifies; its checksums are right, if asked for."""
-    archive = None
     try:
         if payload.startswith(b"PK"):
             archive = open_archive(payload)
@@ -209,13 +186,18 @@ def _require_bounded(payload: bytes, where: str, verify: bool) -> None:
                 require_sound(archive)
     except Exception as error:
         raise CheckpointCorruptError(f"{where} is damaged ({error}); load an earlier iteration") from error
-    if settings.pickle_allowed():
-        return
     try:
-        require_plain_pickles(payload, archive)
-    except Exception as error:
+        if settings.pickle_allowed():
+            return torch.load(io.BytesIO(payload), map_location=device, weights_only=False)
+        return read_saved(payload, device)
+    except RefusedPickleError as error:
         raise UnsafeCheckpointError(
-            f"{where} holds more than tensors and plain data: {error}. {REMEDY}"
+            f"{where} holds more than tensors and plain data: {error}. If it is a class that you trust, "
+            f"import its module and call ckpt_fast.allow_class with it. {REMEDY}"
+        ) from error
+    except Exception as error:
+        raise CheckpointCorruptError(
+            f"{where} cannot be read ({type(error).__name__}: {error}); load an earlier iteration"
         ) from error
 
 

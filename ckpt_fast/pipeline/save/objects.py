@@ -1,31 +1,101 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Objects as the bytes of ``torch.save``, encoded once where they are plain values."""
+"""Objects as the bytes of ``torch.save``, encoded once where they are plain values.
+
+What a load would refuse is refused here already: nobody learns only at the end of a run that its checkpoints
+cannot be read.
+"""
 
 from __future__ import annotations
 
+import argparse
+import collections
 import io
+import logging
 import pickle
+import types
 from functools import lru_cache
 from typing import Any, NoReturn
 
 import torch
 
+from ckpt_fast import native, settings
+from ckpt_fast.errors import UnsafeCheckpointError
+from ckpt_fast.format.inert.saved import require_readable
+
+logger = logging.getLogger(__name__)
+
 # Of pickled plain values. Most objects of a run are far smaller, and hundreds of them are equal.
 _LONGEST = 4 << 10
+# How far an error leads into what is refused.
+_MOST_LEVELS = 16
+# A pickle this short is not nested too deep, and without this opcode nothing in it occurs twice.
+_SHORT, _REPEATED = 256, pickle.BINGET
 
 
-def object_bytes(value: Any) -> bytes:
-    """``torch.save`` in memory.
+def object_bytes(value: Any, name: str) -> bytes:
+    """``torch.save`` in memory, of a value that can be loaded again.
 
     Most of a run's objects are small, plain, and the same as at the last save. Those cost a fiftieth.
+
+    Args:
+        value: what is to be saved.
+        name: of the object, for errors.
+
+    Raises:
+        UnsafeCheckpointError: it cannot be pickled, or a load would refuse it. With
+            ``CKPT_FAST_ON_UNLOADABLE=warn`` the latter is a warning.
     """
+    try:
+        payload, reason = _encoded(value)
+    except Exception as error:
+        raise unsaved(*_innermost(name, value, str(error))) from error
+    if reason is not None and not settings.pickle_allowed():
+        _report(*_innermost(name, value, reason))
+    return payload
+
+
+def encoded(value: Any) -> bytes:
+    """``object_bytes`` of a value that has been loaded."""
+    return _encoded(value, check=False)[0]
+
+
+def require_loadable(payload: bytes, name: str) -> None:
+    """``object_bytes`` for what has been encoded already: raises, or warns, if a load would refuse it."""
+    reason = _refusal(payload)
+    if reason is not None and not settings.pickle_allowed():
+        _report(name, reason)
+
+
+def unsaved(name: str, reason: str) -> UnsafeCheckpointError:
+    """The error for an object that cannot be saved."""
+    return UnsafeCheckpointError(
+        f"{name} cannot be saved, because it could not be loaded again: {reason}. Convert it to numbers, "
+        "strings, containers, arrays or tensors; or, for a class of yours, call ckpt_fast.allow_class with "
+        "it where the checkpoint is saved and where it is loaded. With CKPT_FAST_ON_UNLOADABLE=warn it is "
+        "saved nevertheless, where it can be pickled."
+    )
+
+
+def _report(name: str, reason: str) -> None:
+    error = unsaved(name, reason)
+    if settings.on_unloadable() == "refuse":
+        raise error
+    logger.warning("%s", error)
+
+
+def _encoded(value: Any, check: bool = True) -> tuple[bytes, str | None]:
+    """The bytes of ``torch.save``, and why a load would refuse them: None if it would not."""
     buffer = io.BytesIO()
     try:
         _PlainPickler(buffer, protocol=4).dump(value)
     except Exception:  # not plain, or not to be pickled at all, which torch.save says better
-        return _torch_saved(value)
-    pickled = buffer.getvalue()
-    return _saved_plain(pickled) if len(pickled) <= _LONGEST else _torch_saved(value)
+        pickled = None
+    else:
+        pickled = buffer.getvalue()
+    if pickled is not None and len(pickled) <= _LONGEST:
+        return _saved_plain(pickled)
+    payload = _torch_saved(value)
+    return payload, _refusal(payload) if check else None
 
 
 class _PlainPickler(pickle.Pickler):
@@ -36,11 +106,56 @@ class _PlainPickler(pickle.Pickler):
 
 
 @lru_cache(maxsize=2048)
-def _saved_plain(pickled: bytes) -> bytes:
-    return _torch_saved(pickle.loads(pickled))
+def _saved_plain(pickled: bytes) -> tuple[bytes, str | None]:
+    return _torch_saved(pickle.loads(pickled)), _growth(pickled)
+
+
+def _growth(pickled: bytes) -> str | None:
+    """Why a plain value would be refused: nested too deep, or in itself."""
+    if len(pickled) < _SHORT and _REPEATED not in pickled:
+        return None
+    try:
+        native.check_pickle(pickled, archive=True)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _torch_saved(value: Any) -> bytes:
     buffer = io.BytesIO()
     torch.save(value, buffer)
     return buffer.getvalue()
+
+
+def _refusal(payload: bytes) -> str | None:
+    try:
+        require_readable(payload)
+    except Exception as error:
+        return str(error)
+    return None
+
+
+def _innermost(name: str, value: Any, reason: str) -> tuple[str, str]:
+    """The part of a value that is refused, by its name and class, and the reason."""
+    for _ in range(_MOST_LEVELS):
+        for key, part in _parts(value):
+            try:
+                found = _encoded(part)[1]
+            except Exception as error:
+                found = str(error)
+            if found is not None:
+                name, value, reason = f"{name}[{key!r}]", part, found
+                break
+        else:
+            break
+    return f"{name} (a {type(value).__module__}.{type(value).__qualname__})", reason
+
+
+def _parts(value: Any) -> Any:
+    if type(value) in (dict, collections.OrderedDict):
+        return value.items()
+    if type(value) in (list, tuple):
+        return enumerate(value)
+    if type(value) in (argparse.Namespace, types.SimpleNamespace):
+        return vars(value).items()
+    return ()

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from ckpt_fast import compat
 from ckpt_fast.doors.dcp import FastStorageReader, FastStorageWriter
-from ckpt_fast.doors.dcp.save import start_save
+from ckpt_fast.doors.dcp.direct.save import start_save
 from ckpt_fast.doors.dcp.upload import Upload
 from ckpt_fast.format.names import METADATA_FILE
 from ckpt_fast.format.types import FileRecord

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import os
 import shutil
@@ -12,11 +11,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ckpt_fast import settings
 from ckpt_fast.compat import SoloGroup, get_pg_collection, object_storage
+from ckpt_fast.pipeline.load.decode import decode_object
 from ckpt_fast.ranks.group import ControlGroup
 from ckpt_fast.ranks.world import get_rank_safe, is_distributed, on_all_ranks, on_rank_0, print_rank_0
 from ckpt_fast.storage.small_files import LARGEST_FILE
 from ckpt_fast.trainer.contents.data_position import FILES_KEY, places_of, read_recorded, record_for
-from ckpt_fast.trainer.contents.inert_load import inert_load
 from ckpt_fast.trainer.places.paths import (
     ensure_directory_exists,
     file_exists,
@@ -121,7 +120,7 @@ def maybe_load_dataloader_state(
 
     Raises:
         RuntimeError: states were saved, but by fewer data-parallel ranks than there are now.
-        RefusedPickleError: the file holds more than plain data; nothing of it has been run.
+        UnsafeCheckpointError: the file holds more than plain data; nothing of it has been run.
     """
     if not dataloader_load_path or not file_exists(dataloader_load_path):
         return
@@ -150,7 +149,7 @@ def _restore_dataloader(
         content = read_recorded(path, record)
     else:
         content = read_file(path, LARGEST_FILE)
-    loaded = inert_load(io.BytesIO(content))
+    loaded = decode_object(content, path, verify=False)
     states = loaded.get(STATES_OF_STAGES) or [loaded[STATE]]
     if len(states) != len(iterables):
         # All stages read the same data, so any of the states will do.
@@ -177,7 +176,7 @@ def resume_dataloader(
 
     Raises:
         RuntimeError: states were saved, but by fewer data-parallel ranks than there are now.
-        RefusedPickleError: a file holds more than plain data; nothing of it has been run.
+        UnsafeCheckpointError: a file holds more than plain data; nothing of it has been run.
         CheckpointCorruptError: a file is not what was saved with the checkpoint.
         CheckpointError: on the ranks that could read, naming the one that could not.
     """

@@ -3,17 +3,15 @@
 
 from __future__ import annotations
 
-import io
 import os
 import secrets
 import shutil
 from typing import Any
 
-import torch
-
 from ckpt_fast.compat import object_storage
 from ckpt_fast.format.manifest import file_record
 from ckpt_fast.format.types import FileRecord
+from ckpt_fast.pipeline.save.objects import object_bytes
 from ckpt_fast.ranks.world import print_rank_0
 from ckpt_fast.storage import replacement
 from ckpt_fast.storage.commit import make_directory
@@ -64,7 +62,8 @@ class LoaderPosition:
             )
 
     def capture(self) -> None:
-        """Take the position as it is now; RuntimeError as in ``require_known``."""
+        """Take the position as it is now; RuntimeError as in ``require_known``, UnsafeCheckpointError if it
+        could not be loaded again."""
         self.require_known()
         if not self.is_saved_here:
             return
@@ -145,9 +144,7 @@ def _serialise(states: list[Any]) -> bytes:
     content = {STATE: states[0]}
     if len(states) > 1:
         content[STATES_OF_STAGES] = states
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    return buffer.getvalue()
+    return object_bytes(content, "the position of the data loader")
 
 
 def _prepare_directory(directory: str) -> None:

@@ -14,8 +14,7 @@ import torch.distributed as dist
 import ckpt_fast
 from ckpt_fast.compat import SoloGroup
 from ckpt_fast.config import TokenizerConfig
-from ckpt_fast.errors import CheckpointError
-from ckpt_fast.trainer.contents.inert_load import RefusedPickleError
+from ckpt_fast.errors import CheckpointError, UnsafeCheckpointError
 from ckpt_fast.trainer.contents.sidecars import (
     maybe_load_dataloader_state,
     maybe_save_dataloader_state,
@@ -167,9 +166,23 @@ def test_a_hostile_file_runs_nothing(tmp_path, monkeypatch):
     path = file_of(tmp_path)
     path.parent.mkdir()
     torch.save({"dataloader_state_dict": Hostile()}, path)
-    with pytest.raises(RefusedPickleError, match="mkdir"):
+    with pytest.raises(UnsafeCheckpointError, match="mkdir"):
         maybe_load_dataloader_state(iterator(Loader()), 7, str(tmp_path), pg_collection=groups())
     assert not (tmp_path / "PWNED").exists()
+
+
+class WithCode:
+    pass
+
+
+def test_a_position_that_could_not_be_restored_is_not_saved(tmp_path):
+    maybe_save_dataloader_state([], iterator(Loader(3)), 7, str(tmp_path), pg_collection=groups())
+    loader = SimpleNamespace(save_state=lambda: {"sampler": WithCode()})
+    with pytest.raises(CheckpointError, match=r"position of the data loader\[.*'sampler'\].*WithCode"):
+        maybe_save_dataloader_state([], iterator(loader), 7, str(tmp_path), pg_collection=groups())
+    again = Loader()
+    maybe_load_dataloader_state(iterator(again), 7, str(tmp_path), pg_collection=groups())
+    assert again.position == 3
 
 
 # --- Two data-parallel ranks -----------------------------------------------------------------------------

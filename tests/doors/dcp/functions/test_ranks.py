@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckpt_fast.doors.dcp.division import Entry, divide
+from ckpt_fast.doors.dcp.direct.division import Entry, divide
 from ckpt_fast.errors import CheckpointMismatchError
 from tests.doors.dcp.functions import ranks as functions_ranks
 from tests.doors.dcp.ranks import FSDP2_ON_CPU

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 
 import ckpt_fast
 from ckpt_fast.doors.dcp import save as save_module
-from ckpt_fast.doors.dcp.save import KnownStructures
+from ckpt_fast.doors.dcp.direct.save import KnownStructures
 from ckpt_fast.format.manifest import split_manifest
 from ckpt_fast.jobs.report import SaveReport
 from ckpt_fast.pipeline.load.index import CheckpointIndex

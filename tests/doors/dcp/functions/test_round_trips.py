@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import ckpt_fast
-from ckpt_fast.doors.dcp.local_state import Flattened
+from ckpt_fast.doors.dcp.direct.local_state import Flattened
 from ckpt_fast.errors import CheckpointMismatchError, CheckpointWriteError
 from ckpt_fast.pipeline.load.index import CheckpointIndex
 from tests.doors.dcp.states import blank, differences, odd_tensors, training_state

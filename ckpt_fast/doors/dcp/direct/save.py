@@ -17,8 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ckpt_fast.doors.dcp.division import Division, divide_alone, divide_together
-from ckpt_fast.doors.dcp.local_state import LocalState
+from ckpt_fast.doors.dcp.direct.division import Division, divide_alone, divide_together
+from ckpt_fast.doors.dcp.direct.local_state import LocalState
 from ckpt_fast.errors import CheckpointMismatchError
 from ckpt_fast.format.types import FileRecord, ObjectShard, Shard, TensorShard
 from ckpt_fast.pipeline.memory.garbage import without_collections
@@ -176,7 +176,7 @@ class _Collecting:
         bound = options.host_buffer if options.host_buffer is not None else Settings.read().host_buffer_bytes
         if program is None or not program.suits(options.snapshot, bound):
             return None
-        payloads = [object_bytes(state.values[number]) for number in division.objects]
+        payloads = [object_bytes(state.values[number], state.names[number]) for number in division.objects]
         if not program.holds(payloads):
             return None
         tensors = [state.values[number] for number in division.tensors]
@@ -188,7 +188,8 @@ class _Collecting:
 @without_collections
 def _shards(state: LocalState, division: Division) -> list[Shard]:
     shards: list[Shard] = [
-        ObjectShard(state.names[number], object_bytes(state.values[number])) for number in division.objects
+        ObjectShard(state.names[number], object_bytes(state.values[number], state.names[number]))
+        for number in division.objects
     ]
     for number in division.tensors:
         name, tensor = state.names[number], state.values[number]

@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorSt
 from torch.distributed.checkpoint.planner_helpers import _init_state_dict
 
 from ckpt_fast.doors.dcp.agreement import report_unasked, require_same_save
-from ckpt_fast.doors.dcp.local_state import Flattened, is_stateful, shards_of_tensor
+from ckpt_fast.doors.dcp.direct.local_state import Flattened, is_stateful, shards_of_tensor
 from ckpt_fast.errors import CheckpointMismatchError
 from ckpt_fast.format.types import TensorRequest
 from ckpt_fast.pipeline.load.index import CheckpointIndex, missing_keys_message

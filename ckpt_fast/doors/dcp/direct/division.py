@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from ckpt_fast.doors.dcp.local_state import LocalState
+from ckpt_fast.doors.dcp.direct.local_state import LocalState
 from ckpt_fast.errors import CheckpointMismatchError
 from ckpt_fast.pipeline.memory.garbage import without_collections
 from ckpt_fast.ranks.group import ControlGroup

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ckpt_fast.doors.dcp.background import SaveFuture, committers, wait_for_save
-from ckpt_fast.doors.dcp.load import load_state_dict
-from ckpt_fast.doors.dcp.local_state import plain_state_dict
+from ckpt_fast.doors.dcp.direct.background import SaveFuture, committers, wait_for_save
+from ckpt_fast.doors.dcp.direct.load import load_state_dict
+from ckpt_fast.doors.dcp.direct.local_state import plain_state_dict
+from ckpt_fast.doors.dcp.direct.save import start_save
 from ckpt_fast.doors.dcp.reader import StrPath
-from ckpt_fast.doors.dcp.save import start_save
 from ckpt_fast.doors.dcp.writer import refuse_overwriting
 from ckpt_fast.jobs.report import SaveReport
 from ckpt_fast.pipeline.save.parts import SaveOptions

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files of data loaders: plain data round-trips, everything else is refused without effect."""
+"""The restricted reader: data round-trips, everything else is refused without effect."""
 
 from __future__ import annotations
 
@@ -19,12 +19,11 @@ import pytest
 import torch
 
 from ckpt_fast.errors import UnsafeCheckpointError
-from ckpt_fast.trainer.contents import inert_load as inert_load_module
-from ckpt_fast.trainer.contents.inert_load import (
-    RefusedPickleError,
-    inert_load,
-    register_dataloader_state_class,
-)
+from ckpt_fast.format.inert import classes
+from ckpt_fast.format.inert.classes import allow_class
+from ckpt_fast.format.inert.kinds import RefusedPickleError
+from ckpt_fast.format.inert.saved import read_saved, require_readable
+from tests.everyday import VALUES, same
 
 
 class Token(enum.Enum):
@@ -43,16 +42,20 @@ class Talkative(enum.Enum):
         raise AssertionError("code of the enum was run")
 
 
-@dataclasses.dataclass
 class OwnState:
-    position: int
+    def __init__(self, position):
+        self.position = position
+
+    def __eq__(self, other):
+        return self.position == other.position
+
+    __hash__ = None
 
 
 def reload(value, **options):
     buffer = io.BytesIO()
     torch.save(value, buffer, **options)
-    buffer.seek(0)
-    return inert_load(buffer)
+    return read_saved(buffer.getvalue())
 
 
 @pytest.mark.parametrize("protocol", [2, 4, 5])
@@ -119,9 +122,8 @@ def test_anything_else_is_refused(evil, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     buffer = io.BytesIO()
     torch.save({"dataloader_state_dict": evil}, buffer)
-    buffer.seek(0)
     with pytest.raises(pickle.UnpicklingError, match="Restricted unpickler refused to load '") as caught:
-        inert_load(buffer)
+        read_saved(buffer.getvalue())
     assert isinstance(caught.value, UnsafeCheckpointError)
     assert os.listdir(tmp_path) == []
 
@@ -140,16 +142,26 @@ def test_modules_are_not_imported():
     buffer = io.BytesIO()
     torch.save(module.Sneaky.A, buffer)
     del sys.modules["not_imported_yet"]
-    buffer.seek(0)
-    with pytest.raises(RefusedPickleError, match="not_imported_yet"):
-        inert_load(buffer)
+    with pytest.raises(RefusedPickleError, match=r"not_imported_yet.*has not been imported"):
+        read_saved(buffer.getvalue())
     assert "not_imported_yet" not in sys.modules
 
 
-def test_registered_classes(monkeypatch):
-    monkeypatch.setattr(inert_load_module, "_registered", set())
-    register_dataloader_state_class(OwnState)
+def test_allowed_classes(monkeypatch):
+    monkeypatch.setattr(classes, "_allowed", set())
+    assert allow_class(OwnState) is OwnState
     assert reload(OwnState(4)) == OwnState(4)
+    with pytest.raises(TypeError, match="takes a class, not"):
+        allow_class(len)
+
+
+def test_safe_globals_of_torch():
+    with torch.serialization.safe_globals([OwnState]):
+        assert reload(OwnState(4)) == OwnState(4)
+    with torch.serialization.safe_globals([(OwnState, f"{__name__}.OwnState")]):
+        assert reload(OwnState(4)) == OwnState(4)
+    with pytest.raises(RefusedPickleError, match="OwnState"):
+        reload(OwnState(4))
 
 
 def test_energon_states(monkeypatch):
@@ -184,12 +196,83 @@ def test_torchscript_archives_are_refused():
 
     buffer = io.BytesIO()
     torch.jit.save(torch.jit.script(Module()), buffer)
-    buffer.seek(0)
-    with pytest.raises(RefusedPickleError, match="TorchScript"):
-        inert_load(buffer)
+    with pytest.raises(ValueError, match="compressed"):
+        read_saved(buffer.getvalue())
 
 
 @pytest.mark.parametrize("content", [b"", b"rubbish", pickle.dumps({"dataloader_state_dict": 1})])
 def test_other_files_are_refused(content):
-    with pytest.raises(RefusedPickleError, match=r"torch\.save"):
-        inert_load(io.BytesIO(content))
+    with pytest.raises(RefusedPickleError, match="a pickle"):
+        read_saved(content)
+
+
+@pytest.mark.parametrize("name", VALUES)
+@pytest.mark.parametrize(
+    "options",
+    [{"pickle_protocol": 4}, {"pickle_protocol": 5}, {"_use_new_zipfile_serialization": False}],
+    ids=str,
+)
+def test_everyday_values(name, options):
+    assert same(reload(VALUES[name](), **options), VALUES[name]())
+
+
+TENSORS = {
+    "parameter": lambda: torch.nn.Parameter(torch.ones(2)),
+    "strides": lambda: torch.arange(6.0).reshape(2, 3).t(),
+    "with attributes": lambda: with_attributes(torch.ones(2)),
+    "parameter with attributes": lambda: with_attributes(torch.nn.Parameter(torch.ones(2))),
+    "sparse": lambda: torch.eye(3).to_sparse(),
+    "compressed": lambda: torch.eye(3).to_sparse_csr(),
+    "quantized": lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
+    "by channel": lambda: torch.quantize_per_channel(
+        torch.ones(2, 3), torch.tensor([0.1, 0.2]), torch.tensor([0, 0]), 0, torch.quint8
+    ),
+    "float8": lambda: torch.ones(2).to(torch.float8_e4m3fn),
+    "complex32": lambda: torch.ones(2, dtype=torch.complex32),
+    "conjugate": lambda: torch.full((2,), 1 + 2j).conj(),
+    "empty": lambda: torch.ones(0, 3),
+    "meta": lambda: torch.ones(2, device="meta"),
+}
+
+
+def with_attributes(tensor):
+    tensor.tensor_model_parallel = True
+    return tensor
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("name", TENSORS)
+def test_tensors(name, legacy):
+    tensor = TENSORS[name]()
+    back = reload(tensor, _use_new_zipfile_serialization=not legacy)
+    assert type(back) is type(tensor) and repr(back) == repr(tensor)
+    assert (back.dtype, back.layout) == (tensor.dtype, tensor.layout)
+    assert vars(back) == vars(tensor)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", [*VALUES, *TENSORS])
+def test_what_is_read_may_be_saved(name):
+    buffer = io.BytesIO()
+    torch.save({**VALUES, **TENSORS}[name](), buffer)
+    require_readable(buffer.getvalue())
+
+
+def test_a_dataclass_of_a_module_that_defines_it_later():
+    """The decision is made anew for each pickle."""
+    module = types.ModuleType("defined_later")
+    module.Late = dataclasses.make_dataclass("Late", ["x"])
+    module.Late.__module__ = "defined_later"
+    sys.modules["defined_later"] = module
+    try:
+        buffer = io.BytesIO()
+        torch.save(module.Late(3), buffer)
+        late = module.Late
+        del module.Late
+        with pytest.raises(RefusedPickleError, match="defined_later"):
+            read_saved(buffer.getvalue())
+        module.Late = late
+        assert read_saved(buffer.getvalue()) == late(3)
+    finally:
+        del sys.modules["defined_later"]

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Objects as bytes: those of torch.save, and only of what can be loaded again."""
+
+from __future__ import annotations
+
+import argparse
+import io
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ckpt_fast.errors import UnsafeCheckpointError
+from ckpt_fast.format.inert import classes
+from ckpt_fast.pipeline.load.decode import decode_object
+from ckpt_fast.pipeline.save.objects import object_bytes, require_loadable
+from tests.everyday import REFUSED, VALUES, Custom, Phase, same
+
+pytestmark = pytest.mark.usefixtures("native_impl")
+
+
+def torch_saved(value: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_bytes_of_torch(name: str) -> None:
+    payload = object_bytes(VALUES[name](), name)
+    assert payload == torch_saved(VALUES[name]())
+    assert same(decode_object(payload, name, verify=True), VALUES[name]())
+    require_loadable(payload, name)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_refused_is_named(name: str) -> None:
+    make, reason = REFUSED[name]
+    value = {"a": 1, "args": argparse.Namespace(x=[None, make()])}
+    with pytest.raises(
+        UnsafeCheckpointError, match=rf"^state\['args'\]\['x'\]\[1\].* cannot be saved.*{reason}"
+    ):
+        object_bytes(value, "state")
+
+
+def test_bytes_that_are_refused() -> None:
+    with pytest.raises(UnsafeCheckpointError, match=r"^o cannot be saved.*tests\.everyday\.Custom"):
+        require_loadable(torch_saved(Custom(1)), "o")
+    with pytest.raises(UnsafeCheckpointError, match=r"^o cannot be saved"):
+        require_loadable(b"not by torch", "o")
+
+
+def test_large_tensors_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    payload = torch_saved((torch.ones(1000), Phase.TRAIN))
+
+    def fail(*args: Any, **options: Any) -> None:
+        raise AssertionError("the bytes of a tensor were read")
+
+    monkeypatch.setattr(torch, "frombuffer", fail)
+    require_loadable(payload, "o")
+
+
+@pytest.mark.parametrize("dtype", ["O", "U3", "M8[s]", "f8,i4", ">i8"])
+def test_arrays(dtype: str) -> None:
+    array = np.zeros(2, dtype)
+    if array.dtype.hasobject:
+        with pytest.raises(UnsafeCheckpointError, match="an array of objects"):
+            object_bytes([array], "o")
+    else:
+        assert same(
+            decode_object(object_bytes(array, "o"), "o", True), np.zeros(2, np.dtype(dtype).newbyteorder("="))
+        )
+
+
+def test_text_that_looks_like_the_end_of_a_member() -> None:
+    value = [Phase.TRAIN, "PK\7\10" * 2, torch.ones(2)]
+    payload = object_bytes(value, "o")
+    assert decode_object(payload, "o", verify=True)[1] == value[1]
+    with pytest.raises(UnsafeCheckpointError, match=r"^o\[1\].*Custom"):
+        object_bytes(["PK\7\10", Custom(1)], "o")
+
+
+def test_what_contains_itself() -> None:
+    value: list[Any] = []
+    value.append(value)
+    with pytest.raises(UnsafeCheckpointError, match="part of something"):
+        object_bytes(value, "o")
+    with pytest.raises(UnsafeCheckpointError, match="part of something"):
+        object_bytes([value, "x" * 10_000], "o")
+
+
+def test_warning_instead(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setenv("CKPT_FAST_ON_UNLOADABLE", "warn")
+    assert object_bytes(Custom(1), "o") == torch_saved(Custom(1))
+    assert "o (a tests.everyday.Custom) cannot be saved" in caplog.text
+    with pytest.raises(UnsafeCheckpointError, match="lambda"):
+        object_bytes(lambda: 1, "o")
+    monkeypatch.setenv("CKPT_FAST_ON_UNLOADABLE", "maybe")
+    with pytest.raises(ValueError, match="CKPT_FAST_ON_UNLOADABLE='maybe': use one of refuse, warn"):
+        object_bytes(Custom(1), "o")
+
+
+def test_nothing_is_refused_where_code_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CKPT_FAST_ALLOW_PICKLE", "1")
+    payload = object_bytes(Custom(1), "o")
+    assert decode_object(payload, "o", verify=True) == Custom(1)
+
+
+def test_a_permission_counts_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(classes, "_allowed", set())
+    with pytest.raises(UnsafeCheckpointError):
+        object_bytes(Custom(1), "o")
+    classes.allow_class(Custom)
+    assert object_bytes(Custom(1), "o") == torch_saved(Custom(1))
