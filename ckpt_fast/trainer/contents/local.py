@@ -85,7 +85,8 @@ def load_local(
 
     def require_all_memory() -> None:
         for entry in compat.nested_values(sharded_state_dict):
-            if isinstance(getattr(entry, "data", None), torch.Tensor):
+            # A plain tensor has ``data``, too, but is replaced, not loaded into.
+            if hasattr(entry, "key") and isinstance(entry.data, torch.Tensor):
                 require_memory(entry.key, entry.data)
 
     ControlGroup().agree(require_all_memory)

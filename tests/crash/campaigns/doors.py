@@ -23,7 +23,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 
 from ckpt_fast import FastLoadStrategy, FastSaveStrategy, FastStorageReader, FastStorageWriter, compat
 from ckpt_fast.checkpointing import maybe_finalize_async_save
-from ckpt_fast.doors.dcp import save as dcp_save
+from ckpt_fast.doors.dcp.direct import save as dcp_save
 from ckpt_fast.errors import CheckpointError
 from ckpt_fast.format.types import TensorRequest, TensorShard
 from ckpt_fast.jobs.background import SaveHandle

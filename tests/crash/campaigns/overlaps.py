@@ -20,7 +20,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from ckpt_fast import FastStorageReader, FastStorageWriter
-from ckpt_fast.doors.dcp import save as dcp_save
+from ckpt_fast.doors.dcp.direct import save as dcp_save
 from ckpt_fast.errors import CheckpointError
 from ckpt_fast.jobs.background import SaveHandle, SaveQueue
 from ckpt_fast.pipeline.save import waves

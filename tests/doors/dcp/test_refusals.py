@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import fractions
 import os
 import threading
 from collections.abc import Callable
@@ -78,16 +77,19 @@ def test_without_ranks(tmp_path: Path) -> None:
     ]
 
 
+class Unknown:
+    """Of no kind that is read."""
+
+
 def test_a_refused_object_is_explained_in_our_words(tmp_path: Path) -> None:
-    dcp.save({"share": fractions.Fraction(1, 2)}, storage_writer=FastStorageWriter(tmp_path))
+    dcp.save({"share": Unknown()}, storage_writer=dcp.FileSystemWriter(tmp_path))
     with pytest.raises(CheckpointException) as raised:
         dcp.load({"share": 0}, storage_reader=FastStorageReader(tmp_path))
     (error, _) = raised.value.failures[0]
     assert "share in" in str(error) and "CKPT_FAST_ALLOW_PICKLE=1" in str(error)
-    assert "fractions.Fraction" in str(error)
+    assert "test_refusals.Unknown" in str(error) and "allow_class" in str(error)
     for text in (str(error), str(raised.value)):
         assert "weights_only" not in text
-    assert error.__cause__ is None and error.__suppress_context__
 
 
 def test_the_meta_device_is_refused_by_name(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 
 import ckpt_fast
-from ckpt_fast.doors.dcp import save as save_module
+from ckpt_fast.doors.dcp.direct import save as save_module
 from ckpt_fast.doors.dcp.direct.save import KnownStructures
 from ckpt_fast.format.manifest import split_manifest
 from ckpt_fast.jobs.report import SaveReport
