@@ -7,6 +7,7 @@ They are looked up among the modules that the process has imported. No module is
 from __future__ import annotations
 
 import abc
+import collections
 import dataclasses
 import enum
 import sys
@@ -36,7 +37,9 @@ _HOOKS = {
     "__setattr__",
     "__setstate__",
 }
-_HOOKS_OF_TUPLES = _HOOKS - {"__new__", "__getnewargs__"} | {"__eq__", "__hash__"}
+_HOOKS_OF_TUPLES = _HOOKS - {"__new__"} | {"__eq__", "__hash__"}
+# What collections.namedtuple defines: it gives the values of the fields.
+_GIVES_FIELDS = collections.namedtuple("_GivesFields", "").__getnewargs__.__code__  # type: ignore[attr-defined]
 # What dataclasses define themselves: for frozen ones, and for frozen ones with slots.
 _FROZEN_HOOKS = {"__setattr__", "__delattr__"}
 _FROZEN_SLOTS_HOOKS = {"__getstate__": "_dataclass_getstate", "__setstate__": "_dataclass_setstate"}
@@ -149,7 +152,9 @@ def _reason(cls: type, hooks: set[str], *without_code: type) -> str:
 
 
 def _is_generated(cls: type, hook: str) -> bool:
-    """Whether ``dataclass`` has defined the hook, for classes whose instances are frozen."""
+    """Whether ``namedtuple`` has defined the hook, or ``dataclass`` for classes of frozen instances."""
+    if hook == "__getnewargs__" and getattr(vars(cls)[hook], "__code__", None) is _GIVES_FIELDS:
+        return True
     parameters = vars(cls).get("__dataclass_params__")
     if parameters is None or not parameters.frozen:
         return False

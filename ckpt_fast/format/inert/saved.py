@@ -23,7 +23,7 @@ from ckpt_fast.format.torch_archive import member_content, open_archive, require
 # What torch.save's format before zip archives begins with: a pickled magic number, and a version.
 _LEGACY_MAGIC, _LEGACY_VERSION = 0x1950A86A20F9469CFC6C, 1001
 
-# Names in a pickle of protocol 2, and those of which everything that torch.save writes is loaded.
+# Names in a pickle of protocol 2, and those that mean the same in every program.
 _NAME = re.compile(rb"c([\w.]+)\n(\w+)\n")
 _SETTLED = {
     (b"_codecs", b"encode"),
@@ -40,8 +40,6 @@ _SETTLED = {
     *((b"torch", name.encode()) for name in TYPED_STORAGES.values()),
     *((b"torch", str(dtype).removeprefix("torch.").encode()) for dtype in TYPED_STORAGES),
 }
-# Except NumPy's dtypes of objects, of structures and of times, and those with metadata.
-_UNSETTLED = re.compile(rb"X.\0\0\0[OVMmT][0-9]|\(K\x04X", re.DOTALL)
 _LOCAL_NBYTES = 30  # the fixed part of a member's header
 _DESCRIPTOR = b"PK\7\10"  # follows its bytes
 _SMALL = 4 << 10
@@ -92,15 +90,11 @@ def require_readable(payload: bytes) -> None:
         Exception: of whatever kind, if torch has not written it.
     """
     pickled = _first_pickle(payload)
-    is_settled = _is_settled_once if len(pickled) <= _SMALL else _is_settled
     try:
-        if is_settled(pickled):
-            return
+        is_remembered = len(pickled) <= _SMALL and _is_settled(pickled)
+        (_require_readable_once if is_remembered else _require_readable)(pickled)
     except ValueError:  # not all of a pickle, or one that is refused
         read_saved(payload)
-        return
-    storages = _Storages(lambda _, nbytes: _new_storage(nbytes, device="meta"))
-    InertUnpickler(io.BytesIO(pickled), storages.load).load()
 
 
 def _first_pickle(payload: bytes) -> bytes:
@@ -116,20 +110,22 @@ def _first_pickle(payload: bytes) -> bytes:
 
 
 def _is_settled(pickled: bytes) -> bool:
-    """Whether a pickle that torch has made holds plain data, tensors and arrays, all of which are loaded.
+    """Whether what becomes of a pickle that torch has made does not depend on what the program allows."""
+    # Later protocols spell names otherwise.
+    return pickled[1] == 2 and _SETTLED.issuperset(_NAME.findall(pickled))
 
-    Raises:
-        ValueError: it is not one pickle, or asks for more memory or time than its length justifies.
-    """
+
+def _require_readable(pickled: bytes) -> None:
     if native.check_pickle(pickled, archive=True) != len(pickled):
         raise ValueError("there is more than a pickle")
-    # Later protocols spell names otherwise.
-    is_simple = pickled[1] == 2 and _SETTLED.issuperset(_NAME.findall(pickled))
-    return is_simple and not _UNSETTLED.search(pickled)
+    if pickled[1] == 2 and not _NAME.search(pickled):
+        return  # plain data
+    storages = _Storages(lambda _, nbytes: _new_storage(nbytes, device="meta"))
+    InertUnpickler(io.BytesIO(pickled), storages.load).load()
 
 
 # The pickles of tensors of one shape and dtype are the same: their bytes are elsewhere.
-_is_settled_once = functools.lru_cache(maxsize=2048)(_is_settled)
+_require_readable_once = functools.lru_cache(maxsize=2048)(_require_readable)
 
 
 class _Storages:

@@ -175,7 +175,7 @@ def classes_with_code() -> dict[str, type]:
     found["dict"] = dataclasses.make_dataclass("WithCode", ["x"], bases=(dict,))
     meta = type("Meta", (type,), {"__call__": fail})
     found["metaclass"] = dataclasses.dataclass(meta("WithCode", (), {"__annotations__": {"x": int}}))
-    for hook in ("__eq__", "__hash__", "__del__", "__reduce__", "__setstate__"):
+    for hook in ("__eq__", "__hash__", "__del__", "__reduce__", "__setstate__", "__getnewargs__"):
         found[f"tuple {hook}"] = type("WithCode", (collections.namedtuple("WithCode", "x"),), {hook: fail})
     found["enum"] = enum.Enum("WithCode", {"_missing_": classmethod(fail), "A": 1})
     found["class"] = type("WithCode", (), {})

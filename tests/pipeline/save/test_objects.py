@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import collections
 import io
 from typing import Any
 
@@ -113,3 +114,49 @@ def test_a_permission_counts_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
         object_bytes(Custom(1), "o")
     classes.allow_class(Custom)
     assert object_bytes(Custom(1), "o") == torch_saved(Custom(1))
+
+
+class Interval(collections.namedtuple("Interval", "low high")):  # type: ignore[misc]
+    """Is pickled by what its own ``__new__`` takes, which is not what its fields are."""
+
+    def __new__(cls, center: float, width: float) -> Interval:
+        return super().__new__(cls, center - width, center + width)
+
+    def __getnewargs__(self) -> tuple[float, float]:
+        return (self.low + self.high) / 2, (self.high - self.low) / 2
+
+
+def ordered(**attributes: Any) -> Any:
+    made = collections.OrderedDict(a=1)
+    vars(made).update(attributes)
+    return made
+
+
+UNREADABLE = {
+    "a named tuple that is made otherwise": Interval(5, 1),
+    **{
+        f"{value}, in a container": {"f": (value,)}
+        for value in (complex, bytearray, collections.OrderedDict, np.ndarray, np.dtype, io.BytesIO)
+    },
+    "a class after an instance": [io.BytesIO(), io.BytesIO],
+    "a class as a key": {collections.OrderedDict: 1},
+    "a storage class": [torch.ones(1), torch.FloatStorage],
+    "metadata of a dtype": [np.zeros(2, "f4"), np.zeros(2, np.dtype("f4", metadata={"a": 1}))],
+    "an attribute with underscores": ordered(__v__=1),
+}
+
+
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_what_a_load_would_refuse_is_refused(kind: str) -> None:
+    for _ in range(2):  # nor is it remembered as good
+        with pytest.raises(UnsafeCheckpointError, match="cannot be saved"):
+            object_bytes(UNREADABLE[kind], "o")
+    with pytest.raises(UnsafeCheckpointError):
+        decode_object(torch_saved(UNREADABLE[kind]), "o", verify=True)
+
+
+def test_what_was_allowed_for_a_while_is_not_remembered() -> None:
+    with torch.serialization.safe_globals([Custom]):
+        object_bytes(Custom(1), "o")
+    with pytest.raises(UnsafeCheckpointError, match="Custom"):
+        object_bytes(Custom(1), "o")

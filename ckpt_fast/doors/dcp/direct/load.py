@@ -65,6 +65,7 @@ class _Loading:
         self._values: dict[str, Any] = {}
         self._requests: list[TensorRequest] = []
         self._objects: list[tuple[str, Any, Any]] = []  # name, container, key
+        self._materialized: list[tuple[torch.Tensor, Any, Any]] = []  # tensor, container, key
         self._loaded: dict[str, Any] = {}
 
     @without_collections
@@ -92,9 +93,11 @@ class _Loading:
                 elif not isinstance(value, torch.Tensor) or not _fits(value, entry):
                     misfits.append(_misfit(name, value, entry))
                 else:
+                    target = value
                     if not isinstance(value, ShardedTensor) and value.is_meta:
-                        parent.container[key] = _materialized(value)
-                    for region, local in shards_of_tensor(name, parent.container[key]):
+                        target = _materialized(value)
+                        self._materialized.append((target, parent.container, key))
+                    for region, local in shards_of_tensor(name, target):
                         if local.is_meta:
                             misfits.append(f"{name} is on the meta device there and has no memory")
                         self._requests.append(TensorRequest(name, local, region.offsets))
@@ -135,6 +138,8 @@ class _Loading:
 
     def place(self) -> dict[str, Any]:
         """Local. The state dict, with the loaded objects where others were."""
+        for tensor, container, key in self._materialized:
+            container[key] = tensor
         for name, container, key in self._objects:
             container[key] = self._loaded[name]
         return self._values

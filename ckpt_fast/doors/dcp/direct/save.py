@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from ckpt_fast.doors.dcp.direct.division import Division, divide_alone, divide_together
 from ckpt_fast.doors.dcp.direct.local_state import LocalState
+from ckpt_fast.doors.dcp.steps import let_go
 from ckpt_fast.errors import CheckpointMismatchError
 from ckpt_fast.format.types import FileRecord, ObjectShard, Shard, TensorShard
 from ckpt_fast.pipeline.memory.garbage import without_collections
@@ -92,6 +93,8 @@ def start_save(
     Raises:
         CheckpointError: on every rank, naming the rank that failed; nothing has been published.
     """
+    # A save of torch's that failed elsewhere than in the writer has not said so.
+    let_go()
     options = options or SaveOptions()
     group = ControlGroup.of_one() if no_dist else ControlGroup(process_group)
     known = _known.get(group, process_group)

@@ -98,3 +98,14 @@ def test_damage(tmp_path: Path) -> None:
     with pytest.raises(CheckpointCorruptError):
         ckpt_fast.load(found, tmp_path)
     assert found["step"] == 0
+
+
+def test_a_load_that_does_not_fit_materializes_nothing(tmp_path: Path) -> None:
+    ckpt_fast.save({"x": {"a": torch.ones(2), "b": torch.ones(3)}}, tmp_path)
+    into = {"x": {"a": torch.empty(2, device="meta"), "b": torch.zeros(4)}}
+    with pytest.raises(CheckpointMismatchError):
+        ckpt_fast.load(into, tmp_path)
+    assert into["x"]["a"].is_meta
+    into["x"]["b"] = torch.zeros(3)
+    ckpt_fast.load(into, tmp_path)
+    assert torch.equal(into["x"]["a"], torch.ones(2)) and torch.equal(into["x"]["b"], torch.ones(3))

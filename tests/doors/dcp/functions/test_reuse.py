@@ -11,8 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.planner import SavePlan
 
 import ckpt_fast
 from ckpt_fast.doors.dcp.direct import save as save_module
@@ -163,3 +167,23 @@ def test_a_bound_on_host_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     for _ in range(2):
         assert is_planned(in_background(state, tmp_path))
         assert differences(state, loaded(tmp_path, state)) == []
+
+
+class Failing(DefaultSavePlanner):
+    """Fails where the storage writer is not told of it."""
+
+    def finish_plan(self, _: SavePlan) -> SavePlan:
+        raise ValueError("no plan")
+
+
+def test_a_save_of_torch_that_failed_does_not_occupy_the_directory(tmp_path: Path) -> None:
+    state = {"a": torch.ones(2)}
+    ckpt_fast.save(state, tmp_path)
+    with pytest.raises(CheckpointException):
+        dcp.save(state, storage_writer=ckpt_fast.FastStorageWriter(tmp_path), planner=Failing())
+    state["a"].fill_(3)
+    ckpt_fast.save(state, tmp_path)
+    ckpt_fast.async_save(state, tmp_path).result()
+    found = {"a": torch.zeros(2)}
+    ckpt_fast.load(found, tmp_path)
+    assert torch.equal(found["a"], state["a"])
