@@ -23,6 +23,8 @@ from ckpt_fast.format.torch_archive import member_content, open_archive, require
 # What torch.save's format before zip archives begins with: a pickled magic number, and a version.
 _LEGACY_MAGIC, _LEGACY_VERSION = 0x1950A86A20F9469CFC6C, 1001
 
+# That of torch.save. Later ones spell names otherwise.
+_PROTOCOL_2 = b"\x80\2"
 # Names in a pickle of protocol 2, and those that mean the same in every program.
 _NAME = re.compile(rb"c([\w.]+)\n(\w+)\n")
 _SETTLED = {
@@ -111,14 +113,13 @@ def _first_pickle(payload: bytes) -> bytes:
 
 def _is_settled(pickled: bytes) -> bool:
     """Whether what becomes of a pickle that torch has made does not depend on what the program allows."""
-    # Later protocols spell names otherwise.
-    return pickled[1] == 2 and _SETTLED.issuperset(_NAME.findall(pickled))
+    return pickled.startswith(_PROTOCOL_2) and _SETTLED.issuperset(_NAME.findall(pickled))
 
 
 def _require_readable(pickled: bytes) -> None:
     if native.check_pickle(pickled, archive=True) != len(pickled):
         raise ValueError("there is more than a pickle")
-    if pickled[1] == 2 and not _NAME.search(pickled):
+    if pickled.startswith(_PROTOCOL_2) and not _NAME.search(pickled):
         return  # plain data
     storages = _Storages(lambda _, nbytes: _new_storage(nbytes, device="meta"))
     InertUnpickler(io.BytesIO(pickled), storages.load).load()

@@ -160,3 +160,17 @@ def test_what_was_allowed_for_a_while_is_not_remembered() -> None:
         object_bytes(Custom(1), "o")
     with pytest.raises(UnsafeCheckpointError, match="Custom"):
         object_bytes(Custom(1), "o")
+
+
+def test_what_torch_wrote_before_archives_is_checked_as_well() -> None:
+    def legacy(value: Any) -> bytes:
+        buffer = io.BytesIO()
+        torch.save(value, buffer, _use_new_zipfile_serialization=False)
+        return buffer.getvalue()
+
+    require_loadable(legacy({"a": 1, "t": torch.ones(2)}), "o")
+    with pytest.raises(UnsafeCheckpointError, match="Custom"):
+        require_loadable(legacy(Custom(1)), "o")
+    for content in (b"", b"PK", b"PK\3\4", b"no pickle"):
+        with pytest.raises(UnsafeCheckpointError, match=r"^o cannot be saved"):
+            require_loadable(content, "o")
