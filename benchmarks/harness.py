@@ -11,6 +11,7 @@ import argparse
 import atexit
 import gc
 import json
+import math
 import random
 import shutil
 import sys
@@ -118,15 +119,20 @@ def table(
     for name in sorted(times, key=lambda name: median(times[name])):
         mine = times[name]
         row = [name, f"{median(mine) * 1e3:.1f}", f"{min(mine) * 1e3:.1f}-{max(mine) * 1e3:.1f}"]
-        row.append(f"{sizes[name] / median(mine) / 1e9:.2f}")
+        row.append(f"{_ratio(sizes[name], median(mine)) / 1e9:.2f}")
         if reference in times:
-            ratios = [r / m for r, m in zip(times[reference], mine, strict=True)]
+            ratios = [_ratio(r, m) for r, m in zip(times[reference], mine, strict=True)]
             row.append(f"{median(ratios):.2f}x ({min(ratios):.2f}-{max(ratios):.2f})")
         if limit in times:
             scale = sizes[name] / sizes[limit]
-            row.append(f"{median(scale * x / m for x, m in zip(times[limit], mine, strict=True)):.2f}")
+            row.append(f"{median(scale * _ratio(x, m) for x, m in zip(times[limit], mine, strict=True)):.2f}")
         rows.append(row)
     return Table(title, {name: sizes[name] for name in times}, times, reference, limit, _aligned(rows))
+
+
+def _ratio(one: float, other: float) -> float:
+    """The quotient; steps that took no longer than without a save give a time of zero."""
+    return one / other if other else math.inf
 
 
 class Table(NamedTuple):

@@ -90,7 +90,7 @@ class SaveHandle:
     def is_due(self) -> bool:
         """Whether, as far as this rank goes, the next collective step of the save need not wait."""
         if self._is_publishing:
-            return self._job.is_published
+            return self._job.is_published or self._remaining_s() <= 0
         return self.is_written() or self.is_overdue()
 
     def wait(self, timeout_s: float | None = None) -> bool:
@@ -132,8 +132,8 @@ class SaveHandle:
         self._leave()
         with self._failures_kept():
             with self._failing_in_background():
-                if not self._is_publishing:
-                    self._job.write(max(self._remaining_s(), 0.0))
+                ready = self._job.wait_published if self._is_publishing else self._job.write
+                ready(max(self._remaining_s(), 0.0))
                 self._job.commit()
             for finalize_fn in self.finalize_fns:
                 finalize_fn()
@@ -164,13 +164,13 @@ class SaveHandle:
         self._leave()
         return self._job.abandon(wait_s)
 
-    def settle(self) -> bool:
+    def settle(self) -> bool | None:
         """Local. The process ends: wait for a commit that has begun, until the save's deadline.
 
         Returns:
-            Whether the checkpoint is published, as far as this rank knows.
+            Whether the checkpoint is published; None: only the coordinator knows.
         """
-        return self._is_publishing and self._job.settle(max(self._remaining_s(), 0.0))
+        return self._job.settle(max(self._remaining_s(), 0.0)) if self._is_publishing else False
 
     @property
     def failure(self) -> BaseException | None:
@@ -305,13 +305,16 @@ def _settle() -> None:
     """The process ends with saves in flight. One rank alone can finish them; many can no longer agree to."""
     for handle in list(_in_flight):
         if handle.ranks > 1:
-            if handle.settle():
+            is_published = handle.settle()
+            if is_published is not False:
                 handle.abandon()
+                state = "the checkpoint is published" if is_published else "rank 0 says what became of it"
                 logger.warning(
-                    "this process ends before the save to %s was finalized: the checkpoint is published, but "
-                    "what was to follow (callbacks, deleting older ones) was not run. Call "
+                    "this process ends before the save to %s was finalized: %s, but what was to follow "
+                    "(callbacks, deleting older ones) was not run. Call "
                     "maybe_finalize_async_save(..., blocking=True) at the end of training.",
                     handle.directory,
+                    state,
                 )
                 continue
             failed, ended = handle.failure, handle.abandon()

@@ -70,11 +70,18 @@ class Job(ABC):
         """Local. After ``begin_commit``: whether ``commit`` need not wait for this rank."""
         return True
 
-    def settle(self, timeout_s: float) -> bool:
+    def wait_published(self, timeout_s: float | None = None) -> None:  # noqa: B027
+        """Local. Wait for what ``begin_commit`` has begun.
+
+        Args:
+            timeout_s: longer than this counts as a failure, which ``commit`` raises on every rank.
+        """
+
+    def settle(self, timeout_s: float) -> bool | None:
         """Local. The process ends after ``begin_commit``: wait for what has been begun.
 
         Returns:
-            Whether the checkpoint is published, as far as this rank knows.
+            Whether the checkpoint is published; None: only the coordinator knows.
         """
         return False
 

@@ -7,8 +7,9 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
+from ckpt_fast import settings
 from ckpt_fast.jobs import untold
-from ckpt_fast.jobs.job import Job
+from ckpt_fast.jobs.job import Job, too_late
 from ckpt_fast.jobs.worker import LEAVE_S, Task
 from ckpt_fast.ranks.group import ControlGroup, Outcome
 
@@ -37,6 +38,7 @@ class Publishing(Generic[T]):
         self._directory, self._group, self._outcomes = directory, group, outcomes
         self._publish, self._stop = publish, stop
         self._task: Task[T] | None = None
+        self._is_late = False
 
     def start(self) -> None:
         """Local. Publish in a thread, on the coordinator."""
@@ -53,21 +55,32 @@ class Publishing(Generic[T]):
         """Local. Whether ``finish`` need not wait for this rank."""
         return self._task is None or self._task.is_done
 
+    def wait(self, timeout_s: float | None) -> None:
+        """Local. Wait for what has been started; if that is not in time, stop it, and ``finish`` raises."""
+        if self._task is not None and not self._task.wait(timeout_s):
+            self._stop()
+            self._is_late = True
+
     def finish(self) -> T:
         """Collective. What ``publish`` has returned; its failure, or a rank's, is raised on every rank."""
-        return self._group.decide(self._publish if self._task is None else self._task.result, self._outcomes)
+        return self._group.decide(self._published, self._outcomes)
 
-    def settle(self, timeout_s: float) -> bool:
+    def settle(self, timeout_s: float) -> bool | None:
         """Local. See ``Job.settle``."""
-        if self._task is None:
-            return not self._group.is_coordinator
-        if not self._task.wait(timeout_s):
-            return False
-        return self._group.attempt(self._task.result).error is None
+        if not self._group.is_coordinator:
+            return None
+        self.wait(timeout_s)
+        return self._task is not None and self._group.attempt(self._published).error is None
 
     def abandon(self, wait_s: float = LEAVE_S) -> bool:
         """Local. Stop it; returns whether nothing is under way."""
         return self._task is None or self._task.abandon(wait_s)
+
+    def _published(self) -> T:
+        if self._is_late:
+            written = ", although all files are written: it is not published"
+            raise too_late(self._directory, settings.timeout_s(), written)
+        return self._publish() if self._task is None else self._task.result()
 
     def _publish_unattended(self) -> T:
         try:
@@ -100,9 +113,14 @@ class PublishedJob(Job, Generic[T]):
         """Local. Whether the thread that ``begin_commit`` has started is done."""
         return self._publishing is not None and self._publishing.is_done
 
-    def settle(self, timeout_s: float) -> bool:
+    def wait_published(self, timeout_s: float | None = None) -> None:
+        """Local. See ``Job.wait_published``."""
+        if self._publishing is not None:
+            self._publishing.wait(timeout_s)
+
+    def settle(self, timeout_s: float) -> bool | None:
         """Local. See ``Job.settle``."""
-        return self._publishing is not None and self._publishing.settle(timeout_s)
+        return self._publishing.settle(timeout_s) if self._publishing is not None else False
 
     def _publish_everywhere(self) -> T:
         """Collective. What publishing has returned; its failure, or a rank's, is raised on every rank."""

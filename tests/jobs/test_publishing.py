@@ -229,12 +229,13 @@ def test_all_ranks_learn_together_what_became_of_it(tmp_path: Path, fails: bool)
 
 
 def test_ranks_that_end_while_it_is_published_publish_it(tmp_path: Path) -> None:
-    for done in run(tmp_path, "publishing", ranks=2):
+    first, second = run(tmp_path, "publishing", ranks=2)
+    assert "the checkpoint is published" in first.stderr
+    assert "rank 0 says what became of it" in second.stderr
+    for done in (first, second):
         assert done.status == 0, done.stderr
         assert "finalized" not in done.stdout and "Traceback" not in done.stderr
-        assert (
-            f"before the save to {tmp_path}/second was finalized: the checkpoint is published" in done.stderr
-        )
+        assert f"before the save to {tmp_path}/second was finalized: " in done.stderr
     expected = torch.tensor([0.0, 1.0]).view(2, 1).expand(2, 100_000)
     assert same(loaded(tmp_path / "second", "w", torch.ones(2, 100_000)), expected.contiguous())
 
@@ -275,3 +276,32 @@ def test_nothing_is_left_in_flight(tmp_path: Path) -> None:
     queue.schedule_async_request(handle(tmp_path, storage, 1.0))
     polled(queue)
     assert not background._in_flight
+
+
+def hang(rank: int, directory: str) -> tuple[str, bool]:
+    """What the call that finds the time up raises, on a file system that hangs while rank 0 publishes."""
+    os.environ["CKPT_FAST_TIMEOUT"] = "1"
+    storage, queue = Storage(), SaveQueue()
+    try:
+        queue.schedule_async_request(handle(directory, storage, 4.0, rank, dist.get_world_size()))
+        return str(polled_error(queue)), bool(queue.handles)
+    finally:
+        del os.environ["CKPT_FAST_TIMEOUT"]
+        storage.opened.set()
+
+
+def polled_error(queue: SaveQueue) -> AsyncSaveError:
+    with pytest.raises(AsyncSaveError) as caught:
+        polled(queue)
+    return caught.value
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_publishing_that_hangs_fails_the_save_in_time(tmp_path: Path, world_size: int) -> None:
+    (tmp_path / "new").mkdir()
+    found = run_ranks(hang, world_size, str(tmp_path / "new"))
+    assert len(set(found)) == 1
+    text, is_in_flight = found[0]
+    assert "did not end within the 1 s that CKPT_FAST_TIMEOUT allows" in text and not is_in_flight
+    assert "not published" in text
+    assert_not_published(tmp_path / "new")

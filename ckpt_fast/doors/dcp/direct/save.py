@@ -20,11 +20,11 @@ import torch.distributed as dist
 from ckpt_fast.doors.dcp.direct.division import Division, divide_alone, divide_together
 from ckpt_fast.doors.dcp.direct.local_state import LocalState
 from ckpt_fast.doors.dcp.steps import let_go
-from ckpt_fast.errors import CheckpointMismatchError
 from ckpt_fast.format.types import FileRecord, ObjectShard, Shard, TensorShard
 from ckpt_fast.pipeline.memory.garbage import without_collections
 from ckpt_fast.pipeline.save.objects import object_bytes
 from ckpt_fast.pipeline.save.parts import Completion, SaveOptions, Share
+from ckpt_fast.pipeline.save.plan import require_values
 from ckpt_fast.pipeline.save.program import Prepared, ProgramCache
 from ckpt_fast.pipeline.save.save import Save
 from ckpt_fast.ranks.group import ControlGroup, PerGroup
@@ -196,10 +196,7 @@ def _shards(state: LocalState, division: Division) -> list[Shard]:
     ]
     for number in division.tensors:
         name, tensor = state.names[number], state.values[number]
-        if tensor.is_meta:
-            raise CheckpointMismatchError(
-                f"{name} is on the meta device and has no data to save; materialize it first"
-            )
+        require_values(name, tensor)
         offsets, shape = state.places[number] or ((0,) * tensor.dim(), tuple(tensor.shape))
         shards.append(TensorShard(name, tensor.detach(), offsets, shape))
     return shards
