@@ -21,7 +21,7 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -35,6 +35,8 @@ from ckpt_fast.pipeline.save.encode import WriteProgram
 from ckpt_fast.pipeline.save.plan import FilePlan, is_plain, item_records, object_room
 from ckpt_fast.pipeline.save.sealed import SealedMetadata
 from ckpt_fast.pipeline.save.stage import Staged, copy_tensors, needs_copy
+
+V = TypeVar("V")
 
 
 @without_collections
@@ -310,32 +312,40 @@ def _replaced(column: array[int], at: torch.Tensor, values: torch.Tensor) -> arr
     return strided.column(changed)
 
 
-class ProgramCache:
-    """The programs of a caller's latest structures. Threads that write saves keep them here.
+class StructureCache(Generic[V]):
+    """What is known of a caller's latest structures. Thread-safe: threads that write saves use it, too.
 
     Args:
-        size: how many are kept.
+        size: of how many it is kept; the least recently used one goes.
     """
 
     def __init__(self, size: int = 1) -> None:
         self._size = size
-        self._programs: OrderedDict[bytes, SaveProgram] = OrderedDict()
+        self._known: OrderedDict[bytes, V] = OrderedDict()
         self._lock = threading.Lock()
 
-    def find(self, structure: bytes) -> SaveProgram | None:
-        """The program of the structure, if it is kept."""
-        with self._lock:
-            program = self._programs.get(structure)
-            if program is not None:
-                self._programs.move_to_end(structure)
-            return program
+    def __len__(self) -> int:
+        return len(self._known)
 
-    def keep(self, program: SaveProgram) -> None:
-        """Keep a program; the least recently used one goes where there are too many."""
+    def find(self, structure: bytes) -> V | None:
+        """What is known of the structure, if that is kept."""
         with self._lock:
-            self._programs[program.structure] = program
-            while len(self._programs) > self._size:
-                self._programs.popitem(last=False)
+            known = self._known.get(structure)
+            if known is not None:
+                self._known.move_to_end(structure)
+            return known
+
+    def keep(self, structure: bytes, known: V) -> None:
+        """Keep what is known of a structure, from now on the latest."""
+        with self._lock:
+            self._known[structure] = known
+            self._known.move_to_end(structure)
+            while len(self._known) > self._size:
+                self._known.popitem(last=False)
+
+
+class ProgramCache(StructureCache[SaveProgram]):
+    """The programs of a caller's latest structures."""
 
 
 def prepare(program: SaveProgram, shards: Sequence[Shard]) -> Prepared | None:

@@ -264,7 +264,7 @@ class Waves:
             # What only a plan describes is planned again by the next save.
             with contextlib.suppress(ValueError):
                 self.program = SaveProgram(structure, shards, files, staged, written, self._snapshot)
-                self._programs.keep(self.program)
+                self._programs.keep(structure, self.program)
 
     def _write_prepared(self, prepared: Prepared, staged: Staged) -> None:
         program = prepared.program

@@ -8,8 +8,6 @@ any tensor: later saves of the structure compare it, by a digest, and execute th
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -25,7 +23,7 @@ from ckpt_fast.pipeline.memory.garbage import without_collections
 from ckpt_fast.pipeline.save.objects import object_bytes
 from ckpt_fast.pipeline.save.parts import Completion, SaveOptions, Share
 from ckpt_fast.pipeline.save.plan import require_values
-from ckpt_fast.pipeline.save.program import Prepared, ProgramCache
+from ckpt_fast.pipeline.save.program import Prepared, ProgramCache, StructureCache
 from ckpt_fast.pipeline.save.save import Save
 from ckpt_fast.ranks.group import ControlGroup, PerGroup
 from ckpt_fast.settings import Settings
@@ -37,28 +35,16 @@ _MOST_STRUCTURES = 4
 
 
 class KnownStructures:
-    """The structures that a process group has saved last. Thread-safe."""
+    """What is known of the structures that a process group has saved last.
+
+    Attributes:
+        programs: their save programs.
+        divisions: what this rank saves of them.
+    """
 
     def __init__(self) -> None:
         self.programs = ProgramCache(_MOST_STRUCTURES)
-        self._divisions: OrderedDict[bytes, Division] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def find(self, structure: bytes) -> Division | None:
-        """What this rank saves of a structure, if that is kept."""
-        with self._lock:
-            division = self._divisions.get(structure)
-            if division is not None:
-                self._divisions.move_to_end(structure)
-            return division
-
-    def keep(self, structure: bytes, division: Division) -> None:
-        """Keep what this rank saves of a structure; the least recently used one goes."""
-        with self._lock:
-            self._divisions[structure] = division
-            self._divisions.move_to_end(structure)
-            while len(self._divisions) > _MOST_STRUCTURES:
-                self._divisions.popitem(last=False)
+        self.divisions: StructureCache[Division] = StructureCache(_MOST_STRUCTURES)
 
 
 _known = PerGroup(KnownStructures)
@@ -140,7 +126,7 @@ class _Collecting:
         made_for = (self._group.global_rank, options.snapshot, options.writers, options.separate)
         self._structure = state.structure(made_for)
         if self._structure is not None:
-            self._division = self._known.find(self._structure)
+            self._division = self._known.divisions.find(self._structure)
         if self._division is None and self._group.size == 1:
             self._keep(divide_alone(state))
         if self._division is None:
@@ -170,7 +156,7 @@ class _Collecting:
     def _keep(self, division: Division) -> None:
         self._division = division
         if self._structure is not None:
-            self._known.keep(self._structure, division)
+            self._known.divisions.keep(self._structure, division)
 
     def _prepared(self, state: LocalState, division: Division) -> Prepared | None:
         """The shards for the program of an earlier save; None if there is none that suits."""

@@ -148,7 +148,7 @@ def test_only_some_structures_are_kept(tmp_path: Path) -> None:
         for rows in range(1, 7):
             assert is_planned(ckpt_fast.save({"w": torch.ones(rows)}, tmp_path))
     kept = save_module._known._alone
-    assert len(kept._divisions) == len(kept.programs._programs) == save_module._MOST_STRUCTURES
+    assert len(kept.divisions) == len(kept.programs) == save_module._MOST_STRUCTURES
 
 
 def test_no_tensors_are_kept(tmp_path: Path) -> None:
