@@ -6,6 +6,7 @@ It follows the pickle. Readers that do not know it stop there. docs/format.md dr
 
 from __future__ import annotations
 
+import itertools
 import json
 import secrets
 import struct
@@ -15,6 +16,7 @@ from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import Any, NamedTuple
 
+from ckpt_fast.format.table import Table, decode_table, is_bound_to
 from ckpt_fast.format.types import BlockDigests, FileRecord
 
 # Each so many bytes of an item's payload have a CRC-32 of their own.
@@ -55,6 +57,7 @@ class Manifest:
         beside: files that belong to the checkpoint and lie elsewhere (states of data loaders), by the end of
             their path.
         notes: what else the writer had to say.
+        encoded_table: the table of the payloads, as ``table.bound_to`` makes it; empty if there is none.
     """
 
     def __init__(
@@ -66,30 +69,69 @@ class Manifest:
         beside: Iterable[FileRecord] = (),
         notes: Mapping[str, Any] | None = None,
         block_nbytes: int = BLOCK_NBYTES,
+        encoded_table: bytes = b"",
     ) -> None:
         self.save_id = save_id
         self.block_nbytes = block_nbytes
         self.files = {file.path: file for file in files}
         self.beside = {file.path: file for file in beside}
         self.notes = dict(notes or {})
+        self.encoded_table = encoded_table
         self._digests = list(digests)
 
     def payload(self, path: str, offset: int) -> Payload | None:
         """The checksums of the payload that starts at ``offset`` of a data file; None if there are none."""
-        return self._payloads.get((path, offset))
+        row = self._row_at.get((path, offset))
+        if row is None:
+            return None
+        first, end = self.first_blocks[row : row + 2]
+        return Payload(self.payloads.nbytes[row], self.crcs[first:end])
 
     @cached_property
-    def _payloads(self) -> dict[tuple[str, int], Payload]:
-        payloads = {}
+    def table(self) -> Table | None:
+        """The table of the payloads; None if there is none, or of a later version.
+
+        Raises:
+            ValueError, struct.error: it is not as it was written.
+        """
+        return decode_table(self.encoded_table) if self.encoded_table else None
+
+    @cached_property
+    def payloads(self) -> BlockDigests:
+        """All payloads, in the order of the manifest."""
+        paths = sorted({path for part in self._digests for path in part.paths})
+        if len(self._digests) == 1 and paths == self._digests[0].paths:
+            return self._digests[0]
+        number = {path: i for i, path in enumerate(paths)}
+        file, offset, nbytes = array("I"), array("q"), array("q")
         for part in self._digests:
-            crcs, at = memoryview(part.crcs).cast("I"), 0
-            for file, offset, nbytes in zip(part.file, part.offset, part.nbytes, strict=True):
-                count = -(-nbytes // self.block_nbytes)
-                payloads[part.paths[file], offset] = Payload(nbytes, crcs[at : at + count])
-                at += count
-            if at != len(crcs):
-                raise ValueError(f"{len(crcs)} blocks have checksums, but there are {at}")
-        return payloads
+            numbers = [number[path] for path in part.paths]
+            file.extend(map(numbers.__getitem__, part.file))
+            offset.extend(part.offset)
+            nbytes.extend(part.nbytes)
+        return BlockDigests(paths, file, offset, nbytes, b"".join(part.crcs for part in self._digests))
+
+    @cached_property
+    def crcs(self) -> memoryview:
+        """The CRC-32 of every block of every payload."""
+        return memoryview(self.payloads.crcs).cast("I")
+
+    @cached_property
+    def first_blocks(self) -> array[int]:
+        """For each payload, which of ``crcs`` is that of its first block; then their number."""
+        block = self.block_nbytes
+        counts = (-(-nbytes // block) for nbytes in self.payloads.nbytes)
+        first = array("q", itertools.accumulate(counts, initial=0))
+        if first[-1] != len(self.crcs):
+            raise ValueError(f"{len(self.crcs)} blocks have checksums, but there are {first[-1]}")
+        return first
+
+    @cached_property
+    def _row_at(self) -> dict[tuple[str, int], int]:
+        paths, file, offset, _, _ = self.payloads
+        return {
+            (paths[number], begin): row for row, (number, begin) in enumerate(zip(file, offset, strict=True))
+        }
 
     def without(self, paths: set[str]) -> Manifest:
         """The manifest of a checkpoint that has lost these files, with a new id: it is not what was saved."""
@@ -116,9 +158,8 @@ class Manifest:
         )
 
     def encode(self) -> bytes:
-        """The manifest without what frames it in ``.metadata``."""
-        paths = sorted({path for part in self._digests for path in part.paths})
-        number = {path: i for i, path in enumerate(paths)}
+        """The manifest without the table, and without what frames it in ``.metadata``."""
+        paths, file, offset, nbytes, crcs = self.payloads
         head = json.dumps(
             {
                 "save_id": self.save_id,
@@ -130,20 +171,16 @@ class Manifest:
             },
             separators=(",", ":"),
         ).encode()
-        file, offset, nbytes = array("I"), array("q"), array("q")
-        for part in self._digests:
-            numbers = [number[path] for path in part.paths]
-            file.extend(array("I", map(numbers.__getitem__, part.file)))
-            offset.extend(part.offset)
-            nbytes.extend(part.nbytes)
-        columns = [file, offset, nbytes, array("I", b"".join(part.crcs for part in self._digests))]
-        counts = _U32.pack(len(head)) + _U32.pack(len(file)) + _U32.pack(len(columns[-1]))
-        return b"".join([counts, head, *(column.tobytes() for column in columns)])
+        counts = _U32.pack(len(head)) + _U32.pack(len(file)) + _U32.pack(len(crcs) // 4)
+        columns = [column.tobytes() for column in (array("I", file), offset, nbytes)]
+        return b"".join([counts, head, *columns, crcs])
 
 
 def append_manifest(pickled: bytes, manifest: Manifest) -> bytes:
-    """The content of ``.metadata``: the pickle and the manifest behind it."""
+    """The content of ``.metadata``: the pickle, the manifest, and the table if it is that of the pickle."""
     body = manifest.encode()
+    if is_bound_to(manifest.encoded_table, pickled):
+        body += manifest.encoded_table
     content = b"".join([pickled, body, _LENGTHS.pack(len(body), len(pickled), _VERSION)])
     return content + _END.pack(zlib.crc32(content), _MAGIC)
 
@@ -191,8 +228,13 @@ def _decode(body: memoryview) -> Manifest:
         column.frombytes(body[at:end])
         at = end
     head = json.loads(bytes(body[12 : 12 + head_nbytes]))
-    paths, block_nbytes = head["data_files"], int(head["block_nbytes"])
-    if block_nbytes < 1 or any(file >= len(paths) for file in columns[0]) or min(columns[2], default=0) < 0:
+    paths, block_nbytes = list(map(str, head["data_files"])), int(head["block_nbytes"])
+    if (
+        block_nbytes < 1
+        or max(columns[0], default=-1) >= len(paths)
+        or min(columns[1], default=0) < 0
+        or min(columns[2], default=0) < 0
+    ):
         raise ValueError("its manifest makes no sense")
     file, offset, nbytes, crcs = columns
     return Manifest(
@@ -202,6 +244,7 @@ def _decode(body: memoryview) -> Manifest:
         beside=_decode_files(head["beside"]),
         notes=head["notes"],
         block_nbytes=block_nbytes,
+        encoded_table=bytes(body[at:]),
     )
 
 

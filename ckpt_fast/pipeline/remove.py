@@ -38,7 +38,8 @@ def remove_named(files: Files, prefix: str) -> list[str]:
         CheckpointWriteError: the checkpoint is as before, or without the tensors but with their files.
     """
     files.fetch((METADATA_FILE, SIDECAR_FILE))
-    metadata, manifest, _ = read_contents(files.directory)
+    contents = read_contents(files.directory)
+    metadata, manifest = contents.metadata, contents.manifest
     names = [name for name in metadata.state_dict_metadata if name.startswith(prefix)]
     if not names:
         logger.warning("%s has nothing whose name begins with %r: nothing is removed", files.name, prefix)

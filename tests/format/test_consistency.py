@@ -163,14 +163,14 @@ def test_contradictory_metadata_is_damage(name: str, saved: Path) -> None:
     metadata = pickle.loads((saved / ".metadata").read_bytes())
     change(metadata)
     with pytest.raises(CheckpointCorruptError, match=message):
-        CheckpointIndex(str(saved), Contents(metadata, None, "")).tensor("a")
+        CheckpointIndex(str(saved), Contents.of(metadata)).tensor("a")
 
 
 def test_a_piece_without_an_item_at_its_place(saved: Path) -> None:
     metadata = pickle.loads((saved / ".metadata").read_bytes())
     metadata.state_dict_metadata["a"].chunks = [ChunkStorageMetadata(torch.Size([1]), torch.Size([5]))]
     with pytest.raises(CheckpointCorruptError, match=r"a has no item for its piece \(5,\) at \(1,\)"):
-        CheckpointIndex(str(saved), Contents(metadata, None, "")).tensor("a")
+        CheckpointIndex(str(saved), Contents.of(metadata)).tensor("a")
 
 
 @pytest.mark.usefixtures("native_impl")
@@ -178,6 +178,6 @@ def test_an_item_of_another_dtype(saved: Path) -> None:
     """With the same length, so that only the item itself shows it."""
     metadata = pickle.loads((saved / ".metadata").read_bytes())
     metadata.state_dict_metadata["n"].properties.dtype = torch.float64
-    index = CheckpointIndex(str(saved), Contents(metadata, None, ""))
+    index = CheckpointIndex(str(saved), Contents.of(metadata))
     with pytest.raises(CheckpointCorruptError, match=r"n in .* is not the torch\.float64 tensor"):
         load_tensors(index, [TensorRequest("n", torch.zeros(6, dtype=torch.float64), (0,))])

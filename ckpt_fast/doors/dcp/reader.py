@@ -125,8 +125,7 @@ class FastStorageReader(StorageReader):
             raise self._unreadable
         contents = self._contents
         if contents is None or contents.metadata is not metadata:
-            # Somebody else has read it; no manifest is known to belong to it.
-            contents = Contents(metadata, None, "")
+            contents = Contents.of(metadata)
         self._index = CheckpointIndex(self._path, contents, self._extensions, versions=self._versions)
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:

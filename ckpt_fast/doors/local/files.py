@@ -24,10 +24,10 @@ from ckpt_fast.jobs.report import SaveReport
 from ckpt_fast.pipeline.load.load import load_tensors_and_objects
 from ckpt_fast.pipeline.load.opened import OpenCheckpoint
 from ckpt_fast.pipeline.load.verify import require_complete
-from ckpt_fast.pipeline.save.encode import encode_metadata
 from ckpt_fast.pipeline.save.objects import object_bytes
 from ckpt_fast.pipeline.save.plan import file_prefix, is_plain, require_values
 from ckpt_fast.pipeline.save.seal import seal
+from ckpt_fast.pipeline.save.sealed import encode_contents
 from ckpt_fast.pipeline.save.waves import Waves
 from ckpt_fast.settings import Settings
 from ckpt_fast.storage import commit, replacement
@@ -157,8 +157,11 @@ def write_local(
         )
         record = waves.run(shards)
         notes = {"iteration": origin.iteration, "rank": origin.rank}
-        manifest = Manifest(origin.save_id, record.files, record.digests, notes=notes)
-        seal(Directory(partial), encode_metadata(record.items), manifest, progress=progress)
+        contents = encode_contents([record], None)
+        manifest = Manifest(
+            origin.save_id, record.files, record.digests, notes=notes, encoded_table=contents.table
+        )
+        seal(Directory(partial), contents.pickled, manifest, progress=progress)
         with commit.renaming(directory, progress):
             if os.path.lexists(directory):
                 commit.fsync_directory(os.path.dirname(directory))
@@ -222,7 +225,7 @@ def read_local(directory: str, iteration: int, rank: int) -> tuple[Any, str | No
         )
     require_complete(checkpoint)
     tensors = []
-    for number in range(len(index.metadata.state_dict_metadata) - 1):
+    for number in range(len(index.names) - 1):
         saved = index.tensor(str(number))
         tensors.append(torch.empty(saved.shape, dtype=saved.dtype))
     requests = [

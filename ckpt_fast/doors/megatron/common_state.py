@@ -199,7 +199,7 @@ def read_common_state(checkpoint: OpenCheckpoint) -> dict[str, Any]:
     try:
         content = checkpoint.take(COMMON_FILE)
     except FileNotFoundError:
-        if COMMON_STATE_KEY not in checkpoint.contents.metadata.state_dict_metadata:
+        if COMMON_STATE_KEY not in checkpoint.index.names:
             raise CheckpointNotFoundError(
                 f"{path} is missing; the checkpoint is incomplete. Load an earlier iteration."
             ) from None

@@ -16,6 +16,7 @@ from ckpt_fast import compat
 from ckpt_fast.doors.megatron.common_state import COMMON_STATE_KEY, open_checkpoint, require_torch_dist
 from ckpt_fast.doors.megatron.sharded_state import ShardedLoad
 from ckpt_fast.errors import also_raised_as
+from ckpt_fast.pipeline.load.index import CheckpointIndex
 from ckpt_fast.pipeline.load.opened import OpenCheckpoint
 from ckpt_fast.pipeline.remove import remove_named
 from ckpt_fast.ranks.group import ControlGroup
@@ -35,6 +36,7 @@ class FastLoadStrategy(compat.TorchDistLoadShardedStrategy):  # type: ignore[mis
     def __init__(self, *options: Any, verify: bool | None = None, **named_options: Any) -> None:
         super().__init__(*options, **named_options)
         self._verify = verify
+        self._loaded: CheckpointIndex | None = None
         self._opened: OpenCheckpoint | None = None
         # Tensors of quantised kinds are made plain ones by Megatron-Core before they come here.
         self.stream_ckpt_dequant = False
@@ -61,7 +63,7 @@ class FastLoadStrategy(compat.TorchDistLoadShardedStrategy):  # type: ignore[mis
                 checkpoint = stack.enter_context(self._open(checkpoint_dir))
                 with checkpoint.named():
                     require_torch_dist(checkpoint)
-                    self.cached_global_metadata = checkpoint.index.metadata
+                    self._loaded = checkpoint.index
                     return checkpoint, ShardedLoad(sharded_state_dict, checkpoint.index)
 
             checkpoint, prepared = group.agree(prepare)
@@ -71,6 +73,16 @@ class FastLoadStrategy(compat.TorchDistLoadShardedStrategy):  # type: ignore[mis
                     return prepared.read(self._verify)
 
             return group.agree(read)
+
+    @property
+    def cached_global_metadata(self) -> Metadata | None:
+        """The metadata of the checkpoint that was loaded last; None before the first."""
+        return self._loaded.metadata if self._loaded is not None else None
+
+    @cached_global_metadata.setter
+    def cached_global_metadata(self, _none: None) -> None:
+        """Megatron-Core's constructor sets it to None."""
+        self._loaded = None
 
     @contextlib.contextmanager
     def reading(self, checkpoint: OpenCheckpoint) -> Iterator[None]:

@@ -199,7 +199,7 @@ def _make_up(whole: torch.Tensor, pieces: list[Any]) -> bool:
 
 def _requests(tensors: Iterable[Any], index: CheckpointIndex) -> Iterator[TensorRequest]:
     for entry in tensors:
-        saved = index.tensor(entry.key).shape
+        saved = index.tensor_shape(entry.key)
         if isinstance(entry, RowShard):
             _require_shape(entry, saved, index)
             yield TensorRequest(entry.key, entry.rows, tuple(entry.global_offset), _sizes(entry))

@@ -61,14 +61,36 @@ class Checks:
                 continue
             for block, (crc, wanted) in enumerate(zip(mine, crcs, strict=True)):
                 if crc not in (wanted, -1):
-                    raise CheckpointCorruptError(self._damage(check, block, crc, wanted))
+                    raw = check.raw
+                    damaged = block_of(raw.extent, block, raw.block_nbytes)
+                    raise CheckpointCorruptError(
+                        damage_message(self._index, check.name, check.item, damaged, crc, wanted)
+                    )
 
-    def _damage(self, check: _Check, block: int, crc: int, wanted: int) -> str:
-        begin = check.raw.extent.offset + block * check.raw.block_nbytes
-        end = min(begin + check.raw.block_nbytes, check.raw.extent.offset + check.raw.extent.nbytes)
-        save = self._index.manifest.save_id if self._index.manifest is not None else None
-        origin = f", or of another save than {save}, whose .metadata it is" if save else ""
-        return (
-            f"{check.name} in {self._index.directory}/{check.item.path} (bytes {begin} to {end}) has CRC-32 "
-            f"{crc:08x} instead of {wanted:08x}: the file is damaged{origin}. Load an earlier iteration."
-        )
+
+def damage_message(
+    index: CheckpointIndex, name: str, item: Extent, block: Extent, crc: int, wanted: int
+) -> str:
+    """Text of the error for bytes that are not what was saved.
+
+    Args:
+        index: the checkpoint.
+        name: of the tensor or object.
+        item: where it is.
+        block: the bytes.
+        crc, wanted: their CRC-32, and what it should be.
+    """
+    save = index.manifest.save_id if index.manifest is not None else None
+    origin = f", or of another save than {save}, whose .metadata it is" if save else ""
+    end = block.offset + block.nbytes
+    return (
+        f"{name} in {index.directory}/{item.path} (bytes {block.offset} to {end}) has CRC-32 {crc:08x} "
+        f"instead of {wanted:08x}: the file is damaged{origin}. Load an earlier iteration."
+    )
+
+
+def block_of(payload: Extent, number: int, block_nbytes: int) -> Extent:
+    """The block of this number of a payload that is cut into blocks of ``block_nbytes``."""
+    begin = number * block_nbytes
+    nbytes = min(block_nbytes, payload.nbytes - begin)
+    return Extent(payload.path, payload.offset + begin, nbytes)

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import pickle
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -47,18 +49,34 @@ class Sections(NamedTuple):
     identity: str
 
 
-class Contents(NamedTuple):
+class Contents:
     """The description of a checkpoint in its ``.metadata``.
 
-    Attributes:
-        metadata: torch DCP's table of contents.
+    Args:
+        unpickle: makes torch DCP's table of contents.
         manifest: of the save; None if somebody else, or an older version, wrote the checkpoint.
         identity: tells saves apart: the id of the save, or what its ``.metadata`` is like.
+
+    Attributes:
+        manifest, identity: as given.
     """
 
-    metadata: Metadata
-    manifest: Manifest | None
-    identity: str
+    def __init__(self, unpickle: Callable[[], Metadata], manifest: Manifest | None, identity: str) -> None:
+        self._unpickle: Callable[[], Metadata] | None = unpickle
+        self.manifest = manifest
+        self.identity = identity
+
+    @classmethod
+    def of(cls, metadata: Metadata) -> Contents:
+        """Metadata that somebody else has read; no manifest is known to belong to it."""
+        return cls(lambda: metadata, None, "")
+
+    @cached_property
+    def metadata(self) -> Metadata:
+        """torch DCP's table of contents, unpickled at the first use; errors as of ``read_contents``."""
+        assert self._unpickle is not None
+        metadata, self._unpickle = self._unpickle(), None
+        return metadata
 
 
 def read_dcp_metadata(directory: str, prefix: str = "") -> Metadata:
@@ -82,10 +100,20 @@ def read_contents(directory: str, prefix: str = "") -> Contents:
     return parse_contents(_read_sections(directory, name), os.path.join(directory, name))
 
 
-@without_collections
 def parse_contents(sections: Sections, path: str) -> Contents:
-    """``read_contents`` of what ``cut_metadata`` has made of the file at ``path``."""
+    """``read_contents`` of what ``cut_metadata`` has made of the file at ``path``.
+
+    The pickle is read at once only if there is no table, which says the same.
+    """
     pickled, manifest, identity = sections
+    contents = Contents(functools.partial(_unpickled, pickled, path), manifest, identity)
+    if manifest is None or not manifest.encoded_table:
+        _ = contents.metadata
+    return contents
+
+
+@without_collections
+def _unpickled(pickled: bytes, path: str) -> Metadata:
     try:
         metadata, end = unpickle_metadata(pickled)
     except UnsafeCheckpointError as error:
@@ -100,7 +128,7 @@ def parse_contents(sections: Sections, path: str) -> Contents:
             f"{path} is damaged: what stands behind the table of contents is no manifest. Load an earlier "
             "iteration."
         )
-    return Contents(metadata, manifest, identity)
+    return metadata
 
 
 def _read_sections(directory: str, name: str) -> Sections:

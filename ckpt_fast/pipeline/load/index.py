@@ -1,19 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A checkpoint's table of contents: its pieces, and the location of their raw bytes."""
+"""A checkpoint's table of contents: its pieces, and where their raw bytes are."""
 
 from __future__ import annotations
 
-import functools
-import itertools
 import math
 import os
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+import struct
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata
 
 from ckpt_fast.errors import CheckpointCorruptError, CheckpointMismatchError
 from ckpt_fast.format.archive import (
@@ -24,47 +22,18 @@ from ckpt_fast.format.archive import (
     local_header_nbytes,
     tensor_archive,
 )
-from ckpt_fast.format.consistency import Region, UsedBytes, require_apart
 from ckpt_fast.format.names import LAYOUT, LAYOUT_ATTRIBUTE, METADATA_FILE, SIDECAR_FILE
 from ckpt_fast.format.types import Extent
 from ckpt_fast.pipeline.load.decode import Contents, read_contents
+from ckpt_fast.pipeline.load.entries.columns import TableEntries
+from ckpt_fast.pipeline.load.entries.kinds import Entries, Item, Piece, SavedTensor
+from ckpt_fast.pipeline.load.entries.pickled import PickledEntries
 from ckpt_fast.pipeline.load.read import ByteArena, ReadProgram
 from ckpt_fast.pipeline.memory.garbage import without_collections
 from ckpt_fast.storage.files import Directory, Files
 from ckpt_fast.storage.versions import FileVersions
 
 _FOREIGN_TAIL_NBYTES = 1024
-_LARGEST_FILE = 1 << 62
-
-
-class Piece(NamedTuple):
-    """One saved shard of a tensor: its place in the whole, its extent in every dimension, its item.
-
-    ``transforms`` names the stream transforms (compression) that torch DCP applied to the item.
-    """
-
-    offsets: tuple[int, ...]
-    sizes: tuple[int, ...]
-    item: Extent
-    transforms: tuple[str, ...]
-
-
-class _Item(NamedTuple):
-    extent: Extent
-    transforms: tuple[str, ...]
-
-
-class SavedTensor(NamedTuple):
-    """A whole tensor as stored in the checkpoint.
-
-    The pieces lie inside it and have no element in common. They may leave some out: of a tensor that ranks
-    saved without each other, each knows its own pieces.
-    """
-
-    fqn: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    pieces: list[Piece]
 
 
 class RawData(NamedTuple):
@@ -85,6 +54,9 @@ class RawData(NamedTuple):
 
 class CheckpointIndex:
     """The parsed ``.metadata`` of one checkpoint directory.
+
+    Attributes:
+        table: the entries in columns, where the save has written a table.
 
     Args:
         directory: the checkpoint.
@@ -123,50 +95,50 @@ class CheckpointIndex:
             self.files.fetch((METADATA_FILE, SIDECAR_FILE))
             self.versions.note([METADATA_FILE])
             contents = read_contents(directory)
-        self.metadata = contents.metadata
+        self._contents = contents
         self.manifest = contents.manifest
         self.identity = contents.identity
-        self.nbytes = 0  # of all items
-        self._own_layout = getattr(self.metadata, LAYOUT_ATTRIBUTE, None) == LAYOUT
-        self._pieces: dict[str, dict[tuple[int, ...], _Item]] = defaultdict(dict)
-        self._objects: dict[str, _Item] = {}
         self._tensors: dict[str, SavedTensor] = {}
         self._pieces_at: dict[str, dict[tuple[int, ...], Piece]] = {}
+        self.table: TableEntries | None = None
         with self._contradictions_are_damage():
-            self._take_items()
-            self._require_an_item_for_each_piece()
+            if self.manifest is not None and self.manifest.table is not None:
+                self.table = TableEntries(self.manifest, self.manifest.table)
+            self._entries: Entries = self.table or PickledEntries(self.metadata)
 
-    def _take_items(self) -> None:
-        used = UsedBytes()
-        for index, info in (self.metadata.storage_data or {}).items():
-            item = _Item(_extent(info), tuple(getattr(info, "transform_descriptors", None) or ()))
-            self.nbytes += item.extent.nbytes
-            used.add(*item.extent)
-            if isinstance(self.metadata.state_dict_metadata[index.fqn], TensorStorageMetadata):
-                self._pieces[index.fqn][tuple(index.offset or ())] = item
-            else:
-                self._objects[index.fqn] = item
-        shared = used.shared()
-        if shared is not None:
-            names = sorted(
-                index.fqn
-                for index, info in self.metadata.storage_data.items()
-                if info.relative_path == shared[0] and info.offset <= shared[1] < info.offset + info.length
-            )
-            raise ValueError(f"{' and '.join(names[:2])} share bytes of {shared[0]} at {shared[1]}")
+    @property
+    def metadata(self) -> Metadata:
+        """torch DCP's metadata: unpickled at the first use."""
+        return self._contents.metadata
 
-    def _require_an_item_for_each_piece(self) -> None:
-        """Includes tensors that are not loaded: a damaged name or location can claim the bytes of another."""
-        for fqn, entry in self.metadata.state_dict_metadata.items():
-            if not isinstance(entry, TensorStorageMetadata):
-                if fqn not in self._objects:
-                    raise ValueError(f"{fqn} has no item")
-            elif len(self._pieces[fqn]) != len(entry.chunks):
-                # Sorted, since the hashes of places that somebody has chosen may all be equal.
-                places = itertools.groupby(sorted(tuple(chunk.offsets) for chunk in entry.chunks))
-                count = sum(1 for _ in places)
-                if len(self._pieces[fqn]) != count:
-                    raise ValueError(f"{fqn} has {len(self._pieces[fqn])} items for {count} pieces")
+    @property
+    def names(self) -> Collection[str]:
+        """Of all tensors and objects."""
+        return self._entries.names
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all items."""
+        return self._entries.nbytes
+
+    def shape(self, fqn: str) -> tuple[int, ...] | None:
+        """The shape of a saved tensor; None for an object. KeyError: there is neither."""
+        return self._entries.shape(fqn)
+
+    def tensor_shape(self, fqn: str) -> tuple[int, ...]:
+        """The shape of a saved tensor.
+
+        Raises:
+            CheckpointMismatchError: there is none of this name.
+        """
+        shape = self.shape(fqn) if fqn in self.names else None
+        if shape is None:
+            raise CheckpointMismatchError(missing_keys_message(self.directory, [fqn], self.names))
+        return shape
+
+    @property
+    def _own_layout(self) -> bool:
+        return self.table is not None or getattr(self.metadata, LAYOUT_ATTRIBUTE, None) == LAYOUT
 
     def tensor(self, fqn: str) -> SavedTensor:
         """The saved tensor of this name.
@@ -177,11 +149,11 @@ class CheckpointIndex:
         """
         tensor = self._tensors.get(fqn)
         if tensor is None:
-            entry = self.metadata.state_dict_metadata.get(fqn)
-            if not isinstance(entry, TensorStorageMetadata):
-                raise CheckpointMismatchError(missing_keys_message(self.directory, [fqn], self.metadata))
             with self._contradictions_are_damage():
-                tensor = self._tensors[fqn] = self._assemble(fqn, entry)
+                tensor = self._entries.tensor(fqn)
+            if tensor is None:
+                raise CheckpointMismatchError(missing_keys_message(self.directory, [fqn], self.names))
+            self._tensors[fqn] = tensor
         return tensor
 
     def piece(self, fqn: str, offsets: tuple[int, ...]) -> tuple[SavedTensor, Piece]:
@@ -221,40 +193,18 @@ class CheckpointIndex:
         """The stream transforms that were applied to a saved object; errors as of ``object_extent``."""
         return self._object(fqn).transforms
 
-    def _object(self, fqn: str) -> _Item:
-        if fqn not in self._objects:
-            raise CheckpointMismatchError(missing_keys_message(self.directory, [fqn], self.metadata))
-        return self._objects[fqn]
-
-    def _assemble(self, fqn: str, entry: TensorStorageMetadata) -> SavedTensor:
-        shape, dtype = _whole_numbers(entry.size), entry.properties.dtype
-        if not isinstance(dtype, torch.dtype):
-            raise ValueError(f"{fqn} has no dtype")
-        items, pieces = self._pieces[fqn], []
-        regions = [
-            Region(_whole_numbers(chunk.offsets), _whole_numbers(chunk.sizes)) for chunk in entry.chunks
-        ]
-        if len(regions) > 1:
-            regions = list(dict.fromkeys(regions))  # a replicated piece may be there more than once
-        for region in regions:
-            if not len(region.offsets) == len(region.sizes) == len(shape):
-                raise ValueError(f"a piece of {fqn} has another number of dimensions")
-            # A whole tensor may be stored without an offset.
-            item = items.get(region.offsets) or (items.get(()) if not any(region.offsets) else None)
-            if item is None:
-                raise ValueError(f"{fqn} has no item for its piece {region}")
-            pieces.append(Piece(*region, item.extent, item.transforms))
-        try:
-            require_apart(shape, regions)
-        except ValueError as error:
-            raise ValueError(f"{fqn}: {error}") from None
-        return SavedTensor(fqn, dtype, shape, pieces)
+    def _object(self, fqn: str) -> Item:
+        with self._contradictions_are_damage():
+            item = self._entries.object(fqn)
+        if item is None:
+            raise CheckpointMismatchError(missing_keys_message(self.directory, [fqn], self.names))
+        return item
 
     @contextmanager
     def _contradictions_are_damage(self) -> Iterator[None]:
         try:
             yield
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, struct.error) as error:
             what = f"nothing is known of {error}" if isinstance(error, KeyError) else error
             raise CheckpointCorruptError(
                 f"{self.directory}/.metadata makes no sense ({what}); load an earlier iteration"
@@ -342,40 +292,17 @@ class CheckpointIndex:
         return located
 
 
-def missing_keys_message(directory: str, keys: list[str], metadata: Metadata, remedy: str = "") -> str:
-    """Text of the error for names that a checkpoint does not have."""
+def missing_keys_message(directory: str, keys: list[str], names: Iterable[str], remedy: str = "") -> str:
+    """Text of the error for names that a checkpoint, which has others, does not have."""
     shown = ", ".join(sorted(keys)[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
     last = keys[0].rsplit(".", 1)[-1]
-    similar = sorted(key for key in metadata.state_dict_metadata if key.rsplit(".", 1)[-1] == last)[:3]
+    similar = sorted(key for key in names if key.rsplit(".", 1)[-1] == last)[:3]
     hint = f" It has, for example, {', '.join(similar)}." if similar else ""
     remedy = remedy or (
         "Load it into the model it was saved from, or choose a dist_ckpt_strictness that tolerates missing "
         "keys."
     )
     return f"the checkpoint {directory} has no {shown}.{hint} {remedy}"
-
-
-def _extent(info: Any) -> Extent:
-    """An item's location according to the metadata; ValueError if it is not valid in this directory."""
-    path, (offset, nbytes) = info.relative_path, _whole_numbers((info.offset, info.length))
-    _require_inside(path)
-    if offset + nbytes > _LARGEST_FILE:
-        raise ValueError(f"{path} cannot have {nbytes} bytes at {offset}")
-    return Extent(path, offset, nbytes)
-
-
-@functools.lru_cache(maxsize=1024)
-def _require_inside(path: object) -> None:
-    if not isinstance(path, str) or os.path.isabs(path) or ".." in path.split("/") or "\0" in path:
-        raise ValueError(f"{path!r} is no file of the checkpoint")
-
-
-def _whole_numbers(values: Iterable[Any]) -> tuple[int, ...]:
-    checked = tuple(values)
-    for value in checked:
-        if type(value) is not int or value < 0:
-            raise ValueError(f"{checked} are no sizes")
-    return checked
 
 
 def _last_bytes(item: Extent) -> Extent:

@@ -22,6 +22,7 @@ from ckpt_fast.pipeline.load.index import CheckpointIndex, RawData
 from ckpt_fast.pipeline.load.parts import Part, landing_nbytes, parts_of, require_memory
 from ckpt_fast.pipeline.load.place import Box, Destination, Reshaped, runs
 from ckpt_fast.pipeline.load.read import ByteArena, ReadProgram
+from ckpt_fast.pipeline.load.rows import WantedRows
 from ckpt_fast.pipeline.memory.garbage import without_collections
 from ckpt_fast.pipeline.memory.host_buffer import HostBuffer, host_buffers
 from ckpt_fast.ranks.group import ranks_on_this_node
@@ -86,12 +87,13 @@ class PreparedLoad:
     """A load that fits its checkpoint; no destination has been touched. From ``prepare``."""
 
     index: CheckpointIndex
+    rows: WantedRows
     parts: Sequence[Part]
     fqns: Sequence[str]
 
     def read(self, verify: bool | None = None) -> tuple[LoadReport, dict[str, bytes]]:
         """Fill the destinations, and return the bytes of the objects by name; see ``load_parts``."""
-        return load_parts(self.index, self.parts, self.fqns, verify)
+        return load_parts(self.index, self.parts, self.fqns, verify, self.rows)
 
     def read_objects(self, verify: bool | None = None) -> dict[str, Any]:
         """Fill the destinations, and return the objects by name; see ``load_tensors_and_objects``."""
@@ -117,14 +119,20 @@ def prepare(
     fqns = list(fqns)
     for fqn in fqns:
         index.object_extent(fqn)
-    for request in requests:
+    rows = WantedRows(index)
+    others = rows.take(requests)
+    for request in others:
         require_memory(request.fqn, request.destination)
-    return PreparedLoad(index, [part for request in requests for part in parts_of(index, request)], fqns)
+    return PreparedLoad(index, rows, [part for request in others for part in parts_of(index, request)], fqns)
 
 
 @without_collections
 def load_parts(
-    index: CheckpointIndex, parts: Sequence[Part], fqns: Iterable[str] = (), verify: bool | None = None
+    index: CheckpointIndex,
+    parts: Sequence[Part],
+    fqns: Iterable[str] = (),
+    verify: bool | None = None,
+    rows: WantedRows | None = None,
 ) -> tuple[LoadReport, dict[str, bytes]]:
     """``load_tensors_and_objects`` for callers that know the pieces already; objects are not decoded.
 
@@ -137,12 +145,14 @@ def load_parts(
     settings.Settings.warn_of_unknown()
     verify = settings.verify_on_load() if verify is None else verify
     report = LoadReport(index.directory)
+    rows = WantedRows(index) if rows is None else rows
     objects = {fqn: index.object_extent(fqn) for fqn in fqns}
     is_compared = verify and index.manifest is not None
     if not is_compared:
-        index.versions.note(item.path for item in (*objects.values(), *(part.piece.item for part in parts)))
+        items = (*objects.values(), *(part.piece.item for part in parts))
+        index.versions.note({*(item.path for item in items), *rows.paths()})
     located = index.locate((part.tensor.dtype, part.piece) for part in parts)
-    payloads = _Reader(index, report, verify).read(parts, objects, located)
+    payloads = _Reader(index, report, verify).read(rows, parts, objects, located)
     if not is_compared:
         index.versions.require_unchanged()
     report.seconds = time.perf_counter() - begin
@@ -193,12 +203,13 @@ class _Reader:
 
     def read(
         self,
+        rows: WantedRows,
         parts: Sequence[Part],
         objects: Mapping[str, Extent],
         located: Mapping[Extent, RawData | None],
     ) -> dict[str, bytes]:
         wanted = [_wanted(part, located[part.piece.item]) for part in parts]
-        may_be_direct = self._may_be_direct(wanted)
+        may_be_direct = self._may_be_direct(wanted, rows.nbytes())
         bound = settings.host_buffer_bytes()
         limit = _LANDING_NBYTES if bound is None else min(bound, _LANDING_NBYTES)
         waves = _cut_waves(wanted, limit)
@@ -208,19 +219,23 @@ class _Reader:
         try:
             for number, wave in enumerate(waves):
                 reading = _Wave(self._index, self._report, self._verify, buffer)
-                payloads |= reading.read(wave, objects if number == 0 else {}, may_be_direct)
+                is_first = number == 0
+                payloads |= reading.read(
+                    wave, rows if is_first else None, objects if is_first else {}, may_be_direct
+                )
         finally:
             if buffer is not None:
                 host_buffers.give_back(buffer, keep=False)
         return payloads
 
-    def _may_be_direct(self, wanted: Sequence[_Wanted]) -> bool:
+    def _may_be_direct(self, wanted: Sequence[_Wanted], more_nbytes: int) -> bool:
         """Whether to read from the device past the page cache, if the bytes are not in it: that is faster.
 
         They are not in it afterwards either. So ranks of one machine do so only if together they read no more
         than there is: if the same bytes are for several of them, the first brings them for all.
         """
         nbytes = sum(self._read_nbytes(each.part, each.raw) for each in wanted if each.raw is not None)
+        nbytes += more_nbytes
         return (
             settings.direct_io()
             and nbytes >= _MIN_DIRECT_NBYTES
@@ -252,9 +267,15 @@ class _Wave:
         self._whole: dict[Extent, tuple[int, list[Part]]] = {}  # items for torch.load, with their handles
 
     def read(
-        self, wanted: Sequence[_Wanted], objects: Mapping[str, Extent], may_be_direct: bool
+        self,
+        wanted: Sequence[_Wanted],
+        rows: WantedRows | None,
+        objects: Mapping[str, Extent],
+        may_be_direct: bool,
     ) -> dict[str, bytes]:
-        """Fill the parts' destinations; returns the objects' bytes by name."""
+        """Fill the destinations of parts and rows; returns the objects' bytes by name."""
+        if rows is not None:
+            rows.schedule(self._program, self._verify)
         handles = {fqn: self._schedule_object(fqn, item) for fqn, item in objects.items()}
         for part, raw, nbytes in wanted:
             if raw is None:
@@ -263,8 +284,11 @@ class _Wave:
                 self._schedule(part, raw, nbytes)
         crcs = self._program.run(may_be_direct and self._program.is_cold())
         self._report.nbytes += self._program.nbytes
-        self._report.verified += self._verify * len(wanted)
-        self._report.unverified += (not self._verify) * len(wanted)
+        count = len(wanted) + (len(rows) if rows is not None else 0)
+        self._report.verified += self._verify * count
+        self._report.unverified += (not self._verify) * count
+        if rows is not None and self._verify:
+            rows.compare(crcs)
         self._checks.compare(crcs)
         with torch.no_grad():
             for destination, source in self._copies:

@@ -120,7 +120,7 @@ class OpenCheckpoint:
     def contents(self) -> Contents:
         """The contents of ``.metadata``; errors as of ``read_contents``."""
         contents = parse_contents(self._sections, os.path.join(self.directory, METADATA_FILE))
-        self._sections = self._sections._replace(pickled=b"")
+        self._sections = self._sections._replace(pickled=b"")  # the contents let go of it once it is parsed
         return contents
 
     @cached_property

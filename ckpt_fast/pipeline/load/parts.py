@@ -11,7 +11,8 @@ import torch
 from ckpt_fast.errors import CheckpointCorruptError, CheckpointMismatchError
 from ckpt_fast.format.consistency import Region, missing_message
 from ckpt_fast.format.types import TensorRequest
-from ckpt_fast.pipeline.load.index import CheckpointIndex, Piece, SavedTensor
+from ckpt_fast.pipeline.load.entries.kinds import Piece, SavedTensor
+from ckpt_fast.pipeline.load.index import CheckpointIndex
 from ckpt_fast.pipeline.load.place import Box, Destination, Reshaped, is_addressable
 
 

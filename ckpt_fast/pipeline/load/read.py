@@ -12,6 +12,7 @@ import mmap
 import os
 import struct
 from array import array
+from collections.abc import Sequence
 
 from ckpt_fast import native, settings
 from ckpt_fast.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
@@ -47,6 +48,7 @@ class ReadProgram:
         self._range_file, self._range_offset = array("q"), array("q")
         self._range_nbytes, self._range_block = array("q"), array("q")
         self._range_of: dict[tuple[str, int], tuple[int, int]] = {}
+        self._unlisted = 0  # how many of the ranges, the last ones, are not in it
         self._block_count = 0
 
     def add(self, extent: Extent, address: int) -> None:
@@ -67,12 +69,51 @@ class ReadProgram:
         self._address.extend(runs.addresses)
         self.nbytes += count * runs.nbytes
 
+    def add_columns(
+        self,
+        paths: Sequence[str],
+        file: array[int],
+        offset: array[int],
+        nbytes: array[int],
+        address: array[int],
+        block_nbytes: int | None,
+    ) -> int:
+        """``add`` for many extents of which no two share a byte, and ``check`` that each is one payload.
+
+        Args:
+            paths: of the files.
+            file: for each extent, an index into ``paths``.
+            offset, nbytes, address: one for each extent.
+            block_nbytes: None if nothing is to be checked.
+
+        Returns:
+            The first of their blocks in what ``run`` returns; the others follow in the order of the extents.
+        """
+        number = {each: self._paths.setdefault(paths[each], len(self._paths)) for each in sorted(set(file))}
+        files = array("q", map(number.__getitem__, file))
+        self._file.extend(files)
+        self._offset.extend(offset)
+        self._nbytes.extend(nbytes)
+        self._address.extend(address)
+        self.nbytes += sum(nbytes)
+        first = self._block_count
+        if block_nbytes is not None:
+            self._range_file.extend(files)
+            self._range_offset.extend(offset)
+            self._range_nbytes.extend(nbytes)
+            self._range_block.extend(array("q", [block_nbytes]) * len(files))
+            self._block_count += sum(-(-each // block_nbytes) for each in nbytes)
+            self._unlisted += len(files)
+        return first
+
     def check(self, payload: Extent, block_nbytes: int) -> tuple[int, int]:
         """Of what is read, read the blocks of ``payload`` that it touches whole, for their checksums.
 
         Returns:
             (first, end) of the payload's blocks in what ``run`` returns.
         """
+        if self._unlisted:
+            self._list_ranges()
         known = self._range_of.get((payload.path, payload.offset))
         if known is not None:
             return known
@@ -86,6 +127,15 @@ class ReadProgram:
         self._block_count += -(-payload.nbytes // block_nbytes)
         self._range_of[payload.path, payload.offset] = (first, self._block_count)
         return first, self._block_count
+
+    def _list_ranges(self) -> None:
+        """Let ``check`` find the ranges that came in columns."""
+        paths, end = list(self._paths), self._block_count
+        for row in reversed(range(len(self._range_file) - self._unlisted, len(self._range_file))):
+            first = end + -self._range_nbytes[row] // self._range_block[row]
+            self._range_of[paths[self._range_file[row]], self._range_offset[row]] = (first, end)
+            end = first
+        self._unlisted = 0
 
     def is_cold(self) -> bool:
         """Whether the device would have to be asked for most of this, as the page cache says of samples."""

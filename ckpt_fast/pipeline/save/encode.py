@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.metadata import (
 from ckpt_fast.errors import CheckpointMismatchError
 from ckpt_fast.format.consistency import Region, require_apart, tile
 from ckpt_fast.format.names import LAYOUT, LAYOUT_ATTRIBUTE
+from ckpt_fast.format.table import TableBuilder
 from ckpt_fast.format.types import ItemRecord
 from ckpt_fast.pipeline.memory.garbage import without_collections
 from ckpt_fast.pipeline.save.plan import FilePlan
@@ -141,7 +142,11 @@ class WriteProgram:
 
 @without_collections
 def encode_metadata(
-    records: Iterable[ItemRecord], planner_data: Mapping[str, Any] | None = None, *, partial: bool = False
+    records: Iterable[ItemRecord],
+    planner_data: Mapping[str, Any] | None = None,
+    *,
+    partial: bool = False,
+    table: TableBuilder | None = None,
 ) -> bytes:
     """The pickle in ``.metadata``: readable by torch DCP of any version from 2.6 on, naming no class of ours.
 
@@ -149,6 +154,7 @@ def encode_metadata(
         records: the items of all ranks.
         planner_data: torch DCP's flattened-name to path mapping; None for Megatron-Core checkpoints.
         partial: see ``SaveOptions``.
+        table: gets a row for each item.
 
     Raises:
         CheckpointMismatchError: two ranks disagree on a tensor's shape or dtype, or wrote the same piece, or
@@ -159,10 +165,15 @@ def encode_metadata(
     shared = _SharedParts()
     for record in records:
         entry = _entry(tensors, record, shared)
+        is_left_out = record.dtype is not None and (
+            0 in record.sizes and bool(entry.chunks or 0 not in record.global_shape)
+        )
+        if table is not None:
+            table.add(record, is_left_out=is_left_out)
         if record.dtype is None:
             index = MetadataIndex(record.fqn)
         else:
-            if 0 in record.sizes and (entry.chunks or 0 not in record.global_shape):
+            if is_left_out:
                 continue  # where there are more ranks than rows, pieces are empty and may share an offset
             chunk = shared.chunk(record.offsets, record.sizes)
             index = MetadataIndex(record.fqn, chunk.offsets, len(entry.chunks))
@@ -285,6 +296,8 @@ def _require_complete(tensors: Mapping[str, Any], partial: bool) -> None:
             continue
         shape = tuple(entry.size)
         wanted, written = math.prod(shape), sum(chunk.sizes.numel() for chunk in entry.chunks)
+        if wanted == 0:
+            continue
         if written > wanted or (written < wanted and not partial):
             problem = f"the ranks wrote {written} of the {wanted} elements of {fqn} {shape}"
         elif not (tile if written == wanted else _are_apart)(shape, entry.chunks):

@@ -24,11 +24,10 @@ from ckpt_fast.jobs.report import SaveReport
 from ckpt_fast.jobs.worker import LEAVE_S, Worker
 from ckpt_fast.pipeline.memory.device_copy import BLOCKING, StagingPolicy
 from ckpt_fast.pipeline.save import seal
-from ckpt_fast.pipeline.save.encode import encode_metadata
 from ckpt_fast.pipeline.save.parts import Completion, SaveOptions, Share
 from ckpt_fast.pipeline.save.plan import file_prefix
 from ckpt_fast.pipeline.save.program import SaveProgram
-from ckpt_fast.pipeline.save.sealed import SealedMetadata
+from ckpt_fast.pipeline.save.sealed import EncodedContents, SealedMetadata, encode_contents
 from ckpt_fast.pipeline.save.waves import Waves
 from ckpt_fast.ranks.group import ControlGroup, Outcome
 from ckpt_fast.settings import Settings
@@ -302,8 +301,8 @@ class Save(PublishedJob[tuple[bool, float]]):
             return self._written
         return replace(self._written, value=replace(record, items=program.items(), is_known=False))
 
-    def _metadata(self, records: Sequence[RankRecord], sealed: SealedMetadata | None) -> bytes:
-        """The pickle in ``.metadata``."""
+    def _contents(self, records: Sequence[RankRecord], sealed: SealedMetadata | None) -> EncodedContents:
+        """The table of contents."""
         if sealed is not None:
             return sealed.encode(records)
         program, partial = self._program, self._options.partial
@@ -313,8 +312,7 @@ class Save(PublishedJob[tuple[bool, float]]):
                 with contextlib.suppress(ValueError):
                     program.sealed = SealedMetadata(records, self._planner_data, partial=partial)
                     return program.sealed.encode(records)
-        items = (item for record in records for item in record.items)
-        return encode_metadata(items, self._planner_data, partial=partial)
+        return encode_contents(records, self._planner_data, partial=partial)
 
     def _publish(self, records: Sequence[RankRecord], sealed: SealedMetadata | None) -> tuple[bool, float]:
         """Seal the checkpoint, and let others choose it.
@@ -327,7 +325,7 @@ class Save(PublishedJob[tuple[bool, float]]):
             Whether the ranks may leave out their items next time; seconds since the save began.
         """
         progress = self._waves.progress
-        metadata = self._metadata(records, sealed)
+        contents = self._contents(records, sealed)
         files = [file for record in records for file in record.files]
         self._require_all_present(files)
         completion = self._completion
@@ -339,8 +337,9 @@ class Save(PublishedJob[tuple[bool, float]]):
             [digests for record in records for digests in record.digests],
             beside=[file for record in records for file in record.beside],
             notes=completion.notes,
+            encoded_table=contents.table,
         )
-        seal.seal(self._files, metadata, manifest, completion.seal_files, progress=progress)
+        seal.seal(self._files, contents.pickled, manifest, completion.seal_files, progress=progress)
         with renaming(self.directory, progress):
             self._files.take_place()
             completion.select()

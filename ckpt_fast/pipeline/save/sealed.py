@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ``.metadata`` of programs that were executed before: the same pickle, with new lengths of objects."""
+"""What stands in ``.metadata`` beside the manifest: a pickle and a table, made once for the same programs."""
 
 from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
-from ckpt_fast.format.types import RankRecord
+from ckpt_fast.format.table import TableBuilder, bound_to
+from ckpt_fast.format.types import ItemRecord, RankRecord
 from ckpt_fast.pipeline.save.encode import encode_metadata
 
 # Pickled as four bytes, so is every length that later takes its place. The last byte is a mark that hardly
@@ -18,6 +19,50 @@ _MARKS = (0x5A, 0x6B, 0x7C, 0x3D)
 _MOST = 1 << 24
 # With the room that an object has to grow, its length is still one of four bytes.
 _LONGEST = 1 << 30
+
+
+class EncodedContents(NamedTuple):
+    """A table of contents as it is stored.
+
+    Attributes:
+        pickled: for everybody.
+        table: of the pickle, for ckpt_fast; empty if there is none.
+    """
+
+    pickled: bytes
+    table: bytes
+
+
+def encode_contents(
+    records: Sequence[RankRecord], planner_data: Mapping[str, Any] | None, *, partial: bool = False
+) -> EncodedContents:
+    """The table of contents of what all ranks have written.
+
+    Args:
+        records: of all ranks in rank order, with their items.
+        planner_data, partial: see ``encode_metadata``.
+
+    Raises:
+        CheckpointMismatchError: see ``encode_metadata``.
+    """
+    items = (item for record in records for item in record.items)
+    pickled, table = _encode(records, items, planner_data, partial)
+    return EncodedContents(pickled, bound_to(table, pickled) if table else b"")
+
+
+def _encode(
+    records: Sequence[RankRecord],
+    items: Iterable[ItemRecord],
+    planner_data: Mapping[str, Any] | None,
+    partial: bool,
+) -> tuple[bytes, bytes]:
+    builder = TableBuilder()
+    pickled = encode_metadata(items, planner_data, partial=partial, table=builder)
+    payloads = [offset for record in records for digests in record.digests for offset in digests.offset]
+    begins = [item.extent.offset for record in records for item in record.items]
+    if len(begins) != len(payloads):  # somebody else's records
+        return pickled, b""
+    return pickled, builder.encode([a == b for a, b in zip(begins, payloads, strict=True)]) or b""
 
 
 class SealedMetadata:
@@ -53,7 +98,7 @@ class SealedMetadata:
         if any(records[rank].items[position].extent.nbytes > _LONGEST for rank, position in self._objects):
             raise ValueError(f"an object is longer than {_LONGEST} bytes")
         for mark in _MARKS:
-            pickled = encode_metadata(_marked(records, mark), planner_data, partial=partial)
+            pickled, self._table = _encode(records, _marked(records, mark), planner_data, partial)
             places = _places(pickled, mark, len(self._objects))
             if places is not None:
                 self._pickled, self._places = pickled, places
@@ -70,8 +115,8 @@ class SealedMetadata:
             and (partial or not self._partial)
         )
 
-    def encode(self, records: Sequence[RankRecord]) -> bytes:
-        """The pickle for what the ranks have written now.
+    def encode(self, records: Sequence[RankRecord]) -> EncodedContents:
+        """The table of contents of what the ranks have written now.
 
         Args:
             records: they ``fit``; their items are not needed.
@@ -80,7 +125,8 @@ class SealedMetadata:
         for place, (rank, position) in zip(self._places, self._objects, strict=True):
             (digests,) = records[rank].digests
             _INT.pack_into(pickled, place, digests.nbytes[position])
-        return bytes(pickled)
+        encoded = bytes(pickled)
+        return EncodedContents(encoded, bound_to(self._table, encoded) if self._table else b"")
 
 
 def _programs(records: Sequence[RankRecord]) -> list[str]:

@@ -304,7 +304,7 @@ def _sharded_objects(part: Any) -> list[Any]:
 
 def _saved_names(checkpoint: OpenCheckpoint) -> Collection[str]:
     with checkpoint.named():
-        return checkpoint.index.metadata.state_dict_metadata.keys()
+        return checkpoint.index.names
 
 
 def is_peft_resume(cfg: Any, located: Located) -> bool:

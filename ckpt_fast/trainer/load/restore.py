@@ -61,8 +61,7 @@ def _has_arguments(located: Located) -> bool:
     """Whether the arguments of Megatron-LM are in the checkpoint. Local."""
     if located.kind is CheckpointType.GLOBAL:
         return ARGUMENTS in located.common
-    names = located.opened.contents.metadata.state_dict_metadata
-    return any(name.partition(".")[0] == ARGUMENTS for name in names)
+    return any(name.partition(".")[0] == ARGUMENTS for name in located.opened.index.names)
 
 
 def _require_same_iteration(step: int, path: str, located: Located) -> None:

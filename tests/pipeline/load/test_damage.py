@@ -226,7 +226,7 @@ def test_an_item_is_missing(ours: Path) -> None:
     lost = next(index for index in metadata.storage_data if index.fqn == "flat" and index.offset == (20,))
     del metadata.storage_data[lost]
     with pytest.raises(CheckpointCorruptError, match=r"makes no sense \(flat has 1 items for 2 pieces\)"):
-        CheckpointIndex(str(ours), Contents(metadata, None, ""))
+        CheckpointIndex(str(ours), Contents.of(metadata))
 
 
 def test_a_shard_is_missing(ours: Path) -> None:
@@ -234,7 +234,7 @@ def test_a_shard_is_missing(ours: Path) -> None:
     lost = next(index for index in metadata.storage_data if index.fqn == "flat" and index.offset == (20,))
     del metadata.storage_data[lost]
     del metadata.state_dict_metadata["flat"].chunks[lost.index]
-    index = CheckpointIndex(str(ours), Contents(metadata, None, ""))
+    index = CheckpointIndex(str(ours), Contents.of(metadata))
     message = r"has only 20 of the 40 elements of flat at \(0,\), and none of \(20,\) at \(20,\)"
     with pytest.raises(CheckpointCorruptError, match=message):
         load_tensors(index, [TensorRequest("flat", torch.zeros_like(FLAT), (0,))])

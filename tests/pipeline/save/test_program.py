@@ -199,7 +199,7 @@ def test_a_number_that_looks_like_a_mark(monkeypatch: pytest.MonkeyPatch) -> Non
     (record,) = records
     odd = record.items[0]._replace(extent=record.items[0].extent._replace(offset=sealed._MARKS[0] << 24))
     record.items[0] = odd
-    pickled = SealedMetadata(records, None).encode(records_of([7, 80_000]))
+    pickled = SealedMetadata(records, None).encode(records_of([7, 80_000])).pickled
     lengths = re.findall(rb"J(....)", pickled, re.DOTALL)
     assert {(7).to_bytes(4, "little"), (80_000).to_bytes(4, "little")} <= set(lengths)
     monkeypatch.setattr(sealed, "_MARKS", sealed._MARKS[:1])

@@ -8,11 +8,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner_helpers import _init_state_dict
 
 from ckpt_fast.doors.dcp.agreement import report_unasked, require_same_save
-from ckpt_fast.doors.dcp.direct.local_state import Flattened, is_stateful, shards_of_tensor
+from ckpt_fast.doors.dcp.direct.local_state import PLAIN_TENSORS, Flattened, is_stateful, shards_of_tensor
 from ckpt_fast.errors import CheckpointMismatchError
 from ckpt_fast.format.types import TensorRequest
 from ckpt_fast.pipeline.load.index import CheckpointIndex, missing_keys_message
@@ -79,19 +78,23 @@ class _Loading:
         self._values = values
         flat = Flattened(values)
         flat.require_unique()
-        saved = self._index.metadata.state_dict_metadata
+        index = self._index
         missing, misfits = [], []
         with torch.no_grad():
             for name, value, parent, key in zip(
                 flat.names, flat.values, flat.parents, flat.keys, strict=True
             ):
-                entry = saved.get(name)
-                if entry is None:
+                try:
+                    shape = index.shape(name)
+                except KeyError:
                     missing.append(name)
-                elif not isinstance(value, torch.Tensor) and isinstance(entry, BytesStorageMetadata):
+                    continue
+                if not isinstance(value, torch.Tensor) and shape is None:
                     self._objects.append((name, parent.container, key))
-                elif not isinstance(value, torch.Tensor) or not _fits(value, entry):
-                    misfits.append(_misfit(name, value, entry))
+                elif not isinstance(value, torch.Tensor) or value.size() != shape:
+                    misfits.append(_misfit(name, value, shape))
+                elif type(value) in PLAIN_TENSORS and not value.is_meta:
+                    self._requests.append(TensorRequest(name, value, (0,) * len(shape)))
                 else:
                     target = value
                     if not isinstance(value, ShardedTensor) and value.is_meta:
@@ -111,11 +114,10 @@ class _Loading:
             remedy = (
                 "Load it into what was saved, or pass allow_partial_load=True to leave the rest as it is."
             )
-            raise CheckpointMismatchError(
-                missing_keys_message(self._directory, missing, self._index.metadata, remedy)
-            )
-        asked = [name for name in flat.names if name in saved]
-        self.seen = _Seen(self._index.identity, None if len(asked) == len(saved) else asked)
+            raise CheckpointMismatchError(missing_keys_message(self._directory, missing, index.names, remedy))
+        left_out = set(missing)
+        asked = [name for name in flat.names if name not in left_out]
+        self.seen = _Seen(index.identity, None if len(asked) == len(index.names) else asked)
 
     def agree(self, seen: list[_Seen]) -> None:
         """Coordinator. All ranks see one save; what none of them asks for is reported."""
@@ -145,14 +147,9 @@ class _Loading:
         return self._values
 
 
-def _fits(tensor: torch.Tensor, entry: Any) -> bool:
-    return isinstance(entry, TensorStorageMetadata) and entry.size == tensor.size()
-
-
-def _misfit(name: str, value: Any, entry: Any) -> str:
+def _misfit(name: str, value: Any, shape: tuple[int, ...] | None) -> str:
     wanted = f"a tensor of shape {tuple(value.size())}" if isinstance(value, torch.Tensor) else "an object"
-    is_tensor = isinstance(entry, TensorStorageMetadata)
-    saved = f"a tensor of shape {tuple(entry.size)}" if is_tensor else "an object"
+    saved = "an object" if shape is None else f"a tensor of shape {shape}"
     return f"{name} is {wanted} there and {saved} in the checkpoint"
 
 

@@ -28,7 +28,7 @@ from ckpt_fast.pipeline.save.plan import is_plain
 from ckpt_fast.pipeline.save.program import memory_of
 
 # What a state dict mostly consists of, told by its type alone.
-_WHOLE = frozenset((torch.Tensor, torch.nn.Parameter))
+PLAIN_TENSORS = frozenset((torch.Tensor, torch.nn.Parameter))
 _MOST_LAYOUTS = 1 << 16
 
 
@@ -79,7 +79,7 @@ class Flattened:
         names, values, parents, keys = self.names, self.values, self.parents, self.keys
         for key, value in items:
             name = prefix + (key if type(key) is str else str(key))
-            if type(value) not in _WHOLE and not isinstance(value, torch.Tensor):
+            if type(value) not in PLAIN_TENSORS and not isinstance(value, torch.Tensor):
                 if isinstance(value, Mapping):
                     self._enter(Parent(value, (*parent.path, _step(parent, key))), value.items(), name)
                     continue
@@ -146,12 +146,12 @@ class LocalState:
         self.names, self.values, self.places = names, values, places
         with torch.no_grad():
             for name, value in zip(flat.names, flat.values, strict=True):
-                if type(value) not in _WHOLE and isinstance(value, torch.Tensor):
+                if type(value) not in PLAIN_TENSORS and isinstance(value, torch.Tensor):
                     self._add_shards(name, value)
                     continue
                 names.append(name)
                 values.append(value)
-                places.append(None if type(value) in _WHOLE else ())
+                places.append(None if type(value) in PLAIN_TENSORS else ())
 
     def _add_shards(self, name: str, tensor: torch.Tensor) -> None:
         shape = tuple(tensor.size())
@@ -187,7 +187,7 @@ class LocalState:
             for name, value, place in zip(self.names, self.values, self.places, strict=True):
                 if place == ():
                     rows.append(name)
-                elif (type(value) in _WHOLE and value.layout is torch.strided) or is_plain(value):
+                elif (type(value) in PLAIN_TENSORS and value.layout is torch.strided) or is_plain(value):
                     rows.append((name, place, value.is_meta, *memory_of(value)))
                 else:  # stored by torch itself, so no save program is made of it
                     rows.append((name, place, id(value.dtype), tuple(value.shape)))
@@ -201,7 +201,7 @@ class LocalState:
 
 def shards_of_tensor(name: str, tensor: torch.Tensor) -> Sequence[tuple[Region, torch.Tensor]]:
     """This rank's shards of a tensor of any kind: their places, and the memory itself."""
-    if type(tensor) in _WHOLE:
+    if type(tensor) in PLAIN_TENSORS:
         return [(Region((0,) * tensor.dim(), tuple(tensor.shape)), tensor)]
     if isinstance(tensor, DTensor) and type(tensor._local_tensor) is torch.Tensor:
         return [(region, tensor._local_tensor) for region in _layouts.regions(tensor)]
@@ -220,7 +220,7 @@ def regions_of(value: object) -> Sequence[Region]:
     """The places of this rank's shards of a tensor, as torch's planners see them; none of another value."""
     if not isinstance(value, torch.Tensor):
         return []
-    if type(value) in _WHOLE:
+    if type(value) in PLAIN_TENSORS:
         return [Region((0,) * value.dim(), tuple(value.shape))]
     if isinstance(value, DTensor) and type(value._local_tensor) is torch.Tensor:
         return _layouts.regions(value)
