@@ -121,7 +121,7 @@ def fsync(descriptor: int) -> None:
         os.fsync(descriptor)
 
 
-def invalidate(directory: str, rank: int | None = None) -> None:
+def invalidate(directory: str, rank: int | None = None, *, sync_names: bool = True) -> None:
     """Empty ``directory`` of an earlier checkpoint's payload, its seal first; create it when missing.
 
     Only files that a checkpoint payload consists of are removed; foreign files stay.
@@ -129,6 +129,8 @@ def invalidate(directory: str, rank: int | None = None) -> None:
     Args:
         directory: the checkpoint.
         rank: given by a rank that saves without the others; of the data files it removes just its own.
+        sync_names: make the name of a directory that is created durable; else somebody does so later, with
+            ``make_directory``.
 
     Raises:
         CheckpointWriteError: the directory cannot be created or cleaned, or is not one of a file system.
@@ -141,7 +143,7 @@ def invalidate(directory: str, rank: int | None = None) -> None:
             filename=directory,
         )
     try:
-        make_directory(os.path.abspath(directory))
+        make_directory(os.path.abspath(directory), sync_names=sync_names)
         names = set(os.listdir(directory))
         own = (f"__{rank}_", f".__{rank}_")
         for seal in seals_among(names, rank):
@@ -272,23 +274,26 @@ def _unlink(path: str) -> bool:
 _durable: set[str] = set()
 
 
-def make_directory(path: str) -> None:
+def make_directory(path: str, *, sync_names: bool = True) -> None:
     """Create a directory, and those above it that are missing, so that they outlive a power failure.
 
     So do those that were there: the program may have made them, or a save that ended before it synced them.
+
+    Args:
+        path: the directory.
+        sync_names: without it, what is created may be gone after a power failure.
     """
     if not os.path.isdir(path):
         parent = os.path.dirname(path)
         if not os.path.isdir(parent):
-            make_directory(parent)
+            make_directory(parent, sync_names=sync_names)
         with contextlib.suppress(FileExistsError):
             os.mkdir(path)
         if not os.path.isdir(path):
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
-        fsync_directory(parent)
-        _durable.add(path)
-        path = parent
-    _sync_names_above(path)
+        _durable.discard(path)  # it was removed, if it was there
+    if sync_names:
+        _sync_names_above(path)
 
 
 def _sync_names_above(path: str) -> None:

@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import NamedTuple, Protocol
 
 from ckpt_fast import native
+from ckpt_fast.errors import CheckpointWriteError
 from ckpt_fast.format.types import FileRecord
 from ckpt_fast.storage import commit, replacement
 from ckpt_fast.storage.small_files import LARGEST_FILE, read_small_file
@@ -57,6 +58,9 @@ class Files(Protocol):
         Returns:
             For ``write_to``: where all ranks are to write meanwhile. None: an older one is invalidated.
         """
+
+    def sync_names(self) -> None:
+        """Coordinator. What ``prepare`` has created outlives a power failure from now on."""
 
     def write_to(self, place: str) -> None:
         """Local. What ``prepare`` has returned to the coordinator."""
@@ -167,8 +171,27 @@ class Directory:
                 self.name,
                 why_not,
             )
-        commit.invalidate(self.name)
+        # A sync waits for whatever else is being written, and training would wait with it.
+        commit.invalidate(self.name, sync_names=False)
         return None
+
+    def sync_names(self) -> None:
+        """Make the name of the directory that ``prepare`` may have created durable.
+
+        Raises:
+            CheckpointWriteError: it cannot be done.
+        """
+        if self.directory != self.name:  # created beside an older one, and synced then
+            return
+        try:
+            commit.make_directory(os.path.abspath(self.directory))
+        except OSError as error:
+            raise CheckpointWriteError(
+                f"cannot make the directory {self.directory} durable: {error.strerror or error} "
+                f"({error.filename}). The checkpoint was not published.",
+                error.errno,
+                error.filename or self.directory,
+            ) from error
 
     def write_to(self, place: str) -> None:
         """``directory`` is ``place`` from now on."""

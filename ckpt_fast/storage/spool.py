@@ -113,6 +113,9 @@ class Spool:
             names = [name for name in self._remote.sizes() if "/" not in name]
         self.delete((*commit.seals_among(names), *filter(commit.is_payload, names)))
 
+    def sync_names(self) -> None:
+        """Nothing: there are no directories."""
+
     def write_to(self, place: str) -> None:
         """Never asked."""
 

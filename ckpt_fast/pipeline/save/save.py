@@ -326,6 +326,7 @@ class Save(PublishedJob[tuple[bool, float]]):
         """
         progress = self._waves.progress
         contents = self._contents(records, sealed)
+        self._files.sync_names()
         files = [file for record in records for file in record.files]
         self._require_all_present(files)
         completion = self._completion

@@ -18,6 +18,7 @@ from ckpt_fast.format.types import ObjectShard, TensorRequest, TensorShard
 from ckpt_fast.pipeline.load.index import CheckpointIndex
 from ckpt_fast.pipeline.load.load import load_tensors
 from ckpt_fast.pipeline.save.seal import last_report
+from ckpt_fast.storage import commit
 from tests.manifests import manifest_lies
 from tests.pipeline.layouts import PLAIN_DTYPES, random_tensor, same, save_tensors, whole
 from tests.saves import new_save, save
@@ -50,6 +51,26 @@ def test_files_of_a_checkpoint(tmp_path: Path) -> None:
     assert report.directory == str(tmp_path / "new")
     assert 0 < report.stall_s == report.seconds
     assert {"prepare", "plan", "stage", "encode", "write", "commit"} <= set(report.steps)
+
+
+def test_training_does_not_wait_until_a_new_directory_is_durable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sync may wait for all else that a busy drive is to write; the seal must not appear before it."""
+    calls: list[str] = []
+    sync, seal = commit.fsync_directory, commit.write_in_order
+    monkeypatch.setattr(commit, "fsync_directory", lambda path: (calls.append(path), sync(path)))
+    monkeypatch.setattr(
+        commit, "write_in_order", lambda *args, **named: (calls.append("seal"), seal(*args, **named))
+    )
+    job = new_save([whole("w", torch.ones(3))], str(tmp_path / "run" / "iter_0000001"), snapshot=True)
+    job.stage()
+    assert calls == []
+    job.write()
+    calls.clear()
+    job.commit()
+    first = calls.index("seal")
+    assert calls[:first] == [str(tmp_path / "run"), str(tmp_path), *calls[2:first]]
 
 
 def test_manifest_describes_the_files(tmp_path: Path) -> None:
