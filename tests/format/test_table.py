@@ -20,6 +20,7 @@ from ckpt_fast.format.types import Extent, ItemRecord, ObjectShard, TensorReques
 from ckpt_fast.pipeline.load.decode import Contents
 from ckpt_fast.pipeline.load.index import CheckpointIndex
 from ckpt_fast.pipeline.load.load import load_objects, load_tensors
+from ckpt_fast.pipeline.load.verify import verify
 from tests.manifests import manifest_of
 from tests.pipeline.layouts import random_tensor, same
 from tests.saves import save
@@ -280,3 +281,14 @@ def test_a_name_that_cannot_be_stored(tmp_path: Path) -> None:
     loaded = torch.zeros(2)
     load_tensors(CheckpointIndex(str(tmp_path)), [TensorRequest("a\0b", loaded, (0,))])
     assert same(loaded, torch.ones(2))
+
+
+def test_verify_compares_table_and_pickle(tmp_path: Path) -> None:
+    saved_pieces(tmp_path)
+    assert verify(tmp_path).is_sound
+    rewritten(
+        tmp_path, lambda _: table_of(OBJECT, A1._replace(offsets=(2, 0)), A2._replace(offsets=(0, 0)), B)
+    )
+    report = verify(tmp_path)
+    assert report.damages == (f"{tmp_path}/.metadata: table and pickle disagree on a",)
+    assert verify(tmp_path, deep=False).is_sound

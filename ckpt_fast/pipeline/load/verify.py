@@ -14,10 +14,13 @@ import torch
 
 from ckpt_fast import native, settings
 from ckpt_fast.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
-from ckpt_fast.format.names import DATA_SUFFIX
+from ckpt_fast.format.names import DATA_SUFFIX, METADATA_FILE
 from ckpt_fast.format.types import FileRecord
 from ckpt_fast.jobs.worker import interruptibly
+from ckpt_fast.pipeline.load.entries.kinds import SavedTensor
+from ckpt_fast.pipeline.load.entries.pickled import PickledEntries
 from ckpt_fast.pipeline.load.foreign import ContentCheck, structural_damage
+from ckpt_fast.pipeline.load.index import CheckpointIndex
 from ckpt_fast.pipeline.load.opened import OpenCheckpoint
 from ckpt_fast.storage.files import Directory
 
@@ -102,7 +105,10 @@ def verify(path: str | os.PathLike[str], deep: bool = True) -> VerifyReport:
         with OpenCheckpoint(Directory(directory)) as checkpoint:
             records = checkpoint.records()
             if records is not None:
-                return VerifyReport(directory, tuple(_own_damage(directory, records, deep)), deep=deep)
+                damages = list(_own_damage(directory, records, deep))
+                if deep:
+                    damages.extend(_contradictions(checkpoint.index))
+                return VerifyReport(directory, tuple(damages), deep=deep)
             index = checkpoint.index
             damages = list(structural_damage(index))
             content = ContentCheck(index)
@@ -138,6 +144,22 @@ def _own_damage(directory: str, records: Sequence[FileRecord], deep: bool) -> It
             damage = _content_damage(directory, record)
             if damage is not None:
                 yield damage
+
+
+def _contradictions(index: CheckpointIndex) -> Iterator[str]:
+    """The defects of a checkpoint whose two tables of contents differ."""
+    table = index.table
+    if table is None:
+        return
+    pickled = PickledEntries(index.metadata)
+    for name in dict.fromkeys((*table.names, *pickled.names)):
+        mine, other = ((each.tensor(name), each.object(name)) for each in (table, pickled))
+        if _sorted(mine[0]) != _sorted(other[0]) or mine[1] != other[1]:
+            yield f"{os.path.join(index.directory, METADATA_FILE)}: table and pickle disagree on {name}"
+
+
+def _sorted(tensor: SavedTensor | None) -> SavedTensor | None:
+    return None if tensor is None else tensor._replace(pieces=sorted(tensor.pieces))
 
 
 def _difference(checkpoint: OpenCheckpoint, record: FileRecord) -> str | None:
