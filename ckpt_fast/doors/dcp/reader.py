@@ -51,17 +51,17 @@ class FastStorageReader(StorageReader):
 
     Args:
         path: checkpoint directory, written by FastStorageWriter or by torch's own writer.
-        extension_registry: torch DCP's registry of stream transforms (compression), where torch's writer has
+        _extension_registry: torch DCP's registry of stream transforms (compression), where torch's writer has
             used some that torch itself does not know.
         checkpoint: the checkpoint at ``path``, if it is open already.
     """
 
     def __init__(
-        self, path: StrPath, extension_registry: Any = None, checkpoint: OpenCheckpoint | None = None
+        self, path: StrPath, _extension_registry: Any = None, checkpoint: OpenCheckpoint | None = None
     ) -> None:
         super().__init__()
         self._path = absolute(path)
-        self._extensions = extension_registry
+        self._extensions = _extension_registry
         self._opened = checkpoint
         self._index: CheckpointIndex | None = None
         self._contents: Contents | None = None

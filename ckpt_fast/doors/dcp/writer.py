@@ -10,6 +10,7 @@ import os
 import threading
 import time
 import uuid
+from collections.abc import Sequence
 from typing import Any
 
 from torch.distributed.checkpoint.filesystem import _StoragePrefix
@@ -74,17 +75,28 @@ class FastStorageWriter(AsyncStager, StorageWriter):
     Saves in the background may overlap: each goes to the directory it was started for, from its own copy of
     the state dict. (With several ranks they need a process group each, as in torch.)
 
+    The arguments are those of torch's FileSystemWriter, in its order.
+
     Args:
         path: checkpoint directory. An older checkpoint of torch DCP in it is one until this one is published,
             which then has other data files; any other ends before anything is written, and so it does where
             there is no room for both.
+        single_file_per_rank: no effect: a rank writes ``thread_count`` files, never one for each tensor.
+        sync_files: no effect: files are durable before the checkpoint is published. ``CKPT_FAST_FSYNC=0``
+            gives that up.
         thread_count: files per rank; None: as many as are fastest there.
-        overwrite: False refuses a directory that holds a complete checkpoint.
+        per_thread_copy_ahead: no effect; ``CKPT_FAST_HOST_BUFFER`` limits host memory.
         cache_staged_state_dict: keep the host memory that ``dcp.async_save`` copies into, for the next save
             of this process; False frees it once it is written.
+        overwrite: False refuses a directory that holds a complete checkpoint.
+        _extensions: stream transforms (compression): none.
+        serialization_format: torch's own, which is also the default.
 
     Attributes:
         report: of the newest save that this rank has begun to write; None before.
+
+    Raises:
+        ValueError: stream transforms, or another serialization format, are asked for.
     """
 
     # ``stage`` returns when the copy is complete.
@@ -93,11 +105,26 @@ class FastStorageWriter(AsyncStager, StorageWriter):
     def __init__(
         self,
         path: StrPath,
+        single_file_per_rank: bool = True,
+        sync_files: bool = True,
         thread_count: int | None = None,
-        overwrite: bool = True,
+        per_thread_copy_ahead: int = 10_000_000,
         cache_staged_state_dict: bool = True,
+        overwrite: bool = True,
+        _extensions: Sequence[Any] | None = None,
+        serialization_format: Any = None,
     ) -> None:
         super().__init__()
+        if _extensions:
+            raise ValueError(
+                f"FastStorageWriter applies no stream transforms, and {len(_extensions)} are asked for in "
+                "_extensions: leave them out, or save with torch's FileSystemWriter"
+            )
+        if getattr(serialization_format, "value", "torch_save") != "torch_save":
+            raise ValueError(
+                f"FastStorageWriter cannot write {serialization_format}: leave it out, or save with torch's "
+                "FileSystemWriter"
+            )
         self._thread_count = thread_count
         self._overwrite = overwrite
         self._keep_buffer = cache_staged_state_dict

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import io
 import pickle
 import zipfile
@@ -43,7 +44,7 @@ if HAVE_TRANSFORMS:
     from tests.doors.dcp.transforms import Inverted, registry
 
     WRITERS["stock-transformed"] = lambda path: dcp.FileSystemWriter(path, _extensions=[Inverted()])
-    READERS["ours"] = lambda path: FastStorageReader(path, extension_registry=registry())
+    READERS["ours"] = lambda path: FastStorageReader(path, _extension_registry=registry())
     READERS["stock"] = lambda path: dcp.FileSystemReader(path, _extension_registry=registry())
 PAIRS = [(writer, reader) for writer in WRITERS for reader in READERS if "ours" in writer + reader]
 
@@ -348,3 +349,30 @@ def test_fast_path_is_taken_for_stock_items(tmp_path: Path) -> None:
         tensor = index.tensor(fqn)
         located = index.locate([(tensor.dtype, piece) for piece in tensor.pieces])
         assert [raw is not None for raw in located.values()] == [fast], fqn
+
+
+@pytest.mark.parametrize(
+    ("ours", "stock"), [(FastStorageWriter, dcp.FileSystemWriter), (FastStorageReader, dcp.FileSystemReader)]
+)
+def test_arguments_are_those_of_torch(ours: type, stock: type) -> None:
+    """What is passed by position, or by name, means the same to both."""
+    mine = list(inspect.signature(ours).parameters)
+    theirs = list(inspect.signature(stock).parameters)
+    assert mine[: len(theirs)] == theirs
+
+
+def test_arguments_by_position(tmp_path: Path) -> None:
+    writer = FastStorageWriter(tmp_path, False, False, 2, 1000, True, False)
+    dcp.save({f"w{n}": torch.ones(5) for n in range(4)}, storage_writer=writer)
+    assert len(list(tmp_path.glob("*.distcp"))) == 2
+    with pytest.raises(CheckpointException, match="overwrite"):
+        dcp.save({"w": torch.ones(5)}, storage_writer=writer)
+
+
+def test_what_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no stream transforms, and 1 are asked for"):
+        FastStorageWriter(tmp_path, _extensions=[object()])
+    formats = pytest.importorskip("torch.distributed.checkpoint.filesystem").SerializationFormat
+    FastStorageWriter(tmp_path, serialization_format=formats.TORCH_SAVE)
+    with pytest.raises(ValueError, match="cannot write"):
+        FastStorageWriter(tmp_path, serialization_format=formats.SAFETENSORS)
