@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import re
 import struct
+import zlib
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -98,10 +100,12 @@ class SealedMetadata:
         if any(records[rank].items[position].extent.nbytes > _LONGEST for rank, position in self._objects):
             raise ValueError(f"an object is longer than {_LONGEST} bytes")
         for mark in _MARKS:
-            pickled, self._table = _encode(records, _marked(records, mark), planner_data, partial)
+            pickled, table = _encode(records, _marked(records, mark), planner_data, partial)
             places = _places(pickled, mark, len(self._objects))
             if places is not None:
-                self._pickled, self._places = pickled, places
+                # A seventh of the memory, for as long as the program is kept.
+                self._pickled, self._table = (zlib.compress(each, 1) for each in (pickled, table))
+                self._places = array("q", places)
                 return
         raise ValueError("the lengths of objects cannot be told from other numbers")
 
@@ -121,12 +125,12 @@ class SealedMetadata:
         Args:
             records: they ``fit``; their items are not needed.
         """
-        pickled = bytearray(self._pickled)
+        pickled, table = bytearray(zlib.decompress(self._pickled)), zlib.decompress(self._table)
         for place, (rank, position) in zip(self._places, self._objects, strict=True):
             (digests,) = records[rank].digests
             _INT.pack_into(pickled, place, digests.nbytes[position])
         encoded = bytes(pickled)
-        return EncodedContents(encoded, bound_to(self._table, encoded) if self._table else b"")
+        return EncodedContents(encoded, bound_to(table, encoded) if table else b"")
 
 
 def _programs(records: Sequence[RankRecord]) -> list[str]:
