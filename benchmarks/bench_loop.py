@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from training.savers import Saver
 
 HELD_UP, LATER, DURABLE = "held up", "later", "durable"
-NO_SAVE, MEMCPY = "no save", "memcpy of the same bytes"
+NO_SAVE, MEMCPY = "limit: no save", "limit: memcpy of the same bytes"
 _REFERENCE = "mcore async, temporary writer"
 _STEPS_BEFORE, _STEPS_WITHOUT = 3, 10
 
@@ -118,9 +118,8 @@ def measure(options: argparse.Namespace, report: harness.Report) -> None:
     reasons = {saver.name: saver.available() for saver in everyone}
     present = [saver for saver in everyone if not reasons[saver.name]]
     contestants = [no_save(loop, options.saves), memcpy(loop, options.saves)]
-    references = len(contestants)
     contestants += [contestant(saver, loop, shared[0] / "checkpoint", options.saves) for saver in present]
-    contestants = contestants[:references] + harness.selected(contestants[references:], options.only)
+    contestants = harness.selected(contestants, options.only)
     times = harness.measure(contestants, options.rounds)
     for saver in present:
         saver.close()

@@ -45,7 +45,7 @@ class Contestant:
             figure if it does several things.
         before: untimed preparation of every round.
         after: untimed clean-up of every round.
-        check: raises if ``run`` did not do its job; called once, after the warm-up round.
+        check: raises if ``run`` did not do its job; called after warm-up rounds.
         nbytes: bytes that one run moves, if different from the table's.
     """
 
@@ -57,8 +57,8 @@ class Contestant:
     nbytes: int | None = None
 
 
-def measure(contestants: Sequence[Contestant], rounds: int, seed: int = 0) -> Times:
-    """Run ``rounds`` rounds after a warm-up round.
+def measure(contestants: Sequence[Contestant], rounds: int, seed: int = 0, warm_ups: int = 1) -> Times:
+    """Run ``rounds`` rounds after ``warm_ups`` others.
 
     Returns:
         Seconds by figure (``TOTAL`` is the whole run), contestant and round.
@@ -68,15 +68,15 @@ def measure(contestants: Sequence[Contestant], rounds: int, seed: int = 0) -> Ti
     # Freeze everything imported so far, so that no collection walks it again.
     gc.collect()
     gc.freeze()
-    for number in range(rounds + 1):
+    for number in range(1 - warm_ups, rounds + 1):
         shuffle(order)
         for contestant in order:
-            figures = _run_once(contestant, is_warm_up=number == 0)
+            figures = _run_once(contestant, is_warm_up=number <= 0)
             if number > 0:
                 for figure, seconds in figures.items():
                     many = seconds if isinstance(seconds, Sequence) else [seconds]
                     times[figure][contestant.name] += many
-        _progress(f"round {number} of {rounds}")
+        _progress(f"round {max(number, 0)} of {rounds}")
     gc.unfreeze()
     return times
 
@@ -162,6 +162,7 @@ def side_by_side(
     names: Sequence[str],
     nbytes: int,
     reference: tuple[str, str] | None = None,
+    by: str = "",
 ) -> tuple[list[str], list[Table]]:
     """Return one printed table of several figures, in milliseconds, and the measurements of each.
 
@@ -171,8 +172,9 @@ def side_by_side(
         names: the contestants, in the order of the rows. One that lacks a figure has a dash there.
         nbytes: bytes that one run moves.
         reference: a figure and a contestant: a last column says how many times less of it the others take.
+        by: what the names count, if they are numbers.
     """
-    rows = [["", *(f"{figure}, ms" for figure in times)]]
+    rows = [[by, *(f"{figure}, ms" for figure in times)]]
     rows[0] += [f"faster than {reference[1]}"] if reference else []
     for name in names:
         row = [name, *(_spread(seconds.get(name)) for seconds in times.values())]
@@ -182,7 +184,7 @@ def side_by_side(
             row.append("-" if not theirs or not mine else f"{_median_ratio(theirs, mine):.1f}x")
         rows.append(row)
     tables = [
-        Table(title, dict.fromkeys(seconds, nbytes), seconds, None, None, [], figure)
+        Table(title, dict.fromkeys(seconds, nbytes), seconds, None, None, [], figure, by)
         for figure, seconds in times.items()
     ]
     return [title, *_aligned(rows)], tables
@@ -191,8 +193,12 @@ def side_by_side(
 def _spread(seconds: Sequence[float] | None) -> str:
     if not seconds:
         return "-"
-    middle, least, most = (f"{value * 1e3:.0f}" for value in (median(seconds), min(seconds), max(seconds)))
+    middle, least, most = map(_milliseconds, (median(seconds), min(seconds), max(seconds)))
     return f"{middle} ({least} to {most})"
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:.{int(abs(seconds) < 0.01)}f}"
 
 
 def _median_ratio(theirs: Sequence[float], mine: Sequence[float]) -> float:
@@ -309,8 +315,9 @@ def quiet(keep: Path) -> Iterator[None]:
         try:
             yield
         except BaseException:
-            text = keep.read_bytes()
-            os.write(saved[1], text)
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os.write(saved[1], keep.read_bytes())
             raise
         finally:
             sys.stdout.flush()
