@@ -218,14 +218,22 @@ class Dcp(FutureSaver):
     def __init__(self, reuse: bool) -> None:
         super().__init__()
         self.name = "dcp.async_save, plan and memory kept" if reuse else "dcp.async_save"
-        self._options: dict[str, Any] = {}
-        if reuse:
-            self._options["planner"] = dcp.DefaultSavePlanner(enable_plan_caching=True)
-            self._options["async_stager"] = DefaultStager(StagingOptions(False, False, False, False))
+        self._stager = DefaultStager(StagingOptions(False, False, False, False)) if reuse else None
+        self._planner = dcp.DefaultSavePlanner(enable_plan_caching=True) if reuse else None
 
     def _start(self, state_dict: dict[str, Any], path: Path) -> Any:
         writer = dcp.FileSystemWriter(path, thread_count=_THREADS)
-        return dcp.async_save(state_dict, storage_writer=writer, process_group=self._group, **self._options)
+        return dcp.async_save(
+            state_dict,
+            storage_writer=writer,
+            planner=self._planner,
+            process_group=self._group,
+            async_stager=self._stager,
+        )
+
+    def close(self) -> None:
+        if self._stager:
+            self._stager.close()
 
 
 def everyone() -> list[Saver]:
