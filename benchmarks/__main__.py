@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run a selection that takes a few minutes, each benchmark in a process of its own: ``make bench``.
+"""Run a selection that takes about an hour, each benchmark in a process of its own: ``make bench``.
 
     python -m benchmarks [DIRECTORY FOR REPORTS]
 
@@ -14,6 +14,8 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+_LOOP = ["bench_loop.py", "--rounds", "3", "--saves", "1"]
+_FEW_LARGE_LAYERS = ["--layers", "12", "--hidden-size", "512"]
 _MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else tempfile.gettempdir()
 # Script and arguments, by the name of the report.
 RUNS = {
@@ -24,14 +26,17 @@ RUNS = {
     "load": ["bench_load.py"],
     "load-many": ["bench_load.py", "--many", "--gigabytes", "0.27", "--rounds", "3"],
     "stall": ["bench_stall.py"],
+    "loop": _LOOP,
+    "loop-12-layers": [*_LOOP, *_FEW_LARGE_LAYERS],
+    "growth": ["bench_growth.py"],
     "plan": ["bench_plan.py", "--rounds", "1"],
     "glu": ["bench_glu.py"],
 }
 # The same with two ranks.
 ON_TWO_RANKS = {
     "stall-2-ranks": ["bench_stall.py"],
-    "loop": ["bench_loop.py"],
-    "loop-12-layers": ["bench_loop.py", "--layers", "12", "--hidden-size", "512"],
+    "loop-2-ranks": _LOOP,
+    "loop-12-layers-2-ranks": [*_LOOP, *_FEW_LARGE_LAYERS],
 }
 PARTS = ["bench_parts.py"]
 

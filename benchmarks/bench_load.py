@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import harness
-import limits
-import machine
 import rivals
 import states
 import torch
+from hardware import limits, machine
 
 from ckpt_fast import settings
 from ckpt_fast.doors.megatron import torch_dist

@@ -16,10 +16,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import limits
 import pytest
 import states
 import torch
+from hardware import limits
 
 from ckpt_fast import native, settings
 from ckpt_fast.format import manifest

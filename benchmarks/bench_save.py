@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import harness
-import limits
-import machine
 import rivals
 import states
+from hardware import limits, machine
 
 from ckpt_fast import settings
 

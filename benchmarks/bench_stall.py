@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import harness
-import limits
 import rivals
 import states
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from hardware import limits
 
 from ckpt_fast import FastStorageWriter, compat, settings
 from ckpt_fast.doors.megatron import torch_dist
@@ -222,30 +222,12 @@ def undisturbed_step(state: states.State) -> harness.Contestant:
 
 def memcpy(state: states.State) -> harness.Contestant:
     """Return a contestant that copies all bytes into reused memory, page-locked if they are on a GPU."""
-    source = list(state.values())
-    if source[0].is_cuda:
-        return to_pinned_memory(state)
-    copies = list(states.empty_like(state).values())
-    move = limits.copier(copies, source, limits.Threads(settings.io_threads()))
+    move = limits.to_host(list(state.values()), limits.Threads(settings.io_threads()))
 
     def run() -> dict[str, float]:
         dist.barrier()
         begin = time.perf_counter()
         move()
-        return slowest({BLOCKED: time.perf_counter() - begin})
-
-    return harness.Contestant("limit: memcpy", run)
-
-
-def to_pinned_memory(state: states.State) -> harness.Contestant:
-    pinned = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in state.values()]
-
-    def run() -> dict[str, float]:
-        dist.barrier()
-        begin = time.perf_counter()
-        for tensor, copy in zip(state.values(), pinned, strict=True):
-            copy.copy_(tensor, non_blocking=True)
-        torch.cuda.synchronize()
         return slowest({BLOCKED: time.perf_counter() - begin})
 
     return harness.Contestant("limit: memcpy", run)

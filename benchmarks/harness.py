@@ -12,20 +12,21 @@ import atexit
 import gc
 import json
 import math
+import os
 import random
 import shutil
 import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
-import machine
+from hardware import machine
 
 TOTAL = "total"
 Times = dict[str, dict[str, list[float]]]
@@ -40,23 +41,24 @@ class Contestant:
 
     Attributes:
         name: its row in the table.
-        run: what is timed. It may return seconds by figure if one number is not enough.
+        run: what is timed. It may return seconds by figure if one number is not enough, or several of each
+            figure if it does several things.
         before: untimed preparation of every round.
         after: untimed clean-up of every round.
-        check: raises if ``run`` did not do its job; called once, after the warm-up round.
+        check: raises if ``run`` did not do its job; called after warm-up rounds.
         nbytes: bytes that one run moves, if different from the table's.
     """
 
     name: str
-    run: Callable[[], Mapping[str, float] | None]
+    run: Callable[[], Mapping[str, float | Sequence[float]] | None]
     before: Callable[[], None] = _nothing
     after: Callable[[], None] = _nothing
     check: Callable[[], None] = _nothing
     nbytes: int | None = None
 
 
-def measure(contestants: Sequence[Contestant], rounds: int, seed: int = 0) -> Times:
-    """Run ``rounds`` rounds after a warm-up round.
+def measure(contestants: Sequence[Contestant], rounds: int, seed: int = 0, warm_ups: int = 1) -> Times:
+    """Run ``rounds`` rounds after ``warm_ups`` others.
 
     Returns:
         Seconds by figure (``TOTAL`` is the whole run), contestant and round.
@@ -66,19 +68,20 @@ def measure(contestants: Sequence[Contestant], rounds: int, seed: int = 0) -> Ti
     # Freeze everything imported so far, so that no collection walks it again.
     gc.collect()
     gc.freeze()
-    for number in range(rounds + 1):
+    for number in range(1 - warm_ups, rounds + 1):
         shuffle(order)
         for contestant in order:
-            figures = _run_once(contestant, is_warm_up=number == 0)
+            figures = _run_once(contestant, is_warm_up=number <= 0)
             if number > 0:
                 for figure, seconds in figures.items():
-                    times[figure][contestant.name].append(seconds)
-        _progress(f"round {number} of {rounds}")
+                    many = seconds if isinstance(seconds, Sequence) else [seconds]
+                    times[figure][contestant.name] += many
+        _progress(f"round {max(number, 0)} of {rounds}")
     gc.unfreeze()
     return times
 
 
-def _run_once(contestant: Contestant, is_warm_up: bool) -> dict[str, float]:
+def _run_once(contestant: Contestant, is_warm_up: bool) -> dict[str, float | Sequence[float]]:
     contestant.before()
     # Garbage of one contestant must not be collected in the time of the next.
     gc.collect()
@@ -139,6 +142,8 @@ class Table(NamedTuple):
     """What ``table`` returns: the measurements, and how they are printed.
 
     ``nbytes`` and ``seconds`` are by contestant; ``reference`` and ``limit`` are names of contestants.
+    ``figure`` is what was measured, if the title does not say it. ``by`` is what the names in ``seconds``
+    count, if they are numbers.
     """
 
     title: str
@@ -147,6 +152,57 @@ class Table(NamedTuple):
     reference: str | None
     limit: str | None
     rows: list[str]
+    figure: str = ""
+    by: str = ""
+
+
+def side_by_side(
+    title: str,
+    times: Mapping[str, Mapping[str, Sequence[float]]],
+    names: Sequence[str],
+    nbytes: int,
+    reference: tuple[str, str] | None = None,
+    by: str = "",
+) -> tuple[list[str], list[Table]]:
+    """Return one printed table of several figures, in milliseconds, and the measurements of each.
+
+    Args:
+        title: what one run does.
+        times: seconds by figure, contestant and round, as ``measure`` returns them; a column for each figure.
+        names: the contestants, in the order of the rows. One that lacks a figure has a dash there.
+        nbytes: bytes that one run moves.
+        reference: a figure and a contestant: a last column says how many times less of it the others take.
+        by: what the names count, if they are numbers.
+    """
+    rows = [[by, *(f"{figure}, ms" for figure in times)]]
+    rows[0] += [f"faster than {reference[1]}"] if reference else []
+    for name in names:
+        row = [name, *(_spread(seconds.get(name)) for seconds in times.values())]
+        if reference:
+            figure, other = reference
+            theirs, mine = times[figure].get(other), times[figure].get(name)
+            row.append("-" if not theirs or not mine else f"{_median_ratio(theirs, mine):.1f}x")
+        rows.append(row)
+    tables = [
+        Table(title, dict.fromkeys(seconds, nbytes), seconds, None, None, [], figure, by)
+        for figure, seconds in times.items()
+    ]
+    return [title, *_aligned(rows)], tables
+
+
+def _spread(seconds: Sequence[float] | None) -> str:
+    if not seconds:
+        return "-"
+    middle, least, most = map(_milliseconds, (median(seconds), min(seconds), max(seconds)))
+    return f"{middle} ({least} to {most})"
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:.{int(abs(seconds) < 0.01)}f}"
+
+
+def _median_ratio(theirs: Sequence[float], mine: Sequence[float]) -> float:
+    return median(_ratio(t, m) for t, m in zip(theirs, mine, strict=True))
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -174,6 +230,10 @@ class Report:
             self._tables.append(part)
             part = [part.title, *part.rows]
         self._lines += ["", *part]
+
+    def record(self, tables: Sequence[Table]) -> None:
+        """Write these measurements to ``--output``, without printing them."""
+        self._tables += tables
 
     def finish(self) -> None:
         """Print everything and, if ``--output`` is given, write it there, with a JSON file of all times."""
@@ -239,7 +299,39 @@ def selected(contestants: Sequence[Contestant], only: str) -> list[Contestant]:
     ]
 
 
+@contextmanager
+def quiet(keep: Path) -> Iterator[None]:
+    """Write what is printed meanwhile, by whatever thread or child process, to the file ``keep`` instead.
+
+    If an exception ends it, all that is printed after all. Progress is shown as before.
+    """
+    global _terminal
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = os.dup(1), os.dup(2)
+    with keep.open("wb") as file, os.fdopen(os.dup(2), "w") as _terminal:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os.write(saved[1], keep.read_bytes())
+            raise
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for number, descriptor in enumerate(saved, start=1):
+                os.dup2(descriptor, number)
+                os.close(descriptor)
+            _terminal = sys.stderr
+
+
+_terminal = sys.stderr
+
+
 def _progress(text: str) -> None:
     with suppress(OSError):
-        if sys.stderr.isatty():
-            print(text, end="\r", file=sys.stderr, flush=True)
+        if _terminal.isatty():
+            print(text, end="\r", file=_terminal, flush=True)

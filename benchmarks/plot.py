@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draw the reports of a directory: gigabytes per second of every contestant, with the limit marked.
+"""Draw the reports of a directory.
 
     python benchmarks/plot.py benchmarks/results
 
-Only tables of whole saves and loads are drawn, which have a limit; the picture is ``throughput.svg``.
+``throughput.svg`` has gigabytes per second of every contestant, with the limit marked, from tables that have
+a limit: whole saves and loads. ``growth.svg`` has the report of bench_growth: milliseconds by the number of
+tensors, without those of the memcpy.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from statistics import median
+from statistics import linear_regression, median
 from typing import Any
 
 import matplotlib
@@ -25,9 +27,9 @@ OURS, LIMIT, RIVAL = "#2a7f4f", "#555555", "#b8c4ce"
 
 
 def tables(results: Path) -> list[dict[str, Any]]:
-    """Return the tables to draw, in the order of their file names."""
+    """Return the tables of all reports, in the order of their file names."""
     reports = [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
-    return [table for report in reports for table in report["tables"] if table["limit"]]
+    return [table for report in reports for table in report["tables"]]
 
 
 def draw(axes: Any, table: dict[str, Any]) -> None:
@@ -50,18 +52,57 @@ def draw(axes: Any, table: dict[str, Any]) -> None:
     axes.margins(x=0.12)
 
 
-def main() -> None:
-    results = Path(sys.argv[1])
-    drawn = tables(results)
-    if not drawn:
-        sys.exit(f"{results} has no reports to draw; run python -m benchmarks {results}")
+def draw_growth(axes: Any, drawn: list[dict[str, Any]]) -> None:
+    """Draw tables whose names are numbers as lines of what they take beyond the limit, with their slopes."""
+    (limit,) = (table["seconds"] for table in drawn if table["figure"].startswith("limit"))
+    for table in drawn:
+        if table["seconds"] is limit:
+            continue
+        beyond = {
+            int(count): [(value - median(limit[count])) * 1e3 for value in seconds]
+            for count, seconds in table["seconds"].items()
+        }
+        counts, middles = list(beyond), [median(values) for values in beyond.values()]
+        spread = [
+            [middle - min(values) for middle, values in zip(middles, beyond.values(), strict=True)],
+            [max(values) - middle for middle, values in zip(middles, beyond.values(), strict=True)],
+        ]
+        slope = linear_regression(counts, middles).slope
+        name = f"{table['figure']}: {slope * 1e3:.1f} µs per tensor"
+        axes.errorbar(counts, middles, spread, label=name, marker="o", capsize=3)
+    axes.set_title(f"{drawn[0]['title']}, beyond a memcpy", loc="left", fontsize=10)
+    axes.set_xlabel(drawn[0]["by"])
+    axes.set_ylabel("ms")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+
+
+def draw_throughput(drawn: list[dict[str, Any]]) -> Any:
+    """Return a figure with one chart for each table."""
     heights = [0.3 * len(table["seconds"]) + 0.9 for table in drawn]
     figure, rows = pyplot.subplots(
         len(drawn), 1, figsize=(8, sum(heights)), height_ratios=heights, squeeze=False, layout="constrained"
     )
     for axes, table in zip(rows[:, 0], drawn, strict=True):
         draw(axes, table)
-    figure.savefig(results / "throughput.svg", metadata={"Date": None})
+    return figure
+
+
+def main() -> None:
+    results = Path(sys.argv[1])
+    everything = tables(results)
+    bars = [table for table in everything if table["limit"]]
+    lines = [table for table in everything if table.get("by")]
+    if not bars and not lines:
+        sys.exit(f"{results} has no reports to draw; run python -m benchmarks {results}")
+    figures = {}
+    if bars:
+        figures["throughput.svg"] = draw_throughput(bars)
+    if lines:
+        figures["growth.svg"], axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
+        draw_growth(axes, lines)
+    for name, figure in figures.items():
+        figure.savefig(results / name, metadata={"Date": None})
 
 
 if __name__ == "__main__":

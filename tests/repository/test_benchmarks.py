@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
+SMALL_COUNTS = ["--counts", "40", "80"]
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 TINY = ["--gigabytes", "0.002", "--rounds", "1"]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone"]
 
 
 def run(command: list[str], **environment: str) -> str:
@@ -30,13 +32,18 @@ def run(command: list[str], **environment: str) -> str:
     return result.stdout
 
 
-def run_script(script: str, path: Path, *arguments: str) -> str:
-    """Return the report of one script, which must leave nothing else behind."""
-    report, work = path / "report.txt", path / "work"
+def run_script(
+    script: str, path: Path, *arguments: str, ranks: int = 1, name: str = "report", is_quiet: bool = False
+) -> str:
+    """Return the report of one script, which must leave nothing else behind, nor print more if quiet."""
+    report, work = path / f"{name}.txt", path / "work"
     where = ["--path", str(work), "--output", str(report)]
-    output = run([str(BENCHMARKS / script), *TINY, *where, *arguments])
+    launcher = [*TORCHRUN, f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    output = run([*launcher, str(BENCHMARKS / script), *TINY, *where, *arguments], OMP_NUM_THREADS="1")
     assert list(work.iterdir()) == []
     assert report.read_text() in output
+    if is_quiet:
+        assert output.strip() == report.read_text().strip()
     for table in json.loads(report.with_suffix(".json").read_text())["tables"]:
         assert table["title"] in output and set(table["nbytes"]) == set(table["seconds"])
     return report.read_text()
@@ -61,9 +68,12 @@ def test_load(tmp_path: Path) -> None:
 def test_plot(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     run_script("bench_save.py", tmp_path)
+    run_script("bench_growth.py", tmp_path, *SMALL_COUNTS, name="growth")
     run([str(BENCHMARKS / "plot.py"), str(tmp_path)])
     picture = (tmp_path / "throughput.svg").read_text()
     assert "durable save" in picture and "ckpt_fast DCP" in picture
+    picture = (tmp_path / "growth.svg").read_text()
+    assert "save_checkpoint: " in picture and "µs per tensor" in picture
 
 
 @pytest.mark.long
@@ -74,12 +84,37 @@ def test_stall(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-def test_loop(tmp_path: Path) -> None:
-    report = run_script("bench_loop.py", tmp_path, "--layers", "2")
-    for title in ("training is held up", "later steps take longer", "from the call until durable"):
-        assert title in report
-    for name in ("limit: memcpy", "ckpt_fast ", "mcore async", "dcp.async_save"):
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_loop(tmp_path: Path, ranks: int) -> None:
+    """Every contestant takes part, or is named with the reason; each has left a checkpoint."""
+    report = run_script(
+        "bench_loop.py", tmp_path, "--layers", "2", "--saves", "1", ranks=ranks, is_quiet=True
+    )
+    assert f"GPT of 2 layers of 64, bf16 with Adam: 100 tensors, 2 MB, {ranks} rank" in report
+    for column in ("held up, ms", "later, ms", "durable, ms"):
+        assert column in report
+    for name in ("limit: no save", "limit: memcpy", "ckpt_fast ", "mcore async", "dcp.async_save"):
         assert f"\n  {name}" in report
+    for name in ("mcore async, persistent writer", "nvrx async, temporary writer"):
+        assert f"\n  {name}" in report or f"\nnot measured: {name} (" in report
+
+
+@pytest.mark.long
+def test_loop_shows_what_was_printed_before_it_failed(tmp_path: Path) -> None:
+    command = [str(BENCHMARKS / "bench_loop.py"), "--layers", "2", "--hidden-size", "7"]
+    result = subprocess.run(
+        [sys.executable, *command, "--path", str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert result.returncode != 0
+    assert "hidden_size" in result.stderr or "num_attention_heads" in result.stderr
+
+
+@pytest.mark.long
+def test_growth(tmp_path: Path) -> None:
+    report = run_script("bench_growth.py", tmp_path, *SMALL_COUNTS, is_quiet=True)
+    for name in ("ckpt_fast.async_save", "save_checkpoint"):
+        assert f"{name}, ms" in report and f"{name}: " in report
+    assert report.count("us per tensor") == 2
 
 
 @pytest.mark.long

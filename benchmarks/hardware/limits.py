@@ -140,6 +140,20 @@ def copier(
     return lambda: threads.each(move) if owners else None
 
 
+def to_host(sources: Sequence[torch.Tensor], threads: Threads) -> Callable[[], None]:
+    """Return a copy of tensors into reused host memory: a memcpy, or from a GPU into page-locked memory."""
+    if not sources[0].is_cuda:
+        return copier([torch.zeros_like(source) for source in sources], sources, threads)
+    pinned = [torch.empty(source.shape, dtype=source.dtype, pin_memory=True) for source in sources]
+
+    def move() -> None:
+        for source, copy in zip(sources, pinned, strict=True):
+            copy.copy_(source, non_blocking=True)
+        torch.cuda.synchronize()
+
+    return move
+
+
 def _parts(tensors: Sequence[torch.Tensor], count: int) -> list[list[memoryview]]:
     """Return the chunks of all tensors' memory, dealt out to ``count`` threads."""
     parts: list[list[memoryview]] = [[] for _ in range(count)]
