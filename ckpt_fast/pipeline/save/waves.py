@@ -279,9 +279,10 @@ class Waves:
         with self._report.timed("encode"):
             program = encode()
         with self._report.timed("write"):
-            written, digests = write(
-                program, self._files.directory, self._settings, self.progress, self._files.durable
-            )
+            with self._files.named():
+                written, digests = write(
+                    program, self._files.directory, self._settings, self.progress, self._files.durable
+                )
             self._files.hand_over(written, lambda: not self.progress.stopped)
         self._record.files.extend(written)
         self._report.count(written)
