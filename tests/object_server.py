@@ -69,7 +69,7 @@ class ObjectServer:
         self._ask("fail", [asdict(fault) for fault in faults])
 
     def clear(self) -> None:
-        """Let nothing fail any more, and let what hangs go on."""
+        """Let nothing fail any more, let what hangs go on, and forget the requests."""
         self._ask("clear", None)
 
     def go_down(self, seconds: float) -> None:
@@ -85,8 +85,12 @@ class ObjectServer:
         return dict(self._ask("objects", bucket))
 
     def requests(self) -> list[str]:
-        """All requests since the last call, as ``Fault.pattern`` sees them."""
+        """All requests since the last ``clear``, as ``Fault.pattern`` sees them."""
         return list(self._ask("requests", None))
+
+    def hanging(self) -> int:
+        """How many requests hang."""
+        return int(self._ask("hanging", None))
 
     def profile(self, bucket: str, retries: bool = False, **options: Any) -> dict[str, Any]:
         """Return a profile of multi-storage-client.
@@ -163,6 +167,7 @@ class _Server:
         self._lock = threading.Lock()
         self._faults: list[Fault] = []
         self._requests: list[str] = []
+        self._hanging = 0
         self._cleared = threading.Event()
         self._open: set[Any] = set()
         self._http: Any = None
@@ -210,6 +215,8 @@ class _Server:
             time.sleep(fault.seconds)
             return self._app(environ, start)
         if fault.kind == "hang":
+            with self._lock:
+                self._hanging += 1
             self._cleared.wait()
             return self._app(environ, start)
         if fault.kind == "truncate":
@@ -238,10 +245,12 @@ class _Server:
             self._cleared.clear()
         elif what == "clear":
             with self._lock:
-                self._faults = []
+                self._faults, self._requests, self._hanging = [], [], 0
             self._cleared.set()
         elif what == "down":
             self._go_down(argument)
+        elif what == "hanging":
+            return self._hanging
         elif what == "bucket":
             s3.buckets.pop(argument, None)
             s3.create_bucket(argument, "us-east-1")
@@ -249,8 +258,7 @@ class _Server:
             return [(name, key.size) for name, key in s3.buckets[argument].keys.items()]
         elif what == "requests":
             with self._lock:
-                found, self._requests = self._requests, []
-            return found
+                return list(self._requests)
         return None
 
     def _go_down(self, seconds: float) -> None:

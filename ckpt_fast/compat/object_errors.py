@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an error of multi-storage-client means: will it pass, and what did the storage say?
 
-The client tries again for seconds, and only after what it calls a RetryableError: a refused connection is none,
-nor a 500, nor a 503 within the upload of a large file. Which it was is in the errors behind its own: those of
-boto3, other vendors' clients, HTTP libraries and the operating system. They are recognized by what they say,
-so that none of these packages is imported.
+The client tries again for seconds, and only after what it calls a RetryableError: a refused connection is
+none, nor a 500, nor a 503 within the upload of a large file. Which it was is in the errors behind its own:
+those of boto3, other vendors' clients, HTTP libraries and the operating system. They are recognized by what
+they say, so that none of these packages is imported.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron.core.msc_utils import MultiStorageClientFeature
 
-from ckpt_fast.compat.object_errors import ObjectErrors
+from ckpt_fast.compat.object_errors import ObjectErrors, lacks_bucket
 from ckpt_fast.compat.optional import UnavailableError, safe_import
 from ckpt_fast.errors import StorageError
 from ckpt_fast.storage.files import Directory, Files
@@ -60,8 +60,13 @@ class ObjectStore:
         self._client.write(self._prefix + name, content)
 
     def get(self, name: str, path: str) -> None:
-        """Copy an object to the local ``path``; FileNotFoundError if there is none."""
-        self._client.download_file(self._prefix + name, path)
+        """Copy an object to the local ``path``; FileNotFoundError if there is none in the bucket."""
+        try:
+            self._client.download_file(self._prefix + name, path)
+        except FileNotFoundError as error:
+            if lacks_bucket(error):
+                raise StorageError("the bucket does not exist") from error
+            raise
 
     def delete(self, name: str) -> None:
         """Remove an object; nothing if there is none."""

@@ -17,6 +17,9 @@ _FIRST_PAUSE_S = 0.5
 _LONGEST_PAUSE_S = 30.0
 _POLL_S = 0.05
 
+# The program's own generator is a part of its checkpoints.
+_random = random.Random()
+
 
 class Judge(Protocol):
     """Knows the errors of one kind of storage."""
@@ -74,7 +77,7 @@ def insist(
             if failures == 1:
                 cause = judge.cause_of(error)
                 logger.warning("cannot %s: %s. Trying again for up to %.0f s.", what, cause, left)
-            _wait(min(pause * random.uniform(0.5, 1.0), left), go_on)
+            _wait(min(pause * _random.uniform(0.5, 1.0), left), go_on)
             if not go_on():
                 raise
             pause = min(2 * pause, _LONGEST_PAUSE_S)

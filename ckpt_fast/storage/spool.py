@@ -237,7 +237,7 @@ class Spool:
             raise CheckpointWriteError(
                 f"cannot save to {self.name}: {self._place()}, which its files pass through, cannot be "
                 f"written to: {cause}. The checkpoint was not published; those under other names are "
-                "untouched. Free space there, or let CKPT_FAST_SPOOL name another directory, then save again.",
+                "untouched. Free space there, or let CKPT_FAST_SPOOL name another; then save again.",
                 error.errno,
                 self.name,
             ) from error
