@@ -26,6 +26,7 @@ RUNS = {
     "stall": ["bench_stall.py"],
     "plan": ["bench_plan.py", "--rounds", "1"],
     "glu": ["bench_glu.py"],
+    "objects": ["bench_objects.py"],
 }
 # The same with two ranks.
 ON_TWO_RANKS = {
@@ -47,7 +48,7 @@ def main() -> int:
         launcher = _TORCHRUN if name in ON_TWO_RANKS else []
         command = [str(HERE / script), *arguments, "--output", str(results / f"{name}.txt")]
         failed += _run([sys.executable, "-W", "ignore", *launcher, *command])
-    failed += _run([sys.executable, str(HERE / "plot.py"), str(results)])
+    failed += _run([sys.executable, str(HERE.parent / "scripts" / "plot_benchmarks.py"), str(results)])
     columns = "--benchmark-columns=min,median,max"
     failed += _run([sys.executable, "-m", "pytest", "-W", "ignore", columns, *(str(HERE / p) for p in PARTS)])
     return failed

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Protocol, TypeVar
 
 logger = logging.getLogger(__name__)
@@ -19,6 +21,20 @@ _POLL_S = 0.05
 
 # The program's own generator is a part of its checkpoints.
 _random = random.Random()
+
+
+# Whether those for whom this thread makes its requests still want them.
+_is_wanted: ContextVar[Callable[[], bool]] = ContextVar("is_wanted", default=lambda: True)
+
+
+@contextlib.contextmanager
+def while_wanted(is_wanted: Callable[[], bool]) -> Iterator[None]:
+    """A block in which no request is tried again any more once ``is_wanted`` says no."""
+    token = _is_wanted.set(is_wanted)
+    try:
+        yield
+    finally:
+        _is_wanted.reset(token)
 
 
 class Judge(Protocol):
@@ -48,7 +64,7 @@ def insist(
     request: Callable[[], T],
     judge: Judge,
     until: float,
-    go_on: Callable[[], bool] = lambda: True,
+    go_on: Callable[[], bool] | None = None,
 ) -> T:
     """Make a request until it succeeds. The pauses in between grow, and are random to spread out the ranks.
 
@@ -57,7 +73,7 @@ def insist(
         request: what is repeated. It may have taken effect although it failed.
         judge: of its errors.
         until: by ``time.monotonic``; no repetition begins later.
-        go_on: asked all the time; once it says no, nothing is repeated any more.
+        go_on: asked all the time; once it says no, nothing is repeated any more. None: see ``while_wanted``.
 
     Returns:
         What ``request`` returned.
@@ -65,6 +81,7 @@ def insist(
     Raises:
         Exception: its last error: one that will not pass, or there was no time left, or ``go_on`` said no.
     """
+    go_on = go_on or _is_wanted.get()
     pause, failures, begun = _FIRST_PAUSE_S, 0, time.monotonic()
     while True:
         try:

@@ -61,7 +61,7 @@ def test_load(tmp_path: Path) -> None:
 def test_plot(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     run_script("bench_save.py", tmp_path)
-    run([str(BENCHMARKS / "plot.py"), str(tmp_path)])
+    run([str(BENCHMARKS.parent / "scripts" / "plot_benchmarks.py"), str(tmp_path)])
     picture = (tmp_path / "throughput.svg").read_text()
     assert "durable save" in picture and "ckpt_fast DCP" in picture
 
@@ -97,6 +97,20 @@ def test_parts(implementation: str) -> None:
         CKPT_FAST_BENCH_TENSORS="20",
         CKPT_FAST_BENCH_MB="1",
     )
+
+
+@pytest.mark.long
+def test_objects(tmp_path: Path) -> None:
+    report = run_script("bench_objects.py", tmp_path)
+    for name in (
+        "save to",
+        "load from",
+        "  limit: upload ",
+        "  ckpt_fast ",
+        "  mcore ",
+        "  DCP msc, 1 thread ",
+    ):
+        assert name in report
 
 
 @pytest.mark.long

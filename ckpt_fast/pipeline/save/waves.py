@@ -203,7 +203,7 @@ class Waves:
         ended = self.worker.abandon(wait_s)
         if not ended and wait_s:
             logger.error(
-                "the save to %s is given up, but its thread still waits for the file system, which hangs. "
+                "the save to %s is given up, but its thread still waits for the storage, which hangs. "
                 "Nothing of the save will appear.",
                 self._report.directory,
             )

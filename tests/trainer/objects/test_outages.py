@@ -159,7 +159,7 @@ def test_what_stays_fails_at_once(object_server: ObjectServer, tmp_path: Path) -
 def wait_in_vain(rank: int, bucket: Bucket) -> dict[str, Any]:
     """Give up a background save that is being tried again; let another one, and a load, take too long."""
     found: dict[str, Any] = {}
-    with bucket.in_use(CKPT_FAST_OUTAGE="1"), Run(SETUP, save=bucket.url, async_save=True) as run:
+    with bucket.in_use(), Run(SETUP, save=bucket.url, async_save=True) as run:
         run.state.initialize_async_checkpoint_worker()
         run.train(1)
         run.save()
@@ -174,9 +174,21 @@ def wait_in_vain(rank: int, bucket: Bucket) -> dict[str, Any]:
         found["cancelled"] = error_of(
             lambda: maybe_finalize_async_save(run.state, run.checkpoint, blocking=True)
         )
+        run.train(1)
+        fail(bucket.server, rank, Fault("503", "PUT .*latest_train_state"))
+        run.save()
+        (handle,) = run.state.async_calls_queue.handles
+        while not any("latest" in each for each in bucket.server.requests()):
+            maybe_finalize_async_save(run.state, run.checkpoint)
+            time.sleep(0.01)
+        handle.cancel()
+        found["unnamed"] = error_of(
+            lambda: maybe_finalize_async_save(run.state, run.checkpoint, blocking=True)
+        )
+        fail(bucket.server, rank, Fault("503", DATA))
         found["threads"] = [each.name for each in threading.enumerate() if "ckpt_fast" in each.name]
         run.checkpoint.async_save = False
-        os.environ["CKPT_FAST_TIMEOUT"] = "1"
+        os.environ["CKPT_FAST_TIMEOUT"] = os.environ["CKPT_FAST_OUTAGE"] = "1"
         barrier()
         found["late"] = error_of(run.save)
         fail(bucket.server, rank, Fault("503", "HEAD "))
@@ -189,8 +201,9 @@ def test_who_gives_up_waits_no_longer(object_server: ObjectServer, tmp_path: Pat
     bucket = new_bucket(object_server, tmp_path)
     for found in run_ranks(wait_in_vain, 2, bucket):
         require(found["cancelled"], "AsyncSaveError", "cancelled")
+        require(found["unnamed"], "AsyncSaveError", f"cannot write {bucket.url}/latest_train_state.pt: ")
         assert found["threads"] == []
-        require(found["late"], "CheckpointWriteError", f"to {bucket.of(2)}: ", "SlowDown")
+        require(found["late"], "CheckpointWriteError", f"to {bucket.of(3)}: ", "SlowDown")
         require(found["load"], "StorageError", f"cannot look for {bucket.url}", "503")
     object_server.clear()
     assert bucket.tracked() == (1, 1)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draw the reports of a directory: gigabytes per second of every contestant, with the limit marked.
 
-    python benchmarks/plot.py benchmarks/results
+    python scripts/plot_benchmarks.py benchmarks/results
 
 Only tables of whole saves and loads are drawn, which have a limit; the picture is ``throughput.svg``.
 """
