@@ -31,6 +31,7 @@ RUNS = {
     "growth": ["bench_growth.py"],
     "plan": ["bench_plan.py", "--rounds", "1"],
     "glu": ["bench_glu.py"],
+    "objects": ["bench_objects.py"],
 }
 # The same with two ranks.
 ON_TWO_RANKS = {

@@ -62,6 +62,12 @@ class CheckpointWriteError(CheckpointError, OSError):
         return type(self), (str(self), self.errno, self.filename)
 
 
+class StorageError(CheckpointError, OSError):
+    """Object storage cannot be reached, or refuses a request; that says nothing about the checkpoint."""
+
+    __str__ = Exception.__str__
+
+
 class UnsafeCheckpointError(CheckpointError):
     """Loading would have to run code contained in the checkpoint, or would for what is to be saved."""
 

@@ -49,6 +49,7 @@ class Settings:
     write_retries: int
     space_check: bool
     timeout_s: float
+    outage_s: float
 
     @classmethod
     def read(cls) -> Settings:
@@ -73,6 +74,7 @@ class Settings:
             write_retries(),
             space_check(),
             timeout_s(),
+            outage_s(),
         )
 
     @staticmethod
@@ -160,9 +162,17 @@ def spool_directory() -> str | None:
 
 
 def timeout_s() -> float:
-    """``CKPT_FAST_TIMEOUT`` (1800): seconds after which a background save counts as failed."""
+    """``CKPT_FAST_TIMEOUT`` (1800): seconds after which a background save counts as failed. Until then,
+    uploads to object storage are tried again."""
     value = os.environ.get("CKPT_FAST_TIMEOUT", "1800")
     return float(_positive("CKPT_FAST_TIMEOUT", value, _MOST_TIMEOUT))
+
+
+def outage_s() -> float:
+    """``CKPT_FAST_OUTAGE`` (300): seconds during which any other request to object storage is tried again
+    while its error may pass (no connection, 429, 5xx). 0 tries once."""
+    value = os.environ.get("CKPT_FAST_OUTAGE", "300")
+    return 0.0 if value == "0" else float(_positive("CKPT_FAST_OUTAGE", value, _MOST_TIMEOUT))
 
 
 def visible_timeout_s() -> float:

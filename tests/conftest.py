@@ -14,6 +14,8 @@ import pytest
 import torch
 
 from ckpt_fast import native
+from tests import object_server as object_servers
+from tests.object_server import ObjectServer
 
 # Nothing is compiled here, and what torch would import for that is a quarter of each process's startup time.
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
@@ -51,6 +53,15 @@ def slow_disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = Path(__file__).with_name("slow_disk.c")
     subprocess.run(["cc", "-shared", "-fPIC", str(source), "-o", str(library), "-ldl"], check=True)
     return library
+
+
+@pytest.fixture(scope="session")
+def object_server() -> Iterator[ObjectServer]:
+    """Yield an S3 server."""
+    for package in ("moto", "flask", "boto3", "multistorageclient"):
+        pytest.importorskip(package)
+    with object_servers.running() as server:
+        yield server
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -75,6 +75,7 @@ from megatron.core.timers import Timers
 from megatron.core.transformer import MegatronModule
 from megatron.core.utils import StragglerDetector, get_model_config, get_pg_size, unwrap_model
 
+from ckpt_fast.compat import objects
 from ckpt_fast.compat.bridge import import_auto_bridge
 from ckpt_fast.compat.errors import DistCheckpointingError, import_local_checkpointing_error
 from ckpt_fast.compat.factories import only_joins
@@ -194,6 +195,7 @@ __all__ = [
     "merge",
     "nested_values",
     "object_storage",
+    "objects",
     "only_joins",
     "padding_in",
     "parallel_state",

@@ -10,7 +10,9 @@ from typing import Any
 
 from megatron.core.msc_utils import MultiStorageClientFeature
 
+from ckpt_fast.compat.object_errors import ObjectErrors, lacks_bucket
 from ckpt_fast.compat.optional import UnavailableError, safe_import
+from ckpt_fast.errors import StorageError
 from ckpt_fast.storage.files import Directory, Files
 from ckpt_fast.storage.spool import Spool
 
@@ -46,7 +48,7 @@ class ObjectStore:
     """
 
     def __init__(self, msc: Any, path: str) -> None:
-        self._client, key = msc.resolve_storage_client(path)
+        self._client, key = client_and_key(msc, path)
         self._prefix = (key.strip("/") + "/").lstrip("/")
 
     def put(self, name: str, path: str) -> None:
@@ -58,8 +60,13 @@ class ObjectStore:
         self._client.write(self._prefix + name, content)
 
     def get(self, name: str, path: str) -> None:
-        """Copy an object to the local ``path``; FileNotFoundError if there is none."""
-        self._client.download_file(self._prefix + name, path)
+        """Copy an object to the local ``path``; FileNotFoundError if there is none in the bucket."""
+        try:
+            self._client.download_file(self._prefix + name, path)
+        except FileNotFoundError as error:
+            if lacks_bucket(error):
+                raise StorageError("the bucket does not exist") from error
+            raise
 
     def delete(self, name: str) -> None:
         """Remove an object; nothing if there is none."""
@@ -77,9 +84,23 @@ def checkpoint_files(path: str | os.PathLike[str]) -> Files:
 
     Raises:
         UnavailableError: see ``object_storage``.
+        StorageError: see ``client_and_key``.
     """
     name, msc = as_url(path), object_storage(path)
-    return Directory(name) if msc is None else Spool(name, ObjectStore(msc, name))
+    return Directory(name) if msc is None else Spool(name, ObjectStore(msc, name), ObjectErrors())
+
+
+def client_and_key(msc: Any, path: str) -> tuple[Any, str]:
+    """The client of the profile that a path belongs to, and the path's name within it.
+
+    Raises:
+        StorageError: the configuration of multi-storage-client has no such profile, or it makes no sense.
+    """
+    try:
+        client, key = msc.resolve_storage_client(path)
+    except (ValueError, TypeError, ImportError) as error:
+        raise StorageError(f"cannot reach {path}: {error}") from error
+    return client, str(key)
 
 
 def as_url(path: str | os.PathLike[str]) -> str:

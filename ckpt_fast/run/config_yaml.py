@@ -91,24 +91,19 @@ def _dumped(described: Any) -> str:
 def write_yaml(config: Any, path: str) -> None:
     """Create or replace ``path``. See ``ConfigContainer.to_yaml``."""
     data = to_yaml(config).encode("utf-8")
-    storage = _remote_storage(path)
-    if storage is None:
+    objects = _objects(path)
+    if objects is None:
         write_file_atomic(path, data)
-        return
-    with storage.open(path, "wb") as file:
-        file.write(data)
+    else:
+        objects.write(path, data)
 
 
 def read_yaml(cls: type[_T], path: str) -> _T:
     """Read what ``write_yaml`` or Megatron Bridge wrote. See ``ConfigContainer.from_yaml``."""
     if not path_exists(path):
         raise FileNotFoundError(f"there is no configuration file {path}")
-    storage = _remote_storage(path)
-    if storage is None:
-        text = read_small_file(path, LARGEST_TEXT)
-    else:
-        with storage.open(path, "rb") as file:
-            text = file.read()
+    objects = _objects(path)
+    text = read_small_file(path, LARGEST_TEXT) if objects is None else objects.read(path)
     try:
         content = parse_yaml(text)
     except ValueError as error:
@@ -137,16 +132,16 @@ def from_dict(cls: type[_T], described: Mapping[str, Any]) -> _T:
 
 def path_exists(path: str) -> bool:
     """Whether there is a file or directory of that name, on disk or behind multi-storage-client."""
-    storage = _remote_storage(path)
-    return bool(os.path.exists(path) if storage is None else storage.os.path.exists(path))
+    objects = _objects(path)
+    return os.path.exists(path) if objects is None else objects.kind_of(path) is not None
 
 
-def _remote_storage(path: str) -> Any:
-    """The multi-storage-client package for paths that are its own, None for files."""
+def _objects(path: str) -> Any:
+    """``compat.objects`` for paths of multi-storage-client, None for files."""
     # Megatron takes seconds to import, which those who only build a configuration need not wait for.
-    from ckpt_fast.compat import object_storage
+    from ckpt_fast.compat import object_storage, objects
 
-    return object_storage(path)
+    return None if object_storage(path) is None else objects
 
 
 # --- To plain data ---------------------------------------------------------------------------------------

@@ -9,25 +9,29 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
-import secrets
-import shutil
 import socket
 import tempfile
+import time
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from ckpt_fast import native, settings
-from ckpt_fast.errors import CheckpointError, CheckpointWriteError
+from ckpt_fast.errors import CheckpointError, CheckpointWriteError, StorageError
 from ckpt_fast.format.types import FileRecord
 from ckpt_fast.jobs import finalizer
 from ckpt_fast.storage import commit
 from ckpt_fast.storage.files import Claim
+from ckpt_fast.storage.patience import Judge, PlainJudge, insist
 from ckpt_fast.storage.small_files import LARGEST_FILE, read_small_file
 from ckpt_fast.storage.space import OVERHEAD
+from ckpt_fast.storage.spool_directory import SpoolDirectory
+
+T = TypeVar("T")
 
 
 class Remote(Protocol):
@@ -57,13 +61,18 @@ class Spool:
     Args:
         name: what the checkpoint is called in messages.
         remote: where it is.
+        judge: of the remote storage's errors; requests are tried again while they may pass.
     """
 
     durable = False
 
-    def __init__(self, name: str, remote: Remote) -> None:
+    def __init__(self, name: str, remote: Remote, judge: Judge | None = None) -> None:
         self.name = name
         self._remote = remote
+        self._judge = judge if judge is not None else PlainJudge()
+        # Of the save: when it counts as failed, and what stops it.
+        self._deadline: float | None = None
+        self._progress: native.Progress | None = None
         self._directory: str | None = None
         self._remover: weakref.finalize[..., Spool] | None = None
 
@@ -76,25 +85,25 @@ class Spool:
         """
         if self._directory is None:
             parent = settings.spool_directory() or tempfile.gettempdir()
-            path = os.path.join(parent, f"ckpt_fast-{secrets.token_hex(8)}")
+            own = SpoolDirectory(parent)
             # Before it is there: a signal may come at any time. And also when nobody closes it: an abandoned
             # save ends with the process.
-            self._remover = weakref.finalize(self, _remove_directory, path, os.getpid())
+            self._remover = weakref.finalize(self, own.remove)
             try:
-                os.mkdir(path, 0o700)
+                self._directory = own.create()
             except OSError as error:
-                self._remover.detach()
+                self.close()
                 raise CheckpointWriteError(
                     f"cannot create a spool for {self.name} in {parent}: {error.strerror}. Let "
                     "CKPT_FAST_SPOOL name a local directory that can be written to.",
                     error.errno,
                     parent,
                 ) from error
-            self._directory = path
         return self._directory
 
     def claim(self, nbytes: int) -> Claim:
-        """Create the spool; what this rank will write there."""
+        """Create the spool; what this rank will write there. From here on, time runs for the save."""
+        self._deadline = time.monotonic() + settings.timeout_s()
         status = os.statvfs(self.directory)
         device = os.stat(self.directory).st_dev
         free = status.f_bavail * status.f_frsize if status.f_blocks else None
@@ -110,7 +119,9 @@ class Spool:
         """
         self._require_space(claims)
         with self._failures("list", "Nothing was saved"):
-            names = [name for name in self._remote.sizes() if "/" not in name]
+            # All ranks wait meanwhile, in a collective.
+            found = self._insist("list", self._remote.sizes, until=time.monotonic() + settings.outage_s())
+            names = [name for name in found if "/" not in name]
         self.delete((*commit.seals_among(names), *filter(commit.is_payload, names)))
 
     def sync_names(self) -> None:
@@ -128,17 +139,21 @@ class Spool:
     def hand_over(self, files: Sequence[FileRecord], go_on: Callable[[], bool]) -> None:
         """Upload what the engine has written, and make room for the next. A file that is under way arrives.
 
+        An upload is tried again while its error may pass, until the save counts as failed.
+
         Raises:
             CheckpointWriteError: naming the file and the cause; ECANCELED if ``go_on`` said no.
         """
         for file in files:
-            if not go_on():
-                raise CheckpointWriteError(
-                    f"the upload to {self.name} was cancelled", errno.ECANCELED, self.name
-                )
-            path = os.path.join(self.directory, file.path)
-            with self._failures(f"upload {file.path} to"):
-                self._remote.put(file.path, path)
+            self._require(go_on)
+            path, put = os.path.join(self.directory, file.path), self._remote.put
+            request = functools.partial(put, file.path, path)
+            try:
+                with self._failures(f"upload {file.path} to"):
+                    self._insist(f"upload {file.path} to", request, go_on)
+            except CheckpointWriteError:
+                self._require(go_on)
+                raise
             os.unlink(path)
 
     def write_in_order(
@@ -153,9 +168,12 @@ class Spool:
         Raises:
             CheckpointWriteError: naming the file and the cause; ECANCELED once ``progress`` is stopped.
         """
+        self._progress = progress if progress is not None else self._progress
         for name, content in files.items():
-            with self._failures(f"write {name} to"), commit.renaming(name, progress):
-                self._remote.write(name, content)
+            with self._failures(f"write {name} to"):
+                # Between two attempts the save can be stopped.
+                request = functools.partial(self._write, name, content, progress)
+                self._insist(f"write {name} to", request)
 
     def delete(self, names: Iterable[str]) -> None:
         """Remove files from the remote storage, in this order.
@@ -165,13 +183,13 @@ class Spool:
         """
         for name in names:
             with self._failures(f"delete {name} in", "Those before it are gone"):
-                self._remote.delete(name)
+                self._insist(f"delete {name} in", functools.partial(self._remote.delete, name))
 
     def fetch(self, names: Iterable[str]) -> None:
         """Download these files, unless they are here already. Missing ones are missed by those who read them.
 
         Raises:
-            CheckpointError: naming the file and the cause.
+            StorageError: naming the file and the cause.
         """
         for name in names:
             path = os.path.join(self.directory, name)
@@ -179,14 +197,14 @@ class Spool:
                 continue
             try:
                 os.makedirs(os.path.dirname(path), exist_ok=True)
-                self._remote.get(name, path)
+                self._insist(f"fetch {name} of", functools.partial(self._remote.get, name, path))
             except FileNotFoundError:
                 continue
             except Exception as error:
-                raise CheckpointError(
-                    f"cannot fetch {name} of {self.name} to {path}: {type(error).__name__}: {error}. That "
-                    "says nothing about the checkpoint: look at the storage, and at the free space where "
-                    "CKPT_FAST_SPOOL is, and load again."
+                raise StorageError(
+                    f"cannot fetch {name} of {self.name} to {self._place()}: {self._judge.cause_of(error)}. "
+                    "That says nothing about the checkpoint: look at the storage, and at the free space "
+                    "where CKPT_FAST_SPOOL is, and load again."
                 ) from error
 
     def read(self, name: str, limit: int = LARGEST_FILE) -> bytes:
@@ -199,22 +217,33 @@ class Spool:
         """The files that the remote storage does not list (None), or lists with another length (that length).
 
         Raises:
-            CheckpointError: it cannot be listed.
+            StorageError: it cannot be listed.
         """
         try:
-            sizes = self._remote.sizes()
+            sizes = self._insist("list", self._remote.sizes)
         except Exception as error:
-            raise CheckpointError(
-                f"cannot list {self.name}: {type(error).__name__}: {error}. See that the storage can be "
+            raise StorageError(
+                f"cannot list {self.name}: {self._judge.cause_of(error)}. See that the storage can be "
                 "reached, and that its profile may list it."
             ) from error
         return [(file, sizes.get(file.path)) for file in files if sizes.get(file.path) != file.nbytes]
 
     @contextlib.contextmanager
     def named(self) -> Iterator[None]:
-        """A block whose errors name the checkpoint, and not the spool."""
+        """A block whose errors name the checkpoint; the spool only if that cannot be written to."""
         try:
             yield
+        except CheckpointWriteError as error:
+            if self._directory is None or not (error.filename or "").startswith(self._directory):
+                raise
+            cause = os.strerror(error.errno) if error.errno else str(error).replace(self._directory, "it")
+            raise CheckpointWriteError(
+                f"cannot save to {self.name}: {self._place()}, which its files pass through, cannot be "
+                f"written to: {cause}. The checkpoint was not published; those under other names are "
+                "untouched. Free space there, or let CKPT_FAST_SPOOL name another; then save again.",
+                error.errno,
+                self.name,
+            ) from error
         except CheckpointError as error:
             self._name_in(error)
             raise
@@ -258,21 +287,42 @@ class Spool:
                     self.name,
                 )
 
+    def _place(self) -> str:
+        """Where the spool is, in messages."""
+        return f"the spool in {settings.spool_directory() or tempfile.gettempdir()}"
+
+    def _write(self, name: str, content: bytes, progress: native.Progress | None) -> None:
+        with commit.renaming(name, progress):
+            self._remote.write(name, content)
+
+    def _insist(
+        self,
+        what: str,
+        request: Callable[[], T],
+        go_on: Callable[[], bool] | None = None,
+        until: float | None = None,
+    ) -> T:
+        """``insist``, by default as long as the save goes on; ``CKPT_FAST_OUTAGE`` if there is none."""
+        if until is None:
+            until = self._deadline or time.monotonic() + settings.outage_s()
+        return insist(f"{what} {self.name}", request, self._judge, until, go_on or self._goes_on)
+
+    def _goes_on(self) -> bool:
+        return self._progress is None or not self._progress.stopped
+
+    def _require(self, go_on: Callable[[], bool]) -> None:
+        if not go_on():
+            raise CheckpointWriteError(f"the upload to {self.name} was cancelled", errno.ECANCELED, self.name)
+
     @contextlib.contextmanager
     def _failures(self, what: str, consequence: str = "The checkpoint was not published") -> Iterator[None]:
         try:
             yield
         except Exception as error:
             raise CheckpointWriteError(
-                f"cannot {what} {self.name}: {type(error).__name__}: {error}. {consequence}; those under "
+                f"cannot {what} {self.name}: {self._judge.cause_of(error)}. {consequence}; those under "
                 "other names are untouched. See that the storage can be reached and written to with the "
                 "credentials of its profile on this rank, then save again.",
                 getattr(error, "errno", None),
                 self.name,
             ) from error
-
-
-def _remove_directory(path: str, owner: int) -> None:
-    # A process that was forked has a copy of everything but the directory.
-    if os.getpid() == owner:
-        shutil.rmtree(path, ignore_errors=True)

@@ -13,9 +13,9 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from ckpt_fast.compat import object_storage
+from ckpt_fast.compat import object_storage, objects
 from ckpt_fast.ranks.world import (
     barrier_if_distributed,
     get_rank_safe,
@@ -158,16 +158,17 @@ def append_to_progress_log(save_dir: str | None, string: str, barrier: bool = Tr
     job = os.environ.get("SLURM_JOB_ID", "")
     try:
         ensure_directory_exists(path)
-        with _open_to_append(path) as stream:
-            stream.write(f"{now}\tJob ID: {job}\t# GPUs: {get_world_size_safe()}\t{string}\n")
+        _append(path, f"{now}\tJob ID: {job}\t# GPUs: {get_world_size_safe()}\t{string}\n")
     except OSError as error:
         logger.warning("cannot append to %s: %s", path, error)
 
 
-def _open_to_append(path: str) -> IO[str]:
-    storage = object_storage(path)
-    stream: IO[str] = storage.open(path, "a") if storage else open(path, "a", encoding="utf-8")  # noqa: SIM115
-    return stream
+def _append(path: str, line: str) -> None:
+    if object_storage(path):
+        objects.append(path, line.encode())
+        return
+    with open(path, "a", encoding="utf-8") as stream:
+        stream.write(line)
 
 
 # --- Fault tolerance (nvidia-resiliency-ext) -------------------------------------------------------------

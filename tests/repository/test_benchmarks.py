@@ -135,6 +135,20 @@ def test_parts(implementation: str) -> None:
 
 
 @pytest.mark.long
+def test_objects(tmp_path: Path) -> None:
+    report = run_script("bench_objects.py", tmp_path)
+    for name in (
+        "save to",
+        "load from",
+        "  limit: upload ",
+        "  ckpt_fast ",
+        "  mcore ",
+        "  DCP msc, 1 thread ",
+    ):
+        assert name in report
+
+
+@pytest.mark.long
 def test_glu(tmp_path: Path) -> None:
     report = run_script("bench_glu.py", tmp_path)
     for title in ("8B, dense, into new memory", "64 experts, into used memory", "durable save", "warm load"):

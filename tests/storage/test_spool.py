@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -16,6 +17,7 @@ from ckpt_fast.pipeline.load.index import CheckpointIndex
 from ckpt_fast.pipeline.load.load import load_tensors
 from ckpt_fast.pipeline.load.opened import OpenCheckpoint
 from ckpt_fast.pipeline.load.verify import find_damage, require_complete
+from ckpt_fast.pipeline.save import waves
 from ckpt_fast.storage.files import Directory
 from ckpt_fast.storage.spool import Claim, Spool
 from tests.saves import new_save, save
@@ -187,3 +189,23 @@ def test_a_spool_goes_also_if_its_removal_is_interrupted(
         files.close()
     del files
     assert os.listdir(spool) == []
+
+
+def test_a_full_spool_is_named(shelf: Shelf) -> None:
+    job = new_save(shards("a"), NAME, files=Spool(NAME, shelf), snapshot=True, **SEALS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(waves, "write", full)
+        job.stage()
+        job.write()
+    with pytest.raises(
+        CheckpointWriteError, match=f"cannot save to {NAME}: the spool in .*/spool, "
+    ) as caught:
+        job.commit()
+    assert "No space left on device" in str(caught.value)
+    assert "CKPT_FAST_SPOOL" in str(caught.value)
+    assert "file system" not in str(caught.value)
+    assert spooled(shelf) == []
+
+
+def full(_: object, directory: str, *__: object) -> None:
+    raise CheckpointWriteError("full", errno.ENOSPC, f"{directory}/__0_0.distcp")

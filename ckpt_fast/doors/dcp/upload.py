@@ -93,6 +93,12 @@ class Upload(PublishedJob[float]):
         """Local. ``commit`` will raise on every rank, and nothing is published."""
         self._progress.stop()
 
+    @property
+    def is_wanted(self) -> Callable[[], bool]:
+        """Says whether nobody has given the save up. It does not keep the save."""
+        progress = self._progress
+        return lambda: not progress.stopped
+
     def is_over(self) -> bool:
         """Whether another save may be made in its place; see ``owners.Owner``."""
         publishes = self._publishing is not None and not self._publishing.is_done

@@ -52,17 +52,14 @@ def is_sealed(checkpoint_dir: str) -> bool:
 
     Raises:
         CheckpointCorruptError: it has one that cannot be understood.
+        StorageError: object storage does not let anyone tell.
     """
     path = os.path.join(checkpoint_dir, SEAL_FILE)
-    storage = compat.object_storage(checkpoint_dir)
 
     def read() -> bytes:
-        if storage is None:
+        if compat.object_storage(checkpoint_dir) is None:
             return read_small_file(path, LARGEST_TEXT)
-        if not storage.os.path.exists(path):
-            raise FileNotFoundError(path)
-        with storage.open(path, "rb") as stream:
-            return bytes(stream.read())
+        return compat.objects.read(path)
 
     return _sound_seal(read, path) is not None
 

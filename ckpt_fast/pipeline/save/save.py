@@ -35,6 +35,7 @@ from ckpt_fast.storage import owners
 from ckpt_fast.storage.commit import renaming
 from ckpt_fast.storage.files import Claim, Directory, Files
 from ckpt_fast.storage.owners import Hold
+from ckpt_fast.storage.patience import while_wanted
 
 logger = logging.getLogger(__name__)
 
@@ -341,7 +342,7 @@ class Save(PublishedJob[tuple[bool, float]]):
             encoded_table=contents.table,
         )
         seal.seal(self._files, contents.pickled, manifest, completion.seal_files, progress=progress)
-        with renaming(self.directory, progress):
+        with renaming(self.directory, progress), while_wanted(lambda: not progress.stopped):
             self._files.take_place()
             completion.select()
         is_known = self._program is not None and self._program.sealed is not None
@@ -352,10 +353,10 @@ class Save(PublishedJob[tuple[bool, float]]):
         for file, nbytes in self._files.missing(files):
             path = os.path.join(self.directory, file.path)
             found = "is missing" if nbytes is None else f"has {nbytes} bytes instead of {file.nbytes}"
+            needed = "in one bucket" if "://" in path else "on a file system that all ranks share"
             raise CheckpointWriteError(
                 f"{path} was written by another rank but {found} as this rank sees it. The checkpoint was "
-                "not published; the save directory must be on a file system that all ranks share, or in "
-                "object storage.",
+                f"not published; all ranks must save {needed}, and nobody else to the same place.",
                 filename=path,
             )
 

@@ -203,7 +203,7 @@ class Waves:
         ended = self.worker.abandon(wait_s)
         if not ended and wait_s:
             logger.error(
-                "the save to %s is given up, but its thread still waits for the file system, which hangs. "
+                "the save to %s is given up, but its thread still waits for the storage, which hangs. "
                 "Nothing of the save will appear.",
                 self._report.directory,
             )
@@ -279,9 +279,10 @@ class Waves:
         with self._report.timed("encode"):
             program = encode()
         with self._report.timed("write"):
-            written, digests = write(
-                program, self._files.directory, self._settings, self.progress, self._files.durable
-            )
+            with self._files.named():
+                written, digests = write(
+                    program, self._files.directory, self._settings, self.progress, self._files.durable
+                )
             self._files.hand_over(written, lambda: not self.progress.stopped)
         self._record.files.extend(written)
         self._report.count(written)

@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.state_dict_loader import load_state_dict
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from ckpt_fast import compat
+from ckpt_fast.compat.object_filesystem import object_reader, object_writer
 from ckpt_fast.doors.dcp import FastStorageReader, FastStorageWriter
 from ckpt_fast.doors.dcp.direct.save import start_save
 from ckpt_fast.doors.dcp.upload import Upload
@@ -106,8 +107,7 @@ def save_fsdp_dtensor_checkpoint(
 def _create_fsdp_dtensor_storage_writer(checkpoint_path: str) -> Any:
     """Our writer for torch DCP, or multi-storage-client's where the path is one of its own."""
     if compat.object_storage(checkpoint_path):
-        filesystem, _ = compat.safe_import("multistorageclient.contrib.torch.filesystem")
-        return filesystem.MultiStorageFileSystemWriter(checkpoint_path)
+        return object_writer(checkpoint_path)[0]
     return FastStorageWriter(checkpoint_path)
 
 
@@ -183,12 +183,11 @@ def _save_to_object_storage(
         on_rank_0(invalidate)
         save_fsdp_dtensor_checkpoint(checkpoint_name, state_dict, cfg=cfg, model=chunk)
         return None
+    writer, ask = object_writer(checkpoint_name)
     upload = Upload(
-        preprocess_fsdp_dtensor_state_dict(cfg, state_dict, chunk),
-        _create_fsdp_dtensor_storage_writer(checkpoint_name),
-        checkpoint_name,
-        invalidate,
+        preprocess_fsdp_dtensor_state_dict(cfg, state_dict, chunk), writer, checkpoint_name, invalidate
     )
+    ask(upload.is_wanted)
     upload.stage()
     return SaveHandle(upload)
 
@@ -271,9 +270,8 @@ def load_fsdp_dtensor(
 
 def get_filesystem_reader(checkpoint_path: str, checkpoint: OpenCheckpoint | None = None) -> Any:
     """Our reader for torch DCP, or multi-storage-client's where the path is one of its own."""
-    msc = compat.object_storage(checkpoint_path)
-    if msc:
-        return msc.torch.MultiStorageFileSystemReader(checkpoint_path, thread_count=2)
+    if compat.object_storage(checkpoint_path):
+        return object_reader(checkpoint_path)
     return FastStorageReader(checkpoint_path, checkpoint=checkpoint)
 
 

@@ -10,7 +10,7 @@ import tempfile
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ckpt_fast import settings
-from ckpt_fast.compat import SoloGroup, get_pg_collection, object_storage
+from ckpt_fast.compat import SoloGroup, get_pg_collection, object_storage, objects
 from ckpt_fast.pipeline.load.decode import decode_object
 from ckpt_fast.ranks.group import ControlGroup
 from ckpt_fast.ranks.world import get_rank_safe, is_distributed, on_all_ranks, on_rank_0, print_rank_0
@@ -264,12 +264,11 @@ def _collect(tokenizer: Any, config: Any, directory: str) -> None:
 
 
 def _copy(source: str, target: str) -> None:
-    storage = object_storage(source)
-    if not storage:
+    if not object_storage(source):
         shutil.copy2(source, target)
         return
-    with storage.open(source, "rb") as reader, open(target, "wb") as writer:
-        shutil.copyfileobj(reader, writer)
+    with open(target, "wb") as writer:
+        writer.write(objects.read(source))
 
 
 def _upload(local: str, directory: str) -> None:

@@ -19,7 +19,7 @@ from ckpt_fast.doors.megatron.common_state import (
     load_common_state_dict,
     open_checkpoint,
 )
-from ckpt_fast.errors import CheckpointError, DamagedFileError
+from ckpt_fast.errors import CheckpointError, DamagedFileError, StorageError
 from ckpt_fast.format.names import METADATA_FILE
 from ckpt_fast.pipeline.load.verify import require_complete
 from ckpt_fast.ranks.world import on_rank_0
@@ -152,6 +152,8 @@ def seal_of(path: str) -> str | None:
     try:
         if is_sealed(path):
             return "torch_dist"
+    except StorageError:
+        raise
     except CheckpointError:
         return None
     is_torch_dist = file_exists(join_paths(path, COMMON_FILE))
@@ -192,6 +194,7 @@ def published(root: str) -> Published:
 
     Raises:
         DamagedFileError: there are trackers, none is sound, and no iteration is whole.
+        StorageError: object storage does not let anyone tell.
     """
     ours = get_checkpoint_train_state_filename(root, prefix=TRACKER_PREFIX)
     megatron_lm = get_checkpoint_tracker_filename(root)
@@ -203,6 +206,8 @@ def published(root: str) -> Published:
             problems.append(str(error))
     if file_exists(megatron_lm):
         iteration, problem = parse_tracker(megatron_lm)
+        if isinstance(problem, StorageError):
+            raise problem
         if problem is None:
             steps.append((iteration, iteration == 0))
         else:
@@ -235,6 +240,8 @@ def _is_complete_run(path: str) -> bool:
         return True
     try:
         return ARGUMENTS in load_common_state_dict(path)
+    except StorageError:
+        raise
     except CheckpointError:
         return False
 

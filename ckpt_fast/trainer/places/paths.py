@@ -9,7 +9,7 @@ import os
 import re
 from typing import Any
 
-from ckpt_fast.compat import as_url, object_storage
+from ckpt_fast.compat import as_url, object_storage, objects
 from ckpt_fast.format.documents import parse_yaml
 from ckpt_fast.format.manifest import file_record
 from ckpt_fast.format.types import FileRecord
@@ -38,20 +38,17 @@ _HF_SHARDED_WEIGHTS = ("model-*-of-*.safetensors", "pytorch_model-*-of-*.bin")
 
 def file_exists(path: str) -> bool:
     """Whether a file or directory exists."""
-    msc = object_storage(path)
-    return bool(msc.os.path.exists(path) if msc else os.path.exists(path))
+    return objects.kind_of(path) is not None if object_storage(path) else os.path.exists(path)
 
 
 def is_file(path: str) -> bool:
     """Whether ``path`` is a regular file (or an object)."""
-    msc = object_storage(path)
-    return bool(msc.os.path.isfile(path) if msc else os.path.isfile(path))
+    return objects.kind_of(path) == "file" if object_storage(path) else os.path.isfile(path)
 
 
 def is_directory(path: str) -> bool:
     """Whether ``path`` is a directory, or a link to one; in object storage whether there is anything."""
-    msc = object_storage(path)
-    return bool(msc.os.path.exists(path) if msc else os.path.isdir(path))
+    return objects.kind_of(path) is not None if object_storage(path) else os.path.isdir(path)
 
 
 def read_file(path: str, limit: int = LARGEST_TEXT) -> bytes:
@@ -59,13 +56,9 @@ def read_file(path: str, limit: int = LARGEST_TEXT) -> bytes:
 
     Raises:
         CheckpointCorruptError: it is no regular file, or longer than ``limit``.
-        OSError: it cannot be read.
+        OSError: it cannot be read; a StorageError if that is due to object storage.
     """
-    msc = object_storage(path)
-    if msc is None:
-        return read_small_file(path, limit)
-    with msc.open(path, "rb") as stream:
-        return bytes(stream.read())
+    return read_small_file(path, limit) if object_storage(path) is None else objects.read(path)
 
 
 def write_file(path: str, data: bytes, *, sync_name: bool = True) -> None:
@@ -75,15 +68,13 @@ def write_file(path: str, data: bytes, *, sync_name: bool = True) -> None:
     see ``write_file_atomic``.
 
     Raises:
-        CheckpointWriteError: on a local disk, with errno and path.
+        CheckpointWriteError: with path and, on a local disk, errno.
     """
-    ensure_directory_exists(path)
-    msc = object_storage(path)
-    if msc is None:
-        write_file_atomic(path, data, sync_name=sync_name)
+    if object_storage(path) is not None:
+        objects.write(path, data)
         return
-    with msc.open(path, "wb") as stream:
-        stream.write(data)
+    ensure_directory_exists(path)
+    write_file_atomic(path, data, sync_name=sync_name)
 
 
 def names_in(directory: str, pattern: str) -> list[str]:
@@ -107,12 +98,11 @@ def records_below(directory: str, name: str) -> list[FileRecord]:
 
 def remove_file(path: str) -> None:
     """Remove a file or object; nothing if there is none."""
-    msc = object_storage(path)
-    if msc is None:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(path)
-    elif msc.os.path.exists(path):
-        msc.delete(path)
+    if object_storage(path) is not None:
+        objects.delete(path)
+        return
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(path)
 
 
 def sync_files(directory: str) -> None:
@@ -127,15 +117,12 @@ def sync_files(directory: str) -> None:
 def ensure_directory_exists(filename: str, check_parent: bool = True) -> None:
     """Create the directory of a file, or with ``check_parent=False`` the directory ``filename`` itself.
 
-    Like those above it that are missing, it outlives a power failure.
+    Like those above it that are missing, it outlives a power failure. Object storage has none.
     """
     directory = os.path.dirname(filename) if check_parent else filename
     if not directory:
         return
-    msc = object_storage(directory)
-    if msc:
-        msc.os.makedirs(directory, exist_ok=True)
-    elif not os.path.isdir(directory):
+    if object_storage(directory) is None and not os.path.isdir(directory):
         make_directory(os.path.abspath(directory))
 
 
@@ -257,9 +244,8 @@ def get_hf_model_id_from_checkpoint(path: str) -> str | None:
 
 
 def _glob(directory: str, pattern: str) -> list[str]:
-    msc = object_storage(directory)
-    if msc:
-        return [str(match) for match in msc.Path(directory).glob(pattern)]
+    if object_storage(directory) is not None:
+        return objects.names_in(directory, pattern)
     return glob.glob(os.path.join(glob.escape(directory), pattern))
 
 

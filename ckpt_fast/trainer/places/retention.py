@@ -14,9 +14,8 @@ import shutil
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from ckpt_fast.compat import object_storage
+from ckpt_fast.compat import object_storage, objects
 from ckpt_fast.format.names import DATA_SUFFIX, METADATA_FILE, SEAL_FILE, SIDECAR_FILE
 from ckpt_fast.pipeline.load.decode import decode_object
 from ckpt_fast.ranks.world import get_rank_safe, print_rank_0
@@ -207,25 +206,25 @@ def _remove_checkpoints(paths: list[str]) -> None:
         for path in paths:
             try:
                 if file_exists(path):
-                    _remove_checkpoint(path, object_storage(path))
+                    _remove_checkpoint(path)
             except Exception:
                 logger.exception("cannot delete the old checkpoint %s", path)
 
 
-def _remove_checkpoint(path: str, storage: Any) -> None:
-    is_durable = False
+def _remove_checkpoint(path: str) -> None:
+    is_durable, storage = False, object_storage(path)
     for seal in (SEAL_FILE, METADATA_FILE, SIDECAR_FILE):
         file = join_paths(path, seal)
         if not file_exists(file):
             continue
         if storage:
-            storage.delete(file)
+            objects.delete(file)
         else:
             os.unlink(file)
             if not is_durable:  # what goes after the first seal may come back, if that does not
                 fsync_directory(path)
                 is_durable = True
     if storage:
-        storage.delete(path, recursive=True)
+        objects.delete(path, recursive=True)
     else:
         shutil.rmtree(path)

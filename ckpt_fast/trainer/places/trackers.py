@@ -24,7 +24,7 @@ import torch
 
 from ckpt_fast.compat import object_storage
 from ckpt_fast.config import ConfigContainer
-from ckpt_fast.errors import CheckpointCorruptError, DamagedFileError
+from ckpt_fast.errors import CheckpointCorruptError, DamagedFileError, StorageError
 from ckpt_fast.format.documents import parse_yaml
 from ckpt_fast.format.names import METADATA_FILE
 from ckpt_fast.pipeline.load.decode import decode_object
@@ -90,6 +90,7 @@ class CachedReader(Generic[T]):
 
         Raises:
             DamagedFileError: it cannot be read, or makes no sense.
+            StorageError: object storage does not let anyone tell.
         """
         with self._damage(path):
             if object_storage(path):
@@ -106,6 +107,8 @@ class CachedReader(Generic[T]):
     def _damage(self, path: str) -> Iterator[None]:
         try:
             yield
+        except StorageError:
+            raise
         except Exception as error:
             raise DamagedFileError(
                 f"Unable to load {self._what} file {path}: {error}. Restore the file, or load another "

@@ -8,7 +8,7 @@ import secrets
 import shutil
 from typing import Any
 
-from ckpt_fast.compat import object_storage
+from ckpt_fast.compat import object_storage, objects
 from ckpt_fast.format.manifest import file_record
 from ckpt_fast.format.types import FileRecord
 from ckpt_fast.pipeline.save.objects import object_bytes
@@ -148,10 +148,8 @@ def _serialise(states: list[Any]) -> bytes:
 
 
 def _prepare_directory(directory: str) -> None:
-    storage = object_storage(directory)
-    if storage:
-        if storage.os.path.isdir(directory):
-            storage.delete(directory, recursive=True)
+    if object_storage(directory):
+        objects.delete(directory, recursive=True)
         return
     if os.path.isdir(directory):
         shutil.rmtree(directory)

@@ -209,10 +209,10 @@ def test_in_the_background_on_a_thread_that_an_exit_waits_for(tmp_path, monkeypa
     gate, inside = threading.Event(), threading.Event()
     remove = retention._remove_checkpoint
 
-    def slow(path, storage):
+    def slow(path):
         inside.set()
         gate.wait()
-        remove(path, storage)
+        remove(path)
 
     monkeypatch.setattr(retention, "_remove_checkpoint", slow)
     for iteration in (1, 2):
