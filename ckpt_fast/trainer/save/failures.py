@@ -196,16 +196,15 @@ def finalize(queue: Any, ckpt_cfg: Any, *, blocking: bool, is_last: bool) -> Non
             before.
 
     Raises:
-        AsyncSaveError, CheckpointWriteError: on every rank, if a save failed that training may not go on
-            without.
-        RankLostError: a rank has ended.
+        AsyncSaveError: on every rank, if a save failed that training may not go on without.
+        CheckpointWriteError: the same, of a last save that storage kept from going on in the background.
     """
     in_flight: list[SaveHandle] = list(getattr(queue, "handles", ()))
     while True:
         try:
             queue.maybe_finalize_async_calls(blocking or is_last)
             break
-        except (AsyncSaveError, CheckpointWriteError) as error:
+        except AsyncSaveError as error:
             # They end in order: this one failed, and those before it were published.
             before, in_flight = in_flight, list(getattr(queue, "handles", ()))
             ended = before[: len(before) - len(in_flight)]

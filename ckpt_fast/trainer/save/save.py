@@ -10,6 +10,7 @@ from typing import Any
 from ckpt_fast import compat
 from ckpt_fast.doors.megatron import torch_dist
 from ckpt_fast.doors.megatron.parallel_save import FastParallelSaveWrapper
+from ckpt_fast.errors import AsyncSaveError, CheckpointError
 from ckpt_fast.glu.layout import (
     CONTIGUOUS,
     GLU_ROWS_KEY,
@@ -132,7 +133,7 @@ def save_checkpoint(
             run,
             request,
             [
-                *([] if _publishes_itself(run, target) else [around.publish]),
+                *([] if _publishes_itself(run, target) else [lambda: _publish(run, target, around)]),
                 lambda: note_success(state),
                 lambda: report(request, begin),
                 logger_finalizer(run, target),
@@ -170,6 +171,16 @@ def _publishes_itself(run: SaveRun, target: SaveTarget) -> bool:
     if target.is_local:
         return False
     return run.ckpt_cfg.ckpt_format != "fsdp_dtensor" or not compat.object_storage(target.checkpoint_name)
+
+
+def _publish(run: SaveRun, target: SaveTarget, around: Surroundings) -> None:
+    """Collective. Errors are those of a background save, if it is one."""
+    try:
+        around.publish()
+    except CheckpointError as error:
+        if not run.is_async:
+            raise
+        raise AsyncSaveError(f"the save to {target.checkpoint_name} was not published: {error}") from error
 
 
 def _glu_sizes(run: SaveRun) -> Sizes:

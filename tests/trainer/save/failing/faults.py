@@ -32,16 +32,18 @@ def on(rank: int, wanted: int, fault: contextlib.AbstractContextManager[Any]) ->
 
 def disk_full(rank: int, root: str, step: int) -> Any:
     """Writes of the last rank's data fail with EFBIG."""
-    return on(rank, last_rank(), limited_files(6000))
+    return on(rank, last_rank(), limited_files(1000))
 
 
 def disks_full(rank: int, root: str, step: int) -> Any:
-    return limited_files(6000)
+    return limited_files(1000)
 
 
 def broken_disk(rank: int, root: str, step: int) -> Any:
     """The first rank's engine gets EIO."""
-    return on(rank, 0, mock.patch.object(native.engine(), "write_files", side_effect=OSError(errno.EIO, "EIO")))
+    return on(
+        rank, 0, mock.patch.object(native.engine(), "write_files", side_effect=OSError(errno.EIO, "EIO"))
+    )
 
 
 @contextlib.contextmanager
@@ -79,12 +81,14 @@ def hanging(rank: int, root: str, step: int) -> Iterator[None]:
         assert answers.wait(60)
         return original(*args, **options)
 
-    with mock.patch.dict(os.environ, CKPT_FAST_TIMEOUT="1"):
-        with on(rank, last_rank(), mock.patch.object(engine, "write_files", write_files)):
-            try:
-                yield
-            finally:
-                answers.set()
+    with (
+        mock.patch.dict(os.environ, CKPT_FAST_TIMEOUT="1"),
+        on(rank, last_rank(), mock.patch.object(engine, "write_files", write_files)),
+    ):
+        try:
+            yield
+        finally:
+            answers.set()
 
 
 @contextlib.contextmanager
@@ -92,6 +96,7 @@ def no_directory(rank: int, root: str, step: int) -> Iterator[None]:
     """A file lies where the directory should be made: the call itself fails."""
     path = Path(root, f"iter_{step:07d}")
     if rank == 0:
+        path.parent.mkdir(exist_ok=True)
         path.write_text("a file in the way")
     dist.barrier()
     try:
@@ -110,8 +115,7 @@ def no_room(rank: int, root: str, step: int) -> Any:
 
 
 IN_BACKGROUND: dict[str, Fault] = {
-    fault.__name__: fault
-    for fault in (disk_full, disks_full, broken_disk, unsealable, unpublished, hanging)
+    fault.__name__: fault for fault in (disk_full, disks_full, broken_disk, unsealable, unpublished, hanging)
 }
 IN_CALL: dict[str, Fault] = {fault.__name__: fault for fault in (no_directory, no_room)}
 FAULTS = IN_BACKGROUND | IN_CALL
@@ -127,4 +131,3 @@ CAUSES = {
     "no_directory": "directory",
     "no_room": "free",
 }
-

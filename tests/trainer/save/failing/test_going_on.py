@@ -44,7 +44,7 @@ def poll(run: Run) -> None:
 
 
 def fail_in_the_middle(rank: int, root: str, fault: str) -> dict[str, Any]:
-    """Save iterations 1 to 4; let that of 2 and 3 fail. Return what rank 0 printed, and what callbacks got."""
+    """Save iterations 1 to 4; let those of 2 and 3 fail. Return what was printed, and what callbacks got."""
     failed: list[tuple[int, str]] = []
     manager = CallbackManager()
     manager.register(
@@ -69,9 +69,7 @@ def fail_in_the_middle(rank: int, root: str, fault: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("fault", faults.FAULTS)
-def test_training_goes_on(
-    tmp_path: Path, fault: str, ranks: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_training_goes_on(tmp_path: Path, fault: str, ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     root, report = str(tmp_path / "run"), tmp_path / "report.jsonl"
     monkeypatch.setenv("CKPT_FAST_METRICS", str(report))
     results = run_ranks(fail_in_the_middle, ranks, root, fault)
@@ -94,7 +92,7 @@ def test_training_goes_on(
         assert [error is None for error in errors] == [True, False, False, True]
         assert faults.CAUSES[fault] in errors[1]
 
-    # Nothing is left of the saves that failed, unless a thread of theirs hung, or all but the trackers is there.
+    # A thread that hung may have left something; without trackers, all the rest is there.
     assert tracked(root) == (4, 4)
     if fault not in ("hanging", "unpublished"):
         assert iterations(root) == [1, 4]
@@ -105,7 +103,9 @@ def test_training_goes_on(
             assert (loaded.result, loaded.restored) == ((step, FLOPS), ALL)
 
 
-def fail_always(rank: int, root: str, fault: str, config: dict[str, Any]) -> tuple[list[tuple[str, str]], int]:
+def fail_always(
+    rank: int, root: str, fault: str, config: dict[str, Any]
+) -> tuple[list[tuple[str, str]], int]:
     """Save until that raises; return the errors of this and of one more, and the iteration that raised."""
     errors = []
     with Run(SETUP, save=root, **GOING_ON, **config) as run:
@@ -228,7 +228,11 @@ def raise_by_default(rank: int, root: str, config: dict[str, Any]) -> tuple[str,
     ],
 )
 def test_the_field_goes_before_the_variable(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str | None, config: dict[str, Any], raises: bool
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    variable: str | None,
+    config: dict[str, Any],
+    raises: bool,
 ) -> None:
     if variable is not None:
         monkeypatch.setenv("CKPT_FAST_ON_SAVE_FAILURE", variable)
@@ -236,7 +240,9 @@ def test_the_field_goes_before_the_variable(
         assert kind == ("AsyncSaveError" if raises else "no error")
 
 
-def save_with(rank: int, root: str, config: dict[str, Any], variables: list[dict[str, str]]) -> tuple[str, str]:
+def save_with(
+    rank: int, root: str, config: dict[str, Any], variables: list[dict[str, str]]
+) -> tuple[str, str]:
     os.environ.update(variables[rank])
     with Run(SETUP, save=root, **{**GOING_ON, **config}) as run:
         run.state.initialize_async_checkpoint_worker()
