@@ -105,12 +105,13 @@ class FollowUp:
         self._target = target
         self._callbacks = callback_manager
 
-    def clean_up(self, is_over: bool) -> None:
-        """Local. Let the next save reuse nothing, and remove what this one has left in its directory.
+    @property
+    def directory(self) -> str:
+        """The checkpoint."""
+        return self._target.checkpoint_name
 
-        Args:
-            is_over: on all ranks its threads have ended, so that nothing is written there any more.
-        """
+    def forget(self) -> None:
+        """Local. Let the next save reuse nothing."""
         context = self._run.context if self._run.context is not None else {}
         strategy = context.get("save_strategy")
         for each in (strategy, getattr(strategy, "base_strategy", None)):
@@ -118,14 +119,17 @@ class FollowUp:
                 each.forget()
         dcp_save.forget()
         local.forget(context)
-        directory = self._target.checkpoint_name
-        if get_rank_safe() != 0 or self._target.is_local or compat.object_storage(directory):
-            return
-        if is_over:
-            _remove_unfinished(directory, self._target.is_torch_dist(self._run.ckpt_cfg))
-        else:
+
+    def remove_files(self) -> None:
+        """Local. Remove what the save has left in its directory, where nobody writes any more."""
+        if self._removes():
+            _remove_unfinished(self.directory, self._target.is_torch_dist(self._run.ckpt_cfg))
+
+    def remove_directory(self) -> None:
+        """Local. Remove the directory of a save that has hardly begun, if it is empty."""
+        if self._removes():
             with contextlib.suppress(OSError):
-                os.rmdir(directory)  # if it is empty
+                os.rmdir(self.directory)
 
     def newest(self) -> str:
         """Local. The newest checkpoint there is, for the log. Does not wait long for storage that hangs."""
@@ -156,6 +160,9 @@ class FollowUp:
                 manager.fire(_EVENT, context)
 
         on_all_ranks(fire)
+
+    def _removes(self) -> bool:
+        return get_rank_safe() == 0 and not (self._target.is_local or compat.object_storage(self.directory))
 
     def _look(self) -> str:
         cfg = self._run.ckpt_cfg
@@ -210,21 +217,14 @@ def finalize(queue: Any, ckpt_cfg: Any, *, blocking: bool, is_last: bool) -> Non
             ended = before[: len(before) - len(in_flight)]
             if not _may_go_on(queue, ckpt_cfg, error) or not ended:
                 raise
-            is_over = ControlGroup().all_true(ended[-1].abandon(0.0))
-            _go_on(
-                queue,
-                ckpt_cfg,
-                error,
-                _follow_ups.pop(ended[-1], None),
-                ended[-1].report,
-                is_over=is_over,
-                is_last=is_last and not in_flight,
-            )
+            failed = ended[-1]
+            follow_up = _follow_ups.pop(failed, None)
+            if ControlGroup().all_true(failed.abandon(0.0)) and follow_up is not None:
+                follow_up.remove_files()
+            _go_on(queue, ckpt_cfg, error, follow_up, failed.report, is_last=is_last and not in_flight)
     if is_last and isinstance(queue, AsyncCallsQueue) and queue.failures.untold is not None:
         last, queue.failures.untold = queue.failures.untold, None
-        raise _like(
-            last, f"the last save of the run failed, and training went on without it: {last}"
-        ) from last
+        raise _like(last, f"the last save of the run failed, and training went on without it: {last}")
 
 
 @contextlib.contextmanager
@@ -245,7 +245,8 @@ def storage_errors_tolerated(run: SaveRun, target: SaveTarget, follow_up: Follow
             raise
         report = SaveReport(target.checkpoint_name)
         untold.forget(report.directory)
-        _go_on(queue, ckpt_cfg, error, follow_up, report, is_over=False, is_last=False)
+        follow_up.remove_directory()
+        _go_on(queue, ckpt_cfg, error, follow_up, report, is_last=False)
 
 
 def _may_go_on(queue: Any, ckpt_cfg: Any, error: CheckpointError) -> bool:
@@ -262,21 +263,22 @@ def _go_on(
     follow_up: FollowUp | None,
     report: SaveReport,
     *,
-    is_over: bool,
     is_last: bool,
 ) -> None:
-    """Collective. Clean up and say so; raise if that was one failure too many, or the last save of a run."""
+    """Collective. Forget it and say so; raise if that was one failure too many, or the last save of a run."""
     failures, most = queue.failures, policy_of(ckpt_cfg).most
     failures.count += 1
     failures.untold = None
     if follow_up is not None:
-        follow_up.clean_up(is_over)
+        follow_up.forget()
+        report.directory = follow_up.directory
     text = " ".join(str(error).splitlines())
     report.error = text
     metrics.notify(report, get_rank_safe())
     is_raised = failures.count > most or is_last
     if not is_raised:
-        failures.untold = error
+        # Without what the error's frames keep alive: buffers, for instance.
+        failures.untold = _like(error, str(error))
         newest = follow_up.newest() if follow_up is not None and get_rank_safe() == 0 else ""
         print_rank_0(
             f"WARNING: {text}. Training continues without it (on_save_failure='continue'), and "

@@ -32,11 +32,11 @@ def on(rank: int, wanted: int, fault: contextlib.AbstractContextManager[Any]) ->
 
 def disk_full(rank: int, root: str, step: int) -> Any:
     """Writes of the last rank's data fail with EFBIG."""
-    return on(rank, last_rank(), limited_files(1000))
+    return on(rank, last_rank(), limited_files(6000))
 
 
 def disks_full(rank: int, root: str, step: int) -> Any:
-    return limited_files(1000)
+    return limited_files(6000)
 
 
 def broken_disk(rank: int, root: str, step: int) -> Any:

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -238,6 +239,33 @@ def test_the_field_goes_before_the_variable(
         monkeypatch.setenv("CKPT_FAST_ON_SAVE_FAILURE", variable)
     for kind, _ in run_ranks(raise_by_default, 2, str(tmp_path / "run"), config):
         assert kind == ("AsyncSaveError" if raises else "no error")
+
+
+def fail_with_a_foreign_configuration(rank: int, root: str) -> tuple[int, tuple[str, str]]:
+    """Use a configuration class that lacks our fields; let two saves fail, and one more."""
+    own = ("on_corrupt", "on_save", "max_failed", "verify_on", "load_glu", "host_buffer")
+    with Run(SETUP, save=root, async_save=True, async_strategy="mcore") as run:
+        fields = vars(run.checkpoint).items()
+        run.state.cfg.checkpoint = SimpleNamespace(**{k: v for k, v in fields if not k.startswith(own)})
+        run.state.initialize_async_checkpoint_worker()
+
+        def save() -> None:
+            run.train(1)
+            with faults.disk_full(rank, root, run.state.train_state.step):
+                run.save()
+                poll(run)
+
+        save()
+        save()
+        return run.state.async_calls_queue.failures.count, training.error_of(save)
+
+
+def test_a_configuration_without_the_fields(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CKPT_FAST_ON_SAVE_FAILURE", "continue")
+    monkeypatch.setenv("CKPT_FAST_MAX_FAILED_SAVES", "2")
+    for count, error in run_ranks(fail_with_a_foreign_configuration, 2, str(tmp_path / "run")):
+        assert count == 2
+        training.require(error, "AsyncSaveError", "3 background saves in a row failed")
 
 
 def save_with(
