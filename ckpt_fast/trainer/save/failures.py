@@ -10,7 +10,6 @@ import contextlib
 import logging
 import os
 import shutil
-import weakref
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -176,14 +175,10 @@ class FollowUp:
         return f"the newest checkpoint is {get_checkpoint_name(root, best.iteration, best.is_release)}"
 
 
-# Of the saves in flight.
-_follow_ups: weakref.WeakKeyDictionary[SaveHandle, FollowUp] = weakref.WeakKeyDictionary()
-
-
 def remember(state: Any, follow_up: FollowUp) -> None:
     """Local. Do what ``follow_up`` says if the save that was scheduled last fails in the background."""
     if isinstance(state.async_calls_queue, AsyncCallsQueue):
-        _follow_ups[state.async_calls_queue.handles[-1]] = follow_up
+        state.async_calls_queue.handles[-1].follow_up = follow_up
 
 
 def note_success(state: Any) -> None:
@@ -218,7 +213,7 @@ def finalize(queue: Any, ckpt_cfg: Any, *, blocking: bool, is_last: bool) -> Non
             if not _may_go_on(queue, ckpt_cfg, error) or not ended:
                 raise
             failed = ended[-1]
-            follow_up = _follow_ups.pop(failed, None)
+            follow_up = failed.follow_up
             if ControlGroup().all_true(failed.abandon(0.0)) and follow_up is not None:
                 follow_up.remove_files()
             _go_on(queue, ckpt_cfg, error, follow_up, failed.report, is_last=is_last and not in_flight)
