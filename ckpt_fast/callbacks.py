@@ -22,6 +22,8 @@ class CallbackContext:
         grad_norm: gradient norm of the step that ended.
         skipped_iter: whether that step was skipped.
         total_loss_dict: accumulated losses of an evaluation.
+        save_error: of the background save that failed.
+        failed_saves: how many background saves have failed in a row, with that one.
     """
 
     state: Any
@@ -33,6 +35,8 @@ class CallbackContext:
     grad_norm: float | None = None
     skipped_iter: bool | None = None
     total_loss_dict: dict[str, Any] | None = None
+    save_error: Exception | None = None
+    failed_saves: int | None = None
 
 
 class Callback:
@@ -79,6 +83,9 @@ class Callback:
 
     def on_checkpoint_save(self, context: CallbackContext) -> None:
         """After a checkpoint has been saved for good; on every rank."""
+
+    def on_checkpoint_save_failed(self, context: CallbackContext) -> None:
+        """After a background save has failed, with ``on_save_failure="continue"``; on every rank."""
 
 
 VALID_EVENTS: frozenset[str] = frozenset(name for name in vars(Callback) if name.startswith("on_"))

@@ -200,6 +200,14 @@ class CheckpointConfig:
     """If the newest checkpoint is damaged: load the newest intact one with a warning, or raise."""
     on_save_error: Literal["raise", "warn"] = "raise"
     """If a save fails: raise on every rank, or warn and continue training with the previous checkpoint."""
+    on_save_failure: Literal["raise", "continue"] | None = None
+    """If a background save fails: raise on every rank, or warn and continue training, but at most
+    ``max_failed_saves`` times in a row, and not if it is the last save of the run. Takes the place of
+    ``on_save_error`` for background saves if it is "continue". None follows ``CKPT_FAST_ON_SAVE_FAILURE``
+    (raise)."""
+    max_failed_saves: int | None = None
+    """How many background saves may fail in a row with ``on_save_failure="continue"``; one more raises. None
+    follows ``CKPT_FAST_MAX_FAILED_SAVES`` (3)."""
     on_save_in_progress: Literal["wait", "skip", "queue"] = "wait"
     """If a save is due while the previous one is still being written: wait for the previous one, skip the
     new one with a warning, or copy the state again and write it afterwards."""

@@ -76,6 +76,10 @@ class AsyncSaveError(CheckpointError, RuntimeError):
     """A background save failed; ``__cause__`` is the first error."""
 
 
+class RankLostError(CheckpointError):
+    """Another rank has ended or does not answer. Nothing collective can follow."""
+
+
 @contextlib.contextmanager
 def also_raised_as(foreign: type[BaseException]) -> Iterator[None]:
     """A block, or as a decorator a function, whose CheckpointErrors can be caught as ``foreign`` as well.

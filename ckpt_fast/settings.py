@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 StagingMode = Literal["auto", "blocking", "overlapped", "device"]
 OnUnloadable = Literal["refuse", "warn"]
+OnSaveFailure = Literal["raise", "continue"]
 
 _SUFFIXES = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _PREFIX = "CKPT_FAST_"
@@ -63,6 +64,8 @@ class Settings:
         verify_on_load()
         pickle_allowed()
         on_unloadable()
+        on_save_failure()
+        max_failed_saves()
         return cls(
             native_enabled(),
             io_threads(),
@@ -173,6 +176,22 @@ def outage_s() -> float:
     while its error may pass (no connection, 429, 5xx). 0 tries once."""
     value = os.environ.get("CKPT_FAST_OUTAGE", "300")
     return 0.0 if value == "0" else float(_positive("CKPT_FAST_OUTAGE", value, _MOST_TIMEOUT))
+
+
+def on_save_failure() -> OnSaveFailure:
+    """``CKPT_FAST_ON_SAVE_FAILURE`` (raise): what training does if a background save of ``save_checkpoint``
+    fails: raise, or continue with a warning."""
+    value = os.environ.get("CKPT_FAST_ON_SAVE_FAILURE", "raise")
+    if value not in get_args(OnSaveFailure):
+        choices = ", ".join(get_args(OnSaveFailure))
+        raise ValueError(f"CKPT_FAST_ON_SAVE_FAILURE={value!r}: use one of {choices}")
+    return cast(OnSaveFailure, value)
+
+
+def max_failed_saves() -> int:
+    """``CKPT_FAST_MAX_FAILED_SAVES`` (3): how many background saves may fail in a row, if training continues
+    then; one more raises."""
+    return _positive("CKPT_FAST_MAX_FAILED_SAVES", os.environ.get("CKPT_FAST_MAX_FAILED_SAVES", "3"))
 
 
 def visible_timeout_s() -> float:

@@ -9,6 +9,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from ckpt_fast import settings
 from ckpt_fast.errors import AsyncSaveError
@@ -32,12 +33,14 @@ class SaveHandle:
     Attributes:
         report: the save's times and sizes; complete once it is finalized.
         finalize_fns: run by ``finalize``, behind the commit.
+        follow_up: what the owner of the queue does if the save fails; nothing here looks at it.
     """
 
     def __init__(self, job: Job) -> None:
         self._job = job
         self.report = job.report
         self.finalize_fns: list[Callable[[], None]] = []
+        self.follow_up: Any = None
         self._deadline: float | None = None
         self._outcome: SaveReport | Exception | None = None
         self._is_publishing = False

@@ -41,8 +41,11 @@ def add_listener(listener: Callable[[Any], None]) -> Callable[[], None]:
 
 
 def notify(report: Any, rank: int) -> None:
-    """Tell all who want to know of a save: listeners, and the file that ``CKPT_FAST_METRICS`` names."""
-    tellers = list(_listeners)
+    """Tell all who want to know of a save: listeners, and the file that ``CKPT_FAST_METRICS`` names.
+
+    Listeners hear of saves that are committed only.
+    """
+    tellers = list(_listeners) if report.error is None else []
     path = settings.metrics_file()
     if path is not None:
         tellers.append(functools.partial(_append, path, rank))

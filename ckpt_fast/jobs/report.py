@@ -26,6 +26,7 @@ class SaveReport:
         staged_nbytes: bytes copied to host memory; 0 if all were written from where they were.
         host_memory_allocated: bytes of host buffers that were new in this save; later saves use them again.
         steps: seconds spent in each step of the pipeline, by name.
+        error: why the save failed, if training goes on in spite of it; None otherwise.
     """
 
     directory: str
@@ -37,6 +38,7 @@ class SaveReport:
     staged_nbytes: int = 0
     host_memory_allocated: int = 0
     steps: dict[str, float] = field(default_factory=dict)
+    error: str | None = None
 
     @contextlib.contextmanager
     def timed(self, step: str) -> Iterator[None]:

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from ckpt_fast import errors
-from ckpt_fast.errors import CheckpointError, CheckpointWriteError
+from ckpt_fast.errors import CheckpointError, CheckpointWriteError, RankLostError
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -212,7 +212,7 @@ class ControlGroup:
             yield
         except RuntimeError as error:
             reason = str(error).strip().partition("\n")[0]
-            raise CheckpointError(
+            raise RankLostError(
                 f"rank {self.global_rank} has lost touch with the other {self.size - 1} ranks, so nobody can "
                 f"tell whether all had done their part: {reason}. One of them has ended (killed, out of "
                 "memory, its node gone) or does not answer; its own log says why. What was published before "

@@ -8,6 +8,7 @@ requests in another process, need a GPU, and wait for ever once that process has
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from ckpt_fast import settings
@@ -20,8 +21,35 @@ from ckpt_fast.jobs.worker import LEAVE_S, Worker
 from ckpt_fast.ranks.group import ControlGroup
 
 
+@dataclass
+class FailuresInARow:
+    """Background saves that failed one after the other; the same on all ranks.
+
+    Attributes:
+        count: how many.
+        untold: the last one's error, while training goes on in spite of it.
+        is_policy_agreed: whether the ranks are known to handle failures alike.
+    """
+
+    count: int = 0
+    untold: CheckpointError | None = None
+    is_policy_agreed: bool = False
+
+    def end(self) -> None:
+        """A save succeeded."""
+        self.count, self.untold = 0, None
+
+
 class AsyncCallsQueue(SaveQueue):
-    """A SaveQueue that also takes the ``AsyncRequest`` of either package."""
+    """A SaveQueue that also takes the ``AsyncRequest`` of either package.
+
+    Attributes:
+        failures: the saves that failed since the last one that did not.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.failures = FailuresInARow()
 
     def schedule_async_request(self, async_request: Any) -> int:
         """Start a save; returns its number. Collective in the sense that all ranks schedule the same saves.
@@ -119,8 +147,9 @@ class _RequestJob(Job):
             if self._request.async_fn is not None:
                 self._request.async_fn(*arguments, **(self._request.async_fn_kwargs or {}))
         except BaseException as error:
+            if self._error is None:  # nobody has given it up
+                untold.report(self.directory, error)
             self._error = error
-            untold.report(self.directory, error)
 
     def _raise_error(self) -> None:
         if isinstance(self._error, CheckpointError):

@@ -6,7 +6,9 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from typing import Any
+from typing import Any, get_args
+
+from ckpt_fast import settings
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +77,14 @@ def check_choices(checkpoint: Any) -> None:
         value = getattr(checkpoint, name, choices[0])
         if value not in choices:
             raise ValueError(f"{name}={value!r}: use one of {', '.join(choices)}")
+    action = getattr(checkpoint, "on_save_failure", None)
+    if action is not None and action not in get_args(settings.OnSaveFailure):
+        raise ValueError(
+            f"on_save_failure={action!r}: use one of {', '.join(get_args(settings.OnSaveFailure))}"
+        )
+    most = getattr(checkpoint, "max_failed_saves", None)
+    if most is not None and (not isinstance(most, int) or isinstance(most, bool) or most < 1):
+        raise ValueError(f"max_failed_saves={most!r} is not a positive whole number")
     nbytes = getattr(checkpoint, "host_buffer_bytes", None)
     if nbytes is not None and nbytes < 1:
         raise ValueError(f"host_buffer_bytes={nbytes} is not a positive number of bytes")

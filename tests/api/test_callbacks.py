@@ -29,6 +29,7 @@ def test_events():
     phases = [f"on_{kind}_{point}" for kind in ("eval", "test") for point in ("start", "end")]
     phases += [f"on_{kind}_step_{point}" for kind in ("train", "eval", "test") for point in ("start", "end")]
     phases += ["on_data_init_start", "on_train_start", "on_train_end", "on_checkpoint_save"]
+    phases += ["on_checkpoint_save_failed"]
     assert frozenset(phases) == VALID_EVENTS == CallbackManager().events
 
 

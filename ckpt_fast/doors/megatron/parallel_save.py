@@ -63,6 +63,10 @@ class FastParallelSaveWrapper(compat.FullyParallelSaveStrategyWrapper):  # type:
         is_cached = self.do_cache_distribution and self._structure is not None
         return is_cached and self._structure == _structure_of(sharded_state_dict)
 
+    def forget(self) -> None:
+        """Local, on every rank. Let the next save distribute anew."""
+        self.cached_distribution = self._structure = self._distribution = None
+
     @also_raised_as(compat.DistCheckpointingError)
     def apply_saving_parallelization(self, sharded_state_dict: dict[str, Any]) -> None:
         """Collective, over all ranks. Choose the rank that saves each tensor: ``replica_id`` is 0 there."""

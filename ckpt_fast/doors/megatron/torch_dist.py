@@ -104,6 +104,10 @@ class FastSaveStrategy(compat.TorchDistSaveShardedStrategy):  # type: ignore[mis
             **options,
         )
         self.writers = thread_count
+        self.forget()
+
+    def forget(self) -> None:
+        """Local. Let the next save collect, plan and compile everything, as the first did."""
         self.programs = ProgramCache()
         self.known = KnownTensors()
 

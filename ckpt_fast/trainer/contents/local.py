@@ -53,6 +53,11 @@ def save_local(
     return request
 
 
+def forget(context: dict[str, Any]) -> None:
+    """Local, on every rank. Let the next save find out again which rank keeps what."""
+    context.pop(_STRUCTURE, None)
+
+
 def _structure_of(state_dict: dict[str, Any]) -> list[Any]:
     """The inputs that determine which rank keeps what."""
     return [

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ckpt_fast import compat
 from ckpt_fast.ranks.world import get_rank_safe, print_rank_0
 from ckpt_fast.run.async_queue import AsyncCallsQueue
+from ckpt_fast.trainer.save import failures
 from ckpt_fast.trainer.save.publish import save_errors_tolerated
 
 if TYPE_CHECKING:
@@ -46,8 +47,10 @@ def make_room(global_state: GlobalState, ckpt_cfg: CheckpointConfig) -> bool:
     """Whether a new save may begin, as ``on_save_in_progress`` says. Collective.
 
     Raises:
-        AsyncSaveError: on every rank, if a save before failed, unless ``on_save_error`` is "warn".
+        AsyncSaveError: on every rank, if a save before failed; see ``maybe_finalize_async_save``.
+        ValueError: on every rank, what is to be done then is invalid or not the same everywhere.
     """
+    failures.agree_on_policy(global_state, ckpt_cfg)
     policy = getattr(ckpt_cfg, "on_save_in_progress", "wait")
     if policy == "queue" or is_empty_async_queue(global_state):
         return True
@@ -72,7 +75,7 @@ def end_save_to(global_state: GlobalState, ckpt_cfg: CheckpointConfig, directory
     """Finalize the saves in flight if one of them is to ``directory``, which is saved to again. Collective.
 
     Raises:
-        AsyncSaveError: on every rank, if a save before failed, unless ``on_save_error`` is "warn".
+        AsyncSaveError: on every rank, if a save before failed; see ``maybe_finalize_async_save``.
     """
     in_flight = [handle.directory for handle in getattr(global_state.async_calls_queue, "handles", ())]
     if directory not in in_flight:
@@ -92,14 +95,23 @@ def maybe_finalize_async_save(
     Without ``blocking``, nobody waits for storage: the coordinator publishes in a thread, and a later call
     runs what follows a save (callbacks, retention), or raises what went wrong.
 
+    With ``on_save_failure="continue"``, a failed save is one line of warning, and training goes on. The call
+    with ``terminate`` is the last of a run (the documented one at the end of training is
+    ``blocking=True, terminate=True``): it raises if the last save failed, also if that was found out in an
+    earlier call. ``blocking`` alone is not taken for the end of the run.
+
     Args:
         global_state: holds the queue.
         ckpt_cfg: with ``async_save`` off there is nothing to do.
         blocking: wait for all saves in flight.
-        terminate: close the queue afterwards.
+        terminate: wait for them as well, and close the queue afterwards.
 
     Raises:
-        AsyncSaveError: on every rank, if a save failed, unless ``on_save_error`` is "warn".
+        AsyncSaveError: on every rank, if a save failed. Not with ``on_save_error="warn"``; with
+            ``on_save_failure="continue"`` if it was the last one of the run, if more than
+            ``max_failed_saves`` failed in a row, or if a rank was lost.
+        CheckpointWriteError: the same, of a last save whose storage failed before it could go on in the
+            background.
     """
     if not ckpt_cfg.async_save:
         return
@@ -109,7 +121,7 @@ def maybe_finalize_async_save(
     if blocking and not is_empty_async_queue(global_state):
         print_rank_0("Unfinalized async checkpoint saves. Finalizing them synchronously now.")
     with save_errors_tolerated(ckpt_cfg):
-        queue.maybe_finalize_async_calls(blocking)
+        failures.finalize(queue, ckpt_cfg, blocking=blocking, is_last=terminate)
     if terminate:
         queue.close()
 

@@ -30,18 +30,21 @@ from ckpt_fast.trainer.places.trackers import (
     snapshot_run_config,
     snapshot_train_state,
 )
+from ckpt_fast.trainer.save.failures import policy_of
 
 
 @contextlib.contextmanager
 def save_errors_tolerated(ckpt_cfg: Any) -> Iterator[None]:
     """Within it a save that fails ends with a warning, if ``on_save_error`` is "warn".
 
-    Every rank sees the same failure, so all of them go on together.
+    Every rank sees the same failure, so all of them go on together. ``on_save_failure="continue"`` takes its
+    place for background saves.
     """
     try:
         yield
     except CheckpointError as error:
-        if getattr(ckpt_cfg, "on_save_error", "raise") != "warn":
+        is_warned = getattr(ckpt_cfg, "on_save_error", "raise") == "warn"
+        if not is_warned or (ckpt_cfg.async_save and policy_of(ckpt_cfg).goes_on):
             raise
         print_rank_0(f"WARNING: {error}\nWARNING: training goes on without it (on_save_error='warn')")
 

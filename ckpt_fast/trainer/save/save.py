@@ -10,6 +10,7 @@ from typing import Any
 from ckpt_fast import compat
 from ckpt_fast.doors.megatron import torch_dist
 from ckpt_fast.doors.megatron.parallel_save import FastParallelSaveWrapper
+from ckpt_fast.errors import AsyncSaveError, CheckpointError
 from ckpt_fast.glu.layout import (
     CONTIGUOUS,
     GLU_ROWS_KEY,
@@ -34,6 +35,7 @@ from ckpt_fast.trainer.contents.state_dict import (
 from ckpt_fast.trainer.save.after_save import fire_callbacks, logger_finalizer, report, retain
 from ckpt_fast.trainer.save.async_save import end_save_to, make_room, schedule_async_save
 from ckpt_fast.trainer.save.collect import Collection
+from ckpt_fast.trainer.save.failures import FollowUp, note_success, remember, storage_errors_tolerated
 from ckpt_fast.trainer.save.publish import save_errors_tolerated
 from ckpt_fast.trainer.save.run import SaveRun
 from ckpt_fast.trainer.save.staging import staging_policy
@@ -85,8 +87,10 @@ def save_checkpoint(
     Raises:
         CheckpointWriteError, CheckpointError: on every rank, naming rank, path and cause. The checkpoint is
             not published then; trackers and the previous checkpoint are untouched. ``on_save_error="warn"``
-            makes it a warning.
-        ValueError: ``non_persistent_ckpt_type`` is neither "local" nor "global", or there is no directory.
+            makes it a warning; ``on_save_failure="continue"`` does if storage fails as a background save
+            begins (a full disk, a directory that cannot be made), see ``maybe_finalize_async_save``.
+        ValueError: ``non_persistent_ckpt_type`` is neither "local" nor "global", or there is no directory; on
+            every rank, a setting is invalid, or ranks differ in what they do about failed background saves.
         NotImplementedError: ``async_save`` with a format that cannot be saved in the background, or
             ``also_save_hf_checkpoint`` of a model that Megatron Bridge cannot export.
         UnavailableError: ``also_save_hf_checkpoint`` without Megatron Bridge.
@@ -105,9 +109,13 @@ def save_checkpoint(
     if run.is_async and not make_room(state, run.ckpt_cfg):
         return
     loggers.on_checkpointing_start(state)
-    with save_errors_tolerated(run.ckpt_cfg):
-        target = choose_target(run.ckpt_cfg, run.context, state.train_state.step, non_persistent_ckpt)
-        end_save_to(state, run.ckpt_cfg, target.checkpoint_name)
+    target = choose_target(run.ckpt_cfg, run.context, state.train_state.step, non_persistent_ckpt)
+    end_save_to(state, run.ckpt_cfg, target.checkpoint_name)
+    follow_up = FollowUp(run, target, callback_manager)
+    with (
+        save_errors_tolerated(run.ckpt_cfg),
+        storage_errors_tolerated(run, target, follow_up),
+    ):
         _announce(run, target)
         around = surroundings_of(
             run, target, num_floating_point_operations_so_far, tensor_rank, pipeline_rank
@@ -125,12 +133,14 @@ def save_checkpoint(
             run,
             request,
             [
-                *([] if _publishes_itself(run, target) else [around.publish]),
+                *([] if _publishes_itself(run, target) else [lambda: _publish(run, target, around)]),
+                lambda: note_success(state),
                 lambda: report(request, begin),
                 logger_finalizer(run, target),
                 lambda: fire_callbacks(run, callback_manager),
                 lambda: retain(run, target),
             ],
+            follow_up,
         )
         if run.is_async:
             _announce_scheduled(request, target, begin)
@@ -161,6 +171,16 @@ def _publishes_itself(run: SaveRun, target: SaveTarget) -> bool:
     if target.is_local:
         return False
     return run.ckpt_cfg.ckpt_format != "fsdp_dtensor" or not compat.object_storage(target.checkpoint_name)
+
+
+def _publish(run: SaveRun, target: SaveTarget, around: Surroundings) -> None:
+    """Collective. Errors are those of a background save, if it is one."""
+    try:
+        around.publish()
+    except CheckpointError as error:
+        if not run.is_async:
+            raise
+        raise AsyncSaveError(f"the save to {target.checkpoint_name} was not published: {error}") from error
 
 
 def _glu_sizes(run: SaveRun) -> Sizes:
@@ -284,7 +304,9 @@ def _save_strategy(run: SaveRun) -> tuple[Any, bool]:
     return strategy, validate
 
 
-def _finalize(run: SaveRun, request: Any, finalizers: Sequence[Callable[[], None]]) -> None:
+def _finalize(
+    run: SaveRun, request: Any, finalizers: Sequence[Callable[[], None]], follow_up: FollowUp
+) -> None:
     """Run the finalizers now that the data is durable, or leave them to the request that is scheduled."""
     if not run.is_async:
         for finalizer in finalizers:
@@ -293,3 +315,4 @@ def _finalize(run: SaveRun, request: Any, finalizers: Sequence[Callable[[], None
     for finalizer in finalizers:
         request.add_finalize_fn(finalizer)
     schedule_async_save(run.state, request)
+    remember(run.state, follow_up)

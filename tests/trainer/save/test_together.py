@@ -190,7 +190,7 @@ def lose_a_rank(rank: int, root: str) -> None:
 def test_a_rank_that_is_gone_is_an_error_that_says_so(tmp_path: Path) -> None:
     with pytest.raises(RankError) as caught:
         run_ranks(lose_a_rank, 2, str(tmp_path), fresh=True)
-    assert caught.value.errors[0] == "CheckpointError"
+    assert caught.value.errors[0] == "RankLostError"
     assert "rank 0 has lost touch with the other 1 ranks" in str(caught.value)
     assert tracked(str(tmp_path)) == (0, 0)
 

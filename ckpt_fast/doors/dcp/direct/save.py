@@ -43,11 +43,20 @@ class KnownStructures:
     """
 
     def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Let the next saves be as the first ones."""
         self.programs = ProgramCache(_MOST_STRUCTURES)
         self.divisions: StructureCache[Division] = StructureCache(_MOST_STRUCTURES)
 
 
 _known = PerGroup(KnownStructures)
+
+
+def forget(process_group: dist.ProcessGroup | None = None) -> None:
+    """Local, on every rank. Let the next save of a process group divide and compile everything again."""
+    _known.get(ControlGroup(process_group), process_group).forget()
 
 
 @without_collections
