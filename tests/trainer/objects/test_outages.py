@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from ckpt_fast import compat
@@ -283,3 +284,66 @@ def test_killed_during_an_upload(object_server: ObjectServer, tmp_path: Path, wh
     assert results == [[step, []]] * 2
     assert bucket.tracked() == (step + 1, step + 1)
     assert bucket.sealed()[-1] == step + 1
+
+
+def train_through_an_outage(rank: int, bucket: Bucket, seconds: float) -> dict[str, Any]:
+    """Train and save in the background while the server is away for longer than a save waits for it.
+
+    Returns:
+        Which saves failed, what the tracker named then, and where two resumed runs differ: one from what it
+        named, one from the newest checkpoint.
+    """
+    prints: dict[int, dict[str, Any]] = {}
+    failed: list[int] = []
+    found: dict[str, Any] = {"failed": failed}
+    going_on = {"async_save": True, "on_save_failure": "continue", "max_failed_saves": 1000}
+    with bucket.in_use(CKPT_FAST_TIMEOUT="1", CKPT_FAST_OUTAGE="1"), Run(SETUP, save=bucket.url) as run:
+        for name, value in going_on.items():
+            setattr(run.checkpoint, name, value)
+        run.state.initialize_async_checkpoint_worker()
+
+        def save_once() -> bool:
+            run.train(1)
+            step = run.state.train_state.step
+            prints[step] = run.fingerprint()
+            run.save()
+            maybe_finalize_async_save(run.state, run.checkpoint, blocking=True)
+            return step in bucket.sealed() and bucket.tracked() == (step, step)
+
+        assert save_once()
+        barrier()
+        end = time.monotonic() + seconds
+        if rank == 0:
+            bucket.server.go_down(seconds)
+        barrier()
+        while True:
+            is_over = torch.tensor(int(time.monotonic() > end + 0.5))
+            if dist.get_world_size() > 1:
+                dist.broadcast(is_over, 0)
+            if is_over:
+                break
+            run.train(1)
+            prints[run.state.train_state.step] = run.fingerprint()
+            run.save()
+            maybe_finalize_async_save(run.state, run.checkpoint, blocking=True)
+            failed.append(run.state.train_state.step)
+        barrier()
+        found["stood"] = bucket.tracked()
+        assert save_once()
+        newest = run.state.train_state.step
+        maybe_finalize_async_save(run.state, run.checkpoint, blocking=True, terminate=True)
+    with bucket.in_use():
+        standing = found["stood"][0]
+        found["resumed from what stood"] = resume(bucket, prints, standing, ckpt_step=standing)
+        found["resumed from the newest"] = resume(bucket, prints, newest)
+    return found
+
+
+@pytest.mark.parametrize("seconds", [4.0, pytest.param(120.0, marks=pytest.mark.long)])
+def test_a_run_goes_on_through_an_outage(object_server: ObjectServer, tmp_path: Path, seconds: float) -> None:
+    bucket = new_bucket(object_server, tmp_path)
+    for found in run_ranks(train_through_an_outage, 2, bucket, seconds, timeout_s=600):
+        assert found["failed"]
+        assert found["stood"][0] <= found["failed"][-1]
+        assert found["resumed from what stood"] == found["resumed from the newest"] == []
+    assert os.listdir(bucket.spool) == []
