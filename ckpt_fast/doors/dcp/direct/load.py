@@ -16,7 +16,7 @@ from ckpt_fast.doors.dcp.direct.local_state import Flattened, is_stateful, shard
 from ckpt_fast.errors import CheckpointMismatchError
 from ckpt_fast.format.types import TensorRequest
 from ckpt_fast.pipeline.load.index import CheckpointIndex, missing_keys_message
-from ckpt_fast.pipeline.load.load import load_tensors_and_objects
+from ckpt_fast.pipeline.load.load import PreparedLoad, prepare
 from ckpt_fast.pipeline.memory.garbage import without_collections
 from ckpt_fast.ranks.group import ControlGroup
 
@@ -63,7 +63,7 @@ class _Loading:
         self._directory = directory
         self._is_partial = allow_partial_load
         self._values: dict[str, Any] = {}
-        self._requests: list[TensorRequest] = []
+        self._prepared: PreparedLoad | None = None
         self._objects: list[tuple[str, Any, Any]] = []  # name, container, key
         self._materialized: list[tuple[torch.Tensor, Any, Any]] = []  # tensor, container, key
         self._loaded: dict[str, Any] = {}
@@ -80,6 +80,7 @@ class _Loading:
         flat = Flattened(values)
         flat.require_unique()
         saved = self._index.metadata.state_dict_metadata
+        requests: list[TensorRequest] = []
         missing, misfits = [], []
         with torch.no_grad():
             for name, value, parent, key in zip(
@@ -100,7 +101,7 @@ class _Loading:
                     for region, local in shards_of_tensor(name, target):
                         if local.is_meta:
                             misfits.append(f"{name} is on the meta device there and has no memory")
-                        self._requests.append(TensorRequest(name, local, region.offsets))
+                        requests.append(TensorRequest(name, local, region.offsets))
         if misfits:
             more = f" (and {len(misfits) - _MOST_SHOWN} more)" if len(misfits) > _MOST_SHOWN else ""
             raise CheckpointMismatchError(
@@ -114,6 +115,8 @@ class _Loading:
             raise CheckpointMismatchError(
                 missing_keys_message(self._directory, missing, self._index.metadata, remedy)
             )
+        with torch.no_grad():
+            self._prepared = prepare(self._index, requests, {name for name, _, _ in self._objects})
         asked = [name for name in flat.names if name in saved]
         self.seen = _Seen(self._index.identity, None if len(asked) == len(saved) else asked)
 
@@ -129,10 +132,9 @@ class _Loading:
 
     def read(self) -> None:
         """Local. Fill the tensors."""
+        assert self._prepared is not None, "read before prepare"
         with torch.no_grad():
-            self._loaded = load_tensors_and_objects(
-                self._index, self._requests, {name for name, _, _ in self._objects}
-            )
+            self._loaded = self._prepared.read_objects()
         # A save ends the checkpoint that it overwrites before it touches the data files.
         self._index.versions.require_unchanged()
 
