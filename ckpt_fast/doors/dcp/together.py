@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A load as ``dcp.load`` does it, in which no rank touches anything before all ranks can.
 
-torch's own has no agreement between plan and reading: where a rank finds that it cannot read what was planned,
-others may have filled their tensors.
+torch's own has no agreement between plan and reading: where a rank finds that it cannot read what was
+planned, others may have filled their tensors.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def load_together(state_dict: dict[str, Any], reader: FastStorageReader, planner
 
     Raises:
         CheckpointMismatchError: the checkpoint does not fit. Nothing was changed on any rank.
-        CheckpointCorruptError: it is damaged. If its metadata lacks a part of a tensor, nothing was changed on
-            any rank.
+        CheckpointCorruptError: it is damaged. If its metadata lacks a part of a tensor, nothing was changed
+            on any rank.
         UnsafeCheckpointError: an object is more than tensors and plain data.
 
         All of these are raised on every rank, naming the rank that failed.
@@ -58,4 +58,3 @@ def load_together(state_dict: dict[str, Any], reader: FastStorageReader, planner
     assert plan is not None, "a plan that failed has been agreed on"
     located = group.agree(lambda: reader.locate_data(plan, planner))
     group.agree(lambda: reader.fill(located))
-
