@@ -180,7 +180,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "generator": (lambda: random.Random(3), r"random\.Random"),
     "own class": (lambda: Custom(3), r"tests\.everyday\.Custom"),
     "class around others": (lambda: Outer(3), r"tests\.everyday\.Outer'"),
-    "class inside another": (lambda: Outer.Custom(), r"tests\.everyday\.Outer\.Custom"),
+    "class inside another": (Outer.Custom, r"tests\.everyday\.Outer\.Custom"),
     "nested class itself": (lambda: Outer.Mode, r"tests\.everyday\.Outer\.Mode"),
     "dataclass with code": (lambda: WithCode(3), r"tests\.everyday\.WithCode.*__setstate__"),
     "array of objects": (lambda: np.array([None, {}]), "an array of objects"),

@@ -42,8 +42,8 @@ class _Value:
 
     ``weight`` counts the values in it, shared ones as often as they occur; a ``part`` of another value must
     not change any more; of a tuple, ``has_number`` says that it directly holds something that bytes() takes
-    for a size, and ``has_range`` that it holds a range; a global ``makes`` bytes, ranges or globals when it is
-    called.
+    for a size, and ``has_range`` that it holds a range; a global ``makes`` bytes, ranges or globals when it
+    is called.
     """
 
     __slots__ = ("depth", "has_number", "has_range", "kind", "makes", "part", "text", "weight")

@@ -83,7 +83,8 @@ class InertUnpickler(_PythonUnpickler):  # type: ignore[misc]
         where = next((key for key, known in self._names.items() if known is owner), None)
         if where is None or type(name) is not str or not name.isidentifier():
             refuse(
-                "Restricted unpickler refused to load 'builtins.getattr': it looks for no class in a class"
+                "Restricted unpickler refused to load 'builtins.getattr': what it asks for is no class in a "
+                "class"
             )
         members = owner.kind.members if isinstance(owner, Named) else None
         if members is not None and name in members:
