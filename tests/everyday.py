@@ -81,6 +81,29 @@ class WithCode:
         raise AssertionError("code of the class was run")
 
 
+class Outer:
+    """A class that is on no list, around some that need none."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    class Mode(enum.Enum):
+        SLOW = 1
+
+    @dataclasses.dataclass
+    class Progress:
+        step: int
+
+        class Phase(enum.Enum):
+            LATE = "late"
+
+    class Point(NamedTuple):
+        x: int
+
+    class Custom:
+        """On no list either."""
+
+
 def _io_with(content: bytes) -> io.BytesIO:
     stream = io.BytesIO(content)
     stream.seek(2)
@@ -130,6 +153,9 @@ VALUES: dict[str, Callable[[], Any]] = {
     "IntEnum": lambda: Level.LOW,
     "Flag": lambda: Parts.MODEL | Parts.OPTIMIZER,
     "signal": lambda: signal.SIGTERM,
+    "nested enum": lambda: [Outer.Mode.SLOW, Outer.Mode.SLOW, Outer.Progress.Phase.LATE],
+    "nested dataclass": lambda: Outer.Progress(3),
+    "nested named tuple": lambda: Outer.Point(3),
     "dataclass": lambda: Progress(3, [1.5]),
     "frozen dataclass": lambda: Frozen(3),
     "dataclass with slots": lambda: Slotted(3),
@@ -153,6 +179,9 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "method": (lambda: pathlib.Path.cwd, r"pathlib\.Path"),
     "generator": (lambda: random.Random(3), r"random\.Random"),
     "own class": (lambda: Custom(3), r"tests\.everyday\.Custom"),
+    "class around others": (lambda: Outer(3), r"tests\.everyday\.Outer'"),
+    "class inside another": (Outer.Custom, r"tests\.everyday\.Outer\.Custom"),
+    "nested class itself": (lambda: Outer.Mode, r"tests\.everyday\.Outer\.Mode"),
     "dataclass with code": (lambda: WithCode(3), r"tests\.everyday\.WithCode.*__setstate__"),
     "array of objects": (lambda: np.array([None, {}]), "an array of objects"),
     "deep nesting": (lambda: functools.reduce(lambda value, _: [value], range(300), []), "nested too deep"),

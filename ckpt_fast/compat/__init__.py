@@ -77,6 +77,7 @@ from megatron.core.utils import StragglerDetector, get_model_config, get_pg_size
 
 from ckpt_fast.compat import objects
 from ckpt_fast.compat.bridge import import_auto_bridge
+from ckpt_fast.compat.common import TorchCommonSaveStrategy, default_strategies
 from ckpt_fast.compat.errors import DistCheckpointingError, import_local_checkpointing_error
 from ckpt_fast.compat.factories import only_joins
 from ckpt_fast.compat.fsdp import (
@@ -152,6 +153,7 @@ __all__ = [
     "StragglerDetector",
     "StrictHandling",
     "Timers",
+    "TorchCommonSaveStrategy",
     "TorchDistLoadShardedStrategy",
     "TorchDistSaveShardedStrategy",
     "UnavailableError",
@@ -161,6 +163,7 @@ __all__ = [
     "checkpoint_files",
     "clean_metadata_for_serialization",
     "convert_cuda_rng_state",
+    "default_strategies",
     "determine_global_metadata",
     "dict_list_map_outplace",
     "dist_checkpointing",

@@ -32,7 +32,8 @@ _ARGUMENTS = {
 # Its keys are compared by the unpickler of metadata, which counts.
 _COUNTED = (b"torch.distributed.checkpoint.metadata", b"MetadataIndex")
 _MAKERS = {b"bytes": "bytes", b"bytearray": "bytes", b"range": "range", b"xrange": "range"}
-_MADE_BY = {"range": "range", "encoded": "bytes", "counted": "counted"}
+_MAKERS[b"getattr"] = "attribute"  # how protocol 2 spells a class inside another class
+_MADE_BY = {"range": "range", "encoded": "bytes", "counted": "counted", "attribute": "global"}
 _SIZED = ("text", "bytes", "tuple", "list")
 
 
@@ -41,7 +42,8 @@ class _Value:
 
     ``weight`` counts the values in it, shared ones as often as they occur; a ``part`` of another value must
     not change any more; of a tuple, ``has_number`` says that it directly holds something that bytes() takes
-    for a size, and ``has_range`` that it holds a range; a global ``makes`` bytes or ranges when it is called.
+    for a size, and ``has_range`` that it holds a range; a global ``makes`` bytes, ranges or globals when it
+    is called.
     """
 
     __slots__ = ("depth", "has_number", "has_range", "kind", "makes", "part", "text", "weight")

@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
@@ -34,6 +34,24 @@ from ckpt_fast.storage.versions import FileVersions
 StrPath = str | os.PathLike[str]
 # Takes the place of the identity where every rank has a ``.metadata`` of its own.
 _OF_ONE_RANK = "of one rank"
+
+
+class LocatedData(NamedTuple):
+    """What a load plan asks for, found in the checkpoint, and the memory it goes to.
+
+    Attributes:
+        planner: the plan's.
+        objects: the plan's items that are objects.
+        items: the others, which are regions of tensors.
+        targets: their destinations.
+        parts: where they lie.
+    """
+
+    planner: LoadPlanner
+    objects: list[ReadItem]
+    items: list[ReadItem]
+    targets: list[torch.Tensor]
+    parts: list[Part]
 
 
 class FastStorageReader(StorageReader):
@@ -146,23 +164,48 @@ class FastStorageReader(StorageReader):
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Fill what the plan asks for.
+        """Fill what the plan asks for: ``locate_data``, then ``fill``.
 
         Raises:
-            CheckpointCorruptError: a checksum differs, a file is short, a part of a tensor is missing, or the
-                checkpoint was replaced meanwhile.
-            CheckpointMismatchError: the plan does not fit the checkpoint or the destinations.
-            UnsafeCheckpointError: an object is more than tensors and plain data.
+            CheckpointCorruptError, CheckpointMismatchError, UnsafeCheckpointError.
         """
-        assert self._index is not None, "read_data before set_up_storage_reader"
-        require_covered(plan, planner, self._index.metadata, self._path)
-        self._read(plan, planner)
-        # A save ends the checkpoint that it overwrites before it touches the data files.
-        self._index.versions.require_unchanged()
-        self._report_unasked(planner)
+        self.fill(self.locate_data(plan, planner))
         future: Future[None] = Future()
         future.set_result(None)
         return future
+
+    @without_collections
+    def locate_data(self, plan: LoadPlan, planner: LoadPlanner) -> LocatedData:
+        """Local. Find everything that the plan asks for. Reads no data file, touches no destination.
+
+        Raises:
+            CheckpointCorruptError: a part of a tensor is missing.
+            CheckpointMismatchError: the plan does not fit the checkpoint or the destinations.
+        """
+        index = self._index
+        assert index is not None, "locate_data before set_up_storage_reader"
+        require_covered(plan, planner, index.metadata, self._path)
+        objects = [item for item in plan.items if item.type == LoadItemType.BYTE_IO]
+        for item in objects:
+            index.object_extent(item.storage_index.fqn)
+        items = [item for item in plan.items if item.type != LoadItemType.BYTE_IO]
+        targets = [_detached(planner.resolve_tensor(item)) for item in items]
+        parts = [_part(index, item, target) for item, target in zip(items, targets, strict=True)]
+        return LocatedData(planner, objects, items, targets, parts)
+
+    def fill(self, located: LocatedData) -> None:
+        """Local. Fill what ``locate_data`` has found a place for.
+
+        Raises:
+            CheckpointCorruptError: a checksum differs, a file is short, or the checkpoint was replaced
+                meanwhile.
+            UnsafeCheckpointError: an object is more than tensors and plain data.
+        """
+        assert self._index is not None, "fill before set_up_storage_reader"
+        self._fill(self._index, located)
+        # A save ends the checkpoint that it overwrites before it touches the data files.
+        self._index.versions.require_unchanged()
+        self._report_unasked(located.planner)
 
     def _report_unasked(self, planner: LoadPlanner) -> None:
         """On the coordinator: report the parts that no rank requests."""
@@ -176,21 +219,13 @@ class FastStorageReader(StorageReader):
         self._asked = None
 
     @without_collections
-    def _read(self, plan: LoadPlan, planner: LoadPlanner) -> None:
-        index = self._index
-        assert index is not None
-        objects = [item for item in plan.items if item.type == LoadItemType.BYTE_IO]
-        items = [item for item in plan.items if item.type != LoadItemType.BYTE_IO]
-        targets = [_detached(planner.resolve_tensor(item)) for item in items]
-        _, payloads = load_parts(
-            index,
-            [_part(index, item, target) for item, target in zip(items, targets, strict=True)],
-            [item.storage_index.fqn for item in objects],
-        )
-        for item in objects:
-            fqn = item.storage_index.fqn
+    def _fill(self, index: CheckpointIndex, located: LocatedData) -> None:
+        planner = located.planner
+        names = [item.storage_index.fqn for item in located.objects]
+        _, payloads = load_parts(index, located.parts, names)
+        for item, fqn in zip(located.objects, names, strict=True):
             planner.load_bytes(item, io.BytesIO(_harmless(payloads[fqn], f"{fqn} in {self._path}")))
-        for item, target in zip(items, targets, strict=True):
+        for item, target in zip(located.items, located.targets, strict=True):
             planner.commit_tensor(item, target)
 
     @property

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ckpt_fast import compat, settings
+from ckpt_fast.doors.megatron.stock_common import warn_of_refusal
 from ckpt_fast.errors import (
     CheckpointCorruptError,
     CheckpointMismatchError,
@@ -150,7 +151,10 @@ def common_bytes(state: Any) -> bytes:
     Raises:
         UnsafeCheckpointError: a part of the state could not be loaded again.
     """
-    return object_bytes(plain_numbers(state), _NAME)
+    plain = plain_numbers(state)
+    content = object_bytes(plain, _NAME)
+    warn_of_refusal(plain, content, _NAME)
+    return content
 
 
 def common_bytes_of(content: bytes) -> bytes:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from types import TracebackType
 
 from ckpt_fast import compat
+from ckpt_fast.doors.megatron.common_save import FastCommonSaveStrategy
 from ckpt_fast.doors.megatron.load_strategy import FastLoadStrategy
 from ckpt_fast.doors.megatron.parallel_save import FastParallelSaveWrapper
 from ckpt_fast.doors.megatron.torch_dist import FastSaveStrategy
@@ -19,6 +20,8 @@ _REPLACEMENTS: dict[type, type] = {
     compat.TorchDistLoadShardedStrategy: FastLoadStrategy,
     compat.FullyParallelSaveStrategyWrapper: FastParallelSaveWrapper,
 }
+if compat.TorchCommonSaveStrategy is not None:
+    _REPLACEMENTS[compat.TorchCommonSaveStrategy] = FastCommonSaveStrategy
 _STOCK_NAMES = {stock.__name__ for stock in _REPLACEMENTS}
 # What of the stock classes dist_checkpointing and the wrappers call.
 _METHODS = {
@@ -30,6 +33,7 @@ _METHODS = {
         "remove_sharded_tensors",
     ),
     compat.FullyParallelSaveStrategyWrapper: ("apply_saving_parallelization",),
+    compat.TorchCommonSaveStrategy: ("save_common",),
 }
 
 
@@ -62,10 +66,10 @@ def install() -> Installation:
     """Let code that builds Megatron-Core's ``torch_dist`` strategies build ours. Local; on every rank.
 
     In every module imported so far, the global names of Megatron-Core's save strategy, load strategy and
-    fully parallel save wrapper are bound to our classes; modules imported later get those. So
-    ``dist_checkpointing.save`` and ``load`` without a strategy, the ``get_default_*_sharded_strategy``
-    functions, and Megatron-LM's training loop use the pipeline. Call it before strategies are built. Calling
-    it again extends it to modules imported since.
+    fully parallel save wrapper (before 0.19 also: of its strategy for the common state) are bound to our
+    classes; modules imported later get those. So ``dist_checkpointing.save`` and ``load`` without a strategy,
+    the ``get_default_*_sharded_strategy`` functions, and Megatron-LM's training loop use the pipeline. Call
+    it before strategies are built. Calling it again extends it to modules imported since.
 
     Returns:
         What was changed; ``with ckpt_fast.install():`` undoes it at the end of the block.
@@ -78,6 +82,7 @@ def install() -> Installation:
         _require_known(stock, ours)
     for stock, ours in _REPLACEMENTS.items():
         _installed.extend(_rebind(stock, ours))
+    _replace_common_strategies(compat.TorchCommonSaveStrategy, FastCommonSaveStrategy)
     return Installation(tuple(f"{module}.{name}" for module, name in _installed))
 
 
@@ -88,6 +93,7 @@ def uninstall() -> tuple[str, ...]:
     changed = set(_installed)
     _installed.clear()
     restored: list[tuple[str, str]] = []
+    _replace_common_strategies(FastCommonSaveStrategy, compat.TorchCommonSaveStrategy)
     for stock, ours in _REPLACEMENTS.items():
         # Modules imported since have the stock name for our class as well; ours by its own name stays.
         restored += _rebind(
@@ -109,6 +115,14 @@ def _rebind(
                 setattr(module, name, new)
                 rebound.append((module_name, name))
     return rebound
+
+
+def _replace_common_strategies(old: type | None, new: type | None) -> None:
+    """Replace what Megatron-Core has built already, to take it where no strategy is named."""
+    for strategies in compat.default_strategies.values():
+        for place, strategy in strategies.items():
+            if old is not None and new is not None and type(strategy) is old:
+                strategies[place] = new(*place)
 
 
 def _require_known(stock: type, ours: type) -> None:

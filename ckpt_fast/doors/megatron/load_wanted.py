@@ -84,11 +84,15 @@ def check_keys(
     return ControlGroup().agree(check)
 
 
-def dropped(wanted: dict[str, Any], found: dict[str, Any]) -> Collection[Path]:
-    """Local. The paths in the sharded state dict of what ``check_keys`` has left out."""
+def divided(wanted: dict[str, Any], found: dict[str, Any]) -> tuple[Collection[Path], Collection[Path]]:
+    """Local. The paths in the sharded state dict of what ``check_keys`` has left out, and of the rest.
+
+    Both are empty if it has left out nothing.
+    """
     if found is wanted:
-        return ()
-    return dict(entries_of(wanted)).keys() - dict(entries_of(found)).keys()
+        return (), ()
+    rest = dict(entries_of(found)).keys()
+    return dict(entries_of(wanted)).keys() - rest, rest
 
 
 def load_wanted(wanted: dict[str, Any], checkpoint_dir: str, strategy: Any) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from ckpt_fast.doors.megatron.common_state import (
     plain_numbers,
 )
 from ckpt_fast.doors.megatron.load_strategy import FastLoadStrategy
-from ckpt_fast.doors.megatron.load_wanted import check_keys, dropped, load_wanted, prepare
+from ckpt_fast.doors.megatron.load_wanted import check_keys, divided, load_wanted, prepare
 from ckpt_fast.doors.megatron.reuse import Collector, KnownTensors
 from ckpt_fast.doors.megatron.sharded_state import Path, mismatches, require_distinct_objects, shards_of
 from ckpt_fast.doors.megatron.stock_queue import Flag, as_request
@@ -274,7 +274,7 @@ def load(
     strategy: Any = None,
     strict: Any = compat.StrictHandling.ASSUME_OK_UNEXPECTED,
     validate_access_integrity: bool = True,
-    accept_missing: Callable[[Collection[Path]], None] = lambda _: None,
+    accept_missing: Callable[[Collection[Path], Collection[Path]], None] = lambda *_: None,
 ) -> Any:
     """Collective. Load what the sharded state dict asks for.
 
@@ -289,7 +289,8 @@ def load(
         strict: Megatron-Core's ``StrictHandling`` or its string value.
         validate_access_integrity: check that the ranks' requests fit together.
         accept_missing: gets the paths of this rank's entries that the checkpoint lacks and ``strict``
-            tolerates, before anything is filled. An error it raises refuses the load on all ranks.
+            tolerates, and those of the others, before anything is filled. An error it raises refuses the load
+            on all ranks.
 
     Returns:
         The state dict with the common state merged in; with the two ``return_*`` modes of ``strict`` a tuple
@@ -315,7 +316,7 @@ def load(
         sharded, missing, unexpected = check_keys(
             wanted.sharded, checkpoint_dir, strategy, strict, validate_access_integrity
         )
-        group.agree(lambda: accept_missing(dropped(wanted.sharded, sharded)))
+        group.agree(lambda: accept_missing(*divided(wanted.sharded, sharded)))
         state_dict = wanted.state_dict
         compat.merge(state_dict, load_wanted(sharded, checkpoint_dir, strategy))
     state_dict = compat.apply_factory_merges(state_dict, wanted.factories)

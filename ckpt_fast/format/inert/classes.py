@@ -108,7 +108,8 @@ def build_trusted(made: Any, state: Any) -> None:
         setter(state)
         return
     values, slots = state if type(state) is tuple and len(state) == 2 else (state, None)
-    vars(made).update(values or {})
+    if values:  # with slots alone there is nowhere to put any
+        vars(made).update(values)
     for name, value in (slots or {}).items():
         setattr(made, name, value)
 

@@ -56,10 +56,21 @@ class Kind:
 
 @dataclass(frozen=True)
 class Named:
-    """Stands for a class or function that a pickle names; the pickle never gets hold of the real one."""
+    """Stands for a class or function that a pickle names; the pickle never gets hold of the real one.
+
+    Attributes:
+        name: its module and name.
+        kind: what may be done with it.
+        refusal: why that is nothing, of a class that is named for one inside it; otherwise empty.
+    """
 
     name: str
     kind: Kind
+    refusal: str = ""
+
+
+# ``getattr``, which the reader answers itself: for a class inside a class, or a member of an enum.
+ATTRIBUTE = Kind()
 
 
 def refuse(reason: str) -> NoReturn:
@@ -204,14 +215,6 @@ def _build_bytes_io(made: io.BytesIO, state: Any) -> None:
     set_attributes(made, rest or {})
 
 
-def _member(cls: Any, name: Any) -> Any:
-    """How some versions of Python spell the member of an enum."""
-    members = cls.kind.members if isinstance(cls, Named) else None
-    if members is None or type(name) is not str or name not in members:
-        refuse("Restricted unpickler refused to load 'builtins.getattr': it looks for no member of an enum")
-    return members[name]
-
-
 def _slice(*args: Any) -> slice:
     require(len(args) == 3, "a slice")
     return slice(*args)
@@ -228,7 +231,7 @@ def standard_kinds() -> Mapping[tuple[str, str], Kind]:
     kinds["builtins", "complex"] = _of(complex, int, float, count=(1, 2))
     kinds["builtins", "range"] = _of(range, int, count=(1, 2, 3))
     kinds["builtins", "slice"] = Kind(_slice)
-    kinds["builtins", "getattr"] = Kind(_member, takes_names=True)
+    kinds["builtins", "getattr"] = ATTRIBUTE
     kinds["_codecs", "encode"] = Kind(_encode)
     kinds["collections", "OrderedDict"] = Kind(
         # The state dict of a module has the attribute ``_metadata``.

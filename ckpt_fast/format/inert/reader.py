@@ -11,8 +11,16 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import IO, Any, ClassVar
 
 from ckpt_fast.format.inert.arrays import array_kinds
-from ckpt_fast.format.inert.classes import build_trusted, is_trusted, program_kind, trusted
-from ckpt_fast.format.inert.kinds import Kind, Named, refuse, require_keys, standard_kinds
+from ckpt_fast.format.inert.classes import build_trusted, class_named, is_trusted, program_kind, trusted
+from ckpt_fast.format.inert.kinds import (
+    ATTRIBUTE,
+    Kind,
+    Named,
+    RefusedPickleError,
+    refuse,
+    require_keys,
+    standard_kinds,
+)
 from ckpt_fast.format.inert.tensors import StorageName, tensor_kinds, torch_value
 
 _DICTS = (dict, collections.OrderedDict, collections.defaultdict, collections.Counter)
@@ -62,14 +70,31 @@ class InertUnpickler(_PythonUnpickler):  # type: ignore[misc]
         # Pickle protocol 2, which torch.save uses, spells standard names as Python 2 did.
         module, name = _compat_pickle.NAME_MAPPING.get((module, name), (module, name))
         module = _compat_pickle.IMPORT_MAPPING.get(module, module)
-        if (module, name) not in self._names:
-            self._names[module, name] = _resolve(module, name)
-        return self._names[module, name]
+        return self._named(module, name)
 
     def persistent_load(self, pid: Any) -> Any:
         if self._load_storage is None:
             refuse("Restricted unpickler refused to load a storage, of which there are none here")
         return self._load_storage(pid)
+
+    def _attribute(self, owner: Any, name: Any) -> Any:
+        """What a pickle gets by ``getattr``: protocol 2 spells a class inside a class like this, and some
+        versions of Python the member of an enum."""
+        where = next((key for key, known in self._names.items() if known is owner), None)
+        if where is None or type(name) is not str or not name.isidentifier():
+            refuse(
+                "Restricted unpickler refused to load 'builtins.getattr': what it asks for is no class in a "
+                "class"
+            )
+        members = owner.kind.members if isinstance(owner, Named) else None
+        if members is not None and name in members:
+            return members[name]
+        return self._named(where[0], f"{where[1]}.{name}")
+
+    def _named(self, module: str, name: str) -> Any:
+        if (module, name) not in self._names:
+            self._names[module, name] = _resolve(module, name)
+        return self._names[module, name]
 
     def _require_values(self, values: Iterable[Any]) -> None:
         """Refuse names among values; lists, dicts and sets have been looked at when they were filled."""
@@ -79,6 +104,8 @@ class InertUnpickler(_PythonUnpickler):  # type: ignore[misc]
             if isinstance(value, tuple) and not isinstance(value, StorageName):
                 self._require_values(value)
             elif isinstance(value, (Named, StorageName)):
+                if isinstance(value, Named) and value.refusal:
+                    refuse(value.refusal)
                 what = value.name if isinstance(value, Named) else "a storage class"
                 refuse(f"Restricted unpickler refused to load '{what}' itself: it is no data")
 
@@ -93,7 +120,12 @@ class InertUnpickler(_PythonUnpickler):  # type: ignore[misc]
             made = function(*args) if how == "make" else function.__new__(function, *args)
             self.stack[-1] = made
             return
+        if function.kind is ATTRIBUTE and how == "make" and len(args) == 2:
+            self.stack[-1] = self._attribute(*args)
+            return
         maker = getattr(function.kind, how)
+        if function.refusal:
+            refuse(function.refusal)
         if maker is None:
             refuse(f"Restricted unpickler refused to load '{function.name}': no data is made like this")
         if not function.kind.takes_names:
@@ -214,5 +246,12 @@ def _resolve(module: str, name: str) -> Any:
         allowed = trusted(module, name)
         if allowed is not None:
             return allowed
-        kind = program_kind(module, name)
+        try:
+            kind = program_kind(module, name)
+        except RefusedPickleError as error:
+            around = class_named(module, name)
+            if around is None or not any(isinstance(value, type) for value in vars(around).values()):
+                raise
+            # It may be named for the sake of a class inside it. Nothing is made of it itself.
+            return Named(f"{module}.{name}", Kind(), str(error))
     return Named(f"{module}.{name}", kind)

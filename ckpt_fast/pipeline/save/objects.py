@@ -13,6 +13,7 @@ import io
 import logging
 import pickle
 import types
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any, NoReturn
 
@@ -138,7 +139,7 @@ def _refusal(payload: bytes) -> str | None:
 def _innermost(name: str, value: Any, reason: str) -> tuple[str, str]:
     """The part of a value that is refused, by its name and class, and the reason."""
     for _ in range(_MOST_LEVELS):
-        for key, part in _parts(value):
+        for key, part in parts_of_value(value):
             try:
                 found = _encoded(part)[1]
             except Exception as error:
@@ -151,11 +152,13 @@ def _innermost(name: str, value: Any, reason: str) -> tuple[str, str]:
     return f"{name} (a {type(value).__module__}.{type(value).__qualname__})", reason
 
 
-def _parts(value: Any) -> Any:
+def parts_of_value(value: Any) -> Iterable[tuple[Any, Any]]:
+    """Key and value of what a container holds; nothing, of other values."""
+    found: Iterable[tuple[Any, Any]] = ()
     if type(value) in (dict, collections.OrderedDict):
-        return value.items()
-    if type(value) in (list, tuple):
-        return enumerate(value)
-    if type(value) in (argparse.Namespace, types.SimpleNamespace):
-        return vars(value).items()
-    return ()
+        found = value.items()
+    elif type(value) in (list, tuple):
+        found = enumerate(value)
+    elif type(value) in (argparse.Namespace, types.SimpleNamespace):
+        found = vars(value).items()
+    return found

@@ -18,6 +18,7 @@ from ckpt_fast import compat
 from ckpt_fast.compat.object_filesystem import object_reader, object_writer
 from ckpt_fast.doors.dcp import FastStorageReader, FastStorageWriter
 from ckpt_fast.doors.dcp.direct.save import start_save
+from ckpt_fast.doors.dcp.together import load_together
 from ckpt_fast.doors.dcp.upload import Upload
 from ckpt_fast.format.names import METADATA_FILE
 from ckpt_fast.format.types import FileRecord
@@ -26,7 +27,7 @@ from ckpt_fast.jobs.report import SaveReport
 from ckpt_fast.pipeline.load.opened import OpenCheckpoint
 from ckpt_fast.pipeline.save.parts import Completion, SaveOptions
 from ckpt_fast.pipeline.save.save import Save
-from ckpt_fast.ranks.world import barrier_if_distributed, get_rank_safe, on_rank_0
+from ckpt_fast.ranks.world import barrier_if_distributed, get_rank_safe, on_all_ranks, on_rank_0
 from ckpt_fast.trainer.contexts import CheckpointType
 from ckpt_fast.trainer.places.paths import get_checkpoint_name, remove_file
 
@@ -227,6 +228,7 @@ def load_fsdp_dtensor_checkpoint(
         (state dict, checkpoint directory, release, CheckpointType.FSDP_DTENSOR).
 
     Raises:
+        CheckpointError: on every rank, naming the rank that failed; see ``load_together``.
         RuntimeError: Megatron FSDP is not available, or no scaffold was given.
     """
     name = checkpoint_path_override or get_checkpoint_name(load_dir, iteration or 0, release)
@@ -254,15 +256,17 @@ def load_fsdp_dtensor(
         key: dict(sharded_state_dict[key]) for key in ("optimizer", "model") if key in sharded_state_dict
     }
     model = sharded_state_dict.pop("_model")
-    state_dict = preprocess_fsdp_dtensor_state_dict(cfg, sharded_state_dict, model[0])
+    state_dict = on_all_ranks(lambda: preprocess_fsdp_dtensor_state_dict(cfg, sharded_state_dict, model[0]))
     reader = get_filesystem_reader(name, checkpoint)
     allow_partial = not getattr(ckpt_cfg, "strict_fsdp_dtensor_load", False)
     if allow_partial:
-        _report_differences(reader, state_dict, name, ckpt_cfg)
+        on_all_ranks(lambda: _report_differences(reader, state_dict, name, ckpt_cfg))
+    planner = DefaultLoadPlanner(allow_partial_load=allow_partial)
     if isinstance(reader, FastStorageReader):
         reader.partial = "optimizer" not in state_dict
-    planner = DefaultLoadPlanner(allow_partial_load=allow_partial)
-    load_state_dict(state_dict=state_dict, storage_reader=reader, planner=planner)
+        load_together(state_dict, reader, planner)
+    else:
+        load_state_dict(state_dict=state_dict, storage_reader=reader, planner=planner)
     # The tensors were filled in place; callers know them by their names in the model.
     state_dict.update(raw)
     return state_dict

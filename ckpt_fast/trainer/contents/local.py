@@ -9,12 +9,14 @@ from typing import Any
 import torch
 
 from ckpt_fast import compat
+from ckpt_fast.errors import CheckpointMismatchError
 from ckpt_fast.pipeline.load.parts import require_memory
 from ckpt_fast.ranks.group import ControlGroup
 from ckpt_fast.ranks.world import barrier_if_distributed, print_rank_0
 from ckpt_fast.trainer.places.paths import ensure_directory_exists
 
 _STRUCTURE = "local_checkpoint_structure"
+_MOST_SHOWN = 5
 
 
 def save_local(
@@ -83,9 +85,12 @@ def load_local(
 ) -> tuple[dict[str, Any], Any]:
     """Collective. (state dict, checkpoint id) of a local checkpoint of the same layout.
 
+    No tensor of the sharded state dict is touched: the state dict has others, for ``load_state_dict``.
+
     Raises:
         CheckpointCorruptError: on every rank: it is not whole.
-        CheckpointMismatchError: on every rank: a tensor to load into is on the meta device.
+        CheckpointMismatchError: on every rank: it lacks what is asked for, or has it in another shape; or a
+            tensor to load into is on the meta device.
     """
 
     def require_all_memory() -> None:
@@ -94,17 +99,54 @@ def load_local(
             if hasattr(entry, "key") and isinstance(entry.data, torch.Tensor):
                 require_memory(entry.key, entry.data)
 
-    ControlGroup().agree(require_all_memory)
+    group = ControlGroup()
+    group.agree(require_all_memory)
     manager = context["local_checkpoint_manager"]
     # That of nvidia-resiliency-ext loads its newest.
     is_ours = hasattr(manager, "load_iteration")
     local_state_dict, checkpoint_id = manager.load_iteration(iteration) if is_ours else manager.load()
-    state_dict = local_state_dict.to_state_dict(
-        sharded_state_dict,
-        algo=ckpt_cfg.non_persistent_local_ckpt_algo,
-        parallelization_group=pg_collection.dp_cp,
+    # Megatron-Core only asserts that it is there, after ranks have exchanged tensors.
+    group.agree(lambda: _require_fit(local_state_dict, sharded_state_dict, checkpoint_id))
+    state_dict = group.agree(
+        lambda: local_state_dict.to_state_dict(
+            sharded_state_dict,
+            algo=ckpt_cfg.non_persistent_local_ckpt_algo,
+            parallelization_group=pg_collection.dp_cp,
+        )
     )
     return state_dict, checkpoint_id
+
+
+def _require_fit(local_state_dict: Any, sharded_state_dict: dict[str, Any], checkpoint_id: Any) -> None:
+    """Local. Check that a local checkpoint has what is asked for, in the right shapes.
+
+    Raises:
+        CheckpointMismatchError: naming some of what does not fit.
+    """
+    saved = {_place_of(each): each for each in compat.nested_values(local_state_dict.sharded_state_dict)}
+    wanted, _, _ = compat.load_preprocess(sharded_state_dict)
+    misfits = []
+    for entry in compat.nested_values(compat.extract_sharded_base(wanted)[0]):
+        found = saved.get(_place_of(entry))
+        shapes = [tuple(getattr(each, "local_shape", ())) for each in (entry, found)]
+        if found is None:
+            misfits.append(f"it has no {entry.key} at {tuple(entry.global_offset)}")
+        elif shapes[0] != shapes[1]:
+            misfits.append(f"{entry.key} has the shape {shapes[1]} in it, and {shapes[0]} here")
+    if misfits:
+        more = f" (and {len(misfits) - _MOST_SHOWN} more)" if len(misfits) > _MOST_SHOWN else ""
+        raise CheckpointMismatchError(
+            f"the local checkpoint {checkpoint_id} does not fit this run: {'; '.join(misfits[:_MOST_SHOWN])}"
+            f"{more}. Nothing was loaded. A local checkpoint is for the same model on the same layout; load "
+            "a global one."
+        )
+
+
+def _place_of(entry: Any) -> tuple[Any, ...]:
+    """What Megatron-Core finds an entry by."""
+    if isinstance(entry, compat.ShardedTensor):
+        return entry.key, tuple(entry.global_offset), str(entry.flattened_range)
+    return entry.key, tuple(entry.global_offset), tuple(entry.global_shape), "object"
 
 
 def layer_wise_optimizer_path(local_ckpt_dir: str, pg_collection: Any) -> str:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -17,7 +18,6 @@ from ckpt_fast.ranks.world import barrier_if_distributed, on_rank_0, print_rank_
 from ckpt_fast.trainer.contents.data_position import FILES_KEY, require_files
 from ckpt_fast.trainer.contents.fsdp import load_fsdp_dtensor
 from ckpt_fast.trainer.contents.local import load_local
-from ckpt_fast.trainer.contents.state_dict import require_whole_model
 from ckpt_fast.trainer.contexts import CheckpointType
 from ckpt_fast.trainer.load.located import (
     Located,
@@ -31,6 +31,7 @@ from ckpt_fast.trainer.places.catalog import NOTHING, Found, why_nothing
 from ckpt_fast.trainer.places.locate import choose_checkpoint
 from ckpt_fast.trainer.places.paths import get_checkpoint_name
 
+Paths = Collection[tuple[Any, ...]]
 LoadedBase = tuple[dict[str, Any] | None, Any, bool, CheckpointType | None]
 
 
@@ -59,14 +60,13 @@ def load_state_dict(
     sharded_state_dict: dict[str, Any] | None,
     *,
     is_mimo: bool = False,
-    needs_model: bool = False,
+    accept_missing: Callable[[Paths, Paths], None] = lambda *_: None,
 ) -> tuple[dict[str, Any], Any]:
     """The parts of a checkpoint that the sharded state dict requests, and the checkpoint's name. Collective.
 
     Args:
         is_mimo: a multi-module model, whose sharding no rank can validate.
-        needs_model: refuse a torch_dist checkpoint that lacks a part of the model, before anything is filled,
-            even if ``dist_ckpt_strictness`` tolerates it.
+        accept_missing: see ``torch_dist.load``; for checkpoints of that format.
 
     Raises:
         CheckpointError: on every rank, naming the rank that failed.
@@ -94,7 +94,7 @@ def load_state_dict(
         strategy=strategy,
         strict=run.ckpt_cfg.dist_ckpt_strictness,
         validate_access_integrity=not (is_mimo and not run.ckpt_cfg.fully_parallel_save),
-        accept_missing=require_whole_model if needs_model else lambda _: None,
+        accept_missing=accept_missing,
     )
     return loaded[0] if isinstance(loaded, tuple) else loaded, located.name
 

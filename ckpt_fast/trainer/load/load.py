@@ -33,7 +33,8 @@ from ckpt_fast.trainer.contents.state_dict import (
 from ckpt_fast.trainer.contents.version import get_checkpoint_version, set_checkpoint_version
 from ckpt_fast.trainer.contexts import CheckpointType
 from ckpt_fast.trainer.load.announce import announce_loaded, announce_restored
-from ckpt_fast.trainer.load.base import choose_or_say, load_state_dict, load_strategy
+from ckpt_fast.trainer.load.base import Paths, choose_or_say, load_state_dict, load_strategy
+from ckpt_fast.trainer.load.fit import Needs
 from ckpt_fast.trainer.load.located import Located, locate, opened_torch_dist
 from ckpt_fast.trainer.load.plan import (
     build_scaffold,
@@ -45,6 +46,7 @@ from ckpt_fast.trainer.load.plan import (
     own_run_config,
 )
 from ckpt_fast.trainer.load.restore import (
+    counters_of,
     load_sections,
     read_progress,
     restore_model,
@@ -230,23 +232,36 @@ def _load_found(run: LoadRun, load_dir: str | None, found: Found) -> tuple[int, 
     with locate(run, load_dir, found) as located:
         run_config, progress = _read_history(run, located)
         plan = make_plan(run, located, run_config)
-        scaffold = on_all_ranks(lambda: build_scaffold(run, plan))
-        drop_states_of_other_ranks(plan, scaffold, located, run_config)
         adapters_only = is_peft_resume(cfg, located)
+        is_strict = run.strict and not adapters_only
+        needs = Needs(run, plan, located, model=is_strict and not run.skip_model_and_optimizer)
+
+        def ask() -> dict[str, Any]:
+            needs.require_common()
+            return build_scaffold(run, plan)
+
+        scaffold = on_all_ranks(ask)
+        drop_states_of_other_ranks(plan, scaffold, located, run_config)
         left_alone = run.skip_model_and_optimizer and _can_leave_alone(cfg, located)
         reading = run
         if left_alone:
             scaffold, reading = _without_model_and_optimizer(scaffold, run)
         if adapters_only:
             scaffold = apply_peft_adapter_filter_to_state_dict(scaffold, cfg.peft)
-        is_strict = run.strict and not adapters_only
         state_dict, name = load_state_dict(
             reading,
             located,
             scaffold,
             is_mimo=is_mimo(run_config, cfg),
-            needs_model=is_strict and not run.skip_model_and_optimizer,
+            accept_missing=needs.accept_missing,
         )
+
+    def check() -> TrainState | None:
+        needs.require_read(state_dict)
+        return counters_of(state, progress, state_dict, located)
+
+    # All that can be refused has been, on all ranks, when the first takes anything over.
+    counters = on_all_ranks(check)
     _note_version(state_dict)
 
     def restore() -> None:
@@ -256,7 +271,7 @@ def _load_found(run: LoadRun, load_dir: str | None, found: Found) -> tuple[int, 
         restore_rerun_and_rng(plan, state_dict, cfg, run.groups)
 
     on_all_ranks(restore)
-    restore_train_state(state, progress, state_dict, located)
+    restore_train_state(state, counters, located)
     announce_loaded(run, load_dir, name, located.kind)
     announce_restored(run, plan, located)
     return state.train_state.step, state.train_state.floating_point_operations_so_far
@@ -343,7 +358,7 @@ def _load_model_weights_from_checkpoint(
             common=common,
             strategy=load_strategy(fully_parallel_load, pg_collection),
             strict=dist_ckpt_strictness,
-            accept_missing=require_whole_model if strict and not return_state_dict else lambda _: None,
+            accept_missing=_accept_missing if strict and not return_state_dict else lambda *_: None,
         )
     state_dict = loaded[0] if isinstance(loaded, tuple) else loaded
     for section in filter(_is_model_section, state_dict):
@@ -359,3 +374,7 @@ def _load_model_weights_from_checkpoint(
         torch.cuda.empty_cache()
     barrier_if_distributed()
     return None
+
+
+def _accept_missing(missing: Paths, found: Paths) -> None:
+    require_whole_model(missing)

@@ -77,16 +77,26 @@ def _require_same_iteration(step: int, path: str, located: Located) -> None:
             )
 
 
-def restore_train_state(
+def counters_of(
     state: Any, progress: TrainState | None, state_dict: dict[str, Any], located: Located
-) -> None:
-    """Take over the counters, those that ``read_progress`` read or those in the loaded state."""
-    finetune = state.cfg.checkpoint.finetune
-    if not finetune:
-        state.train_state = progress or _loaded_train_state(state_dict, located.kind)
-    if finetune or located.found.is_release:
+) -> TrainState | None:
+    """The counters to go on from: those that ``read_progress`` read or those in the loaded state. Local.
+
+    Returns:
+        None for finetuning, which keeps its own.
+    """
+    if state.cfg.checkpoint.finetune:
+        return None
+    return progress or _loaded_train_state(state_dict, located.kind)
+
+
+def restore_train_state(state: Any, counters: TrainState | None, located: Located) -> None:
+    """Take over the counters."""
+    if counters is not None:
+        state.train_state = counters
+    if counters is None or located.found.is_release:
         state.train_state.step = 0
-    if not finetune:
+    if counters is not None:
         compat.update_num_microbatches(
             consumed_samples=state.train_state.consumed_train_samples, verbose=True
         )

@@ -36,6 +36,8 @@ Makes makes_when_called(const std::string& module, const std::string& name) {
   if (module == "builtins" || module == "__builtin__") {
     if (name == "bytes" || name == "bytearray") return Makes::kBytes;
     if (name == "range" || name == "xrange") return Makes::kRange;
+    // How protocol 2 spells a class inside another class.
+    if (name == "getattr") return Makes::kAttribute;
   }
   // Protocol 2's encoding of bytes.
   if (module == "_codecs" && name == "encode") return Makes::kEncoded;
@@ -52,6 +54,8 @@ Kind kind_made(Makes makes, Kind otherwise) {
       return Kind::kBytes;
     case Makes::kCounted:
       return Kind::kCounted;
+    case Makes::kAttribute:
+      return Kind::kGlobal;
     default:
       return otherwise;
   }

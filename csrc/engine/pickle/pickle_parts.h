@@ -47,7 +47,7 @@ enum class Kind : uint8_t {
   kCounted
 };
 
-enum class Makes : uint8_t { kAnything, kBytes, kRange, kEncoded, kCounted };
+enum class Makes : uint8_t { kAnything, kBytes, kRange, kEncoded, kCounted, kAttribute };
 
 /// What calling a class or function creates.
 Makes makes_when_called(const std::string& module, const std::string& name);

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the ranks of ``test_coverage`` do, and the planners they use."""
+"""What the ranks of ``test_coverage`` and ``test_refusals`` do, and the planners they use."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 import os
@@ -19,7 +20,10 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+import ckpt_fast
 from ckpt_fast import FastStorageReader, native
+from ckpt_fast.doors.dcp.together import load_together
+from ckpt_fast.errors import CheckpointError
 from tests.doors.dcp.states import differences
 from tests.helpers import memory_limit
 
@@ -199,3 +203,32 @@ def copy_with_another_metadata(directory: str) -> None:
     other = f"{directory}-other"
     os.makedirs(other)
     (Path(other) / ".metadata").write_bytes((Path(directory) / ".metadata").read_bytes() + b" ")
+
+
+def load_what_one_rank_cannot(rank: int, directory: str, door: str, wrong: str) -> tuple[str, list[str]]:
+    """Load what fits on rank 0 only; return the error, and what it has changed of this rank's values.
+
+    Doors: "direct" for ``ckpt_fast.load``, "planned" for ``load_together``, "torch" for ``dcp.load``.
+    """
+    into = state(-7.0)
+    if rank == 1 and wrong == "a shape":
+        into["plain"] = torch.full((6,), -7.0)
+    elif rank == 1 and wrong == "a name":
+        into["unheard of"] = torch.full((2,), -7.0)
+    before = {key: _own(value) for key, value in into.items()}
+    doors: dict[str, Callable[[], Any]] = {
+        "direct": lambda: ckpt_fast.load(into, directory),
+        "planned": lambda: load_together(into, FastStorageReader(directory), dcp.DefaultLoadPlanner()),
+        "torch": lambda: load(directory, into),
+    }
+    try:
+        doors[door]()
+        error = "no error"
+    except (CheckpointError, CheckpointException) as caught:
+        error = f"{type(caught).__name__}: {caught}"
+    return error, differences(before, {key: _own(value) for key, value in into.items()})
+
+
+def _own(value: Any) -> Any:
+    """Return a copy of this rank's part of a value."""
+    return copy.deepcopy(value.to_local() if isinstance(value, DTensor) else value)

@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.planner import ReadItem
 
 from ckpt_fast import FastStorageReader, FastStorageWriter
+from tests.doors.dcp import reads
 from tests.helpers import run_ranks
 
 
@@ -136,3 +137,24 @@ def test_a_relative_path_keeps_its_meaning(
     state = {"w": torch.zeros(4)}
     dcp.load(state, storage_reader=reader, no_dist=True)
     assert state["w"].tolist() == [1.0] * 4
+
+
+# --- a refused load has touched nothing --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("door", "wrong"),
+    [
+        *((door, wrong) for door in ("direct", "planned", "torch") for wrong in ("a shape", "a name")),
+        # Between its plan and its reading, torch lets no rank tell the others.
+        *((door, "a piece") for door in ("direct", "planned")),
+    ],
+)
+def test_what_one_rank_cannot_load_changes_nothing_on_any(tmp_path: Path, door: str, wrong: str) -> None:
+    run_ranks(reads.save_stock, 2, str(tmp_path))
+    if wrong == "a piece":  # of which rank 1 wants all, and rank 0 nothing
+        reads.edit(str(tmp_path), lambda metadata: reads.lose(metadata, "rows", 1))
+    kind = "CheckpointCorruptError: rank 1" if wrong == "a piece" else "CheckpointMismatchError: rank 1"
+    for error, changed in run_ranks(reads.load_what_one_rank_cannot, 2, str(tmp_path), door, wrong):
+        assert changed == []
+        assert error.startswith(kind if door != "torch" else "CheckpointException"), error

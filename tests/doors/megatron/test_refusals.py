@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint.api import CheckpointException
 
 import ckpt_fast
+from ckpt_fast import compat
 from ckpt_fast.compat import MCoreAsyncCallsQueue
 from ckpt_fast.doors.megatron import torch_dist
 from ckpt_fast.errors import CheckpointError
@@ -203,6 +205,39 @@ def load_with_one_wrong_request(rank: int, root: str) -> list[list[float]]:
 def test_a_refused_load_has_touched_nothing(tmp_path: Path, world_size: int) -> None:
     found = run_ranks(load_with_one_wrong_request, world_size, str(tmp_path / "x"))
     assert found == [[[1.0], [2.0], [3.0]]] * world_size
+
+
+def refuse_a_common_state(
+    rank: int, root: str, is_installed: bool
+) -> tuple[tuple[str, bool, bool, str], Any]:
+    with contextlib.ExitStack() as stack:
+        if is_installed:
+            stack.enter_context(ckpt_fast.install())
+        stack.enter_context(megatron_on_cpu())
+        strategy = None if is_installed else ckpt_fast.FastSaveStrategy()
+        save({"a": replicated("a"), "step": 1}, root, sharded_strategy=strategy)
+        refused = {"a": replicated("a"), "step": 2, "function": print}
+        found = kinds_of(lambda: dist_checkpointing.save(refused, root, strategy))
+        return found, torch_dist.load({"a": replicated("a")}, root)["step"]
+
+
+@pytest.mark.parametrize(
+    "is_installed",
+    [
+        True,
+        pytest.param(
+            False,
+            marks=pytest.mark.skipif(
+                compat.TorchCommonSaveStrategy is not None,
+                reason="this Megatron-Core replaces common.pt before it asks the strategy",
+            ),
+        ),
+    ],
+)
+def test_a_refused_common_state_leaves_the_older_checkpoint(tmp_path: Path, is_installed: bool) -> None:
+    for (*kinds, message), step in run_ranks(refuse_a_common_state, 2, str(tmp_path / "x"), is_installed):
+        assert (kinds, step) == (["UnsafeCheckpointError", True, True], 1), message
+        assert "the common state['function']" in message
 
 
 # --- tensors without values --------------------------------------------------------------------------------

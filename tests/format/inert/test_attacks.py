@@ -142,6 +142,36 @@ def test_attributes_are_not_looked_up() -> None:
     assert "refused to load" in refused(Call(("builtins", "getattr"), ("text", "upper")))
 
 
+class Holder:
+    """Has what only ``getattr`` finds: attributes that are no data."""
+
+    run = staticmethod(print)
+
+    class Part(collections.Counter[str]):
+        pass
+
+
+def test_only_a_class_inside_a_class_is_looked_up() -> None:
+    holder = (__name__, "Holder")
+    for attribute in (
+        "run",
+        "__init__",
+        "__class__",
+        "__mro__",
+        "Part",
+        "mro",
+        "Part.update",
+        "unheard_of",
+        3,
+    ):
+        nested = Call(("builtins", "getattr"), (Name(*holder), attribute))
+        assert "refused to load" in refused(nested), attribute
+        call = pickled(nested)[:-1] + pickled(("x",))[2:-1] + pickle.REDUCE + pickle.STOP
+        assert "refused to load" in refused(call), attribute
+    for arguments in ((), (Name(*holder),), (Name(*holder), "Part", None), (Name("os", "path"), "join")):
+        assert "refused to load" in refused(Call(("builtins", "getattr"), arguments))
+
+
 def test_no_module_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "has not been imported" in refused(Call(("antigravity", "geohash"), ()))
     lazy = types.ModuleType("lazy")

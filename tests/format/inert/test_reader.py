@@ -178,15 +178,39 @@ def test_energon_states(monkeypatch):
     class Launcher:
         pass
 
-    for cls in (SavableDatasetState, FlexState, Launcher):
+    @dataclasses.dataclass(slots=True)
+    class SystemRngState:
+        random: tuple
+
+    for cls in (SavableDatasetState, FlexState, Launcher, SystemRngState):
         cls.__module__, cls.__qualname__ = module.__name__, cls.__name__
         setattr(module, cls.__name__, cls)
     monkeypatch.setitem(sys.modules, module.__name__, module)
     back = reload([SavableDatasetState(3), FlexState(a=1)])
     assert back == [SavableDatasetState(3), {"a": 1}]
     assert type(back[1]) is FlexState
+    assert reload(SystemRngState((3, (1, 2)))) == SystemRngState((3, (1, 2)))
     with pytest.raises(RefusedPickleError, match="Launcher"):
         reload(Launcher())
+
+
+def test_states_of_the_real_energon():
+    energon = pytest.importorskip("megatron.energon.savable_loader", exc_type=ImportError)
+    from megatron.energon.flavors.webdataset.sample_loader import SliceState
+    from megatron.energon.rng import SystemRng
+    from megatron.energon.state import FlexState
+
+    position = FlexState(index=1, parts=[FlexState(c=2)], slices=[SliceState(index=3, current=4), None])
+    dataset = energon.SavableDatasetState(rng=SystemRng.save_state(), dataset_state=position, sample_index=5)
+    worker = energon.SavableDatasetCheckpoint(state=dataset, offset=2)
+    state = energon.SavableDataLoaderState(worker_states=[worker], next_worker_id=1, micro_batch_size=4)
+    checkpoint = energon.SavableCheckpoint(state=dataset, checkpoint_time=1.5, sample_index=7)
+    for value in (state, checkpoint):
+        back = reload(value)
+        assert type(back) is type(value)
+        assert repr(back) == repr(value)  # not all of these classes can be compared
+    back = reload(state).worker_states[0].state.dataset_state
+    assert (type(back), type(back["slices"][0])) == (FlexState, SliceState)
 
 
 def test_torchscript_archives_are_refused():

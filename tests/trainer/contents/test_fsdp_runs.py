@@ -7,6 +7,7 @@ The model is torch's FSDP2, which runs on a CPU, in classes with the interface o
 from __future__ import annotations
 
 import copy
+import random
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ from megatron.core.transformer import TransformerConfig
 from torch.distributed.checkpoint import state_dict as dcp_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from ckpt_fast import compat
 from ckpt_fast.checkpointing import load_checkpoint, maybe_finalize_async_save, save_checkpoint
@@ -26,8 +28,10 @@ from ckpt_fast.config import CheckpointConfig, ConfigContainer
 from ckpt_fast.state import GlobalState
 from ckpt_fast.trainer.contents import fsdp
 from ckpt_fast.trainer.load import plan as load_plan
+from tests.doors.dcp.reads import edit, lose
 from tests.helpers import install_cpu_rng_tracker, run_ranks, uninstall_rng_tracker
 from tests.models import identical
+from tests.trainer.training import error_of
 
 pytestmark = pytest.mark.skipif(not compat.HAVE_MEGATRON_FSDP, reason="needs Megatron FSDP")
 
@@ -98,6 +102,18 @@ class Training:
 
     def load(self) -> tuple[int, int]:
         return load_checkpoint(self.state, [self.model], self.optimizer, None)
+
+    def everything(self) -> dict[str, Any]:
+        """Local. Return copies of this rank's part of all that a load may change."""
+        chunks = {name: each.detach().to_local() for name, each in self.model.named_parameters()}
+        moments = [
+            value.detach().to_local() if isinstance(value, DTensor) else value
+            for each in self.model.parameters()
+            for value in self.optimizer.adam.state[each].values()
+        ]
+        rng = (random.getstate(), torch.get_rng_state(), compat.get_cuda_rng_tracker().get_states())
+        counters = vars(self.state.train_state)
+        return copy.deepcopy({"model": chunks, "optimizer": moments, "rng": rng, "counters": counters})
 
     def parts(self) -> dict[str, Any]:
         """Collective. Return copies of the whole values of what a checkpoint restores."""
@@ -221,6 +237,43 @@ def test_a_damaged_checkpoint_is_skipped(checkpoints: Path, tmp_path: Path) -> N
     data.write_bytes(data.read_bytes()[:-1])
     found = resumed(tmp_path, 1)
     assert (found["result"], found["restored"]) == ((1, 7), ALL)
+
+
+def load_what_one_rank_cannot(rank: int, root: str, wrong: str) -> tuple[str, str, dict[str, Any]]:
+    """Let the load fail on rank 1 alone; return the error, and what the run is and was."""
+    with pytest.MonkeyPatch.context() as patch:
+        run = Training(seed=5, load=root, on_corrupt="raise")
+
+        def refuse(*_: Any, **__: Any) -> None:
+            if rank == 1 and wrong == "validation":
+                raise RuntimeError("that will not do")
+
+        patch.setattr(compat, "validate_fsdp_dtensor_model_load", refuse)
+        if rank == 1 and wrong == "a shape":
+            for each in run.optimizer.adam.state.values():
+                each["step"] = torch.zeros(3)
+        before = run.everything()
+        kind, message = error_of(run.load)
+        after = run.everything()
+    uninstall_rng_tracker()
+    return kind, message, {name: identical(before[name], after[name]) for name in before}
+
+
+@pytest.mark.parametrize("wrong", ["a piece", "validation", "a shape"])
+def test_what_one_rank_cannot_load_changes_nothing_on_any(
+    checkpoints: Path, tmp_path: Path, wrong: str
+) -> None:
+    shutil.copytree(checkpoints / "iter_0000002", tmp_path / "iter_0000002")
+    if wrong == "a piece":  # of the second rank
+        edit(str(tmp_path / "iter_0000002"), lambda metadata: lose(metadata, "model.0.weight", 1))
+    text = {
+        "a piece": "none of (3, 5) at (4, 0)",
+        "validation": "that will not do",
+        "a shape": "Size mismatch",
+    }[wrong]
+    for kind, message, same in run_ranks(load_what_one_rank_cannot, 2, str(tmp_path), wrong):
+        assert all(same.values()), same
+        assert text in message, (kind, message)
 
 
 def test_fused_layers_are_mapped_in_order(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from ckpt_fast import compat
 from ckpt_fast.checkpointing import init_checkpointing_context, maybe_finalize_async_save, save_checkpoint
 from ckpt_fast.doors.local.files import write_local
+from ckpt_fast.trainer.load import load as load_module
+from ckpt_fast.trainer.load import restore
 from tests.helpers import run_ranks
 from tests.models import FLOPS, Run, Setup, differences, megatron_on_cpu, other
-from tests.trainer.training import iterations, tracked
+from tests.trainer.training import error_of, iterations, tracked
 
 local_door = pytest.importorskip("ckpt_fast.doors.local.manager")
 pytestmark = pytest.mark.skipif(not compat.HAVE_RESIL, reason="needs nvidia-resiliency-ext")
@@ -110,3 +113,81 @@ def test_a_structure_that_changes_though_it_is_said_not_to(tmp_path: Path) -> No
         save_before_and_after_a_change, 2, str(tmp_path / "root"), str(tmp_path / "local")
     ):
         assert found == ((2, FLOPS), [])
+
+
+def load_what_one_rank_cannot(rank: int, root: str, local: str, wrong: str) -> tuple[str, str, list[str]]:
+    """Save, and let rank 1 alone ask for something else; return the error and what the load has changed."""
+    config = {"non_persistent_ckpt_type": "local", "non_persistent_local_ckpt_dir": local, "save": root}
+    setup = Setup(bf16=True, distributed=True)
+    with megatron_on_cpu(), Run(setup, **config) as run:
+        run.train(1)
+        context = init_checkpointing_context(run.checkpoint)
+        run.save(checkpointing_context=context, non_persistent_ckpt=True)
+    build = load_module.build_scaffold
+
+    def build_another(*arguments: Any) -> dict[str, Any]:
+        scaffold = build(*arguments)
+        entry = scaffold["model"]["decoder.final_layernorm.weight"]
+        if wrong == "a name":
+            entry.key = "unheard.of"
+        elif wrong == "a shape":
+            scaffold["model"]["decoder.final_layernorm.weight"] = compat.ShardedTensor.from_rank_offsets(
+                entry.key, torch.zeros(3), replica_id=entry.replica_id
+            )
+        return scaffold
+
+    with (
+        megatron_on_cpu(),
+        Run(other(setup), load=root, **config) as run,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        run.train(3)
+        if rank == 1:
+            patch.setattr(load_module, "build_scaffold", build_another)
+        if rank == 1 and wrong == "counters":
+            patch.setattr(restore, "_loaded_train_state", lambda *_: {}["step"])
+        context = init_checkpointing_context(run.checkpoint)
+        before = run.fingerprint()
+        kind, message = error_of(lambda: run.load(checkpointing_context=context))
+        return kind, message, differences(before, run.fingerprint())
+
+
+@pytest.mark.parametrize("wrong", ["a name", "a shape", "counters"])
+def test_what_one_rank_cannot_load_changes_nothing_on_any(tmp_path: Path, wrong: str) -> None:
+    expected = {
+        "a name": ("CheckpointMismatchError", "it has no unheard.of at (0,)"),
+        "a shape": (
+            "CheckpointMismatchError",
+            "decoder.final_layernorm.weight has the shape (16,) in it, and (3,) here",
+        ),
+        "counters": ("KeyError", "step"),
+    }[wrong]
+    arguments = (str(tmp_path / "root"), str(tmp_path / "local"), wrong)
+    for kind, message, changed in run_ranks(load_what_one_rank_cannot, 2, *arguments):
+        assert (kind, changed) == (expected[0], []), message
+        assert expected[1] in message
+
+
+def load_what_lacks_a_section(rank: int, root: str, local: str, lacking: str) -> tuple[str, str, list[str]]:
+    """Save a local checkpoint without optimizer or RNG state, and ask for it."""
+    config = {"non_persistent_ckpt_type": "local", "non_persistent_local_ckpt_dir": local, "save": root}
+    setup = Setup(bf16=True, distributed=True)
+    with megatron_on_cpu(), Run(setup, **config, **{lacking: False}) as run:
+        run.train(1)
+        context = init_checkpointing_context(run.checkpoint)
+        run.save(checkpointing_context=context, non_persistent_ckpt=True)
+    with megatron_on_cpu(), Run(other(setup), load=root, **config) as run:
+        run.train(3)
+        context = init_checkpointing_context(run.checkpoint)
+        before = run.fingerprint()
+        kind, message = error_of(lambda: run.load(checkpointing_context=context))
+        return kind, message, differences(before, run.fingerprint())
+
+
+@pytest.mark.parametrize("lacking", ["save_optim", "save_rng"])
+def test_a_section_that_is_missing_is_refused_before_anything_is_changed(
+    tmp_path: Path, lacking: str
+) -> None:
+    arguments = (str(tmp_path / "root"), str(tmp_path / "local"), lacking)
+    for kind, message, changed in run_ranks(load_what_lacks_a_section, 2, *arguments):
+        assert (kind, changed) == ("CheckpointMismatchError", []), message

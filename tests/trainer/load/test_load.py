@@ -106,6 +106,34 @@ def test_a_load_that_is_refused_has_changed_nothing(
     assert ("decoder.layers" if lacking == "a layer" else lacking) in message
 
 
+@pytest.mark.parametrize("strictness", ["log_all", "ignore_all"])
+@pytest.mark.parametrize("section", ["optimizer", "rng_state"])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_section_that_is_missing_is_refused_before_anything_is_changed(
+    root: str, tmp_path: Path, section: str, strictness: str, ranks: int
+) -> None:
+    directory = shutil.copytree(root, tmp_path / "run") / "iter_0000002"
+    FastLoadStrategy().remove_sharded_tensors(str(directory), section)
+    config = {"load": str(tmp_path / "run"), "dist_ckpt_strictness": strictness}
+    for kind, message, changed in run_ranks(load_what_does_not_fit, ranks, other(SETUP), config):
+        assert (kind, changed) == ("CheckpointMismatchError", []), message
+        assert f"has no {'RNG' if section == 'rng_state' else section} state. Nothing was loaded" in message
+
+
+def save_without_scheduler(rank: int, root: str) -> None:
+    with Run(SETUP, save=root) as run:
+        run.train(1)
+        run.scheduler = None
+        run.save()
+
+
+def test_a_scheduler_without_state_is_refused_before_anything_is_changed(tmp_path: Path) -> None:
+    run_ranks(save_without_scheduler, 1, str(tmp_path))
+    ((kind, message, changed),) = run_ranks(load_what_does_not_fit, 1, other(SETUP), {"load": str(tmp_path)})
+    assert (kind, changed) == ("CheckpointMismatchError", []), message
+    assert "has no scheduler state. Nothing was loaded" in message
+
+
 class Scheduler:
     """Not Megatron-Core's: its steps are not added up."""
 

@@ -124,12 +124,13 @@ def load(
     Raises:
         CheckpointNotFoundError: there is no checkpoint.
         CheckpointMismatchError: the checkpoint lacks a name, or has another shape or kind of value for it.
-            Nothing was changed.
-        CheckpointCorruptError: the checkpoint is damaged, or was replaced meanwhile.
+            Nothing was changed on any rank.
+        CheckpointCorruptError: the checkpoint is damaged, or was replaced meanwhile. If its metadata lacks a
+            part of a tensor, nothing was changed on any rank.
         UnsafeCheckpointError: an object is more than tensors and plain data.
 
         All of these are raised on every rank, naming the rank that failed. After the latter two, tensors may
-        be filled in part.
+        be filled in part where nothing else is said.
     """
     group = ControlGroup.of_one() if no_dist else ControlGroup(process_group)
     load_state_dict(state_dict, absolute(path), group, allow_partial_load=allow_partial_load)

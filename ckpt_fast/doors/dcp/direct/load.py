@@ -15,7 +15,7 @@ from ckpt_fast.doors.dcp.direct.local_state import PLAIN_TENSORS, Flattened, is_
 from ckpt_fast.errors import CheckpointMismatchError
 from ckpt_fast.format.types import TensorRequest
 from ckpt_fast.pipeline.load.index import CheckpointIndex, missing_keys_message
-from ckpt_fast.pipeline.load.load import load_tensors_and_objects
+from ckpt_fast.pipeline.load.load import PreparedLoad, prepare
 from ckpt_fast.pipeline.memory.garbage import without_collections
 from ckpt_fast.ranks.group import ControlGroup
 
@@ -62,7 +62,7 @@ class _Loading:
         self._directory = directory
         self._is_partial = allow_partial_load
         self._values: dict[str, Any] = {}
-        self._requests: list[TensorRequest] = []
+        self._prepared: PreparedLoad | None = None
         self._objects: list[tuple[str, Any, Any]] = []  # name, container, key
         self._materialized: list[tuple[torch.Tensor, Any, Any]] = []  # tensor, container, key
         self._loaded: dict[str, Any] = {}
@@ -79,6 +79,7 @@ class _Loading:
         flat = Flattened(values)
         flat.require_unique()
         index = self._index
+        requests: list[TensorRequest] = []
         missing, misfits = [], []
         with torch.no_grad():
             for name, value, parent, key in zip(
@@ -94,7 +95,7 @@ class _Loading:
                 elif not isinstance(value, torch.Tensor) or value.size() != shape:
                     misfits.append(_misfit(name, value, shape))
                 elif type(value) in PLAIN_TENSORS and not value.is_meta:
-                    self._requests.append(TensorRequest(name, value, (0,) * len(shape)))
+                    requests.append(TensorRequest(name, value, (0,) * len(shape)))
                 else:
                     target = value
                     if not isinstance(value, ShardedTensor) and value.is_meta:
@@ -103,7 +104,7 @@ class _Loading:
                     for region, local in shards_of_tensor(name, target):
                         if local.is_meta:
                             misfits.append(f"{name} is on the meta device there and has no memory")
-                        self._requests.append(TensorRequest(name, local, region.offsets))
+                        requests.append(TensorRequest(name, local, region.offsets))
         if misfits:
             more = f" (and {len(misfits) - _MOST_SHOWN} more)" if len(misfits) > _MOST_SHOWN else ""
             raise CheckpointMismatchError(
@@ -115,6 +116,8 @@ class _Loading:
                 "Load it into what was saved, or pass allow_partial_load=True to leave the rest as it is."
             )
             raise CheckpointMismatchError(missing_keys_message(self._directory, missing, index.names, remedy))
+        with torch.no_grad():
+            self._prepared = prepare(index, requests, {name for name, _, _ in self._objects})
         left_out = set(missing)
         asked = [name for name in flat.names if name not in left_out]
         self.seen = _Seen(index.identity, None if len(asked) == len(index.names) else asked)
@@ -131,10 +134,9 @@ class _Loading:
 
     def read(self) -> None:
         """Local. Fill the tensors."""
+        assert self._prepared is not None, "read before prepare"
         with torch.no_grad():
-            self._loaded = load_tensors_and_objects(
-                self._index, self._requests, {name for name, _, _ in self._objects}
-            )
+            self._loaded = self._prepared.read_objects()
         # A save ends the checkpoint that it overwrites before it touches the data files.
         self._index.versions.require_unchanged()
 

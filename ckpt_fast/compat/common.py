@@ -1,0 +1,15 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The strategy for the common state, and the table of strategies, that Megatron-Core had before 0.19."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ckpt_fast.compat.optional import import_names
+
+_STRATEGIES = "megatron.core.dist_checkpointing.strategies"
+
+(TorchCommonSaveStrategy,) = import_names(f"{_STRATEGIES}.common", "TorchCommonSaveStrategy")
+_found: tuple[Any, ...] = import_names(f"{_STRATEGIES}.base", "default_strategies")
+# By action, and by backend and version.
+default_strategies: dict[str, dict[tuple[str, int], Any]] = _found[0] or {}
