@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron.core.msc_utils import MultiStorageClientFeature
 
-from ckpt_fast.compat.object_errors import ObjectErrors, lacks_bucket
+from ckpt_fast.compat.objects.errors import ObjectErrors, lacks_bucket
 from ckpt_fast.compat.optional import UnavailableError, safe_import
 from ckpt_fast.errors import StorageError
 from ckpt_fast.storage.files import Directory, Files

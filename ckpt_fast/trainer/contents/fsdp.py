@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.state_dict_loader import load_state_dict
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from ckpt_fast import compat
-from ckpt_fast.compat.object_filesystem import object_reader, object_writer
+from ckpt_fast.compat.objects.filesystem import object_reader, object_writer
 from ckpt_fast.doors.dcp import FastStorageReader, FastStorageWriter
 from ckpt_fast.doors.dcp.direct.save import start_save
 from ckpt_fast.doors.dcp.together import load_together

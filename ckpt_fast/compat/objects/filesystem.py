@@ -15,7 +15,7 @@ from functools import cache, partial
 from typing import IO, Any, TypeVar
 
 from ckpt_fast import settings
-from ckpt_fast.compat.object_errors import ObjectErrors, lacks_bucket
+from ckpt_fast.compat.objects.errors import ObjectErrors, lacks_bucket
 from ckpt_fast.compat.optional import safe_import
 from ckpt_fast.errors import CheckpointWriteError, StorageError
 from ckpt_fast.storage.patience import insist
