@@ -69,7 +69,7 @@ class ObjectServer:
         self._ask("fail", [asdict(fault) for fault in faults])
 
     def clear(self) -> None:
-        """Let nothing fail any more, let what hangs go on, and forget the requests."""
+        """Let nothing fail any more, let what hangs go on, and forget the requests; wait until it is up."""
         self._ask("clear", None)
 
     def go_down(self, seconds: float) -> None:
@@ -168,7 +168,7 @@ class _Server:
         self._faults: list[Fault] = []
         self._requests: list[str] = []
         self._hanging = 0
-        self._cleared = threading.Event()
+        self._cleared, self._is_up = threading.Event(), threading.Event()
         self._open: set[Any] = set()
         self._http: Any = None
         self.port = self._listen(0)
@@ -198,6 +198,7 @@ class _Server:
                     super().handle()
 
         self._http = make_server("127.0.0.1", port, self, threaded=True, request_handler=Handler)
+        self._is_up.set()
         threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
         return int(self._http.server_port)
 
@@ -247,6 +248,7 @@ class _Server:
             with self._lock:
                 self._faults, self._requests, self._hanging = [], [], 0
             self._cleared.set()
+            self._is_up.wait()
         elif what == "down":
             self._go_down(argument)
         elif what == "hanging":
@@ -262,6 +264,7 @@ class _Server:
         return None
 
     def _go_down(self, seconds: float) -> None:
+        self._is_up.clear()
         self._http.shutdown()
         self._http.server_close()
         for connection in list(self._open):
