@@ -22,6 +22,8 @@ _VERSION = 1
 _HEAD = struct.Struct("<8I")
 _PICKLE_CRC_AT = 4
 _LARGEST = 1 << 56
+# No kind of tensor has more; to multiply endless lists would take forever.
+_MOST_DIMENSIONS = 64
 
 # What a payload is.
 NOTHING, RAW, ITEM = 0, 1, 2
@@ -81,12 +83,14 @@ class TableBuilder:
         self._sizes.append(lists.setdefault(record.sizes, len(lists)))
 
     def encode(self, are_items: Sequence[bool]) -> bytes | None:
-        """The table, of no pickle yet; None if its names cannot be stored.
+        """The table, of no pickle yet; None if names or shapes cannot be stored.
 
         Args:
             are_items: for each payload, whether it is a whole item.
         """
         if any("\0" in name for name in self._names) or len(are_items) != len(self._kinds):
+            return None
+        if any(len(each) > _MOST_DIMENSIONS for each in self._lists):
             return None
         kinds = bytes(
             ITEM if kind == RAW and is_item else kind
@@ -160,6 +164,8 @@ def decode_table(content: bytes) -> Table | None:
         raise ValueError(f"its table has {len(set(names))} names instead of {name_count}")
     if sum(lengths) != number_count or min(numbers, default=0) < 0:
         raise ValueError("its table makes no sense")
+    if max(lengths, default=0) > _MOST_DIMENSIONS:
+        raise ValueError(f"its table has a tensor of {max(lengths)} dimensions")
     lists, begin = [], 0
     for length in lengths:
         lists.append(tuple(numbers[begin : begin + length]))

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import io
+import math
 import random
 import struct
 from pathlib import Path
@@ -13,11 +15,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckpt_fast.errors import CheckpointCorruptError, CheckpointError
+from ckpt_fast.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError
+from ckpt_fast.format import table as table_module
 from ckpt_fast.format.manifest import Manifest, append_manifest, split_manifest
 from ckpt_fast.format.table import TableBuilder, bound_to, decode_table
 from ckpt_fast.format.types import Extent, ItemRecord, ObjectShard, TensorRequest, TensorShard
 from ckpt_fast.pipeline.load.decode import Contents
+from ckpt_fast.pipeline.load.entries.kinds import ByPlace
 from ckpt_fast.pipeline.load.index import CheckpointIndex
 from ckpt_fast.pipeline.load.load import load_objects, load_tensors
 from ckpt_fast.pipeline.load.verify import verify
@@ -54,7 +58,6 @@ def states(draw: st.DrawFn) -> list[Any]:
 
 def object_payload(number: int) -> bytes:
     """Return what ``torch.save`` makes of a list with a number."""
-    import io
 
     buffer = io.BytesIO()
     torch.save([number], buffer)
@@ -292,3 +295,89 @@ def test_verify_compares_table_and_pickle(tmp_path: Path) -> None:
     report = verify(tmp_path)
     assert report.damages == (f"{tmp_path}/.metadata: table and pickle disagree on a",)
     assert verify(tmp_path, deep=False).is_sound
+
+
+def test_a_damaged_table_is_a_line_of_the_report(tmp_path: Path) -> None:
+    saved_pieces(tmp_path)
+    rewritten(tmp_path, lambda _: table_of(OBJECT, A1, A2._replace(offsets=(5, 0)), B))
+    assert "not inside" in verify(tmp_path).damages[0]
+    rewritten(tmp_path, lambda _: table_of(OBJECT, A1, A2))
+    assert "3 rows for 4 payloads" in verify(tmp_path, deep=False).damages[0]
+
+
+def test_checksums_of_too_many_blocks_are_damage(tmp_path: Path) -> None:
+    saved_pieces(tmp_path)
+    pickled, manifest = split_manifest((tmp_path / ".metadata").read_bytes())
+    assert manifest is not None
+    payloads = manifest.payloads
+    longer = Manifest(
+        manifest.save_id,
+        manifest.files.values(),
+        [payloads._replace(crcs=payloads.crcs + bytes(4))],
+        encoded_table=manifest.encoded_table,
+    )
+    (tmp_path / ".metadata").write_bytes(append_manifest(pickled, longer))
+    with pytest.raises(CheckpointCorruptError, match="8 blocks have checksums, but there are 7"):
+        CheckpointIndex(str(tmp_path))
+    assert "8 blocks have checksums" in verify(tmp_path).damages[0]
+
+
+def encoded_with_lists(*lists: tuple[int, ...]) -> bytes:
+    """Return the table of the cases with more lists, which no tensor uses."""
+    builder = TableBuilder()
+    for each in (OBJECT, A1, A2, B):
+        builder.add(each, is_left_out=False)
+    for each in lists:
+        builder._lists.setdefault(each, len(builder._lists))
+    encoded = builder.encode([False] * 4)
+    assert encoded is not None
+    return encoded
+
+
+def test_endless_shapes_take_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their product would have millions of digits."""
+    saved_pieces(tmp_path)
+    monkeypatch.setattr(table_module, "_MOST_DIMENSIONS", 1 << 20)
+    encoded = encoded_with_lists(((1 << 62) + 3,) * 80_000)
+    monkeypatch.undo()
+    rewritten(tmp_path, lambda _: encoded)
+    monkeypatch.setattr(math, "prod", bounded_product)
+    with pytest.raises(CheckpointCorruptError, match="80000 dimensions"):
+        CheckpointIndex(str(tmp_path))
+
+
+def bounded_product(values: Any) -> int:
+    result = 1
+    for value in values:
+        result *= value
+        assert result.bit_length() < 10_000
+    return result
+
+
+def test_places_of_one_hash_take_no_time(tmp_path: Path) -> None:
+    """Not compared with each other: n log n, where a dict would take n squared."""
+
+    class Place(tuple):
+        compared = 0
+
+        def __hash__(self) -> int:
+            return 0
+
+        def __eq__(self, other: object) -> bool:
+            Place.compared += 1
+            return tuple.__eq__(self, other)
+
+    count = 2000
+    found = ByPlace((Place((number, 0)), 1, number) for number in range(count))
+    assert [found.get(Place((number, 0))) for number in range(count)] == list(range(count))
+    assert found.get(Place((count, 0))) is None
+    assert Place.compared <= 40 * count
+
+
+@pytest.mark.parametrize("nbytes", [0, 40])
+def test_memory_that_is_not_there_is_refused(tmp_path: Path, nbytes: int) -> None:
+    save([TensorShard("a", torch.ones(100), (0,), (100,))], str(tmp_path))
+    for wanted in (torch.zeros(100), torch.nn.Parameter(torch.zeros(100)), torch.zeros(100).double()):
+        wanted.untyped_storage().resize_(nbytes)
+        with pytest.raises(CheckpointMismatchError, match=f"100 elements whose storage has {nbytes} bytes"):
+            load_tensors(CheckpointIndex(str(tmp_path)), [TensorRequest("a", wanted, (0,))])

@@ -26,7 +26,7 @@ from ckpt_fast.format.names import LAYOUT, LAYOUT_ATTRIBUTE, METADATA_FILE, SIDE
 from ckpt_fast.format.types import Extent
 from ckpt_fast.pipeline.load.decode import Contents, read_contents
 from ckpt_fast.pipeline.load.entries.columns import TableEntries
-from ckpt_fast.pipeline.load.entries.kinds import Entries, Item, Piece, SavedTensor
+from ckpt_fast.pipeline.load.entries.kinds import ByPlace, Entries, Item, Piece, SavedTensor
 from ckpt_fast.pipeline.load.entries.pickled import PickledEntries
 from ckpt_fast.pipeline.load.read import ByteArena, ReadProgram
 from ckpt_fast.pipeline.memory.garbage import without_collections
@@ -99,9 +99,11 @@ class CheckpointIndex:
         self.manifest = contents.manifest
         self.identity = contents.identity
         self._tensors: dict[str, SavedTensor] = {}
-        self._pieces_at: dict[str, dict[tuple[int, ...], Piece]] = {}
+        self._pieces_at: dict[str, ByPlace[Piece]] = {}
         self.table: TableEntries | None = None
         with self._contradictions_are_damage():
+            if self.manifest is not None:
+                _ = self.manifest.first_blocks
             if self.manifest is not None and self.manifest.table is not None:
                 self.table = TableEntries(self.manifest, self.manifest.table)
             self._entries: Entries = self.table or PickledEntries(self.metadata)
@@ -176,9 +178,9 @@ class CheckpointIndex:
             (piece,) = tensor.pieces
             return tensor, piece if piece.offsets == offsets else None
         if fqn not in self._pieces_at:
-            # Of pieces that start at the same place all but one are empty, or all.
-            by_size = sorted(tensor.pieces, key=lambda piece: math.prod(piece.sizes))
-            self._pieces_at[fqn] = {piece.offsets: piece for piece in by_size}
+            self._pieces_at[fqn] = ByPlace(
+                (piece.offsets, math.prod(piece.sizes), piece) for piece in tensor.pieces
+            )
         return tensor, self._pieces_at[fqn].get(offsets)
 
     def object_extent(self, fqn: str) -> Extent:

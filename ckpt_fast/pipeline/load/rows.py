@@ -16,6 +16,7 @@ from ckpt_fast.format.types import Extent, TensorRequest
 from ckpt_fast.pipeline.load.checks import block_of, damage_message
 from ckpt_fast.pipeline.load.index import CheckpointIndex
 from ckpt_fast.pipeline.load.read import ReadProgram
+from ckpt_fast.pipeline.memory.strided import has_storage
 
 # What most destinations are, told by their type alone.
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
@@ -56,6 +57,7 @@ class WantedRows:
                     and tensor.is_contiguous()
                     and not tensor.is_conj()
                     and not tensor.is_neg()
+                    and has_storage(tensor)
                 ):
                     self._wanted[row] = tensor
                 else:

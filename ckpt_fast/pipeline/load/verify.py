@@ -105,9 +105,7 @@ def verify(path: str | os.PathLike[str], deep: bool = True) -> VerifyReport:
         with OpenCheckpoint(Directory(directory)) as checkpoint:
             records = checkpoint.records()
             if records is not None:
-                damages = list(_own_damage(directory, records, deep))
-                if deep:
-                    damages.extend(_contradictions(checkpoint.index))
+                damages = [*_own_damage(directory, records, deep), *_contradictions(checkpoint, deep)]
                 return VerifyReport(directory, tuple(damages), deep=deep)
             index = checkpoint.index
             damages = list(structural_damage(index))
@@ -146,8 +144,18 @@ def _own_damage(directory: str, records: Sequence[FileRecord], deep: bool) -> It
                 yield damage
 
 
-def _contradictions(index: CheckpointIndex) -> Iterator[str]:
-    """The defects of a checkpoint whose two tables of contents differ."""
+def _contradictions(checkpoint: OpenCheckpoint, deep: bool) -> list[str]:
+    """The defects of the tables of contents, each for itself and, if ``deep``, of the two together."""
+    try:
+        index = checkpoint.index
+        return list(_differences(index)) if deep else []
+    except CheckpointCorruptError as error:
+        return [str(error)]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        return [f"{os.path.join(checkpoint.directory, METADATA_FILE)} makes no sense ({error})"]
+
+
+def _differences(index: CheckpointIndex) -> Iterator[str]:
     table = index.table
     if table is None:
         return

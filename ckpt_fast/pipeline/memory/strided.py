@@ -27,6 +27,17 @@ def run_addresses(tensor: torch.Tensor) -> torch.Tensor:
     return positions(tensor.data_ptr(), tensor.shape[:outer], strides)
 
 
+def has_storage(tensor: torch.Tensor) -> bool:
+    """Whether the storage of a strided tensor has all its elements: it may have been freed, or cut short."""
+    span = tensor.numel()
+    if not tensor.is_contiguous():
+        span = (
+            sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+        )
+    nbytes = (tensor.storage_offset() + span) * tensor.element_size()
+    return not tensor.numel() or nbytes <= tensor.untyped_storage().nbytes()
+
+
 def has_long_runs(tensor: torch.Tensor) -> bool:
     """Whether the memory of a strided tensor is worth moving run by run."""
     return tensor.layout == torch.strided and run_nbytes(tensor) >= _MIN_RUN_NBYTES

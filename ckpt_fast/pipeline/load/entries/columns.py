@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from array import array
 from collections.abc import Collection, Iterable
@@ -14,7 +15,7 @@ from ckpt_fast.format.consistency import Region, require_apart
 from ckpt_fast.format.manifest import Manifest
 from ckpt_fast.format.table import NOTHING, RAW, Table
 from ckpt_fast.format.types import Extent, TensorRequest
-from ckpt_fast.pipeline.load.entries.kinds import Item, Piece, SavedTensor
+from ckpt_fast.pipeline.load.entries.kinds import ByPlace, Item, Piece, SavedTensor
 from ckpt_fast.pipeline.load.entries.pickled import require_inside
 
 _LARGEST_FILE = 1 << 62
@@ -44,7 +45,7 @@ class TableEntries:
         self._require_lengths()
         self._require_apart()
         self._order, self._first = self._by_name()
-        self._pieces: dict[int, dict[tuple[int, ...], int]] = {}
+        self._pieces: dict[int, ByPlace[int]] = {}
 
     @property
     def names(self) -> Collection[str]:
@@ -99,7 +100,7 @@ class TableEntries:
                 raise ValueError(f"a piece of {fqn} has another number of dimensions")
             pieces.append(Piece(offsets, sizes, self._item(row, dtype, sizes), ()))
         regions = [Region(piece.offsets, piece.sizes) for piece in pieces]
-        if len(set(regions)) < len(regions):
+        if any(one == other for one, other in itertools.pairwise(sorted(regions))):
             raise ValueError(f"{fqn} has the same piece twice")
         try:
             require_apart(shape, regions)
@@ -122,10 +123,10 @@ class TableEntries:
     def _row_at(self, number: int, offsets: tuple[int, ...]) -> int | None:
         pieces = self._pieces.get(number)
         if pieces is None:
-            table, rows = self._table, self._rows(number)
-            # Of pieces that start at the same place all but one are empty, or all.
-            by_size = sorted(rows, key=lambda row: math.prod(table.lists[table.sizes[row]]))
-            pieces = self._pieces[number] = {table.lists[table.offsets[row]]: row for row in by_size}
+            lists, begins, sizes = self._table.lists, self._table.offsets, self._table.sizes
+            pieces = self._pieces[number] = ByPlace(
+                (lists[begins[row]], math.prod(lists[sizes[row]]), row) for row in self._rows(number)
+            )
         return pieces.get(offsets)
 
     def _payload(self, row: int) -> Extent:

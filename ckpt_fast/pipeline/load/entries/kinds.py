@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import NamedTuple, Protocol
+from bisect import bisect_right
+from collections.abc import Collection, Iterable
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 
 from ckpt_fast.format.types import Extent
+
+T = TypeVar("T")
 
 
 class Piece(NamedTuple):
@@ -41,6 +44,26 @@ class SavedTensor(NamedTuple):
     dtype: torch.dtype
     shape: tuple[int, ...]
     pieces: list[Piece]
+
+
+class ByPlace(Generic[T]):
+    """Values by the place where something begins in a tensor: looked up by order, which nobody can make slow.
+
+    A dict of places would be as slow as somebody wants who chooses places that have the same hash.
+
+    Args:
+        values: with their places and numbers of elements.
+    """
+
+    def __init__(self, values: Iterable[tuple[tuple[int, ...], int, T]]) -> None:
+        found = sorted(values, key=lambda each: each[:2])
+        self._places = [place for place, _, _ in found]
+        self._values = [value for _, _, value in found]
+
+    def get(self, place: tuple[int, ...]) -> T | None:
+        """The value at a place; of several, that with the most elements: all others are empty, or all are."""
+        at = bisect_right(self._places, place) - 1
+        return self._values[at] if at >= 0 and self._places[at] == place else None
 
 
 class Entries(Protocol):
