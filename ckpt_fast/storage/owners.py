@@ -7,12 +7,14 @@ scheduler would decide which of them is published.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
 import threading
 import time
 import weakref
+from collections.abc import Iterator
 from typing import Protocol
 
 from ckpt_fast import native
@@ -35,11 +37,32 @@ class Hold:
 
     Attributes:
         progress: of its writing; None until there is one.
+        lasts: until nobody is ``at_work`` any more. A request to object storage that is under way cannot be
+            taken back; in a file system no name changes once ``progress`` is stopped.
     """
 
     def __init__(self) -> None:
         self.progress: native.Progress | None = None
+        self.lasts = False
         self._let_go = False
+        self._at_work: list[str] = []
+
+    def begin(self, what: str) -> None:
+        """Somebody begins to work for the save, until ``end``."""
+        self._at_work.append(what)
+
+    def end(self, what: str) -> None:
+        """See ``begin``."""
+        self._at_work.remove(what)
+
+    @contextlib.contextmanager
+    def at_work(self, what: str) -> Iterator[None]:
+        """A block that works for the save."""
+        self.begin(what)
+        try:
+            yield
+        finally:
+            self.end(what)
 
     def let_go(self) -> None:
         """The save has ended, in whatever way."""
@@ -47,10 +70,14 @@ class Hold:
 
     def is_over(self) -> bool:
         """See ``Owner``."""
-        progress = self.progress
-        if progress is None:
-            return self._let_go
-        return (self._let_go or progress.stopped) and not progress.renaming
+        if self.lasts and self._at_work:
+            return False
+        return self.is_given_up and not (self.progress is not None and self.progress.renaming)
+
+    @property
+    def is_given_up(self) -> bool:
+        """Whether it will not be published any more, or has been."""
+        return self._let_go or (self.progress is not None and self.progress.stopped)
 
 
 _lock = threading.Lock()
@@ -75,7 +102,8 @@ def occupy(directory: str, owner: Owner, wait_s: float = 0.0) -> None:
         wait_s: how long to wait for the save before.
 
     Raises:
-        CheckpointWriteError: errno EBUSY: another save is still at it.
+        CheckpointWriteError: errno EBUSY: another save is still at it; EAGAIN: it was given up, but has asked
+            the storage for something that may still happen.
     """
     key = _key(directory)
     begin, said = time.monotonic(), False
@@ -86,8 +114,17 @@ def occupy(directory: str, owner: Owner, wait_s: float = 0.0) -> None:
             if before is None or before is owner or before.is_over():
                 _owners[key] = weakref.ref(owner)
                 return
+        is_given_up = isinstance(before, Hold) and before.is_given_up
         del before
         waited = time.monotonic() - begin
+        if waited >= wait_s and is_given_up:
+            raise CheckpointWriteError(
+                f"an earlier save of this process to {directory} was given up, but a request of it is still "
+                "under way and could arrive in this one, which was not begun. See whether the storage "
+                "answers.",
+                errno.EAGAIN,
+                directory,
+            )
         if waited >= wait_s:
             raise CheckpointWriteError(
                 f"another save of this process to {directory} is not over: this one would destroy it, and "

@@ -37,6 +37,11 @@ def while_wanted(is_wanted: Callable[[], bool]) -> Iterator[None]:
         _is_wanted.reset(token)
 
 
+def is_wanted() -> bool:
+    """Whether what this thread does is still wanted; see ``while_wanted``."""
+    return _is_wanted.get()()
+
+
 class Judge(Protocol):
     """Knows the errors of one kind of storage."""
 

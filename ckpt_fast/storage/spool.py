@@ -118,11 +118,12 @@ class Spool:
             CheckpointWriteError: there is no room, or the older checkpoint cannot be removed.
         """
         self._require_space(claims)
+        # All ranks wait meanwhile, in a collective.
+        until = time.monotonic() + settings.outage_s()
         with self._failures("list", "Nothing was saved"):
-            # All ranks wait meanwhile, in a collective.
-            found = self._insist("list", self._remote.sizes, until=time.monotonic() + settings.outage_s())
+            found = self._insist("list", self._remote.sizes, until=until)
             names = [name for name in found if "/" not in name]
-        self.delete((*commit.seals_among(names), *filter(commit.is_payload, names)))
+        self.delete((*commit.seals_among(names), *filter(commit.is_payload, names)), until)
 
     def sync_names(self) -> None:
         """Nothing: there are no directories."""
@@ -175,15 +176,19 @@ class Spool:
                 request = functools.partial(self._write, name, content, progress)
                 self._insist(f"write {name} to", request)
 
-    def delete(self, names: Iterable[str]) -> None:
+    def delete(self, names: Iterable[str], until: float | None = None) -> None:
         """Remove files from the remote storage, in this order.
+
+        Args:
+            names: of the files.
+            until: by ``time.monotonic``: how long to try; None: as long as the save may take.
 
         Raises:
             CheckpointWriteError: naming the file and the cause.
         """
         for name in names:
             with self._failures(f"delete {name} in", "Those before it are gone"):
-                self._insist(f"delete {name} in", functools.partial(self._remote.delete, name))
+                self._insist(f"delete {name} in", functools.partial(self._remote.delete, name), until=until)
 
     def fetch(self, names: Iterable[str]) -> None:
         """Download these files, unless they are here already. Missing ones are missed by those who read them.

@@ -40,6 +40,7 @@ from ckpt_fast.storage.patience import while_wanted
 logger = logging.getLogger(__name__)
 
 # What a rank needs, and the division of the work that its shards follow.
+_WRITING = "write"
 _Claims = Sequence[Outcome[tuple[Claim, str | None]]]
 
 
@@ -199,6 +200,7 @@ class Save(PublishedJob[tuple[bool, float]]):
             programs=options.programs,
         )
         self._hold.progress = self._waves.progress
+        self._hold.lasts = not self._files.durable
         # It can no longer be committed: stop the thread, which has no reference to this object.
         weakref.finalize(self, self._waves.cancel).atexit = False
         owners.occupy(self.directory, self._hold)
@@ -249,6 +251,7 @@ class Save(PublishedJob[tuple[bool, float]]):
         # The thread knows nothing of this object, nor of the shards beyond their wave.
         files, common, beside, waves = self._files, self._common_files, self._beside, self._waves
         write_beside, directory = share.write_beside, self.written_to
+        self._hold.begin(_WRITING)
         try:
             waves.stage(share.shards)
             waves.then(lambda: files.write_in_order(common, waves.progress, sync_names=False))
@@ -291,7 +294,7 @@ class Save(PublishedJob[tuple[bool, float]]):
             self.directory,
             self._group,
             outcomes,
-            lambda: self._publish([outcome.value for outcome in outcomes if outcome.value], sealed),
+            lambda: self._publish_at_work([each.value for each in outcomes if each.value], sealed),
             self._waves.progress.stop,
         )
 
@@ -314,6 +317,12 @@ class Save(PublishedJob[tuple[bool, float]]):
                     program.sealed = SealedMetadata(records, self._planner_data, partial=partial)
                     return program.sealed.encode(records)
         return encode_contents(records, self._planner_data, partial=partial)
+
+    def _publish_at_work(
+        self, records: Sequence[RankRecord], sealed: SealedMetadata | None
+    ) -> tuple[bool, float]:
+        with self._hold.at_work("publish"):
+            return self._publish(records, sealed)
 
     def _publish(self, records: Sequence[RankRecord], sealed: SealedMetadata | None) -> tuple[bool, float]:
         """Seal the checkpoint, and let others choose it.
@@ -364,12 +373,13 @@ class Save(PublishedJob[tuple[bool, float]]):
 def _end_writing(
     files: Files,
     waves: Waves,
-    _hold: Hold,
+    hold: Hold,
     in_background: str | None,
     when_written: Callable[[], None],
 ) -> None:
     """In the writing thread, which so keeps the hold on the directory to its end."""
     files.close()
+    hold.end(_WRITING)
     if in_background is not None and waves.error is not None and not waves.progress.stopped:
         untold.report(in_background, waves.error)
     when_written()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import errno
 import io
 import itertools
 import logging
@@ -16,15 +17,18 @@ import os
 import re
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from typing import Any, Generic, TypeVar
 
 import torch
 
+from ckpt_fast import settings
 from ckpt_fast.compat import object_storage
 from ckpt_fast.config import ConfigContainer
-from ckpt_fast.errors import CheckpointCorruptError, DamagedFileError, StorageError
+from ckpt_fast.errors import CheckpointCorruptError, CheckpointWriteError, DamagedFileError, StorageError
 from ckpt_fast.format.documents import parse_yaml
 from ckpt_fast.format.names import METADATA_FILE
 from ckpt_fast.pipeline.load.decode import decode_object
@@ -32,6 +36,7 @@ from ckpt_fast.pipeline.load.opened import OpenCheckpoint
 from ckpt_fast.ranks.world import control_device, get_rank_safe, is_distributed, on_rank_0, print_rank_0
 from ckpt_fast.run import config_yaml
 from ckpt_fast.state import TrainState
+from ckpt_fast.storage import patience
 from ckpt_fast.storage.commit import partial_files
 from ckpt_fast.storage.small_files import LARGEST_TEXT
 from ckpt_fast.trainer.contents.run_config import apply_run_config_backward_compat, sanitize_run_config_object
@@ -275,6 +280,8 @@ def write_train_state(path: str, train_state: Mapping[str, torch.Tensor], *, syn
 _numbers = itertools.count()
 # By directory, the number of the save that its trackers name.
 _published: dict[str, int] = {}
+_locks: dict[str, threading.Lock] = {}
+_POLL_S = 0.05
 
 
 def number_of_save() -> int:
@@ -301,6 +308,39 @@ def publish_trackers(
     """
     number = number_of_save() if number is None else number
     root = save_dir if object_storage(save_dir) else os.path.realpath(save_dir)
+    with _alone(root):
+        _publish(save_dir, root, iteration, train_state, number)
+
+
+@contextlib.contextmanager
+def _alone(root: str) -> Iterator[None]:
+    """A block in which no other save of this process publishes in the same directory.
+
+    A write that was given up may still arrive, however late. What is newer must be written after it.
+
+    Raises:
+        CheckpointWriteError: another save has not ended in time, or this one is not wanted any more.
+    """
+    lock = _locks.setdefault(root, threading.Lock())
+    end = time.monotonic() + settings.timeout_s()
+    while not lock.acquire(timeout=_POLL_S):
+        if time.monotonic() > end or not patience.is_wanted():
+            raise CheckpointWriteError(
+                f"the trackers in {root} cannot be written: an earlier save, which was given up, is still "
+                "writing to them. The checkpoint is complete, and is not named. See whether the storage "
+                "answers.",
+                errno.EBUSY,
+                root,
+            )
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _publish(
+    save_dir: str, root: str, iteration: int, train_state: Mapping[str, torch.Tensor], number: int
+) -> None:
     if number < _published.get(root, -1):
         logger.warning(
             "the checkpoint of iteration %d in %s is complete, but was begun before the one that the "

@@ -120,7 +120,7 @@ def maybe_finalize_async_save(
         return
     if blocking and not is_empty_async_queue(global_state):
         print_rank_0("Unfinalized async checkpoint saves. Finalizing them synchronously now.")
-    with save_errors_tolerated(ckpt_cfg):
+    with save_errors_tolerated(ckpt_cfg, queue):
         failures.finalize(queue, ckpt_cfg, blocking=blocking, is_last=terminate)
     if terminate:
         queue.close()

@@ -7,6 +7,7 @@ A failed save is the same error on every rank (``ControlGroup``), so all ranks c
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import shutil
@@ -18,8 +19,13 @@ from ckpt_fast.callbacks import CallbackContext
 from ckpt_fast.doors.dcp.direct import save as dcp_save
 from ckpt_fast.doors.megatron.parallel_save import FastParallelSaveWrapper
 from ckpt_fast.doors.megatron.torch_dist import FastSaveStrategy
-from ckpt_fast.errors import AsyncSaveError, CheckpointError, CheckpointWriteError, RankLostError
-from ckpt_fast.format.names import METADATA_FILE, SEAL_FILE
+from ckpt_fast.errors import (
+    AsyncSaveError,
+    CheckpointError,
+    CheckpointWriteError,
+    RankLostError,
+    StorageError,
+)
 from ckpt_fast.jobs import metrics, untold
 from ckpt_fast.jobs.background import SaveHandle
 from ckpt_fast.jobs.report import SaveReport
@@ -103,6 +109,11 @@ class FollowUp:
         self._run = run
         self._target = target
         self._callbacks = callback_manager
+        # What was there before: another checkpoint, perhaps of a format that ckpt_fast does not write.
+        self._others: set[str] = set()
+        if run.is_async and self._removes():
+            with contextlib.suppress(OSError):
+                self._others = {name for name in os.listdir(self.directory) if not commit.is_payload(name)}
 
     @property
     def directory(self) -> str:
@@ -122,7 +133,7 @@ class FollowUp:
     def remove_files(self) -> None:
         """Local. Remove what the save has left in its directory, where nobody writes any more."""
         if self._removes():
-            _remove_unfinished(self.directory, self._target.is_torch_dist(self._run.ckpt_cfg))
+            _remove_unfinished(self.directory, self._others)
 
     def remove_directory(self) -> None:
         """Local. Remove the directory of a save that has hardly begun, if it is empty."""
@@ -202,6 +213,7 @@ def finalize(queue: Any, ckpt_cfg: Any, *, blocking: bool, is_last: bool) -> Non
         CheckpointWriteError: the same, of a last save that storage kept from going on in the background.
     """
     in_flight: list[SaveHandle] = list(getattr(queue, "handles", ()))
+    raised: CheckpointError | None = None
     while True:
         try:
             queue.maybe_finalize_async_calls(blocking or is_last)
@@ -216,7 +228,15 @@ def finalize(queue: Any, ckpt_cfg: Any, *, blocking: bool, is_last: bool) -> Non
             follow_up = failed.follow_up
             if ControlGroup().all_true(failed.abandon(0.0)) and follow_up is not None:
                 follow_up.remove_files()
-            _go_on(queue, ckpt_cfg, error, follow_up, failed.report, is_last=is_last and not in_flight)
+            try:
+                _go_on(queue, ckpt_cfg, error, follow_up, failed.report, is_last=is_last and not in_flight)
+            except CheckpointError as too_many:
+                # Nobody will come for those that are still in flight, and one of them may be good.
+                if not (is_last and in_flight):
+                    raise
+                raised = raised or too_many
+    if raised is not None:
+        raise raised
     if is_last and isinstance(queue, AsyncCallsQueue) and queue.failures.untold is not None:
         last, queue.failures.untold = queue.failures.untold, None
         raise _like(last, f"the last save of the run failed, and training went on without it: {last}")
@@ -300,7 +320,14 @@ def _like(error: CheckpointError, text: str) -> CheckpointError:
 
 
 def _is_of_storage(error: CheckpointError) -> bool:
-    return any(isinstance(each, OSError) for each in _causes(error))
+    """Whether storage failed, and not a program whose error is an OSError, too."""
+    return any(map(_says_storage, _causes(error)))
+
+
+def _says_storage(error: BaseException) -> bool:
+    if isinstance(error, CheckpointWriteError):
+        return error.errno != errno.EBUSY and (error.errno is not None or error.__cause__ is not None)
+    return isinstance(error, StorageError)
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
@@ -310,17 +337,21 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
         cause = cause.__cause__
 
 
-def _remove_unfinished(directory: str, is_torch_dist: bool) -> None:
-    """Remove the files of a checkpoint that was not completed, and the directory if nothing else is in it."""
+def _remove_unfinished(directory: str, others: set[str]) -> None:
+    """Remove the files of a checkpoint that was not completed, and the directory if nothing else is in it.
+
+    Args:
+        directory: the checkpoint.
+        others: names that are not the save's.
+    """
     try:
         if not os.path.isdir(directory):
             return
-        seal = SEAL_FILE if is_torch_dist else METADATA_FILE
-        if os.path.exists(os.path.join(directory, seal)):
-            return  # whole: only what follows the seal has failed
+        if commit.seals_among(os.listdir(directory)):
+            return  # whole: only what follows the seal has failed, or all was written beside an older one
         commit.invalidate(directory)
-        commit.remove_files(directory, (CONFIG_FILE, TRAIN_STATE_FILE))
-        for name in (sidecars.TOKENIZER_DIR, hugging_face._HF_WEIGHTS_SUBDIR, compat.MODELOPT_DIR):
+        commit.remove_files(directory, {CONFIG_FILE, TRAIN_STATE_FILE} - others)
+        for name in {sidecars.TOKENIZER_DIR, hugging_face._HF_WEIGHTS_SUBDIR, compat.MODELOPT_DIR} - others:
             shutil.rmtree(os.path.join(directory, name), ignore_errors=True)
         with contextlib.suppress(OSError):
             os.rmdir(directory)

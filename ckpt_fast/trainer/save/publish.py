@@ -14,6 +14,7 @@ from ckpt_fast.errors import CheckpointError
 from ckpt_fast.format.manifest import file_record
 from ckpt_fast.format.types import FileRecord
 from ckpt_fast.ranks.world import get_rank_safe, print_rank_0
+from ckpt_fast.run.async_queue import AsyncCallsQueue
 from ckpt_fast.trainer.contents.sidecars import TOKENIZER_DIR, save_tokenizer_assets
 from ckpt_fast.trainer.experiment_loggers import append_to_progress_log
 from ckpt_fast.trainer.places.paths import (
@@ -34,17 +35,18 @@ from ckpt_fast.trainer.save.failures import policy_of
 
 
 @contextlib.contextmanager
-def save_errors_tolerated(ckpt_cfg: Any) -> Iterator[None]:
+def save_errors_tolerated(ckpt_cfg: Any, queue: Any) -> Iterator[None]:
     """Within it a save that fails ends with a warning, if ``on_save_error`` is "warn".
 
     Every rank sees the same failure, so all of them go on together. ``on_save_failure="continue"`` takes its
-    place for background saves.
+    place for the saves of a queue of ours.
     """
     try:
         yield
     except CheckpointError as error:
         is_warned = getattr(ckpt_cfg, "on_save_error", "raise") == "warn"
-        if not is_warned or (ckpt_cfg.async_save and policy_of(ckpt_cfg).goes_on):
+        goes_on = isinstance(queue, AsyncCallsQueue) and ckpt_cfg.async_save and policy_of(ckpt_cfg).goes_on
+        if not is_warned or goes_on:
             raise
         print_rank_0(f"WARNING: {error}\nWARNING: training goes on without it (on_save_error='warn')")
 

@@ -113,7 +113,7 @@ def save_checkpoint(
     end_save_to(state, run.ckpt_cfg, target.checkpoint_name)
     follow_up = FollowUp(run, target, callback_manager)
     with (
-        save_errors_tolerated(run.ckpt_cfg),
+        save_errors_tolerated(run.ckpt_cfg, state.async_calls_queue),
         storage_errors_tolerated(run, target, follow_up),
     ):
         _announce(run, target)

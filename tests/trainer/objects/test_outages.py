@@ -286,6 +286,57 @@ def test_killed_during_an_upload(object_server: ObjectServer, tmp_path: Path, wh
     assert bucket.sealed()[-1] == step + 1
 
 
+def save_beside_a_late_request(rank: int, bucket: Bucket, pattern: str, step_again: int) -> dict[str, Any]:
+    """Save while a request of the second save hangs until that save has failed; then let it arrive.
+
+    Returns:
+        What the trackers named after each save, and in the end; where a resumed run differs.
+    """
+    prints, named = {}, []
+    with bucket.in_use(CKPT_FAST_TIMEOUT="2", CKPT_FAST_OUTAGE="2"), Run(SETUP, save=bucket.url) as run:
+        run.checkpoint.async_save, run.checkpoint.on_save_failure = True, "continue"
+        run.checkpoint.most_recent_k = 1
+        run.state.initialize_async_checkpoint_worker()
+        for step in (1, 2, step_again):
+            run.train(1)
+            run.state.train_state.step = step
+            prints[step] = run.fingerprint()
+            if len(named) == 1:
+                fail(bucket.server, rank, Fault("hang", pattern, 1))
+            run.save()
+            while run.state.async_calls_queue.get_num_unfinalized_calls():
+                maybe_finalize_async_save(run.state, run.checkpoint)
+                time.sleep(0.02)
+            named.append(bucket.tracked())
+        barrier()
+        bucket.server.clear()
+        barrier()
+        time.sleep(1)
+        run.train(1)
+        run.state.train_state.step = last = step_again + 1
+        prints[last] = run.fingerprint()
+        run.save()
+        maybe_finalize_async_save(run.state, run.checkpoint, blocking=True, terminate=True)
+        named.append(bucket.tracked())
+    with bucket.in_use():
+        return {"named": named, "resumed": resume(bucket, prints, last)}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "step_again"),
+    [("PUT .*latest_train", 3), pytest.param("PUT .*iter_0000002/__0_0", 2, marks=pytest.mark.long)],
+)
+def test_a_late_request_of_a_failed_save_changes_nothing(
+    object_server: ObjectServer, tmp_path: Path, pattern: str, step_again: int
+) -> None:
+    """It cannot be taken back, so saves in whose way it may come wait for it, or fail."""
+    bucket = new_bucket(object_server, tmp_path)
+    for found in run_ranks(save_beside_a_late_request, 2, bucket, pattern, step_again):
+        assert found["named"][0] == found["named"][1] == found["named"][2] == (1, 1)
+        assert found["named"][3] == (step_again + 1, step_again + 1)
+        assert found["resumed"] == []
+
+
 def train_through_an_outage(rank: int, bucket: Bucket, seconds: float) -> dict[str, Any]:
     """Train and save in the background while the server is away for longer than a save waits for it.
 
