@@ -309,19 +309,25 @@ def test_an_invalid_policy_is_refused_on_all_ranks(
     assert not (tmp_path / "run").exists()
 
 
-def break_a_state(rank: int, root: str) -> tuple[str, str]:
+def break_a_state(rank: int, root: str, mistake: Exception) -> tuple[str, str]:
     """Save a state that cannot be saved."""
+
+    def collect(*_: Any, **__: Any) -> None:
+        raise mistake
+
     with Run(SETUP, save=root, **GOING_ON) as run:
         run.state.initialize_async_checkpoint_worker()
         run.train(1)
         if rank == 0:
-            run.optimizer.sharded_state_dict = lambda *_, **__: 1 / 0
+            run.optimizer.sharded_state_dict = collect
         return training.error_of(run.save)
 
 
-def test_a_mistake_in_the_call_raises(tmp_path: Path) -> None:
-    for error in run_ranks(break_a_state, 2, str(tmp_path / "run")):
-        training.require(error, "CheckpointError", "ZeroDivisionError")
+@pytest.mark.parametrize("mistake", [ZeroDivisionError("zero"), ConnectionError("a worker died")])
+def test_a_mistake_in_the_call_raises(tmp_path: Path, mistake: Exception) -> None:
+    """Also one whose error looks like one of storage."""
+    for error in run_ranks(break_a_state, 2, str(tmp_path / "run"), mistake):
+        training.require(error, "CheckpointError", type(mistake).__name__)
 
 
 def save_at_once(rank: int, root: str, has_queue: bool) -> tuple[str, str]:
