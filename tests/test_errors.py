@@ -31,6 +31,7 @@ BUILTIN = {
     "CheckpointWriteError": OSError,
     "UnsafeCheckpointError": Exception,
     "AsyncSaveError": RuntimeError,
+    "StorageError": OSError,
     "RankLostError": Exception,
 }
 

@@ -26,7 +26,12 @@ def test_a_missing_fixture_is_seen(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-W", "ignore", "-p", "no:cacheprovider"],
         cwd=tmp_path,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "FAIL_WITHOUT_GPU": "0"},
+        env={
+            **os.environ,
+            "CUDA_VISIBLE_DEVICES": "",
+            "FAIL_WITHOUT_GPU": "0",
+            "PYTHONPATH": str(TESTS.parent),
+        },
         capture_output=True,
         text=True,
         check=False,

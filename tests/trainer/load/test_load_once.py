@@ -128,7 +128,7 @@ def require_once(watch: Watch, directory: str, names: list[str]) -> None:
     small = {name: count for name, count in watch.opened.items() if not name.endswith(".distcp")}
     assert {name: count for name, count in small.items() if count > 1} == {}
     assert {name for name in small if name.startswith(directory)} == {f"{directory}/{name}" for name in names}
-    assert watch.calls["unpickle_metadata"] == 1
+    assert watch.calls["unpickle_metadata"] <= 1  # not at all where the table suffices
     assert overlaps(watch.extents) == []
 
 
