@@ -6,6 +6,7 @@ RANK and WORLD_SIZE are in the environment.
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
@@ -15,10 +16,20 @@ import time
 import torch
 import torch.distributed as dist
 
-from ckpt_fast import native
-from ckpt_fast.format.types import TensorShard
-from ckpt_fast.jobs.background import SaveHandle, SaveQueue
-from tests.saves import new_save, save
+
+def end_group() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+# Called last of all. Where a group is left to the end of the process, threads of gloo abort that at times
+# ("terminate called without an active exception"), with or without ckpt_fast.
+atexit.register(end_group)
+
+from ckpt_fast import native  # noqa: E402
+from ckpt_fast.format.types import TensorShard  # noqa: E402
+from ckpt_fast.jobs.background import SaveHandle, SaveQueue  # noqa: E402
+from tests.saves import new_save, save  # noqa: E402
 
 
 def main(directory: str, how: str) -> None:
