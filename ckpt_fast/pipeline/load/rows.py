@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows: pieces that are wanted just as they were saved, in columns from the table to the engine."""
+"""Rows of the table: pieces that are wanted just as they were saved, in columns from there to the engine."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class WantedRows:
     def __init__(self, index: CheckpointIndex) -> None:
         self._index = index
         self._wanted: dict[int, torch.Tensor] = {}  # row to destination
-        self._runs: list[range] = []
+        self._ranges: list[range] = []
         self._first_block = 0
 
     def __len__(self) -> int:
@@ -80,13 +80,13 @@ class WantedRows:
         if not self._wanted:
             return
         rows = sorted(self._wanted)
-        self._runs = _runs(rows)
+        self._ranges = _ranges(rows)
         paths, file, offset, nbytes, _ = self._manifest.payloads
         self._first_block = program.add_columns(
             paths,
-            _of(file, self._runs),
-            _of(offset, self._runs),
-            _of(nbytes, self._runs),
+            _of(file, self._ranges),
+            _of(offset, self._ranges),
+            _of(nbytes, self._ranges),
             array("q", [self._wanted[row].data_ptr() for row in rows]),
             self._manifest.block_nbytes if verify else None,
         )
@@ -100,14 +100,14 @@ class WantedRows:
         Raises:
             CheckpointCorruptError: naming the tensor, file and bytes.
         """
-        if not self._runs:
+        if not self._ranges:
             return
         crcs, first, at = self._manifest.crcs, self._manifest.first_blocks, self._first_block
-        for run in self._runs:
-            wanted = array("q", crcs[first[run.start] : first[run.stop]])
+        for rows in self._ranges:
+            wanted = array("q", crcs[first[rows.start] : first[rows.stop]])
             if found[at : at + len(wanted)] != memoryview(wanted):
                 number = next(i for i, crc in enumerate(wanted) if found[at + i] != crc)
-                block = first[run.start] + number
+                block = first[rows.start] + number
                 raise CheckpointCorruptError(self._damage(block, found[at + number], wanted[number]))
             at += len(wanted)
 
@@ -126,14 +126,14 @@ class WantedRows:
         return damage_message(self._index, self._index.table.fqn(row), payload, damaged, crc, wanted)
 
 
-def _runs(rows: list[int]) -> list[range]:
+def _ranges(rows: list[int]) -> list[range]:
     """Ascending numbers as ranges."""
     ends = [at for at in range(1, len(rows)) if rows[at] != rows[at - 1] + 1]
     return [range(rows[a], rows[b - 1] + 1) for a, b in itertools.pairwise([0, *ends, len(rows)])]
 
 
-def _of(column: array[int], runs: list[range]) -> array[int]:
+def _of(column: array[int], ranges: list[range]) -> array[int]:
     values: array[int] = array("q")
-    for run in runs:
-        values.extend(array("q", column[run.start : run.stop]))
+    for rows in ranges:
+        values.extend(array("q", column[rows.start : rows.stop]))
     return values

@@ -378,8 +378,10 @@ def _end_writing(
     when_written: Callable[[], None],
 ) -> None:
     """In the writing thread, which so keeps the hold on the directory to its end."""
-    files.close()
-    hold.end(_WRITING)
+    try:
+        files.close()
+    finally:
+        hold.end(_WRITING)
     if in_background is not None and waves.error is not None and not waves.progress.stopped:
         untold.report(in_background, waves.error)
     when_written()

@@ -16,9 +16,7 @@ from ckpt_fast.format.manifest import Manifest
 from ckpt_fast.format.table import NOTHING, RAW, Table
 from ckpt_fast.format.types import Extent, TensorRequest
 from ckpt_fast.pipeline.load.entries.kinds import ByPlace, Item, Piece, SavedTensor
-from ckpt_fast.pipeline.load.entries.pickled import require_inside
-
-_LARGEST_FILE = 1 << 62
+from ckpt_fast.pipeline.load.entries.pickled import LONGEST_FILE, require_inside
 
 
 class TableEntries:
@@ -146,7 +144,7 @@ class TableEntries:
     def _require_lengths(self) -> None:
         """Each payload that is the elements of a piece is just as long as these."""
         table, nbytes = self._table, _tensor(self._payloads.nbytes)
-        if max(self._payloads.offset, default=0) + max(self._payloads.nbytes, default=0) > _LARGEST_FILE:
+        if max(self._payloads.offset, default=0) + max(self._payloads.nbytes, default=0) > LONGEST_FILE:
             raise ValueError("its payloads are longer than any file")
         if not len(nbytes):
             return

@@ -17,7 +17,7 @@ from ckpt_fast.format.consistency import Region, UsedBytes, require_apart
 from ckpt_fast.format.types import Extent
 from ckpt_fast.pipeline.load.entries.kinds import Item, Piece, SavedTensor
 
-_LARGEST_FILE = 1 << 62
+LONGEST_FILE = 1 << 62
 
 
 class PickledEntries:
@@ -113,7 +113,7 @@ def _extent(info: Any) -> Extent:
     """An item's location according to the metadata; ValueError if it is not valid in this directory."""
     path, (offset, nbytes) = info.relative_path, _whole_numbers((info.offset, info.length))
     require_inside(path)
-    if offset + nbytes > _LARGEST_FILE:
+    if offset + nbytes > LONGEST_FILE:
         raise ValueError(f"{path} cannot have {nbytes} bytes at {offset}")
     return Extent(path, offset, nbytes)
 
