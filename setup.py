@@ -29,6 +29,7 @@ SOURCES = {
     ENGINE: [
         *sorted(glob("csrc/engine/*/*.cc", root_dir=ROOT)),
         "csrc/python/engine_module.cc",
+        "csrc/python/describe_tensors.cc",
         "csrc/python/walk_modules.cc",
     ],
     CUDA: [*sorted(glob("csrc/cuda/*.cu", root_dir=ROOT)), "csrc/python/cuda_module.cc"],

@@ -172,6 +172,22 @@ def check_pickle(content: bytes | memoryview, archive: bool = False) -> int:
 def cpu_features() -> list[str]:
     """Instruction sets in use, for ``ckpt-fast info`` and benchmark headers, e.g. ["pclmul", "avx512"]."""
 
+def describe_tensors(
+    values: list[Any], types: tuple[type, ...], layout: object
+) -> tuple[bytearray, bytearray, list[tuple[Any, ...]]]:
+    """Where the memory of torch tensors is, and what form it has; nothing of it is read.
+
+    Args:
+        values: tensors, and anything else.
+        types: that are described, subclasses not.
+        layout: ``torch.strided``; tensors of another one are not described.
+
+    Returns:
+        Forms and addresses, as signed 64-bit integers, one for each value, and the table of forms: (dtype,
+        shape, stride, number of the device or -1, is on the CPU, is on the meta device, has a conjugate or
+        negative bit, its storage has all its elements). A value is not described by -1 and 0.
+    """
+
 def walk_modules(roots: Sequence[object]) -> tuple[list[Any], list[Any], bytes]:
     """torch modules below the given ones, the tensors registered with them, and the names of both.
 

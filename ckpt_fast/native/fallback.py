@@ -27,7 +27,7 @@ from ckpt_fast.native.fallback_files import (
     read_file,
     require_inside,
 )
-from ckpt_fast.native.fallback_modules import walk_modules
+from ckpt_fast.native.fallback_modules import describe_tensors, walk_modules
 from ckpt_fast.native.fallback_pickle import check_pickle
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "cpu_features",
     "crc32",
     "crc32_combine",
+    "describe_tensors",
     "permute_rows",
     "read_extents",
     "walk_modules",

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engine's walk over torch modules, in Python."""
+"""The engine's walk over torch modules, and its look at tensors, in Python."""
 
 from __future__ import annotations
 
+import contextlib
+from array import array
 from collections.abc import Sequence
 from typing import Any
 
@@ -44,3 +46,41 @@ def _part(attributes: dict[str, Any], name: str) -> Any:
     if name != "_non_persistent_buffers_set" and not isinstance(found, dict):
         raise TypeError(f"{name} of a module is no dictionary")
     return found
+
+
+def describe_tensors(
+    values: list[Any], types: tuple[type, ...], layout: object
+) -> tuple[bytearray, bytearray, list[tuple[Any, ...]]]:
+    forms, addresses = array("q"), array("q")
+    numbers: dict[tuple[Any, ...], int] = {}
+    for value in values:
+        form, address = -1, 0
+        # What cannot be described is the caller's to find out about.
+        with contextlib.suppress(Exception):
+            if type(value) in types and value.layout is layout:
+                described, address = _form(value), value.data_ptr()
+                form = numbers.setdefault(described, len(numbers))
+        forms.append(form)
+        addresses.append(address)
+    return bytearray(forms.tobytes()), bytearray(addresses.tobytes()), list(numbers)
+
+
+def _form(tensor: Any) -> tuple[Any, ...]:
+    return (
+        tensor.dtype,
+        tuple(tensor.shape),
+        tensor.stride(),
+        tensor.get_device(),
+        tensor.is_cpu,
+        tensor.is_meta,
+        tensor.is_conj() or tensor.is_neg(),
+        tensor.is_meta or _has_all_elements(tensor),
+    )
+
+
+def _has_all_elements(tensor: Any) -> bool:
+    if not tensor.numel():
+        return True
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    end = tensor.storage_offset() + last + 1
+    return bool(end * tensor.dtype.itemsize <= tensor.untyped_storage().nbytes())

@@ -20,6 +20,7 @@
 #include "engine/memory/permute.h"
 #include "engine/pickle/pickle_check.h"
 #include "python/column_argument.h"
+#include "python/describe_tensors.h"
 #include "python/walk_modules.h"
 
 namespace py = pybind11;
@@ -233,6 +234,7 @@ PYBIND11_MODULE(_engine, m) {
   m.def("permute_rows", permute_rows_at, py::arg("destination"), py::arg("source"), py::arg("rows"),
         py::arg("row_nbytes"), py::arg("block"), py::arg("interleave"), py::arg("threads"));
   m.def("check_pickle", check_pickle_in, py::arg("content"), py::arg("archive") = false);
+  m.def("describe_tensors", describe_tensors, py::arg("values"), py::arg("types"), py::arg("layout"));
   m.def("walk_modules", walk_modules, py::arg("roots"));
   m.def("cpu_features", cpu_features);
 }

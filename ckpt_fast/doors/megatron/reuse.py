@@ -21,6 +21,7 @@ import torch
 from ckpt_fast.doors.megatron.common_state import common_bytes
 from ckpt_fast.doors.megatron.sharded_state import shards_of
 from ckpt_fast.format.types import ObjectShard, Shard, TensorShard
+from ckpt_fast.pipeline.memory.forms import Described, describe
 from ckpt_fast.pipeline.memory.garbage import without_collections
 from ckpt_fast.pipeline.save.objects import object_bytes
 from ckpt_fast.pipeline.save.program import Prepared, ProgramCache
@@ -80,8 +81,7 @@ class _Known(NamedTuple):
         owners, tensors: weak references to the inventory's.
         facts: the inventory's digest.
         holders: numbers of the tensors whose memory has to do with shards.
-        geometry: of the holders: shape, stride and dtype.
-        addresses: of the holders.
+        described: the holders.
         source: int64 [shards]: the holder of each shard, by its place among them; then comes the padding.
         offset: int64 [shards]: distance of the two addresses in bytes.
         views: shape and stride of each shard.
@@ -95,8 +95,7 @@ class _Known(NamedTuple):
     tensors: list[weakref.ref[torch.Tensor]]
     facts: bytes
     holders: array[int]
-    geometry: list[Any]
-    addresses: array[int]
+    described: Described
     source: torch.Tensor
     offset: torch.Tensor
     views: list[tuple[torch.Size, tuple[int, ...]]]
@@ -108,8 +107,7 @@ class _Known(NamedTuple):
             return False
         if not (_are(self.owners, inventory.owners) and _are(self.tensors, inventory.tensors)):
             return False
-        holders = [inventory.tensors[number] for number in self.holders]
-        return self.addresses == array("q", _addresses(holders)) and self.geometry == _geometry(holders)
+        return describe([inventory.tensors[number] for number in self.holders]).equals(self.described)
 
 
 class KnownTensors:
@@ -155,7 +153,7 @@ class KnownTensors:
         if not program.holds(payloads):
             return None
         holders = [*(inventory.tensors[number] for number in known.holders), *known.outline.padding]
-        addresses = torch.tensor([*known.addresses, *_addresses(known.outline.padding)], dtype=torch.int64)
+        addresses = torch.cat([known.described.addresses, describe(known.outline.padding).addresses])
 
         def tensors() -> list[torch.Tensor]:
             places = zip(known.source.tolist(), known.offset.tolist(), known.views, strict=True)
@@ -199,6 +197,9 @@ class KnownTensors:
         with torch._C.DisableTorchFunction():
             holders = _holders(inventory.tensors, tensors)
             holding = [inventory.tensors[number] for number in holders]
+            described = describe(holding)
+            if bool((described.forms < 0).any()):
+                return
             places = _places(tensors, [*holding, *outline.padding])
             if places is None:
                 return
@@ -210,8 +211,7 @@ class KnownTensors:
                 list(map(weakref.ref, inventory.tensors)),
                 _digest(inventory.facts),
                 array("q", holders),
-                _shared(_geometry(holding)),
-                array("q", _addresses(holding)),
+                described,
                 torch.tensor([source for source, _ in places], dtype=torch.int64),
                 torch.tensor([offset for _, offset in places], dtype=torch.int64),
                 views,
@@ -239,16 +239,6 @@ def _collect_objects(
 
 def _digest(facts: bytes) -> bytes:
     return hashlib.blake2b(facts, digest_size=16).digest()
-
-
-def _addresses(tensors: Sequence[torch.Tensor]) -> list[int]:
-    with torch._C.DisableTorchFunction():
-        return [tensor.data_ptr() for tensor in tensors]
-
-
-def _geometry(tensors: Sequence[torch.Tensor]) -> list[Any]:
-    with torch._C.DisableTorchFunction():
-        return [(tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors]
 
 
 def _shared(values: list[Any]) -> list[Any]:

@@ -107,9 +107,16 @@ class PreparedLoad:
 
 @without_collections
 def prepare(
-    index: CheckpointIndex, requests: Sequence[TensorRequest], fqns: Iterable[str] = ()
+    index: CheckpointIndex,
+    requests: Sequence[TensorRequest],
+    fqns: Iterable[str] = (),
+    rows: WantedRows | None = None,
 ) -> PreparedLoad:
     """The first half of ``load_tensors_and_objects``: find everything that is wanted. Reads no data file.
+
+    Args:
+        index, requests, fqns: see there.
+        rows: that are wanted besides.
 
     Raises:
         CheckpointMismatchError: a name is missing, a region lies outside the saved tensor, or a destination
@@ -119,7 +126,7 @@ def prepare(
     fqns = list(fqns)
     for fqn in fqns:
         index.object_extent(fqn)
-    rows = WantedRows(index)
+    rows = WantedRows(index) if rows is None else rows
     others = rows.take(requests)
     for request in others:
         require_memory(request.fqn, request.destination)

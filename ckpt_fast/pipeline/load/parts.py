@@ -14,9 +14,8 @@ from ckpt_fast.format.types import TensorRequest
 from ckpt_fast.pipeline.load.entries.kinds import Piece, SavedTensor
 from ckpt_fast.pipeline.load.index import CheckpointIndex
 from ckpt_fast.pipeline.load.place import Box, Destination, Reshaped, is_addressable
+from ckpt_fast.pipeline.memory.forms import has_own_memory
 from ckpt_fast.pipeline.memory.strided import has_storage
-
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 class Part(NamedTuple):
@@ -39,7 +38,7 @@ def require_memory(fqn: str, destination: torch.Tensor) -> None:
             f"{fqn} cannot be loaded into a tensor on the meta device, which has no memory. Give the model "
             "memory first, with module.to_empty(device=...)."
         )
-    if type(destination) in _PLAIN and destination.layout == torch.strided and not has_storage(destination):
+    if has_own_memory(destination) and not has_storage(destination):
         raise CheckpointMismatchError(
             f"{fqn} cannot be loaded into a tensor of {destination.numel()} elements whose storage has "
             f"{destination.untyped_storage().nbytes()} bytes: it was freed, or is shared with something that "

@@ -14,7 +14,9 @@ from ckpt_fast.errors import CheckpointMismatchError
 from ckpt_fast.format.archive import ALIGNMENT, PAGE, Archive, item_nbytes, tensor_archive
 from ckpt_fast.format.names import DATA_SUFFIX
 from ckpt_fast.format.types import Extent, ItemRecord, ObjectShard, Shard, TensorShard
+from ckpt_fast.pipeline.memory.forms import has_own_memory
 from ckpt_fast.pipeline.memory.garbage import without_collections
+from ckpt_fast.pipeline.memory.strided import has_storage
 
 # From this size on, raw data starts on a page: it can be mapped, or read past the page cache without copying.
 # Below, the gap that costs would be worth more than 1.6 % of the file.
@@ -91,26 +93,24 @@ def require_values(fqn: str, tensor: torch.Tensor) -> None:
     """Raise if a tensor that is to be saved has no values.
 
     Raises:
-        CheckpointMismatchError: it is on the meta device.
+        CheckpointMismatchError: it is on the meta device, or its storage has been freed or cut short.
     """
     if tensor.is_meta:
         raise CheckpointMismatchError(
             f"{fqn} is on the meta device and has no values to save. Give the model memory and weights "
             "first, with module.to_empty(device=...) and a load."
         )
+    if has_own_memory(tensor) and not has_storage(tensor):
+        raise CheckpointMismatchError(
+            f"{fqn} has {tensor.numel()} elements, but its storage has only "
+            f"{tensor.untyped_storage().nbytes()} bytes: it was freed, or is shared with something that "
+            "resized it. Save while the tensor has its memory."
+        )
 
 
 def is_plain(tensor: torch.Tensor) -> bool:
-    """Whether the values are bytes in a storage of the tensor's own.
-
-    Others are sparse or quantized, or of a subclass that handles operators itself and stands for tensors
-    inside it, as DTensor does.
-    """
-    return (
-        tensor.layout == torch.strided
-        and not tensor.is_quantized
-        and type(tensor).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
-    )
+    """Whether the values are bytes in a storage of the tensor's own, and nothing else."""
+    return has_own_memory(tensor) and not tensor.is_quantized
 
 
 def object_room(nbytes: int) -> int:

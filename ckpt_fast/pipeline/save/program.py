@@ -29,10 +29,11 @@ from ckpt_fast import native, settings
 from ckpt_fast.format.types import ItemRecord, ObjectShard, Shard, TensorShard
 from ckpt_fast.pipeline.memory import strided
 from ckpt_fast.pipeline.memory.device_copy import StagingPolicy
+from ckpt_fast.pipeline.memory.forms import describe
 from ckpt_fast.pipeline.memory.garbage import without_collections
 from ckpt_fast.pipeline.memory.host_buffer import host_buffers
 from ckpt_fast.pipeline.save.encode import WriteProgram
-from ckpt_fast.pipeline.save.plan import FilePlan, is_plain, item_records, object_room
+from ckpt_fast.pipeline.save.plan import FilePlan, item_records, object_room
 from ckpt_fast.pipeline.save.sealed import SealedMetadata
 from ckpt_fast.pipeline.save.stage import Staged, copy_tensors, needs_copy
 
@@ -47,27 +48,24 @@ def structure_of(shards: Sequence[Shard], options: tuple[Any, ...]) -> bytes | N
         shards: in the order to save them.
         options: what else decides where bytes go.
     """
-    rows: list[Any] = []
-    # Modes and subclasses that intercept torch functions have no say in where bytes are.
-    with torch._C.DisableTorchFunction():
-        for shard in shards:
-            if isinstance(shard, ObjectShard):
-                rows.append(shard.fqn)
-                continue
-            t = shard.tensor
-            if not is_plain(t):
-                return None
-            rows.append((shard.fqn, shard.offsets, shard.global_shape, shard.sizes, *memory_of(t)))
+    described = describe([shard.tensor for shard in shards if isinstance(shard, TensorShard)])
+    # Sparse and quantized tensors, and those inside subclasses, are stored by torch itself.
+    if bool((described.forms < 0).any()) or any(form.is_quantized for form in described.table):
+        return None
+    rows = [shard.fqn if isinstance(shard, ObjectShard) else (shard.fqn, *shard[2:]) for shard in shards]
     try:
-        return hashlib.blake2b(marshal.dumps((options, rows), 2), digest_size=16).digest()
+        return digest_of((options, rows, described.keys()))
     except ValueError:  # sizes that are more than plain integers
         return None
 
 
-def memory_of(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """All that a plain tensor's structure consists of: plain values, of this process only."""
-    t = tensor
-    return id(t.dtype), tuple(t.shape), t.stride(), t.get_device(), t.is_conj() or t.is_neg()
+def digest_of(values: Any) -> bytes:
+    """A digest of plain values.
+
+    Raises:
+        ValueError: they are more than plain values.
+    """
+    return hashlib.blake2b(marshal.dumps(values, 2), digest_size=16).digest()
 
 
 class Prepared:
@@ -359,6 +357,4 @@ def prepare(program: SaveProgram, shards: Sequence[Shard]) -> Prepared | None:
     if not program.holds(payloads):
         return None
     tensors = [shard.tensor for shard in shards if isinstance(shard, TensorShard)]
-    with torch._C.DisableTorchFunction():
-        pointers = torch.tensor([tensor.data_ptr() for tensor in tensors], dtype=torch.int64)
-    return Prepared(program, pointers, payloads, lambda: tensors, tensors)
+    return Prepared(program, describe(tensors).addresses, payloads, lambda: tensors, tensors)

@@ -11,11 +11,13 @@ from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.checkpoint.planner_helpers import _init_state_dict
 
 from ckpt_fast.doors.dcp.agreement import report_unasked, require_same_save
-from ckpt_fast.doors.dcp.direct.local_state import PLAIN_TENSORS, Flattened, is_stateful, shards_of_tensor
+from ckpt_fast.doors.dcp.direct.local_state import Flattened, is_stateful, shards_of_tensor
 from ckpt_fast.errors import CheckpointMismatchError
 from ckpt_fast.format.types import TensorRequest
 from ckpt_fast.pipeline.load.index import CheckpointIndex, missing_keys_message
 from ckpt_fast.pipeline.load.load import PreparedLoad, prepare
+from ckpt_fast.pipeline.load.rows import WantedRows
+from ckpt_fast.pipeline.memory.forms import PLAIN_TENSORS
 from ckpt_fast.pipeline.memory.garbage import without_collections
 from ckpt_fast.ranks.group import ControlGroup
 
@@ -79,12 +81,13 @@ class _Loading:
         flat = Flattened(values)
         flat.require_unique()
         index = self._index
+        rows = WantedRows(index)
         requests: list[TensorRequest] = []
         missing, misfits = [], []
         with torch.no_grad():
-            for name, value, parent, key in zip(
-                flat.names, flat.values, flat.parents, flat.keys, strict=True
-            ):
+            for number in rows.take_whole(flat.names, flat.values):
+                name, value, parent = flat.names[number], flat.values[number], flat.parents[number]
+                key = flat.keys[number]
                 try:
                     shape = index.shape(name)
                 except KeyError:
@@ -117,7 +120,7 @@ class _Loading:
             )
             raise CheckpointMismatchError(missing_keys_message(self._directory, missing, index.names, remedy))
         with torch.no_grad():
-            self._prepared = prepare(index, requests, {name for name, _, _ in self._objects})
+            self._prepared = prepare(index, requests, {name for name, _, _ in self._objects}, rows)
         left_out = set(missing)
         asked = [name for name in flat.names if name not in left_out]
         self.seen = _Seen(index.identity, None if len(asked) == len(index.names) else asked)

@@ -6,11 +6,10 @@ Everything here is read at every save and load, tensor by tensor, and so is kept
 
 from __future__ import annotations
 
-import hashlib
-import marshal
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -24,12 +23,13 @@ from torch.distributed.tensor import DTensor
 
 from ckpt_fast.errors import CheckpointMismatchError
 from ckpt_fast.format.consistency import Region
-from ckpt_fast.pipeline.save.plan import is_plain
-from ckpt_fast.pipeline.save.program import memory_of
+from ckpt_fast.pipeline.memory.forms import PLAIN_TENSORS, Described, describe
+from ckpt_fast.pipeline.save.program import digest_of
 
-# What a state dict mostly consists of, told by its type alone.
-PLAIN_TENSORS = frozenset((torch.Tensor, torch.nn.Parameter))
 _MOST_LAYOUTS = 1 << 16
+
+# Where a shard lies in the whole tensor, and that one's shape; see LocalState.
+Place = tuple[tuple[int, ...], tuple[int, ...]] | tuple[()] | None
 
 
 class Parent(NamedTuple):
@@ -77,6 +77,15 @@ class Flattened:
 
     def _visit(self, parent: Parent, items: Iterable[tuple[Any, Any]], prefix: str) -> None:
         names, values, parents, keys = self.names, self.values, self.parents, self.keys
+        items = list(items)
+        own_keys, own_values = zip(*items, strict=True) if items else ((), ())
+        # Most of what there is, taken in a few steps for all of it.
+        if set(map(type, own_keys)) <= {str} and set(map(type, own_values)) <= PLAIN_TENSORS:
+            names.extend(map(prefix.__add__, own_keys))
+            values.extend(own_values)
+            parents.extend([parent] * len(items))
+            keys.extend(own_keys)
+            return
         for key, value in items:
             name = prefix + (key if type(key) is str else str(key))
             if type(value) not in PLAIN_TENSORS and not isinstance(value, torch.Tensor):
@@ -140,18 +149,32 @@ class LocalState:
 
     def __init__(self, state_dict: Mapping[str, Any]) -> None:
         self._flat = flat = Flattened(state_dict)
-        names: list[str] = []
-        values: list[Any] = []
-        places: list[tuple[tuple[int, ...], tuple[int, ...]] | tuple[()] | None] = []
-        self.names, self.values, self.places = names, values, places
+        self.names: list[str] = flat.names
+        self.values: list[Any] = flat.values
+        self.places: list[Place] = [None] * len(flat.values)
+        others = [number for number, value in enumerate(flat.values) if type(value) not in PLAIN_TENSORS]
+        if any(isinstance(flat.values[number], torch.Tensor) for number in others):
+            self._divide()
+        else:
+            for number in others:
+                self.places[number] = ()
+
+    @cached_property
+    def described(self) -> Described:
+        """The memory of ``values``."""
+        return describe(self.values)
+
+    def _divide(self) -> None:
+        """Put shards in the place of tensors that have some."""
+        self.names, self.values, self.places = [], [], []
         with torch.no_grad():
-            for name, value in zip(flat.names, flat.values, strict=True):
+            for name, value in zip(self._flat.names, self._flat.values, strict=True):
                 if type(value) not in PLAIN_TENSORS and isinstance(value, torch.Tensor):
                     self._add_shards(name, value)
                     continue
-                names.append(name)
-                values.append(value)
-                places.append(None if type(value) in PLAIN_TENSORS else ())
+                self.names.append(name)
+                self.values.append(value)
+                self.places.append(None if type(value) in PLAIN_TENSORS else ())
 
     def _add_shards(self, name: str, tensor: torch.Tensor) -> None:
         shape = tuple(tensor.size())
@@ -182,19 +205,16 @@ class LocalState:
         Args:
             options: what else is to be the same.
         """
-        rows: list[Any] = []
-        with torch._C.DisableTorchFunction():
-            for name, value, place in zip(self.names, self.values, self.places, strict=True):
-                if place == ():
-                    rows.append(name)
-                elif (type(value) in PLAIN_TENSORS and value.layout is torch.strided) or is_plain(value):
-                    rows.append((name, place, value.is_meta, *memory_of(value)))
-                else:  # stored by torch itself, so no save program is made of it
-                    rows.append((name, place, id(value.dtype), tuple(value.shape)))
+        described = self.described
+        # Stored by torch itself, so no save program is made of them.
+        others = [
+            (number, id(self.values[number].dtype), tuple(self.values[number].shape))
+            for number in (described.forms < 0).nonzero().flatten().tolist()
+            if self.places[number] != ()
+        ]
+        rows = (self.names, self.places, described.keys(), others)
         try:
-            return hashlib.blake2b(
-                marshal.dumps((options, self._flat.outline, rows), 2), digest_size=16
-            ).digest()
+            return digest_of((options, self._flat.outline, rows))
         except ValueError:  # sizes that are more than plain integers
             return None
 

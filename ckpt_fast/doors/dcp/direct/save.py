@@ -178,8 +178,7 @@ class _Collecting:
         if not program.holds(payloads):
             return None
         tensors = [state.values[number] for number in division.tensors]
-        with torch._C.DisableTorchFunction():
-            pointers = torch.tensor([tensor.data_ptr() for tensor in tensors], dtype=torch.int64)
+        pointers = state.described.addresses[torch.tensor(division.tensors, dtype=torch.int64)]
         return Prepared(program, pointers, payloads, lambda: tensors, tensors)
 
 

@@ -6,7 +6,8 @@ from __future__ import annotations
 import itertools
 import math
 from array import array
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -14,9 +15,54 @@ from ckpt_fast.format.archive import item_nbytes, tensor_archive
 from ckpt_fast.format.consistency import Region, require_apart
 from ckpt_fast.format.manifest import Manifest
 from ckpt_fast.format.table import NOTHING, RAW, Table
-from ckpt_fast.format.types import Extent, TensorRequest
+from ckpt_fast.format.types import Extent
 from ckpt_fast.pipeline.load.entries.kinds import ByPlace, Item, Piece, SavedTensor
 from ckpt_fast.pipeline.load.entries.pickled import LONGEST_FILE, require_inside
+from ckpt_fast.pipeline.memory.forms import Described
+
+
+class _Columns(NamedTuple):
+    """A table as tensors. Each column of what can be missing ends with an entry for number -1.
+
+    Attributes:
+        dtypes, lists: numbers of dtypes and lists.
+        is_zero: bool [lists]: whether all its numbers are 0.
+        dtype, shape: for each name, that of the tensor; -1 for an object.
+        is_single: bool [names]: whether it has one row.
+        order, first: the rows in the order of the names, and where those of each name begin.
+        kind, offset, size: for each row.
+    """
+
+    dtypes: dict[torch.dtype | None, int]
+    lists: dict[tuple[int, ...], int]
+    is_zero: torch.Tensor
+    dtype: torch.Tensor
+    shape: torch.Tensor
+    is_single: torch.Tensor
+    order: torch.Tensor
+    first: torch.Tensor
+    kind: torch.Tensor
+    offset: torch.Tensor
+    size: torch.Tensor
+
+    @classmethod
+    def of(cls, table: Table, order: array[int], first: array[int]) -> _Columns:
+        dtypes: dict[torch.dtype | None, int] = {None: -1}
+        dtype = [dtypes.setdefault(each, len(dtypes)) for each in table.dtypes]
+        begin = _tensor(first)
+        return cls(
+            dtypes,
+            {each: number for number, each in enumerate(table.lists)},
+            torch.tensor([not any(each) for each in table.lists] + [False]),
+            torch.tensor([*dtype, -1]),
+            _tensor(table.shapes, -1),
+            torch.cat([begin.diff() == 1, torch.tensor([False])]),
+            _tensor(order),
+            begin,
+            _tensor(array("B", table.kinds), NOTHING),
+            _tensor(table.offsets, -1),
+            _tensor(table.sizes, -1),
+        )
 
 
 class TableEntries:
@@ -43,6 +89,7 @@ class TableEntries:
         self._require_lengths()
         self._require_apart()
         self._order, self._first = self._by_name()
+        self._columns = _Columns.of(table, self._order, self._first)
         self._pieces: dict[int, ByPlace[int]] = {}
 
     @property
@@ -53,32 +100,43 @@ class TableEntries:
         table, number = self._table, self._numbers[fqn]
         return None if table.dtypes[number] is None else table.lists[table.shapes[number]]
 
-    def raw_rows(self, requests: Iterable[TensorRequest]) -> list[int | None]:
-        """For each request, the row of the payload that has just its region's elements, if there is one.
+    def rows_of(
+        self, names: Sequence[str], described: Described, offsets: Sequence[tuple[int, ...]] | None
+    ) -> torch.Tensor:
+        """For each tensor, the row of the payload that has just its region's elements; -1 if there is none.
 
         Args:
-            requests: of no other shape than their destinations.
+            names: of the whole tensors.
+            described: the tensors.
+            offsets: where each region begins; None if each is the whole tensor.
+
+        Returns:
+            int64 [tensors].
         """
-        table, numbers, order, first = self._table, self._numbers, self._order, self._first
-        lists, dtypes, kinds, begins, sizes = (
-            table.lists,
-            table.dtypes,
-            table.kinds,
-            table.offsets,
-            table.sizes,
-        )
-        rows: list[int | None] = []
-        # At every load, tensor by tensor.
-        for fqn, tensor, offsets, _ in requests:
-            number, row = numbers.get(fqn), None
-            if number is not None and dtypes[number] is tensor.dtype:
-                at = first[number]
-                row = order[at] if first[number + 1] - at == 1 else self._row_at(number, offsets)
-                if row is not None and not (
-                    kinds[row] == RAW and lists[sizes[row]] == tensor.shape and lists[begins[row]] == offsets
-                ):
-                    row = None
-            rows.append(row)
+        columns, table = self._columns, self._table
+        number = torch.tensor([self._numbers.get(name, -1) for name in names], dtype=torch.int64)
+        # Other dtypes and shapes than any here are nobody's.
+        dtype = torch.tensor([columns.dtypes.get(form.dtype, -1) for form in described.table] + [-1])
+        shape = torch.tensor([columns.lists.get(form.shape, -1) for form in described.table] + [-1])
+        forms = described.forms
+        rows = torch.full_like(number, -1)
+        # Most tensors are in one piece.
+        found = (number >= 0) & (dtype[forms] >= 0) & (columns.dtype[number] == dtype[forms])
+        single = found & columns.is_single[number]
+        rows[single] = columns.order[columns.first[number[single]]]
+        if offsets is not None:
+            for at in (found & ~single).nonzero().flatten().tolist():
+                row = self._row_at(int(number[at]), offsets[at])
+                rows[at] = -1 if row is None else row
+        fits = (rows >= 0) & (columns.kind[rows] == RAW) & (columns.size[rows] == shape[forms])
+        if offsets is None:
+            fits &= (columns.shape[number] == shape[forms]) & columns.is_zero[columns.offset[rows]]
+        rows[~fits] = -1
+        if offsets is not None:
+            lists, begins = table.lists, table.offsets
+            for at in fits.nonzero().flatten().tolist():
+                if lists[begins[rows[at]]] != offsets[at]:
+                    rows[at] = -1
         return rows
 
     def fqn(self, row: int) -> str:
@@ -150,7 +208,7 @@ class TableEntries:
             return
         numel = torch.tensor([math.prod(each) for each in table.lists])[_tensor(table.sizes)]
         itemsize = torch.tensor([dtype.itemsize if dtype is not None else 0 for dtype in table.dtypes])
-        wrong = (numel * itemsize[_tensor(table.name)] != nbytes) & (_kinds(table) == RAW)
+        wrong = (numel * itemsize[_tensor(table.name)] != nbytes) & (_tensor(array("B", table.kinds)) == RAW)
         if wrong.any():
             row = int(wrong.nonzero()[0])
             raise ValueError(f"{self.fqn(row)} cannot have {self._payloads.nbytes[row]} bytes")
@@ -172,7 +230,7 @@ class TableEntries:
     def _by_name(self) -> tuple[array[int], array[int]]:
         """The rows in the order of the names, and where those of each name begin."""
         count = len(self._table.names)
-        rows = (_kinds(self._table) != NOTHING).nonzero().flatten()
+        rows = (_tensor(array("B", self._table.kinds)) != NOTHING).nonzero().flatten()
         name = _tensor(self._table.name)[rows]
         order = rows[name.argsort(stable=True)]
         counts = torch.bincount(name, minlength=count) if count else torch.zeros(0, dtype=torch.int64)
@@ -183,13 +241,12 @@ class TableEntries:
         return array("q", order.tolist()), first
 
 
-def _tensor(column: array[int]) -> torch.Tensor:
+def _tensor(column: array[int], *more: int) -> torch.Tensor:
     """int64."""
-    if not len(column):
-        return torch.zeros(0, dtype=torch.int64)
-    kind = torch.int32 if column.typecode == "I" else torch.int64
-    return torch.frombuffer(column, dtype=kind).to(torch.int64)
-
-
-def _kinds(table: Table) -> torch.Tensor:
-    return torch.tensor(list(table.kinds), dtype=torch.int64)
+    values = torch.zeros(len(column) + len(more), dtype=torch.int64)
+    if column:
+        kinds = {"B": torch.uint8, "I": torch.int32, "q": torch.int64}
+        values[: len(column)] = torch.frombuffer(column, dtype=kinds[column.typecode])
+    for number, value in enumerate(more, len(column)):
+        values[number] = value
+    return values
