@@ -5,6 +5,8 @@
 #include <map>
 #include <vector>
 
+#include "python/dlpack_view.h"
+
 namespace py = pybind11;
 
 namespace ckpt_fast {
@@ -38,14 +40,17 @@ void append(const py::object& object, std::vector<std::int64_t>& to) {
 
 class Description {
  public:
-  Description(const py::tuple& types, py::handle layout) : types_(types), layout_(layout) {}
+  Description(const py::tuple& types, py::handle layout)
+      : types_(types), layout_(layout), view_(types.empty() ? nullptr : dlpack::view_of(types[0])) {}
 
   void add(py::handle value) {
     std::int64_t form = -1, address = 0;
     if (is_one_of_types(value)) {
       try {
-        form = form_of(value);
-        address = integer(call(value, data_ptr_));
+        if (!view(value, form, address)) {
+          form = form_of(value);
+          address = integer(call(value, data_ptr_));
+        }
       } catch (const Indescribable&) {
         if (PyErr_ExceptionMatches(PyExc_Exception) == 0) throw py::error_already_set();
         PyErr_Clear();
@@ -72,6 +77,30 @@ class Description {
     return false;
   }
 
+  /// Form and address without Python's own calls; false if that cannot tell.
+  bool view(py::handle tensor, std::int64_t& form, std::int64_t& address) {
+    dlpack::Tensor seen;
+    if (view_ == nullptr) return false;
+    if (view_(tensor.ptr(), &seen) != 0) {
+      PyErr_Clear();
+      return false;
+    }
+    const bool is_cpu = seen.device.type == dlpack::kCpu;
+    if (!is_cpu && seen.device.type != dlpack::kCuda) return false;
+    const std::int64_t device = is_cpu ? -1 : seen.device.id;
+    const std::uint32_t code = seen.dtype.code | seen.dtype.bits << 8 | seen.dtype.lanes << 16;
+    auto known = viewed_.find(code);
+    if (known == viewed_.end()) known = viewed_.emplace(code, get(tensor, dtype_name_)).first;
+    const DType& type = type_of(known->second);
+    const bool is_lazy = (type.is_complex && truth(call(tensor, is_conj_))) || truth(call(tensor, is_neg_));
+    key_.assign(seen.shape, seen.shape + seen.ndim);
+    key_.insert(key_.end(), seen.strides, seen.strides + seen.ndim);
+    const bool has_storage = has_all_elements(tensor, type.itemsize, static_cast<std::size_t>(seen.ndim));
+    form = number_of(tensor, known->second, device, is_cpu, false, is_lazy, has_storage);
+    address = reinterpret_cast<std::intptr_t>(seen.data) + static_cast<std::int64_t>(seen.byte_offset);
+    return true;
+  }
+
   /// The number of the tensor's form; -1 if its memory is not strided.
   std::int64_t form_of(py::handle tensor) {
     if (get(tensor, layout_name_).ptr() != layout_.ptr()) return -1;
@@ -89,13 +118,20 @@ class Description {
     const std::size_t dimensions = key_.size();
     append(stride, key_);
     const bool has_storage = is_meta || has_all_elements(tensor, type.itemsize, dimensions);
+    return number_of(tensor, dtype, device, is_cpu, is_meta, is_lazy, has_storage);
+  }
+
+  /// The number of a form; key_ has sizes and strides.
+  std::int64_t number_of(py::handle tensor, const py::object& dtype, std::int64_t device, bool is_cpu,
+                         bool is_meta, bool is_lazy, bool has_storage) {
     key_.push_back(reinterpret_cast<std::intptr_t>(dtype.ptr()));
     key_.push_back(device);
     key_.push_back(is_cpu + 2 * is_meta + 4 * is_lazy + 8 * has_storage);
     const auto [found, is_new] = numbers_.try_emplace(key_, static_cast<std::int64_t>(numbers_.size()));
     if (is_new) {
-      table_.append(py::make_tuple(dtype, owned(PySequence_Tuple(shape.ptr())), stride, device, is_cpu,
-                                   is_meta, is_lazy, has_storage));
+      const py::object shape = owned(PySequence_Tuple(get(tensor, shape_name_).ptr()));
+      table_.append(
+          py::make_tuple(dtype, shape, call(tensor, stride_), device, is_cpu, is_meta, is_lazy, has_storage));
     }
     return found->second;
   }
@@ -138,6 +174,7 @@ class Description {
 
   const py::tuple types_;
   const py::handle layout_;
+  const dlpack::View view_;
   // Made once: looking a name up by characters makes a string, and hashes it, every time.
   const py::str layout_name_{"layout"}, dtype_name_{"dtype"}, shape_name_{"shape"}, stride_{"stride"},
       get_device_{"get_device"}, is_cpu_{"is_cpu"}, is_meta_{"is_meta"}, is_conj_{"is_conj"},
@@ -146,6 +183,7 @@ class Description {
   std::vector<std::int64_t> key_, forms_, addresses_;
   std::map<std::vector<std::int64_t>, std::int64_t> numbers_;
   std::map<PyObject*, DType> dtypes_;
+  std::map<std::uint32_t, py::object> viewed_;
   py::list table_;
 };
 

@@ -73,6 +73,17 @@ def test_a_description_is_what_torch_says(kind: str, native_impl: str) -> None:
     assert address == (0 if value.is_meta else value.data_ptr())
 
 
+@pytest.mark.gpu
+def test_engine_and_twin_agree_on_a_gpu() -> None:
+    matrix = torch.zeros(3, 4, device="cuda")
+    values = [matrix, matrix.t(), torch.nn.Parameter(matrix.half()), torch.zeros(3, 4)]
+    with native.using("fallback"):
+        expected = describe(values)
+    with native.using("engine"):
+        assert describe(values).equals(expected)
+    assert [(form.device, form.is_cpu) for form in expected.table] == [(0, False)] * 3 + [(-1, True)]
+
+
 def test_equal_forms_have_one_number() -> None:
     values = [torch.zeros(3, 4), torch.zeros(4, 3), torch.ones(3, 4), torch.zeros(3, 4).to(torch.half)]
     assert describe(values).forms.tolist() == [0, 1, 0, 2]
@@ -81,8 +92,8 @@ def test_equal_forms_have_one_number() -> None:
 def test_what_cannot_be_asked_is_not_described(native_impl: str) -> None:
     class Broken(torch.nn.Parameter):
         @property
-        def layout(self) -> object:
-            raise RuntimeError("no layout")
+        def dtype(self) -> object:
+            raise RuntimeError("no dtype")
 
     broken = torch.Tensor._make_subclass(Broken, torch.zeros(2))
     forms, addresses, table = native.describe_tensors([broken], (Broken,), torch.strided)

@@ -103,6 +103,14 @@ def test_the_meta_device_is_refused_by_name(tmp_path: Path) -> None:
     assert "w cannot be loaded into a tensor on the meta device" in found[0][1]
 
 
+def test_a_freed_storage_is_refused_by_name(tmp_path: Path) -> None:
+    freed = {"w": torch.ones(4)}
+    dcp.save(freed, storage_writer=FastStorageWriter(tmp_path / "0"))
+    freed["w"].untyped_storage().resize_(0)
+    found = failures_of(lambda: dcp.save(freed, storage_writer=FastStorageWriter(tmp_path / "1")))
+    assert "w has 4 elements, but its storage has only 0 bytes" in found[0][1]
+
+
 @pytest.mark.parametrize("by_id", [False, True])
 def test_a_relative_path_keeps_its_meaning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_id: bool

@@ -341,7 +341,9 @@ def refuse(rank: int, root: str) -> list[tuple[str, bool, str]]:
         lambda: saver.save(small_state(unsafe=Unknown()), 3),
     ]
     found = []
-    for action in [*actions[2:], *actions[:2]]:
+    freed = small_state()
+    next(iter(freed.tensors)).untyped_storage().resize_(0)
+    for action in [*actions[2:], *actions[:2], lambda: saver.save(freed, 4)]:
         if action is actions[0]:
             saver.latest_iteration = -1
         try:
@@ -355,6 +357,8 @@ def refuse(rank: int, root: str) -> list[tuple[str, bool, str]]:
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_errors_are_of_the_kind_that_callers_catch(tmp_path: Path, world_size: int) -> None:
     for found in run_ranks(refuse, world_size, str(tmp_path)):
+        *found, freed = found
+        assert freed[0] == "CheckpointMismatchError" and "its storage has only 0 bytes" in freed[2]
         assert [kinds for *kinds, _ in found] == [
             ["CheckpointCorruptError", True],
             ["CheckpointMismatchError", True],

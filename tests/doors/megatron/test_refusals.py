@@ -243,19 +243,24 @@ def test_a_refused_common_state_leaves_the_older_checkpoint(tmp_path: Path, is_i
 # --- tensors without values --------------------------------------------------------------------------------
 
 
-def use_the_meta_device(rank: int, root: str) -> list[str]:
+def use_tensors_without_values(rank: int, root: str) -> list[str]:
     with ckpt_fast.install(), megatron_on_cpu():
         empty = {"a": ShardedTensor.from_rank_offsets("a", torch.empty(4, device="meta"))}
         found = [kinds_of(lambda: save(empty, os.path.join(root, "0")))[3]]
         directory = os.path.join(root, "1")
         save({"a": tensor("a", 1.0)}, directory)
-        return [*found, kinds_of(lambda: dist_checkpointing.load(empty, directory))[3]]
+        found.append(kinds_of(lambda: dist_checkpointing.load(empty, directory))[3])
+        freed = {"a": tensor("a", 1.0)}
+        save(freed, os.path.join(root, "2"))
+        freed["a"].data.untyped_storage().resize_(0)
+        return [*found, kinds_of(lambda: save(freed, os.path.join(root, "3")))[3]]
 
 
-def test_the_meta_device_is_refused_by_name(tmp_path: Path) -> None:
-    (found,) = run_ranks(use_the_meta_device, 1, str(tmp_path))
+def test_tensors_without_values_are_refused_by_name(tmp_path: Path) -> None:
+    (found,) = run_ranks(use_tensors_without_values, 1, str(tmp_path))
     assert "a is on the meta device and has no values to save" in found[0]
     assert "a cannot be loaded into a tensor on the meta device" in found[1]
+    assert "but its storage has only 0 bytes" in found[2]
 
 
 # --- relative paths ----------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.planner import SavePlan
 import ckpt_fast
 from ckpt_fast.doors.dcp.direct import save as save_module
 from ckpt_fast.doors.dcp.direct.save import KnownStructures
+from ckpt_fast.errors import CheckpointMismatchError
 from ckpt_fast.format.manifest import split_manifest
 from ckpt_fast.jobs.report import SaveReport
 from ckpt_fast.pipeline.load.index import CheckpointIndex
@@ -187,3 +188,20 @@ def test_a_save_of_torch_that_failed_does_not_occupy_the_directory(tmp_path: Pat
     found = {"a": torch.zeros(2)}
     ckpt_fast.load(found, tmp_path)
     assert torch.equal(found["a"], state["a"])
+
+
+@pytest.mark.parametrize("nbytes", [0, 396])
+@pytest.mark.parametrize("save", [ckpt_fast.save, in_background])
+def test_a_storage_that_was_freed_or_cut_short(save: Save, nbytes: int, tmp_path: Path) -> None:
+    tensor = torch.ones(100)
+    state = {"w": tensor, "v": torch.ones(3)}
+    for number in range(2):
+        save(state, tmp_path / str(number))
+    tensor.untyped_storage().resize_(nbytes)
+    with pytest.raises(CheckpointMismatchError, match=rf"w has 100 elements.* only {nbytes} bytes"):
+        save(state, tmp_path / "0")
+    assert not differences(loaded(tmp_path / "0", {"v": torch.ones(3)}), {"v": torch.ones(3)})
+    tensor.untyped_storage().resize_(400)
+    tensor.fill_(2)
+    save(state, tmp_path / "0")
+    assert torch.equal(loaded(tmp_path / "0", state)["w"], torch.full((100,), 2.0))
