@@ -14,7 +14,7 @@ from ckpt_fast.doors.megatron.parallel_save import FastParallelSaveWrapper, shar
 from ckpt_fast.doors.megatron.reuse import Collector, KnownTensors, Preprocess
 from ckpt_fast.doors.megatron.sharded_state import shards_of
 from ckpt_fast.format.types import Shard
-from ckpt_fast.pipeline.save.parts import Share
+from ckpt_fast.pipeline.save.parts import Divided, Share
 from ckpt_fast.pipeline.save.program import Prepared, ProgramCache
 from ckpt_fast.ranks.group import ControlGroup
 
@@ -123,7 +123,7 @@ class Collecting:
             self._whole = self._preprocess(self._everything(), False)
         return self._whole
 
-    def _divide(self, share: Share | None = None) -> Sequence[Shard]:
+    def _divide(self, share: Share | None = None) -> Divided:
         """Collective. The tensors of some rank have changed: divide them anew.
 
         Args:
@@ -132,5 +132,6 @@ class Collecting:
         # No rank may wait in the division for one that cannot collect.
         share = ControlGroup().agree(lambda: share or share_of(self._strategy, self._collected()[0]))
         assert share.divide is not None
-        self._shards = share.divide()
-        return self._shards
+        divided = share.divide()
+        self._shards = divided.shards
+        return divided

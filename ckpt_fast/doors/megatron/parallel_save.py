@@ -9,8 +9,7 @@ from typing import Any
 from ckpt_fast import compat
 from ckpt_fast.doors.megatron.sharded_state import shards_of
 from ckpt_fast.errors import CheckpointMismatchError, also_raised_as
-from ckpt_fast.format.types import Shard
-from ckpt_fast.pipeline.save.parts import Share
+from ckpt_fast.pipeline.save.parts import Divided, Share
 from ckpt_fast.ranks.group import ControlGroup
 
 
@@ -28,7 +27,7 @@ def share_of(strategy: Any, sharded: dict[str, Any]) -> Share:
     if is_divided:
         strategy.distribute_as_before(sharded)
 
-    def divide() -> list[Shard]:
+    def divide() -> Divided:
         for entry, replica_id in zip(entries, as_given, strict=True):
             entry.replica_id = replica_id
         try:
@@ -36,7 +35,7 @@ def share_of(strategy: Any, sharded: dict[str, Any]) -> Share:
             (strategy.distribute_anew if is_ours else strategy.apply_saving_parallelization)(sharded)
         except compat.CheckpointingException as error:
             raise CheckpointMismatchError(f"nothing was saved: {error}") from error
-        return shards_of(sharded)
+        return Divided(shards_of(sharded))
 
     return Share(shards_of(sharded), division="" if is_divided else None, divide=divide)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from ckpt_fast.format.types import FileRecord, Shard, shard_nbytes
 from ckpt_fast.pipeline.memory.device_copy import StagingPolicy
@@ -21,6 +21,13 @@ def _no_files(_: str) -> Sequence[FileRecord]:
     return ()
 
 
+class Divided(NamedTuple):
+    """What a rank saves once the ranks have agreed on that; see ``Share``."""
+
+    shards: Sequence[Shard]
+    planner_data: Mapping[str, Any] | None = None
+
+
 @dataclass(frozen=True)
 class Share:
     """One rank's share of a save.
@@ -28,14 +35,13 @@ class Share:
     Attributes:
         shards: what this rank saves. No two ranks save the same piece.
         common_files: name to content, written durably by the coordinator before the checkpoint is sealed.
-        planner_data: torch DCP's name to path mapping, None for Megatron-Core; the coordinator's counts. Read
-            once the work is divided.
+        planner_data: torch DCP's name to path mapping, None for Megatron-Core; the coordinator's counts.
         files: where the checkpoint's files go; None: into its directory. Closed once they are written.
         write_beside: writes, durably, what this rank has to put beside the checkpoint, and returns what that
             is. Gets the directory of the files. Run in the writing thread.
         division: names the division of the work that ``shards`` follow; None where the ranks have to agree
             first which of them saves what: ``shards`` are then only what this rank could save.
-        divide: gives this rank's shards once the ranks have agreed. Collective; run by all ranks, before
+        divide: gives this rank's part once the ranks have agreed. Collective; run by all ranks, before
             anything is touched, unless all of them name the same division.
     """
 
@@ -45,7 +51,7 @@ class Share:
     files: Files | None = None
     write_beside: Callable[[str], Sequence[FileRecord]] = _no_files
     division: str | None = ""
-    divide: Callable[[], Sequence[Shard]] | None = None
+    divide: Callable[[], Divided] | None = None
 
     @property
     def nbytes(self) -> int:

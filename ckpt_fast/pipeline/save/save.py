@@ -225,7 +225,7 @@ class Save(PublishedJob[tuple[bool, float]]):
         """Collective. What this rank needs now that the ranks have agreed which of them saves what."""
         assert self._share is not None and self._claimed is not None
         if self._share.divide is not None:
-            self._share = replace(self._share, shards=self._share.divide())
+            self._share = replace(self._share, **self._share.divide()._asdict())
             self._nbytes = self._share.nbytes
         return self._claimed._replace(nbytes=self._nbytes), self._share.division
 

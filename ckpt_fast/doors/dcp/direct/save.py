@@ -21,7 +21,7 @@ from ckpt_fast.doors.dcp.steps import let_go
 from ckpt_fast.format.types import FileRecord, ObjectShard, Shard, TensorShard
 from ckpt_fast.pipeline.memory.garbage import without_collections
 from ckpt_fast.pipeline.save.objects import object_bytes
-from ckpt_fast.pipeline.save.parts import Completion, SaveOptions, Share
+from ckpt_fast.pipeline.save.parts import Completion, Divided, SaveOptions, Share
 from ckpt_fast.pipeline.save.plan import require_values
 from ckpt_fast.pipeline.save.program import Prepared, ProgramCache, StructureCache
 from ckpt_fast.pipeline.save.save import Save
@@ -95,10 +95,10 @@ def start_save(
     known = _known.get(group, process_group)
     if options.programs is None:
         options = replace(options, programs=known.programs)
-    collecting = _Collecting(state_dict, group, known, options)
+    collecting = _Collecting(state_dict, group, known, options, write_beside)
     job = Save(
         absolute(directory),
-        lambda: replace(collecting.share(), write_beside=write_beside),
+        collecting.share,
         options,
         completion,
         process_group,
@@ -118,14 +118,15 @@ class _Collecting:
         group: ControlGroup,
         known: KnownStructures,
         options: SaveOptions,
+        write_beside: Callable[[str], Sequence[FileRecord]],
     ) -> None:
         self._source = source
         self._group = group
         self._known = known
         self._options = options
+        self._write_beside = write_beside
         self._structure: bytes | None = None
         self._division: Division | None = None
-        self._planner_data: dict[str, Any] = {}
 
     def share(self) -> Share:
         """Local. What this rank brings; as last time, if it has the same structure."""
@@ -138,15 +139,12 @@ class _Collecting:
             self._division = self._known.divisions.find(self._structure)
         if self._division is None and self._group.size == 1:
             self._keep(divide_alone(state))
-        if self._division is None:
-            return Share(
-                (), planner_data=self._planner_data, division=None, divide=lambda: self._divide(state)
-            )
-        self._planner_data.update(self._division.planner_data)
+        division = self._division
         return Share(
-            self._prepared(state, self._division) or _shards(state, self._division),
-            planner_data=self._planner_data,
-            division=self._division.token,
+            (self._prepared(state, division) or _shards(state, division)) if division is not None else (),
+            planner_data=division.planner_data if division is not None else None,
+            write_beside=self._write_beside,
+            division=division.token if division is not None else None,
             divide=lambda: self._divide(state),
         )
 
@@ -155,12 +153,10 @@ class _Collecting:
         if self._division is not None:
             self._division.program = program
 
-    def _divide(self, state: LocalState) -> Sequence[Shard]:
+    def _divide(self, state: LocalState) -> Divided:
         division = divide_together(self._group, state)
         self._keep(division)
-        self._planner_data.clear()
-        self._planner_data.update(division.planner_data)
-        return _shards(state, division)
+        return Divided(_shards(state, division), division.planner_data)
 
     def _keep(self, division: Division) -> None:
         self._division = division
