@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ckpt_fast.pipeline.load.verify import VerifyReport, verify
     from ckpt_fast.pipeline.memory.host_buffer import reserve_host_memory
     from ckpt_fast.pipeline.save.seal import last_report
+    from ckpt_fast.tools.inspect import Inspection, inspect
     from ckpt_fast.trainer.bridge import FastCheckpointManager
     from ckpt_fast.trainer.contents.sidecars import resume_dataloader
 
@@ -37,10 +38,12 @@ __all__ = [
     "FastSaveStrategy",
     "FastStorageReader",
     "FastStorageWriter",
+    "Inspection",
     "VerifyReport",
     "add_listener",
     "allow_class",
     "async_save",
+    "inspect",
     "install",
     "last_report",
     "load",
@@ -60,9 +63,11 @@ _HOMES = {
     "FastSaveStrategy": "ckpt_fast.doors.megatron.torch_dist",
     "FastStorageReader": "ckpt_fast.doors.dcp",
     "FastStorageWriter": "ckpt_fast.doors.dcp",
+    "Inspection": "ckpt_fast.tools.inspect",
     "VerifyReport": "ckpt_fast.pipeline.load.verify",
     "allow_class": "ckpt_fast.format.inert.classes",
     "async_save": "ckpt_fast.doors.dcp.direct.functions",
+    "inspect": "ckpt_fast.tools.inspect",
     "install": "ckpt_fast.doors.megatron.install",
     "last_report": "ckpt_fast.pipeline.save.seal",
     "load": "ckpt_fast.doors.dcp.direct.functions",
