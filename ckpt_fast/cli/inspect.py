@@ -91,14 +91,20 @@ def _lines(found: tools.Inspection) -> list[_Line]:
     return sorted(lines)
 
 
+def _keys(name: str) -> list[str]:
+    """The parts of a name; Megatron-Core's numbering of objects belongs to the last."""
+    keys, shard, number = name.partition("/shard_")
+    *first, last = keys.split(".")
+    return [*first, last + shard + number]
+
+
 def _summed(lines: Iterable[_Line], depth: int | None) -> list[list[str]]:
     """Rows of a table; names of more than ``depth`` parts are added up."""
     groups: dict[str, list[_Line]] = defaultdict(list)
     for each in lines:
-        parts = each.name.split(".")
-        groups[each.name if depth is None or len(parts) <= depth else ".".join(parts[:depth]) + ".*"].append(
-            each
-        )
+        keys = _keys(each.name)
+        is_deeper = depth is not None and len(keys) > depth
+        groups[".".join(keys[:depth]) + ".*" if is_deeper else each.name].append(each)
     rows = []
     for name, group in groups.items():
         first = group[0]
@@ -117,7 +123,7 @@ def _summed(lines: Iterable[_Line], depth: int | None) -> list[list[str]]:
 
 def _tree(lines: Iterable[_Line], depth: int | None) -> Tree:
     root = Tree("", hide_root=True, guide_style="dim")
-    _grow(root, [(each.name.split("."), each) for each in lines], depth)
+    _grow(root, [(_keys(each.name), each) for each in lines], depth)
     return root
 
 
