@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -142,14 +143,15 @@ class _Comparing:
             for name in names:
                 yield from windows_of(a.tensor(name), _PIECE_NBYTES, sizes[name])
 
-        for batch in batches(windows(), sizes.__getitem__):
-            read = [buffer.read(batch) for buffer in buffers]
-            for window, one, other in zip(batch, *read, strict=True):
-                done += one.numel() * one.itemsize
-                if one.dtype == other.dtype and same_bits(one, other):
-                    continue
-                self._distances.setdefault(window.name, Distance()).add(one, other)
-            self._progress(done, total)
+        with ThreadPoolExecutor(2, "ckpt_fast-diff") as threads:
+            for batch in batches(windows(), sizes.__getitem__):
+                read = threads.map(lambda buffer, batch=batch: buffer.read(batch), buffers)
+                for window, one, other in zip(batch, *read, strict=True):
+                    done += one.numel() * one.itemsize
+                    if one.dtype == other.dtype and same_bits(one, other):
+                        continue
+                    self._distances.setdefault(window.name, Distance()).add(one, other)
+                self._progress(done, total)
         return total
 
     def _conclude(self, name: str) -> None:
