@@ -36,6 +36,7 @@ class FastLoadStrategy(compat.TorchDistLoadShardedStrategy):  # type: ignore[mis
 
     def __init__(self, *options: Any, verify: bool | None = None, **named_options: Any) -> None:
         super().__init__(*options, **named_options)
+        compat.accept_common_file()
         self._verify = verify
         self._loaded: CheckpointIndex | None = None
         self._opened: OpenCheckpoint | None = None
