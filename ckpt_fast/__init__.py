@@ -22,9 +22,12 @@ if TYPE_CHECKING:
     from ckpt_fast.format.inert.classes import allow_class
     from ckpt_fast.jobs.background import wait_staged
     from ckpt_fast.jobs.metrics import add_listener
+    from ckpt_fast.jobs.report import SaveReport
     from ckpt_fast.pipeline.load.verify import VerifyReport, verify
     from ckpt_fast.pipeline.memory.host_buffer import reserve_host_memory
     from ckpt_fast.pipeline.save.seal import last_report
+    from ckpt_fast.run.config_targets import register_config_target
+    from ckpt_fast.tools.inspect import Inspection, inspect
     from ckpt_fast.trainer.bridge import FastCheckpointManager
     from ckpt_fast.trainer.contents.sidecars import resume_dataloader
 
@@ -37,13 +40,17 @@ __all__ = [
     "FastSaveStrategy",
     "FastStorageReader",
     "FastStorageWriter",
+    "Inspection",
+    "SaveReport",
     "VerifyReport",
     "add_listener",
     "allow_class",
     "async_save",
+    "inspect",
     "install",
     "last_report",
     "load",
+    "register_config_target",
     "reserve_host_memory",
     "resume_dataloader",
     "save",
@@ -60,19 +67,23 @@ _HOMES = {
     "FastSaveStrategy": "ckpt_fast.doors.megatron.torch_dist",
     "FastStorageReader": "ckpt_fast.doors.dcp",
     "FastStorageWriter": "ckpt_fast.doors.dcp",
+    "Inspection": "ckpt_fast.tools.inspect",
+    "SaveReport": "ckpt_fast.jobs.report",
     "VerifyReport": "ckpt_fast.pipeline.load.verify",
+    "add_listener": "ckpt_fast.jobs.metrics",
     "allow_class": "ckpt_fast.format.inert.classes",
     "async_save": "ckpt_fast.doors.dcp.direct.functions",
+    "inspect": "ckpt_fast.tools.inspect",
     "install": "ckpt_fast.doors.megatron.install",
     "last_report": "ckpt_fast.pipeline.save.seal",
     "load": "ckpt_fast.doors.dcp.direct.functions",
+    "register_config_target": "ckpt_fast.run.config_targets",
     "reserve_host_memory": "ckpt_fast.pipeline.memory.host_buffer",
     "resume_dataloader": "ckpt_fast.trainer.contents.sidecars",
     "save": "ckpt_fast.doors.dcp.direct.functions",
     "uninstall": "ckpt_fast.doors.megatron.install",
     "verify": "ckpt_fast.pipeline.load.verify",
     "wait_staged": "ckpt_fast.jobs.background",
-    "add_listener": "ckpt_fast.jobs.metrics",
 }
 
 

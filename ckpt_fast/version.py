@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from importlib import metadata
+
 RELEASE = "0.1.0"
 
 
@@ -16,3 +18,11 @@ def version() -> str:
     from ckpt_fast import native  # setup.py runs this file before the package can be imported
 
     return build_version(native.cuda_release())
+
+
+def installed(package: str) -> str:
+    """The version of an installed distribution package, or "not installed"."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"

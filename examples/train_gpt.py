@@ -44,7 +44,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 
-from ckpt_fast import last_report
+from ckpt_fast import SaveReport, last_report
 from ckpt_fast.checkpointing import (
     init_checkpointing_context,
     load_checkpoint,
@@ -52,7 +52,6 @@ from ckpt_fast.checkpointing import (
     save_checkpoint,
 )
 from ckpt_fast.config import CheckpointConfig, ConfigContainer, RNGConfig
-from ckpt_fast.jobs.report import SaveReport
 from ckpt_fast.state import GlobalState
 
 BYTES = 256  # the vocabulary: every byte is a token

@@ -1,23 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command ``ckpt-fast``."""
+"""The command ``ckpt-fast verify``."""
 
 from __future__ import annotations
 
 import json
 import os
-from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-import ckpt_fast
-from ckpt_fast import native
 from ckpt_fast.cli import main
 from ckpt_fast.format.types import TensorShard
-from ckpt_fast.version import RELEASE
 from tests.saves import save
 
 
@@ -115,59 +110,3 @@ def test_verify_as_json(checkpoint: str, tmp_path: Path, capsys: pytest.CaptureF
     assert (first["path"], first["sound"], first["deep"]) == (checkpoint, False, False)
     assert "has 1000 bytes" in first["damages"][0]
     assert second["sound"] is None and "does not exist" in second["error"]
-
-
-def test_info_lists_what_is_in_a_checkpoint(checkpoint: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["info", checkpoint]) == 0
-    assert capsys.readouterr().out == "weight  float32 [100, 200] in 1 pieces\n"
-    assert main(["info", checkpoint + "_gone"]) == 1
-
-
-def test_info_tells_which_engine_is_in_use(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("CKPT_FAST_NATIVE", "0")
-    assert main(["info"]) == 0
-    assert "engine: ckpt_fast.native.fallback" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("release", [None, (13, 0)])
-def test_version_tells_what_is_built_and_installed(
-    release: tuple[int, int] | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(native, "cuda_release", lambda: release)
-    with pytest.raises(SystemExit) as stopped:
-        main(["--version"])
-    assert stopped.value.code == 0
-    local, cuda = ("", "not built") if release is None else ("+cu130", "built with CUDA 13.0")
-    assert ckpt_fast.__version__ == RELEASE + local
-    assert capsys.readouterr().out.splitlines() == [
-        f"ckpt-fast {RELEASE}{local}",
-        f"native engine: {'built' if find_spec('ckpt_fast.native._engine') else 'not built'}",
-        f"CUDA module: {cuda}",
-        f"torch: {metadata.version('torch')}",
-        f"megatron-core: {metadata.version('megatron-core')}",
-    ]
-
-
-def test_the_cuda_release_is_that_of_the_module() -> None:
-    module = pytest.importorskip("ckpt_fast.native._cuda")
-    assert native.cuda_release() == divmod(module.cuda_version // 10, 100)
-
-
-def test_version_without_megatron_core(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def missing(package: str) -> str:
-        raise metadata.PackageNotFoundError(package)
-
-    monkeypatch.setattr(metadata, "version", missing)
-    with pytest.raises(SystemExit):
-        main(["--version"])
-    assert "megatron-core: not installed" in capsys.readouterr().out
-
-
-def test_wrong_usage() -> None:
-    with pytest.raises(SystemExit) as stopped:
-        main(["frobnicate"])
-    assert stopped.value.code == 2

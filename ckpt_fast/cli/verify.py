@@ -8,29 +8,30 @@ import json
 import os
 import sys
 from dataclasses import asdict
-from typing import Any
 
+import click
+
+from ckpt_fast.cli import output
 from ckpt_fast.errors import CheckpointError, CheckpointNotFoundError
 from ckpt_fast.format.names import METADATA_FILE
-from ckpt_fast.pipeline.load.verify import VerifyReport, verify
+from ckpt_fast.pipeline.load.verify import VerifyReport
+from ckpt_fast.pipeline.load.verify import verify as check
 
 _SOUND, _DAMAGED, _NOT_CHECKED = 0, 1, 2
 
 
-def add_parser(commands: Any) -> None:
-    """Add the command to the parser."""
-    parser = commands.add_parser(
-        "verify",
-        help="check that checkpoints are what was written",
-        description="Check that checkpoints are what was written: of ckpt_fast, Megatron-Core (torch_dist), "
-        "torch DCP. Exit status: 0 all sound, 1 one is damaged, 2 one could not be checked.",
-    )
-    parser.add_argument(
-        "paths", nargs="+", metavar="PATH", help="a checkpoint, or a directory of checkpoints"
-    )
-    parser.add_argument("--deep", action="store_true", help="read every byte, and compare checksums")
-    parser.add_argument("--json", action="store_true", help="one JSON object for each checkpoint")
-    parser.set_defaults(run=run)
+@click.command("verify")
+@click.argument("paths", nargs=-1, required=True, metavar="PATH...")
+@click.option("--deep", is_flag=True, help="Read every byte, and compare checksums.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object for each checkpoint.")
+@output.exit_status
+def verify(paths: tuple[str, ...], deep: bool, as_json: bool) -> int:
+    """Check that checkpoints are what was written: of ckpt_fast, Megatron-Core (torch_dist), torch DCP.
+
+    PATH is a checkpoint, or a directory of checkpoints. Exit status: 0 all sound, 1 one is damaged, 2 one
+    could not be checked.
+    """
+    return run(argparse.Namespace(paths=list(paths), deep=deep, json=as_json))
 
 
 def run(options: argparse.Namespace) -> int:
@@ -50,7 +51,7 @@ def _checkpoints(path: str) -> list[str]:
 
 def _verify(path: str, options: argparse.Namespace) -> int:
     try:
-        report = verify(path, options.deep)
+        report = check(path, options.deep)
     except CheckpointError as error:
         return _not_checked(path, error, options)
     if options.json:

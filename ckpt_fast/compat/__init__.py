@@ -77,7 +77,7 @@ from megatron.core.utils import StragglerDetector, get_model_config, get_pg_size
 
 from ckpt_fast.compat import objects
 from ckpt_fast.compat.bridge import import_auto_bridge
-from ckpt_fast.compat.common import TorchCommonSaveStrategy, default_strategies
+from ckpt_fast.compat.common import TorchCommonSaveStrategy, accept_common_file, default_strategies
 from ckpt_fast.compat.errors import DistCheckpointingError, import_local_checkpointing_error
 from ckpt_fast.compat.factories import only_joins
 from ckpt_fast.compat.fsdp import (
@@ -157,6 +157,7 @@ __all__ = [
     "TorchDistLoadShardedStrategy",
     "TorchDistSaveShardedStrategy",
     "UnavailableError",
+    "accept_common_file",
     "apply_factories",
     "apply_factory_merges",
     "as_url",

@@ -39,6 +39,19 @@ def object_storage(path: str | os.PathLike[str]) -> Any | None:
     return None
 
 
+def enable_object_storage() -> None:
+    """Let ``msc://`` paths name object storage, where the user has asked for it by naming one.
+
+    Raises:
+        UnavailableError: multi-storage-client is not installed.
+    """
+    if MultiStorageClientFeature.is_enabled():
+        return
+    if not safe_import("multistorageclient")[1]:
+        raise UnavailableError(f"a path that begins with {_SCHEME} is in object storage: {_remedy()}")
+    MultiStorageClientFeature.enable()
+
+
 class ObjectStore:
     """``Remote`` storage of one checkpoint, through multi-storage-client. Its errors are that package's.
 

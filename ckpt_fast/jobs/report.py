@@ -6,15 +6,28 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 from ckpt_fast.format.types import FileRecord, readable
 from ckpt_fast.jobs import metrics
 
+_call: ContextVar[float | None] = ContextVar("call", default=None)
+
+
+@contextlib.contextmanager
+def counted_from(begin: float) -> Iterator[None]:
+    """A block of a call that began at ``begin`` (``time.perf_counter``): reports made in it count from it."""
+    token = _call.set(begin)
+    try:
+        yield
+    finally:
+        _call.reset(token)
+
 
 @dataclass
 class SaveReport:
-    """One save as its user sees it. Times in seconds, on this rank.
+    """One save as its user sees it. Times in seconds, on this rank, all from the beginning of the call.
 
     Attributes:
         directory: the checkpoint.
@@ -39,6 +52,15 @@ class SaveReport:
     host_memory_allocated: int = 0
     steps: dict[str, float] = field(default_factory=dict)
     error: str | None = None
+
+    def __post_init__(self) -> None:
+        # No field: it means something in this process only.
+        begin = _call.get()
+        self._begin = time.perf_counter() if begin is None else begin
+
+    def since_call(self) -> float:
+        """Seconds since the call that saves began."""
+        return time.perf_counter() - self._begin
 
     @contextlib.contextmanager
     def timed(self, step: str) -> Iterator[None]:

@@ -170,7 +170,7 @@ def check_pickle(content: bytes | memoryview, archive: bool = False) -> int:
     """
 
 def cpu_features() -> list[str]:
-    """Instruction sets in use, for ``ckpt-fast info`` and benchmark headers, e.g. ["pclmul", "avx512"]."""
+    """Instruction sets in use, for ``ckpt-fast doctor`` and benchmark headers, e.g. ["pclmul", "avx512"]."""
 
 def describe_tensors(
     values: list[Any], types: tuple[type, ...], layout: object

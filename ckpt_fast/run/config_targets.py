@@ -232,5 +232,5 @@ def _check(target: str, prefixes: list[str]) -> None:
 def _refusal(target: str, reason: str) -> UnsafeCheckpointError:
     return UnsafeCheckpointError(
         f"the configuration file names {target!r}, and {reason}. If you trust the file's origin, call "
-        "ckpt_fast.run.config_targets.register_config_target('<package>.') first, or remove the entry."
+        "ckpt_fast.register_config_target('<package>.') first, or remove the entry."
     )

@@ -189,6 +189,23 @@ def replaced_in(root: str) -> set[str]:
     return {path for path in paths if not owners.is_occupied(path)}
 
 
+def try_exchange(one: str, other: str) -> bool:
+    """Exchange the names of two directories in one step; returns whether the file system has such a step.
+
+    Raises:
+        OSError: they cannot be renamed.
+    """
+    if _renameat2() is None:
+        return False
+    paths = os.fsencode(one), os.fsencode(other)
+    if _renameat2()(_AT_FDCWD, paths[0], _AT_FDCWD, paths[1], _RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code not in _NO_EXCHANGE:
+        raise OSError(code, os.strerror(code), other)
+    return False
+
+
 def places(directory: str) -> list[str]:
     """``directory``, if it exists, and the directories that replacements left next to it."""
     return [path for path in (directory, *_beside(directory)) if os.path.isdir(path)]
@@ -247,13 +264,8 @@ def _exchange(new: str, directory: str) -> None:
     if not os.path.lexists(directory):
         os.rename(new, directory)
         return
-    if _renameat2() is not None:
-        paths = os.fsencode(new), os.fsencode(directory)
-        if _renameat2()(_AT_FDCWD, paths[0], _AT_FDCWD, paths[1], _RENAME_EXCHANGE) == 0:
-            return
-        code = ctypes.get_errno()
-        if code not in _NO_EXCHANGE:
-            raise OSError(code, os.strerror(code), directory)
+    if try_exchange(new, directory):
+        return
     parent, name = os.path.split(directory)
     old = os.path.join(parent, f".{name}.{token_of(new) or secrets.token_hex(4)}{_OLD}")
     for attempt in reversed(range(_ATTEMPTS)):

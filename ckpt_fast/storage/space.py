@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 
 from ckpt_fast import settings
 from ckpt_fast.errors import CheckpointWriteError
@@ -47,6 +48,24 @@ def require_space(directory: str, nbytes: int) -> None:
             errno.ENOSPC,
             directory,
         )
+
+
+def file_system_of(directory: str) -> tuple[str, str]:
+    """(type, device) of the file system that a directory is in, or will be; "" where that is not known."""
+    path, found = os.path.realpath(directory), ("", "", "")
+    with contextlib.suppress(OSError), open("/proc/self/mountinfo", encoding="utf-8") as file:
+        for line in file:
+            left, _, right = line.partition(" - ")
+            # The optional fields end with the dash; spaces in paths are escaped.
+            mounted = _unescaped(left.split(" ")[4])
+            if f"{path}/".startswith(f"{mounted.rstrip('/')}/") and len(mounted) >= len(found[2]):
+                kind, device, *_ = right.split(" ")
+                found = (kind, device, mounted)
+    return found[0], found[1]
+
+
+def _unescaped(path: str) -> str:
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), path)
 
 
 def _free_nbytes(directory: str) -> int | None:

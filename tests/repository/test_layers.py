@@ -36,6 +36,7 @@ LAYERS = [
     {"run"},
     {"callbacks", "config", "state"},
     {"trainer"},
+    {"tools"},
     {"checkpointing", "cli", "__init__"},
 ]
 LEVEL = {room: level for level, layer in enumerate(LAYERS) for room in layer}
@@ -47,6 +48,8 @@ HOMES = {
     "multistorageclient": "compat",
     "modelopt": "compat",
     "transformer_engine": "compat",
+    "click": "cli",
+    "rich": "cli",
     "hypothesis": None,
     "pytest": None,
     "tests": None,

@@ -6,7 +6,6 @@ All collectives are in the caller's thread, as in ``dcp_save``; a thread of this
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -64,7 +63,6 @@ class Upload(PublishedJob[float]):
         self._outcome: Outcome[list[WriteResult]] | None = None
         self._is_committed = False
         self._thread = Worker("ckpt_fast-upload", self._progress.stop)
-        self._begun = time.perf_counter()
 
     def stage(self) -> None:
         """Collective. Copy the state dict, plan, and begin to write.
@@ -83,7 +81,7 @@ class Upload(PublishedJob[float]):
                 plan = self._plan(copied)
                 self._group.decide(self._prepare)
                 self._group.agree(lambda: self._begin_writing(plan))
-        self.report.stall_s = time.perf_counter() - self._begun
+        self.report.stall_s = self.report.since_call()
 
     @property
     def _worker(self) -> Worker:
@@ -167,7 +165,7 @@ class Upload(PublishedJob[float]):
             if not self._progress.stopped:
                 untold.report(self.report.directory, error)
         finally:
-            self.report.written_s = time.perf_counter() - self._begun
+            self.report.written_s = self.report.since_call()
             self._planner.state_dict = {}
 
     def _finish_writing(self, timeout_s: float | None) -> list[WriteResult]:
@@ -186,7 +184,7 @@ class Upload(PublishedJob[float]):
         if self._progress.stopped:
             raise CheckpointError(f"the save to {self.report.directory} was cancelled")
         self._writer.finish(self._metadata, [outcome.value or [] for outcome in outcomes])
-        return time.perf_counter() - self._begun
+        return self.report.since_call()
 
 
 def _plan_together(

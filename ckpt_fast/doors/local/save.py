@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from collections.abc import Callable, Container
 from typing import Any
 
@@ -37,7 +36,6 @@ class LocalSave(Job):
         when_written: Callable[[], None] | None = None,
     ) -> None:
         super().__init__(os.fspath(manager.local_ckpt_dir), ControlGroup())
-        self._begun = time.perf_counter()
         self._save_id = self._group.broadcast(new_save_id())
         self._manager = manager
         self._iteration = iteration
@@ -55,7 +53,7 @@ class LocalSave(Job):
             if when_written is not None:
                 self._worker.submit(when_written)
             self._worker.close()
-            self.report.stall_s = time.perf_counter() - self._begun
+            self.report.stall_s = self.report.since_call()
         except BaseException:
             self.abandon()
             raise
@@ -91,7 +89,7 @@ class LocalSave(Job):
         # Now each rank has the state of either save. None of the older ones is removed before all are here.
         self._group.agree(lambda: self._manager._take_places(self._replaced))
         self._manager._discard_replaced(self._replaced)
-        self.report.seconds = time.perf_counter() - self._begun
+        self.report.seconds = self.report.since_call()
         if not self._in_background:
             self.report.stall_s = self.report.seconds
         seal.report(self.report, self._group.global_rank)
@@ -109,7 +107,7 @@ class LocalSave(Job):
     def _write(self) -> None:
         outcome = self._group.attempt(self._write_states)
         self._packed = {}
-        self.report.written_s = time.perf_counter() - self._begun
+        self.report.written_s = self.report.since_call()
         self.report.directory = self.directory
         if self._in_background and outcome.error is not None and self._error is None:
             untold.report(self.directory, outcome.error)

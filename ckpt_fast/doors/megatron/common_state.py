@@ -22,16 +22,13 @@ from ckpt_fast.errors import (
 )
 from ckpt_fast.format.documents import parse_json
 from ckpt_fast.format.manifest import file_record
-from ckpt_fast.format.names import SEAL_FILE
+from ckpt_fast.format.names import COMMON_FILE, COMMON_STATE_KEY, SEAL_FILE
 from ckpt_fast.pipeline.load.decode import decode_object
 from ckpt_fast.pipeline.load.load import load_objects
 from ckpt_fast.pipeline.load.opened import OpenCheckpoint
 from ckpt_fast.pipeline.save.objects import object_bytes, require_loadable
 from ckpt_fast.storage.small_files import LARGEST_TEXT, read_small_file
 
-COMMON_FILE = "common.pt"
-# Megatron-Core from 0.19 on keeps the common state in a data file, under this name.
-COMMON_STATE_KEY = "common_state/shard_0_1"
 # The common state, in errors.
 _NAME = "the common state"
 _NEEDED_IN_SEAL = {"sharded_backend", "sharded_backend_version"}

@@ -13,9 +13,10 @@ import torch
 from torch.distributed.checkpoint.metadata import Metadata
 
 from ckpt_fast import compat
-from ckpt_fast.doors.megatron.common_state import COMMON_STATE_KEY, open_checkpoint, require_torch_dist
+from ckpt_fast.doors.megatron.common_state import open_checkpoint, require_torch_dist
 from ckpt_fast.doors.megatron.sharded_state import ShardedLoad
 from ckpt_fast.errors import also_raised_as
+from ckpt_fast.format.names import COMMON_STATE_KEY
 from ckpt_fast.pipeline.load.index import CheckpointIndex
 from ckpt_fast.pipeline.load.opened import OpenCheckpoint
 from ckpt_fast.pipeline.remove import remove_named
@@ -35,6 +36,7 @@ class FastLoadStrategy(compat.TorchDistLoadShardedStrategy):  # type: ignore[mis
 
     def __init__(self, *options: Any, verify: bool | None = None, **named_options: Any) -> None:
         super().__init__(*options, **named_options)
+        compat.accept_common_file()
         self._verify = verify
         self._loaded: CheckpointIndex | None = None
         self._opened: OpenCheckpoint | None = None

@@ -21,8 +21,6 @@ import torch.distributed as dist
 from ckpt_fast import compat
 from ckpt_fast.doors.megatron.collecting import Collecting
 from ckpt_fast.doors.megatron.common_state import (
-    COMMON_FILE,
-    COMMON_STATE_KEY,
     common_bytes,
     common_bytes_of,
     open_checkpoint,
@@ -34,7 +32,7 @@ from ckpt_fast.doors.megatron.reuse import Collector, KnownTensors
 from ckpt_fast.doors.megatron.sharded_state import Path, mismatches, require_distinct_objects, shards_of
 from ckpt_fast.doors.megatron.stock_queue import Flag, as_request
 from ckpt_fast.errors import also_raised_as
-from ckpt_fast.format.names import SEAL_FILE
+from ckpt_fast.format.names import COMMON_FILE, COMMON_STATE_KEY, SEAL, SEAL_FILE
 from ckpt_fast.format.types import FileRecord
 from ckpt_fast.glu.factory import in_place
 from ckpt_fast.pipeline.load.opened import OpenCheckpoint
@@ -47,13 +45,6 @@ from ckpt_fast.settings import Settings
 from ckpt_fast.storage.files import absolute
 
 CONTENT_METADATA_KEY = "content_metadata"
-# All four keys: versions before 0.19 want each of them and accept no other.
-_SEAL = {
-    "sharded_backend": "torch_dist",
-    "sharded_backend_version": 1,
-    "common_backend": "torch",
-    "common_backend_version": 1,
-}
 
 
 class FastSaveStrategy(compat.TorchDistSaveShardedStrategy):  # type: ignore[misc]
@@ -257,7 +248,7 @@ def start_save(
             programs=base.programs if reuse else None,
             partial=not validate_access_integrity and group.size == 1,
         ),
-        replace(completion or Completion(), seal_files={SEAL_FILE: json.dumps(_SEAL).encode()}),
+        replace(completion or Completion(), seal_files={SEAL_FILE: json.dumps(SEAL).encode()}),
     )
     job.stage()
     collecting.learn(job.structure)

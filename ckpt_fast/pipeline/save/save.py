@@ -7,7 +7,6 @@ import contextlib
 import functools
 import logging
 import os
-import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -85,7 +84,6 @@ class Save(PublishedJob[tuple[bool, float]]):
         self._common_files: Mapping[str, bytes] = {}
         self._beside: list[FileRecord] = []
         self._written: Outcome[RankRecord] | None = None
-        self._started = time.perf_counter()
 
     def stage(self) -> None:
         """Collective. Prepare the directory, plan, bring the bytes to host memory, and begin to write them.
@@ -103,7 +101,7 @@ class Save(PublishedJob[tuple[bool, float]]):
             outcome = self._group.attempt(self._stage_shards)
             if outcome.error is not None:
                 self._written = Outcome(outcome.rank, error=outcome.error)
-            self.report.stall_s = time.perf_counter() - self._started
+            self.report.stall_s = self.report.since_call()
 
     @property
     def structure(self) -> bytes | None:
@@ -170,7 +168,7 @@ class Save(PublishedJob[tuple[bool, float]]):
             self._program.is_known = is_known
         self._hold.let_go()
         if not self._options.snapshot:
-            self.report.seconds = self.report.stall_s = time.perf_counter() - self._started
+            self.report.seconds = self.report.stall_s = self.report.since_call()
         seal.report(self.report, self._group.global_rank)
         return self.report
 
@@ -355,7 +353,7 @@ class Save(PublishedJob[tuple[bool, float]]):
             self._files.take_place()
             completion.select()
         is_known = self._program is not None and self._program.sealed is not None
-        return is_known, time.perf_counter() - self._started
+        return is_known, self.report.since_call()
 
     def _require_all_present(self, files: Sequence[FileRecord]) -> None:
         """The coordinator must see what the others wrote, or the ranks do not share their storage."""

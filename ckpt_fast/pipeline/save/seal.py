@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Mapping
+
+import torch
 
 from ckpt_fast import native
 from ckpt_fast.format.manifest import Manifest, append_manifest
@@ -12,6 +15,7 @@ from ckpt_fast.format.names import METADATA_FILE, SIDECAR_FILE
 from ckpt_fast.jobs import metrics, untold
 from ckpt_fast.jobs.report import SaveReport
 from ckpt_fast.storage.files import Files
+from ckpt_fast.version import version
 
 logger = logging.getLogger(__name__)
 
@@ -50,8 +54,16 @@ def seal(
     if manifest is None:
         # The sidecar of an older checkpoint would not fit the new metadata.
         files.delete([SIDECAR_FILE])
-    content = metadata if manifest is None else append_manifest(metadata, manifest)
+    content = metadata
+    if manifest is not None:
+        manifest.notes.setdefault("written_by", _versions())
+        content = append_manifest(metadata, manifest)
     files.write_in_order({name: content, **(seal_files or {})}, progress)
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    return {"ckpt_fast": version(), "torch": str(torch.__version__)}
 
 
 def report(facts: SaveReport, rank: int, *, is_published: bool = True) -> None:

@@ -7,7 +7,6 @@ import contextlib
 import errno
 import functools
 import logging
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -92,7 +91,6 @@ class Waves:
         self.structure: bytes | None = None
         self._is_known = False
         self._record = RankRecord([], [])
-        self._begun = time.perf_counter()
         self.progress = progress if progress is not None else native.Progress()
         self.error: BaseException | None = None
         self.worker = Worker("ckpt_fast-write", self.progress.stop)
@@ -253,7 +251,7 @@ class Waves:
             self.error = error
 
     def _note_end(self) -> None:
-        self._report.written_s = time.perf_counter() - self._begun
+        self._report.written_s = self._report.since_call()
 
     def _write_wave(
         self, shards: Sequence[Shard], files: Sequence[FilePlan], staged: Staged, structure: bytes | None

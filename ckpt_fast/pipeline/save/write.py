@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import logging
 import os
@@ -16,6 +15,7 @@ from ckpt_fast.format.types import BlockDigests, FileRecord
 from ckpt_fast.pipeline.save.encode import WriteProgram
 from ckpt_fast.settings import Settings
 from ckpt_fast.storage.commit import fsync_directory
+from ckpt_fast.storage.space import file_system_of
 
 logger = logging.getLogger(__name__)
 
@@ -32,20 +32,8 @@ def automatic_writers(directory: str, settings: Settings) -> int:
     A device's queue is kept full by direct writes to one file, and one is easiest to handle. Through the page
     cache, the writers of one file wait for each other.
     """
-    direct = settings.direct_io and _file_system(directory) not in ("tmpfs", "ramfs")
+    direct = settings.direct_io and file_system_of(directory)[0] not in ("tmpfs", "ramfs")
     return 1 if direct else settings.io_threads
-
-
-def _file_system(directory: str) -> str:
-    """Type of the file system that the directory is on, "" where that is not known."""
-    path, found = os.path.realpath(directory), ("", "")
-    with contextlib.suppress(OSError), open("/proc/self/mounts") as mounts:
-        for line in mounts:
-            _, point, kind = line.split(" ")[:3]
-            prefix = point.rstrip("/")
-            if (path == prefix or path.startswith(prefix + "/")) and len(prefix) >= len(found[0]):
-                found = (prefix, kind)
-    return found[1]
 
 
 def write(

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 from ckpt_fast import compat
-from ckpt_fast.doors.megatron.common_state import COMMON_FILE, has_seal, open_checkpoint, read_common_state
+from ckpt_fast.doors.megatron.common_state import has_seal, open_checkpoint, read_common_state
 from ckpt_fast.errors import CheckpointCorruptError, CheckpointNotFoundError
+from ckpt_fast.format.names import COMMON_FILE
 from ckpt_fast.format.types import FileRecord
 from ckpt_fast.pipeline.load.opened import OpenCheckpoint
 from ckpt_fast.pipeline.load.verify import require_complete

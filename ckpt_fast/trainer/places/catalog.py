@@ -14,13 +14,12 @@ from typing import Any, Literal
 
 from ckpt_fast.compat import object_storage
 from ckpt_fast.doors.megatron.common_state import (
-    COMMON_FILE,
     is_sealed,
     load_common_state_dict,
     open_checkpoint,
 )
 from ckpt_fast.errors import CheckpointError, DamagedFileError, StorageError
-from ckpt_fast.format.names import METADATA_FILE
+from ckpt_fast.format.names import COMMON_FILE, METADATA_FILE
 from ckpt_fast.pipeline.load.verify import require_complete
 from ckpt_fast.ranks.world import on_rank_0
 from ckpt_fast.storage import replacement

@@ -12,7 +12,7 @@ import logging
 import os
 import shutil
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from ckpt_fast.compat import object_storage, objects
@@ -21,7 +21,7 @@ from ckpt_fast.pipeline.load.decode import decode_object
 from ckpt_fast.ranks.world import get_rank_safe, print_rank_0
 from ckpt_fast.storage import owners, replacement
 from ckpt_fast.storage.commit import fsync_directory, is_payload
-from ckpt_fast.trainer.places.catalog import damage_of, iterations_in
+from ckpt_fast.trainer.places.catalog import damage_of, iterations_in, published
 from ckpt_fast.trainer.places.paths import (
     CONFIG_FILE,
     TRACKER_PREFIX,
@@ -113,8 +113,49 @@ def cleanup_old_dataloader_states(states_dir: str, checkpoint_roots: Sequence[st
             replacement.sweep(path)
 
 
+def choose_old(save_dir: str, keep: int, keep_every: int = 0) -> tuple[list[str], list[str]]:
+    """Local. Paths of the checkpoints directly in ``save_dir`` to delete, and of those to keep, oldest first.
+
+    What the trackers name is kept, or without trackers the newest whole one. Checkpoints newer than that may
+    be in the making, and are in neither list.
+
+    Args:
+        save_dir: the directory of the checkpoints and their trackers.
+        keep: how many of the newest whole ones are kept.
+        keep_every: iterations that are a multiple of it are kept as well; 0: none for that reason.
+
+    Raises:
+        DamagedFileError: a tracker is damaged, and no iteration is whole.
+        StorageError: object storage does not let anyone tell.
+        OSError, ValueError: the directory or a tracker in it cannot be read.
+    """
+    selected = published(save_dir).iteration
+
+    def is_exempt(iteration: int) -> bool:
+        return iteration == selected or (keep_every > 0 and iteration % keep_every == 0)
+
+    removed, kept = _choose(save_dir, keep, None, is_exempt)
+    return [each.path for each in removed], [each.path for each in kept]
+
+
+def delete_checkpoints(paths: Iterable[str]) -> list[str]:
+    """Local. Delete checkpoints, each so that at no time a part of it passes for the whole.
+
+    Returns:
+        One line for each that could not be deleted.
+    """
+    return _remove_checkpoints([settled(path) for path in paths])
+
+
+def _none_exempt(_: int) -> bool:
+    return False
+
+
 def _choose(
-    save_dir: str, leave: int, max_iteration: int | None
+    save_dir: str,
+    leave: int,
+    max_iteration: int | None,
+    is_exempt: Callable[[int], bool] = _none_exempt,
 ) -> tuple[list[_Checkpoint], list[_Checkpoint]]:
     """(to delete, to keep), oldest first; checkpoints too new to be judged are in neither.
 
@@ -124,7 +165,7 @@ def _choose(
     tracked = _tracked_iterations(save_dir)
     newest = max_iteration if max_iteration is not None else max(tracked, default=None)
     old = [each for each in _list_checkpoints(save_dir) if newest is None or each.iteration <= newest]
-    kept = {each for each in old if each.iteration in tracked}
+    kept = {each for each in old if each.iteration in tracked or is_exempt(each.iteration)}
     whole = 0
     for each in reversed(old):
         if whole < leave and _counts(each.path):
@@ -201,14 +242,17 @@ def _tracked_iterations(save_dir: str) -> set[int]:
     return tracked
 
 
-def _remove_checkpoints(paths: list[str]) -> None:
+def _remove_checkpoints(paths: list[str]) -> list[str]:
+    failed = []
     with _CHECKPOINT_CLEANUP_LOCK:
         for path in paths:
             try:
                 if file_exists(path):
                     _remove_checkpoint(path)
-            except Exception:
+            except Exception as error:
                 logger.exception("cannot delete the old checkpoint %s", path)
+                failed.append(f"{path} is not deleted: {error}")
+    return failed
 
 
 def _remove_checkpoint(path: str) -> None:

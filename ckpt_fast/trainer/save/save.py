@@ -18,6 +18,7 @@ from ckpt_fast.glu.layout import (
 )
 from ckpt_fast.glu.model import _get_model_glu_interleave_sizes
 from ckpt_fast.jobs.background import SaveHandle
+from ckpt_fast.jobs.report import counted_from
 from ckpt_fast.pipeline.save.parts import SaveOptions
 from ckpt_fast.ranks.group import ControlGroup
 from ckpt_fast.ranks.world import on_all_ranks, print_rank_0
@@ -121,14 +122,15 @@ def save_checkpoint(
             run, target, num_floating_point_operations_so_far, tensor_rank, pipeline_rank
         )
         metadata = _content_metadata(run, target)
-        request = _hand_over(
-            run,
-            target,
-            _collection(run, target, metadata, around, prebuilt_state_dict),
-            metadata,
-            around,
-            preprocess_common_state_dict_fn,
-        )
+        with counted_from(begin):
+            request = _hand_over(
+                run,
+                target,
+                _collection(run, target, metadata, around, prebuilt_state_dict),
+                metadata,
+                around,
+                preprocess_common_state_dict_fn,
+            )
         _finalize(
             run,
             request,

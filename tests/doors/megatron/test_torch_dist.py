@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 
 from ckpt_fast import compat
 from ckpt_fast.doors.megatron import torch_dist
+from ckpt_fast.doors.megatron.load_strategy import FastLoadStrategy
 from ckpt_fast.errors import (
     CheckpointCorruptError,
     CheckpointMismatchError,
@@ -368,3 +371,29 @@ def read_with_helpers(rank: int, directory: str) -> None:
     assert identical(dist_checkpointing.load_plain_tensors(directory)["t"], filled(3, 2))
     assert dist_checkpointing.load_common_state_dict(directory)["step"] == 4
     assert dist_checkpointing.load_content_metadata(directory) == {"a": 1}
+
+
+def test_nothing_is_said_to_be_deprecated(tmp_path: Path) -> None:
+    """Megatron-Core from 0.19 on warns of common.pt, which is there on purpose."""
+    assert run_ranks(deprecations, 1, str(tmp_path)) == [[]]
+
+
+def deprecations(rank: int, directory: str) -> list[str]:
+    heard: list[str] = []
+
+    class Listening(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            heard.append(record.getMessage())
+
+    listening = Listening()
+    logging.getLogger().addHandler(listening)
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            save({"t": from_rank_offsets("t", filled(3, 2)), "step": 4}, directory)
+            wanted = {"t": from_rank_offsets("t", filled(3, 2))}
+            assert dist_checkpointing.load(wanted, directory, FastLoadStrategy())["step"] == 4
+            heard += [str(each.message) for each in caught]
+    finally:
+        logging.getLogger().removeHandler(listening)
+    return [message for message in heard if "deprecated" in message]

@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The checkpoints in a directory: which are whole, which one is selected, and which can go."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from dataclasses import dataclass
+
+from ckpt_fast.compat import checkpoint_files, object_storage
+from ckpt_fast.compat.storage import ObjectStore
+from ckpt_fast.errors import CheckpointError, CheckpointNotFoundError, DamagedFileError
+from ckpt_fast.format.names import METADATA_FILE
+from ckpt_fast.pipeline.load.opened import OpenCheckpoint
+from ckpt_fast.tools import opening
+from ckpt_fast.tools.streaming import Progress, no_progress
+from ckpt_fast.trainer.places.catalog import (
+    NOTHING,
+    Published,
+    Tier,
+    checkpoints_in,
+    damage_of,
+    published,
+)
+from ckpt_fast.trainer.places.locate import _NON_PERSISTENT_CKPT_SUBDIR
+from ckpt_fast.trainer.places.paths import is_directory, join_paths
+from ckpt_fast.trainer.places.retention import choose_old, delete_checkpoints
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A checkpoint in a directory.
+
+    Attributes:
+        path: its own directory.
+        iteration: the training step; None if the name does not say.
+        format: see ``Inspection``; None where its small files cannot be read.
+        is_complete: whether all its files are there with their lengths; see ``damage``.
+        is_selected: whether a run resumes from it: the trackers name it, or it is the newest whole one.
+        is_recovery: whether it was saved to recover from (``non_persistent``).
+        nbytes: of its files.
+        age_s: seconds since it was completed; None where the storage does not say.
+        damage: why it is not complete; None if it is.
+    """
+
+    path: str
+    iteration: int | None
+    format: str | None
+    is_complete: bool
+    is_selected: bool
+    is_recovery: bool
+    nbytes: int
+    age_s: float | None
+    damage: str | None
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What was deleted, or would be.
+
+    Attributes:
+        removed, kept: paths, oldest first.
+        nbytes: of the files removed.
+        failures: one line for each checkpoint that could not be deleted; it is in ``removed`` as well.
+    """
+
+    removed: tuple[str, ...]
+    kept: tuple[str, ...]
+    nbytes: int
+    failures: tuple[str, ...] = ()
+
+
+def list_directory(directory: str | os.PathLike[str]) -> list[Listed]:
+    """The checkpoints in a directory, oldest first; those to recover from come last. Local.
+
+    These are the directories ``iter_*``, on disk also others with ``.metadata``.
+
+    Args:
+        directory: of the checkpoints and their trackers; also ``msc://...``.
+
+    Raises:
+        CheckpointNotFoundError: there is no such directory.
+        StorageError: object storage does not let anyone tell.
+    """
+    root = os.fspath(directory)
+    opening.in_object_storage(root)
+    if not is_directory(root):
+        raise CheckpointNotFoundError(f"{root} does not exist, or is no directory")
+    found = [*_in_root(root, "persistent"), *_others(root)]
+    recovery = join_paths(root, _NON_PERSISTENT_CKPT_SUBDIR)
+    if is_directory(recovery):
+        found += _in_root(recovery, "recovery")
+    return found
+
+
+def prune(
+    directory: str | os.PathLike[str],
+    keep: int,
+    keep_every: int = 0,
+    *,
+    dry_run: bool = False,
+    progress: Progress = no_progress,
+) -> Pruned:
+    """Delete old checkpoints ``iter_*`` from a directory; what is not whole and old goes as well. Local.
+
+    The selected one always stays, and so does what is newer than it: it may be in the making. Each checkpoint
+    loses its seal first, durably, so that a crash leaves none that passes for whole; the next call removes
+    the rest.
+
+    Args:
+        directory: of the checkpoints and their trackers; also ``msc://...``.
+        keep: how many of the newest whole ones stay.
+        keep_every: iterations that are a multiple of it stay as well; 0: none for that reason.
+        dry_run: delete nothing.
+        progress: called with the checkpoints deleted so far, and those to delete.
+
+    Raises:
+        ValueError: ``keep`` or ``keep_every`` is negative.
+        CheckpointNotFoundError: there is no such directory.
+        CheckpointError, OSError: nobody can tell which one is selected; nothing is deleted.
+    """
+    if keep < 0 or keep_every < 0:
+        raise ValueError(f"keep={keep} and keep_every={keep_every} must not be negative")
+    root = os.fspath(directory)
+    opening.in_object_storage(root)
+    if not is_directory(root):
+        raise CheckpointNotFoundError(f"{root} does not exist, or is no directory")
+    removed, kept = choose_old(root, keep, keep_every)
+    nbytes, failures = 0, []
+    for number, path in enumerate(removed, start=1):
+        size = _nbytes_of(path)
+        failed = [] if dry_run else delete_checkpoints([path])
+        failures += failed
+        nbytes += 0 if failed else size
+        progress(number, len(removed))
+    return Pruned(tuple(removed), tuple(kept), nbytes, tuple(failures))
+
+
+def _in_root(root: str, tier: Tier) -> list[Listed]:
+    try:
+        selected = published(root)
+    except DamagedFileError:
+        selected = Published(NOTHING)
+    return [
+        _listed(
+            each.path,
+            each.iteration,
+            is_selected=not selected.is_release and each.iteration == selected.iteration,
+            is_recovery=tier == "recovery",
+        )
+        for each in checkpoints_in(root, tier)
+    ]
+
+
+def _others(root: str) -> list[Listed]:
+    """Checkpoints with other names than ``iter_*``."""
+    if object_storage(root) is not None:
+        return []
+    known = {each.path for each in checkpoints_in(root)}
+    with os.scandir(root) as entries:
+        paths = sorted(entry.path for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+    sealed = [path for path in paths if os.path.exists(os.path.join(path, METADATA_FILE))]
+    return [_listed(path, None) for path in sealed if path not in known]
+
+
+def _listed(
+    path: str, iteration: int | None, *, is_selected: bool = False, is_recovery: bool = False
+) -> Listed:
+    damage, kind = damage_of(path), None
+    with (
+        contextlib.suppress(CheckpointError, OSError),
+        OpenCheckpoint(checkpoint_files(path)) as checkpoint,
+    ):
+        kind = opening.format_of(checkpoint)
+        iteration = opening.iteration_of(checkpoint) if iteration is None else iteration
+    return Listed(
+        path=path,
+        iteration=iteration,
+        format=kind if damage is None else None,
+        is_complete=damage is None,
+        is_selected=is_selected,
+        is_recovery=is_recovery,
+        nbytes=_nbytes_of(path),
+        age_s=_age_of(path),
+        damage=damage,
+    )
+
+
+def _nbytes_of(path: str) -> int:
+    storage = object_storage(path)
+    if storage is not None:
+        return sum(ObjectStore(storage, path).sizes().values())
+    nbytes = 0
+    for parent, _, names in os.walk(path):
+        for name in names:
+            with contextlib.suppress(OSError):
+                nbytes += os.lstat(os.path.join(parent, name)).st_size
+    return nbytes
+
+
+def _age_of(path: str) -> float | None:
+    if object_storage(path) is not None:
+        return None
+    for name in (METADATA_FILE, ""):
+        with contextlib.suppress(OSError):
+            return max(0.0, time.time() - os.stat(os.path.join(path, name)).st_mtime)
+    return None
