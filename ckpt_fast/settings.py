@@ -7,11 +7,14 @@ of them at once (``Settings.read``), before it touches anything.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import inspect
 import logging
 import os
 import re
+from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal, cast, get_args
@@ -27,6 +30,7 @@ _PREFIX = "CKPT_FAST_"
 # Used by the build and the benchmarks.
 _OTHERS = {"CKPT_FAST_CUDA", "CKPT_FAST_CUDA_ARCHS", "CKPT_FAST_BENCH_MB", "CKPT_FAST_BENCH_TENSORS"}
 _warned: set[str] = set()
+_pickle_is_refused: ContextVar[bool] = ContextVar("pickle_is_refused", default=False)
 
 # Each thread holds several chunks in memory.
 _MOST_CHUNK = 1 << 30
@@ -214,7 +218,17 @@ def verify_on_load() -> bool:
 def pickle_allowed() -> bool:
     """``CKPT_FAST_ALLOW_PICKLE`` (0): 1 lets pickles in a checkpoint name any class, which can run arbitrary
     code."""
-    return _flag("CKPT_FAST_ALLOW_PICKLE", default=False)
+    return _flag("CKPT_FAST_ALLOW_PICKLE", default=False) and not _pickle_is_refused.get()
+
+
+@contextlib.contextmanager
+def refusing_pickle() -> Iterator[None]:
+    """A block in which ``pickle_allowed`` is False, for this thread: who looks for damage runs nothing."""
+    token = _pickle_is_refused.set(True)
+    try:
+        yield
+    finally:
+        _pickle_is_refused.reset(token)
 
 
 def on_unloadable() -> OnUnloadable:

@@ -36,6 +36,7 @@ LAYERS = [
     {"run"},
     {"callbacks", "config", "state"},
     {"trainer"},
+    {"verification"},
     {"checkpointing", "cli", "__init__"},
 ]
 LEVEL = {room: level for level, layer in enumerate(LAYERS) for room in layer}
