@@ -85,6 +85,16 @@ class Settings:
         )
 
     @staticmethod
+    @contextlib.contextmanager
+    def refusing_pickle() -> Iterator[None]:
+        """A block in which ``pickle_allowed`` is False, for this thread: a search for damage runs nothing."""
+        token = _pickle_is_refused.set(True)
+        try:
+            yield
+        finally:
+            _pickle_is_refused.reset(token)
+
+    @staticmethod
     def warn_of_unknown() -> None:
         """Warn once per process about each unknown variable with our prefix, and suggest the nearest name."""
         for name in sorted(os.environ):
@@ -132,8 +142,8 @@ def fsync_enabled() -> bool:
 
 
 def host_buffer_bytes() -> int | None:
-    """``CKPT_FAST_HOST_BUFFER`` (no limit): limit on host memory per rank for staged state. Accepts the
-    suffixes K, M, G.
+    """``CKPT_FAST_HOST_BUFFER`` (what is available): limit on host memory per rank for staged state. Accepts
+    the suffixes K, M, G.
 
     Used for snapshots (background saves) and for state that is not contiguous CPU memory. State that does
     not fit is staged in waves; ``dcp.async_save``, which cannot wait for a wave, refuses it.
@@ -219,16 +229,6 @@ def pickle_allowed() -> bool:
     """``CKPT_FAST_ALLOW_PICKLE`` (0): 1 lets pickles in a checkpoint name any class, which can run arbitrary
     code."""
     return _flag("CKPT_FAST_ALLOW_PICKLE", default=False) and not _pickle_is_refused.get()
-
-
-@contextlib.contextmanager
-def refusing_pickle() -> Iterator[None]:
-    """A block in which ``pickle_allowed`` is False, for this thread: who looks for damage runs nothing."""
-    token = _pickle_is_refused.set(True)
-    try:
-        yield
-    finally:
-        _pickle_is_refused.reset(token)
 
 
 def on_unloadable() -> OnUnloadable:

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import os
 
-from ckpt_fast import settings
 from ckpt_fast.errors import CheckpointError, CheckpointNotFoundError
 from ckpt_fast.format.names import METADATA_FILE
+from ckpt_fast.settings import Settings
 from ckpt_fast.verification.checkpoint import verify_directory, verify_local_file
 from ckpt_fast.verification.places import LOCAL_FILE, Tree, is_checkpoint
 from ckpt_fast.verification.report import VerifyReport
@@ -32,7 +32,7 @@ def verify(path: str | os.PathLike[str], deep: bool = False) -> VerifyReport:
         CheckpointError: it cannot be read, which says nothing about it.
     """
     try:
-        with settings.refusing_pickle():
+        with Settings.refusing_pickle():
             return _verify(Tree(path), deep)
     except OSError as error:
         if isinstance(error, CheckpointError):
