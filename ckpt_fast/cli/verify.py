@@ -41,6 +41,11 @@ def run(options: argparse.Namespace) -> int:
 
 def _verify(path: str, options: argparse.Namespace) -> int:
     try:
+        if path.startswith("msc://"):
+            # Programs switch it on for themselves; who names such a path here means it.
+            from ckpt_fast.compat import MultiStorageClientFeature
+
+            MultiStorageClientFeature.enable()
         report = verify(path, options.deep)
     except (CheckpointError, ImportError) as error:  # object storage may need what is not installed
         if options.json:

@@ -8,7 +8,7 @@ import re
 import stat
 from collections.abc import Iterable
 
-from ckpt_fast.errors import CheckpointNotFoundError
+from ckpt_fast.errors import CheckpointError, CheckpointNotFoundError, StorageError
 from ckpt_fast.format.names import DATA_SUFFIX, METADATA_FILE, SEAL_FILE
 from ckpt_fast.storage.files import Directory, Files
 
@@ -39,7 +39,7 @@ class Tree:
 
     Raises:
         CheckpointNotFoundError: nothing is there.
-        OSError: it cannot be read.
+        OSError: it cannot be read; a StorageError if that is due to object storage.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -74,7 +74,15 @@ class Tree:
     def _list_objects(self) -> None:
         from ckpt_fast.compat.storage import ObjectStore, object_storage
 
-        self.sizes = ObjectStore(object_storage(self.path), self.path).sizes()
+        msc = object_storage(self.path)
+        if msc is None:
+            raise StorageError(f"{self.path} cannot be read: of URLs only those of multi-storage-client can")
+        try:
+            self.sizes = ObjectStore(msc, self.path).sizes()
+        except CheckpointError:
+            raise
+        except Exception as error:  # those of the storage's client
+            raise StorageError(f"cannot list {self.path} ({error}), which says nothing about it") from error
         if not self.sizes:
             raise CheckpointNotFoundError(f"{self.path} does not exist: there are no objects below it")
 

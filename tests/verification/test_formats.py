@@ -17,6 +17,7 @@ import torch.distributed.checkpoint as dcp
 from megatron.core import dist_checkpointing
 
 from ckpt_fast import FastSaveStrategy, compat, verify
+from ckpt_fast.cli import main
 from ckpt_fast.verification.report import State, Verdict
 from tests.doors.local.test_manager import SETUP as LOCAL
 from tests.doors.local.test_manager import local_state, manager
@@ -208,6 +209,12 @@ def test_object_storage(object_server: ObjectServer, tmp_path: Path) -> None:
         client.write(key, bytes(content))
     assert report().checkpoints[1].verdict is Verdict.DAMAGED
     assert report(deep=False).is_sound
+    with bucket.in_use():
+        compat.MultiStorageClientFeature._enabled = False
+        assert main(["verify", bucket.url]) == 0, "the command switches it on"
+        assert main(["verify", "--deep", bucket.url]) == 1
+        assert main(["verify", f"msc://{bucket.name}-lost/run"]) == 2
+        assert main(["verify", "s3://bucket/run"]) == 2
     with bucket.in_use():
         client.delete(key)
     assert report(deep=False).checkpoints[1].verdict is Verdict.DAMAGED
