@@ -23,13 +23,14 @@ if TYPE_CHECKING:
     from ckpt_fast.jobs.background import wait_staged
     from ckpt_fast.jobs.metrics import add_listener
     from ckpt_fast.jobs.report import SaveReport
-    from ckpt_fast.pipeline.load.verify import VerifyReport, verify
     from ckpt_fast.pipeline.memory.host_buffer import reserve_host_memory
     from ckpt_fast.pipeline.save.seal import last_report
     from ckpt_fast.run.config_targets import register_config_target
     from ckpt_fast.tools.inspect import Inspection, inspect
     from ckpt_fast.trainer.bridge import FastCheckpointManager
     from ckpt_fast.trainer.contents.sidecars import resume_dataloader
+    from ckpt_fast.verification.report import VerifyReport
+    from ckpt_fast.verification.verify import verify
 
     __version__: str
 
@@ -69,7 +70,7 @@ _HOMES = {
     "FastStorageWriter": "ckpt_fast.doors.dcp",
     "Inspection": "ckpt_fast.tools.inspect",
     "SaveReport": "ckpt_fast.jobs.report",
-    "VerifyReport": "ckpt_fast.pipeline.load.verify",
+    "VerifyReport": "ckpt_fast.verification.report",
     "add_listener": "ckpt_fast.jobs.metrics",
     "allow_class": "ckpt_fast.format.inert.classes",
     "async_save": "ckpt_fast.doors.dcp.direct.functions",
@@ -82,7 +83,7 @@ _HOMES = {
     "resume_dataloader": "ckpt_fast.trainer.contents.sidecars",
     "save": "ckpt_fast.doors.dcp.direct.functions",
     "uninstall": "ckpt_fast.doors.megatron.install",
-    "verify": "ckpt_fast.pipeline.load.verify",
+    "verify": "ckpt_fast.verification.verify",
     "wait_staged": "ckpt_fast.jobs.background",
 }
 

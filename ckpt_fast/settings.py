@@ -7,11 +7,14 @@ of them at once (``Settings.read``), before it touches anything.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import inspect
 import logging
 import os
 import re
+from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal, cast, get_args
@@ -27,6 +30,7 @@ _PREFIX = "CKPT_FAST_"
 # Used by the build and the benchmarks.
 _OTHERS = {"CKPT_FAST_CUDA", "CKPT_FAST_CUDA_ARCHS", "CKPT_FAST_BENCH_MB", "CKPT_FAST_BENCH_TENSORS"}
 _warned: set[str] = set()
+_pickle_is_refused: ContextVar[bool] = ContextVar("pickle_is_refused", default=False)
 
 # Each thread holds several chunks in memory.
 _MOST_CHUNK = 1 << 30
@@ -81,6 +85,16 @@ class Settings:
         )
 
     @staticmethod
+    @contextlib.contextmanager
+    def refusing_pickle() -> Iterator[None]:
+        """A block in which ``pickle_allowed`` is False, for this thread: a search for damage runs nothing."""
+        token = _pickle_is_refused.set(True)
+        try:
+            yield
+        finally:
+            _pickle_is_refused.reset(token)
+
+    @staticmethod
     def warn_of_unknown() -> None:
         """Warn once per process about each unknown variable with our prefix, and suggest the nearest name."""
         for name in sorted(os.environ):
@@ -128,8 +142,8 @@ def fsync_enabled() -> bool:
 
 
 def host_buffer_bytes() -> int | None:
-    """``CKPT_FAST_HOST_BUFFER`` (no limit): limit on host memory per rank for staged state. Accepts the
-    suffixes K, M, G.
+    """``CKPT_FAST_HOST_BUFFER`` (what is available): limit on host memory per rank for staged state. Accepts
+    the suffixes K, M, G.
 
     Used for snapshots (background saves) and for state that is not contiguous CPU memory. State that does
     not fit is staged in waves; ``dcp.async_save``, which cannot wait for a wave, refuses it.
@@ -214,7 +228,7 @@ def verify_on_load() -> bool:
 def pickle_allowed() -> bool:
     """``CKPT_FAST_ALLOW_PICKLE`` (0): 1 lets pickles in a checkpoint name any class, which can run arbitrary
     code."""
-    return _flag("CKPT_FAST_ALLOW_PICKLE", default=False)
+    return _flag("CKPT_FAST_ALLOW_PICKLE", default=False) and not _pickle_is_refused.get()
 
 
 def on_unloadable() -> OnUnloadable:

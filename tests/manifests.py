@@ -7,6 +7,7 @@ import json
 import zlib
 from pathlib import Path
 
+from ckpt_fast import verify
 from ckpt_fast.format.manifest import Manifest, append_manifest, split_manifest
 
 # Not described by the manifest, because it contains it.
@@ -30,6 +31,11 @@ def manifest_lies(directory: Path) -> list[str]:
         if files[name][1:] != (len(content), zlib.crc32(content)):
             wrong.append(name)
     return wrong
+
+
+def find_damage(directory: str) -> list[str]:
+    """Return the defects of a checkpoint, every byte of which is read."""
+    return list(verify(directory, deep=True).damages)
 
 
 def with_save_id(content: bytes, save_id: str = "") -> bytes:

@@ -98,9 +98,13 @@ def test_verify_a_directory_of_checkpoints(
     other = tmp_path / "iter_0000002"
     save([TensorShard("w", torch.ones(3), (0,), (3,))], str(other))
     (tmp_path / "iter_0000003").mkdir()  # of a save that has not ended
-    (tmp_path / "latest_train_state.pt").write_bytes(b"")
     assert main(["verify", "--deep", str(tmp_path)]) == 0
-    assert capsys.readouterr().out == f"{checkpoint}: ok\n{other}: ok\n"
+    first, second, third, run = capsys.readouterr().out.splitlines()
+    assert (first, second) == (f"{checkpoint}: ok", f"{other}: ok")
+    assert "iter_0000003: incomplete" in third and run == f"{tmp_path}: ok, 3 checkpoints"
+    (tmp_path / "latest_checkpointed_iteration.txt").write_bytes(b"")
+    assert main(["verify", "--deep", str(tmp_path)]) == 1
+    assert "latest_checkpointed_iteration.txt is empty" in capsys.readouterr().err
 
 
 def test_verify_as_json(checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field
 from ckpt_fast.format.types import FileRecord, readable
 from ckpt_fast.jobs import metrics
 
+logger = logging.getLogger(__name__)
 _call: ContextVar[float | None] = ContextVar("call", default=None)
 
 
@@ -38,6 +40,8 @@ class SaveReport:
         seconds: from the call until the checkpoint was published.
         staged_nbytes: bytes copied to host memory; 0 if all were written from where they were.
         host_memory_allocated: bytes of host buffers that were new in this save; later saves use them again.
+        waves: in how many parts the state was staged, because its copies exceed the bound on host memory.
+        host_memory_bound: that bound, in bytes; None if all was staged at once.
         steps: seconds spent in each step of the pipeline, by name.
         error: why the save failed, if training goes on in spite of it; None otherwise.
     """
@@ -50,6 +54,8 @@ class SaveReport:
     seconds: float = 0.0
     staged_nbytes: int = 0
     host_memory_allocated: int = 0
+    waves: int = 1
+    host_memory_bound: int | None = None
     steps: dict[str, float] = field(default_factory=dict)
     error: str | None = None
 
@@ -77,6 +83,19 @@ class SaveReport:
         self.files += len(files)
         self.nbytes += sum(file.nbytes for file in files)
 
+    def note_waves(self, waves: int, bound: int, *, is_default: bool) -> None:
+        """Note that the state is staged in waves; ``is_default``: the bound is what the machine can spare."""
+        self.waves, self.host_memory_bound = waves, bound
+        if is_default:
+            logger.warning(
+                "the save to %s is throttled: this rank can spare %s of host memory for copies, and stages "
+                "them in %d waves. Training waits for all but the last to be written. CKPT_FAST_HOST_BUFFER "
+                "sets another bound.",
+                self.directory,
+                readable(bound),
+                waves,
+            )
+
     @property
     def gb_per_s(self) -> float:
         """This rank's bytes over the time until they were durable, in 10^9 bytes per second."""
@@ -96,6 +115,8 @@ class SaveReport:
             f"{readable(self.nbytes)} of this rank durable after {self.written_s:.3f} s at "
             f"{self.gb_per_s:.2f} GB/s"
         )
+        if self.host_memory_bound is not None:
+            facts.append(f"in {self.waves} waves through {readable(self.host_memory_bound)} of host memory")
         if self.host_memory_allocated:
             facts.append(f"{readable(self.host_memory_allocated)} of host buffers allocated for it")
         return ", ".join(facts)

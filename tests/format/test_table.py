@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ckpt_fast import verify
 from ckpt_fast.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError
 from ckpt_fast.format import table as table_module
 from ckpt_fast.format.manifest import Manifest, append_manifest, split_manifest
@@ -24,7 +25,6 @@ from ckpt_fast.pipeline.load.decode import Contents
 from ckpt_fast.pipeline.load.entries.kinds import ByPlace
 from ckpt_fast.pipeline.load.index import CheckpointIndex
 from ckpt_fast.pipeline.load.load import load_objects, load_tensors
-from ckpt_fast.pipeline.load.verify import verify
 from tests.manifests import manifest_of
 from tests.pipeline.layouts import random_tensor, same
 from tests.saves import save
@@ -288,21 +288,21 @@ def test_a_name_that_cannot_be_stored(tmp_path: Path) -> None:
 
 def test_verify_compares_table_and_pickle(tmp_path: Path) -> None:
     saved_pieces(tmp_path)
-    assert verify(tmp_path).is_sound
+    assert verify(tmp_path, deep=True).is_sound
     rewritten(
         tmp_path, lambda _: table_of(OBJECT, A1._replace(offsets=(2, 0)), A2._replace(offsets=(0, 0)), B)
     )
-    report = verify(tmp_path)
-    assert report.damages == (f"{tmp_path}/.metadata: table and pickle disagree on a",)
-    assert verify(tmp_path, deep=False).is_sound
+    report = verify(tmp_path, deep=True)
+    assert report.damages == (f"{tmp_path}/.metadata contradicts itself: table and pickle disagree on a",)
+    assert verify(tmp_path).is_sound
 
 
 def test_a_damaged_table_is_a_line_of_the_report(tmp_path: Path) -> None:
     saved_pieces(tmp_path)
     rewritten(tmp_path, lambda _: table_of(OBJECT, A1, A2._replace(offsets=(5, 0)), B))
-    assert "not inside" in verify(tmp_path).damages[0]
+    assert "not inside" in verify(tmp_path, deep=True).damages[0]
     rewritten(tmp_path, lambda _: table_of(OBJECT, A1, A2))
-    assert "3 rows for 4 payloads" in verify(tmp_path, deep=False).damages[0]
+    assert "3 rows for 4 payloads" in verify(tmp_path).damages[0]
 
 
 def test_checksums_of_too_many_blocks_are_damage(tmp_path: Path) -> None:
@@ -319,7 +319,7 @@ def test_checksums_of_too_many_blocks_are_damage(tmp_path: Path) -> None:
     (tmp_path / ".metadata").write_bytes(append_manifest(pickled, longer))
     with pytest.raises(CheckpointCorruptError, match="8 blocks have checksums, but there are 7"):
         CheckpointIndex(str(tmp_path))
-    assert "8 blocks have checksums" in verify(tmp_path).damages[0]
+    assert "8 blocks have checksums" in verify(tmp_path, deep=True).damages[0]
 
 
 def encoded_with_lists(*lists: tuple[int, ...]) -> bytes:

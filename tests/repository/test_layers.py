@@ -36,6 +36,7 @@ LAYERS = [
     {"run"},
     {"callbacks", "config", "state"},
     {"trainer"},
+    {"verification"},
     {"tools"},
     {"checkpointing", "cli", "__init__"},
 ]

@@ -13,13 +13,14 @@ import torch
 
 from ckpt_fast.errors import CheckpointError, CheckpointNotFoundError, CheckpointWriteError
 from ckpt_fast.format.types import TensorRequest, TensorShard
+from ckpt_fast.pipeline.load.complete import require_complete
 from ckpt_fast.pipeline.load.index import CheckpointIndex
 from ckpt_fast.pipeline.load.load import load_tensors
 from ckpt_fast.pipeline.load.opened import OpenCheckpoint
-from ckpt_fast.pipeline.load.verify import find_damage, require_complete
 from ckpt_fast.pipeline.save import waves
 from ckpt_fast.storage.files import Directory
 from ckpt_fast.storage.spool import Claim, Spool
+from tests.manifests import find_damage
 from tests.saves import new_save, save
 
 NAME = "store://checkpoint"

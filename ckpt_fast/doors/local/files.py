@@ -21,9 +21,9 @@ from ckpt_fast.errors import CheckpointCorruptError, CheckpointWriteError, Unsaf
 from ckpt_fast.format.manifest import Manifest
 from ckpt_fast.format.types import ObjectShard, Shard, TensorRequest, TensorShard
 from ckpt_fast.jobs.report import SaveReport
+from ckpt_fast.pipeline.load.complete import require_complete
 from ckpt_fast.pipeline.load.load import load_tensors_and_objects
 from ckpt_fast.pipeline.load.opened import OpenCheckpoint
-from ckpt_fast.pipeline.load.verify import require_complete
 from ckpt_fast.pipeline.save.objects import object_bytes
 from ckpt_fast.pipeline.save.plan import file_prefix, is_plain, require_values
 from ckpt_fast.pipeline.save.seal import seal

@@ -38,6 +38,7 @@ class HostBuffer:
         nbytes: usable length.
         memory: the block as a uint8 tensor, [nbytes].
         is_new: whether nothing has used it before.
+        is_let_go: whether it will not be used again; its memory goes with the last tensor that shows it.
     """
 
     def __init__(self, nbytes: int, touch: bool = False) -> None:
@@ -48,6 +49,7 @@ class HostBuffer:
         """
         self.nbytes = nbytes
         self.is_new = True
+        self.is_let_go = False
         try:
             self._mapping = mmap.mmap(-1, nbytes + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except OSError as error:
@@ -130,6 +132,7 @@ class HostBuffer:
 
     def close(self) -> None:
         """Undo the page lock; the memory itself goes with the last tensor that shows it."""
+        self.is_let_go = True
         if self._unpin is not None:
             self._unpin()
 
@@ -152,7 +155,7 @@ class HostBufferPool:
         self._idle: list[HostBuffer] = []
         self._in_use: weakref.WeakSet[HostBuffer] = weakref.WeakSet()
         # Filled at any moment, even by a destructor that runs while this thread holds the lock.
-        self._returned: deque[tuple[HostBuffer, bool]] = deque()
+        self._returned: deque[HostBuffer] = deque()
 
     @property
     def used_nbytes(self) -> int:
@@ -160,6 +163,20 @@ class HostBufferPool:
         with self._lock:
             self._collect()
             return self._sum_used()
+
+    @property
+    def idle_nbytes(self) -> int:
+        """Bytes of the buffers that are kept for the next save."""
+        with self._lock:
+            self._collect()
+            return sum(buffer.nbytes for buffer in self._idle)
+
+    def trim(self) -> None:
+        """Let go of the buffers that are kept for the next save."""
+        with self._lock:
+            self._collect()
+            while self._idle:
+                self._idle.pop().close()
 
     def take(
         self, nbytes: int, bound: int | None = None, at_least: int = 0, wait_s: float | None = None
@@ -186,8 +203,8 @@ class HostBufferPool:
             if time.monotonic() >= deadline:
                 raise CheckpointError(
                     f"{nbytes} bytes of host memory are needed, but other saves hold {used} of the {bound} "
-                    "that CKPT_FAST_HOST_BUFFER allows. Wait for the save before to end (and drop what it "
-                    "returned if it failed), or raise the bound."
+                    "that CKPT_FAST_HOST_BUFFER, or what is available, allows. Wait for the save before to "
+                    "end (and drop what it returned if it failed), or raise the bound."
                 )
             time.sleep(_LOOK_AGAIN_S)
 
@@ -210,8 +227,11 @@ class HostBufferPool:
         return thread
 
     def give_back(self, buffer: HostBuffer, keep: bool = True) -> None:
-        """Keep the buffer for the next save, or let it go; the caller no longer touches it."""
-        self._returned.append((buffer, keep))
+        """Keep the buffer for the next save, or let it go now; the caller no longer touches it."""
+        if keep:
+            self._returned.append(buffer)
+        else:
+            buffer.close()
 
     def _find(self, nbytes: int, bound: int | None, at_least: int) -> HostBuffer | None:
         """The smallest idle buffer that suffices, else a new one; None while the bound forbids both."""
@@ -238,16 +258,13 @@ class HostBufferPool:
 
     def _collect(self) -> None:
         while self._returned:
-            buffer, keep = self._returned.popleft()
+            buffer = self._returned.popleft()
             self._in_use.discard(buffer)
-            if keep:
-                buffer.is_new = False
-                self._idle.append(buffer)
-            else:
-                buffer.close()
+            buffer.is_new = False
+            self._idle.append(buffer)
 
     def _sum_used(self) -> int:
-        return sum(buffer.nbytes for buffer in self._in_use)
+        return sum(buffer.nbytes for buffer in self._in_use if not buffer.is_let_go)
 
 
 host_buffers = HostBufferPool()

@@ -28,6 +28,7 @@ import torch
 from ckpt_fast import native, settings
 from ckpt_fast.format.types import ItemRecord, ObjectShard, Shard, TensorShard
 from ckpt_fast.pipeline.memory import strided
+from ckpt_fast.pipeline.memory.available import default_bound
 from ckpt_fast.pipeline.memory.device_copy import StagingPolicy
 from ckpt_fast.pipeline.memory.forms import describe
 from ckpt_fast.pipeline.memory.garbage import without_collections
@@ -173,8 +174,9 @@ class SaveProgram:
 
         Args:
             snapshot: whether tensors may change while they are written.
-            bound: bytes of host buffers that the save may take.
+            bound: bytes of host buffers that the save may take; None: what is available.
         """
+        bound = default_bound(self.staged_nbytes) if bound is None else bound
         return self._snapshot == snapshot and (bound is None or self.staged_nbytes <= bound)
 
     def holds(self, payloads: Sequence[bytes]) -> bool:

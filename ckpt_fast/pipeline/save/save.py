@@ -251,7 +251,7 @@ class Save(PublishedJob[tuple[bool, float]]):
         write_beside, directory = share.write_beside, self.written_to
         self._hold.begin(_WRITING)
         try:
-            waves.stage(share.shards)
+            waves.stage(share.shards, self._nbytes)
             waves.then(lambda: files.write_in_order(common, waves.progress, sync_names=False))
             waves.then(lambda: beside.extend(write_beside(directory)))
         finally:

@@ -21,6 +21,7 @@ from ckpt_fast.errors import CheckpointError
 from ckpt_fast.format.archive import ALIGNMENT
 from ckpt_fast.format.types import Shard, TensorShard
 from ckpt_fast.pipeline.memory import strided
+from ckpt_fast.pipeline.memory.available import is_tight
 from ckpt_fast.pipeline.memory.device_copy import BLOCKING, DeviceCopies, StagingPolicy, choose_gathered
 from ckpt_fast.pipeline.memory.garbage import without_collections
 from ckpt_fast.pipeline.memory.gpu import is_on_gpu
@@ -64,7 +65,7 @@ class Staged:
             self.wait()
         self.owners.clear()
         if self.buffer is not None:
-            host_buffers.give_back(self.buffer)
+            host_buffers.give_back(self.buffer, keep=not is_tight())
             self.buffer = None
 
 

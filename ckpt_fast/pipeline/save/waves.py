@@ -12,10 +12,11 @@ from dataclasses import replace
 
 from ckpt_fast import native
 from ckpt_fast.errors import CheckpointError, CheckpointWriteError
-from ckpt_fast.format.types import RankRecord, Shard
+from ckpt_fast.format.types import RankRecord, Shard, shard_nbytes
 from ckpt_fast.jobs.job import too_late
 from ckpt_fast.jobs.report import SaveReport
 from ckpt_fast.jobs.worker import LEAVE_S, Worker
+from ckpt_fast.pipeline.memory.available import default_bound
 from ckpt_fast.pipeline.memory.device_copy import BLOCKING, DeviceCopies, StagingPolicy
 from ckpt_fast.pipeline.save.encode import WriteProgram
 from ckpt_fast.pipeline.save.plan import FilePlan, cut_waves, item_records, plan_save
@@ -39,7 +40,7 @@ class Waves:
         prefix: start of the file names, different on every rank.
         writers: files (and so streams to the file system) per wave; None: as many as are fastest there.
         snapshot: copy CPU tensors while staging, so that they may change during the write.
-        bound: bytes of host buffers that this and other saves may use together; None: no bound.
+        bound: bytes of host buffers that this and other saves may use together; None: what is available.
         policy: how tensors on GPUs are copied.
         separate: see ``plan_save``.
         files: where the files go; None: into ``report.directory``, which must exist.
@@ -95,11 +96,15 @@ class Waves:
         self.error: BaseException | None = None
         self.worker = Worker("ckpt_fast-write", self.progress.stop)
 
-    def stage(self, shards: Sequence[Shard] | Prepared) -> None:
+    def stage(self, shards: Sequence[Shard] | Prepared, nbytes: int | None = None) -> None:
         """Plan, bring the bytes to host memory and begin to write them.
 
         With a bound smaller than the state this waits for the writes of all but the last waves. After an
         error, ``finish`` is still to be called.
+
+        Args:
+            shards: of this rank.
+            nbytes: of all of them, if the caller knows it.
         """
         writers = self._writers or automatic_writers(self._files.directory, self._settings)
         if isinstance(shards, Prepared):
@@ -107,12 +112,17 @@ class Waves:
             return
         waves: Sequence[Sequence[Shard]] = [shards]
         limit = None
-        if self._bound is not None:
+        bound = self._bound
+        if bound is None:
+            # What is staged is a part of it. To sum that up takes longer than all of this.
+            bound = default_bound(sum(map(shard_nbytes, shards)) if nbytes is None else nbytes)
+        if bound is not None:
             sizes = [copied_nbytes(shard, self._snapshot) for shard in shards]
-            if sum(sizes) > self._bound:
+            if sum(sizes) > bound:
                 # Two waves share the bound: one is copied while the other is being written.
-                limit = self._bound // 2
+                limit = bound // 2
                 waves = cut_waves(shards, sizes, limit)
+                self._report.note_waves(len(waves), bound, is_default=self._bound is None)
         structure = None
         if len(waves) == 1 and self._programs is not None:
             with self._report.timed("plan"):
@@ -127,7 +137,7 @@ class Waves:
                 files = plan_save(wave, self._prefix, writers, number, self._separate)
                 number += len(files)
             with self._report.timed("stage"):
-                staged = stage(files, self._snapshot, self._bound, limit or 0, self._policy)
+                staged = stage(files, self._snapshot, bound, limit or 0, self._policy)
             self._submit(staged, functools.partial(self._write_wave, wave, files, staged, structure))
 
     def _prepare(

@@ -14,8 +14,8 @@ from ckpt_fast.doors.megatron.common_state import has_seal, open_checkpoint, rea
 from ckpt_fast.errors import CheckpointCorruptError, CheckpointNotFoundError
 from ckpt_fast.format.names import COMMON_FILE
 from ckpt_fast.format.types import FileRecord
+from ckpt_fast.pipeline.load.complete import require_complete
 from ckpt_fast.pipeline.load.opened import OpenCheckpoint
-from ckpt_fast.pipeline.load.verify import require_complete
 from ckpt_fast.ranks.group import ControlGroup
 from ckpt_fast.ranks.world import on_rank_0
 from ckpt_fast.trainer.contents.data_position import FILES_KEY, files_of, places_of, require_files

@@ -20,7 +20,7 @@ from ckpt_fast.doors.megatron.common_state import (
 )
 from ckpt_fast.errors import CheckpointError, DamagedFileError, StorageError
 from ckpt_fast.format.names import COMMON_FILE, METADATA_FILE
-from ckpt_fast.pipeline.load.verify import require_complete
+from ckpt_fast.pipeline.load.complete import require_complete
 from ckpt_fast.ranks.world import on_rank_0
 from ckpt_fast.storage import replacement
 from ckpt_fast.trainer.contents.megatron_lm import ARGUMENTS

@@ -28,9 +28,9 @@ from ckpt_fast import FastStorageReader, FastStorageWriter, resume_dataloader
 from ckpt_fast.checkpointing import init_checkpointing_context, maybe_finalize_async_save, save_checkpoint
 from ckpt_fast.compat import SoloGroup
 from ckpt_fast.config import TokenizerConfig
-from ckpt_fast.pipeline.load.verify import find_damage
 from ckpt_fast.state import TrainState
 from ckpt_fast.trainer.save.async_save import is_empty_async_queue
+from tests.manifests import find_damage
 from tests.models import FLOPS, Run, Setup, differences, megatron_on_cpu
 from tests.trainer.training import Loader, iterator
 

@@ -17,9 +17,9 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyPara
 from ckpt_fast import FastLoadStrategy, FastSaveStrategy, compat
 from ckpt_fast.doors.megatron import torch_dist
 from ckpt_fast.errors import CheckpointMismatchError
-from ckpt_fast.pipeline.load.verify import find_damage
 from tests.helpers import RankError, run_ranks
 from tests.interop.saved import needs_stock_lists
+from tests.manifests import find_damage
 from tests.models import megatron_on_cpu
 
 from_rank_offsets = ShardedTensor.from_rank_offsets

@@ -10,8 +10,8 @@ import torch
 
 from ckpt_fast.errors import CheckpointCorruptError, CheckpointNotFoundError
 from ckpt_fast.format.types import TensorShard
+from ckpt_fast.pipeline.load.complete import require_complete
 from ckpt_fast.pipeline.load.opened import OpenCheckpoint
-from ckpt_fast.pipeline.load.verify import require_complete
 from ckpt_fast.storage.files import Directory
 from tests.saves import save
 

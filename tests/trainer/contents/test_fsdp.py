@@ -19,14 +19,13 @@ from ckpt_fast import FastStorageWriter, compat
 from ckpt_fast.checkpointing import _create_fsdp_dtensor_storage_writer
 from ckpt_fast.config import CheckpointConfig, ConfigContainer
 from ckpt_fast.errors import AsyncSaveError, UnsafeCheckpointError
-from ckpt_fast.pipeline.load.verify import find_damage
 from ckpt_fast.run.async_queue import AsyncCallsQueue
 from ckpt_fast.trainer.contents import fsdp
 from ckpt_fast.trainer.contexts import CheckpointType
 from tests.doors.dcp import ranks as dcp_ranks
 from tests.doors.dcp.states import differences
 from tests.helpers import run_ranks
-from tests.manifests import manifest_lies
+from tests.manifests import find_damage, manifest_lies
 from tests.models import identical
 
 pytestmark = [

@@ -20,8 +20,8 @@ from ckpt_fast.checkpointing import maybe_finalize_async_save
 from ckpt_fast.compat import MultiStorageClientFeature
 from ckpt_fast.doors.megatron import torch_dist
 from ckpt_fast.pipeline.load.index import CheckpointIndex
-from ckpt_fast.pipeline.load.verify import find_damage
 from tests.helpers import run_ranks
+from tests.manifests import find_damage
 from tests.models import FLOPS, Run, Setup, differences, identical, megatron_on_cpu, other
 from tests.trainer.save.test_policies import DAMAGES
 from tests.trainer.training import error_of, is_sealed, iterations, require, tracked

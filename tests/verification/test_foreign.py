@@ -13,8 +13,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
-from ckpt_fast.errors import CheckpointNotFoundError, UnsafeCheckpointError
-from ckpt_fast.pipeline.load.verify import verify
+from ckpt_fast import verify
+from ckpt_fast.errors import CheckpointNotFoundError
+from ckpt_fast.verification.report import State
 from tests.pipeline.layouts import same
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
@@ -70,11 +71,7 @@ def test_every_flip_that_changes_what_would_be_loaded_is_found(stock: Path) -> N
             changed = bytearray(content)
             changed[position] ^= 1 << chosen.randrange(8)
             path.write_bytes(changed)
-            try:
-                is_sound = verify(stock).is_sound
-            except UnsafeCheckpointError:  # it names another class now
-                is_sound = False
-            if not is_sound:
+            if not verify(stock, deep=True).is_sound:
                 found += 1
                 continue
             harmless += 1
@@ -86,7 +83,7 @@ def test_every_flip_that_changes_what_would_be_loaded_is_found(stock: Path) -> N
             assert all(equal(values[name], value) for name, value in expected.items()), (path, position)
         path.write_bytes(content)
     assert found > 100 and harmless > 5 and refused < 6
-    assert verify(stock).is_sound
+    assert verify(stock, deep=True).is_sound
 
 
 @pytest.mark.parametrize("deep", [False, True])
@@ -94,11 +91,13 @@ def test_a_file_that_is_missing_or_short(stock: Path, deep: bool) -> None:
     data = stock / "__0_0.distcp"
     content = data.read_bytes()
     data.write_bytes(content[:-1])
-    (line,) = verify(stock, deep).damages
-    assert str(data) in line and f"has {len(content) - 1} bytes" in line
+    report = verify(stock, deep)
+    assert report.damages[0].startswith(f"{data} has {len(content) - 1} bytes")
+    assert [each.state for each in report.items].count(State.TRUNCATED) == 1
     data.unlink()
-    (line,) = verify(stock, deep).damages
-    assert f"{data} is missing" in line
+    report = verify(stock, deep)
+    assert report.damages[0] == f"{data} is missing"
+    assert {each.state for each in report.items} == {State.MISSING} and not report.is_complete
 
 
 def test_each_damaged_item_is_named(stock: Path) -> None:
@@ -109,9 +108,10 @@ def test_each_damaged_item_is_named(stock: Path) -> None:
         raw = values[name].view(torch.uint8).numpy().tobytes()
         content[content.index(raw) + 5] ^= 1
     data.write_bytes(content)
-    report = verify(stock)
-    assert len(report.damages) == 2
-    assert any("weight" in line for line in report.damages) and any("half" in line for line in report.damages)
+    report = verify(stock, deep=True)
+    assert {each.name for each in report.items if each.state is State.FLIPPED} == {"weight", "half"}
+    assert [each.path for each in report.files if each.state is State.FLIPPED] == [data.name]
+    assert len(report.damages) == 3
 
 
 def test_pieces_that_leave_some_out(tmp_path: Path) -> None:
@@ -121,13 +121,13 @@ def test_pieces_that_leave_some_out(tmp_path: Path) -> None:
     metadata = dcp.FileSystemReader(tmp_path).read_metadata()
     metadata.state_dict_metadata["w"].size = torch.Size((8, 2))
     (tmp_path / ".metadata").write_bytes(pickle.dumps(metadata))
-    (line,) = verify(tmp_path, deep=False).damages
+    (line,) = verify(tmp_path).damages
     assert "w in" in line and "8 of its 16 elements" in line
 
 
 def test_an_object_of_a_class_that_is_not_read_is_not_called_damaged(tmp_path: Path) -> None:
     dcp.save({"w": torch.ones(4), "odd": Odd()}, storage_writer=dcp.FileSystemWriter(tmp_path))
-    report = verify(tmp_path)
+    report = verify(tmp_path, deep=True)
     assert report.is_sound and len(report.unchecked) == 1 and "odd" in report.unchecked[0]
 
 
