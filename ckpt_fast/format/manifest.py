@@ -6,7 +6,6 @@ It follows the pickle. Readers that do not know it stop there. docs/format.md dr
 
 from __future__ import annotations
 
-import itertools
 import json
 import secrets
 import struct
@@ -15,6 +14,8 @@ from array import array
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from ckpt_fast.format.table import Table, decode_table, is_bound_to
 from ckpt_fast.format.types import BlockDigests, FileRecord
@@ -119,9 +120,9 @@ class Manifest:
     @cached_property
     def first_blocks(self) -> array[int]:
         """For each payload, which of ``crcs`` is that of its first block; then their number."""
-        block = self.block_nbytes
-        counts = (-(-nbytes // block) for nbytes in self.payloads.nbytes)
-        first = array("q", itertools.accumulate(counts, initial=0))
+        counts = -(-np.frombuffer(self.payloads.nbytes, np.int64) // self.block_nbytes)
+        first = array("q", [0])
+        first.frombytes(np.cumsum(counts).tobytes())
         if first[-1] != len(self.crcs):
             raise ValueError(f"{len(self.crcs)} blocks have checksums, but there are {first[-1]}")
         return first
@@ -172,7 +173,7 @@ class Manifest:
             separators=(",", ":"),
         ).encode()
         counts = _U32.pack(len(head)) + _U32.pack(len(file)) + _U32.pack(len(crcs) // 4)
-        columns = [column.tobytes() for column in (array("I", file), offset, nbytes)]
+        columns = [column.tobytes() for column in (file, offset, nbytes)]
         return b"".join([counts, head, *columns, crcs])
 
 
@@ -231,9 +232,8 @@ def _decode(body: memoryview) -> Manifest:
     paths, block_nbytes = list(map(str, head["data_files"])), int(head["block_nbytes"])
     if (
         block_nbytes < 1
-        or max(columns[0], default=-1) >= len(paths)
-        or min(columns[1], default=0) < 0
-        or min(columns[2], default=0) < 0
+        or (len(columns[0]) and np.frombuffer(columns[0], np.uint32).max() >= len(paths))
+        or any(len(column) and np.frombuffer(column, np.int64).min() < 0 for column in columns[1:3])
     ):
         raise ValueError("its manifest makes no sense")
     file, offset, nbytes, crcs = columns

@@ -3,19 +3,23 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-import math
 from array import array
 from collections.abc import Collection, Iterable
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from ckpt_fast.format.archive import item_nbytes, tensor_archive
+from ckpt_fast.format.columns.lists import Ints
 from ckpt_fast.format.consistency import Region, require_apart
 from ckpt_fast.format.manifest import Manifest
-from ckpt_fast.format.table import NOTHING, RAW, Table
+from ckpt_fast.format.table import NOTHING, RAW, Numbers, Table
 from ckpt_fast.format.types import Extent, TensorRequest
-from ckpt_fast.pipeline.load.entries.kinds import ByPlace, Item, Piece, SavedTensor
+from ckpt_fast.pipeline.load.entries.kinds import Item, Piece, SavedTensor
 from ckpt_fast.pipeline.load.entries.pickled import LONGEST_FILE, require_inside
 
 
@@ -38,12 +42,12 @@ class TableEntries:
             raise ValueError(f"its table has {len(table.kinds)} rows for {len(payloads.file)} payloads")
         for path in payloads.paths:
             require_inside(path)
-        self.nbytes = sum(payloads.nbytes)
+        self.nbytes = int(_ints(payloads.nbytes).sum())
         self._numbers = {name: number for number, name in enumerate(table.names)}
         self._require_lengths()
         self._require_apart()
         self._order, self._first = self._by_name()
-        self._pieces: dict[int, ByPlace[int]] = {}
+        self._places: dict[int, tuple[Numbers, Ints]] = {}
 
     @property
     def names(self) -> Collection[str]:
@@ -60,22 +64,19 @@ class TableEntries:
             requests: of no other shape than their destinations.
         """
         table, numbers, order, first = self._table, self._numbers, self._order, self._first
-        lists, dtypes, kinds, begins, sizes = (
-            table.lists,
-            table.dtypes,
-            table.kinds,
-            table.offsets,
-            table.sizes,
-        )
+        dtypes, kinds, begins, sizes = table.dtypes, table.kinds, table.offsets, table.sizes
+        # Most shards of a rank have one of few places and shapes.
+        lists = functools.lru_cache(maxsize=1024)(table.lists.__getitem__)
+        find = functools.lru_cache(maxsize=1024)(table.lists.find)
         rows: list[int | None] = []
         # At every load, tensor by tensor.
         for fqn, tensor, offsets, _ in requests:
             number, row = numbers.get(fqn), None
             if number is not None and dtypes[number] is tensor.dtype:
                 at = first[number]
-                row = order[at] if first[number + 1] - at == 1 else self._row_at(number, offsets)
+                row = order[at] if first[number + 1] - at == 1 else self._row_at(number, find(offsets))
                 if row is not None and not (
-                    kinds[row] == RAW and lists[sizes[row]] == tensor.shape and lists[begins[row]] == offsets
+                    kinds[row] == RAW and lists(sizes[row]) == tensor.shape and lists(begins[row]) == offsets
                 ):
                     row = None
             rows.append(row)
@@ -83,16 +84,42 @@ class TableEntries:
 
     def fqn(self, row: int) -> str:
         """The name of what a payload belongs to."""
-        return self._table.names[self._table.name[row]]
+        name: str = self._table.names[self._table.name[row]]
+        return name
+
+    def piece_count(self, fqn: str) -> int:
+        """How many pieces a tensor has; 0 if there is none of this name."""
+        number = self._numbers.get(fqn)
+        return 0 if number is None else self._first[number + 1] - self._first[number]
 
     def tensor(self, fqn: str) -> SavedTensor | None:
         number = self._numbers.get(fqn)
-        dtype = None if number is None else self._table.dtypes[number]
-        if number is None or dtype is None:
+        return None if number is None else self._tensor(number, self._rows(number))
+
+    def tensor_within(self, fqn: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> SavedTensor | None:
+        """The tensor of this name, if there is one, with only those pieces that have elements in a region."""
+        number = self._numbers.get(fqn)
+        if number is None or self._table.dtypes[number] is None:
+            return None
+        rows, lists = self._rows(number), self._table.lists
+        dimensions = len(lists[self._table.shapes[number]])
+        place, extent = self._table.offsets[rows], self._table.sizes[rows]
+        if len(offsets) == dimensions and all(
+            (lists.lengths[each] == dimensions).all() for each in (place, extent)
+        ):
+            begin, size = (lists.matrix(each, dimensions) for each in (place, extent))
+            low = np.array(offsets, np.int64)
+            high = low + np.array(sizes, np.int64)
+            rows = rows[((begin < high) & (low < begin + size)).all(axis=1)]
+        return self._tensor(number, rows)
+
+    def _tensor(self, number: int, rows: Ints) -> SavedTensor | None:
+        fqn, dtype = self._table.names[number], self._table.dtypes[number]
+        if dtype is None:
             return None
         lists = self._table.lists
         shape, pieces = lists[self._table.shapes[number]], []
-        for row in self._rows(number):
+        for row in rows.tolist():
             offsets, sizes = lists[self._table.offsets[row]], lists[self._table.sizes[row]]
             if not len(offsets) == len(sizes) == len(shape):
                 raise ValueError(f"a piece of {fqn} has another number of dimensions")
@@ -113,19 +140,24 @@ class TableEntries:
         rows = self._rows(number)
         if len(rows) != 1:
             raise ValueError(f"{fqn} has {len(rows)} items")
-        return Item(self._payload(rows[0]), ())
+        return Item(self._payload(int(rows[0])), ())
 
-    def _rows(self, number: int) -> array[int]:
+    def _rows(self, number: int) -> Ints:
         return self._order[self._first[number] : self._first[number + 1]]
 
-    def _row_at(self, number: int, offsets: tuple[int, ...]) -> int | None:
-        pieces = self._pieces.get(number)
-        if pieces is None:
-            lists, begins, sizes = self._table.lists, self._table.offsets, self._table.sizes
-            pieces = self._pieces[number] = ByPlace(
-                (lists[begins[row]], math.prod(lists[sizes[row]]), row) for row in self._rows(number)
-            )
-        return pieces.get(offsets)
+    def _row_at(self, number: int, place: int | None) -> int | None:
+        """The row of a tensor's piece at a place (one of the lists), if there is just one with elements."""
+        if place is None:
+            return None
+        known = self._places.get(number)
+        if known is None:
+            rows = self._rows(number)
+            rows = rows[self._table.lists.products[self._table.sizes[rows]] > 0]
+            order = self._table.offsets[rows].argsort(kind="stable")
+            known = self._places[number] = self._table.offsets[rows[order]], rows[order]
+        places, rows = known
+        begin, end = np.searchsorted(places, place), np.searchsorted(places, place, "right")
+        return int(rows[begin]) if end - begin == 1 else None
 
     def _payload(self, row: int) -> Extent:
         paths, file, offset, nbytes, _ = self._payloads
@@ -143,53 +175,49 @@ class TableEntries:
 
     def _require_lengths(self) -> None:
         """Each payload that is the elements of a piece is just as long as these."""
-        table, nbytes = self._table, _tensor(self._payloads.nbytes)
-        if max(self._payloads.offset, default=0) + max(self._payloads.nbytes, default=0) > LONGEST_FILE:
+        table, offset, nbytes = self._table, _ints(self._payloads.offset), _ints(self._payloads.nbytes)
+        if int(offset.max(initial=0)) + int(nbytes.max(initial=0)) > LONGEST_FILE:
             raise ValueError("its payloads are longer than any file")
-        if not len(nbytes):
-            return
-        numel = torch.tensor([math.prod(each) for each in table.lists])[_tensor(table.sizes)]
-        itemsize = torch.tensor([dtype.itemsize if dtype is not None else 0 for dtype in table.dtypes])
-        wrong = (numel * itemsize[_tensor(table.name)] != nbytes) & (_kinds(table) == RAW)
+        itemsize = np.array([0 if dtype is None else dtype.itemsize for dtype in table.dtypes], np.int64)
+        numel = table.lists.products[table.sizes]
+        wrong = (numel * itemsize[table.name] != nbytes) & (table.kinds == RAW) if len(nbytes) else nbytes > 0
         if wrong.any():
-            row = int(wrong.nonzero()[0])
+            row = int(wrong.argmax())
             raise ValueError(f"{self.fqn(row)} cannot have {self._payloads.nbytes[row]} bytes")
 
     def _require_apart(self) -> None:
         """No two payloads have a byte in common."""
-        file, offset, nbytes = map(_tensor, self._payloads[1:4])
-        rows = (nbytes > 0).nonzero().flatten()
-        rows = rows[offset[rows].argsort(stable=True)]
-        rows = rows[file[rows].argsort(stable=True)]
+        file, offset, nbytes = (_ints(column) for column in self._payloads[1:4])
+        rows = np.flatnonzero(nbytes > 0)
+        rows = rows[_order(file[rows])]
         before, after = rows[:-1], rows[1:]
+        if not ((file[before] != file[after]) | (offset[before] <= offset[after])).all():
+            rows = rows[np.lexsort((offset[rows], file[rows]))]
+            before, after = rows[:-1], rows[1:]
         shared = (file[before] == file[after]) & (offset[before] + nbytes[before] > offset[after])
         if shared.any():
-            one, other = (int(each[shared][0]) for each in (before, after))
+            at = int(shared.argmax())
+            one, other = int(before[at]), int(after[at])
             path, begin, _ = self._payload(other)
             names = sorted((self.fqn(one), self.fqn(other)))
             raise ValueError(f"{' and '.join(names)} share bytes of {path} at {begin}")
 
-    def _by_name(self) -> tuple[array[int], array[int]]:
+    def _by_name(self) -> tuple[Ints, list[int]]:
         """The rows in the order of the names, and where those of each name begin."""
-        count = len(self._table.names)
-        rows = (_kinds(self._table) != NOTHING).nonzero().flatten()
-        name = _tensor(self._table.name)[rows]
-        order = rows[name.argsort(stable=True)]
-        counts = torch.bincount(name, minlength=count) if count else torch.zeros(0, dtype=torch.int64)
-        if not bool((counts > 0).all()):
-            raise ValueError(f"{self._table.names[int((counts == 0).nonzero()[0])]} has no item")
-        first = array("q", [0])
-        first.extend(counts.cumsum(0).tolist())
-        return array("q", order.tolist()), first
+        rows = np.flatnonzero(self._table.kinds != NOTHING)
+        name = self._table.name[rows]
+        counts = np.bincount(name, minlength=len(self._table.names))
+        if not counts.all():
+            raise ValueError(f"{self._table.names[int(counts.argmin())]} has no item")
+        return rows[_order(name)], [0, *np.cumsum(counts).tolist()]
 
 
-def _tensor(column: array[int]) -> torch.Tensor:
-    """int64."""
-    if not len(column):
-        return torch.zeros(0, dtype=torch.int64)
-    kind = torch.int32 if column.typecode == "I" else torch.int64
-    return torch.frombuffer(column, dtype=kind).to(torch.int64)
+def _ints(column: array[int]) -> npt.NDArray[np.integer[Any]]:
+    return np.frombuffer(column, np.uint32 if column.typecode == "I" else np.int64)
 
 
-def _kinds(table: Table) -> torch.Tensor:
-    return torch.tensor(list(table.kinds), dtype=torch.int64)
+def _order(numbers: npt.NDArray[np.integer[Any]]) -> Ints:
+    """What sorts numbers and leaves equal ones in their order; in linear time if they are small."""
+    if numbers.max(initial=0) < 1 << 16:
+        numbers = numbers.astype(np.uint16)
+    return numbers.argsort(kind="stable")
