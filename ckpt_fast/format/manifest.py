@@ -28,6 +28,7 @@ _MAGIC = b"CKPTFAST"
 # Lengths of the manifest and of the pickle, version; then the CRC-32 of all before it, and the magic number.
 _LENGTHS = struct.Struct("<QQI")
 _END = struct.Struct("<I8s")
+FOOTER_NBYTES = _LENGTHS.size + _END.size
 _U32 = struct.Struct("<I")
 
 
@@ -186,6 +187,30 @@ def append_manifest(pickled: bytes, manifest: Manifest) -> bytes:
     return content + _END.pack(zlib.crc32(content), _MAGIC)
 
 
+def without_pickle(content: bytes) -> bytes:
+    """All of a ``.metadata`` that a reader of the table needs; empty if it has no table.
+
+    It ends as the file does.
+
+    Raises:
+        ValueError: the file is not as it was written.
+    """
+    pickled, manifest = split_manifest(content)
+    return content[len(pickled) :] if manifest is not None and manifest.encoded_table else b""
+
+
+def manifest_in(rest: bytes) -> Manifest:
+    """The manifest in what ``without_pickle`` has left."""
+    return _decode(memoryview(rest)[:-FOOTER_NBYTES])
+
+
+def mark_of(rest: bytes) -> tuple[int, int]:
+    """CRC-32 and length of the file that ``without_pickle`` was given."""
+    _, pickle_nbytes, _ = _LENGTHS.unpack_from(rest, len(rest) - FOOTER_NBYTES)
+    before, _ = _END.unpack_from(rest, len(rest) - _END.size)
+    return zlib.crc32(memoryview(rest)[-_END.size :], before), len(rest) + int(pickle_nbytes)
+
+
 def has_manifest(content: bytes) -> bool:
     """Whether a ``.metadata`` file ends as one with a manifest does."""
     return content.endswith(_MAGIC)
@@ -199,7 +224,7 @@ def split_manifest(content: bytes) -> tuple[bytes, Manifest | None]:
     Raises:
         ValueError: the file is not as it was written.
     """
-    footer = _LENGTHS.size + _END.size
+    footer = FOOTER_NBYTES
     if len(content) < footer or not has_manifest(content):
         return content, None
     crc, _ = _END.unpack_from(content, len(content) - _END.size)

@@ -59,6 +59,21 @@ def read_small_file(path: str | os.PathLike[str], limit: int = LARGEST_FILE) -> 
         os.close(descriptor)
 
 
+def ends_so(path: str | os.PathLike[str], nbytes: int, ending: bytes) -> bool:
+    """Local. Whether a file is there, has this length, and ends with these bytes."""
+    try:
+        with open(path, "rb", opener=_without_waiting) as file:
+            if os.fstat(file.fileno()).st_size != nbytes:
+                return False
+            return os.pread(file.fileno(), len(ending), nbytes - len(ending)) == ending
+    except OSError:
+        return False
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)
+
+
 def _require_regular(path: str | os.PathLike[str], status: os.stat_result) -> None:
     if not stat.S_ISREG(status.st_mode):
         kind = _KINDS.get(stat.S_IFMT(status.st_mode), "special file")
