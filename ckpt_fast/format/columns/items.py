@@ -118,6 +118,12 @@ def encode_items(records: Sequence[ItemRecord], digests: Sequence[BlockDigests])
     )
 
 
+def row_count(encoded: bytes) -> int:
+    """How many items a rank has encoded."""
+    count: int = _HEAD.unpack_from(encoded)[3]
+    return count
+
+
 def join_items(encoded: Sequence[bytes]) -> Items:
     """The items of all ranks.
 
