@@ -183,8 +183,10 @@ def append_manifest(pickled: bytes, manifest: Manifest) -> bytes:
     body = manifest.encode()
     if is_bound_to(manifest.encoded_table, pickled):
         body += manifest.encoded_table
-    content = b"".join([pickled, body, _LENGTHS.pack(len(body), len(pickled), _VERSION)])
-    return content + _END.pack(zlib.crc32(content), _MAGIC)
+    parts, crc = [pickled, body, _LENGTHS.pack(len(body), len(pickled), _VERSION)], 0
+    for part in parts:
+        crc = zlib.crc32(part, crc)
+    return b"".join([*parts, _END.pack(crc, _MAGIC)])
 
 
 def without_pickle(content: bytes) -> bytes:

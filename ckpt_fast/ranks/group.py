@@ -152,12 +152,18 @@ class ControlGroup:
             return []
         return [b"".join(parts) for parts in zip(*rounds, strict=True)] or [b""] * self.size
 
-    def broadcast_bytes(self, content: bytes) -> bytes:
-        """Collective. The coordinator's bytes on every rank, in few large transfers."""
+    def broadcast_bytes(self, content: bytes, nbytes: int | None = None) -> bytes:
+        """Collective. The coordinator's bytes on every rank, in few large transfers.
+
+        Args:
+            content: the coordinator's counts.
+            nbytes: their number, where all ranks know it; there is nothing to transfer if it is 0.
+        """
         if self.size == 1:
             return content
-        length = self._broadcast_tensor(torch.tensor([len(content)]))
-        whole = torch.empty(int(length), dtype=torch.uint8)
+        if nbytes is None:
+            nbytes = int(self._broadcast_tensor(torch.tensor([len(content)])))
+        whole = torch.empty(nbytes, dtype=torch.uint8)
         if self.is_coordinator and content:
             whole = torch.frombuffer(bytearray(content), dtype=torch.uint8)
         for begin in range(0, len(whole), _MOST_BROADCAST):

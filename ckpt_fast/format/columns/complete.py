@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from ckpt_fast.errors import CheckpointMismatchError
 from ckpt_fast.format.columns.items import Items
-from ckpt_fast.format.columns.lists import Ints
+from ckpt_fast.format.columns.lists import Ints, stable_order
 from ckpt_fast.format.consistency import Region, require_apart
 
 Flags = npt.NDArray[np.bool_]
@@ -62,7 +62,7 @@ def _kept(items: Items) -> Kept:
     # Where there are more ranks than rows, pieces are empty and may share an offset.
     is_left_out = is_empty & ((products[items.rows["shape"]] > 0) | (first[name] != numbers))
     rows = numbers[~is_left_out]
-    rows = rows[np.argsort(name[rows], kind="stable")]
+    rows = rows[stable_order(name[rows])]
     return Kept(first, is_left_out, rows, np.searchsorted(name[rows], np.arange(count + 1)))
 
 

@@ -56,6 +56,7 @@ class OpenCheckpoint:
         self.wanted = frozenset((*wanted, METADATA_FILE))
         self._kept: dict[str, bytes] = {}
         self._handed = b""
+        self._is_seen: bool | None = None
         self._is_own: bool | None = None
         self._has_sidecar = False
 
@@ -115,9 +116,12 @@ class OpenCheckpoint:
         """
         if not self._handed:
             return None
-        self.versions.note([METADATA_FILE])
-        path, mark = os.path.join(self.directory, METADATA_FILE), mark_of(self._handed)
-        return mark if ends_so(path, mark[1], self._handed[-FOOTER_NBYTES:]) else None
+        mark = mark_of(self._handed)
+        if self._is_seen is None:
+            self.versions.note([METADATA_FILE])
+            path = os.path.join(self.directory, METADATA_FILE)
+            self._is_seen = ends_so(path, mark[1], self._handed[-FOOTER_NBYTES:])
+        return mark if self._is_seen else None
 
     def take(self, name: str) -> bytes:
         """``read`` for the last time: the file's content is not kept any longer."""
@@ -138,6 +142,7 @@ class OpenCheckpoint:
     def forget(self) -> None:
         """Check the files again: they may have been replaced. Not once ``.metadata`` is taken apart."""
         self._kept.clear()
+        self._is_seen = None
         self.__dict__.pop("versions", None)
 
     @cached_property

@@ -147,14 +147,16 @@ def _opened_by_all(
     with open_checkpoint(path, (CONFIG_FILE, TRAIN_STATE_FILE)) as checkpoint:
         group, handed = ControlGroup(), b""
 
-        def look() -> tuple[Any, T]:
+        def look() -> tuple[int, Any, T]:
             nonlocal handed
             with checkpoint.named():
-                handed = checkpoint.to_hand_over() if group.size > 1 else b""
-                return view_of(checkpoint), examine(checkpoint)
+                # Without a seal it is one of torch DCP, whose planner wants the pickle on every rank.
+                if group.size > 1 and has_seal(checkpoint):
+                    handed = checkpoint.to_hand_over()
+                return len(handed), view_of(checkpoint), examine(checkpoint)
 
-        view, facts = on_rank_0(look)
-        handed = group.broadcast_bytes(handed)
+        nbytes, view, facts = on_rank_0(look)
+        handed = group.broadcast_bytes(handed, nbytes)
         if not group.is_coordinator:
             checkpoint.accept(handed)
 

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 
 from ckpt_fast.format.archive import item_nbytes, tensor_archive
-from ckpt_fast.format.columns.lists import Ints
+from ckpt_fast.format.columns.lists import Ints, stable_order
 from ckpt_fast.format.consistency import Region, require_apart
 from ckpt_fast.format.manifest import Manifest
 from ckpt_fast.format.table import NOTHING, RAW, Numbers, Table
@@ -189,7 +189,7 @@ class TableEntries:
         """No two payloads have a byte in common."""
         file, offset, nbytes = (_ints(column) for column in self._payloads[1:4])
         rows = np.flatnonzero(nbytes > 0)
-        rows = rows[_order(file[rows])]
+        rows = rows[stable_order(file[rows])]
         before, after = rows[:-1], rows[1:]
         if not ((file[before] != file[after]) | (offset[before] <= offset[after])).all():
             rows = rows[np.lexsort((offset[rows], file[rows]))]
@@ -209,15 +209,8 @@ class TableEntries:
         counts = np.bincount(name, minlength=len(self._table.names))
         if not counts.all():
             raise ValueError(f"{self._table.names[int(counts.argmin())]} has no item")
-        return rows[_order(name)], [0, *np.cumsum(counts).tolist()]
+        return rows[stable_order(name)], [0, *np.cumsum(counts).tolist()]
 
 
 def _ints(column: array[int]) -> npt.NDArray[np.integer[Any]]:
     return np.frombuffer(column, np.uint32 if column.typecode == "I" else np.int64)
-
-
-def _order(numbers: npt.NDArray[np.integer[Any]]) -> Ints:
-    """What sorts numbers and leaves equal ones in their order; in linear time if they are small."""
-    if numbers.max(initial=0) < 1 << 16:
-        numbers = numbers.astype(np.uint16)
-    return numbers.argsort(kind="stable")
