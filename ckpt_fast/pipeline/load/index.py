@@ -129,6 +129,10 @@ class CheckpointIndex:
         """The shape of a saved tensor; None for an object. KeyError: there is neither."""
         return self._entries.shape(fqn)
 
+    def dtype(self, fqn: str) -> torch.dtype | None:
+        """The dtype of a saved tensor; None for an object. KeyError: there is neither."""
+        return self._entries.dtype(fqn)
+
     def tensor_shape(self, fqn: str) -> tuple[int, ...]:
         """The shape of a saved tensor.
 

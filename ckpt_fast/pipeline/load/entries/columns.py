@@ -57,6 +57,9 @@ class TableEntries:
         table, number = self._table, self._numbers[fqn]
         return None if table.dtypes[number] is None else table.lists[table.shapes[number]]
 
+    def dtype(self, fqn: str) -> torch.dtype | None:
+        return self._table.dtypes[self._numbers[fqn]]
+
     def raw_rows(self, requests: Iterable[TensorRequest]) -> list[int | None]:
         """For each request, the row of the payload that has just its region's elements, if there is one.
 
