@@ -27,10 +27,11 @@ from ckpt_fast.format.archive import tensor_archive
 from ckpt_fast.format.types import Shard, TensorRequest, TensorShard
 from ckpt_fast.pipeline.load.index import CheckpointIndex
 from ckpt_fast.pipeline.load.load import load_tensors
-from ckpt_fast.pipeline.save.encode import WriteProgram, encode_metadata
+from ckpt_fast.pipeline.save.encode import WriteProgram
 from ckpt_fast.pipeline.save.parts import Share
 from ckpt_fast.pipeline.save.plan import item_records, plan_save
 from ckpt_fast.pipeline.save.save import Save
+from ckpt_fast.pipeline.save.sealed import encode_metadata
 from ckpt_fast.pipeline.save.stage import stage
 
 TENSORS = int(os.environ.get("CKPT_FAST_BENCH_TENSORS", "10000"))

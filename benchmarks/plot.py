@@ -5,7 +5,7 @@
 
 ``throughput.svg`` has gigabytes per second of every contestant, with the limit marked, from tables that have
 a limit: whole saves and loads. ``growth.svg`` has the report of bench_growth: milliseconds by the number of
-tensors, without those of the memcpy.
+tensors, without those of the memcpy. ``scale.svg`` has the growth that bench_plan measures.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ matplotlib.use("svg")
 matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "ckpt_fast", "font.size": 9})
 from matplotlib import pyplot  # noqa: E402
 
+SIZES = "ranks x tensors"
 OURS, LIMIT, RIVAL = "#2a7f4f", "#555555", "#b8c4ce"
 
 
@@ -77,6 +78,33 @@ def draw_growth(axes: Any, drawn: list[dict[str, Any]]) -> None:
     axes.legend(frameon=False)
 
 
+def draw_scale(axes: Any, drawn: list[dict[str, Any]]) -> None:
+    """Draw tables whose names are "ranks x tensors": a point for each size, by the number of shards."""
+    times = {table["figure"]: table["seconds"] for table in drawn}
+    lines = {
+        "first save, coordinator": ("join", "check and write", "frame"),
+        "later saves, coordinator": ("known",),
+        "first save, gather (model)": ("gather",),
+        "load, broadcast (model)": ("broadcast",),
+        "load, each rank": ("load",),
+    }
+    for (name, phases), marker in zip(lines.items(), "os^vD", strict=True):
+        points = sorted(
+            (_shards(size), sum(times[phase][size][0] for phase in phases) * 1e3) for size in times["join"]
+        )
+        axes.loglog(*zip(*points, strict=True), marker, label=name, markersize=4)
+    axes.set_title(drawn[0]["title"].partition(":")[0], loc="left", fontsize=10)
+    axes.set_xlabel("shards")
+    axes.set_ylabel("ms")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+
+
+def _shards(size: str) -> int:
+    ranks, count = size.split(" x ")
+    return int(ranks) * int(count)
+
+
 def draw_throughput(drawn: list[dict[str, Any]]) -> Any:
     """Return a figure with one chart for each table."""
     heights = [0.3 * len(table["seconds"]) + 0.9 for table in drawn]
@@ -92,8 +120,9 @@ def main() -> None:
     results = Path(sys.argv[1])
     everything = tables(results)
     bars = [table for table in everything if table["limit"]]
-    lines = [table for table in everything if table.get("by")]
-    if not bars and not lines:
+    lines = [table for table in everything if table.get("by") == "tensors"]
+    sizes = [table for table in everything if table.get("by") == SIZES]
+    if not bars and not lines and not sizes:
         sys.exit(f"{results} has no reports to draw; run python -m benchmarks {results}")
     figures = {}
     if bars:
@@ -101,6 +130,9 @@ def main() -> None:
     if lines:
         figures["growth.svg"], axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
         draw_growth(axes, lines)
+    if sizes:
+        figures["scale.svg"], axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+        draw_scale(axes, sizes)
     for name, figure in figures.items():
         figure.savefig(results / name, metadata={"Date": None})
 

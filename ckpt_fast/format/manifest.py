@@ -6,7 +6,6 @@ It follows the pickle. Readers that do not know it stop there. docs/format.md dr
 
 from __future__ import annotations
 
-import itertools
 import json
 import secrets
 import struct
@@ -15,6 +14,8 @@ from array import array
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from ckpt_fast.format.table import Table, decode_table, is_bound_to
 from ckpt_fast.format.types import BlockDigests, FileRecord
@@ -27,6 +28,7 @@ _MAGIC = b"CKPTFAST"
 # Lengths of the manifest and of the pickle, version; then the CRC-32 of all before it, and the magic number.
 _LENGTHS = struct.Struct("<QQI")
 _END = struct.Struct("<I8s")
+FOOTER_NBYTES = _LENGTHS.size + _END.size
 _U32 = struct.Struct("<I")
 
 
@@ -119,9 +121,9 @@ class Manifest:
     @cached_property
     def first_blocks(self) -> array[int]:
         """For each payload, which of ``crcs`` is that of its first block; then their number."""
-        block = self.block_nbytes
-        counts = (-(-nbytes // block) for nbytes in self.payloads.nbytes)
-        first = array("q", itertools.accumulate(counts, initial=0))
+        counts = -(-np.frombuffer(self.payloads.nbytes, np.int64) // self.block_nbytes)
+        first = array("q", [0])
+        first.frombytes(np.cumsum(counts).tobytes())
         if first[-1] != len(self.crcs):
             raise ValueError(f"{len(self.crcs)} blocks have checksums, but there are {first[-1]}")
         return first
@@ -172,7 +174,7 @@ class Manifest:
             separators=(",", ":"),
         ).encode()
         counts = _U32.pack(len(head)) + _U32.pack(len(file)) + _U32.pack(len(crcs) // 4)
-        columns = [column.tobytes() for column in (array("I", file), offset, nbytes)]
+        columns = [column.tobytes() for column in (file, offset, nbytes)]
         return b"".join([counts, head, *columns, crcs])
 
 
@@ -181,8 +183,34 @@ def append_manifest(pickled: bytes, manifest: Manifest) -> bytes:
     body = manifest.encode()
     if is_bound_to(manifest.encoded_table, pickled):
         body += manifest.encoded_table
-    content = b"".join([pickled, body, _LENGTHS.pack(len(body), len(pickled), _VERSION)])
-    return content + _END.pack(zlib.crc32(content), _MAGIC)
+    parts, crc = [pickled, body, _LENGTHS.pack(len(body), len(pickled), _VERSION)], 0
+    for part in parts:
+        crc = zlib.crc32(part, crc)
+    return b"".join([*parts, _END.pack(crc, _MAGIC)])
+
+
+def without_pickle(content: bytes) -> bytes:
+    """All of a ``.metadata`` that a reader of the table needs; empty if it has no table.
+
+    It ends as the file does.
+
+    Raises:
+        ValueError: the file is not as it was written.
+    """
+    pickled, manifest = split_manifest(content)
+    return content[len(pickled) :] if manifest is not None and manifest.encoded_table else b""
+
+
+def manifest_in(rest: bytes) -> Manifest:
+    """The manifest in what ``without_pickle`` has left."""
+    return _decode(memoryview(rest)[:-FOOTER_NBYTES])
+
+
+def mark_of(rest: bytes) -> tuple[int, int]:
+    """CRC-32 and length of the file that ``without_pickle`` was given."""
+    _, pickle_nbytes, _ = _LENGTHS.unpack_from(rest, len(rest) - FOOTER_NBYTES)
+    before, _ = _END.unpack_from(rest, len(rest) - _END.size)
+    return zlib.crc32(memoryview(rest)[-_END.size :], before), len(rest) + int(pickle_nbytes)
 
 
 def has_manifest(content: bytes) -> bool:
@@ -198,7 +226,7 @@ def split_manifest(content: bytes) -> tuple[bytes, Manifest | None]:
     Raises:
         ValueError: the file is not as it was written.
     """
-    footer = _LENGTHS.size + _END.size
+    footer = FOOTER_NBYTES
     if len(content) < footer or not has_manifest(content):
         return content, None
     crc, _ = _END.unpack_from(content, len(content) - _END.size)
@@ -231,9 +259,8 @@ def _decode(body: memoryview) -> Manifest:
     paths, block_nbytes = list(map(str, head["data_files"])), int(head["block_nbytes"])
     if (
         block_nbytes < 1
-        or max(columns[0], default=-1) >= len(paths)
-        or min(columns[1], default=0) < 0
-        or min(columns[2], default=0) < 0
+        or (len(columns[0]) and np.frombuffer(columns[0], np.uint32).max() >= len(paths))
+        or any(len(column) and np.frombuffer(column, np.int64).min() < 0 for column in columns[1:3])
     ):
         raise ValueError("its manifest makes no sense")
     file, offset, nbytes, crcs = columns

@@ -6,16 +6,19 @@ It follows the columns of the manifest and has a row for each payload. docs/form
 
 from __future__ import annotations
 
-import math
 import struct
 import zlib
-from array import array
-from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
-from ckpt_fast.format.types import ItemRecord
+from ckpt_fast.format.columns.items import Items
+from ckpt_fast.format.columns.lists import Lists
+
+Numbers = npt.NDArray[np.uint32]
 
 _VERSION = 1
 # Version; CRC-32 of the pickle; payloads, names, lists, numbers in them; bytes of dtypes, of names.
@@ -46,71 +49,42 @@ class Table(NamedTuple):
 
     names: list[str]
     dtypes: list[torch.dtype | None]
-    shapes: array[int]
-    kinds: bytes
-    name: array[int]
-    offsets: array[int]
-    sizes: array[int]
-    lists: list[tuple[int, ...]]
+    shapes: Numbers
+    kinds: npt.NDArray[np.uint8]
+    name: Numbers
+    offsets: Numbers
+    sizes: Numbers
+    lists: Lists
 
 
-class TableBuilder:
-    """A table, built payload by payload."""
+def encode_table(items: Items, is_left_out: npt.NDArray[np.bool_]) -> bytes:
+    """The table of these items, of no pickle yet; empty if names or shapes cannot be stored.
 
-    def __init__(self) -> None:
-        self._names: dict[str, int] = {}
-        self._dtypes: dict[torch.dtype | None, int] = {None: 0}
-        self._lists: dict[tuple[int, ...], int] = {}
-        self._dtype, self._shape = array("I"), array("I")
-        self._kinds = bytearray()
-        self._name, self._offsets, self._sizes = array("I"), array("I"), array("I")
-
-    def add(self, record: ItemRecord, *, is_left_out: bool) -> None:
-        """The next payload.
-
-        Args:
-            record: what it is.
-            is_left_out: whether ``.metadata`` does not mention it.
-        """
-        lists = self._lists
-        name = self._names.setdefault(record.fqn, len(self._names))
-        if name == len(self._dtype):
-            self._dtype.append(self._dtypes.setdefault(record.dtype, len(self._dtypes)))
-            self._shape.append(lists.setdefault(record.global_shape, len(lists)))
-        self._kinds.append(NOTHING if is_left_out else ITEM if record.dtype is None else RAW)
-        self._name.append(name)
-        self._offsets.append(lists.setdefault(record.offsets, len(lists)))
-        self._sizes.append(lists.setdefault(record.sizes, len(lists)))
-
-    def encode(self, are_items: Sequence[bool]) -> bytes | None:
-        """The table, of no pickle yet; None if names or shapes cannot be stored.
-
-        Args:
-            are_items: for each payload, whether it is a whole item.
-        """
-        if any("\0" in name for name in self._names) or len(are_items) != len(self._kinds):
-            return None
-        if any(len(each) > _MOST_DIMENSIONS for each in self._lists):
-            return None
-        kinds = bytes(
-            ITEM if kind == RAW and is_item else kind
-            for kind, is_item in zip(self._kinds, are_items, strict=True)
-        )
-        dtypes = "\0".join("" if each is None else str(each).removeprefix("torch.") for each in self._dtypes)
-        names = "\0".join(self._names).encode("utf-8", "surrogatepass")
-        numbers = [number for each in self._lists for number in each]
-        columns = [self._dtype, self._shape, self._name, self._offsets, self._sizes]
-        columns += [array("I", map(len, self._lists)), array("q", numbers)]
-        counts = (len(kinds), len(self._names), len(self._lists), len(numbers))
-        return b"".join(
-            [
-                _HEAD.pack(_VERSION, 0, *counts, len(dtypes), len(names)),
-                *(column.tobytes() for column in columns),
-                kinds,
-                dtypes.encode(),
-                names,
-            ]
-        )
+    Args:
+        items: with a payload each.
+        is_left_out: for each, whether ``.metadata`` does not mention it.
+    """
+    rows, lists = items.rows, items.lists
+    if any("\0" in name for name in items.names) or lists.lengths.max(initial=0) > _MOST_DIMENSIONS:
+        return b""
+    are_items = items.are_objects | (rows["offset"] == rows["payload"])
+    kinds = np.where(is_left_out, NOTHING, np.where(are_items, ITEM, RAW)).astype(np.uint8)
+    first = np.zeros(len(items.names), np.int64)
+    first[rows["name"][::-1]] = np.arange(len(rows))[::-1]
+    dtypes = "\0".join("" if each is None else str(each).removeprefix("torch.") for each in items.dtypes)
+    names = "\0".join(items.names).encode("utf-8", "surrogatepass")
+    columns = [rows["dtype"][first], rows["shape"][first], rows["name"], rows["place"], rows["sizes"]]
+    counts = (len(rows), len(items.names), len(lists), len(lists.numbers))
+    return b"".join(
+        [
+            _HEAD.pack(_VERSION, 0, *counts, len(dtypes), len(names)),
+            *(column.astype("<u4").tobytes() for column in (*columns, lists.lengths)),
+            lists.numbers.astype("<i8").tobytes(),
+            kinds.tobytes(),
+            dtypes.encode(),
+            names,
+        ]
+    )
 
 
 def bound_to(table: bytes, pickled: bytes) -> bytes:
@@ -121,11 +95,12 @@ def bound_to(table: bytes, pickled: bytes) -> bytes:
 
 def is_bound_to(table: bytes, pickled: bytes) -> bool:
     """Whether an encoded table is that of this pickle: another program may have replaced it."""
-    return len(table) >= _HEAD.size and table == bound_to(table, pickled)
+    crc = table[_PICKLE_CRC_AT : _PICKLE_CRC_AT + 4]
+    return len(table) >= _HEAD.size and crc == struct.pack("<I", zlib.crc32(pickled))
 
 
 def decode_table(content: bytes) -> Table | None:
-    """A table as ``TableBuilder`` encodes it; None if it is of a later version.
+    """A table as ``encode_table`` makes it; None if it is of a later version.
 
     Raises:
         ValueError: it contradicts itself.
@@ -136,41 +111,35 @@ def decode_table(content: bytes) -> Table | None:
     )
     if version != _VERSION:
         return None
-    counts = (name_count, name_count, rows, rows, rows, list_count, number_count)
-    at = _HEAD.size
-    columns: list[array[int]] = []
-    for code, count in zip("IIIIIIq", counts, strict=True):
-        column = array(code)
-        end = at + count * column.itemsize
-        column.frombytes(content[at:end])
-        columns.append(column)
-        at = end
-    dtype, shape, name, offsets, sizes, lengths, numbers = columns
-    ends = [at + rows, at + rows + dtype_nbytes, at + rows + dtype_nbytes + name_nbytes]
-    if ends[-1] != len(content):
+    counts = (name_count, name_count, rows, rows, rows, list_count, number_count, rows)
+    kinds_of_columns = [*["<u4"] * 6, "<i8", "u1"]
+    nbytes = [count * np.dtype(kind).itemsize for count, kind in zip(counts, kinds_of_columns, strict=True)]
+    begins = list(accumulate([*nbytes, dtype_nbytes, name_nbytes], initial=_HEAD.size))
+    if begins[-1] != len(content):
         raise ValueError("its table is cut short")
-    kinds = content[at : ends[0]]
-    dtypes = [_dtype(text) for text in content[ends[0] : ends[1]].decode().split("\0")]
-    names = content[ends[1] : ends[2]].decode("utf-8", "surrogatepass").split("\0") if name_count else []
+    dtype, shape, name, offsets, sizes, lengths, numbers, kinds = (
+        np.frombuffer(content, kind, count, begin)
+        for kind, count, begin in zip(kinds_of_columns, counts, begins, strict=False)
+    )
+    texts = [content[begin:end] for begin, end in pairwise(begins[-3:])]
+    dtypes = [_dtype(text) for text in texts[0].decode().split("\0")]
+    names = texts[1].decode("utf-8", "surrogatepass").split("\0") if name_count else []
     for what, column, count in (
         ("name", name, name_count),
         ("dtype", dtype, len(dtypes)),
         *(("list", each, list_count) for each in (shape, offsets, sizes)),
-        ("kind", array("B", kinds), ITEM + 1),
+        ("kind", kinds, ITEM + 1),
     ):
-        if column and max(column) >= count:
-            raise ValueError(f"its table has no {what} {max(column)}")
+        if column.max(initial=0) >= max(count, 1) or (len(column) and not count):
+            raise ValueError(f"its table has no {what} {column.max()}")
     if len(names) != name_count or len(set(names)) != name_count:
         raise ValueError(f"its table has {len(set(names))} names instead of {name_count}")
-    if sum(lengths) != number_count or min(numbers, default=0) < 0:
+    if lengths.sum() != number_count or numbers.min(initial=0) < 0:
         raise ValueError("its table makes no sense")
-    if max(lengths, default=0) > _MOST_DIMENSIONS:
-        raise ValueError(f"its table has a tensor of {max(lengths)} dimensions")
-    lists, begin = [], 0
-    for length in lengths:
-        lists.append(tuple(numbers[begin : begin + length]))
-        begin += length
-    if any(math.prod(each) > _LARGEST for each in lists):
+    if lengths.max(initial=0) > _MOST_DIMENSIONS:
+        raise ValueError(f"its table has a tensor of {lengths.max()} dimensions")
+    lists = Lists(lengths.astype(np.int64), numbers)
+    if lists.products.max(initial=0) > _LARGEST:
         raise ValueError("its table has a tensor that no memory holds")
     return Table(names, [dtypes[each] for each in dtype], shape, kinds, name, offsets, sizes, lists)
 

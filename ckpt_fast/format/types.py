@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import itertools
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -122,6 +124,7 @@ class RankRecord:
         beside: files that lie beside the checkpoint.
         program: the token of the save program that was executed; "" if there was none.
         is_known: whether the coordinator has had the items of the program before.
+        objects: which of the items are objects, where these are left out.
     """
 
     items: list[ItemRecord]
@@ -130,6 +133,18 @@ class RankRecord:
     beside: list[FileRecord] = field(default_factory=list)
     program: str = ""
     is_known: bool = False
+    objects: Sequence[int] = ()
+
+    @property
+    def object_nbytes(self) -> list[int]:
+        """The lengths of the objects, in the order of the items."""
+        if not self.digests:
+            return [item.extent.nbytes for item in self.items if item.dtype is None]
+        objects = self.objects
+        if not self.is_known:
+            objects = [number for number, item in enumerate(self.items) if item.dtype is None]
+        nbytes = list(itertools.chain.from_iterable(digests.nbytes for digests in self.digests))
+        return [nbytes[number] for number in objects]
 
 
 def shard_nbytes(shard: Shard) -> int:

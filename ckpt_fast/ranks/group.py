@@ -27,6 +27,10 @@ from ckpt_fast.errors import CheckpointError, CheckpointWriteError, RankLostErro
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 _FAILED = -1
+# What the coordinator receives at once from all ranks together, and what a rank at least sends.
+_MOST_GATHERED = 256 << 20
+_LEAST_ROUND = 16 << 10
+_MOST_BROADCAST = 64 << 20
 _NAMES_RANK = re.compile(r"rank \d+: ")
 
 
@@ -121,6 +125,67 @@ class ControlGroup:
         value: T = box[0]
         return value
 
+    def gather_bytes(self, content: bytes) -> list[bytes]:
+        """Collective. All ranks' bytes in rank order on the coordinator, an empty list elsewhere.
+
+        They come in rounds, so that the coordinator needs memory for little more than it has in the end.
+        """
+        if self.size == 1:
+            return [content]
+        lengths = self._gather_tensor(torch.tensor([len(content)]))
+        longest = -self._least(-len(content))
+        width = max(_LEAST_ROUND, _MOST_GATHERED // self.size)
+        mine = torch.frombuffer(bytearray(content) or bytearray(1), dtype=torch.uint8)
+        rounds: list[list[bytes]] = []
+        for begin in range(0, longest, width):
+            part = torch.zeros(min(width, longest - begin), dtype=torch.uint8)
+            present = mine[begin : min(begin + width, len(content))]
+            part[: len(present)] = present
+            parts = self._gather_tensor(part)
+            rounds.append(
+                [
+                    each[: max(0, int(length) - begin)].numpy().tobytes()
+                    for each, length in zip(parts, lengths, strict=True)
+                ]
+            )
+        if not self.is_coordinator:
+            return []
+        return [b"".join(parts) for parts in zip(*rounds, strict=True)] or [b""] * self.size
+
+    def broadcast_bytes(self, content: bytes, nbytes: int | None = None) -> bytes:
+        """Collective. The coordinator's bytes on every rank, in few large transfers.
+
+        Args:
+            content: the coordinator's counts.
+            nbytes: their number, where all ranks know it; there is nothing to transfer if it is 0.
+        """
+        if self.size == 1:
+            return content
+        if nbytes is None:
+            nbytes = int(self._broadcast_tensor(torch.tensor([len(content)])))
+        whole = torch.empty(nbytes, dtype=torch.uint8)
+        if self.is_coordinator and content:
+            whole = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        for begin in range(0, len(whole), _MOST_BROADCAST):
+            part = whole[begin : begin + _MOST_BROADCAST]
+            part.copy_(self._broadcast_tensor(part))
+        return content if self.is_coordinator else whole.numpy().tobytes()
+
+    def _gather_tensor(self, value: torch.Tensor) -> list[torch.Tensor]:
+        """Collective. All ranks' tensors, on the CPU of the coordinator."""
+        with self._in_touch():
+            mine = value.to(_device_of(self._group))
+            values = [torch.empty_like(mine) for _ in range(self.size)] if self.is_coordinator else None
+            dist.gather(mine, values, dst=self._coordinator(), group=self._group)
+            return [each.cpu() for each in values or []]
+
+    def _broadcast_tensor(self, value: torch.Tensor) -> torch.Tensor:
+        """Collective. The coordinator's tensor, on the CPU of every rank."""
+        with self._in_touch():
+            device_value = value.to(_device_of(self._group))
+            dist.broadcast(device_value, src=self._coordinator(), group=self._group)
+            return device_value.cpu()
+
     def all_true(self, value: bool) -> bool:
         """Collective. Whether ``value`` holds on every rank; one small all-reduce."""
         return self._least(int(value)) > 0
@@ -197,11 +262,11 @@ class ControlGroup:
         return mine.value  # type: ignore[return-value]
 
     def _least(self, value: int) -> int:
-        """Collective. The least of all ranks' small integers."""
+        """Collective. The least of all ranks' integers."""
         if self.size == 1:
             return value
         with self._in_touch():
-            least = torch.tensor([value], dtype=torch.int32, device=_device_of(self._group))
+            least = torch.tensor([value], dtype=torch.int64, device=_device_of(self._group))
             dist.all_reduce(least, op=dist.ReduceOp.MIN, group=self._group)
             return int(least.item())
 

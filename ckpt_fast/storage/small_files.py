@@ -14,6 +14,7 @@ LARGEST_FILE = 4 << 30
 # Trackers, seals, configurations: what people could have written.
 LARGEST_TEXT = 16 << 20
 
+_OPENING = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
 _KINDS = {
     stat.S_IFDIR: "directory",
     stat.S_IFIFO: "FIFO",
@@ -37,7 +38,7 @@ def read_small_file(path: str | os.PathLike[str], limit: int = LARGEST_FILE) -> 
     """
     try:
         # A FIFO is opened at once that way, and not when somebody writes to it.
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+        descriptor = os.open(path, _OPENING)
     except OSError as error:
         if error.errno == errno.ENXIO:  # sockets
             _require_regular(path, os.stat(path))
@@ -55,6 +56,23 @@ def read_small_file(path: str | os.PathLike[str], limit: int = LARGEST_FILE) -> 
             parts.append(part)
             left -= len(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
+    finally:
+        os.close(descriptor)
+
+
+def ends_so(path: str | os.PathLike[str], nbytes: int, ending: bytes) -> bool:
+    """Local. Whether a file is there, has this length, and ends with these bytes."""
+    try:
+        descriptor = os.open(path, _OPENING)
+    except OSError:
+        return False
+    try:
+        return (
+            os.fstat(descriptor).st_size == nbytes
+            and os.pread(descriptor, len(ending), nbytes - len(ending)) == ending
+        )
+    except OSError:
+        return False
     finally:
         os.close(descriptor)
 

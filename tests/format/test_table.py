@@ -10,6 +10,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,8 +19,10 @@ from hypothesis import strategies as st
 from ckpt_fast import verify
 from ckpt_fast.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError
 from ckpt_fast.format import table as table_module
+from ckpt_fast.format.columns.items import Items, items_of
+from ckpt_fast.format.columns.lists import Lists
 from ckpt_fast.format.manifest import Manifest, append_manifest, split_manifest
-from ckpt_fast.format.table import TableBuilder, bound_to, decode_table
+from ckpt_fast.format.table import bound_to, decode_table, encode_table
 from ckpt_fast.format.types import Extent, ItemRecord, ObjectShard, TensorRequest, TensorShard
 from ckpt_fast.pipeline.load.decode import Contents
 from ckpt_fast.pipeline.load.entries.kinds import ByPlace
@@ -179,13 +182,15 @@ def record(fqn: str, sizes: tuple[int, ...], offsets: tuple[int, ...], shape: tu
     return ItemRecord(fqn, Extent("", 0, 0), torch.float32, offsets, sizes, shape)
 
 
+def raw_items(*records: ItemRecord) -> Items:
+    """Return items whose payloads are inside them."""
+    items = items_of(records)
+    items.rows["payload"] = 1
+    return items
+
+
 def table_of(*records: ItemRecord, left_out: int = -1) -> bytes:
-    builder = TableBuilder()
-    for number, each in enumerate(records):
-        builder.add(each, is_left_out=number == left_out)
-    encoded = builder.encode([False] * len(records))
-    assert encoded is not None
-    return encoded
+    return encode_table(raw_items(*records), np.arange(len(records)) == left_out)
 
 
 A1, A2 = record("a", (4, 3), (0, 0), (6, 3)), record("a", (2, 3), (4, 0), (6, 3))
@@ -324,14 +329,9 @@ def test_checksums_of_too_many_blocks_are_damage(tmp_path: Path) -> None:
 
 def encoded_with_lists(*lists: tuple[int, ...]) -> bytes:
     """Return the table of the cases with more lists, which no tensor uses."""
-    builder = TableBuilder()
-    for each in (OBJECT, A1, A2, B):
-        builder.add(each, is_left_out=False)
-    for each in lists:
-        builder._lists.setdefault(each, len(builder._lists))
-    encoded = builder.encode([False] * 4)
-    assert encoded is not None
-    return encoded
+    items = raw_items(OBJECT, A1, A2, B)
+    known = [items.lists[number] for number in range(len(items.lists))]
+    return encode_table(items._replace(lists=Lists.of([*known, *lists])), np.zeros(4, bool))
 
 
 def test_endless_shapes_take_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from ckpt_fast.errors import (
     CheckpointWriteError,
     UnsafeCheckpointError,
 )
+from ckpt_fast.ranks import group as module
 from ckpt_fast.ranks.group import ControlGroup
 from tests.helpers import run_ranks
 
@@ -218,3 +219,22 @@ def test_interrupts_are_not_outcomes() -> None:
 
     with pytest.raises(KeyboardInterrupt):
         ControlGroup().attempt(interrupt)
+
+
+def exchange(rank: int, lengths: list[int], width: int) -> tuple[list[bytes], bytes]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("_LEAST_ROUND", width), ("_MOST_BROADCAST", width), ("_MOST_GATHERED", 0)):
+            patch.setattr(module, name, value)
+        group = ControlGroup()
+        content = bytes([rank + 1]) * lengths[rank]
+        return group.gather_bytes(content), group.broadcast_bytes(content)
+
+
+@pytest.mark.parametrize("width", [1 << 20, 7, 1])
+@pytest.mark.parametrize("lengths", [[5, 0, 23], [0, 14, 7], [0, 0, 0]])
+def test_bytes_of_different_lengths(lengths: list[int], width: int) -> None:
+    """They arrive whole, however many rounds they take, and at the coordinator only."""
+    found = run_ranks(exchange, 3, lengths, width)
+    assert found[0][0] == [bytes([rank + 1]) * length for rank, length in enumerate(lengths)]
+    assert [gathered for gathered, _ in found[1:]] == [[], []]
+    assert [each for _, each in found] == [b"\1" * lengths[0]] * 3

@@ -120,7 +120,7 @@ def test_growth(tmp_path: Path) -> None:
 @pytest.mark.long
 def test_plan(tmp_path: Path) -> None:
     report = run_script("bench_plan.py", tmp_path)
-    assert report.count("MB of .metadata") == 4
+    assert report.count("MB of .metadata") == 6
 
 
 @pytest.mark.long

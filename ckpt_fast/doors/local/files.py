@@ -27,7 +27,7 @@ from ckpt_fast.pipeline.load.opened import OpenCheckpoint
 from ckpt_fast.pipeline.save.objects import object_bytes
 from ckpt_fast.pipeline.save.plan import file_prefix, is_plain, require_values
 from ckpt_fast.pipeline.save.seal import seal
-from ckpt_fast.pipeline.save.sealed import encode_contents
+from ckpt_fast.pipeline.save.sealed import contents_of
 from ckpt_fast.pipeline.save.waves import Waves
 from ckpt_fast.settings import Settings
 from ckpt_fast.storage import commit, replacement
@@ -157,9 +157,9 @@ def write_local(
         )
         record = waves.run(shards)
         notes = {"iteration": origin.iteration, "rank": origin.rank}
-        contents = encode_contents([record], None)
+        contents = contents_of([record])
         manifest = Manifest(
-            origin.save_id, record.files, record.digests, notes=notes, encoded_table=contents.table
+            origin.save_id, record.files, [contents.digests], notes=notes, encoded_table=contents.table
         )
         seal(Directory(partial), contents.pickled, manifest, progress=progress)
         with commit.renaming(directory, progress):

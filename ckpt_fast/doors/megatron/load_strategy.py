@@ -100,37 +100,44 @@ class FastLoadStrategy(compat.TorchDistLoadShardedStrategy):  # type: ignore[mis
             return contextlib.nullcontext(self._opened)
         return open_checkpoint(checkpoint_dir)
 
-    def _saved_metadata(self, checkpoint_dir: str | os.PathLike[str]) -> Metadata:
-        with self._open(checkpoint_dir) as checkpoint, checkpoint.named():
-            return checkpoint.index.metadata
-
     @also_raised_as(compat.DistCheckpointingError)
     def load_tensors_metadata(
         self, checkpoint_dir: str | os.PathLike[str], metadata: Any = None
     ) -> dict[str, Any]:
-        """Name to ShardedTensor without data, of the whole global shape, for every saved tensor."""
-        metadata = metadata or self._saved_metadata(checkpoint_dir)
-        return {
-            fqn: compat.ShardedTensor.from_rank_offsets(
-                fqn, torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
-            ).without_data()
-            for fqn, entry in metadata.state_dict_metadata.items()
-            if hasattr(entry, "chunks")
-        }
+        """Name to ShardedTensor without data, of the whole global shape, for every saved tensor.
+
+        Args:
+            checkpoint_dir: the checkpoint.
+            metadata: accepted, as Megatron-Core passes it; what the checkpoint says counts.
+        """
+        with self._open(checkpoint_dir) as checkpoint, checkpoint.named():
+            return _tensors_of(checkpoint.index)
 
     @also_raised_as(compat.DistCheckpointingError)
     def load_sharded_metadata(self, checkpoint_dir: str | os.PathLike[str]) -> dict[str, Any]:
         """``load_tensors_metadata`` and, by unique key, a ShardedObject without data per saved object."""
-        metadata = self._saved_metadata(checkpoint_dir)
-        objects = {
-            fqn: compat.ShardedObject.empty_from_unique_key(fqn)
-            for fqn, entry in metadata.state_dict_metadata.items()
-            if not hasattr(entry, "chunks") and fqn != COMMON_STATE_KEY
-        }
-        return {**objects, **self.load_tensors_metadata(checkpoint_dir, metadata)}
+        with self._open(checkpoint_dir) as checkpoint, checkpoint.named():
+            index = checkpoint.index
+            objects = {
+                fqn: compat.ShardedObject.empty_from_unique_key(fqn)
+                for fqn in index.names
+                if index.shape(fqn) is None and fqn != COMMON_STATE_KEY
+            }
+            return {**objects, **_tensors_of(index)}
 
     @also_raised_as(compat.DistCheckpointingError)
     def remove_sharded_tensors(self, checkpoint_dir: str | os.PathLike[str], key_prefix: str) -> None:
         """Local: for one rank. Take all tensors and objects whose key begins so out of the checkpoint."""
         with compat.checkpoint_files(checkpoint_dir) as files:
             remove_named(files, key_prefix)
+
+
+def _tensors_of(index: CheckpointIndex) -> dict[str, Any]:
+    shapes = {fqn: index.shape(fqn) for fqn in index.names}
+    return {
+        fqn: compat.ShardedTensor.from_rank_offsets(
+            fqn, torch.empty(shape, dtype=index.dtype(fqn), device="meta")
+        ).without_data()
+        for fqn, shape in shapes.items()
+        if shape is not None
+    }

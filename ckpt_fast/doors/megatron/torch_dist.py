@@ -299,6 +299,8 @@ def load(
     base = getattr(strategy, "base_strategy", strategy)
     with contextlib.ExitStack() as stack:
         opened = checkpoint or stack.enter_context(open_checkpoint(checkpoint_dir))
+        if checkpoint is None:
+            opened.share(group)
         stack.enter_context(base.reading(opened))
         wanted = group.agree(
             # A wrapper exchanges tensors, which views are not.

@@ -42,9 +42,12 @@ _OWN_MARK_WITHIN = 128
 
 
 class Sections(NamedTuple):
-    """``.metadata`` cut in its parts, the table of contents not yet parsed; see ``Contents`` for the rest."""
+    """``.metadata`` cut in its parts, the table of contents not yet parsed; see ``Contents`` for the rest.
 
-    pickled: bytes
+    ``pickled`` is None where only another rank has read it.
+    """
+
+    pickled: bytes | None
     manifest: Manifest | None
     identity: str
 
@@ -106,10 +109,22 @@ def parse_contents(sections: Sections, path: str) -> Contents:
     The pickle is read at once only if there is no table, which says the same.
     """
     pickled, manifest, identity = sections
+    if pickled is None:
+        return Contents(functools.partial(_unpickled_later, path, identity), manifest, identity)
     contents = Contents(functools.partial(_unpickled, pickled, path), manifest, identity)
     if manifest is None or not manifest.encoded_table:
         _ = contents.metadata
     return contents
+
+
+def _unpickled_later(path: str, identity: str) -> Metadata:
+    sections = _read_sections(*os.path.split(path))
+    if sections.identity != identity or sections.pickled is None:
+        raise CheckpointCorruptError(
+            f"{path} was replaced while it was being read, so that the values may be of two saves. Load "
+            "again, from a directory that nobody saves to."
+        )
+    return _unpickled(sections.pickled, path)
 
 
 @without_collections

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from ckpt_fast.errors import CheckpointCorruptError
+from ckpt_fast.format.names import METADATA_FILE
 from ckpt_fast.pipeline.load.opened import OpenCheckpoint
 
 
@@ -32,6 +33,9 @@ def fingerprints(checkpoint: OpenCheckpoint, names: Sequence[str]) -> dict[str, 
 
 
 def _fingerprint(checkpoint: OpenCheckpoint, name: str) -> Fingerprint | None:
+    seen = checkpoint.seen_by_all() if name == METADATA_FILE else None
+    if seen is not None:
+        return Fingerprint(*seen)
     try:
         content = checkpoint.read(name)
     except (OSError, CheckpointCorruptError):

@@ -34,6 +34,8 @@ from ckpt_fast.storage.files import Directory, Files
 from ckpt_fast.storage.versions import FileVersions
 
 _FOREIGN_TAIL_NBYTES = 1024
+# All pieces of a tensor become objects if there are no more.
+_FEW_PIECES = 64
 
 
 class RawData(NamedTuple):
@@ -127,6 +129,10 @@ class CheckpointIndex:
         """The shape of a saved tensor; None for an object. KeyError: there is neither."""
         return self._entries.shape(fqn)
 
+    def dtype(self, fqn: str) -> torch.dtype | None:
+        """The dtype of a saved tensor; None for an object. KeyError: there is neither."""
+        return self._entries.dtype(fqn)
+
     def tensor_shape(self, fqn: str) -> tuple[int, ...]:
         """The shape of a saved tensor.
 
@@ -167,10 +173,22 @@ class CheckpointIndex:
             )
         return tensor, piece
 
-    def exact_piece(self, fqn: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Piece | None:
-        """The piece that is just this region, if there is one; errors as of ``tensor``."""
-        _, piece = self._tensor_and_piece(fqn, offsets)
-        return piece if piece is not None and piece.sizes == sizes else None
+    def tensor_within(
+        self, fqn: str, offsets: tuple[int, ...], sizes: tuple[int, ...]
+    ) -> tuple[SavedTensor, Piece | None]:
+        """The saved tensor, and its piece that is just this region, if there is one; errors as of ``tensor``.
+
+        Of a tensor in many pieces there may be only those that have elements in the region.
+        """
+        if self.table is None or self.table.piece_count(fqn) <= _FEW_PIECES or 0 in sizes:
+            tensor, piece = self._tensor_and_piece(fqn, offsets)
+            return tensor, piece if piece is not None and piece.sizes == sizes else None
+        with self._contradictions_are_damage():
+            found = self.table.tensor_within(fqn, offsets, sizes)
+        if found is None:
+            return self.tensor(fqn), None
+        exact = [piece for piece in found.pieces if piece.offsets == offsets and piece.sizes == sizes]
+        return found, exact[0] if exact else None
 
     def _tensor_and_piece(self, fqn: str, offsets: tuple[int, ...]) -> tuple[SavedTensor, Piece | None]:
         tensor = self.tensor(fqn)

@@ -9,8 +9,14 @@ from contextlib import AbstractContextManager
 from functools import cached_property
 from types import TracebackType
 
-from ckpt_fast.errors import CheckpointCorruptError
-from ckpt_fast.format.manifest import Manifest
+from ckpt_fast.errors import CheckpointCorruptError, CheckpointError
+from ckpt_fast.format.manifest import (
+    FOOTER_NBYTES,
+    Manifest,
+    manifest_in,
+    mark_of,
+    without_pickle,
+)
 from ckpt_fast.format.names import METADATA_FILE, SIDECAR_FILE
 from ckpt_fast.format.types import FileRecord
 from ckpt_fast.pipeline.load.decode import (
@@ -24,8 +30,9 @@ from ckpt_fast.pipeline.load.decode import (
     read_sidecar,
 )
 from ckpt_fast.pipeline.load.index import CheckpointIndex
+from ckpt_fast.ranks.group import ControlGroup
 from ckpt_fast.storage.files import Files
-from ckpt_fast.storage.small_files import LARGEST_FILE
+from ckpt_fast.storage.small_files import LARGEST_FILE, ends_so
 from ckpt_fast.storage.versions import FileVersions
 
 
@@ -48,6 +55,8 @@ class OpenCheckpoint:
         self.files = files
         self.wanted = frozenset((*wanted, METADATA_FILE))
         self._kept: dict[str, bytes] = {}
+        self._handed = b""
+        self._is_seen: bool | None = None
         self._is_own: bool | None = None
         self._has_sidecar = False
 
@@ -75,6 +84,45 @@ class OpenCheckpoint:
             self._kept[name] = content
         return content
 
+    def share(self, group: ControlGroup) -> None:
+        """Collective. Let the coordinator read ``.metadata`` for all ranks, before anything else is asked."""
+        if group.size > 1:
+            self.accept(group.broadcast_bytes(self.to_hand_over() if group.is_coordinator else b""))
+
+    def to_hand_over(self) -> bytes:
+        """Local. What other ranks need of ``.metadata``, before anything else is asked; empty if nothing.
+
+        Not the pickle: a load of ours reads the table. Whatever is wrong with the file, each rank finds out.
+        """
+        if "://" in self.name:
+            return b""
+        try:
+            return without_pickle(self.read(METADATA_FILE))
+        except (OSError, ValueError, CheckpointError):
+            return b""
+
+    def accept(self, handed: bytes) -> None:
+        """Local. Use what the coordinator has read, as long as this rank sees the same file.
+
+        Args:
+            handed: by ``to_hand_over`` of the coordinator.
+        """
+        self._handed = handed if METADATA_FILE not in self._kept else b""
+
+    def seen_by_all(self) -> tuple[int, int] | None:
+        """Local. CRC-32 and length of ``.metadata`` if this rank sees the one that was handed over.
+
+        The last bytes of the file have the CRC-32 of all others, which so need not be read.
+        """
+        if not self._handed:
+            return None
+        mark = mark_of(self._handed)
+        if self._is_seen is None:
+            self.versions.note([METADATA_FILE])
+            path = os.path.join(self.directory, METADATA_FILE)
+            self._is_seen = ends_so(path, mark[1], self._handed[-FOOTER_NBYTES:])
+        return mark if self._is_seen else None
+
     def take(self, name: str) -> bytes:
         """``read`` for the last time: the file's content is not kept any longer."""
         content = self.read(name)
@@ -94,6 +142,7 @@ class OpenCheckpoint:
     def forget(self) -> None:
         """Check the files again: they may have been replaced. Not once ``.metadata`` is taken apart."""
         self._kept.clear()
+        self._is_seen = None
         self.__dict__.pop("versions", None)
 
     @cached_property
@@ -109,6 +158,8 @@ class OpenCheckpoint:
     @property
     def is_own(self) -> bool:
         """Whether ckpt_fast, of whatever version, wrote the ``.metadata``."""
+        if self._is_own is None and self.seen_by_all():
+            self._is_own = True
         if self._is_own is None:
             try:
                 self.read(METADATA_FILE)
@@ -130,6 +181,9 @@ class OpenCheckpoint:
 
     @cached_property
     def _sections(self) -> Sections:
+        if self.seen_by_all():
+            manifest, self._handed = manifest_in(self._handed), b""
+            return Sections(None, manifest, manifest.save_id)
         try:
             content = self.take(METADATA_FILE)
         except FileNotFoundError as error:

@@ -53,10 +53,10 @@ def parts_of(index: CheckpointIndex, request: TensorRequest) -> list[Part]:
         CheckpointMismatchError: the name is missing or the region lies outside the saved tensor.
         CheckpointCorruptError: pieces of the region are missing.
     """
-    tensor, destination = index.tensor(request.fqn), _destination(request)
+    destination = _destination(request)
     wanted = tuple(destination.shape)
-    # Loaded as it was saved, a tensor may have thousands of pieces of which one is wanted.
-    piece = index.exact_piece(request.fqn, request.offsets, wanted)
+    # A tensor may have thousands of pieces of which one is wanted.
+    tensor, piece = index.tensor_within(request.fqn, request.offsets, wanted)
     if piece is not None:
         box = Box(piece.sizes, (0,) * len(wanted), wanted, tensor.dtype.itemsize)
         return [Part(tensor, piece, box, destination)]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Encode: plans become bytes. The write program of the data files, and the pickle in ``.metadata``."""
+"""Encode: plans become bytes. The write program of the data files, and somebody else's metadata."""
 
 from __future__ import annotations
 
@@ -8,29 +8,21 @@ import copyreg
 import ctypes
 import io
 import itertools
-import math
 import pickle
 from array import array
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
 import torch
 from torch.distributed.checkpoint import filesystem
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
-    MetadataIndex,
     TensorProperties,
     TensorStorageMetadata,
 )
 
-from ckpt_fast.errors import CheckpointMismatchError
-from ckpt_fast.format.consistency import Region, require_apart, tile
 from ckpt_fast.format.names import LAYOUT, LAYOUT_ATTRIBUTE
-from ckpt_fast.format.table import TableBuilder
-from ckpt_fast.format.types import ItemRecord
 from ckpt_fast.pipeline.memory.garbage import without_collections
 from ckpt_fast.pipeline.save.plan import FilePlan
 from ckpt_fast.pipeline.save.stage import Staged
@@ -141,61 +133,6 @@ class WriteProgram:
 
 
 @without_collections
-def encode_metadata(
-    records: Iterable[ItemRecord],
-    planner_data: Mapping[str, Any] | None = None,
-    *,
-    partial: bool = False,
-    table: TableBuilder | None = None,
-) -> bytes:
-    """The pickle in ``.metadata``: readable by torch DCP of any version from 2.6 on, naming no class of ours.
-
-    Args:
-        records: the items of all ranks.
-        planner_data: torch DCP's flattened-name to path mapping; None for Megatron-Core checkpoints.
-        partial: see ``SaveOptions``.
-        table: gets a row for each item.
-
-    Raises:
-        CheckpointMismatchError: two ranks disagree on a tensor's shape or dtype, or wrote the same piece, or
-            the pieces of a tensor do not cover each of its elements once; with ``partial`` at most once.
-    """
-    tensors: dict[str, Any] = {}
-    storage: dict[Any, Any] = {}
-    shared = _SharedParts()
-    for record in records:
-        entry = _entry(tensors, record, shared)
-        is_left_out = record.dtype is not None and (
-            0 in record.sizes and bool(entry.chunks or 0 not in record.global_shape)
-        )
-        if table is not None:
-            table.add(record, is_left_out=is_left_out)
-        if record.dtype is None:
-            index = MetadataIndex(record.fqn)
-        else:
-            if is_left_out:
-                continue  # where there are more ranks than rows, pieces are empty and may share an offset
-            chunk = shared.chunk(record.offsets, record.sizes)
-            index = MetadataIndex(record.fqn, chunk.offsets, len(entry.chunks))
-            entry.chunks.append(chunk)
-        info = _StorageInfo(*record.extent)
-        other = storage.setdefault(index, info)
-        if other is not info:
-            raise CheckpointMismatchError(
-                f"{record.fqn} at {record.offsets or 'no offset'} is written by two ranks, in "
-                f"{other.relative_path} and {record.extent.path}. Each piece needs exactly one main "
-                "replica: check replica_id of the sharded state dict."
-            )
-    _require_complete(tensors, partial)
-    metadata = Metadata(
-        state_dict_metadata=tensors,
-        planner_data=dict(planner_data) if planner_data is not None else None,
-        storage_data=storage,
-    )
-    return pickle_metadata(metadata)
-
-
-@without_collections
 def pickle_metadata(metadata: Metadata, own_layout: bool = True) -> bytes:
     """``metadata`` as it stands in ``.metadata``.
 
@@ -255,66 +192,6 @@ def share_parts(metadata: Metadata) -> None:
             entry.properties = shared.properties(entry.properties)
             entry.size = shared.size(tuple(entry.size))
             entry.chunks = [shared.chunk(tuple(c.offsets), tuple(c.sizes)) for c in entry.chunks]
-
-
-def _entry(tensors: dict[str, Any], record: ItemRecord, shared: _SharedParts) -> Any:
-    """The metadata entry of the record's tensor or object, new or known from an earlier record."""
-    entry = tensors.get(record.fqn)
-    if entry is None:
-        if record.dtype is None:
-            entry = BytesStorageMetadata()
-        else:
-            properties = shared.properties(TensorProperties(dtype=record.dtype))
-            size = shared.size(record.global_shape)
-            entry = TensorStorageMetadata(properties, size, [])
-        tensors[record.fqn] = entry
-    elif isinstance(entry, BytesStorageMetadata) != (record.dtype is None):
-        raise CheckpointMismatchError(
-            f"{record.fqn} is a tensor on one rank and an object on another (file {record.extent.path}). "
-            "Nothing was published; check that all ranks build the same model."
-        )
-    elif record.dtype is not None and (
-        tuple(entry.size) != record.global_shape or entry.properties.dtype != record.dtype
-    ):
-        raise CheckpointMismatchError(
-            f"ranks disagree on {record.fqn}: {tuple(entry.size)} of {entry.properties.dtype} on one, "
-            f"{record.global_shape} of {record.dtype} on another (file {record.extent.path}). "
-            "Nothing was published; check that all ranks build the same model."
-        )
-    return entry
-
-
-def _require_complete(tensors: Mapping[str, Any], partial: bool) -> None:
-    for fqn, entry in tensors.items():
-        if not isinstance(entry, TensorStorageMetadata):
-            continue
-        if (
-            len(entry.chunks) == 1
-            and entry.chunks[0].sizes == entry.size
-            and not any(entry.chunks[0].offsets)
-        ):
-            continue
-        shape = tuple(entry.size)
-        wanted, written = math.prod(shape), sum(chunk.sizes.numel() for chunk in entry.chunks)
-        if wanted == 0:
-            continue
-        if written > wanted or (written < wanted and not partial):
-            problem = f"the ranks wrote {written} of the {wanted} elements of {fqn} {shape}"
-        elif not (tile if written == wanted else _are_apart)(shape, entry.chunks):
-            problem = f"the pieces that the ranks wrote do not cover {fqn} {shape}: some overlap"
-        else:
-            continue
-        raise CheckpointMismatchError(
-            f"{problem}. Nothing was published; check the sharding that model and optimizer declare for it."
-        )
-
-
-def _are_apart(shape: Sequence[int], chunks: Iterable[ChunkStorageMetadata]) -> bool:
-    try:
-        require_apart(shape, [Region(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in chunks])
-    except ValueError:
-        return False
-    return True
 
 
 def _reduce_properties(properties: TensorProperties) -> tuple[Any, ...]:

@@ -14,7 +14,6 @@ import hashlib
 import itertools
 import marshal
 import pickle
-import secrets
 import threading
 import zlib
 from array import array
@@ -26,7 +25,9 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from ckpt_fast import native, settings
-from ckpt_fast.format.types import ItemRecord, ObjectShard, Shard, TensorShard
+from ckpt_fast.format.columns.items import encode_items
+from ckpt_fast.format.columns.records import token_of
+from ckpt_fast.format.types import BlockDigests, ItemRecord, ObjectShard, Shard, TensorShard
 from ckpt_fast.pipeline.memory import strided
 from ckpt_fast.pipeline.memory.available import default_bound
 from ckpt_fast.pipeline.memory.device_copy import StagingPolicy
@@ -135,9 +136,10 @@ class SaveProgram:
         snapshot: whether all tensors were copied; otherwise most are read where they are.
 
     Attributes:
-        token: random; ranks name programs by it.
+        token: the digest of the items; ranks name programs by it.
         tensor_nbytes: bytes of all tensor shards.
         staged_nbytes: host buffer that staging takes.
+        objects: which of the ``items`` are objects.
         is_known: whether the coordinator has, in a save that was committed, received ``items``.
         sealed: on the coordinator, the ``.metadata`` of that save.
 
@@ -156,12 +158,15 @@ class SaveProgram:
     ) -> None:
         self.structure = structure
         self._snapshot = snapshot
-        self.token = secrets.token_hex(8)
         self.is_known = False
         self.sealed: SealedMetadata | None = None
         self.staged_nbytes = staged.buffer_nbytes
         self._copied_nbytes = staged.copied_nbytes
-        self._items = zlib.compress(pickle.dumps(item_records(files), 5), 1)
+        records = item_records(files)
+        self._items = zlib.compress(pickle.dumps(records, 5), 1)
+        place = (written.paths, written.payload_file, written.payload_offset, written.payload_nbytes)
+        self.token = token_of(encode_items(records, [BlockDigests(*place, b"")]))
+        self.objects = array("q", [number for number, each in enumerate(records) if each.dtype is None])
         self._compile(shards, [item for file in files for item in file.items], staged, written)
 
     def items(self) -> list[ItemRecord]:

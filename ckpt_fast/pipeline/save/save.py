@@ -15,6 +15,7 @@ from typing import Any
 import torch.distributed as dist
 
 from ckpt_fast.errors import CheckpointWriteError
+from ckpt_fast.format.columns.records import WorldRecord
 from ckpt_fast.format.manifest import Manifest, file_record, new_save_id
 from ckpt_fast.format.types import FileRecord, RankRecord
 from ckpt_fast.jobs import progress, untold
@@ -23,10 +24,11 @@ from ckpt_fast.jobs.report import SaveReport
 from ckpt_fast.jobs.worker import LEAVE_S, Worker
 from ckpt_fast.pipeline.memory.device_copy import BLOCKING, StagingPolicy
 from ckpt_fast.pipeline.save import seal
+from ckpt_fast.pipeline.save.gathered import gather_records
 from ckpt_fast.pipeline.save.parts import Completion, SaveOptions, Share
 from ckpt_fast.pipeline.save.plan import file_prefix
 from ckpt_fast.pipeline.save.program import SaveProgram
-from ckpt_fast.pipeline.save.sealed import EncodedContents, SealedMetadata, encode_contents
+from ckpt_fast.pipeline.save.sealed import SealedMetadata
 from ckpt_fast.pipeline.save.waves import Waves
 from ckpt_fast.ranks.group import ControlGroup, Outcome
 from ckpt_fast.settings import Settings
@@ -281,20 +283,22 @@ class Save(PublishedJob[tuple[bool, float]]):
 
     def _meet(self) -> Publishing[tuple[bool, float]]:
         assert self._written is not None, "commit before write"
-        outcomes = self._group.gather(self._written)
-        records = [outcome.value for outcome in outcomes if outcome.value is not None]
+        outcomes, world = gather_records(self._group, self._written)
         sealed = self._program.sealed if self._program is not None else None
-        if sealed is not None and not sealed.fits(records, self._planner_data, partial=self._options.partial):
-            sealed = None
-        if not self._group.all_true(sealed is not None or not any(record.is_known for record in records)):
-            outcomes = self._group.gather(self._with_items())
+        fits = sealed is not None and world.value is not None and self._fits(sealed, world.value)
+        is_missing = world.value is not None and world.value.items is None
+        if not self._group.all_true(fits or not is_missing):
+            outcomes, world = gather_records(self._group, self._with_items())
         return Publishing(
             self.directory,
             self._group,
-            outcomes,
-            lambda: self._publish_at_work([each.value for each in outcomes if each.value], sealed),
+            [*outcomes, world],
+            lambda: self._publish_at_work(world.value, sealed if fits else None),
             self._waves.progress.stop,
         )
+
+    def _fits(self, sealed: SealedMetadata, world: WorldRecord) -> bool:
+        return sealed.fits(world.programs, self._planner_data, partial=self._options.partial)
 
     def _with_items(self) -> Outcome[RankRecord]:
         assert self._written is not None
@@ -303,39 +307,38 @@ class Save(PublishedJob[tuple[bool, float]]):
             return self._written
         return replace(self._written, value=replace(record, items=program.items(), is_known=False))
 
-    def _contents(self, records: Sequence[RankRecord], sealed: SealedMetadata | None) -> EncodedContents:
-        """The table of contents."""
-        if sealed is not None:
-            return sealed.encode(records)
-        program, partial = self._program, self._options.partial
-        if program is not None:
-            program.sealed = None
-            if all(record.program for record in records):
-                with contextlib.suppress(ValueError):
-                    program.sealed = SealedMetadata(records, self._planner_data, partial=partial)
-                    return program.sealed.encode(records)
-        return encode_contents(records, self._planner_data, partial=partial)
+    def _sealed_anew(self, world: WorldRecord) -> SealedMetadata:
+        """The table of contents of items that have come, kept for later saves if all ranks have programs."""
+        assert world.items is not None
+        if self._program is not None:
+            self._program.sealed = None
+        programs = world.programs if all(world.programs) else []
+        sealed = SealedMetadata(world.items, programs, self._planner_data, partial=self._options.partial)
+        if self._program is not None and programs:
+            self._program.sealed = sealed
+        return sealed
 
     def _publish_at_work(
-        self, records: Sequence[RankRecord], sealed: SealedMetadata | None
+        self, world: WorldRecord | None, sealed: SealedMetadata | None
     ) -> tuple[bool, float]:
+        assert world is not None
         with self._hold.at_work("publish"):
-            return self._publish(records, sealed)
+            return self._publish(world, sealed)
 
-    def _publish(self, records: Sequence[RankRecord], sealed: SealedMetadata | None) -> tuple[bool, float]:
+    def _publish(self, world: WorldRecord, sealed: SealedMetadata | None) -> tuple[bool, float]:
         """Seal the checkpoint, and let others choose it.
 
         Args:
-            records: of all ranks.
-            sealed: fits them; None: they have their items.
+            world: what all ranks have written.
+            sealed: fits it; None: it has the items.
 
         Returns:
             Whether the ranks may leave out their items next time; seconds since the save began.
         """
         progress = self._waves.progress
-        contents = self._contents(records, sealed)
+        contents = (sealed or self._sealed_anew(world)).encode(world)
         self._files.sync_names()
-        files = [file for record in records for file in record.files]
+        files = list(world.files)
         self._require_all_present(files)
         completion = self._completion
         files.extend(completion.finish(self.written_to))
@@ -343,8 +346,8 @@ class Save(PublishedJob[tuple[bool, float]]):
         manifest = Manifest(
             new_save_id(),
             files,
-            [digests for record in records for digests in record.digests],
-            beside=[file for record in records for file in record.beside],
+            [contents.digests],
+            beside=world.beside,
             notes=completion.notes,
             encoded_table=contents.table,
         )

@@ -237,8 +237,10 @@ class Waves:
             raise self.error
         if self.progress.stopped:
             raise CheckpointError(f"the save to {self._report.directory} was cancelled")
-        program = self.program.token if self.program is not None else ""
-        return replace(self._record, program=program, is_known=self._is_known)
+        if self.program is None:
+            return self._record
+        program = self.program
+        return replace(self._record, program=program.token, is_known=self._is_known, objects=program.objects)
 
     def run(self, shards: Sequence[Shard] | Prepared) -> RankRecord:
         """``stage`` and ``finish``, for callers that have nothing to do in between.

@@ -23,7 +23,7 @@ from ckpt_fast.pipeline.load.decode import read_contents
 from ckpt_fast.pipeline.save.objects import object_bytes
 from ckpt_fast.pipeline.save.plan import file_prefix
 from ckpt_fast.pipeline.save.seal import seal
-from ckpt_fast.pipeline.save.sealed import encode_contents
+from ckpt_fast.pipeline.save.sealed import contents_of
 from ckpt_fast.pipeline.save.waves import Waves
 from ckpt_fast.settings import Settings
 from ckpt_fast.storage import commit
@@ -113,8 +113,8 @@ class ArchiveWriter:
             ]
         report = SaveReport(self._directory)
         record = Waves(report, file_prefix(number), 1, settings=Settings.read()).run(shards)
-        contents = encode_contents([record], None, partial=True)
-        manifest = Manifest(new_save_id(), record.files, record.digests, notes={_NOTE: self._token})
+        contents = contents_of([record], partial=True)
+        manifest = Manifest(new_save_id(), record.files, [contents.digests], notes={_NOTE: self._token})
         self._files.write_in_order({_record_name(number): append_manifest(contents.pickled, manifest)})
         return record
 
@@ -156,11 +156,11 @@ class ArchiveWriter:
             self._files.write_in_order({COMMON_FILE: common})
             seals[SEAL_FILE] = json.dumps(SEAL).encode()
             files += [file_record(COMMON_FILE, common), file_record(SEAL_FILE, seals[SEAL_FILE])]
-        contents = encode_contents(records, paths)
+        contents = contents_of(records, paths)
         manifest = Manifest(
             new_save_id(),
             files,
-            [digests for record in records for digests in record.digests],
+            [contents.digests],
             notes={_NOTE: self._token, "converted_from": source.name},
             encoded_table=contents.table,
         )
@@ -209,4 +209,4 @@ def _items_of(metadata: Metadata) -> list[ItemRecord]:
         offsets = tuple(index.offset or ())
         (sizes,) = {tuple(chunk.sizes) for chunk in entry.chunks if tuple(chunk.offsets) == offsets}
         items.append(ItemRecord(index.fqn, extent, entry.properties.dtype, offsets, sizes, tuple(entry.size)))
-    return items
+    return sorted(items, key=lambda item: item.extent)

@@ -146,19 +146,27 @@ def _opened_by_all(
         CheckpointError: on every rank: ``decode`` failed on one, or one does not see what rank 0 sees.
     """
     with open_checkpoint(path, (CONFIG_FILE, TRAIN_STATE_FILE)) as checkpoint:
+        group, handed = ControlGroup(), b""
 
-        def look() -> tuple[Any, T]:
+        def look() -> tuple[int, Any, T]:
+            nonlocal handed
             with checkpoint.named():
-                return view_of(checkpoint), examine(checkpoint)
+                # Without a seal it is one of torch DCP, whose planner wants the pickle on every rank.
+                if group.size > 1 and has_seal(checkpoint):
+                    handed = checkpoint.to_hand_over()
+                return len(handed), view_of(checkpoint), examine(checkpoint)
 
-        view, facts = on_rank_0(look)
+        nbytes, view, facts = on_rank_0(look)
+        handed = group.broadcast_bytes(handed, nbytes)
+        if not group.is_coordinator:
+            checkpoint.accept(handed)
 
         def follow() -> D:
             with checkpoint.named():
                 wait_for_view(checkpoint, view)
                 return decode(checkpoint, facts)
 
-        yield checkpoint, facts, ControlGroup().agree(follow)
+        yield checkpoint, facts, group.agree(follow)
 
 
 def _require_sound(checkpoint: OpenCheckpoint, configured: str) -> CheckpointType:

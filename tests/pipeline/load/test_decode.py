@@ -26,7 +26,7 @@ from ckpt_fast import errors
 from ckpt_fast.errors import CheckpointCorruptError, CheckpointNotFoundError, UnsafeCheckpointError
 from ckpt_fast.format.types import Extent, FileRecord, ItemRecord
 from ckpt_fast.pipeline.load.decode import decode_object, read_dcp_metadata, read_sidecar
-from ckpt_fast.pipeline.save.encode import encode_metadata
+from ckpt_fast.pipeline.save.sealed import encode_metadata
 
 MCORE_TORCH = "megatron.core.dist_checkpointing.strategies.torch"
 

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from ckpt_fast.errors import CheckpointMismatchError
 from ckpt_fast.format.types import Extent, ItemRecord
-from ckpt_fast.pipeline.save.encode import encode_metadata
+from ckpt_fast.pipeline.save.sealed import encode_metadata
 from tests.pipeline.layouts import Region, cuts, shapes
 
 

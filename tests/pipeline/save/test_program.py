@@ -4,9 +4,7 @@
 from __future__ import annotations
 
 import gc
-import re
 import weakref
-from array import array
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +15,12 @@ from hypothesis import strategies as st
 
 from ckpt_fast.format.manifest import split_manifest
 from ckpt_fast.format.types import (
-    BlockDigests,
-    Extent,
-    ItemRecord,
     ObjectShard,
-    RankRecord,
     Shard,
     TensorShard,
 )
 from ckpt_fast.pipeline.load.decode import read_dcp_metadata
-from ckpt_fast.pipeline.save import sealed
 from ckpt_fast.pipeline.save.program import ProgramCache, SaveProgram, structure_of
-from ckpt_fast.pipeline.save.sealed import SealedMetadata
 from tests.manifests import manifest_lies
 from tests.pipeline.layouts import PLAIN_DTYPES, random_tensor, whole
 from tests.saves import save
@@ -183,28 +175,6 @@ def test_a_program_holds_no_tensor(tmp_path: Path) -> None:
     del shards
     gc.collect()
     assert [each() for each in (*tensors, *storages)] == [None] * 4
-
-
-def records_of(lengths: list[int]) -> list[RankRecord]:
-    def item(name: str, nbytes: int) -> ItemRecord:
-        return ItemRecord(name, Extent("__0_0.distcp", 64, nbytes), None, (), (), ())
-
-    digests = BlockDigests(["__0_0.distcp"], array("I"), array("q"), array("q", lengths), b"")
-    return [RankRecord([item(f"o{n}", each) for n, each in enumerate(lengths)], [], [digests], [], "program")]
-
-
-def test_a_number_that_looks_like_a_mark(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An offset of the same digits as a mark makes the next mark be tried, or none be used."""
-    records = records_of([5, 70_000])
-    (record,) = records
-    odd = record.items[0]._replace(extent=record.items[0].extent._replace(offset=sealed._MARKS[0] << 24))
-    record.items[0] = odd
-    pickled = SealedMetadata(records, None).encode(records_of([7, 80_000])).pickled
-    lengths = re.findall(rb"J(....)", pickled, re.DOTALL)
-    assert {(7).to_bytes(4, "little"), (80_000).to_bytes(4, "little")} <= set(lengths)
-    monkeypatch.setattr(sealed, "_MARKS", sealed._MARKS[:1])
-    with pytest.raises(ValueError, match="cannot be told"):
-        SealedMetadata(records, None)
 
 
 def test_metadata_of_a_reused_program_is_the_pickle_of_the_first(tmp_path: Path) -> None:

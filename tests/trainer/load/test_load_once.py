@@ -143,7 +143,8 @@ def test_torch_dist(tmp_path: Path, ranks: int, config: dict[str, Any]) -> None:
         require_once(watch, "iter_0000001", SMALL_FILES if rank == 0 else SMALL_FILES[:3])
         assert watch.calls["decode_object"] == 1
         if ranks > 1:
-            assert sum(watch.calls[name] for name in COLLECTIVES) <= 18
+            # One of them hands over what rank 0 has read of .metadata.
+            assert sum(watch.calls[name] for name in COLLECTIVES) <= 19
 
 
 def save_fsdp(rank: int, root: str) -> None:

@@ -3,34 +3,23 @@
 
 from __future__ import annotations
 
+import json
 import secrets
+import zlib
 from array import array
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
+
+import numpy as np
 
 from ckpt_fast.doors.dcp.direct.local_state import LocalState
 from ckpt_fast.errors import CheckpointMismatchError
+from ckpt_fast.format.columns.items import Items, encode_items, join_items, row_count
+from ckpt_fast.format.columns.lists import Ints
+from ckpt_fast.format.types import Extent, ItemRecord
 from ckpt_fast.pipeline.memory.garbage import without_collections
 from ckpt_fast.ranks.group import ControlGroup
-
-_Offsets = tuple[int, ...]
-
-
-class Entry(NamedTuple):
-    """A shard or object that a rank could save, as the coordinator needs to know it.
-
-    Attributes:
-        name: of the whole tensor, or of the object.
-        whole: the tensor's shape and dtype; None for an object.
-        offsets, nbytes: of the shard.
-    """
-
-    name: str
-    whole: tuple[tuple[int, ...], str] | None
-    offsets: _Offsets | None
-    nbytes: int
 
 
 @dataclass
@@ -67,72 +56,109 @@ def divide_together(group: ControlGroup, state: LocalState) -> Division:
     Raises:
         CheckpointMismatchError: on every rank: ranks disagree on a tensor, or two values have the same name.
     """
-    found: list[tuple[str, list[int], dict[str, Any]]] = []
+    found: list[tuple[str, array[int], dict[str, Any]]] = []
 
     def decide() -> None:
         token = secrets.token_hex(8)
-        paths: dict[str, Any] = {}
         values = [each.value for each in local if each.value is not None]
-        for _, own in reversed(values):
-            paths |= own
-        for rank, numbers in enumerate(divide([entries for entries, _ in values])):
+        encoded = [items for items, _ in values]
+        paths = _joined_paths([own for _, own in values])
+        chosen = divide(join_items(encoded), [row_count(each) for each in encoded])
+        for rank, numbers in enumerate(chosen):
             found.append((token, numbers, {} if rank else paths))
 
-    local = group.collect(lambda: (_entries(state), state.paths()))
+    local = group.collect(lambda: (encode_items(_entries(state), ()), _encoded_paths(state.paths())))
     group.decide(decide, local)
     return _division(state, *group.scatter(found))
 
 
-def divide(ranks: Sequence[Sequence[Entry]]) -> list[list[int]]:
-    """For each rank, the numbers of those of its entries that it saves.
+def divide(items: Items, counts: Sequence[int]) -> list[array[int]]:
+    """For each rank, the numbers of those of its shards and objects that it saves, ascending.
 
     What several ranks have goes, the largest first, to the one of them with the fewest bytes so far.
 
     Args:
-        ranks: all ranks' entries.
+        items: what all ranks could save.
+        counts: how many of them are of each rank, in rank order.
 
     Raises:
         CheckpointMismatchError: ranks disagree on a tensor's shape or dtype, or whether there is a tensor.
     """
-    holders: dict[tuple[str, _Offsets | None], dict[int, int]] = defaultdict(dict)
-    known: dict[str, Any] = {}
-    for rank, entries in enumerate(ranks):
-        for number, entry in enumerate(entries):
-            if known.setdefault(entry.name, entry.whole) != entry.whole:
-                raise CheckpointMismatchError(
-                    f"ranks disagree on {entry.name}: {_described(known[entry.name])} on one, "
-                    f"{_described(entry.whole)} on rank {rank}. Nothing was saved; check that all ranks "
-                    "build the same model."
-                )
-            holders[entry.name, entry.offsets].setdefault(rank, number)
-    loads = [0] * len(ranks)
-    chosen: list[list[int]] = [[] for _ in ranks]
-    replicated = []
-    for held in holders.values():
-        rank, number = next(iter(held.items()))
-        if len(held) > 1:
-            replicated.append((ranks[rank][number].nbytes, held))
-        else:
-            loads[rank] += ranks[rank][number].nbytes
-            chosen[rank].append(number)
-    for nbytes, held in sorted(replicated, key=lambda each: -each[0]):
-        rank = min(held, key=loads.__getitem__)
-        loads[rank] += nbytes
-        chosen[rank].append(held[rank])
-    return [sorted(numbers) for numbers in chosen]
+    rows, ends = items.rows, np.cumsum(np.array(counts, np.int64))
+    rank = np.repeat(np.arange(len(counts)), counts)
+    _require_agreement(items, rank)
+    # How long objects are is known once they are pickled; they are small.
+    nbytes = np.where(items.are_objects, 1, rows["nbytes"])
+    place = rows["name"].astype(np.int64) * len(items.lists) + rows["place"]
+    order = np.argsort(place, kind="stable")
+    is_new = np.concatenate([[True], place[order][1:] != place[order][:-1]])[: len(order)]
+    # Of what a rank has twice, the first counts.
+    kept = is_new | np.concatenate([[True], rank[order][1:] != rank[order][:-1]])[: len(order)]
+    held, begins = order[kept], np.flatnonzero(is_new[kept])
+    holders = np.diff(np.concatenate([begins, [len(held)]]))
+    is_chosen = np.zeros(len(rows), bool)
+    alone = held[begins[holders == 1]]
+    is_chosen[alone] = True
+    loads = np.zeros(len(counts), np.int64)
+    np.add.at(loads, rank[alone], nbytes[alone])
+    shared = np.flatnonzero(holders > 1)
+    first = held[begins[shared]]
+    for group in shared[np.lexsort((first, -nbytes[first]))].tolist():
+        candidates = held[begins[group] : begins[group] + holders[group]]
+        row = candidates[loads[rank[candidates]].argmin()]
+        loads[rank[row]] += nbytes[candidates[0]]
+        is_chosen[row] = True
+    chosen = np.flatnonzero(is_chosen)
+    parts = np.split(chosen, np.searchsorted(chosen, ends[:-1]))
+    return [
+        array("q", (part - begin).tolist())
+        for part, begin in zip(parts, [0, *ends[:-1].tolist()], strict=True)
+    ]
 
 
-def _entries(state: LocalState) -> list[Entry]:
+def _require_agreement(items: Items, rank: Ints) -> None:
+    rows = items.rows
+    first = np.zeros(len(items.names), np.int64)
+    first[rows["name"][::-1]] = np.arange(len(rows))[::-1]
+    known = first[rows["name"]]
+    differs = (rows["dtype"] != rows["dtype"][known]) | (rows["shape"] != rows["shape"][known])
+    if differs.any():
+        row = int(differs.argmax())
+        raise CheckpointMismatchError(
+            f"ranks disagree on {items.names[rows['name'][row]]}: {_described(items, int(known[row]))} on "
+            f"one, {_described(items, row)} on rank {rank[row]}. Nothing was saved; check that all ranks "
+            "build the same model."
+        )
+
+
+def _described(items: Items, row: int) -> str:
+    dtype, shape = items.rows["dtype"][row], items.rows["shape"][row]
+    return f"a tensor of {items.dtypes[dtype]} and shape {items.lists[shape]}" if dtype else "an object"
+
+
+def _entries(state: LocalState) -> list[ItemRecord]:
+    """What the coordinator needs to know of each shard and object."""
     entries = []
     for name, value, place in zip(state.names, state.values, state.places, strict=True):
         if place == ():
-            # How long objects are is known once they are pickled; they are small.
-            entries.append(Entry(name, None, None, 1))
+            entries.append(ItemRecord(name, Extent("", 0, 0), None, (), (), ()))
             continue
         offsets, shape = place or ((0,) * value.dim(), tuple(value.shape))
         nbytes = value.numel() * value.dtype.itemsize
-        entries.append(Entry(name, (shape, str(value.dtype)), offsets, nbytes))
+        entries.append(ItemRecord(name, Extent("", 0, nbytes), value.dtype, tuple(offsets), (), tuple(shape)))
     return entries
+
+
+def _encoded_paths(paths: Mapping[str, tuple[str | int, ...]]) -> bytes:
+    return zlib.compress(json.dumps(paths, separators=(",", ":")).encode(), 1)
+
+
+def _joined_paths(encoded: Sequence[bytes]) -> dict[str, tuple[str | int, ...]]:
+    """The paths of all ranks, most of which have the same; where they differ, those of the first."""
+    paths: dict[str, tuple[str | int, ...]] = {}
+    for each in reversed(dict.fromkeys(encoded)):
+        paths |= {name: tuple(path) for name, path in json.loads(zlib.decompress(each)).items()}
+    return paths
 
 
 def _division(state: LocalState, token: str, numbers: Iterable[int], paths: dict[str, Any]) -> Division:
@@ -140,7 +166,3 @@ def _division(state: LocalState, token: str, numbers: Iterable[int], paths: dict
     for number in numbers:
         (objects if state.places[number] == () else tensors).append(number)
     return Division(token, tensors, objects, paths)
-
-
-def _described(whole: tuple[tuple[int, ...], str] | None) -> str:
-    return "an object" if whole is None else f"a tensor of {whole[1]} and shape {whole[0]}"

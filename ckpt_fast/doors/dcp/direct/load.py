@@ -16,10 +16,12 @@ from ckpt_fast.errors import CheckpointMismatchError
 from ckpt_fast.format.types import TensorRequest
 from ckpt_fast.pipeline.load.index import CheckpointIndex, missing_keys_message
 from ckpt_fast.pipeline.load.load import PreparedLoad, prepare
+from ckpt_fast.pipeline.load.opened import OpenCheckpoint
 from ckpt_fast.pipeline.load.rows import WantedRows
 from ckpt_fast.pipeline.memory.forms import PLAIN_TENSORS
 from ckpt_fast.pipeline.memory.garbage import without_collections
 from ckpt_fast.ranks.group import ControlGroup
+from ckpt_fast.storage.files import Directory
 
 _MOST_SHOWN = 5
 
@@ -37,7 +39,9 @@ def load_state_dict(
     """Collective. See ``ckpt_fast.load``."""
     # In the same order on all ranks: an object's state_dict may be collective.
     keys = sorted(state_dict, key=str)
-    loading = _Loading(directory, allow_partial_load)
+    opened = OpenCheckpoint(Directory(directory))
+    opened.share(group)
+    loading = _Loading(opened, allow_partial_load)
 
     def prepare() -> _Seen:
         values = {key: state_dict[key] for key in keys}
@@ -60,8 +64,9 @@ def load_state_dict(
 class _Loading:
     """One rank's part of one load."""
 
-    def __init__(self, directory: str, allow_partial_load: bool) -> None:
-        self._directory = directory
+    def __init__(self, opened: OpenCheckpoint, allow_partial_load: bool) -> None:
+        self._opened = opened
+        self._directory = opened.directory
         self._is_partial = allow_partial_load
         self._values: dict[str, Any] = {}
         self._prepared: PreparedLoad | None = None
@@ -76,7 +81,8 @@ class _Loading:
         Raises:
             CheckpointError: see ``ckpt_fast.load``.
         """
-        self._index = CheckpointIndex(self._directory)
+        is_url = "://" in self._directory
+        self._index = CheckpointIndex(self._directory) if is_url else self._opened.index
         self._values = values
         flat = Flattened(values)
         flat.require_unique()

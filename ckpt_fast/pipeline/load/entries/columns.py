@@ -3,66 +3,43 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-import math
 from array import array
 from collections.abc import Collection, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from ckpt_fast.format.archive import item_nbytes, tensor_archive
+from ckpt_fast.format.columns.lists import Ints, stable_order
 from ckpt_fast.format.consistency import Region, require_apart
 from ckpt_fast.format.manifest import Manifest
-from ckpt_fast.format.table import NOTHING, RAW, Table
+from ckpt_fast.format.table import NOTHING, RAW, Numbers, Table
 from ckpt_fast.format.types import Extent
-from ckpt_fast.pipeline.load.entries.kinds import ByPlace, Item, Piece, SavedTensor
+from ckpt_fast.pipeline.load.entries.kinds import Item, Piece, SavedTensor
 from ckpt_fast.pipeline.load.entries.pickled import LONGEST_FILE, require_inside
 from ckpt_fast.pipeline.memory.forms import Described
 
 
 class _Columns(NamedTuple):
-    """A table as tensors. Each column of what can be missing ends with an entry for number -1.
+    """What requests are compared with.
 
     Attributes:
-        dtypes, lists: numbers of dtypes and lists.
-        is_zero: bool [lists]: whether all its numbers are 0.
-        dtype, shape: for each name, that of the tensor; -1 for an object.
-        is_single: bool [names]: whether it has one row.
-        order, first: the rows in the order of the names, and where those of each name begin.
-        kind, offset, size: for each row.
+        dtypes: their numbers; -1 stands for an object.
+        dtype: int64 [names + 1]: of each tensor; the last is that of a name that is not there.
+        first: int64 [names + 1]: where the rows of each name begin in the order of names.
+        is_single: bool [names + 1]: whether a name has one row.
+        is_zero: bool [lists]: whether all numbers of a list are 0.
     """
 
     dtypes: dict[torch.dtype | None, int]
-    lists: dict[tuple[int, ...], int]
-    is_zero: torch.Tensor
-    dtype: torch.Tensor
-    shape: torch.Tensor
-    is_single: torch.Tensor
-    order: torch.Tensor
-    first: torch.Tensor
-    kind: torch.Tensor
-    offset: torch.Tensor
-    size: torch.Tensor
-
-    @classmethod
-    def of(cls, table: Table, order: array[int], first: array[int]) -> _Columns:
-        dtypes: dict[torch.dtype | None, int] = {None: -1}
-        dtype = [dtypes.setdefault(each, len(dtypes)) for each in table.dtypes]
-        begin = _tensor(first)
-        return cls(
-            dtypes,
-            {each: number for number, each in enumerate(table.lists)},
-            torch.tensor([not any(each) for each in table.lists] + [False]),
-            torch.tensor([*dtype, -1]),
-            _tensor(table.shapes, -1),
-            torch.cat([begin.diff() == 1, torch.tensor([False])]),
-            _tensor(order),
-            begin,
-            _tensor(array("B", table.kinds), NOTHING),
-            _tensor(table.offsets, -1),
-            _tensor(table.sizes, -1),
-        )
+    dtype: Ints
+    first: Ints
+    is_single: npt.NDArray[np.bool_]
+    is_zero: npt.NDArray[np.bool_]
 
 
 class TableEntries:
@@ -84,13 +61,12 @@ class TableEntries:
             raise ValueError(f"its table has {len(table.kinds)} rows for {len(payloads.file)} payloads")
         for path in payloads.paths:
             require_inside(path)
-        self.nbytes = sum(payloads.nbytes)
+        self.nbytes = int(_ints(payloads.nbytes).sum())
         self._numbers = {name: number for number, name in enumerate(table.names)}
         self._require_lengths()
         self._require_apart()
         self._order, self._first = self._by_name()
-        self._columns = _Columns.of(table, self._order, self._first)
-        self._pieces: dict[int, ByPlace[int]] = {}
+        self._places: dict[int, tuple[Numbers, Ints]] = {}
 
     @property
     def names(self) -> Collection[str]:
@@ -99,6 +75,9 @@ class TableEntries:
     def shape(self, fqn: str) -> tuple[int, ...] | None:
         table, number = self._table, self._numbers[fqn]
         return None if table.dtypes[number] is None else table.lists[table.shapes[number]]
+
+    def dtype(self, fqn: str) -> torch.dtype | None:
+        return self._table.dtypes[self._numbers[fqn]]
 
     def rows_of(
         self, names: Sequence[str], described: Described, offsets: Sequence[tuple[int, ...]] | None
@@ -113,44 +92,88 @@ class TableEntries:
         Returns:
             int64 [tensors].
         """
-        columns, table = self._columns, self._table
-        number = torch.tensor([self._numbers.get(name, -1) for name in names], dtype=torch.int64)
-        # Other dtypes and shapes than any here are nobody's.
-        dtype = torch.tensor([columns.dtypes.get(form.dtype, -1) for form in described.table] + [-1])
-        shape = torch.tensor([columns.lists.get(form.shape, -1) for form in described.table] + [-1])
-        forms = described.forms
-        rows = torch.full_like(number, -1)
+        columns, table, forms = self._columns, self._table, described.forms.numpy()
+        # A rank's shards have one of few places and shapes. Number -2 is that of no list here.
+        find = functools.lru_cache(maxsize=1024)(lambda numbers: _number(table.lists.find(numbers)))
+        number = np.array([self._numbers.get(name, -1) for name in names], np.int64)
+        dtype = np.array([columns.dtypes.get(form.dtype, -1) for form in described.table] + [-1], np.int64)
+        shape = np.array([find(form.shape) for form in described.table] + [-2], np.int64)
+        rows = np.full(len(names), -1, np.int64)
         # Most tensors are in one piece.
         found = (number >= 0) & (dtype[forms] >= 0) & (columns.dtype[number] == dtype[forms])
         single = found & columns.is_single[number]
-        rows[single] = columns.order[columns.first[number[single]]]
-        if offsets is not None:
-            for at in (found & ~single).nonzero().flatten().tolist():
-                row = self._row_at(int(number[at]), offsets[at])
-                rows[at] = -1 if row is None else row
-        fits = (rows >= 0) & (columns.kind[rows] == RAW) & (columns.size[rows] == shape[forms])
+        rows[single] = self._order[columns.first[number[single]]]
         if offsets is None:
-            fits &= (columns.shape[number] == shape[forms]) & columns.is_zero[columns.offset[rows]]
-        rows[~fits] = -1
-        if offsets is not None:
-            lists, begins = table.lists, table.offsets
-            for at in fits.nonzero().flatten().tolist():
-                if lists[begins[rows[at]]] != offsets[at]:
-                    rows[at] = -1
-        return rows
+            place = None
+        else:
+            place = np.array([find(each) for each in offsets], np.int64)
+            for each in np.flatnonzero(found & ~single & (place >= 0)).tolist():
+                piece = self._row_at(int(number[each]), int(place[each]))
+                rows[each] = -1 if piece is None else piece
+        at = np.flatnonzero(rows >= 0)
+        row = rows[at]
+        fits = (table.kinds[row] == RAW) & (table.sizes[row] == shape[forms[at]])
+        if place is None:
+            fits &= (table.shapes[number[at]] == shape[forms[at]]) & columns.is_zero[table.offsets[row]]
+        else:
+            fits &= table.offsets[row] == place[at]
+        rows[at[~fits]] = -1
+        return torch.from_numpy(rows)
+
+    @functools.cached_property
+    def _columns(self) -> _Columns:
+        dtypes: dict[torch.dtype | None, int] = {None: -1}
+        dtype = [dtypes.setdefault(each, len(dtypes)) for each in self._table.dtypes]
+        first = np.array(self._first, np.int64)
+        lists = self._table.lists
+        ends = np.cumsum(lists.lengths)
+        others = np.concatenate([[0], np.cumsum(lists.numbers != 0)])
+        return _Columns(
+            dtypes,
+            np.array([*dtype, -1], np.int64),
+            first,
+            np.append(np.diff(first) == 1, False),
+            others[ends] == others[ends - lists.lengths],
+        )
 
     def fqn(self, row: int) -> str:
         """The name of what a payload belongs to."""
-        return self._table.names[self._table.name[row]]
+        name: str = self._table.names[self._table.name[row]]
+        return name
+
+    def piece_count(self, fqn: str) -> int:
+        """How many pieces a tensor has; 0 if there is none of this name."""
+        number = self._numbers.get(fqn)
+        return 0 if number is None else self._first[number + 1] - self._first[number]
 
     def tensor(self, fqn: str) -> SavedTensor | None:
         number = self._numbers.get(fqn)
-        dtype = None if number is None else self._table.dtypes[number]
-        if number is None or dtype is None:
+        return None if number is None else self._tensor(number, self._rows(number))
+
+    def tensor_within(self, fqn: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> SavedTensor | None:
+        """The tensor of this name, if there is one, with only those pieces that have elements in a region."""
+        number = self._numbers.get(fqn)
+        if number is None or self._table.dtypes[number] is None:
+            return None
+        rows, lists = self._rows(number), self._table.lists
+        dimensions = len(lists[self._table.shapes[number]])
+        place, extent = self._table.offsets[rows], self._table.sizes[rows]
+        if len(offsets) == dimensions and all(
+            (lists.lengths[each] == dimensions).all() for each in (place, extent)
+        ):
+            begin, size = (lists.matrix(each, dimensions) for each in (place, extent))
+            low = np.array(offsets, np.int64)
+            high = low + np.array(sizes, np.int64)
+            rows = rows[((begin < high) & (low < begin + size)).all(axis=1)]
+        return self._tensor(number, rows)
+
+    def _tensor(self, number: int, rows: Ints) -> SavedTensor | None:
+        fqn, dtype = self._table.names[number], self._table.dtypes[number]
+        if dtype is None:
             return None
         lists = self._table.lists
         shape, pieces = lists[self._table.shapes[number]], []
-        for row in self._rows(number):
+        for row in rows.tolist():
             offsets, sizes = lists[self._table.offsets[row]], lists[self._table.sizes[row]]
             if not len(offsets) == len(sizes) == len(shape):
                 raise ValueError(f"a piece of {fqn} has another number of dimensions")
@@ -171,19 +194,24 @@ class TableEntries:
         rows = self._rows(number)
         if len(rows) != 1:
             raise ValueError(f"{fqn} has {len(rows)} items")
-        return Item(self._payload(rows[0]), ())
+        return Item(self._payload(int(rows[0])), ())
 
-    def _rows(self, number: int) -> array[int]:
+    def _rows(self, number: int) -> Ints:
         return self._order[self._first[number] : self._first[number + 1]]
 
-    def _row_at(self, number: int, offsets: tuple[int, ...]) -> int | None:
-        pieces = self._pieces.get(number)
-        if pieces is None:
-            lists, begins, sizes = self._table.lists, self._table.offsets, self._table.sizes
-            pieces = self._pieces[number] = ByPlace(
-                (lists[begins[row]], math.prod(lists[sizes[row]]), row) for row in self._rows(number)
-            )
-        return pieces.get(offsets)
+    def _row_at(self, number: int, place: int | None) -> int | None:
+        """The row of a tensor's piece at a place (one of the lists), if there is just one with elements."""
+        if place is None:
+            return None
+        known = self._places.get(number)
+        if known is None:
+            rows = self._rows(number)
+            rows = rows[self._table.lists.products[self._table.sizes[rows]] > 0]
+            order = self._table.offsets[rows].argsort(kind="stable")
+            known = self._places[number] = self._table.offsets[rows[order]], rows[order]
+        places, rows = known
+        begin, end = np.searchsorted(places, place), np.searchsorted(places, place, "right")
+        return int(rows[begin]) if end - begin == 1 else None
 
     def _payload(self, row: int) -> Extent:
         paths, file, offset, nbytes, _ = self._payloads
@@ -201,52 +229,46 @@ class TableEntries:
 
     def _require_lengths(self) -> None:
         """Each payload that is the elements of a piece is just as long as these."""
-        table, nbytes = self._table, _tensor(self._payloads.nbytes)
-        if max(self._payloads.offset, default=0) + max(self._payloads.nbytes, default=0) > LONGEST_FILE:
+        table, offset, nbytes = self._table, _ints(self._payloads.offset), _ints(self._payloads.nbytes)
+        if int(offset.max(initial=0)) + int(nbytes.max(initial=0)) > LONGEST_FILE:
             raise ValueError("its payloads are longer than any file")
-        if not len(nbytes):
-            return
-        numel = torch.tensor([math.prod(each) for each in table.lists])[_tensor(table.sizes)]
-        itemsize = torch.tensor([dtype.itemsize if dtype is not None else 0 for dtype in table.dtypes])
-        wrong = (numel * itemsize[_tensor(table.name)] != nbytes) & (_tensor(array("B", table.kinds)) == RAW)
+        itemsize = np.array([0 if dtype is None else dtype.itemsize for dtype in table.dtypes], np.int64)
+        numel = table.lists.products[table.sizes]
+        wrong = (numel * itemsize[table.name] != nbytes) & (table.kinds == RAW) if len(nbytes) else nbytes > 0
         if wrong.any():
-            row = int(wrong.nonzero()[0])
+            row = int(wrong.argmax())
             raise ValueError(f"{self.fqn(row)} cannot have {self._payloads.nbytes[row]} bytes")
 
     def _require_apart(self) -> None:
         """No two payloads have a byte in common."""
-        file, offset, nbytes = map(_tensor, self._payloads[1:4])
-        rows = (nbytes > 0).nonzero().flatten()
-        rows = rows[offset[rows].argsort(stable=True)]
-        rows = rows[file[rows].argsort(stable=True)]
+        file, offset, nbytes = (_ints(column) for column in self._payloads[1:4])
+        rows = np.flatnonzero(nbytes > 0)
+        rows = rows[stable_order(file[rows])]
         before, after = rows[:-1], rows[1:]
+        if not ((file[before] != file[after]) | (offset[before] <= offset[after])).all():
+            rows = rows[np.lexsort((offset[rows], file[rows]))]
+            before, after = rows[:-1], rows[1:]
         shared = (file[before] == file[after]) & (offset[before] + nbytes[before] > offset[after])
         if shared.any():
-            one, other = (int(each[shared][0]) for each in (before, after))
+            at = int(shared.argmax())
+            one, other = int(before[at]), int(after[at])
             path, begin, _ = self._payload(other)
             names = sorted((self.fqn(one), self.fqn(other)))
             raise ValueError(f"{' and '.join(names)} share bytes of {path} at {begin}")
 
-    def _by_name(self) -> tuple[array[int], array[int]]:
+    def _by_name(self) -> tuple[Ints, list[int]]:
         """The rows in the order of the names, and where those of each name begin."""
-        count = len(self._table.names)
-        rows = (_tensor(array("B", self._table.kinds)) != NOTHING).nonzero().flatten()
-        name = _tensor(self._table.name)[rows]
-        order = rows[name.argsort(stable=True)]
-        counts = torch.bincount(name, minlength=count) if count else torch.zeros(0, dtype=torch.int64)
-        if not bool((counts > 0).all()):
-            raise ValueError(f"{self._table.names[int((counts == 0).nonzero()[0])]} has no item")
-        first = array("q", [0])
-        first.extend(counts.cumsum(0).tolist())
-        return array("q", order.tolist()), first
+        rows = np.flatnonzero(self._table.kinds != NOTHING)
+        name = self._table.name[rows]
+        counts = np.bincount(name, minlength=len(self._table.names))
+        if not counts.all():
+            raise ValueError(f"{self._table.names[int(counts.argmin())]} has no item")
+        return rows[stable_order(name)], [0, *np.cumsum(counts).tolist()]
 
 
-def _tensor(column: array[int], *more: int) -> torch.Tensor:
-    """int64."""
-    values = torch.zeros(len(column) + len(more), dtype=torch.int64)
-    if column:
-        kinds = {"B": torch.uint8, "I": torch.int32, "q": torch.int64}
-        values[: len(column)] = torch.frombuffer(column, dtype=kinds[column.typecode])
-    for number, value in enumerate(more, len(column)):
-        values[number] = value
-    return values
+def _number(found: int | None) -> int:
+    return -2 if found is None else found
+
+
+def _ints(column: array[int]) -> npt.NDArray[np.integer[Any]]:
+    return np.frombuffer(column, np.uint32 if column.typecode == "I" else np.int64)

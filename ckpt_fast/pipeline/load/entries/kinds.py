@@ -67,7 +67,7 @@ class ByPlace(Generic[T]):
 
 
 class Entries(Protocol):
-    """A table of contents by name. If a method other than ``shape`` raises, it is damaged."""
+    """A table of contents by name. If a method other than ``shape`` and ``dtype`` raises, it is damaged."""
 
     @property
     def names(self) -> Collection[str]:
@@ -79,6 +79,9 @@ class Entries(Protocol):
 
     def shape(self, fqn: str) -> tuple[int, ...] | None:
         """The shape of a tensor; None for an object. KeyError: there is neither."""
+
+    def dtype(self, fqn: str) -> torch.dtype | None:
+        """The dtype of a tensor; None for an object. KeyError: there is neither."""
 
     def tensor(self, fqn: str) -> SavedTensor | None:
         """The tensor of this name, if there is one."""

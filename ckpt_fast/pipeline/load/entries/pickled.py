@@ -45,6 +45,10 @@ class PickledEntries:
         entry = self._metadata.state_dict_metadata[fqn]
         return tuple(entry.size) if isinstance(entry, TensorStorageMetadata) else None
 
+    def dtype(self, fqn: str) -> torch.dtype | None:
+        entry = self._metadata.state_dict_metadata[fqn]
+        return entry.properties.dtype if isinstance(entry, TensorStorageMetadata) else None
+
     def object(self, fqn: str) -> Item | None:
         return self._objects.get(fqn)
 

@@ -4,13 +4,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckpt_fast.doors.dcp.direct.division import Entry, divide
+from ckpt_fast.doors.dcp.direct.division import divide
 from ckpt_fast.errors import CheckpointMismatchError
+from ckpt_fast.format.columns.items import encode_items, join_items
+from ckpt_fast.format.types import Extent, ItemRecord
 from tests.doors.dcp.functions import ranks as functions_ranks
 from tests.doors.dcp.ranks import FSDP2_ON_CPU
 from tests.helpers import run_ranks
@@ -100,31 +104,77 @@ def test_ranks_that_see_another_save_are_named(tmp_path: Path) -> None:
         assert "rank 1 sees another .metadata" in text
 
 
+def shard(name: str, nbytes: int, *, shape: tuple[int, ...] = (8,), offset: int = 0) -> ItemRecord:
+    return ItemRecord(name, Extent("", 0, nbytes), torch.float32, (offset,), (), shape)
+
+
+def divided_among(ranks: list[list[ItemRecord]]) -> list[list[int]]:
+    items = join_items([encode_items(each, ()) for each in ranks])
+    return [numbers.tolist() for numbers in divide(items, list(map(len, ranks)))]
+
+
+def one_by_one(ranks: list[list[ItemRecord]]) -> list[list[int]]:
+    """Return the same, found entry by entry."""
+    holders: dict[Any, dict[int, int]] = {}
+    for rank, entries in enumerate(ranks):
+        for number, entry in enumerate(entries):
+            holders.setdefault((entry.fqn, entry.offsets), {}).setdefault(rank, number)
+    loads = [0] * len(ranks)
+    chosen: list[list[int]] = [[] for _ in ranks]
+
+    def nbytes(held: dict[int, int]) -> int:
+        rank, number = next(iter(held.items()))
+        entry = ranks[rank][number]
+        return 1 if entry.dtype is None else entry.extent.nbytes
+
+    for held in sorted(holders.values(), key=lambda held: (len(held) > 1, -nbytes(held))):
+        rank = min(held, key=loads.__getitem__)
+        loads[rank] += nbytes(held)
+        chosen[rank].append(held[rank])
+    return [sorted(numbers) for numbers in chosen]
+
+
 @given(
     st.lists(st.lists(st.integers(0, 12), unique=True, max_size=12), min_size=1, max_size=5),
     st.lists(st.integers(0, 1000), min_size=13, max_size=13),
 )
 @settings(max_examples=200, deadline=None)
 def test_everything_is_saved_once_and_evenly(held: list[list[int]], sizes: list[int]) -> None:
-    ranks = [[Entry(f"t{n}", ((sizes[n],), "x"), (0,), sizes[n]) for n in numbers] for numbers in held]
-    divided = divide(ranks)
-    assert divide(ranks) == divided
-    saved = [ranks[rank][number].name for rank, numbers in enumerate(divided) for number in numbers]
-    assert sorted(saved) == sorted({entry.name for entries in ranks for entry in entries})
-    loads = [sum(ranks[rank][number].nbytes for number in numbers) for rank, numbers in enumerate(divided)]
+    ranks = [[shard(f"t{n}", sizes[n]) for n in numbers] for numbers in held]
+    divided = divided_among(ranks)
+    saved = [ranks[rank][number].fqn for rank, numbers in enumerate(divided) for number in numbers]
+    assert sorted(saved) == sorted({entry.fqn for entries in ranks for entry in entries})
+    loads = [sum(ranks[rank][n].extent.nbytes for n in numbers) for rank, numbers in enumerate(divided)]
     if all(sorted(numbers) == sorted(held[0]) for numbers in held):
         total, largest = sum(sizes[n] for n in held[0]), max((sizes[n] for n in held[0]), default=0)
         assert max(loads) <= total / len(ranks) + largest
 
 
+@given(
+    st.lists(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 2)), max_size=10), min_size=1, max_size=5),
+    st.lists(st.integers(0, 5), min_size=6, max_size=6),
+)
+@settings(max_examples=200, deadline=None)
+def test_columns_divide_as_entries_would(held: list[list[tuple[int, int]]], sizes: list[int]) -> None:
+    """Of shards that some ranks have, and have more than once, and of objects."""
+    objects = [ItemRecord(f"o{n}", Extent("", 0, 0), None, (), (), ()) for n in range(2)]
+    ranks = [
+        [objects[n] if n < 2 else shard(f"t{n}", sizes[n], offset=offset) for n, offset in each]
+        for each in held
+    ]
+    assert divided_among(ranks) == one_by_one(ranks)
+
+
 @pytest.mark.parametrize(
-    ("one", "other"),
+    "other",
     [
-        (Entry("w", ((2,), "a"), (0,), 8), Entry("w", ((3,), "a"), (0,), 8)),
-        (Entry("w", ((2,), "a"), (0,), 8), Entry("w", ((2,), "b"), (0,), 8)),
-        (Entry("w", ((2,), "a"), (0,), 8), Entry("w", None, None, 1)),
+        shard("w", 8, shape=(3,)),
+        shard("w", 8)._replace(dtype=torch.float64),
+        shard("w", 8)._replace(dtype=None),
     ],
 )
-def test_ranks_that_disagree(one: Entry, other: Entry) -> None:
-    with pytest.raises(CheckpointMismatchError, match="ranks disagree on w"):
-        divide([[one], [other]])
+def test_ranks_that_disagree(other: ItemRecord) -> None:
+    with pytest.raises(
+        CheckpointMismatchError, match=r"ranks disagree on w: a tensor of torch.float32 .*rank 1"
+    ):
+        divided_among([[shard("w", 8)], [shard("v", 8), other]])
