@@ -132,8 +132,8 @@ class ControlGroup:
         """
         if self.size == 1:
             return [content]
-        lengths = self._gather_tensor(torch.tensor([len(content)]))
-        longest = -self._least(-len(content))
+        lengths = self._all_gather_integers(len(content))
+        longest = max(lengths)
         width = max(_LEAST_ROUND, _MOST_GATHERED // self.size)
         mine = torch.frombuffer(bytearray(content) or bytearray(1), dtype=torch.uint8)
         rounds: list[list[bytes]] = []
@@ -144,7 +144,7 @@ class ControlGroup:
             parts = self._gather_tensor(part)
             rounds.append(
                 [
-                    each[: max(0, int(length) - begin)].numpy().tobytes()
+                    each[: max(0, length - begin)].numpy().tobytes()
                     for each, length in zip(parts, lengths, strict=True)
                 ]
             )
@@ -170,6 +170,14 @@ class ControlGroup:
             part = whole[begin : begin + _MOST_BROADCAST]
             part.copy_(self._broadcast_tensor(part))
         return content if self.is_coordinator else whole.numpy().tobytes()
+
+    def _all_gather_integers(self, value: int) -> list[int]:
+        """Collective. All ranks' integers in rank order, on every rank."""
+        with self._in_touch():
+            mine = torch.tensor([value], dtype=torch.int64, device=_device_of(self._group))
+            values = [torch.empty_like(mine) for _ in range(self.size)]
+            dist.all_gather(values, mine, group=self._group)
+            return [int(each) for each in torch.cat(values).tolist()]
 
     def _gather_tensor(self, value: torch.Tensor) -> list[torch.Tensor]:
         """Collective. All ranks' tensors, on the CPU of the coordinator."""

@@ -64,7 +64,7 @@ loaded = {"w": torch.zeros(9), "step": {"n": 0}}
 dcp.load(loaded, storage_reader=FastStorageReader(directory))
 assert torch.equal(loaded["w"], torch.arange(9.0)) and loaded["step"] == {"n": 3}
 assert ckpt_fast.last_report().directory == directory and ckpt_fast.__version__
-assert cli.main(["verify", directory]) == cli.main(["info", directory]) == 0
+assert cli.main(["verify", directory]) == cli.main(["inspect", directory]) == 0
 for module in modules * 2:
     try:
         importlib.import_module(module)

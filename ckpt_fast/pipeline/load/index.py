@@ -126,8 +126,16 @@ class CheckpointIndex:
         return self._entries.nbytes
 
     def shape(self, fqn: str) -> tuple[int, ...] | None:
-        """The shape of a saved tensor; None for an object. KeyError: there is neither."""
-        return self._entries.shape(fqn)
+        """The shape of a saved tensor; None for an object.
+
+        Raises:
+            KeyError: there is neither.
+            CheckpointCorruptError: what the metadata says of it makes no sense.
+        """
+        if fqn not in self._entries.names:
+            raise KeyError(fqn)
+        with self._contradictions_are_damage():
+            return self._entries.shape(fqn)
 
     def dtype(self, fqn: str) -> torch.dtype | None:
         """The dtype of a saved tensor; None for an object. KeyError: there is neither."""

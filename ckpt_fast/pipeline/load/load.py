@@ -226,10 +226,8 @@ class _Reader:
         try:
             for number, wave in enumerate(waves):
                 reading = _Wave(self._index, self._report, self._verify, buffer)
-                is_first = number == 0
-                payloads |= reading.read(
-                    wave, rows if is_first else None, objects if is_first else {}, may_be_direct
-                )
+                more = (None, {}) if number else (rows, objects)
+                payloads |= reading.read(wave, more[0], more[1], may_be_direct)
         finally:
             if buffer is not None:
                 host_buffers.give_back(buffer, keep=False)

@@ -16,11 +16,15 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from ckpt_fast.compat import object_storage, objects
+from ckpt_fast.errors import CheckpointError, CheckpointWriteError
+from ckpt_fast.format.manifest import file_record
 from ckpt_fast.format.names import DATA_SUFFIX, METADATA_FILE, SEAL_FILE, SIDECAR_FILE
-from ckpt_fast.pipeline.load.decode import decode_object
+from ckpt_fast.format.types import FileRecord
+from ckpt_fast.pipeline.load.decode import decode_object, read_contents
 from ckpt_fast.ranks.world import get_rank_safe, print_rank_0
 from ckpt_fast.storage import owners, replacement
 from ckpt_fast.storage.commit import fsync_directory, is_payload
+from ckpt_fast.storage.small_files import read_small_file
 from ckpt_fast.trainer.places.catalog import damage_of, iterations_in, published
 from ckpt_fast.trainer.places.paths import (
     CONFIG_FILE,
@@ -205,9 +209,45 @@ def remove_replaced(root: str, checkpoint_roots: Iterable[str | None]) -> None:
             places = (os.path.join(each, os.path.basename(path)) for each in checkpoint_roots if each)
             if not any(map(owners.is_occupied, places)):
                 replacement.put_back(path)
+                _put_states_back(path, checkpoint_roots)
                 replacement.sweep(path)
-    except OSError as error:
+    except (OSError, CheckpointWriteError) as error:
         logger.warning("cannot remove what was left in %s: %s", root, error)
+
+
+def _put_states_back(directory: str, checkpoint_roots: Iterable[str | None]) -> None:
+    """If a crash has left the data loader states of a checkpoint beside ``directory``, put them there.
+
+    A save that replaces an iteration gives the checkpoint its place first, and its data loader states theirs.
+
+    Raises:
+        CheckpointWriteError: that could not be done.
+    """
+    for root in checkpoint_roots:
+        if not root or object_storage(root):
+            continue
+        try:
+            manifest = read_contents(os.path.join(root, os.path.basename(directory))).manifest
+        except CheckpointError:  # no checkpoint that anyone could load
+            continue
+        records = list(manifest.beside.values()) if manifest is not None else []
+        place = next((each for each in replacement.places(directory) if _holds(each, records)), None)
+        if records and place is not None:
+            if place != directory:
+                replacement.exchange(place, directory)
+            return
+
+
+def _holds(directory: str, records: Iterable[FileRecord]) -> bool:
+    """Whether all these files are in a directory, as they were written."""
+    try:
+        return all(
+            file_record(record.path, read_small_file(join_paths(directory, os.path.basename(record.path))))
+            == record
+            for record in records
+        )
+    except (OSError, CheckpointError):
+        return False
 
 
 def _names(checkpoints: list[_Checkpoint]) -> list[str]:

@@ -204,7 +204,8 @@ class Training(Job):
         root = os.path.join(self.disk, ROOT)
         sealed = {os.path.dirname(seal) for seal in glob.glob(f"{root}/**/metadata.json", recursive=True)}
         for directory in sealed:
-            assert find_damage(directory) == []
+            damage = find_damage(directory)
+            assert not damage, damage
         for tracker in glob.glob(f"{root}/**/latest_*", recursive=True):
             if tracker.endswith(".pt"):
                 iteration = int(torch.load(tracker, weights_only=True)["step"])
@@ -317,7 +318,8 @@ class Dcp(Job):
         return differences(expected, found)
 
     def check_what_lies_beside(self, version: int, ranks: int) -> None:
-        assert find_damage(os.path.join(self.disk, ROOT)) == []
+        damage = find_damage(os.path.join(self.disk, ROOT))
+        assert not damage, damage
 
     @staticmethod
     def _state(number: float) -> dict[str, Any]:
