@@ -142,12 +142,13 @@ class ControlGroup:
             present = mine[begin : min(begin + width, len(content))]
             part[: len(present)] = present
             parts = self._gather_tensor(part)
-            rounds.append(
-                [
-                    each[: max(0, length - begin)].numpy().tobytes()
-                    for each, length in zip(parts, lengths, strict=True)
-                ]
-            )
+            if self.is_coordinator:
+                rounds.append(
+                    [
+                        each[: max(0, length - begin)].numpy().tobytes()
+                        for each, length in zip(parts, lengths, strict=True)
+                    ]
+                )
         if not self.is_coordinator:
             return []
         return [b"".join(parts) for parts in zip(*rounds, strict=True)] or [b""] * self.size
