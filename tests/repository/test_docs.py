@@ -30,7 +30,7 @@ from tests.helpers import run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
-DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 PARTS = ("doors", "megatron", "native", "pipeline", "trainer")
 TOP_FOLDERS = ("benchmarks", "ckpt_fast", "csrc", "docs", "examples", "scripts", "tests")
