@@ -76,7 +76,7 @@ def require_apart(shape: Sequence[int], regions: Sequence[Region]) -> bool:
     if _divided_once(shape, regions):
         return True
     for region in regions:
-        if any(begin + size > limit for begin, size, limit in zip(*region, shape, strict=True)):
+        if not all(0 <= begin <= limit - size for begin, size, limit in zip(*region, shape, strict=True)):
             raise ValueError(f"a piece of shape {region} is not inside {tuple(shape)}")
     filled = [region for region in regions if 0 not in region.sizes]
     whole = math.prod(shape)
@@ -96,7 +96,12 @@ def _divided_once(shape: Sequence[int], regions: Sequence[Region]) -> bool:
     divided = next((d for d, size in enumerate(shape) if first.sizes[d] != size), 0)
     before, after = tuple(shape[:divided]), tuple(shape[divided + 1 :])
     for offsets, sizes in sorted(regions):
-        if sum(offsets) != end or sizes[:divided] != before or sizes[divided + 1 :] != after:
+        if (
+            min(offsets, default=0) < 0
+            or sum(offsets) != end
+            or sizes[:divided] != before
+            or sizes[divided + 1 :] != after
+        ):
             return False
         if shape:
             if offsets[divided] != end:

@@ -97,7 +97,9 @@ def references(numbers: Ints) -> Bytes:
 
 
 def integers(values: Ints) -> Bytes:
-    """uint8 [rows, width]: a whole number for each row, none negative, as short as the largest allows."""
+    """uint8 [rows, width]: a whole number for each row, as short as the largest allows."""
+    if values.min(initial=0) < 0:
+        return long_integers(values)
     largest = values.max(initial=0)
     for limit, opcode, kind in ((1 << 8, b"K", "<u1"), (1 << 16, b"M", "<u2"), (1 << 31, b"J", "<u4")):
         if largest < limit:

@@ -145,6 +145,15 @@ def test_metadata_equals_that_of_objects(ranks: list[list[ItemRecord]], planner_
     assert digests.crcs == b"".join(bytes([number] * 4) for number in range(len(ranks)))
 
 
+def test_a_piece_before_the_beginning_is_refused() -> None:
+    before = ItemRecord("w", Extent("__0_0.distcp", 0, 4), torch.float32, (-1,), (1,), (2,))
+    world = join_records(records_of([[before]]))
+    assert world.items is not None
+    for partial in (False, True):
+        with pytest.raises(CheckpointMismatchError, match="w"):
+            require_complete(world.items, partial=partial)
+
+
 @settings(deadline=None, max_examples=300)
 @given(changed_worlds(), st.booleans())
 def test_refusals_equal_those_of_objects(ranks: list[list[ItemRecord]], partial: bool) -> None:
