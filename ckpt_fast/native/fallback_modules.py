@@ -81,6 +81,8 @@ def _form(tensor: Any) -> tuple[Any, ...]:
 def _has_all_elements(tensor: Any) -> bool:
     if not tensor.numel():
         return True
+    if tensor.data_ptr() == 0:
+        return False
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     end = tensor.storage_offset() + last + 1
     return bool(end * tensor.dtype.itemsize <= tensor.untyped_storage().nbytes())

@@ -48,8 +48,8 @@ class Description {
     if (is_one_of_types(value)) {
       try {
         if (!view(value, form, address)) {
-          form = form_of(value);
           address = integer(call(value, data_ptr_));
+          form = form_of(value, address);
         }
       } catch (const Indescribable&) {
         if (PyErr_ExceptionMatches(PyExc_Exception) == 0) throw py::error_already_set();
@@ -95,14 +95,15 @@ class Description {
     const bool is_lazy = (type.is_complex && truth(call(tensor, is_conj_))) || truth(call(tensor, is_neg_));
     key_.assign(seen.shape, seen.shape + seen.ndim);
     key_.insert(key_.end(), seen.strides, seen.strides + seen.ndim);
-    const bool has_storage = has_all_elements(tensor, type.itemsize, static_cast<std::size_t>(seen.ndim));
-    form = number_of(tensor, known->second, device, is_cpu, false, is_lazy, has_storage);
     address = reinterpret_cast<std::intptr_t>(seen.data) + static_cast<std::int64_t>(seen.byte_offset);
+    const auto dimensions = static_cast<std::size_t>(seen.ndim);
+    const bool has_storage = has_all_elements(tensor, address, type.itemsize, dimensions);
+    form = number_of(tensor, known->second, device, is_cpu, false, is_lazy, has_storage);
     return true;
   }
 
   /// The number of the tensor's form; -1 if its memory is not strided.
-  std::int64_t form_of(py::handle tensor) {
+  std::int64_t form_of(py::handle tensor, std::int64_t address) {
     if (get(tensor, layout_name_).ptr() != layout_.ptr()) return -1;
     const py::object dtype = get(tensor, dtype_name_);
     const py::object shape = get(tensor, shape_name_);
@@ -117,7 +118,7 @@ class Description {
     append(shape, key_);
     const std::size_t dimensions = key_.size();
     append(stride, key_);
-    const bool has_storage = is_meta || has_all_elements(tensor, type.itemsize, dimensions);
+    const bool has_storage = is_meta || has_all_elements(tensor, address, type.itemsize, dimensions);
     return number_of(tensor, dtype, device, is_cpu, is_meta, is_lazy, has_storage);
   }
 
@@ -136,13 +137,15 @@ class Description {
     return found->second;
   }
 
-  /// Whether the storage reaches to the last element; key_ has sizes and strides.
-  bool has_all_elements(py::handle tensor, std::int64_t itemsize, std::size_t dimensions) {
+  /// Whether there is a storage that reaches to the last element; key_ has sizes and strides.
+  bool has_all_elements(py::handle tensor, std::int64_t address, std::int64_t itemsize,
+                        std::size_t dimensions) {
     std::int64_t last = 0;
     for (std::size_t at = 0; at < dimensions; ++at) {
       if (key_[at] == 0) return true;
       last += (key_[at] - 1) * key_[dimensions + at];
     }
+    if (address == 0) return false;
     const std::int64_t end = integer(call(tensor, storage_offset_)) + last + 1;
     return end * itemsize <= integer(call(call(tensor, untyped_storage_), nbytes_));
   }

@@ -37,6 +37,7 @@ KINDS = {
     "freed": lambda: freed(0),
     "cut short": lambda: freed(399),
     "reaching just to the end": lambda: freed(400),
+    "zeros without memory": lambda: torch._efficientzerotensor((3,)),
     "quantized": lambda: torch.quantize_per_tensor(torch.zeros(3), 0.1, 0, torch.quint8),
     "sparse": lambda: torch.eye(3).to_sparse(),
     "a subclass": lambda: torch.zeros(3).as_subclass(Named),
@@ -69,7 +70,7 @@ def test_a_description_is_what_torch_says(kind: str, native_impl: str) -> None:
     assert form.is_contiguous == value.is_contiguous()
     assert form.is_quantized == value.is_quantized
     assert form.is_lazy == (kind in {"conjugate", "negative"})
-    assert form.has_storage == (kind not in {"freed", "cut short"})
+    assert form.has_storage == (kind not in {"freed", "cut short", "zeros without memory"})
     assert address == (0 if value.is_meta else value.data_ptr())
 
 

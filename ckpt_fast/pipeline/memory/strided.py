@@ -30,6 +30,8 @@ def run_addresses(tensor: torch.Tensor) -> torch.Tensor:
 def has_storage(tensor: torch.Tensor) -> bool:
     """Whether the storage of a strided tensor has all its elements: it may have been freed, or cut short."""
     span = tensor.numel()
+    if span and tensor.data_ptr() == 0:
+        return False
     if not tensor.is_contiguous():
         span = (
             sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1

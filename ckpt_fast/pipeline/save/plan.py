@@ -93,12 +93,17 @@ def require_values(fqn: str, tensor: torch.Tensor) -> None:
     """Raise if a tensor that is to be saved has no values.
 
     Raises:
-        CheckpointMismatchError: it is on the meta device, or its storage has been freed or cut short.
+        CheckpointMismatchError: it is on the meta device, or its storage has been freed or cut short, or it
+            has none.
     """
     if tensor.is_meta:
         raise CheckpointMismatchError(
             f"{fqn} is on the meta device and has no values to save. Give the model memory and weights "
             "first, with module.to_empty(device=...) and a load."
+        )
+    if tensor._is_zerotensor():
+        raise CheckpointMismatchError(
+            f"{fqn} is a ZeroTensor, which stands for zeros and has no memory. Save torch.zeros_like of it."
         )
     if has_own_memory(tensor) and not has_storage(tensor):
         raise CheckpointMismatchError(

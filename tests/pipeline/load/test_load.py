@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckpt_fast import settings as environment
-from ckpt_fast.errors import CheckpointMismatchError
+from ckpt_fast.errors import CheckpointCorruptError, CheckpointMismatchError
 from ckpt_fast.format.types import ObjectShard, TensorRequest, TensorShard
 from ckpt_fast.pipeline.load import load as load_module
 from ckpt_fast.pipeline.load.index import CheckpointIndex
@@ -342,3 +342,13 @@ def test_what_is_not_read_in_place_lands_in_waves(
     assert report.verified == len(tensors)
     largest = 12 * 40 * 4
     assert len(taken) == 1 and taken[0] <= max(limit, largest)
+
+
+def test_a_tensor_of_which_only_empty_pieces_were_saved(tmp_path: Path) -> None:
+    empty = TensorShard("e", torch.empty(0, 4), (0, 0), (4, 4))
+    save([whole("w", torch.ones(3)), empty], str(tmp_path), partial=True)
+    index, found = CheckpointIndex(str(tmp_path)), torch.zeros(3)
+    load_tensors(index, [TensorRequest("w", found, (0,))])
+    assert found.tolist() == [1, 1, 1] and index.shape("e") == (4, 4)
+    with pytest.raises(CheckpointCorruptError, match="e"):
+        load_tensors(index, [TensorRequest("e", torch.zeros(4, 4), (0, 0))])

@@ -262,7 +262,13 @@ class TableEntries:
         name = self._table.name[rows]
         counts = np.bincount(name, minlength=len(self._table.names))
         if not counts.all():
-            raise ValueError(f"{self._table.names[int(counts.argmin())]} has no item")
+            # Of a tensor, nothing may have been saved but empty pieces.
+            nothing = np.flatnonzero(self._table.kinds == NOTHING)
+            nothing = nothing[_ints(self._payloads.nbytes)[nothing] == 0]
+            is_empty = np.bincount(self._table.name[nothing], minlength=len(counts)) > 0
+            for number in np.flatnonzero(counts == 0).tolist():
+                if self._table.dtypes[number] is None or not is_empty[number]:
+                    raise ValueError(f"{self._table.names[number]} has no item")
         return rows[stable_order(name)], [0, *np.cumsum(counts).tolist()]
 
 

@@ -190,6 +190,15 @@ def test_a_save_of_torch_that_failed_does_not_occupy_the_directory(tmp_path: Pat
     assert torch.equal(found["a"], state["a"])
 
 
+@pytest.mark.parametrize("save", [ckpt_fast.save, in_background])
+def test_zeros_without_memory(save: Save, tmp_path: Path) -> None:
+    state = {"w": torch.zeros(3)}
+    save(state, tmp_path)
+    state["w"] = torch._efficientzerotensor((3,))
+    with pytest.raises(CheckpointMismatchError, match="w is a ZeroTensor"):
+        save(state, tmp_path)
+
+
 @pytest.mark.parametrize("nbytes", [0, 396])
 @pytest.mark.parametrize("save", [ckpt_fast.save, in_background])
 def test_a_storage_that_was_freed_or_cut_short(save: Save, nbytes: int, tmp_path: Path) -> None:
