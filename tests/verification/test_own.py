@@ -43,7 +43,8 @@ def test_a_sound_run(run: Path) -> None:
         assert positions == ["../energon/iter_0000002/train_dataloader_dprank000.pt"]
 
 
-@pytest.mark.parametrize("count", [25, pytest.param(500, marks=pytest.mark.long)])
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("count", [25, pytest.param(120, marks=pytest.mark.long)])
 def test_flips_in_every_small_file_are_found(run: Path, count: int) -> None:
     wrong = []
     step = run / "iter_0000002"
@@ -56,6 +57,7 @@ def test_flips_in_every_small_file_are_found(run: Path, count: int) -> None:
     assert wrong == []
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("count", [25, pytest.param(500, marks=pytest.mark.long)])
 def test_flips_in_the_data_name_the_items(run: Path, count: int) -> None:
     data = run / "iter_0000002/__0_0.distcp"
@@ -140,6 +142,7 @@ def test_the_directory_of_a_position_that_is_gone_is_noted(run: Path) -> None:
     assert report.is_sound and "train_dataloader_dprank000.pt" in report.notes[0]
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("count", [60, pytest.param(None, marks=pytest.mark.long)])
 def test_flips_in_the_sidecar_of_an_older_version_are_found(run: Path, count: int | None) -> None:
     step = run / "iter_0000002"
