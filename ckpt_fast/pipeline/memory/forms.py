@@ -8,11 +8,9 @@ from typing import Any, NamedTuple
 import torch
 
 from ckpt_fast import native
-from ckpt_fast.pipeline.memory.strided import has_storage
 
 # What state mostly consists of, told by its type alone.
 PLAIN_TENSORS = frozenset((torch.Tensor, torch.nn.Parameter))
-_TYPES = tuple(PLAIN_TENSORS)
 _QUANTIZED = frozenset((torch.quint8, torch.qint8, torch.qint32, torch.quint4x2, torch.quint2x4))
 
 
@@ -22,9 +20,7 @@ def has_own_memory(tensor: torch.Tensor) -> bool:
     Others are sparse, or of a subclass that handles operators itself and stands for tensors inside it, as
     DTensor does.
     """
-    return (
-        tensor.layout == torch.strided and type(tensor).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
-    )
+    return tensor.layout == torch.strided and _has_own_memory(type(tensor))
 
 
 class Form(NamedTuple):
@@ -97,30 +93,15 @@ class Described(NamedTuple):
 
 def describe(values: list[Any]) -> Described:
     """Describe those of the values that are tensors with memory of their own (``has_own_memory``)."""
+    types = tuple(kind for kind in set(map(type, values)) if _has_own_memory(kind))
     # Modes and subclasses that intercept torch functions have no say in where bytes are.
     with torch._C.DisableTorchFunction():
-        forms_column, addresses_column, table = native.describe_tensors(values, _TYPES, torch.strided)
-        forms, addresses = _integers(forms_column), _integers(addresses_column)
-        numbers: dict[tuple[Any, ...], int] = {form: number for number, form in enumerate(table)}
-        for number in (forms < 0).nonzero().flatten().tolist():
-            value = values[number]
-            if isinstance(value, torch.Tensor) and has_own_memory(value):
-                addresses[number] = value.data_ptr()
-                forms[number] = numbers.setdefault(_form(value), len(numbers))
-    return Described(forms, addresses, [Form(*form) for form in numbers])
+        forms, addresses, table = native.describe_tensors(values, types, torch.strided)
+    return Described(_integers(forms), _integers(addresses), [Form(*form) for form in table])
 
 
-def _form(tensor: torch.Tensor) -> Form:
-    return Form(
-        tensor.dtype,
-        tuple(tensor.shape),
-        tensor.stride(),
-        tensor.get_device(),
-        tensor.is_cpu,
-        tensor.is_meta,
-        tensor.is_conj() or tensor.is_neg(),
-        tensor.is_meta or has_storage(tensor),
-    )
+def _has_own_memory(kind: type) -> bool:
+    return issubclass(kind, torch.Tensor) and kind.__torch_dispatch__ is torch.Tensor.__torch_dispatch__
 
 
 def _integers(column: bytearray) -> torch.Tensor:
