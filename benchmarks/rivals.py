@@ -20,7 +20,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from states import State
 
-from ckpt_fast import FastStorageReader, FastStorageWriter, compat
+from ckpt_fast import FastLoadPlanner, FastSavePlanner, FastStorageReader, FastStorageWriter, compat
 from ckpt_fast.doors.megatron import torch_dist
 
 
@@ -106,6 +106,18 @@ class DcpDoor(Rival):
 
     def load(self, path: Path, wrapped: Any) -> None:
         dcp.load(wrapped, storage_reader=FastStorageReader(path))
+
+
+class PlannedDcpDoor(DcpDoor):
+    """The same with planners of ours."""
+
+    name = "ckpt_fast DCP, planned"
+
+    def save(self, wrapped: Any, path: Path) -> None:
+        dcp.save(wrapped, storage_writer=FastStorageWriter(path), planner=FastSavePlanner())
+
+    def load(self, path: Path, wrapped: Any) -> None:
+        dcp.load(wrapped, storage_reader=FastStorageReader(path), planner=FastLoadPlanner())
 
 
 class MegatronCore(Rival):
@@ -196,6 +208,7 @@ def all_rivals(sync: bool = True) -> tuple[list[Rival], list[str]]:
     everyone: Sequence[Rival] = [
         MegatronCoreDoor(),
         DcpDoor(),
+        PlannedDcpDoor(),
         MegatronCore(),
         Dcp(1, sync),
         Dcp(2, sync),

@@ -13,7 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ckpt_fast.doors.dcp import FastStorageReader, FastStorageWriter
+    from ckpt_fast.doors.dcp import FastLoadPlanner, FastSavePlanner, FastStorageReader, FastStorageWriter
     from ckpt_fast.doors.dcp.direct.functions import async_save, load, save
     from ckpt_fast.doors.local.manager import FastLocalCheckpointManager
     from ckpt_fast.doors.megatron.install import install, uninstall
@@ -36,8 +36,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FastCheckpointManager",
+    "FastLoadPlanner",
     "FastLoadStrategy",
     "FastLocalCheckpointManager",
+    "FastSavePlanner",
     "FastSaveStrategy",
     "FastStorageReader",
     "FastStorageWriter",
@@ -63,8 +65,10 @@ __all__ = [
 # Imported on first use: who saves with torch DCP need not wait for Megatron's import.
 _HOMES = {
     "FastCheckpointManager": "ckpt_fast.trainer.bridge",
+    "FastLoadPlanner": "ckpt_fast.doors.dcp",
     "FastLoadStrategy": "ckpt_fast.doors.megatron.load_strategy",
     "FastLocalCheckpointManager": "ckpt_fast.doors.local.manager",
+    "FastSavePlanner": "ckpt_fast.doors.dcp",
     "FastSaveStrategy": "ckpt_fast.doors.megatron.torch_dist",
     "FastStorageReader": "ckpt_fast.doors.dcp",
     "FastStorageWriter": "ckpt_fast.doors.dcp",

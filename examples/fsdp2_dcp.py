@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from ckpt_fast import FastStorageReader, FastStorageWriter
+from ckpt_fast import FastLoadPlanner, FastSavePlanner, FastStorageReader, FastStorageWriter
 
 
 def build(device: str) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -39,7 +39,8 @@ def load(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) ->
     if not steps:
         return 0
     state: dict[str, Any] = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
-    dcp.load(state, storage_reader=FastStorageReader(directory / str(max(steps))))
+    reader = FastStorageReader(directory / str(max(steps)))
+    dcp.load(state, storage_reader=reader, planner=FastLoadPlanner())
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     return max(steps)
 
@@ -71,7 +72,9 @@ def main() -> None:
                 saving.result()  # waits for the previous save, and raises if it failed
             state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
             writer = FastStorageWriter(options.directory / str(step))
-            saving = dcp.async_save(state, storage_writer=writer, process_group=background)
+            saving = dcp.async_save(
+                state, storage_writer=writer, planner=FastSavePlanner(), process_group=background
+            )
     if saving is not None:
         saving.result()
     dist.destroy_process_group()

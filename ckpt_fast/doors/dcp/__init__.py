@@ -5,11 +5,13 @@
     dcp.load(state_dict, storage_reader=FastStorageReader(path))
 
 Planning stays with torch: DTensors, FSDP2, flattened state dicts, partial loads and plan caching work as they
-do with torch's own file system writer, and each side reads what the other has written. ``functions`` has
+do with torch's own file system writer, and each side reads what the other has written. With
+``planner=FastSavePlanner()`` and ``FastLoadPlanner()`` it takes a fraction of the time. ``direct`` has
 ``ckpt_fast.save``, ``async_save`` and ``load``, which plan by themselves.
 """
 
+from ckpt_fast.doors.dcp.planners import FastLoadPlanner, FastSavePlanner
 from ckpt_fast.doors.dcp.reader import FastStorageReader
 from ckpt_fast.doors.dcp.writer import FastStorageWriter
 
-__all__ = ["FastStorageReader", "FastStorageWriter"]
+__all__ = ["FastLoadPlanner", "FastSavePlanner", "FastStorageReader", "FastStorageWriter"]

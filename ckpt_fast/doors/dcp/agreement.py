@@ -52,7 +52,7 @@ def report_unasked(
         remedy = (
             "Put them into the state dict (an optimizer has no moments before its first step; "
             "get_state_dict of torch makes them). If they are left out on purpose, load with "
-            "DefaultLoadPlanner(allow_partial_load=True), or allow_partial_load=True."
+            "FastLoadPlanner(allow_partial_load=True), or allow_partial_load=True."
         )
         logger.warning("%s", warning_text(directory, unasked.sections, remedy))
     return unasked

@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner
 
 from ckpt_fast.doors.dcp.direct.local_state import regions_of
+from ckpt_fast.doors.dcp.planners import FastLoadPlanner
 from ckpt_fast.errors import CheckpointCorruptError, CheckpointMismatchError
 from ckpt_fast.format.consistency import Region, missing_message, require_apart
 
@@ -47,7 +48,8 @@ def require_covered(plan: LoadPlan, planner: LoadPlanner, metadata: Metadata, di
         if item.type != LoadItemType.BYTE_IO:
             place = tuple(item.dest_index.offset or (0,) * len(item.lengths))
             asked[item.dest_index.fqn, place].append(Region(tuple(item.dest_offsets), tuple(item.lengths)))
-    default = getattr(type(planner), "create_local_plan", None) is DefaultLoadPlanner.create_local_plan
+    makes_plan = getattr(type(planner), "create_local_plan", None)
+    default = makes_plan in (DefaultLoadPlanner.create_local_plan, FastLoadPlanner.create_local_plan)
     known = set()
     for fqn, offsets, sizes in _destinations(planner):
         known.add((fqn, offsets))

@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
+from ckpt_fast.doors.dcp.column_plans import OwnPart
 from ckpt_fast.errors import CheckpointMismatchError
 from ckpt_fast.format.types import BlockDigests, FileRecord, ObjectShard, RankRecord, Shard, TensorShard
 from ckpt_fast.pipeline.memory.garbage import without_collections
@@ -33,6 +34,8 @@ class _Written(NamedTuple):
 
 def planned_nbytes(plan: SavePlan) -> int:
     """Bytes of the tensors in a plan; how large objects are is not known before they are pickled."""
+    if isinstance(plan.planner_data, OwnPart):
+        return plan.planner_data.nbytes
     return sum(
         math.prod(item.tensor_data.chunk.sizes) * item.tensor_data.properties.dtype.itemsize
         for item in plan.items

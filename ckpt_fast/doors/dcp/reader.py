@@ -9,7 +9,7 @@ import os
 from typing import Any, NamedTuple
 
 import torch
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
@@ -17,6 +17,8 @@ from torch.futures import Future
 from ckpt_fast import settings
 from ckpt_fast.doors.dcp.agreement import report_unasked, require_same_save
 from ckpt_fast.doors.dcp.coverage import require_covered
+from ckpt_fast.doors.dcp.planners import FastLoadPlanner
+from ckpt_fast.doors.dcp.wanted import ReadFrom, Wanted
 from ckpt_fast.errors import CheckpointMismatchError
 from ckpt_fast.format.names import METADATA_FILE
 from ckpt_fast.pipeline.load.decode import Contents, decode_object, read_contents
@@ -127,8 +129,7 @@ class FastStorageReader(StorageReader):
         self._unreadable = None
         self._identity = self._contents.identity if rank is None else _OF_ONE_RANK
         metadata = self._contents.metadata
-        if getattr(metadata, "storage_meta", None) is None:
-            metadata.storage_meta = StorageMeta()
+        metadata.storage_meta = ReadFrom(getattr(metadata, "storage_meta", None), self)
         return metadata
 
     def set_up_storage_reader(
@@ -161,15 +162,25 @@ class FastStorageReader(StorageReader):
         }
         require_same_save(self._path, self._identity, of_ranks)
         self._asked = {item.storage_index.fqn for plan in plans for item in plan.items}
+        for plan in plans:
+            if isinstance(plan.planner_data, Wanted):
+                names = plan.planner_data.asked
+                self._asked.update(self.index.names if names is None else names)
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Fill what the plan asks for: ``locate_data``, then ``fill``.
+        """Fill what the plan asks for: ``locate_data``, then ``fill``; or what FastLoadPlanner has prepared.
 
         Raises:
             CheckpointCorruptError, CheckpointMismatchError, UnsafeCheckpointError.
         """
-        self.fill(self.locate_data(plan, planner))
+        direct = planner.direct if isinstance(planner, FastLoadPlanner) else None
+        if direct is None:
+            self.fill(self.locate_data(plan, planner))
+        else:
+            direct.read()
+            direct.place()
+            self._report_unasked(planner)
         future: Future[None] = Future()
         future.set_result(None)
         return future
@@ -182,8 +193,7 @@ class FastStorageReader(StorageReader):
             CheckpointCorruptError: a part of a tensor is missing.
             CheckpointMismatchError: the plan does not fit the checkpoint or the destinations.
         """
-        index = self._index
-        assert index is not None, "locate_data before set_up_storage_reader"
+        index = self.index
         require_covered(plan, planner, index.metadata, self._path)
         objects = [item for item in plan.items if item.type == LoadItemType.BYTE_IO]
         for item in objects:
@@ -201,10 +211,9 @@ class FastStorageReader(StorageReader):
                 meanwhile.
             UnsafeCheckpointError: an object is more than tensors and plain data.
         """
-        assert self._index is not None, "fill before set_up_storage_reader"
-        self._fill(self._index, located)
+        self._fill(self.index, located)
         # A save ends the checkpoint that it overwrites before it touches the data files.
-        self._index.versions.require_unchanged()
+        self.index.versions.require_unchanged()
         self._report_unasked(located.planner)
 
     def _report_unasked(self, planner: LoadPlanner) -> None:
@@ -227,6 +236,12 @@ class FastStorageReader(StorageReader):
             planner.load_bytes(item, io.BytesIO(_harmless(payloads[fqn], f"{fqn} in {self._path}")))
         for item, target in zip(located.items, located.targets, strict=True):
             planner.commit_tensor(item, target)
+
+    @property
+    def index(self) -> CheckpointIndex:
+        """The table of contents, once ``set_up_storage_reader`` was called."""
+        assert self._index is not None, "set_up_storage_reader comes first"
+        return self._index
 
     @property
     def checkpoint_id(self) -> str:

@@ -20,7 +20,9 @@ from torch.distributed.checkpoint.staging import AsyncStager
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
+from ckpt_fast.doors.dcp.column_plans import ColumnPlan, SavedMetadata, TakesColumns, programs
 from ckpt_fast.doors.dcp.plan_items import planned_nbytes, results_of, shards_of
+from ckpt_fast.doors.dcp.planners import FastSavePlanner
 from ckpt_fast.doors.dcp.reader import StrPath, is_local_path
 from ckpt_fast.doors.dcp.snapshot import snapshots
 from ckpt_fast.doors.dcp.steps import hold, last_step, let_go, step, written_by
@@ -194,8 +196,12 @@ class FastStorageWriter(AsyncStager, StorageWriter):
         ]
 
     @step
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[Any]:
         """Write this rank's items; on return they are durable.
+
+        Returns:
+            What ``finish`` needs to know of them: torch's write results, or for a plan of FastSavePlanner a
+            record of bytes.
 
         Raises:
             CheckpointWriteError: naming file, offset and cause.
@@ -204,25 +210,50 @@ class FastStorageWriter(AsyncStager, StorageWriter):
         self.report = self._of_thread.report = report = SaveReport(self._save.path)
         prefix = self._of_thread.prefix = plan.storage_data.prefix
         first = commit.first_free_number(self._save.path, prefix, self._save.seal)
-        waves = self._waves(report, prefix, self._settings, first)
+        columns = planner.columns if isinstance(planner, FastSavePlanner) else None
+        waves = self._waves(report, prefix, self._settings, first, columns)
         written_by(waves.progress)
         # The planners of torch and Megatron-Core keep what they were given under this name.
-        with snapshots.read(getattr(planner, "state_dict", {}).values()) as snapshot:
-            record = waves.run(shards_of(plan, planner))
+        leaves = columns.leaves if columns is not None else getattr(planner, "state_dict", {}).values()
+        with snapshots.read(leaves) as snapshot:
+            if columns is None:
+                record = waves.run(shards_of(plan, planner))
+            else:
+                options = (prefix, first, self._thread_count)
+                record = waves.run(columns.shards(plan, self._settings.host_buffer_bytes, options))
         report.seconds = report.stall_s = time.perf_counter() - begin
         if snapshot is not None:
             report.stall_s = snapshot.seconds
             report.host_memory_allocated += snapshot.allocated_nbytes
         if not self._save.publishes:
             seal.report(report, ControlGroup().global_rank, is_published=False)
-        future: Future[list[WriteResult]] = Future()
-        future.set_result(results_of(plan, record))
+        future: Future[Any] = Future()
+        written = results_of(plan, record) if columns is None else columns.written(record, waves.structure)
+        future.set_result(written)
         return future
 
     @last_step
     @without_collections
-    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+    def finish(self, metadata: Metadata, results: list[Any]) -> None:
         """Coordinator only: publish the checkpoint, ``.metadata`` last."""
+        save = self._save
+        if isinstance(metadata, SavedMetadata):
+            metadata.storage_meta = StorageMeta(checkpoint_id=save.path, save_id=save.save_id)
+            pickled, manifest = metadata.seal(results)
+        else:
+            pickled, manifest = self._table_of(metadata, results)
+        files = Directory(save.path)
+        self._require_own(files, manifest)
+        before = commit.superseded(save.path, save.seal, save.lone_rank)
+        seal.seal(files, pickled, manifest, name=save.seal)
+        try:
+            commit.remove_files(save.path, before - set(manifest.files))
+        except CheckpointWriteError as error:
+            logger.warning("%s", error)
+        seal.report(self._of_thread.report, ControlGroup().global_rank)
+
+    def _table_of(self, metadata: Metadata, results: list[list[WriteResult]]) -> tuple[bytes, Manifest]:
+        """Complete the metadata of one of torch's planners; returns it as it is stored."""
         save = self._save
         written = [(result.index, result.storage_data) for rank in results for result in rank]
         metadata.storage_data = {index: data.info for index, data in written}
@@ -233,20 +264,12 @@ class FastStorageWriter(AsyncStager, StorageWriter):
             {data.file for _, data in written},
             [digests for _, data in written for digests in data.digests],
         )
-        files = Directory(save.path)
-        self._require_own(files, manifest)
-        before = commit.superseded(save.path, save.seal, save.lone_rank)
-        seal.seal(files, pickle_metadata(metadata), manifest, name=save.seal)
-        try:
-            commit.remove_files(save.path, before - set(manifest.files))
-        except CheckpointWriteError as error:
-            logger.warning("%s", error)
-        seal.report(self._of_thread.report, ControlGroup().global_rank)
+        return pickle_metadata(metadata), manifest
 
     def storage_meta(self) -> StorageMeta:
         """The entry in ``.metadata`` for the save that is about to begin."""
         announced = self._announced()
-        return StorageMeta(checkpoint_id=announced.path, save_id=announced.save_id)
+        return TakesColumns(checkpoint_id=announced.path, save_id=announced.save_id)
 
     @property
     def checkpoint_id(self) -> str:
@@ -286,9 +309,23 @@ class FastStorageWriter(AsyncStager, StorageWriter):
         (directory, _), self._staged_in = self._staged_in, None
         return directory
 
-    def _waves(self, report: SaveReport, prefix: str, chosen: Settings, first: int = 0) -> Waves:
-        bound = chosen.host_buffer_bytes
-        return Waves(report, prefix, self._thread_count, bound=bound, settings=chosen, first=first)
+    def _waves(
+        self,
+        report: SaveReport,
+        prefix: str,
+        chosen: Settings,
+        first: int = 0,
+        columns: ColumnPlan | None = None,
+    ) -> Waves:
+        return Waves(
+            report,
+            prefix,
+            self._thread_count,
+            bound=chosen.host_buffer_bytes,
+            settings=chosen,
+            first=first,
+            programs=programs() if columns is not None else None,
+        )
 
     @property
     def _settings(self) -> Settings:

@@ -9,7 +9,7 @@ import zlib
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -46,7 +46,7 @@ def divide_alone(state: LocalState) -> Division:
     Raises:
         CheckpointMismatchError: two values have the same name.
     """
-    return _division(state, "", range(len(state.names)), state.paths())
+    return division_of(state, "", range(len(state.names)), state.paths())
 
 
 @without_collections
@@ -60,16 +60,58 @@ def divide_together(group: ControlGroup, state: LocalState) -> Division:
 
     def decide() -> None:
         token = secrets.token_hex(8)
-        values = [each.value for each in local if each.value is not None]
-        encoded = [items for items, _ in values]
-        paths = _joined_paths([own for _, own in values])
-        chosen = divide(join_items(encoded), [row_count(each) for each in encoded])
-        for rank, numbers in enumerate(chosen):
-            found.append((token, numbers, {} if rank else paths))
+        chosen = choose([each.value for each in local if each.value is not None])
+        for rank, numbers in enumerate(chosen.numbers):
+            found.append((token, numbers, {} if rank else chosen.paths))
 
-    local = group.collect(lambda: (encode_items(_entries(state), ()), _encoded_paths(state.paths())))
+    local = group.collect(lambda: describe_state(state))
     group.decide(decide, local)
-    return _division(state, *group.scatter(found))
+    return division_of(state, *group.scatter(found))
+
+
+class DescribedState(NamedTuple):
+    """What a rank could save, as it tells the coordinator: shards and objects, and torch DCP's paths."""
+
+    items: bytes
+    paths: bytes
+
+
+def describe_state(state: LocalState) -> DescribedState:
+    """Local. What the coordinator needs to know of a rank's state.
+
+    Raises:
+        CheckpointMismatchError: two values have the same name.
+    """
+    return DescribedState(encode_items(_entries(state), ()), _encoded_paths(state.paths()))
+
+
+class Chosen(NamedTuple):
+    """Who saves what.
+
+    Attributes:
+        numbers: for each rank, of what it saves.
+        nbytes: for each rank, of the tensors among that.
+        paths: torch DCP's name to path mapping.
+    """
+
+    numbers: list[array[int]]
+    nbytes: list[int]
+    paths: dict[str, Any]
+
+
+def choose(described: Sequence[DescribedState]) -> Chosen:
+    """Coordinator. Divide what the ranks have described, in rank order.
+
+    Raises:
+        CheckpointMismatchError: see ``divide``.
+    """
+    encoded = [each.items for each in described]
+    items, counts = join_items(encoded), [row_count(each) for each in encoded]
+    numbers, first, nbytes = divide(items, counts), 0, []
+    for count, chosen in zip(counts, numbers, strict=True):
+        nbytes.append(int(items.rows["nbytes"][first : first + count][chosen].sum()))
+        first += count
+    return Chosen(numbers, nbytes, _joined_paths([each.paths for each in described]))
 
 
 def divide(items: Items, counts: Sequence[int]) -> list[array[int]]:
@@ -161,7 +203,8 @@ def _joined_paths(encoded: Sequence[bytes]) -> dict[str, tuple[str | int, ...]]:
     return paths
 
 
-def _division(state: LocalState, token: str, numbers: Iterable[int], paths: dict[str, Any]) -> Division:
+def division_of(state: LocalState, token: str, numbers: Iterable[int], paths: dict[str, Any]) -> Division:
+    """Local. The division in which a rank saves the shards and objects of these numbers."""
     tensors, objects = array("q"), array("q")
     for number in numbers:
         (objects if state.places[number] == () else tensors).append(number)

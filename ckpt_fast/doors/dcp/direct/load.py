@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +27,7 @@ from ckpt_fast.storage.files import Directory
 _MOST_SHOWN = 5
 
 
-class _Seen(NamedTuple):
+class Seen(NamedTuple):
     """What the coordinator has to know of a rank: its save, and the names it asks for; None means all."""
 
     identity: str
@@ -41,9 +42,14 @@ def load_state_dict(
     keys = sorted(state_dict, key=str)
     opened = OpenCheckpoint(Directory(directory))
     opened.share(group)
-    loading = _Loading(opened, allow_partial_load)
+    is_url = "://" in directory
+    loading = DirectLoad(
+        opened.directory,
+        lambda: CheckpointIndex(directory) if is_url else opened.index,
+        allow_partial_load=allow_partial_load,
+    )
 
-    def prepare() -> _Seen:
+    def prepare() -> Seen:
         values = {key: state_dict[key] for key in keys}
         loading.prepare(
             {key: value.state_dict() if is_stateful(value) else value for key, value in values.items()}
@@ -61,12 +67,23 @@ def load_state_dict(
             state_dict[key] = loaded[key]
 
 
-class _Loading:
-    """One rank's part of one load."""
+class DirectLoad:
+    """One rank's part of one load: ``prepare``, ``read`` and ``place``, in this order.
 
-    def __init__(self, opened: OpenCheckpoint, allow_partial_load: bool) -> None:
-        self._opened = opened
-        self._directory = opened.directory
+    Args:
+        directory: the checkpoint.
+        index: gives its table of contents; called by ``prepare``.
+        allow_partial_load: see ``ckpt_fast.load``.
+
+    Attributes:
+        seen: what the coordinator has to know; since ``prepare``.
+    """
+
+    def __init__(
+        self, directory: str, index: Callable[[], CheckpointIndex], *, allow_partial_load: bool
+    ) -> None:
+        self._directory = directory
+        self._open = index
         self._is_partial = allow_partial_load
         self._values: dict[str, Any] = {}
         self._prepared: PreparedLoad | None = None
@@ -81,8 +98,7 @@ class _Loading:
         Raises:
             CheckpointError: see ``ckpt_fast.load``.
         """
-        is_url = "://" in self._directory
-        self._index = CheckpointIndex(self._directory) if is_url else self._opened.index
+        self._index = self._open()
         self._values = values
         flat = Flattened(values)
         flat.require_unique()
@@ -129,9 +145,9 @@ class _Loading:
             self._prepared = prepare(index, requests, {name for name, _, _ in self._objects}, rows)
         left_out = set(missing)
         asked = [name for name in flat.names if name not in left_out]
-        self.seen = _Seen(index.identity, None if len(asked) == len(index.names) else asked)
+        self.seen = Seen(index.identity, None if len(asked) == len(index.names) else asked)
 
-    def agree(self, seen: list[_Seen]) -> None:
+    def agree(self, seen: list[Seen]) -> None:
         """Coordinator. All ranks see one save; what none of them asks for is reported."""
         require_same_save(
             self._directory, self.seen.identity, {rank: each.identity for rank, each in enumerate(seen)}

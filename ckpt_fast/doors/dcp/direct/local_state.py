@@ -159,6 +159,11 @@ class LocalState:
             for number in others:
                 self.places[number] = ()
 
+    @property
+    def leaves(self) -> list[Any]:
+        """What ``values`` were taken from: the tensors and objects of the state dict, whole."""
+        return self._flat.values
+
     @cached_property
     def described(self) -> Described:
         """The memory of ``values``."""

@@ -141,7 +141,7 @@ class _Collecting:
             self._keep(divide_alone(state))
         division = self._division
         return Share(
-            (self._prepared(state, division) or _shards(state, division)) if division is not None else (),
+            (self._prepared(state, division) or shards_of(state, division)) if division is not None else (),
             planner_data=division.planner_data if division is not None else None,
             write_beside=self._write_beside,
             division=division.token if division is not None else None,
@@ -156,7 +156,7 @@ class _Collecting:
     def _divide(self, state: LocalState) -> Divided:
         division = divide_together(self._group, state)
         self._keep(division)
-        return Divided(_shards(state, division), division.planner_data)
+        return Divided(shards_of(state, division), division.planner_data)
 
     def _keep(self, division: Division) -> None:
         self._division = division
@@ -164,22 +164,46 @@ class _Collecting:
             self._known.divisions.keep(self._structure, division)
 
     def _prepared(self, state: LocalState, division: Division) -> Prepared | None:
-        """The shards for the program of an earlier save; None if there is none that suits."""
         programs, options = self._options.programs, self._options
-        program = programs.find(division.program) if programs is not None and division.program else None
+        if programs is None:
+            return None
         bound = options.host_buffer if options.host_buffer is not None else Settings.read().host_buffer_bytes
-        if program is None or not program.suits(options.snapshot, bound):
-            return None
-        payloads = [object_bytes(state.values[number], state.names[number]) for number in division.objects]
-        if not program.holds(payloads):
-            return None
-        tensors = [state.values[number] for number in division.tensors]
-        pointers = state.described.addresses[torch.tensor(division.tensors, dtype=torch.int64)]
-        return Prepared(program, pointers, payloads, lambda: tensors, tensors)
+        return prepared_shards(state, division, programs, snapshot=options.snapshot, bound=bound)
+
+
+def prepared_shards(
+    state: LocalState, division: Division, programs: ProgramCache, *, snapshot: bool, bound: int | None
+) -> Prepared | None:
+    """Local. A rank's shards, for the program of an earlier save; None if there is none that suits.
+
+    Args:
+        state: what the rank has.
+        division: what it saves of that; knows the program.
+        programs: of earlier saves.
+        snapshot, bound: see ``SaveProgram.suits``.
+
+    Raises:
+        UnsafeCheckpointError: an object could not be loaded again.
+    """
+    program = programs.find(division.program) if division.program else None
+    if program is None or not program.suits(snapshot, bound):
+        return None
+    payloads = [object_bytes(state.values[number], state.names[number]) for number in division.objects]
+    if not program.holds(payloads):
+        return None
+    tensors = [state.values[number] for number in division.tensors]
+    pointers = state.described.addresses[torch.tensor(division.tensors, dtype=torch.int64)]
+    return Prepared(program, pointers, payloads, lambda: tensors, tensors)
 
 
 @without_collections
-def _shards(state: LocalState, division: Division) -> list[Shard]:
+def shards_of(state: LocalState, division: Division) -> list[Shard]:
+    """Local. What a rank saves of what it has.
+
+    Raises:
+        CheckpointMismatchError: a tensor has no memory for its values.
+        UnsafeCheckpointError: an object could not be loaded again.
+    """
     shards: list[Shard] = [
         ObjectShard(state.names[number], object_bytes(state.values[number], state.names[number]))
         for number in division.objects
