@@ -37,7 +37,8 @@ def share_of(strategy: Any, sharded: dict[str, Any]) -> Share:
             raise CheckpointMismatchError(f"nothing was saved: {error}") from error
         return Divided(shards_of(sharded))
 
-    return Share(shards_of(sharded), division="" if is_divided else None, divide=divide)
+    # Before the ranks have divided it, nobody knows what this one will save.
+    return Share(shards_of(sharded) if is_divided else (), division="" if is_divided else None, divide=divide)
 
 
 class FastParallelSaveWrapper(compat.FullyParallelSaveStrategyWrapper):  # type: ignore[misc]
@@ -76,7 +77,8 @@ class FastParallelSaveWrapper(compat.FullyParallelSaveStrategyWrapper):  # type:
 
     def distribute_anew(self, sharded_state_dict: dict[str, Any]) -> None:
         """Collective. Choose the ranks whatever was chosen before."""
-        structure = _structure_of(sharded_state_dict)  # before replicas change their ids
+        # Before replicas change their ids.
+        structure = _structure_of(sharded_state_dict) if self.do_cache_distribution else None
         self.cached_distribution = self._structure = self._distribution = None
         super().apply_saving_parallelization(sharded_state_dict)
         # Only now: with a structure that was never distributed, no rank would save the tensor.

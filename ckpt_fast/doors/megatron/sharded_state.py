@@ -19,7 +19,7 @@ from ckpt_fast.glu.factory import RowShard
 from ckpt_fast.pipeline.load.index import CheckpointIndex
 from ckpt_fast.pipeline.load.load import prepare
 from ckpt_fast.pipeline.save.objects import object_bytes
-from ckpt_fast.pipeline.save.plan import require_values
+from ckpt_fast.pipeline.save.plan import require_all_values
 
 # The keys and list indices that lead to an entry of a nested state dict.
 Path = tuple[Any, ...]
@@ -91,21 +91,30 @@ def shards_of(sharded_state_dict: dict[str, Any]) -> list[Shard]:
     require_distinct_names(sharded_state_dict)
     shards: list[Shard] = []
     objects: dict[str, list[Any]] = defaultdict(list)
-    for entry in compat.nested_values(sharded_state_dict):
-        if not compat.is_main_replica(entry.replica_id):
-            continue
-        if isinstance(entry, compat.ShardedObject):
-            objects[entry.unique_key].append(entry.data)
-            continue
-        if isinstance(entry, RowShard):
-            place = (tuple(entry.global_offset), tuple(entry.global_shape), _sizes(entry))
-            shards.append(TensorShard(entry.key, entry.rows, *place))
-            continue
+    saved = [
+        entry
+        for entry in compat.nested_values(sharded_state_dict)
+        if compat.is_main_replica(entry.replica_id)
+    ]
+    tensors = [entry for entry in saved if isinstance(entry, compat.ShardedTensor)]
+    plain = [entry for entry in tensors if not isinstance(entry, RowShard)]
+    for entry in plain:
         if entry.data is None:
             raise CheckpointMismatchError(f"{entry.key} is to be saved but has no data on this rank")
-        require_values(entry.key, entry.data)
-        data = entry.data.detach()[(None,) * entry.prepend_axis_num]
-        shards.append(TensorShard(entry.key, data, tuple(entry.global_offset), tuple(entry.global_shape)))
+    require_all_values([entry.key for entry in plain], [entry.data for entry in plain])
+    with torch._C.DisableTorchFunction():
+        for entry in tensors:
+            place = (tuple(entry.global_offset), tuple(entry.global_shape))
+            if isinstance(entry, RowShard):
+                shards.append(TensorShard(entry.key, entry.rows, *place, _sizes(entry)))
+                continue
+            data = entry.data.detach()
+            if entry.prepend_axis_num:
+                data = data[(None,) * entry.prepend_axis_num]
+            shards.append(TensorShard(entry.key, data, *place))
+    for entry in saved:
+        if isinstance(entry, compat.ShardedObject):
+            objects[entry.unique_key].append(entry.data)
     shards.extend(ObjectShard(key, object_bytes(values, key)) for key, values in objects.items())
     return shards
 

@@ -190,7 +190,9 @@ def start_save(
         preprocess_common_before_consistency_check: applied to the common state before ranks compare it.
         content_metadata: stored in the common state under ``content_metadata``.
         write_beside: see ``Share``.
-        reuse: plan as the strategy's last save did, where the structure is proven to be the same.
+        reuse: collect objects only, where the tensors are proven to be those of the strategy's last save.
+            Without it all is collected, compared and divided anew; the compiled program of the last save is
+            executed if that comes to the same structure.
 
     Raises:
         CheckpointError: on every rank, naming the rank that failed; nothing has been written.
@@ -245,7 +247,7 @@ def start_save(
         replace(
             options,
             writers=base.writers,
-            programs=base.programs if reuse else None,
+            programs=base.programs,
             partial=not validate_access_integrity and group.size == 1,
         ),
         replace(completion or Completion(), seal_files={SEAL_FILE: json.dumps(SEAL).encode()}),

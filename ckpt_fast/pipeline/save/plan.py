@@ -14,7 +14,7 @@ from ckpt_fast.errors import CheckpointMismatchError
 from ckpt_fast.format.archive import ALIGNMENT, PAGE, Archive, item_nbytes, tensor_archive
 from ckpt_fast.format.names import DATA_SUFFIX
 from ckpt_fast.format.types import Extent, ItemRecord, ObjectShard, Shard, TensorShard
-from ckpt_fast.pipeline.memory.forms import has_own_memory
+from ckpt_fast.pipeline.memory.forms import describe, has_own_memory
 from ckpt_fast.pipeline.memory.garbage import without_collections
 from ckpt_fast.pipeline.memory.strided import has_storage
 
@@ -111,6 +111,22 @@ def require_values(fqn: str, tensor: torch.Tensor) -> None:
             f"{tensor.untyped_storage().nbytes()} bytes: it was freed, or is shared with something that "
             "resized it. Save while the tensor has its memory."
         )
+
+
+def require_all_values(names: Sequence[str], tensors: Sequence[torch.Tensor]) -> None:
+    """``require_values`` of many tensors, with one look at most of them.
+
+    Args:
+        names: of the tensors.
+        tensors: to be saved.
+
+    Raises:
+        CheckpointMismatchError: see ``require_values``; of the first that has no values.
+    """
+    described = describe(list(tensors))
+    doubtful = torch.tensor([form.is_meta or not form.has_storage for form in described.table] + [True])
+    for number in doubtful[described.forms].nonzero().flatten().tolist():
+        require_values(names[number], tensors[number])
 
 
 def is_plain(tensor: torch.Tensor) -> bool:
