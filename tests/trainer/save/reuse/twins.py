@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Saves in pairs: with a context that is kept between saves, and, at the same moment, with a new one.
 
-The pair must have the same content. ``mutations`` has what may happen to a run between two
-pairs.
+With one kept context a save collects what it must, with another everything. All must have the same content.
+``mutations`` has what may happen to a run between two pairs.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ class Twins:
     """A run's pairs of saves below ``root``.
 
     Attributes:
-        context: the one that is kept.
+        context: the one that is kept where the structure is assumed to be constant.
+        collected_context: the one that is kept where it is not.
         saves: how many pairs there are.
     """
 
@@ -39,6 +40,7 @@ class Twins:
         self.run = run
         self.root = root
         self.context: dict[str, Any] = {}
+        self.collected_context: dict[str, Any] = {}
         self.saves = 0
 
     def save(self, in_background: bool = False, meanwhile: Callable[[], Any] = lambda: None) -> bool:
@@ -53,6 +55,8 @@ class Twins:
         """
         self.saves += 1
         self._save("new", {}, ckpt_assume_constant_structure=False, async_save=False)
+        collected = {"ckpt_assume_constant_structure": False, "async_save": False}
+        self._save("collected", self.collected_context, **collected)
         with everything_counted() as count:
             if in_background:
                 self._save_in_background(meanwhile)
@@ -61,7 +65,9 @@ class Twins:
         dist.barrier()
         if dist.get_rank() == 0:
             assert differing(self.directory("new"), self.directory("kept")) == []
-            assert manifest_lies(Path(self.directory("kept"))) == []
+            assert differing(self.directory("new"), self.directory("collected")) == []
+            for twin in ("kept", "collected"):
+                assert manifest_lies(Path(self.directory(twin))) == []
         dist.barrier()
         return count == []
 
