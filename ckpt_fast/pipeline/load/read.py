@@ -14,6 +14,8 @@ import struct
 from array import array
 from collections.abc import Sequence
 
+import numpy as np
+
 from ckpt_fast import native, settings
 from ckpt_fast.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
 from ckpt_fast.format.types import Extent, Runs
@@ -102,7 +104,8 @@ class ReadProgram:
             self._range_offset.extend(offset)
             self._range_nbytes.extend(nbytes)
             self._range_block.extend(array("q", [block_nbytes]) * len(files))
-            self._block_count += sum(-(-each // block_nbytes) for each in nbytes)
+            lengths = np.frombuffer(nbytes, np.int64)
+            self._block_count += int((-(-lengths // block_nbytes)).sum())
             self._unlisted += len(files)
         return first
 

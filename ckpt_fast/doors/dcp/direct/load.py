@@ -38,8 +38,6 @@ def load_state_dict(
     state_dict: dict[str, Any], directory: str, group: ControlGroup, *, allow_partial_load: bool = False
 ) -> None:
     """Collective. See ``ckpt_fast.load``."""
-    # In the same order on all ranks: an object's state_dict may be collective.
-    keys = sorted(state_dict, key=str)
     opened = OpenCheckpoint(Directory(directory))
     opened.share(group)
     is_url = "://" in directory
@@ -49,22 +47,26 @@ def load_state_dict(
         allow_partial_load=allow_partial_load,
     )
 
+    stateful: list[str] = []
+
     def prepare() -> Seen:
-        values = {key: state_dict[key] for key in keys}
-        loading.prepare(
-            {key: value.state_dict() if is_stateful(value) else value for key, value in values.items()}
-        )
+        values = dict(state_dict)
+        if not set(map(type, values.values())) <= PLAIN_TENSORS:
+            # In the same order on all ranks: an object's state_dict may be collective.
+            stateful.extend(sorted((key for key in values if is_stateful(values[key])), key=str))
+            for key in stateful:
+                values[key] = values[key].state_dict()
+        loading.prepare(values)
         return loading.seen
 
     seen = group.collect(prepare)
     group.decide(lambda: loading.agree([each.value for each in seen if each.value is not None]), seen)
     group.agree(loading.read)
     loaded = loading.place()
-    for key in keys:
-        if is_stateful(state_dict[key]):
-            state_dict[key].load_state_dict(loaded[key])
-        else:
-            state_dict[key] = loaded[key]
+    states = [(state_dict[key], loaded.pop(key)) for key in stateful]
+    state_dict.update(loaded)
+    for value, state in states:
+        value.load_state_dict(state)
 
 
 class DirectLoad:
