@@ -30,6 +30,7 @@ LAYERS = [
     {"pipeline.memory"},
     {"pipeline.save", "pipeline.load"},
     {"pipeline"},
+    {"retention"},
     {"compat"},
     {"glu"},
     {"doors"},
