@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ckpt_fast.jobs.background import wait_staged
     from ckpt_fast.jobs.metrics import add_listener
     from ckpt_fast.jobs.report import SaveReport
+    from ckpt_fast.manager.manager import CheckpointManager
     from ckpt_fast.pipeline.memory.host_buffer import reserve_host_memory
     from ckpt_fast.pipeline.save.seal import last_report
     from ckpt_fast.retention.policies import (
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
+    "CheckpointManager",
     "FastCheckpointManager",
     "FastLoadStrategy",
     "FastLocalCheckpointManager",
@@ -78,6 +80,7 @@ __all__ = [
 
 # Imported on first use: who saves with torch DCP need not wait for Megatron's import.
 _HOMES = {
+    "CheckpointManager": "ckpt_fast.manager.manager",
     "FastCheckpointManager": "ckpt_fast.trainer.bridge",
     "FastLoadStrategy": "ckpt_fast.doors.megatron.load_strategy",
     "FastLocalCheckpointManager": "ckpt_fast.doors.local.manager",
