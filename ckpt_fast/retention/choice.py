@@ -57,7 +57,9 @@ def choose(
     left: set[S] = set()
     if line is not None and selected is not None:
         left = {
-            each for each in found if line.has_left(selected, each.iteration, each.line) and each.is_sealed
+            each
+            for each in found
+            if each.is_compared and line.has_left(selected, each.iteration, each.line) and each.is_sealed
         }
     old = [each for each in found if selected is None or each.iteration <= selected]
     safe: set[Any] = {each for each in found if each.iteration == selected or each.iteration in protected}

@@ -25,7 +25,12 @@ class Stored:
     Args:
         iteration: the training step.
         path: its directory.
+
+    Attributes:
+        is_compared: whether its line is compared with that of the selected one; otherwise it counts.
     """
+
+    is_compared = True
 
     def __init__(self, iteration: int, path: str) -> None:
         self.iteration = iteration

@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 
-from ckpt_fast import KeepBest, KeepEvery
-from ckpt_fast.checkpointing import maybe_finalize_async_save
+from ckpt_fast import KeepBest, KeepEvery, compat
+from ckpt_fast.checkpointing import init_checkpointing_context, maybe_finalize_async_save
+from ckpt_fast.pipeline.save import waves
 from ckpt_fast.retention.stored import Stored
 from ckpt_fast.tools.listing import list_directory
 from tests.cli.running import in_pipe
 from tests.helpers import run_ranks
-from tests.models import Run, Setup, differences
+from tests.models import Run, Setup, differences, megatron_on_cpu
 from tests.trainer.training import error_of, iterations, save_steps, saved_fingerprint, tracked
 
 SETUP = Setup()
@@ -104,6 +105,62 @@ def test_a_checkpoint_with_a_line_is_taken_where_the_trackers_are_lost(root: str
     for name in ("latest_train_state.pt", "latest_checkpointed_iteration.txt"):
         (Path(root) / name).unlink()
     assert run_ranks(load_and_compare, 1, root, 3) == [[]]
+
+
+def go_back_while_saving(rank: int, root: str) -> list[int]:
+    """Load iteration 1 while 3 is being written, which keeps one checkpoint when it is published."""
+    gate, write = threading.Event(), waves.write
+
+    def held(*arguments: Any) -> Any:
+        gate.wait(60)
+        return write(*arguments)
+
+    before = set(threading.enumerate())
+    with Run(SETUP, save=root, load=root, ckpt_step=1, async_save=True) as run:
+        run.state.initialize_async_checkpoint_worker()
+        for step in (1, 2, 3):
+            run.train(1)
+            if step == 3:
+                run.checkpoint.most_recent_k = 1
+                waves.write = held
+            run.save()
+            if step < 3:
+                maybe_finalize_async_save(run.state, run.checkpoint, blocking=True)
+        try:
+            run.load()
+        finally:
+            gate.set()
+            waves.write = write
+        maybe_finalize_async_save(run.state, run.checkpoint, blocking=True, terminate=True)
+    for thread in set(threading.enumerate()) - before:
+        thread.join(10)
+    return iterations(root)
+
+
+def test_what_a_run_has_just_been_resumed_from_stays(tmp_path: Path) -> None:
+    assert run_ranks(go_back_while_saving, 1, str(tmp_path / "run")) == [[1, 3]]
+
+
+def through_a_local_checkpoint(rank: int, root: str, resumed: bool) -> list[int]:
+    """Roll back to 2, and save 4 locally; when resumed, go on from that to 5."""
+    config = {"non_persistent_ckpt_type": "local", "non_persistent_local_ckpt_dir": f"{root}-local"}
+    step = None if resumed else 2
+    with (
+        megatron_on_cpu(),
+        Run(SETUP, save=root, load=root, ckpt_step=step, most_recent_k=2, **config) as run,
+    ):
+        context = init_checkpointing_context(run.checkpoint)
+        run.load(checkpointing_context=context)
+        run.train(1 if resumed else 2)
+        run.save(checkpointing_context=context, non_persistent_ckpt=not resumed)
+    return iterations(root)
+
+
+@pytest.mark.skipif(not compat.HAVE_RESIL, reason="needs nvidia-resiliency-ext")
+def test_the_line_goes_through_local_checkpoints(root: str) -> None:
+    assert run_ranks(through_a_local_checkpoint, 1, root, False) == [[1, 2, 3]]
+    assert run_ranks(through_a_local_checkpoint, 1, root, True) == [[2, 5]]
+    assert note(root, 5).resumed_from == 4
 
 
 def save_with_metrics(rank: int, root: str, losses: list[float]) -> str:

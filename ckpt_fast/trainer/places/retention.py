@@ -17,6 +17,7 @@ from typing import Any
 
 from ckpt_fast.compat import object_storage, objects
 from ckpt_fast.compat.storage import ObjectStore
+from ckpt_fast.doors.megatron.common_state import open_checkpoint
 from ckpt_fast.errors import CheckpointError, CheckpointWriteError
 from ckpt_fast.format.manifest import file_record
 from ckpt_fast.format.names import DATA_SUFFIX, METADATA_FILE, SEAL_FILE, SIDECAR_FILE
@@ -49,6 +50,8 @@ logger = logging.getLogger(__name__)
 # Deletions of overlapping saves run one after the other, so that none sees another's half-deleted state.
 _CHECKPOINT_CLEANUP_LOCK = threading.Lock()
 
+_notes_of_objects: dict[str, Mapping[str, Any]] = {}
+
 # What our saves leave besides data, and no other library's alone.
 _OWN_NAMES = {METADATA_FILE, SEAL_FILE, SIDECAR_FILE, CONFIG_FILE, TRAIN_STATE_FILE}
 
@@ -58,11 +61,18 @@ class _Checkpoint(Stored):
 
     @cached_property
     def notes(self) -> Mapping[str, Any]:
-        """Empty in object storage, where all of ``.metadata`` would have to be read at every save."""
-        if object_storage(self.path):
-            return {}
-        head = head_at(self.path)
-        return head.notes if head is not None else {}
+        """In object storage, for which all of ``.metadata`` is read, as this process saw them first."""
+        if not object_storage(self.path):
+            head = head_at(self.path)
+            return head.notes if head is not None else {}
+        if self.path not in _notes_of_objects:
+            try:
+                with open_checkpoint(self.path) as checkpoint:
+                    manifest = checkpoint.manifest
+                    _notes_of_objects[self.path] = manifest.notes if manifest is not None else {}
+            except (CheckpointError, OSError):  # as good as none; whether it is whole is another question
+                return {}
+        return _notes_of_objects[self.path]
 
     @cached_property
     def nbytes(self) -> int:
@@ -220,11 +230,27 @@ def _choose(
     tracked = _tracked_iterations(save_dir)
     newest = selected if selected is not None else max(tracked, default=None)
     found = _list_checkpoints(save_dir)
+    if object_storage(save_dir):
+        _limit_reading(found, newest)
     newer = [each for each in found if newest is not None and each.iteration > newest]
-    origins = {each.resumed_from for each in newer if each.resumed_from is not None}
+    origins = {each.resumed_from for each in newer if each.is_compared and each.resumed_from is not None}
     return choose(
         found, policies, newest, protected={*tracked, *protected, *origins}, with_abandoned=with_abandoned
     )
+
+
+def _limit_reading(found: Iterable[_Checkpoint], newest: int | None) -> None:
+    """Let only those be compared with the line of the selected one that can be of a branch which it has left.
+
+    What the run came from when it was resumed, and what is older, has been compared by earlier saves.
+    """
+    selected = next((each for each in found if each.iteration == newest), None)
+    since = None
+    if selected is not None:
+        _notes_of_objects.pop(selected.path, None)  # it may have just been replaced
+        since = selected.resumed_from
+    for each in found:
+        each.is_compared = each is selected or (since is not None and each.iteration > since)
 
 
 def _is_foreign(path: str) -> bool:
