@@ -23,8 +23,18 @@ if TYPE_CHECKING:
     from ckpt_fast.jobs.background import wait_staged
     from ckpt_fast.jobs.metrics import add_listener
     from ckpt_fast.jobs.report import SaveReport
+    from ckpt_fast.manager.manager import CheckpointManager
     from ckpt_fast.pipeline.memory.host_buffer import reserve_host_memory
     from ckpt_fast.pipeline.save.seal import last_report
+    from ckpt_fast.retention.policies import (
+        KeepBest,
+        KeepEvery,
+        KeepFor,
+        KeepIf,
+        KeepNewest,
+        MaxBytes,
+        StoredCheckpoint,
+    )
     from ckpt_fast.run.config_targets import register_config_target
     from ckpt_fast.tools.inspect import Inspection, inspect
     from ckpt_fast.trainer.bridge import FastCheckpointManager
@@ -35,6 +45,7 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
+    "CheckpointManager",
     "FastCheckpointManager",
     "FastLoadPlanner",
     "FastLoadStrategy",
@@ -44,7 +55,14 @@ __all__ = [
     "FastStorageReader",
     "FastStorageWriter",
     "Inspection",
+    "KeepBest",
+    "KeepEvery",
+    "KeepFor",
+    "KeepIf",
+    "KeepNewest",
+    "MaxBytes",
     "SaveReport",
+    "StoredCheckpoint",
     "VerifyReport",
     "add_listener",
     "allow_class",
@@ -64,6 +82,7 @@ __all__ = [
 
 # Imported on first use: who saves with torch DCP need not wait for Megatron's import.
 _HOMES = {
+    "CheckpointManager": "ckpt_fast.manager.manager",
     "FastCheckpointManager": "ckpt_fast.trainer.bridge",
     "FastLoadPlanner": "ckpt_fast.doors.dcp",
     "FastLoadStrategy": "ckpt_fast.doors.megatron.load_strategy",
@@ -73,7 +92,14 @@ _HOMES = {
     "FastStorageReader": "ckpt_fast.doors.dcp",
     "FastStorageWriter": "ckpt_fast.doors.dcp",
     "Inspection": "ckpt_fast.tools.inspect",
+    "KeepBest": "ckpt_fast.retention.policies",
+    "KeepEvery": "ckpt_fast.retention.policies",
+    "KeepFor": "ckpt_fast.retention.policies",
+    "KeepIf": "ckpt_fast.retention.policies",
+    "KeepNewest": "ckpt_fast.retention.policies",
+    "MaxBytes": "ckpt_fast.retention.policies",
     "SaveReport": "ckpt_fast.jobs.report",
+    "StoredCheckpoint": "ckpt_fast.retention.policies",
     "VerifyReport": "ckpt_fast.verification.report",
     "add_listener": "ckpt_fast.jobs.metrics",
     "allow_class": "ckpt_fast.format.inert.classes",

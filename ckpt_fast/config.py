@@ -53,7 +53,8 @@ class CheckpointConfig:
     save_retain_interval: int | None = None
     """Iterations between checkpoints that Megatron-LM keeps. No effect here: see ``most_recent_k``."""
     most_recent_k: int | None = -1
-    """How many of the newest checkpoints to keep; -1 or None keeps all. The one a tracker names stays."""
+    """How many of the newest checkpoints to keep; -1 or None keeps all. The one a tracker names stays. What
+    an abandoned branch has left does not count."""
     save_optim: bool = True
     """Include the optimizer and the scheduler."""
     save_rng: bool = True
@@ -196,6 +197,10 @@ class CheckpointConfig:
     """One rank in this many writes the export, if several ranks do."""
 
     # --- ckpt_fast's own ---
+    retention: list[Any] | None = None
+    """Policies that keep persistent checkpoints besides those of ``most_recent_k``: ``ckpt_fast.KeepEvery``,
+    ``KeepBest``, ``KeepFor``, ``KeepIf``, ``KeepNewest``; ``MaxBytes`` limits them. A checkpoint that none
+    keeps is deleted."""
     on_corrupt: Literal["fallback", "raise"] = "fallback"
     """If the newest checkpoint is damaged: load the newest intact one with a warning, or raise."""
     on_save_error: Literal["raise", "warn"] = "raise"

@@ -11,7 +11,7 @@ import secrets
 import struct
 import zlib
 from array import array
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -35,6 +35,18 @@ _U32 = struct.Struct("<I")
 def new_save_id() -> str:
     """The random id of one save."""
     return secrets.token_hex(16)
+
+
+class Head(NamedTuple):
+    """What a manifest says of its save besides the files.
+
+    Attributes:
+        save_id: of the save.
+        notes: what else the writer had to say.
+    """
+
+    save_id: str
+    notes: dict[str, Any]
 
 
 class Payload(NamedTuple):
@@ -243,6 +255,32 @@ def split_manifest(content: bytes) -> tuple[bytes, Manifest | None]:
         return pickled, _decode(memoryview(content)[pickle_nbytes : pickle_nbytes + body_nbytes])
     except (KeyError, TypeError, AttributeError, struct.error, RecursionError) as error:
         raise ValueError(f"its manifest makes no sense ({type(error).__name__}: {error})") from error
+
+
+def head_of(read: Callable[[int, int], bytes], nbytes: int) -> Head | None:
+    """The head of the manifest of a ``.metadata`` file, from a few of its bytes; nothing is verified.
+
+    Args:
+        read: gives the bytes of the file from an offset on, a number of them.
+        nbytes: length of the file.
+
+    Returns:
+        None without a manifest, or if it makes no sense.
+    """
+    if nbytes < FOOTER_NBYTES:
+        return None
+    footer = read(nbytes - FOOTER_NBYTES, FOOTER_NBYTES)
+    if len(footer) < FOOTER_NBYTES or not has_manifest(footer):
+        return None
+    body_nbytes, pickle_nbytes, version = _LENGTHS.unpack_from(footer)
+    if version > _VERSION or body_nbytes + pickle_nbytes + FOOTER_NBYTES != nbytes or body_nbytes < 12:
+        return None
+    try:
+        (head_nbytes,) = _U32.unpack(read(pickle_nbytes, _U32.size))
+        head = json.loads(read(pickle_nbytes + 12, min(head_nbytes, body_nbytes - 12)))
+        return Head(str(head["save_id"]), dict(head["notes"]))
+    except (ValueError, KeyError, TypeError, struct.error, RecursionError):
+        return None
 
 
 def _decode(body: memoryview) -> Manifest:

@@ -9,6 +9,7 @@ import os
 from typing import Any, get_args
 
 from ckpt_fast import settings
+from ckpt_fast.retention.policies import require_policies
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ UNUSED = {
     "save_tokens_per_expert_interval": _DUMPS,
     "save_wgrads_interval": _DUMPS,
     "save_dgrads_interval": _DUMPS,
-    "save_retain_interval": "most_recent_k alone says which checkpoints are kept",
+    "save_retain_interval": "most_recent_k and retention say which checkpoints are kept",
     "use_checkpoint_args": _ARGUMENTS,
     "use_mp_args_from_checkpoint_args": _ARGUMENTS,
     "use_tokenizer_model_from_checkpoint_args": _ARGUMENTS,
@@ -82,6 +83,7 @@ def check_choices(checkpoint: Any) -> None:
         raise ValueError(
             f"on_save_failure={action!r}: use one of {', '.join(get_args(settings.OnSaveFailure))}"
         )
+    require_policies(getattr(checkpoint, "retention", None))
     most = getattr(checkpoint, "max_failed_saves", None)
     if most is not None and (not isinstance(most, int) or isinstance(most, bool) or most < 1):
         raise ValueError(f"max_failed_saves={most!r} is not a positive whole number")

@@ -51,6 +51,11 @@ class DistributedSignalHandler:
         self._installed = False
         return True
 
+    @property
+    def received(self) -> bool:
+        """Whether this rank has received the signal."""
+        return self._received
+
     def signals_received(self) -> list[bool]:
         """Collective: whether each rank has received the signal, in rank order."""
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):

@@ -4,15 +4,17 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
-import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ckpt_fast.compat import checkpoint_files, object_storage
-from ckpt_fast.compat.storage import ObjectStore
 from ckpt_fast.errors import CheckpointError, CheckpointNotFoundError, DamagedFileError
 from ckpt_fast.format.names import METADATA_FILE
 from ckpt_fast.pipeline.load.opened import OpenCheckpoint
+from ckpt_fast.retention.line import Line, line_in, resumed_from_in
+from ckpt_fast.retention.policies import Policy
 from ckpt_fast.tools import opening
 from ckpt_fast.tools.streaming import Progress, no_progress
 from ckpt_fast.trainer.places.catalog import (
@@ -25,7 +27,7 @@ from ckpt_fast.trainer.places.catalog import (
 )
 from ckpt_fast.trainer.places.locate import _NON_PERSISTENT_CKPT_SUBDIR
 from ckpt_fast.trainer.places.paths import is_directory, join_paths
-from ckpt_fast.trainer.places.retention import choose_old, delete_checkpoints
+from ckpt_fast.trainer.places.retention import choose_old, delete_checkpoints, stored_at
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,9 @@ class Listed:
         nbytes: of its files.
         age_s: seconds since it was completed; None where the storage does not say.
         damage: why it is not complete; None if it is.
+        resumed_from: the iteration that the run which saved it was resumed from; None if it began anew, or
+            nobody noted that.
+        is_abandoned: whether it is of a branch that the run has left: the selected one did not come from it.
     """
 
     path: str
@@ -53,6 +58,8 @@ class Listed:
     nbytes: int
     age_s: float | None
     damage: str | None
+    resumed_from: int | None = None
+    is_abandoned: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,12 +69,14 @@ class Pruned:
     Attributes:
         removed, kept: paths, oldest first.
         nbytes: of the files removed.
+        abandoned: those that an abandoned branch has left, removed or not.
         failures: one line for each checkpoint that could not be deleted; it is in ``removed`` as well.
     """
 
     removed: tuple[str, ...]
     kept: tuple[str, ...]
     nbytes: int
+    abandoned: tuple[str, ...] = ()
     failures: tuple[str, ...] = ()
 
 
@@ -96,9 +105,9 @@ def list_directory(directory: str | os.PathLike[str]) -> list[Listed]:
 
 def prune(
     directory: str | os.PathLike[str],
-    keep: int,
-    keep_every: int = 0,
+    policies: Sequence[Policy],
     *,
+    with_abandoned: bool = False,
     dry_run: bool = False,
     progress: Progress = no_progress,
 ) -> Pruned:
@@ -110,31 +119,32 @@ def prune(
 
     Args:
         directory: of the checkpoints and their trackers; also ``msc://...``.
-        keep: how many of the newest whole ones stay.
-        keep_every: iterations that are a multiple of it stay as well; 0: none for that reason.
+        policies: a checkpoint stays if one of them keeps it. They decide about the line of the selected one;
+            what abandoned branches have left goes once it is older than that.
+        with_abandoned: delete what abandoned branches have left although it is newer.
         dry_run: delete nothing.
         progress: called with the checkpoints deleted so far, and those to delete.
 
     Raises:
-        ValueError: ``keep`` or ``keep_every`` is negative.
         CheckpointNotFoundError: there is no such directory.
         CheckpointError, OSError: nobody can tell which one is selected; nothing is deleted.
     """
-    if keep < 0 or keep_every < 0:
-        raise ValueError(f"keep={keep} and keep_every={keep_every} must not be negative")
     root = os.fspath(directory)
     opening.in_object_storage(root)
     if not is_directory(root):
         raise CheckpointNotFoundError(f"{root} does not exist, or is no directory")
-    removed, kept = choose_old(root, keep, keep_every)
+    choice = choose_old(root, policies, with_abandoned=with_abandoned)
     nbytes, failures = 0, []
-    for number, path in enumerate(removed, start=1):
-        size = _nbytes_of(path)
-        failed = [] if dry_run else delete_checkpoints([path])
+    for number, each in enumerate(choice.removed, start=1):
+        size = each.nbytes
+        failed = [] if dry_run else delete_checkpoints([each.path])
         failures += failed
         nbytes += 0 if failed else size
-        progress(number, len(removed))
-    return Pruned(tuple(removed), tuple(kept), nbytes, tuple(failures))
+        progress(number, len(choice.removed))
+    removed, kept, abandoned = (
+        tuple(each.path for each in part) for part in (choice.removed, choice.kept, choice.abandoned)
+    )
+    return Pruned(removed, kept, nbytes, abandoned, tuple(failures))
 
 
 def _in_root(root: str, tier: Tier) -> list[Listed]:
@@ -142,7 +152,7 @@ def _in_root(root: str, tier: Tier) -> list[Listed]:
         selected = published(root)
     except DamagedFileError:
         selected = Published(NOTHING)
-    return [
+    found = [
         _listed(
             each.path,
             each.iteration,
@@ -150,6 +160,16 @@ def _in_root(root: str, tier: Tier) -> list[Listed]:
             is_recovery=tier == "recovery",
         )
         for each in checkpoints_in(root, tier)
+    ]
+    line = next((line for each, line in found if each.is_selected), None)
+    if line is None:
+        return [each for each, _ in found]
+    return [
+        dataclasses.replace(
+            each,
+            is_abandoned=each.is_complete and line.has_left(selected.iteration, each.iteration or 0, other),
+        )
+        for each, other in found
     ]
 
 
@@ -161,48 +181,31 @@ def _others(root: str) -> list[Listed]:
     with os.scandir(root) as entries:
         paths = sorted(entry.path for entry in entries if entry.is_dir() and not entry.name.startswith("."))
     sealed = [path for path in paths if os.path.exists(os.path.join(path, METADATA_FILE))]
-    return [_listed(path, None) for path in sealed if path not in known]
+    return [_listed(path, None)[0] for path in sealed if path not in known]
 
 
 def _listed(
     path: str, iteration: int | None, *, is_selected: bool = False, is_recovery: bool = False
-) -> Listed:
-    damage, kind = damage_of(path), None
+) -> tuple[Listed, Line | None]:
+    damage, kind, notes = damage_of(path), None, {}
     with (
         contextlib.suppress(CheckpointError, OSError),
         OpenCheckpoint(checkpoint_files(path)) as checkpoint,
     ):
         kind = opening.format_of(checkpoint)
         iteration = opening.iteration_of(checkpoint) if iteration is None else iteration
-    return Listed(
+        notes = checkpoint.manifest.notes if checkpoint.manifest is not None else {}
+    stored = stored_at(path, iteration or 0)
+    listed = Listed(
         path=path,
         iteration=iteration,
         format=kind if damage is None else None,
         is_complete=damage is None,
         is_selected=is_selected,
         is_recovery=is_recovery,
-        nbytes=_nbytes_of(path),
-        age_s=_age_of(path),
+        nbytes=stored.nbytes,
+        age_s=stored.age_s,
         damage=damage,
+        resumed_from=resumed_from_in(notes),
     )
-
-
-def _nbytes_of(path: str) -> int:
-    storage = object_storage(path)
-    if storage is not None:
-        return sum(ObjectStore(storage, path).sizes().values())
-    nbytes = 0
-    for parent, _, names in os.walk(path):
-        for name in names:
-            with contextlib.suppress(OSError):
-                nbytes += os.lstat(os.path.join(parent, name)).st_size
-    return nbytes
-
-
-def _age_of(path: str) -> float | None:
-    if object_storage(path) is not None:
-        return None
-    for name in (METADATA_FILE, ""):
-        with contextlib.suppress(OSError):
-            return max(0.0, time.time() - os.stat(os.path.join(path, name)).st_mtime)
-    return None
+    return listed, line_in(notes, iteration)

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from ckpt_fast.retention import removal
+from ckpt_fast.retention.policies import KeepNewest
 from ckpt_fast.tools.listing import list_directory, prune
-from ckpt_fast.trainer.places import retention
 from tests.cli.running import in_pipe, on_terminal
 
 
@@ -95,9 +96,9 @@ def test_prune_ended_anywhere_leaves_nothing_that_passes_for_whole(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(retention.shutil, "rmtree", die)
+        patch.setattr(removal.shutil, "rmtree", die)
         with pytest.raises(KeyboardInterrupt):
-            prune(root, 1)
+            prune(root, [KeepNewest(1)])
     states = {each.iteration: each.is_complete for each in list_directory(root)}
     assert states == {1: False, 2: True, 3: True}
     assert in_pipe("prune", root, "--keep", 1).status == 0
@@ -108,7 +109,7 @@ def test_what_cannot_be_deleted_is_said(root: Path, monkeypatch: pytest.MonkeyPa
     def fail(path: str) -> None:
         raise PermissionError(13, "Permission denied", path)
 
-    monkeypatch.setattr(retention.shutil, "rmtree", fail)
+    monkeypatch.setattr(removal.shutil, "rmtree", fail)
     ran = in_pipe("prune", root, "--keep", 1)
     assert ran.status == 2 and "iter_0000001 is not deleted" in ran.err
 
@@ -116,7 +117,14 @@ def test_what_cannot_be_deleted_is_said(root: Path, monkeypatch: pytest.MonkeyPa
 def test_wrong_use(tmp_path: Path) -> None:
     assert in_pipe("ls", tmp_path / "nowhere").status == 2
     assert in_pipe("prune", tmp_path / "nowhere", "--keep", 1).status == 2
-    assert in_pipe("prune", tmp_path).status == 2, "--keep is required"
-    with pytest.raises(ValueError):
-        prune(tmp_path, -1)
+    assert in_pipe("prune", tmp_path).status == 2, "nothing says what is to be kept"
+    for option, value in (
+        ("--keep", "-1"),
+        ("--keep-every", "0"),
+        ("--keep-for", "soon"),
+        ("--max-size", "big"),
+    ):
+        assert in_pipe("prune", tmp_path, option, value).status == 2
+    with pytest.raises(ValueError, match="negative"):
+        KeepNewest(-1)
     assert in_pipe("ls", tmp_path).status == 0

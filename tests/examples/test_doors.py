@@ -55,6 +55,17 @@ def test_a_run_goes_on_from_the_newest_checkpoint(tmp_path: Path, example: str) 
 
 
 @pytest.mark.long
+def test_the_manager_goes_on_from_the_newest_checkpoint(tmp_path: Path) -> None:
+    whole = losses(torchrun("checkpoint_manager.py", tmp_path, "--steps=6"))
+    assert list(whole) == [1, 2, 3, 4, 5, 6]
+    shutil.rmtree(tmp_path / "iter_0000006")
+    again = losses(torchrun("checkpoint_manager.py", tmp_path, "--steps=3"))
+    assert again == {step: whole[step] for step in (4, 5, 6)}
+    assert sorted(path.name for path in tmp_path.glob("iter_*")) == ["iter_0000003", "iter_0000006"]
+    assert manifest_lies(tmp_path / "iter_0000006") == []
+
+
+@pytest.mark.long
 @pytest.mark.skipif(importlib.util.find_spec("nvidia_resiliency_ext") is None, reason="needs nvrx")
 def test_a_lost_directory_costs_nothing(tmp_path: Path) -> None:
     output = torchrun("local_checkpoints.py", tmp_path)

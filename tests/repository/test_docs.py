@@ -8,7 +8,9 @@ import contextlib
 import importlib
 import inspect
 import io
+import os
 import re
+import signal
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -181,6 +183,23 @@ def torch_dcp_snippet(rank: int, code: str, directory: str) -> None:
     assert torch.equal(weight, torch.arange(12.0).view(3, 4))
 
 
+def manager_snippet(rank: int, code: str, directory: str) -> None:
+    """The snippet trains until it is told to stop, saves then, and goes on when it is run again."""
+    state = {"weight": torch.zeros(3)}
+
+    def train(step: int) -> None:
+        state["weight"] += 1
+        if step % 3 == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    names: dict[str, Any] = {"state_dict": state, "directory": directory, "steps": 100, "train": train}
+    for expected in (3, 6):
+        exec(compile(code, "README.md", "exec"), names)
+        assert names["step"] == expected and state["weight"].tolist() == [expected] * 3
+        state["weight"].zero_()
+    assert names["manager"].latest() == 6
+
+
 def install_snippet(rank: int, code: str, directory: str) -> None:
     """The snippet makes our strategy the one that Megatron-Core builds by default."""
     try:
@@ -228,6 +247,7 @@ DOORS = {
     "ckpt_fast.save(": torch_dcp_snippet,
     "FastStorageWriter": torch_dcp_snippet,
     "ckpt_fast.install()": install_snippet,
+    "CheckpointManager(": manager_snippet,
     "FastCheckpointManager": bridge_snippet,
     "add_listener": listener_snippet,
 }

@@ -32,6 +32,7 @@ from ckpt_fast.trainer.contents.state_dict import (
 )
 from ckpt_fast.trainer.contents.version import get_checkpoint_version, set_checkpoint_version
 from ckpt_fast.trainer.contexts import CheckpointType
+from ckpt_fast.trainer.lineage import facts_of, resume
 from ckpt_fast.trainer.load.announce import announce_loaded, announce_restored
 from ckpt_fast.trainer.load.base import Paths, choose_or_say, load_state_dict, load_strategy
 from ckpt_fast.trainer.load.fit import Needs
@@ -255,6 +256,8 @@ def _load_found(run: LoadRun, load_dir: str | None, found: Found) -> tuple[int, 
             is_mimo=is_mimo(run_config, cfg),
             accept_missing=needs.accept_missing,
         )
+        is_new = run.ckpt_cfg.finetune or found.is_release
+        facts = None if is_new else facts_of(located.checkpoint, state_dict)
 
     def check() -> TrainState | None:
         needs.require_read(state_dict)
@@ -272,6 +275,7 @@ def _load_found(run: LoadRun, load_dir: str | None, found: Found) -> tuple[int, 
 
     on_all_ranks(restore)
     restore_train_state(state, counters, located)
+    resume(state, state.train_state.step, facts)
     announce_loaded(run, load_dir, name, located.kind)
     announce_restored(run, plan, located)
     return state.train_state.step, state.train_state.floating_point_operations_so_far

@@ -8,7 +8,7 @@ published, and whether one is whole. Links to directories are followed.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,6 +22,8 @@ from ckpt_fast.errors import CheckpointError, DamagedFileError, StorageError
 from ckpt_fast.format.names import COMMON_FILE, METADATA_FILE
 from ckpt_fast.pipeline.load.complete import require_complete
 from ckpt_fast.ranks.world import on_rank_0
+from ckpt_fast.retention.line import Line, line_in
+from ckpt_fast.retention.stored import head_at
 from ckpt_fast.storage import replacement
 from ckpt_fast.trainer.contents.megatron_lm import ARGUMENTS
 from ckpt_fast.trainer.places.paths import (
@@ -183,6 +185,29 @@ def damage_of(path: str) -> str | None:
     return None
 
 
+def line_of(path: str) -> Line | None:
+    """The line that a checkpoint notes; None if it notes none, or cannot be read. Local."""
+    if not object_storage(path):
+        head = head_at(path)
+        return line_in(head.notes, iteration_of(path)) if head is not None else None
+    with contextlib.suppress(CheckpointError, OSError), open_checkpoint(path) as checkpoint:
+        if checkpoint.manifest is not None:
+            return line_in(checkpoint.manifest.notes, iteration_of(path))
+    return None
+
+
+def left_by_branches(found: Sequence[Found], chosen: Found) -> list[Found]:
+    """Those of ``found`` that are of a branch which was abandoned before ``chosen``. Local."""
+    line = line_of(chosen.path) if chosen.path else None
+    if line is None:
+        return []
+    return [
+        each
+        for each in found
+        if each.path and line.has_left(chosen.iteration, each.iteration, line_of(each.path))
+    ]
+
+
 # --- Which was published ----------------------------------------------------------------------------------
 
 
@@ -234,8 +259,8 @@ def _newest_whole(root: str, problems: list[str]) -> Published:
 
 
 def _is_complete_run(path: str) -> bool:
-    """Whether the counters of the run are in it, which a save writes after the payload."""
-    if file_exists(get_checkpoint_train_state_filename(path)):
+    """Whether the counters of the run are in it, which another library's save writes after the payload."""
+    if line_of(path) is not None or file_exists(get_checkpoint_train_state_filename(path)):
         return True
     try:
         return ARGUMENTS in load_common_state_dict(path)

@@ -19,6 +19,7 @@ from ckpt_fast.trainer.places.catalog import (
     Found,
     Published,
     Tier,
+    left_by_branches,
     list_checkpoints,
     published,
     put_back,
@@ -290,7 +291,8 @@ def older_checkpoints(
 ) -> list[Found]:
     """Checkpoints to fall back to when ``chosen`` is damaged, of any tier, newest first. Collective.
 
-    They are those of the run that were published and are sealed. None where the user named one certain
+    They are those of the run that were published and are sealed. Those that an abandoned branch has left are
+    not among them, and are named in the log. None where the user named one certain
     checkpoint: by ``ckpt_step``, or as ``load_dir`` itself; nor for a release.
     """
     if ckpt_cfg.ckpt_step is not None or chosen.is_release or not (chosen.root or chosen.tier == "local"):
@@ -303,4 +305,11 @@ def older_checkpoints(
     local = context if ckpt_cfg.non_persistent_ckpt_type == "local" else None
     found = list_checkpoints(roots, local, ckpt_cfg.ckpt_format)
     tried = (chosen.path, chosen.iteration)
-    return [each for each in found if each.is_published and (each.path, each.iteration) != tried]
+    older = [each for each in found if each.is_published and (each.path, each.iteration) != tried]
+    left = on_rank_0(lambda: left_by_branches(older, chosen))
+    if left:
+        print_rank_0(
+            f"WARNING: an abandoned branch has left {', '.join(map(str, left))}: not fallen back to. Set "
+            "ckpt_step to load one of them."
+        )
+    return [each for each in older if each not in left]

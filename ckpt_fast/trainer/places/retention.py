@@ -1,31 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
 """Deleting old checkpoints, without ever deleting the one to resume from.
 
-Whatever is asked, these stay: the iterations that the trackers of the directory name, and checkpoints newer
-than the last published save, which may still be in the making. A checkpoint loses its seal before anything
-else of it, so a crash while deleting never leaves a half that passes for a whole.
+What stays is said in ``retention.choice``; here are the checkpoints of runs, with their trackers, also in
+object storage. A checkpoint loses its seal before anything else of it, so a crash while deleting never leaves
+a half that passes for a whole.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import shutil
 import threading
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import cached_property
+from typing import Any
 
 from ckpt_fast.compat import object_storage, objects
+from ckpt_fast.compat.storage import ObjectStore
+from ckpt_fast.doors.megatron.common_state import open_checkpoint
 from ckpt_fast.errors import CheckpointError, CheckpointWriteError
 from ckpt_fast.format.manifest import file_record
 from ckpt_fast.format.names import DATA_SUFFIX, METADATA_FILE, SEAL_FILE, SIDECAR_FILE
 from ckpt_fast.format.types import FileRecord
 from ckpt_fast.pipeline.load.decode import decode_object, read_contents
 from ckpt_fast.ranks.world import get_rank_safe, print_rank_0
+from ckpt_fast.retention.choice import Choice, choose
+from ckpt_fast.retention.policies import KeepNewest, Policy
+from ckpt_fast.retention.removal import SEALS, remove_directory
+from ckpt_fast.retention.stored import Stored, age_of, head_at, nbytes_below
 from ckpt_fast.storage import owners, replacement
-from ckpt_fast.storage.commit import fsync_directory, is_payload
+from ckpt_fast.storage.commit import is_payload
 from ckpt_fast.storage.small_files import read_small_file
-from ckpt_fast.trainer.places.catalog import damage_of, iterations_in, published
+from ckpt_fast.trainer.places.catalog import NOTHING, damage_of, iterations_in, published, seal_of
 from ckpt_fast.trainer.places.paths import (
     CONFIG_FILE,
     TRACKER_PREFIX,
@@ -44,14 +50,49 @@ logger = logging.getLogger(__name__)
 # Deletions of overlapping saves run one after the other, so that none sees another's half-deleted state.
 _CHECKPOINT_CLEANUP_LOCK = threading.Lock()
 
+_notes_of_objects: dict[str, Mapping[str, Any]] = {}
+
 # What our saves leave besides data, and no other library's alone.
 _OWN_NAMES = {METADATA_FILE, SEAL_FILE, SIDECAR_FILE, CONFIG_FILE, TRAIN_STATE_FILE}
 
 
-@dataclass(frozen=True)
-class _Checkpoint:
-    iteration: int
-    path: str
+class _Checkpoint(Stored):
+    """One of the checkpoints of a run, in a directory or in object storage."""
+
+    @cached_property
+    def notes(self) -> Mapping[str, Any]:
+        """In object storage, for which all of ``.metadata`` is read, as this process saw them first."""
+        if not object_storage(self.path):
+            head = head_at(self.path)
+            return head.notes if head is not None else {}
+        if self.path not in _notes_of_objects:
+            try:
+                with open_checkpoint(self.path) as checkpoint:
+                    manifest = checkpoint.manifest
+                    _notes_of_objects[self.path] = manifest.notes if manifest is not None else {}
+            except (CheckpointError, OSError):  # as good as none; whether it is whole is another question
+                return {}
+        return _notes_of_objects[self.path]
+
+    @cached_property
+    def nbytes(self) -> int:
+        storage = object_storage(self.path)
+        if storage is None:
+            return nbytes_below(self.path)
+        return sum(ObjectStore(storage, self.path).sizes().values())
+
+    @cached_property
+    def age_s(self) -> float | None:
+        return None if object_storage(self.path) else age_of(self.path)
+
+    @cached_property
+    def is_sealed(self) -> bool:
+        return seal_of(self.path) is not None or _is_foreign(self.path)
+
+    @cached_property
+    def is_whole(self) -> bool:
+        """Also another library's; what is neither was left by a save that died, or by a deletion."""
+        return damage_of(self.path) is None or _is_foreign(self.path)
 
 
 def cleanup_old_non_persistent_checkpoint(
@@ -68,23 +109,45 @@ def cleanup_old_non_persistent_checkpoint(
     Args:
         save_dir: the directory of the checkpoints and their trackers.
         leave_ckpt_num: how many to keep; 0 deletes all that may be deleted, None or a negative number none.
-            Only whole ones count; what a save that died has left is deleted as soon as it is old.
+            Only whole ones count that the newest came from; what a save that died has left is deleted as
+            soon as it is old, and so is what an abandoned branch has left.
         do_async: delete in a background thread, which a normal exit of the process waits for.
         max_iteration: the last published iteration; newer checkpoints are neither counted nor deleted.
             None: the iteration that the trackers name, if any.
     """
-    if get_rank_safe() != 0 or leave_ckpt_num is None or leave_ckpt_num < 0:
+    if leave_ckpt_num is not None and leave_ckpt_num >= 0:
+        delete_old(save_dir, [KeepNewest(leave_ckpt_num)], do_async=do_async, max_iteration=max_iteration)
+
+
+def delete_old(
+    save_dir: str,
+    policies: Sequence[Policy],
+    *,
+    do_async: bool = False,
+    max_iteration: int | None = None,
+    protected: Collection[int] = (),
+) -> None:
+    """Delete the checkpoints ``iter_*`` in ``save_dir`` that no policy keeps. Rank 0 acts, others return.
+
+    Args:
+        save_dir, do_async, max_iteration: see ``cleanup_old_non_persistent_checkpoint``.
+        policies: see ``choose``.
+        protected: iterations that stay in any case.
+    """
+    if get_rank_safe() != 0:
         return
     try:
-        removed, kept = _choose(save_dir, leave_ckpt_num, max_iteration)
+        choice = _choose(save_dir, policies, max_iteration, protected)
     except Exception:
         logger.exception("cannot tell which checkpoints in %s are old: none is deleted", save_dir)
         return
-    if not removed and not kept:
+    if not choice.removed and not choice.kept:
         return
-    print_rank_0(f"Checkpoints scheduled for removal: {_names(removed)}")
-    print_rank_0(f"Checkpoints kept: {_names(kept)}")
-    paths = [settled(each.path) for each in removed]
+    print_rank_0(f"Checkpoints scheduled for removal: {_names(choice.removed)}")
+    print_rank_0(f"Checkpoints kept: {_names(choice.kept)}")
+    if choice.abandoned:
+        print_rank_0(f"Checkpoints of an abandoned branch, which do not count: {_names(choice.abandoned)}")
+    paths = [settled(each.path) for each in choice.removed]
     if not do_async:
         _remove_checkpoints(paths)
     elif paths:
@@ -117,29 +180,29 @@ def cleanup_old_dataloader_states(states_dir: str, checkpoint_roots: Sequence[st
             replacement.sweep(path)
 
 
-def choose_old(save_dir: str, keep: int, keep_every: int = 0) -> tuple[list[str], list[str]]:
-    """Local. Paths of the checkpoints directly in ``save_dir`` to delete, and of those to keep, oldest first.
+def choose_old(save_dir: str, policies: Sequence[Policy], *, with_abandoned: bool = False) -> Choice[Stored]:
+    """Local. Which of the checkpoints directly in ``save_dir`` are to be deleted.
 
-    What the trackers name is kept, or without trackers the newest whole one. Checkpoints newer than that may
-    be in the making, and are in neither list.
+    What the trackers name is kept, or without trackers the newest whole one; and what a newer one was resumed
+    from. Checkpoints newer than that may be in the making, and are neither kept nor deleted.
 
     Args:
         save_dir: the directory of the checkpoints and their trackers.
-        keep: how many of the newest whole ones are kept.
-        keep_every: iterations that are a multiple of it are kept as well; 0: none for that reason.
+        policies, with_abandoned: see ``choose``.
 
     Raises:
         DamagedFileError: a tracker is damaged, and no iteration is whole.
         StorageError: object storage does not let anyone tell.
         OSError, ValueError: the directory or a tracker in it cannot be read.
     """
-    selected = published(save_dir).iteration
+    newest = published(save_dir)
+    selected = None if newest.is_release or newest.iteration == NOTHING else newest.iteration
+    return _choose(save_dir, policies, selected, with_abandoned=with_abandoned)
 
-    def is_exempt(iteration: int) -> bool:
-        return iteration == selected or (keep_every > 0 and iteration % keep_every == 0)
 
-    removed, kept = _choose(save_dir, keep, None, is_exempt)
-    return [each.path for each in removed], [each.path for each in kept]
+def stored_at(path: str, iteration: int) -> Stored:
+    """Local. A checkpoint as policies see it, also in object storage."""
+    return _Checkpoint(iteration, path)
 
 
 def delete_checkpoints(paths: Iterable[str]) -> list[str]:
@@ -151,43 +214,47 @@ def delete_checkpoints(paths: Iterable[str]) -> list[str]:
     return _remove_checkpoints([settled(path) for path in paths])
 
 
-def _none_exempt(_: int) -> bool:
-    return False
-
-
 def _choose(
     save_dir: str,
-    leave: int,
-    max_iteration: int | None,
-    is_exempt: Callable[[int], bool] = _none_exempt,
-) -> tuple[list[_Checkpoint], list[_Checkpoint]]:
-    """(to delete, to keep), oldest first; checkpoints too new to be judged are in neither.
+    policies: Sequence[Policy],
+    selected: int | None,
+    protected: Collection[int] = (),
+    *,
+    with_abandoned: bool = False,
+) -> Choice[Any]:
+    """``choose`` for a directory with trackers, which may name others than the selected one.
 
     Raises:
         Exception: the directory or a tracker in it cannot be read.
     """
     tracked = _tracked_iterations(save_dir)
-    newest = max_iteration if max_iteration is not None else max(tracked, default=None)
-    old = [each for each in _list_checkpoints(save_dir) if newest is None or each.iteration <= newest]
-    kept = {each for each in old if each.iteration in tracked or is_exempt(each.iteration)}
-    whole = 0
-    for each in reversed(old):
-        if whole < leave and _counts(each.path):
-            kept.add(each)
-            whole += 1
-    if whole == 0:
-        # There is nothing to compare with: the newest may be of a kind that is not known here.
-        kept.update(old[max(0, len(old) - leave) :])
-    return [each for each in old if each not in kept], [each for each in old if each in kept]
+    newest = selected if selected is not None else max(tracked, default=None)
+    found = _list_checkpoints(save_dir)
+    if object_storage(save_dir):
+        _limit_reading(found, newest)
+    newer = [each for each in found if newest is not None and each.iteration > newest]
+    origins = {each.resumed_from for each in newer if each.is_compared and each.resumed_from is not None}
+    return choose(
+        found, policies, newest, protected={*tracked, *protected, *origins}, with_abandoned=with_abandoned
+    )
 
 
-def _counts(path: str) -> bool:
-    """Whether a directory is one of the checkpoints that are to be kept: a whole one, or another library's.
+def _limit_reading(found: Iterable[_Checkpoint], newest: int | None) -> None:
+    """Let only those be compared with the line of the selected one that can be of a branch which it has left.
 
-    What is neither was left by a save that died, or by a deletion: nobody can resume from it.
+    What the run came from when it was resumed, and what is older, has been compared by earlier saves.
     """
-    if damage_of(path) is None:
-        return True
+    selected = next((each for each in found if each.iteration == newest), None)
+    since = None
+    if selected is not None:
+        _notes_of_objects.pop(selected.path, None)  # it may have just been replaced
+        since = selected.resumed_from
+    for each in found:
+        each.is_compared = each is selected or (since is not None and each.iteration > since)
+
+
+def _is_foreign(path: str) -> bool:
+    """Whether a directory is a checkpoint that another library wrote in a way of its own."""
     names = names_in(path, "*")
     if SEAL_FILE in names and not names_in(path, f"*{DATA_SUFFIX}"):
         # Of a backend of Megatron-Core that keeps a directory for each tensor.
@@ -250,7 +317,7 @@ def _holds(directory: str, records: Iterable[FileRecord]) -> bool:
         return False
 
 
-def _names(checkpoints: list[_Checkpoint]) -> list[str]:
+def _names(checkpoints: Iterable[Stored]) -> list[str]:
     return [os.path.basename(each.path) for each in checkpoints]
 
 
@@ -296,19 +363,10 @@ def _remove_checkpoints(paths: list[str]) -> list[str]:
 
 
 def _remove_checkpoint(path: str) -> None:
-    is_durable, storage = False, object_storage(path)
-    for seal in (SEAL_FILE, METADATA_FILE, SIDECAR_FILE):
-        file = join_paths(path, seal)
-        if not file_exists(file):
-            continue
-        if storage:
-            objects.delete(file)
-        else:
-            os.unlink(file)
-            if not is_durable:  # what goes after the first seal may come back, if that does not
-                fsync_directory(path)
-                is_durable = True
-    if storage:
-        objects.delete(path, recursive=True)
-    else:
-        shutil.rmtree(path)
+    if not object_storage(path):
+        remove_directory(path)
+        return
+    for name in SEALS:
+        if file_exists(join_paths(path, name)):
+            objects.delete(join_paths(path, name))
+    objects.delete(path, recursive=True)

@@ -11,11 +11,13 @@ from ckpt_fast.callbacks import CallbackContext, should_fire
 from ckpt_fast.jobs.background import SaveHandle
 from ckpt_fast.jobs.report import SaveReport
 from ckpt_fast.ranks.world import is_last_rank, on_all_ranks, print_rank_0
+from ckpt_fast.retention.line import Lineage
 from ckpt_fast.trainer import experiment_loggers as loggers
+from ckpt_fast.trainer.lineage import lineage_of
 from ckpt_fast.trainer.places.locate import _get_global_non_persistent_checkpoint_dirs
 from ckpt_fast.trainer.places.retention import (
     cleanup_old_dataloader_states,
-    cleanup_old_non_persistent_checkpoint,
+    delete_old,
     remove_replaced,
 )
 from ckpt_fast.trainer.save.run import SaveRun, dataloader_path
@@ -49,10 +51,22 @@ def fire_callbacks(run: SaveRun, manager: Any | None) -> None:
     on_all_ranks(fire)
 
 
-def retain(run: SaveRun, target: SaveTarget) -> None:
-    if not target.is_local and target.keep is not None:
-        cleanup_old_non_persistent_checkpoint(
-            target.save_dir, leave_ckpt_num=target.keep, do_async=run.is_async, max_iteration=target.step
+def retain(run: SaveRun, target: SaveTarget, lineage: Lineage) -> None:
+    """Delete what no policy keeps.
+
+    Args:
+        run, target: the save.
+        lineage: the line that it belongs to. If the run has gone back since, what it was resumed from stays.
+    """
+    if target.policies:
+        now = lineage_of(run.state)
+        origin = now.origin if now is not lineage else None
+        delete_old(
+            target.save_dir,
+            target.policies,
+            do_async=run.is_async,
+            max_iteration=target.step,
+            protected=() if origin is None else (origin.iteration,),
         )
     states = dataloader_path(run)
     roots = (run.ckpt_cfg.save, *_get_global_non_persistent_checkpoint_dirs(None, run.ckpt_cfg))

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,9 +14,11 @@ from ckpt_fast.errors import CheckpointError
 from ckpt_fast.format.manifest import file_record
 from ckpt_fast.format.types import FileRecord
 from ckpt_fast.ranks.world import get_rank_safe, print_rank_0
+from ckpt_fast.retention.line import metrics_note
 from ckpt_fast.run.async_queue import AsyncCallsQueue
 from ckpt_fast.trainer.contents.sidecars import TOKENIZER_DIR, save_tokenizer_assets
 from ckpt_fast.trainer.experiment_loggers import append_to_progress_log
+from ckpt_fast.trainer.lineage import lineage_of
 from ckpt_fast.trainer.places.paths import (
     CONFIG_FILE,
     TRAIN_STATE_FILE,
@@ -64,6 +66,8 @@ class Publication:
 
     Attributes:
         train_state: what ``train_state.pt`` will hold; known once the facts are captured.
+        lineage: the line of the run.
+        notes: what the checkpoint will note of the run; complete once the facts are captured.
     """
 
     train_state: dict[str, torch.Tensor]
@@ -84,9 +88,17 @@ class Publication:
         self._number = number_of_save()
         self._flops = num_floating_point_operations_so_far
         self._run_config: Callable[[], bytes] = bytes
+        self.lineage = lineage_of(state)
+        self.notes: dict[str, Any] = {}
 
-    def capture(self, train_state: Any) -> None:
-        """Take the train state and the configuration as they are now. Local."""
+    def capture(self, train_state: Any, metrics: Mapping[str, Any] | None = None) -> None:
+        """Take the train state, the configuration and the metrics as they are now. Local.
+
+        Raises:
+            ValueError: the metrics are no numbers.
+        """
+        self.notes.update(metrics_note(metrics))
+        self.notes.update(self.lineage.notes(self._step))
         self.train_state = snapshot_train_state(train_state, self._flops)
         if get_rank_safe() == 0 and not self._is_local:
             self._run_config = snapshot_run_config(self._cfg)

@@ -22,6 +22,7 @@ from ckpt_fast.jobs.report import counted_from
 from ckpt_fast.pipeline.save.parts import SaveOptions
 from ckpt_fast.ranks.group import ControlGroup
 from ckpt_fast.ranks.world import on_all_ranks, print_rank_0
+from ckpt_fast.retention.line import LINE, METRICS
 from ckpt_fast.run.config_checks import check_choices
 from ckpt_fast.settings import Settings
 from ckpt_fast.trainer import experiment_loggers as loggers
@@ -33,6 +34,7 @@ from ckpt_fast.trainer.contents.state_dict import (
     _build_sharded_state_dict_metadata,
     uses_distributed_optimizer,
 )
+from ckpt_fast.trainer.lineage import LINE_KEY
 from ckpt_fast.trainer.save.after_save import fire_callbacks, logger_finalizer, report, retain
 from ckpt_fast.trainer.save.async_save import end_save_to, make_room, schedule_async_save
 from ckpt_fast.trainer.save.collect import Collection
@@ -75,7 +77,8 @@ def save_checkpoint(
         optimizer: may be None.
         opt_param_scheduler: may be None.
         num_floating_point_operations_so_far: cumulative FLOPs, stored with the train state.
-        checkpointing_context: kept by the caller between saves; holds strategies and the local manager.
+        checkpointing_context: kept by the caller between saves; holds strategies and the local manager. The
+            numbers in its ``"metrics"``, a dict by name, are noted in the checkpoint for ``KeepBest``.
         pipeline_rank, tensor_rank: shown in the success line instead of the groups' ranks.
         non_persistent_ckpt: save for recovery only, as ``non_persistent_ckpt_type`` says.
         train_data_iterator: its state is saved when it can give one.
@@ -91,7 +94,8 @@ def save_checkpoint(
             makes it a warning; ``on_save_failure="continue"`` does if storage fails as a background save
             begins (a full disk, a directory that cannot be made), see ``maybe_finalize_async_save``.
         ValueError: ``non_persistent_ckpt_type`` is neither "local" nor "global", or there is no directory; on
-            every rank, a setting is invalid, or ranks differ in what they do about failed background saves.
+            every rank, a setting or a metric is invalid, or ranks differ in what they do about failed
+            background saves.
         NotImplementedError: ``async_save`` with a format that cannot be saved in the background, or
             ``also_save_hf_checkpoint`` of a model that Megatron Bridge cannot export.
         UnavailableError: ``also_save_hf_checkpoint`` without Megatron Bridge.
@@ -140,7 +144,7 @@ def save_checkpoint(
                 lambda: report(request, begin),
                 logger_finalizer(run, target),
                 lambda: fire_callbacks(run, callback_manager),
-                lambda: retain(run, target),
+                lambda: retain(run, target, around.publication.lineage),
             ],
             follow_up,
         )
@@ -209,7 +213,7 @@ def _collection(
         Settings.read()
         check_choices(run.ckpt_cfg)
         around.position.capture()
-        around.publication.capture(run.state.train_state)
+        around.publication.capture(run.state.train_state, (run.context or {}).get(METRICS))
 
     return Collection(run, target, metadata, _glu_sizes(run), capture, prebuilt)
 
@@ -217,6 +221,7 @@ def _collection(
 def _collect_local(collection: Collection, around: Surroundings) -> dict[str, Any]:
     state_dict = collection.everything()
     state_dict["train_state_metadata"] = around.publication.train_state
+    state_dict[LINE_KEY] = around.publication.notes[LINE]
     state_dict[FILES_KEY] = [list(each) for each in around.position.records]
     return state_dict
 

@@ -28,11 +28,16 @@ class Surroundings(NamedTuple):
     publication: Publication
 
     def completion(self, notes: Mapping[str, Any]) -> Completion:
-        """The coordinator's work on these parts in a pipeline save."""
+        """The coordinator's work on these parts in a pipeline save.
+
+        Args:
+            notes: for the manifest, besides those of the run.
+        """
+        self.publication.notes.update(notes)
         return Completion(
             prepare=lambda directory: self.position.prepare(token_of(directory)),
             finish=self.publication.complete,
-            notes=notes,
+            notes=self.publication.notes,
             select=self._select,
         )
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The target of a save: kind, directory, iteration, and how many checkpoints are kept there."""
+"""The target of a save: kind, directory, iteration, and which checkpoints are kept there."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+from ckpt_fast.retention.policies import KeepNewest, Policy, require_policies
 from ckpt_fast.trainer.contexts import CheckpointType
 from ckpt_fast.trainer.places.locate import _NON_PERSISTENT_CKPT_SUBDIR
 from ckpt_fast.trainer.places.paths import get_checkpoint_name
@@ -14,12 +15,12 @@ from ckpt_fast.trainer.places.paths import get_checkpoint_name
 
 @dataclass(frozen=True)
 class SaveTarget:
-    """The target of a save. ``keep`` is the number of checkpoints that retention keeps; None: all."""
+    """The target of a save. ``policies`` say which checkpoints retention keeps there; (): all."""
 
     ckpt_type: CheckpointType
     save_dir: str
     step: int
-    keep: int | None
+    policies: tuple[Policy, ...] = ()
 
     @property
     def checkpoint_name(self) -> str:
@@ -45,16 +46,13 @@ def choose_target(
         non_persistent: save for recovery, as ``non_persistent_ckpt_type`` says.
 
     Raises:
-        ValueError: that type is neither "local" nor "global", its manager is missing, or no directory is
-            named.
+        ValueError: that type is neither "local" nor "global", its manager is missing, no directory is named,
+            or ``retention`` holds what is no policy.
     """
     if not non_persistent:
         if not ckpt_cfg.save:
             raise ValueError("checkpoint.save is not set: name the directory to save checkpoints to")
-        keep = ckpt_cfg.most_recent_k
-        return SaveTarget(
-            CheckpointType.GLOBAL, os.fspath(ckpt_cfg.save), step, None if keep is None or keep < 0 else keep
-        )
+        return SaveTarget(CheckpointType.GLOBAL, os.fspath(ckpt_cfg.save), step, _policies(ckpt_cfg))
     kind = ckpt_cfg.non_persistent_ckpt_type
     if kind == "local":
         if not context or "local_checkpoint_manager" not in context:
@@ -62,9 +60,7 @@ def choose_target(
                 "non_persistent_ckpt_type is 'local' but checkpointing_context has no "
                 "'local_checkpoint_manager': pass what init_checkpointing_context(cfg.checkpoint) returns"
             )
-        return SaveTarget(
-            CheckpointType.LOCAL, context["local_checkpoint_manager"].local_ckpt_dir, step, None
-        )
+        return SaveTarget(CheckpointType.LOCAL, context["local_checkpoint_manager"].local_ckpt_dir, step)
     if kind == "global":
         if not (ckpt_cfg.non_persistent_global_ckpt_dir or ckpt_cfg.save):
             raise ValueError(
@@ -76,7 +72,13 @@ def choose_target(
             or os.path.join(ckpt_cfg.save, _NON_PERSISTENT_CKPT_SUBDIR)
         )
         keep = ckpt_cfg.most_recent_k
-        return SaveTarget(
-            CheckpointType.GLOBAL, save_dir, step, 2 if keep is None or keep < 0 else max(1, keep)
-        )
+        count = 2 if keep is None or keep < 0 else max(1, keep)
+        return SaveTarget(CheckpointType.GLOBAL, save_dir, step, (KeepNewest(count),))
     raise ValueError(f"Invalid non_persistent_ckpt_type: {kind!r}. Must be 'local' or 'global'.")
+
+
+def _policies(ckpt_cfg: Any) -> tuple[Policy, ...]:
+    """``most_recent_k``, and our own ``retention``, which Megatron Bridge's object may lack."""
+    keep = ckpt_cfg.most_recent_k
+    newest = () if keep is None or keep < 0 else (KeepNewest(keep),)
+    return (*newest, *require_policies(getattr(ckpt_cfg, "retention", None)))

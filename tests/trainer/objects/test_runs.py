@@ -20,7 +20,7 @@ from tests.helpers import run_ranks
 from tests.models import Run, Setup, differences, identical, megatron_on_cpu
 from tests.object_server import ObjectServer
 from tests.trainer.contents.test_fsdp import Chunk, config, state_of
-from tests.trainer.objects.bucket import Bucket, new_bucket, resume, train_and_save
+from tests.trainer.objects.bucket import SETUP, Bucket, new_bucket, resume, train_and_save
 
 TWO_RANKS = [pytest.param(1, marks=pytest.mark.long), 2]
 
@@ -41,6 +41,30 @@ def test_a_run_resumes(object_server: ObjectServer, tmp_path: Path, in_backgroun
     assert bucket.tracked() == (3, 3)
     assert bucket.iterations() == bucket.sealed() == [2, 3]
     assert os.listdir(bucket.spool) == []
+
+
+def save_three(rank: int, bucket: Bucket) -> None:
+    with bucket.in_use():
+        train_and_save(bucket, 3)
+
+
+def roll_back(rank: int, bucket: Bucket) -> list[list[int]]:
+    """Go on from 2 to 4 and 5, and return what is left after each; 3 was abandoned."""
+    left = []
+    with bucket.in_use(), Run(SETUP, save=bucket.url, load=bucket.url, ckpt_step=2, most_recent_k=2) as run:
+        run.load()
+        for steps in (2, 1):
+            run.train(steps)
+            run.save()
+            left.append(bucket.iterations())
+    return left
+
+
+def test_retention_follows_the_line_of_the_run(object_server: ObjectServer, tmp_path: Path) -> None:
+    bucket = new_bucket(object_server, tmp_path)
+    run_ranks(save_three, 1, bucket)
+    assert run_ranks(roll_back, 1, bucket) == [[[2, 4], [4, 5]]]
+    assert bucket.tracked() == (5, 5)
 
 
 def use_strategies(rank: int, bucket: Bucket) -> list[bool]:

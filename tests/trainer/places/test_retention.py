@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from ckpt_fast.retention import removal
 from ckpt_fast.state import TrainState
 from ckpt_fast.trainer.places import retention
 from ckpt_fast.trainer.places.retention import cleanup_old_dataloader_states
@@ -246,14 +247,14 @@ def test_a_relative_path_keeps_its_meaning(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("do_async", [False, True])
 def test_failures_are_logged_and_the_others_are_deleted(tmp_path, monkeypatch, caplog, do_async):
-    rmtree = retention.shutil.rmtree
+    rmtree = removal.shutil.rmtree
 
     def stubborn(path):
         if path.endswith("iter_0000001"):
             raise OSError(16, "Device or resource busy", path)
         rmtree(path)
 
-    monkeypatch.setattr(retention.shutil, "rmtree", stubborn)
+    monkeypatch.setattr(removal.shutil, "rmtree", stubborn)
     for iteration in (1, 2, 3):
         checkpoint(tmp_path, iteration)
     before = set(threading.enumerate())
@@ -275,7 +276,7 @@ def test_a_half_deleted_checkpoint_does_not_pass_for_a_whole_one(tmp_path, monke
         seen.append(sorted(os.listdir(path)))
         raise OSError("killed here")
 
-    monkeypatch.setattr(retention.shutil, "rmtree", die)
+    monkeypatch.setattr(removal.shutil, "rmtree", die)
     unlink, order = os.unlink, []
     monkeypatch.setattr(os, "unlink", lambda path: (order.append(os.path.basename(path)), unlink(path))[1])
     cleanup(str(tmp_path))

@@ -15,7 +15,7 @@ from ckpt_fast.doors.dcp.direct.save import start_save
 from ckpt_fast.doors.dcp.reader import StrPath
 from ckpt_fast.doors.dcp.writer import refuse_overwriting
 from ckpt_fast.jobs.report import SaveReport
-from ckpt_fast.pipeline.save.parts import SaveOptions
+from ckpt_fast.pipeline.save.parts import Completion, SaveOptions
 from ckpt_fast.pipeline.save.save import Save
 from ckpt_fast.ranks.group import ControlGroup
 from ckpt_fast.storage.files import absolute
@@ -92,11 +92,34 @@ def async_save(
         CheckpointError: on every rank, naming the rank that failed; nothing is in flight. What fails later
             is raised by the future, on every rank, as AsyncSaveError.
     """
+    return save_in_background(
+        state_dict,
+        path,
+        process_group=process_group,
+        no_dist=no_dist,
+        thread_count=thread_count,
+        overwrite=overwrite,
+    )
+
+
+def save_in_background(
+    state_dict: Mapping[str, Any],
+    path: StrPath,
+    completion: Completion | None = None,
+    *,
+    process_group: dist.ProcessGroup | None = None,
+    no_dist: bool = False,
+    thread_count: int | None = None,
+    overwrite: bool = True,
+) -> SaveFuture:
+    """Collective. ``async_save`` with additional steps of the coordinator; see ``Completion``."""
     group = ControlGroup.of_one() if no_dist else ControlGroup(process_group)
     committer = committers.get(group, process_group)
     committer.get_ready(group, process_group)
     options = SaveOptions(writers=thread_count, snapshot=True)
-    return committer.finish(_started(state_dict, path, process_group, no_dist, overwrite, options))
+    return committer.finish(
+        _started(state_dict, path, process_group, no_dist, overwrite, options, completion)
+    )
 
 
 def load(
@@ -143,6 +166,7 @@ def _started(
     no_dist: bool,
     overwrite: bool,
     options: SaveOptions,
+    completion: Completion | None = None,
 ) -> Save:
     directory = absolute(path)
     wait_for_save(directory)
@@ -152,4 +176,4 @@ def _started(
             refuse_overwriting(directory)
         return plain_state_dict(state_dict)
 
-    return start_save(collect, directory, options, process_group=process_group, no_dist=no_dist)
+    return start_save(collect, directory, options, completion, process_group=process_group, no_dist=no_dist)

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The directory of a manager's checkpoints: their names, the tracker, and which one is selected. Local.
+
+It looks like that of a run of Megatron-LM, so that ``ckpt-fast`` and retention know it: ``iter_0000100`` and
+``latest_checkpointed_iteration.txt``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+from collections.abc import Sequence
+
+from ckpt_fast.errors import CheckpointCorruptError, CheckpointNotFoundError
+from ckpt_fast.retention.choice import choose
+from ckpt_fast.retention.line import Origin, line_in
+from ckpt_fast.retention.policies import Policy
+from ckpt_fast.retention.removal import remove_directory
+from ckpt_fast.retention.stored import Stored, head_at
+from ckpt_fast.storage import replacement
+from ckpt_fast.storage.commit import write_file_atomic
+from ckpt_fast.storage.small_files import LARGEST_TEXT, read_small_file
+
+logger = logging.getLogger(__name__)
+
+_TRACKER = "latest_checkpointed_iteration.txt"
+_NAME = re.compile(r"iter_([0-9]+)")
+
+
+class CheckpointDirectory:
+    """The checkpoints of a directory, and the tracker that names the one to resume from.
+
+    Args:
+        root: the directory; need not exist.
+    """
+
+    def __init__(self, root: str) -> None:
+        self.root = root
+
+    def path(self, step: int) -> str:
+        """The directory of a step's checkpoint."""
+        return os.path.join(self.root, f"iter_{step:07d}")
+
+    def found(self) -> list[Stored]:
+        """All that are there, whole or not, oldest first; no links: these are somebody's own arrangement."""
+        with contextlib.suppress(FileNotFoundError), os.scandir(self.root) as entries:
+            matches = [
+                (_NAME.fullmatch(entry.name), entry.path)
+                for entry in entries
+                if entry.is_dir(follow_symlinks=False)
+            ]
+            stored = [Stored(int(match[1]), path) for match, path in matches if match is not None]
+            return sorted(stored, key=lambda each: each.iteration)
+        return []
+
+    def selected(self) -> int | None:
+        """The step to resume from: what the tracker names or, without a sound one, the newest whole one."""
+        try:
+            text = read_small_file(os.path.join(self.root, _TRACKER), LARGEST_TEXT).decode(errors="replace")
+            if re.fullmatch(r"[0-9]{1,18}", text.strip()):
+                return int(text)
+            problem = f"holds no step: {text[:80]!r}"
+        except FileNotFoundError:
+            problem = ""
+        except (OSError, CheckpointCorruptError) as error:
+            problem = f"cannot be read ({error})"
+        newest = next((each.iteration for each in reversed(self.found()) if each.is_whole), None)
+        if problem:
+            logger.warning("%s in %s %s; the newest whole step is %s", _TRACKER, self.root, problem, newest)
+        return newest
+
+    def to_restore(self, step: int | None) -> list[Origin]:
+        """The checkpoints to try, in order: that of ``step``, or the selected one and those it came from.
+
+        Raises:
+            CheckpointNotFoundError: there is no directory of this step.
+        """
+        if os.path.isdir(self.root):
+            for path in replacement.replaced_in(self.root):
+                with contextlib.suppress(OSError):
+                    replacement.put_back(path)
+        wanted = self.selected() if step is None else step
+        if wanted is None:
+            return []
+        if step is not None:
+            if not os.path.isdir(self.path(step)):
+                there = ", ".join(str(each.iteration) for each in self.found()) or "none"
+                raise CheckpointNotFoundError(
+                    f"{self.path(step)} does not exist; steps that are there: {there}"
+                )
+            return [self._origin(step)]
+        first = self._origin(wanted)
+        older = [each for each in reversed(self.found()) if each.iteration < wanted and each.is_sealed]
+        left = [
+            each
+            for each in older
+            if first.line is not None and first.line.has_left(wanted, each.iteration, each.line)
+        ]
+        if left:
+            logger.info("of an abandoned branch, and not to fall back to: %s", _steps(left))
+        return [first, *(self._origin(each.iteration) for each in older if each not in left)]
+
+    def damage(self, step: int) -> str | None:
+        """Why the checkpoint of a step is not whole, as far as its small files say; None if it is."""
+        return Stored(step, self.path(step)).damage
+
+    def publish(self, step: int) -> None:
+        """Let the tracker name a checkpoint, which is sealed.
+
+        Raises:
+            CheckpointWriteError: it names the one before.
+        """
+        write_file_atomic(os.path.join(self.root, _TRACKER), str(step).encode())
+
+    def prune(self, policies: Sequence[Policy], step: int) -> None:
+        """Delete what no policy keeps. A failure is logged: it costs disk space.
+
+        Args:
+            policies: see ``choose``.
+            step: the one that was published last.
+        """
+        try:
+            choice = choose(self.found(), policies, step)
+        except Exception:
+            logger.exception("cannot tell which checkpoints in %s are old: none is deleted", self.root)
+            return
+        if choice.abandoned:
+            logger.info("of an abandoned branch, and not counted: %s", _steps(choice.abandoned))
+        for each in choice.removed:
+            try:
+                remove_directory(each.path)
+                logger.debug("deleted %s", each.path)
+            except OSError:
+                logger.exception("cannot delete the old checkpoint %s", each.path)
+
+    def _origin(self, step: int) -> Origin:
+        head = head_at(self.path(step))
+        return Origin(step) if head is None else Origin(step, head.save_id, line_in(head.notes))
+
+
+def _steps(found: Sequence[Stored]) -> str:
+    return ", ".join(each.path for each in found)

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A checkpoint on a file system, as retention sees it: each fact is looked up when asked for."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+from ckpt_fast.errors import CheckpointError
+from ckpt_fast.format.manifest import Head, head_of
+from ckpt_fast.format.names import METADATA_FILE
+from ckpt_fast.pipeline.load.complete import require_complete
+from ckpt_fast.pipeline.load.opened import OpenCheckpoint
+from ckpt_fast.retention.line import Line, line_in, metrics_in, resumed_from_in
+from ckpt_fast.storage.files import Directory
+
+
+class Stored:
+    """One checkpoint; see ``StoredCheckpoint``.
+
+    Args:
+        iteration: the training step.
+        path: its directory.
+
+    Attributes:
+        is_compared: whether its line is compared with that of the selected one; otherwise it counts.
+    """
+
+    is_compared = True
+
+    def __init__(self, iteration: int, path: str) -> None:
+        self.iteration = iteration
+        self.path = path
+
+    @cached_property
+    def notes(self) -> Mapping[str, Any]:
+        """What its save has noted; read without verification, empty if there is nothing to read."""
+        head = head_at(self.path)
+        return head.notes if head is not None else {}
+
+    @property
+    def line(self) -> Line | None:
+        """The line that it notes."""
+        return line_in(self.notes, self.iteration)
+
+    @property
+    def resumed_from(self) -> int | None:
+        """The iteration that its run was resumed from."""
+        return resumed_from_in(self.notes)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """What was saved with it, by name."""
+        return metrics_in(self.notes)
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes of its files."""
+        return nbytes_below(self.path)
+
+    @cached_property
+    def age_s(self) -> float | None:
+        """Seconds since it was completed."""
+        return age_of(self.path)
+
+    @cached_property
+    def is_sealed(self) -> bool:
+        """Whether its save has come to its end."""
+        return os.path.exists(os.path.join(self.path, METADATA_FILE))
+
+    @cached_property
+    def damage(self) -> str | None:
+        """Why it is not whole, as far as names, lengths and small files say; None if it is."""
+        if not self.is_sealed:
+            return f"{self.path} has no {METADATA_FILE}"
+        try:
+            with OpenCheckpoint(Directory(self.path)) as checkpoint:
+                require_complete(checkpoint)
+        except (CheckpointError, OSError) as error:
+            return str(error)
+        return None
+
+    @cached_property
+    def is_whole(self) -> bool:
+        """Whether it is whole; see ``damage``."""
+        return self.damage is None
+
+
+def head_at(path: str) -> Head | None:
+    """The head of the manifest of a checkpoint on a file system, from its last bytes; None if it has none."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(os.path.join(path, METADATA_FILE), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            return head_of(
+                lambda offset, nbytes: os.pread(descriptor, nbytes, offset), os.fstat(descriptor).st_size
+            )
+        finally:
+            os.close(descriptor)
+    return None
+
+
+def nbytes_below(path: str) -> int:
+    """Bytes of all files below a directory."""
+    nbytes = 0
+    for parent, _, names in os.walk(path):
+        for name in names:
+            with contextlib.suppress(OSError):
+                nbytes += os.lstat(os.path.join(parent, name)).st_size
+    return nbytes
+
+
+def age_of(path: str) -> float | None:
+    """Seconds since a checkpoint on a file system was completed; of what is none, since it was changed."""
+    for name in (METADATA_FILE, ""):
+        with contextlib.suppress(OSError):
+            return max(0.0, time.time() - os.stat(os.path.join(path, name)).st_mtime)
+    return None
