@@ -21,7 +21,7 @@ from ckpt_fast.format.manifest import file_record
 from ckpt_fast.format.names import DATA_SUFFIX, METADATA_FILE, SEAL_FILE, SIDECAR_FILE
 from ckpt_fast.format.types import FileRecord
 from ckpt_fast.pipeline.load.decode import decode_object, read_contents
-from ckpt_fast.ranks.world import get_rank_safe, print_rank_0
+from ckpt_fast.ranks.world import get_rank_safe, note_rank_0
 from ckpt_fast.storage import owners, replacement
 from ckpt_fast.storage.commit import fsync_directory, is_payload
 from ckpt_fast.storage.small_files import read_small_file
@@ -80,10 +80,10 @@ def cleanup_old_non_persistent_checkpoint(
     except Exception:
         logger.exception("cannot tell which checkpoints in %s are old: none is deleted", save_dir)
         return
-    if not removed and not kept:
+    if not removed:
         return
-    print_rank_0(f"Checkpoints scheduled for removal: {_names(removed)}")
-    print_rank_0(f"Checkpoints kept: {_names(kept)}")
+    note_rank_0(f"Checkpoints scheduled for removal: {_names(removed)}")
+    note_rank_0(f"Checkpoints kept: {_names(kept)}")
     paths = [settled(each.path) for each in removed]
     if not do_async:
         _remove_checkpoints(paths)
