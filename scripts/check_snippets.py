@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Check the types in all Python snippets of README and docs, as the type checker of a user would.
+
+python scripts/check_snippets.py            # mypy --strict
+python scripts/check_snippets.py --pyright  # pyright, strict; or basedpyright, whichever is installed
+
+The snippets see the package as the wheel has it: built into a folder, away from the checkout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+# Written by a script; its blocks are signatures.
+NO_SNIPPETS = "api.md"
+PAGES = sorted(page for page in (ROOT / "docs").glob("*.md") if page.name != NO_SNIPPETS)
+DOCUMENTS = [ROOT / "README.md", *PAGES]
+FENCE = re.compile(r"^```python\n(.*?)^```$", re.M | re.S)
+
+# What the text around the snippets says is there.
+GIVEN = {
+    "config": "Any",
+    "context": "dict[str, Any]",
+    "directory": "str",
+    "model": "Any",
+    "optimizer": "Any",
+    "scheduler": "Any",
+    "state": "GlobalState",
+    "state_dict": "dict[str, Any]",
+    "train_iterator": "Any",
+}
+WITHOUT_TYPES = ("megatron", "nvidia_resiliency_ext", "multistorageclient", "modelopt", "nvtx", "yaml")
+
+
+def snippets() -> Iterator[tuple[str, str]]:
+    """Yield (name, code) of each snippet, with what it is given declared in it."""
+    for document in DOCUMENTS:
+        for number, code in enumerate(FENCE.findall(document.read_text()), 1):
+            yield f"{document.stem.lower().replace('-', '_')}_{number}.py", declared(code) + code
+
+
+def declared(code: str) -> str:
+    """Return declarations of the names that a snippet uses and does not define."""
+    names = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Name)]
+    defined = {name.id for name in names if isinstance(name.ctx, ast.Store)}
+    parameters = {node.arg for node in ast.walk(ast.parse(code)) if isinstance(node, ast.arg)}
+    given = sorted({name.id for name in names} & GIVEN.keys() - defined - parameters)
+    lines = ["from typing import Any"] if any("Any" in GIVEN[name] for name in given) else []
+    if "state" in given:
+        lines.append("from ckpt_fast.checkpointing import GlobalState")
+    return "\n".join([*lines, *(f"{name}: {GIVEN[name]}" for name in given)]) + "\n\n"
+
+
+def build(library: Path) -> None:
+    """Put into a folder what a wheel has of Python."""
+    command = [sys.executable, "setup.py", "--quiet", "build_py", "--build-lib", str(library)]
+    subprocess.run(command, cwd=ROOT, check=True)
+    if not (library / "ckpt_fast" / "py.typed").is_file():
+        raise SystemExit("the wheel would have no py.typed: its types would not reach anyone")
+
+
+def mypy(folder: Path) -> list[str]:
+    sections = "".join(
+        f"[mypy-{name}.*]\nignore_missing_imports = true\nfollow_imports = skip\n" for name in WITHOUT_TYPES
+    )
+    # torch does not list what torch.distributed.checkpoint is documented to have.
+    sections += "[mypy-torch.*]\nimplicit_reexport = true\n"
+    (folder / "mypy.ini").write_text(f"[mypy]\nstrict = true\n{sections}")
+    cache = os.path.join(ROOT, ".mypy_cache", "snippets")
+    return [sys.executable, "-m", "mypy", "--config-file", "mypy.ini", "--cache-dir", cache, "."]
+
+
+def pyright(folder: Path) -> list[str]:
+    found = next(filter(None, map(shutil.which, ("pyright", "basedpyright"))), None)
+    if found is None:
+        raise SystemExit("there is no pyright: pip install basedpyright")
+    (folder / "pyrightconfig.json").write_text(
+        '{"typeCheckingMode": "strict", "reportMissingImports": false, "reportMissingTypeStubs": false, '
+        f'"extraPaths": ["{folder.parent / "library"}"]}}\n'
+    )
+    return [found, "--pythonpath", sys.executable, "."]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pyright", action="store_true", help="pyright instead of mypy")
+    checker = pyright if parser.parse_args().pyright else mypy
+    with tempfile.TemporaryDirectory(prefix="snippets_") as temporary:
+        library, folder = Path(temporary, "library"), Path(temporary, "code")
+        folder.mkdir()
+        build(library)
+        for name, code in snippets():
+            (folder / name).write_text(code)
+        environment = {**os.environ, "PYTHONPATH": str(library)}
+        return subprocess.run(checker(folder), cwd=folder, env=environment, check=False).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
