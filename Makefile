@@ -104,6 +104,11 @@ check: $(A)/.requirements format-check-cpp ## linters, formatters and types, tho
 	$(A)/bin/mypy
 	$(A)/bin/python scripts/check_snippets.py
 
+.PHONY: check-pyright
+check-pyright: $(A)/.requirements ## the types in the documentation, with pyright
+	$(A)/bin/python -m pip install --quiet basedpyright==1.40.2
+	$(A)/bin/python scripts/check_snippets.py --pyright
+
 .PHONY: venv
 venv: $(A)/.installed ## the environment of stack A, with the project in it
 

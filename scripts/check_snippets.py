@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import json
 import os
 import re
 import shutil
@@ -28,37 +29,41 @@ DOCUMENTS = [ROOT / "README.md", *PAGES]
 FENCE = re.compile(r"^```python\n(.*?)^```$", re.M | re.S)
 
 # What the text around the snippets says is there.
-GIVEN = {
-    "config": "Any",
-    "context": "dict[str, Any]",
-    "directory": "str",
-    "model": "Any",
-    "optimizer": "Any",
-    "scheduler": "Any",
-    "state": "GlobalState",
-    "state_dict": "dict[str, Any]",
-    "train_iterator": "Any",
-}
+GIVEN = """
+from typing import Any
+from ckpt_fast.checkpointing import GlobalState
+config: Any
+context: dict[str, Any]
+directory: str
+model: Any
+optimizer: Any
+scheduler: Any
+state: GlobalState
+state_dict: dict[str, Any]
+train_iterator: Any
+"""
 WITHOUT_TYPES = ("megatron", "nvidia_resiliency_ext", "multistorageclient", "modelopt", "nvtx", "yaml")
+# Those of them that snippets import from; their values are anything.
+WITHOUT_TYPES_IN_SNIPPETS = ("megatron.core", "megatron.bridge.utils.instantiate_utils")
 
 
 def snippets() -> Iterator[tuple[str, str]]:
-    """Yield (name, code) of each snippet, with what it is given declared in it."""
+    """Yield (name, code) of each snippet, which imports what it is given."""
     for document in DOCUMENTS:
         for number, code in enumerate(FENCE.findall(document.read_text()), 1):
-            yield f"{document.stem.lower().replace('-', '_')}_{number}.py", declared(code) + code
+            given = ", ".join(names_given_to(code))
+            first = f"from given import {given}\n" if given else ""
+            yield f"{document.stem.lower().replace('-', '_')}_{number}.py", first + code
 
 
-def declared(code: str) -> str:
-    """Return declarations of the names that a snippet uses and does not define."""
-    names = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Name)]
+def names_given_to(code: str) -> list[str]:
+    """Return the names that a snippet uses and does not define."""
+    nodes = list(ast.walk(ast.parse(code)))
+    names = [node for node in nodes if isinstance(node, ast.Name)]
     defined = {name.id for name in names if isinstance(name.ctx, ast.Store)}
-    parameters = {node.arg for node in ast.walk(ast.parse(code)) if isinstance(node, ast.arg)}
-    given = sorted({name.id for name in names} & GIVEN.keys() - defined - parameters)
-    lines = ["from typing import Any"] if any("Any" in GIVEN[name] for name in given) else []
-    if "state" in given:
-        lines.append("from ckpt_fast.checkpointing import GlobalState")
-    return "\n".join([*lines, *(f"{name}: {GIVEN[name]}" for name in given)]) + "\n\n"
+    parameters = {node.arg for node in nodes if isinstance(node, ast.arg)}
+    given = {*re.findall(r"^(\w+):", GIVEN, re.M)}
+    return sorted({name.id for name in names} & given - defined - parameters)
 
 
 def build(library: Path) -> None:
@@ -81,13 +86,24 @@ def mypy(folder: Path) -> list[str]:
 
 
 def pyright(folder: Path) -> list[str]:
-    found = next(filter(None, map(shutil.which, ("pyright", "basedpyright"))), None)
+    path = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
+    found = next(filter(None, (shutil.which(name, path=path) for name in ("pyright", "basedpyright"))), None)
     if found is None:
         raise SystemExit("there is no pyright: pip install basedpyright")
-    (folder / "pyrightconfig.json").write_text(
-        '{"typeCheckingMode": "strict", "reportMissingImports": false, "reportMissingTypeStubs": false, '
-        f'"extraPaths": ["{folder.parent / "library"}"]}}\n'
-    )
+    for module in WITHOUT_TYPES_IN_SNIPPETS:
+        stub = folder / "typings" / f"{module.replace('.', '/')}.pyi"
+        stub.parent.mkdir(parents=True, exist_ok=True)
+        stub.write_text("from typing import Any\ndef __getattr__(name: str) -> Any: ...\n")
+    settings = {
+        "typeCheckingMode": "strict",
+        # Of torch's: some parameters have no complete types, and dcp.save is not listed as exported.
+        "reportUnknownMemberType": False,
+        "reportPrivateImportUsage": False,
+        "reportMissingModuleSource": False,
+        "extraPaths": [str(folder.parent / "library")],
+        "exclude": ["typings"],
+    }
+    (folder / "pyrightconfig.json").write_text(json.dumps(settings))
     return [found, "--pythonpath", sys.executable, "."]
 
 
@@ -99,6 +115,7 @@ def main() -> int:
         library, folder = Path(temporary, "library"), Path(temporary, "code")
         folder.mkdir()
         build(library)
+        (folder / "given.pyi").write_text(GIVEN)
         for name, code in snippets():
             (folder / name).write_text(code)
         environment = {**os.environ, "PYTHONPATH": str(library)}
