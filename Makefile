@@ -98,10 +98,16 @@ bench: $(A)/.installed ## benchmarks against the stock writers and readers
 	@PYTHONWARNINGS=ignore $(A)/bin/python -m benchmarks
 
 .PHONY: check
-check: $(A)/.requirements format-check-cpp ## linters, formatters and types
+check: $(A)/.requirements format-check-cpp ## linters, formatters and types, those in the documentation too
 	$(A)/bin/ruff check
 	$(A)/bin/ruff format --check
 	$(A)/bin/mypy
+	$(A)/bin/python scripts/check_snippets.py
+
+.PHONY: check-pyright
+check-pyright: $(A)/.requirements ## the types in the documentation, with pyright
+	$(A)/bin/python -m pip install --quiet basedpyright==1.40.2
+	$(A)/bin/python scripts/check_snippets.py --pyright
 
 .PHONY: venv
 venv: $(A)/.installed ## the environment of stack A, with the project in it

@@ -1,13 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """The documented checkpoint API (``megatron.bridge.training.checkpointing``): a table of contents.
 
-Every name is imported from its home; see the docstrings there.
+Every name is imported from its home; see the docstrings there. Beside the documented names there is what a
+program needs to call them (configuration, state, callbacks), and what newer versions of Megatron Bridge have.
 """
 
 from __future__ import annotations
 
 import logging
 
+from ckpt_fast.callbacks import Callback, CallbackContext, CallbackManager
+from ckpt_fast.config import (
+    CheckpointConfig,
+    ConfigContainer,
+    DistributedInitConfig,
+    LoggerConfig,
+    RNGConfig,
+    TokenizerConfig,
+)
 from ckpt_fast.glu.layout import _is_model_section
 from ckpt_fast.glu.model import (
     _apply_glu_interleave_to_tensor_data,
@@ -18,6 +28,7 @@ from ckpt_fast.glu.model import (
     _process_state_dict_for_glu_interleaving,
     _process_state_dict_for_model_glu_interleaving,
 )
+from ckpt_fast.state import GlobalState, TrainState
 from ckpt_fast.trainer.contents import version as _version
 from ckpt_fast.trainer.contents.fsdp import (
     _create_fsdp_dtensor_storage_writer,
@@ -30,7 +41,11 @@ from ckpt_fast.trainer.contents.megatron_lm import (
     _get_train_state_from_state_dict,
 )
 from ckpt_fast.trainer.contents.rng import get_rng_state
-from ckpt_fast.trainer.contents.sidecars import maybe_save_dataloader_state, save_tokenizer_assets
+from ckpt_fast.trainer.contents.sidecars import (
+    maybe_load_dataloader_state,
+    maybe_save_dataloader_state,
+    save_tokenizer_assets,
+)
 from ckpt_fast.trainer.contents.state_dict import (
     _build_sharded_state_dict_metadata,
     _generate_model_state_dict,
@@ -71,7 +86,22 @@ from ckpt_fast.trainer.places.locate import (
     find_checkpoint_rank_0,
     read_metadata,
 )
+from ckpt_fast.trainer.places.paths import (
+    CONFIG_FILE,
+    TRAIN_STATE_FILE,
+    checkpoint_exists,
+    ensure_directory_exists,
+    file_exists,
+    get_checkpoint_name,
+    get_checkpoint_run_config_filename,
+    get_checkpoint_tracker_filename,
+    get_checkpoint_train_state_filename,
+    is_checkpoint_iteration_directory,
+    is_hf_checkpoint_dir,
+    join_paths,
+)
 from ckpt_fast.trainer.places.retention import cleanup_old_non_persistent_checkpoint
+from ckpt_fast.trainer.places.trackers import read_run_config, read_train_state
 from ckpt_fast.trainer.save.async_save import (
     get_save_and_finalize_callbacks,
     is_empty_async_queue,
@@ -139,6 +169,34 @@ __all__ = [
     "save_tokenizer_assets",
     "schedule_async_save",
     "set_checkpoint_version",
+]
+__all__ += [
+    "CONFIG_FILE",
+    "TRAIN_STATE_FILE",
+    "Callback",
+    "CallbackContext",
+    "CallbackManager",
+    "CheckpointConfig",
+    "ConfigContainer",
+    "DistributedInitConfig",
+    "GlobalState",
+    "LoggerConfig",
+    "RNGConfig",
+    "TokenizerConfig",
+    "TrainState",
+    "checkpoint_exists",
+    "ensure_directory_exists",
+    "file_exists",
+    "get_checkpoint_name",
+    "get_checkpoint_run_config_filename",
+    "get_checkpoint_tracker_filename",
+    "get_checkpoint_train_state_filename",
+    "is_checkpoint_iteration_directory",
+    "is_hf_checkpoint_dir",
+    "join_paths",
+    "maybe_load_dataloader_state",
+    "read_run_config",
+    "read_train_state",
 ]
 
 

@@ -222,7 +222,8 @@ class CheckpointConfig:
     """Order of the GLU rows in a torch_dist checkpoint: as recorded ("contiguous" if nothing is), or an
     override. "interleaved" is for checkpoints that store them in exactly this run's memory order."""
     host_buffer_bytes: int | None = None
-    """Limit on host memory per rank for staged state; None follows ``CKPT_FAST_HOST_BUFFER`` (no limit)."""
+    """Limit on host memory per rank for staged state; None follows ``CKPT_FAST_HOST_BUFFER`` (what the
+    machine can spare)."""
 
     def __post_init__(self) -> None:
         """Checks at construction; raises AssertionError."""

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write ``docs/api.md``: every documented name with its signature, home, summary, tests and status.
+"""Write ``docs/api.md``: every documented name with its signature, home, summary, tests and status, and those
+beside them.
 
 python scripts/api_table.py            # write the page
 python scripts/api_table.py --check # exit with 1 if it is out of date
@@ -33,6 +34,8 @@ SUMMARIES_OF_DATA = {
     "_NON_PERSISTENT_CKPT_SUBDIR": "Where temporary checkpoints lie below the `save` directory.",
     "_DIRECT_ITERATION_DIR_SENTINEL": "Stands for an iteration: the directory is a checkpoint itself.",
     "logger": "The module's logger.",
+    "CONFIG_FILE": "The configuration of the run, in each checkpoint.",
+    "TRAIN_STATE_FILE": "The counters of the run, in each checkpoint.",
 }
 HOMES_OF_DATA = {
     "_CHECKPOINT_VERSION": "ckpt_fast.trainer.contents.version",
@@ -60,6 +63,11 @@ INTRODUCTION = """\
 lists: {count} names. `tests/api/test_signatures.py` compares each with the documented signature. This page is
 written by `scripts/api_table.py`; `tests/api/test_documented_api.py` fails when it is out of date.
 
+It has {more} more: the configuration, state and callbacks that programs pass to it
+([configuration](configuration.md)), and names of newer versions of Megatron Bridge. Those of
+`megatron.bridge.training.utils.checkpoint_utils` are in `ckpt_fast.checkpoint_utils` as well. They are listed
+[at the end](#beside-the-documented-names).
+
 *Status* is "tested" when at least one test outside the signature test uses the name, else "signature only".
 It also says what a name does not do yet. At most {shown} test files are shown for a name.
 """
@@ -74,18 +82,25 @@ class Entry(NamedTuple):
     summary: str
 
 
-def entries() -> list[Entry]:
-    """Return all documented names, by home and then by name."""
+def documented_names() -> list[str]:
+    """Return the names of the documented module; those beside them are added to ``__all__`` afterwards."""
+    tree = ast.parse((ROOT / "ckpt_fast" / "checkpointing.py").read_text())
+    assigned = (node.value for node in tree.body if isinstance(node, ast.Assign))
+    return next(ast.literal_eval(value) for value in assigned if isinstance(value, ast.List))
+
+
+def entries(names: Iterable[str]) -> list[Entry]:
+    """Return these names of ``ckpt_fast.checkpointing``, by home and then by name."""
     imported = homes_in_source(ROOT / "ckpt_fast" / "checkpointing.py")
     found = []
-    for name in checkpointing.__all__:
+    for name in names:
         value = getattr(checkpointing, name)
         if name in SUMMARIES_OF_DATA:
             home = HOMES_OF_DATA.get(name) or imported[name]
             shown = "logger: logging.Logger" if name == "logger" else f"{name} = {quoted(repr(value))}"
             found.append(Entry(name, home, [shown], SUMMARIES_OF_DATA[name]))
         else:
-            found.append(Entry(name, value.__module__, signatures(name, value), first_line(value)))
+            found.append(Entry(name, imported[name], signatures(name, value), first_line(value)))
     return sorted(found, key=lambda entry: (entry.home, entry.name.lstrip("_").lower()))
 
 
@@ -102,6 +117,8 @@ def homes_in_source(path: Path) -> dict[str, str]:
 
 def signatures(name: str, value: Any) -> list[str]:
     """Return a function's signature, or those of a class and its public methods."""
+    if not inspect.isroutine(value) and not inspect.isclass(value):
+        return [signature_text(name, type(value).__call__).replace("(self, ", "(")]
     if not inspect.isclass(value):
         return [signature_text(name, value)]
     members = getattr(value, "__members__", None)
@@ -183,13 +200,14 @@ def uses(path: Path) -> Counter[str]:
     return found
 
 
-def render(found: Iterable[Entry], tests: Callable[[str], list[str]]) -> str:
+def render(tests: Callable[[str], list[str]]) -> str:
     """Render the whole page; ``tests`` returns the test files to show for a name."""
+    documented = documented_names()
+    beside = [name for name in checkpointing.__all__ if name not in documented]
     homes: dict[str, list[Entry]] = defaultdict(list)
-    for entry in found:
+    for entry in entries(documented):
         homes[entry.home].append(entry)
-    count = sum(map(len, homes.values()))
-    lines = [INTRODUCTION.format(count=count, shown=SHOWN_TESTS)]
+    lines = [INTRODUCTION.format(count=len(documented), more=len(beside), shown=SHOWN_TESTS)]
     for home, members in homes.items():
         path = home.replace(".", "/") + ".py"
         lines += [f"## [`{path}`](../{path})", "", "```python"]
@@ -197,6 +215,10 @@ def render(found: Iterable[Entry], tests: Callable[[str], list[str]]) -> str:
         lines += ["```", "", "| name | what it does | tests | status |", "|---|---|---|---|"]
         lines += [row(entry, tests(entry.name)) for entry in members]
         lines.append("")
+    lines += ["## Beside the documented names", "", "| name | home | what it is |", "|---|---|---|"]
+    for entry in entries(beside):
+        path = entry.home.replace(".", "/") + ".py"
+        lines.append(f"| `{entry.name}` | [`{path}`](../{path}) | {entry.summary} |")
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -224,7 +246,7 @@ def problems(page: str) -> list[str]:
         for path in paths
         if not (ROOT / path).is_file() or not uses(ROOT / path)[name]
     ]
-    if render(entries(), lambda name: shown.get(name, [])) != page:
+    if render(lambda name: shown.get(name, [])) != page:
         wrong.append("names, signatures, homes, summaries or limits have changed")
     return wrong
 
@@ -233,7 +255,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="compare instead of writing")
     if not parser.parse_args().check:
-        PAGE.write_text(render(entries(), tests_of))
+        PAGE.write_text(render(tests_of))
         return 0
     found = problems(PAGE.read_text())
     for problem in found:

@@ -13,7 +13,7 @@ import hypothesis
 import pytest
 import torch
 
-from ckpt_fast import native
+from ckpt_fast import native, once
 from tests import object_server as object_servers
 from tests.object_server import ObjectServer
 
@@ -29,6 +29,12 @@ hypothesis.settings.register_profile(
     database=None,
 )
 hypothesis.settings.load_profile("ckpt_fast")
+
+
+@pytest.fixture(autouse=True)
+def nothing_was_said() -> None:
+    """Let each test see the warnings that are given once in a process."""
+    once._said.clear()
 
 
 @pytest.fixture

@@ -262,6 +262,9 @@ def _leave_group() -> None:
     version = sys.modules.get("ckpt_fast.trainer.contents.version")
     if version is not None:
         version._CHECKPOINT_VERSION = None
+    once = sys.modules.get("ckpt_fast.once")
+    if once is not None:
+        once._said.clear()
 
 
 def _threads(process: int | str | None) -> int:

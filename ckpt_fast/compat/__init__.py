@@ -99,6 +99,7 @@ from ckpt_fast.compat.modelopt import (
     restore_modelopt_state,
     save_modelopt_state,
     save_sharded_modelopt_state,
+    uses_modelopt,
 )
 from ckpt_fast.compat.nvrx import (
     HAVE_NVRX,
@@ -216,6 +217,7 @@ __all__ = [
     "torch_strategies",
     "unwrap_model",
     "update_num_microbatches",
+    "uses_modelopt",
     "validate_fsdp_dtensor_model_load",
     "validate_integrity_and_strict_load",
     "without_parameter_state",

@@ -18,7 +18,8 @@ from ckpt_fast.compat.optional import UnavailableError, safe_import
 MODELOPT_DIR = "modelopt_state"
 
 
-def _is_imported() -> bool:
+def uses_modelopt() -> bool:
+    """Whether the program has imported modelopt, so that its models may carry its state."""
     return sys.modules.get("modelopt") is not None
 
 
@@ -29,13 +30,13 @@ def _modelopt(name: str) -> Callable[..., Any]:
 
 def save_modelopt_state(model: Any, state_dict: dict[str, Any]) -> None:
     """Put the model's ModelOpt state into ``state_dict``; nothing for a model that has none."""
-    if _is_imported():
+    if uses_modelopt():
         _modelopt("save_modelopt_state")(model, state_dict)
 
 
 def save_sharded_modelopt_state(model: Any, checkpoint_name: str, strategy: Any) -> None:
     """Write the model's ModelOpt state to ``<checkpoint_name>/modelopt_state``; nothing if it has none."""
-    if _is_imported():
+    if uses_modelopt():
         _modelopt("save_sharded_modelopt_state")(model, checkpoint_name, strategy)
 
 
@@ -47,7 +48,7 @@ def restore_modelopt_state(model: Any, state_dict: dict[str, Any]) -> None:
     """
     if "modelopt_state" in state_dict:
         _require_modelopt()
-    if _is_imported():
+    if uses_modelopt():
         _modelopt("restore_modelopt_state")(model, state_dict)
 
 

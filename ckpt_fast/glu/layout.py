@@ -20,7 +20,7 @@ from ckpt_fast.glu.model import (
     _process_state_dict_for_model_glu_interleaving,
     permute_value,
 )
-from ckpt_fast.ranks.world import print_rank_0
+from ckpt_fast.ranks.world import note_rank_0, warn_rank_0
 
 Sizes = tuple[int | None, int | None]
 
@@ -110,7 +110,7 @@ def rows_in_stored_order(
     """
     if is_local:
         return {**state_dict, LOCAL_SIZES_KEY: list(sizes)}
-    print_rank_0(f"[GLU Interleaving] De-interleaving for the checkpoint (sizes {sizes[0]}, {sizes[1]})")
+    note_rank_0(f"[GLU Interleaving] De-interleaving for the checkpoint (sizes {sizes[0]}, {sizes[1]})")
     if is_arranged:
         return state_dict
     state_dict = dict(state_dict)
@@ -193,8 +193,8 @@ def sizes_to_undo(
     if order == "recorded":
         order = metadata.get(GLU_ROWS_KEY, CONTIGUOUS)
         if GLU_ROWS_KEY not in metadata and saved not in (None, (None, None)):
-            print_rank_0(
-                "WARNING: the checkpoint does not say in which order its GLU rows are, and was saved by a "
+            warn_rank_0(
+                "the checkpoint does not say in which order its GLU rows are, and was saved by a "
                 f"run with interleave sizes (routed, shared) {saved}. They are taken for contiguous. If they "
                 "are not, which is so after an ordinary torch_dist save of Megatron Bridge, set "
                 f"load_glu_rows={INTERLEAVED!r}."

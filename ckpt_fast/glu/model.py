@@ -25,7 +25,7 @@ from ckpt_fast import compat
 from ckpt_fast.errors import CheckpointMismatchError
 from ckpt_fast.glu.factory import require_whole_pairs
 from ckpt_fast.glu.rows import RowMoves, permute_rows, require_pairs
-from ckpt_fast.ranks.world import print_rank_0
+from ckpt_fast.ranks.world import note_rank_0
 
 
 def _interleave_glu_tensor(tensor: torch.Tensor, interleave_size: int) -> torch.Tensor:
@@ -136,7 +136,7 @@ def _process_state_dict_for_glu_interleaving(
     moves.run()
     if count:
         verb = "interleaved" if interleave else "de-interleaved"
-        print_rank_0(f"GLU rows: {verb} {count} fc1 weights and biases (interleave size {interleave_size})")
+        note_rank_0(f"GLU rows: {verb} {count} fc1 weights and biases (interleave size {interleave_size})")
     return processed
 
 

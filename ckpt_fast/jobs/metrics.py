@@ -14,9 +14,12 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ckpt_fast import settings
+
+if TYPE_CHECKING:
+    from ckpt_fast.jobs.report import SaveReport
 
 logger = logging.getLogger(__name__)
 
@@ -25,10 +28,10 @@ try:
 except ImportError:
     nvtx = None
 
-_listeners: list[Callable[[Any], None]] = []
+_listeners: list[Callable[[SaveReport], object]] = []
 
 
-def add_listener(listener: Callable[[Any], None]) -> Callable[[], None]:
+def add_listener(listener: Callable[[SaveReport], object]) -> Callable[[], None]:
     """Call ``listener`` with the ``SaveReport`` of every save that this rank commits from now on.
 
     It is called in the thread that commits, once the checkpoint is published. An exception in it is logged.

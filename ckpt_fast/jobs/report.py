@@ -12,15 +12,21 @@ from dataclasses import dataclass, field
 
 from ckpt_fast.format.types import FileRecord, readable
 from ckpt_fast.jobs import metrics
+from ckpt_fast.once import first_time
 
 logger = logging.getLogger(__name__)
-_call: ContextVar[float | None] = ContextVar("call", default=None)
+# When the call began, and whether it logs the save itself.
+_call: ContextVar[tuple[float | None, bool]] = ContextVar("call", default=(None, False))
 
 
 @contextlib.contextmanager
-def counted_from(begin: float) -> Iterator[None]:
-    """A block of a call that began at ``begin`` (``time.perf_counter``): reports made in it count from it."""
-    token = _call.set(begin)
+def counted_from(begin: float, *, is_announced: bool = False) -> Iterator[None]:
+    """A block of a call that began at ``begin`` (``time.perf_counter``): reports made in it count from it.
+
+    Args:
+        is_announced: the caller says that the checkpoint is saved, once it is selected.
+    """
+    token = _call.set((begin, is_announced))
     try:
         yield
     finally:
@@ -60,9 +66,18 @@ class SaveReport:
     error: str | None = None
 
     def __post_init__(self) -> None:
-        # No field: it means something in this process only.
-        begin = _call.get()
+        # No fields: they mean something in this process only.
+        begin, self._is_announced = _call.get()
         self._begin = time.perf_counter() if begin is None else begin
+
+    def count_from(self, begin: float) -> None:
+        """The call began at ``begin`` (``time.perf_counter``)."""
+        self._begin = begin
+
+    @property
+    def is_announced(self) -> bool:
+        """Whether the caller says that the checkpoint is saved."""
+        return self._is_announced
 
     def since_call(self) -> float:
         """Seconds since the call that saves began."""
@@ -86,7 +101,7 @@ class SaveReport:
     def note_waves(self, waves: int, bound: int, *, is_default: bool) -> None:
         """Note that the state is staged in waves; ``is_default``: the bound is what the machine can spare."""
         self.waves, self.host_memory_bound = waves, bound
-        if is_default:
+        if is_default and first_time("throttled"):
             logger.warning(
                 "the save to %s is throttled: this rank can spare %s of host memory for copies, and stages "
                 "them in %d waves. Training waits for all but the last to be written. CKPT_FAST_HOST_BUFFER "
@@ -108,13 +123,17 @@ class SaveReport:
         return self.staged_nbytes / seconds / 1e9 if seconds else 0.0
 
     def __str__(self) -> str:
-        facts = [f"stall {self.stall_s:.3f} s"]
+        return (
+            f"{readable(self.nbytes)} of this rank, training held up {self.stall_s:.3f} s, durable after "
+            f"{self.written_s:.3f} s ({self.gb_per_s:.2f} GB/s)"
+        )
+
+    @property
+    def details(self) -> str:
+        """What the text of the report leaves out: how the state was copied."""
+        facts = [f"published after {self.seconds:.3f} s"]
         if self.staged_nbytes:
             facts.append(f"{readable(self.staged_nbytes)} staged at {self.staged_gb_per_s:.1f} GB/s")
-        facts.append(
-            f"{readable(self.nbytes)} of this rank durable after {self.written_s:.3f} s at "
-            f"{self.gb_per_s:.2f} GB/s"
-        )
         if self.host_memory_bound is not None:
             facts.append(f"in {self.waves} waves through {readable(self.host_memory_bound)} of host memory")
         if self.host_memory_allocated:

@@ -8,6 +8,7 @@ unless a launcher (RANK, SLURM_PROCID) says otherwise.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Callable
 from typing import TypeVar
@@ -17,6 +18,9 @@ import torch
 from ckpt_fast.ranks.group import ControlGroup
 
 T = TypeVar("T")
+
+# The one that is documented; those of the modules are below it.
+logger = logging.getLogger("ckpt_fast")
 
 
 def is_distributed() -> bool:
@@ -41,22 +45,46 @@ def is_last_rank() -> bool:
     return get_rank_safe() == get_world_size_safe() - 1
 
 
-def print_rank_0(message: object) -> None:
-    """Print on rank 0 and flush, so that the line is in the log even if the job dies next."""
+def print_rank_0(message: str) -> None:
+    """Rank 0 says what users wait for: one line per save, and one per load. Level INFO.
+
+    A program that has not configured logging sees it as well, on standard output: so it is documented.
+    """
     if get_rank_safe() == 0:
-        _print(message)
+        _emit(logging.INFO, message)
 
 
-def print_rank_last(message: object) -> None:
-    """Print on the last rank and flush."""
+def note_rank_0(message: str) -> None:
+    """Rank 0 says what only those want to know who look for something. Level DEBUG."""
+    if get_rank_safe() == 0:
+        _emit(logging.DEBUG, message)
+
+
+def warn_rank_0(message: str, level: int = logging.WARNING) -> None:
+    """Rank 0 warns. Printed like the lines of ``print_rank_0`` if logging is not configured."""
+    if get_rank_safe() == 0:
+        _emit(level, message)
+
+
+def warn_rank_last(message: str) -> None:
+    """The last rank warns: the one with the experiment loggers."""
     if is_last_rank():
-        _print(message)
+        _emit(logging.WARNING, message)
 
 
-def _print(message: object) -> None:
-    # A log on a full disk must not take a rank out of the collectives that follow.
-    with contextlib.suppress(OSError):
-        print(message, flush=True)  # noqa: T201
+def _emit(level: int, message: str) -> None:
+    if logger.isEnabledFor(level) and logger.hasHandlers():
+        logger.log(level, "%s", message, stacklevel=3)
+    elif level > logging.DEBUG and (logger.isEnabledFor(level) or _is_unconfigured()):
+        prefix = f"{logging.getLevelName(level)}: " if level > logging.INFO else ""
+        # Output to a full disk must not take a rank out of the collectives that follow.
+        with contextlib.suppress(OSError):
+            print(f"{prefix}{message}", flush=True)  # noqa: T201
+
+
+def _is_unconfigured() -> bool:
+    """Whether nobody has chosen a level: Python's own would hide what users wait for."""
+    return logger.level == logging.NOTSET and logging.getLogger().level == logging.WARNING
 
 
 def barrier_if_distributed(group: torch.distributed.ProcessGroup | None = None) -> None:

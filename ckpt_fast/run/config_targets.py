@@ -113,7 +113,7 @@ def build(node: dict[str, Any]) -> Any:
     try:
         cls = _locate(target)
     except ImportError as error:
-        logger.info("%s cannot be imported (%s): its fields are kept as they are", target, error)
+        logger.debug("%s cannot be imported (%s): its fields are kept as they are", target, error)
         return ForeignConfig(**{TARGET: node[TARGET], **fields})
     return _instance(cls, target, node.get(NAME), args, fields)
 

@@ -20,8 +20,8 @@ from ckpt_fast.ranks.world import (
     barrier_if_distributed,
     get_rank_safe,
     get_world_size_safe,
-    print_rank_0,
-    print_rank_last,
+    note_rank_0,
+    warn_rank_last,
 )
 from ckpt_fast.trainer.places.paths import ensure_directory_exists, file_exists, read_file, write_file
 
@@ -73,7 +73,7 @@ def _try(name: str, report: Callable[[], None]) -> None:
         report()
     except Exception as error:
         logger.debug("telling %s failed", name, exc_info=True)
-        print_rank_last(f"  failed to tell {name} about the checkpoint: {type(error).__name__}: {error}")
+        warn_rank_last(f"failed to tell {name} about the checkpoint: {type(error).__name__}: {error}")
 
 
 def _saved_to_wandb(checkpoint_path: str, save_dir: str, step: int, wandb: Any) -> None:
@@ -230,4 +230,4 @@ def _update_timeouts(client: Any, seen: Any) -> None:
     )
     if updated and get_rank_safe() == 0 and seen.ft_state_path:
         write_file(seen.ft_state_path, json.dumps(client.state_dict()).encode())
-        print_rank_0(f"FT: timeouts of {', '.join(sections)} updated in {seen.ft_state_path}")
+        note_rank_0(f"FT: timeouts of {', '.join(sections)} updated in {seen.ft_state_path}")

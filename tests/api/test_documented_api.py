@@ -61,7 +61,8 @@ def test_a_page_may_show_fewer_tests_than_there_are(api_table: ModuleType) -> No
 @pytest.mark.parametrize("name", CODE)
 def test_name_is_its_homes_own(name: str) -> None:
     value = getattr(checkpointing, name)
-    assert value.__module__.startswith(("ckpt_fast.trainer.", "ckpt_fast.glu."))
+    homes = ("callbacks", "config", "glu.", "run.config_parts", "state", "trainer.")
+    assert value.__module__.startswith(tuple(f"ckpt_fast.{home}" for home in homes))
     assert getattr(importlib.import_module(value.__module__), name) is value
 
 

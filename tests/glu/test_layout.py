@@ -125,10 +125,11 @@ def test_the_loader_follows_the_record(
     assert sizes_to_undo(metadata, run_config, SimpleNamespace(load_glu_rows=order), SIZES) == undone
 
 
-def test_a_checkpoint_that_does_not_say_is_pointed_out(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_checkpoint_that_does_not_say_is_pointed_out(caplog: pytest.LogCaptureFixture) -> None:
     for metadata, run_config, lines in (({}, RUN, 1), ({}, OLD_RUN, 0), ({"glu_rows": "contiguous"}, RUN, 0)):
+        caplog.clear()
         sizes_to_undo(metadata, run_config, None, NONE)
-        assert capsys.readouterr().out.count("load_glu_rows='interleaved'") == lines
+        assert caplog.text.count("load_glu_rows='interleaved'") == lines
 
 
 def test_orders_that_do_not_fit_are_refused() -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import types
 from collections.abc import Callable
 from typing import Any
@@ -181,9 +182,10 @@ def test_list_of_sharded_tensors_is_one_tensor() -> None:
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_values_without_rows_pass(value: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_values_without_rows_pass(value: Any, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
     assert _process_state_dict_for_glu_interleaving({ROUTED: value}, 2)[ROUTED] is value
-    assert capsys.readouterr().out == ""
+    assert caplog.messages == []
 
 
 def test_errors_name_the_key() -> None:
@@ -192,12 +194,13 @@ def test_errors_name_the_key() -> None:
             _process_state_dict_for_glu_interleaving({ROUTED: value}, 2)
 
 
-def test_one_line_tells_what_was_done(capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_line_tells_what_was_done(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
     _process_state_dict_for_glu_interleaving({ROUTED: rows(), ROUTED + "1": sharded(rows())}, 2)
-    (line,) = capsys.readouterr().out.splitlines()
+    (line,) = caplog.messages
     assert "interleaved 2 " in line and "de-" not in line and "size 2" in line
     _process_state_dict_for_glu_interleaving({ROUTED: rows()}, 4, interleave=False)
-    assert "de-interleaved 1 " in capsys.readouterr().out
+    assert "de-interleaved 1 " in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -208,14 +211,15 @@ def test_sizes_by_kind_of_mlp(
     shared: int | None,
     lines: int,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setenv("USE_ACT_FUSION_FOR_DENSE", "1")
+    caplog.set_level(logging.DEBUG)
     state = {key: rows() for key in (ROUTED, SHARED, DENSE, OTHER)}
     result = _process_state_dict_for_model_glu_interleaving(state, routed, shared)
     for key, size in ((ROUTED, routed), (SHARED, shared), (DENSE, routed), (OTHER, None)):
         assert torch.equal(result[key], rows() if size is None else _interleave_glu_tensor(rows(), size))
-    assert len(capsys.readouterr().out.splitlines()) == lines
+    assert len(caplog.messages) == lines
     assert (result is state) == (routed is None and shared is None)
     back = _process_state_dict_for_model_glu_interleaving(result, routed, shared, interleave=False)
     assert all(torch.equal(back[key], rows()) for key in state)

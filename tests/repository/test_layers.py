@@ -20,7 +20,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # Lowest first. A module imports from its own layer and from those below it.
 LAYERS = [
-    {"errors", "settings"},
+    {"errors", "once", "settings"},
     {"native"},
     {"version"},
     {"format"},
@@ -40,7 +40,7 @@ LAYERS = [
     {"trainer"},
     {"verification"},
     {"tools"},
-    {"checkpointing", "cli", "__init__"},
+    {"checkpoint_utils", "checkpointing", "cli", "__init__"},
 ]
 LEVEL = {room: level for level, layer in enumerate(LAYERS) for room in layer}
 

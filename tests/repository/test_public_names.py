@@ -22,7 +22,7 @@ DOCUMENTS = [
     *(path for path in sorted((ROOT / "docs").glob("*.md")) if path.name not in OF_DEVELOPERS),
 ]
 # Modules that users import from. The others may change at any time.
-MODULES = {"callbacks", "checkpointing", "config", "errors", "state"}
+MODULES = {"callbacks", "checkpoint_utils", "checkpointing", "config", "errors", "state"}
 PATH = re.compile(r"\bckpt_fast\.([A-Za-z_]\w*)")
 # A file of a checkpoint, and what doctor says of the engine.
 NO_NAMES = {"json", "native"}

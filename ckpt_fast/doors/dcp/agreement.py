@@ -47,7 +47,7 @@ def report_unasked(
         is_partial: parts are left out on purpose: warn of none.
     """
     unasked = find_unasked(metadata, asked)
-    logger.info("%d of %d bytes in %s were not asked for", *unasked[:2], directory)
+    logger.debug("%d of %d bytes in %s were not asked for", *unasked[:2], directory)
     if unasked.sections and not is_partial:
         remedy = (
             "Put them into the state dict (an optimizer has no moments before its first step; "

@@ -27,9 +27,11 @@ from ckpt_fast.pipeline.load.load import load_parts
 from ckpt_fast.pipeline.load.opened import OpenCheckpoint
 from ckpt_fast.pipeline.load.parts import Part, require_memory
 from ckpt_fast.pipeline.load.place import Box
+from ckpt_fast.pipeline.load.report import one_load
 from ckpt_fast.pipeline.load.unasked import Unasked
 from ckpt_fast.pipeline.memory.garbage import without_collections
 from ckpt_fast.pipeline.save.objects import encoded
+from ckpt_fast.ranks.group import ControlGroup
 from ckpt_fast.storage.files import absolute
 from ckpt_fast.storage.versions import FileVersions
 
@@ -178,7 +180,8 @@ class FastStorageReader(StorageReader):
         if direct is None:
             self.fill(self.locate_data(plan, planner))
         else:
-            direct.read()
+            with one_load(self._path, ControlGroup().global_rank):
+                direct.read()
             direct.place()
             self._report_unasked(planner)
         future: Future[None] = Future()
@@ -211,7 +214,8 @@ class FastStorageReader(StorageReader):
                 meanwhile.
             UnsafeCheckpointError: an object is more than tensors and plain data.
         """
-        self._fill(self.index, located)
+        with one_load(self._path, ControlGroup().global_rank):
+            self._fill(self.index, located)
         # A save ends the checkpoint that it overwrites before it touches the data files.
         self.index.versions.require_unchanged()
         self._report_unasked(located.planner)

@@ -33,11 +33,13 @@ class Snapshot:
 
     Attributes:
         allocated_nbytes: host memory that was new for it.
-        seconds: how long copying took.
+        began: when copying began (``time.perf_counter``).
+        seconds: how long it took.
     """
 
-    def __init__(self, keep_buffer: bool) -> None:
+    def __init__(self, keep_buffer: bool, began: float) -> None:
         """``keep_buffer``: whether the buffer serves the next snapshot."""
+        self.began = began
         self.allocated_nbytes = 0
         self.seconds = 0.0
         self._keep_buffer = keep_buffer
@@ -139,7 +141,7 @@ class Snapshots:
             found.end()
 
     def _take(self, state_dict: dict[str, Any], keep_buffer: bool, begin: float) -> dict[str, Any]:
-        number, snapshot = next(self._numbers), Snapshot(keep_buffer)
+        number, snapshot = next(self._numbers), Snapshot(keep_buffer, begin)
 
         def forget() -> None:
             self._all.pop(number, None)

@@ -148,6 +148,7 @@ class FastStorageWriter(AsyncStager, StorageWriter):
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """Called on every rank; ``rank`` and ``use_collectives`` may be among the keywords."""
+        self._of_thread.begin = time.perf_counter()
         announced = self._announced()
         self._of_thread.announced = None
         self._take_staged_in()
@@ -206,8 +207,8 @@ class FastStorageWriter(AsyncStager, StorageWriter):
         Raises:
             CheckpointWriteError: naming file, offset and cause.
         """
-        begin = time.perf_counter()
         self.report = self._of_thread.report = report = SaveReport(self._save.path)
+        report.count_from(getattr(self._of_thread, "begin", time.perf_counter()))
         prefix = self._of_thread.prefix = plan.storage_data.prefix
         first = commit.first_free_number(self._save.path, prefix, self._save.seal)
         columns = planner.columns if isinstance(planner, FastSavePlanner) else None
@@ -216,12 +217,14 @@ class FastStorageWriter(AsyncStager, StorageWriter):
         # The planners of torch and Megatron-Core keep what they were given under this name.
         leaves = columns.leaves if columns is not None else getattr(planner, "state_dict", {}).values()
         with snapshots.read(leaves) as snapshot:
+            if snapshot is not None:
+                report.count_from(snapshot.began)
             if columns is None:
                 record = waves.run(shards_of(plan, planner))
             else:
                 options = (prefix, first, self._thread_count)
                 record = waves.run(columns.shards(plan, self._settings.host_buffer_bytes, options))
-        report.seconds = report.stall_s = time.perf_counter() - begin
+        report.seconds = report.stall_s = report.since_call()
         if snapshot is not None:
             report.stall_s = snapshot.seconds
             report.host_memory_allocated += snapshot.allocated_nbytes

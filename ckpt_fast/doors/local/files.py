@@ -24,6 +24,7 @@ from ckpt_fast.jobs.report import SaveReport
 from ckpt_fast.pipeline.load.complete import require_complete
 from ckpt_fast.pipeline.load.load import load_tensors_and_objects
 from ckpt_fast.pipeline.load.opened import OpenCheckpoint
+from ckpt_fast.pipeline.load.report import one_load
 from ckpt_fast.pipeline.save.objects import object_bytes
 from ckpt_fast.pipeline.save.plan import file_prefix, is_plain, require_values
 from ckpt_fast.pipeline.save.seal import seal
@@ -233,7 +234,8 @@ def read_local(directory: str, iteration: int, rank: int) -> tuple[Any, str | No
         for number, tensor in enumerate(tensors)
         if tensor.numel()
     ]
-    hollow = load_tensors_and_objects(index, requests, [_STATE_KEY], verify=True)[_STATE_KEY]
+    with one_load(directory, rank):
+        hollow = load_tensors_and_objects(index, requests, [_STATE_KEY], verify=True)[_STATE_KEY]
     try:
         return _with_tensors(hollow, tensors), save_id
     except (KeyError, IndexError, TypeError) as error:

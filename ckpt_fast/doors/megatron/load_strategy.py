@@ -19,6 +19,7 @@ from ckpt_fast.errors import also_raised_as
 from ckpt_fast.format.names import COMMON_STATE_KEY
 from ckpt_fast.pipeline.load.index import CheckpointIndex
 from ckpt_fast.pipeline.load.opened import OpenCheckpoint
+from ckpt_fast.pipeline.load.report import one_load
 from ckpt_fast.pipeline.remove import remove_named
 from ckpt_fast.ranks.group import ControlGroup
 
@@ -60,6 +61,7 @@ class FastLoadStrategy(compat.TorchDistLoadShardedStrategy):  # type: ignore[mis
 
         group = ControlGroup()
         with contextlib.ExitStack() as stack:
+            stack.enter_context(one_load(compat.as_url(checkpoint_dir), group.global_rank))
 
             def prepare() -> tuple[OpenCheckpoint, ShardedLoad]:
                 checkpoint = stack.enter_context(self._open(checkpoint_dir))

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,6 +21,7 @@ from ckpt_fast.pipeline.load.index import CheckpointIndex, RawData
 from ckpt_fast.pipeline.load.parts import Part, landing_nbytes, parts_of, require_memory
 from ckpt_fast.pipeline.load.place import Box, Destination, Reshaped, runs
 from ckpt_fast.pipeline.load.read import ByteArena, ReadProgram
+from ckpt_fast.pipeline.load.report import LoadReport, count
 from ckpt_fast.pipeline.load.rows import WantedRows
 from ckpt_fast.pipeline.memory.garbage import without_collections
 from ckpt_fast.pipeline.memory.host_buffer import HostBuffer, host_buffers
@@ -31,19 +31,6 @@ from ckpt_fast.ranks.group import ranks_on_this_node
 _MIN_DIRECT_NBYTES = 32 << 20
 # Host memory for what cannot be read in place; more would only delay the copies.
 _LANDING_NBYTES = 512 << 20
-
-logger = logging.getLogger(__name__)
-
-
-@dataclass
-class LoadReport:
-    """One load on this rank. ``verified`` and ``unverified`` count pieces of tensors."""
-
-    directory: str
-    nbytes: int = 0
-    seconds: float = 0.0
-    verified: int = 0
-    unverified: int = 0
 
 
 def load_tensors(
@@ -163,7 +150,7 @@ def load_parts(
     if not is_compared:
         index.versions.require_unchanged()
     report.seconds = time.perf_counter() - begin
-    logger.debug("loaded %s", report)
+    count(report)
     return report, payloads
 
 

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from ckpt_fast import settings
+from ckpt_fast.once import first_time
 from ckpt_fast.pipeline.memory import gpu
 
 logger = logging.getLogger(__name__)
@@ -89,7 +90,10 @@ class DeviceCopies:
             try:
                 large = device.clone(large)
             except torch.OutOfMemoryError:
-                logger.warning("no device memory for a snapshot of the state: training waits for the copies")
+                if first_time("no device memory"):
+                    logger.warning(
+                        "no device memory for a snapshot of the state: training waits for the copies"
+                    )
                 mode = "blocking"
         ordered = [mode == "overlapped" and not _is_protected(policy, tensor) for tensor in large]
         for in_order in (True, False):

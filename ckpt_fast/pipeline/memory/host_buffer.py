@@ -23,6 +23,7 @@ import torch
 
 from ckpt_fast import native, settings
 from ckpt_fast.errors import CheckpointError
+from ckpt_fast.once import first_time
 
 logger = logging.getLogger(__name__)
 
@@ -120,12 +121,13 @@ class HostBuffer:
         address = self.memory.data_ptr()
         code = _cuda_runtime().cudaHostRegister(address, self.nbytes, 0)
         if int(code) != 0:
-            logger.warning(
-                "cannot page-lock %d bytes of host memory (CUDA error %s): copies from the GPU will be "
-                "slower. Raise the limit on locked memory (ulimit -l).",
-                self.nbytes,
-                code,
-            )
+            if first_time("not page-locked"):
+                logger.warning(
+                    "cannot page-lock %d bytes of host memory (CUDA error %s): copies from the GPU will be "
+                    "slower. Raise the limit on locked memory (ulimit -l).",
+                    self.nbytes,
+                    code,
+                )
             return
         self._unpin = unpin = weakref.finalize(self, _cuda_runtime().cudaHostUnregister, address)
         unpin.atexit = False

@@ -22,6 +22,7 @@ import torch
 from ckpt_fast import native, settings
 from ckpt_fast.errors import UnsafeCheckpointError
 from ckpt_fast.format.inert.saved import require_readable
+from ckpt_fast.once import first_time
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +82,8 @@ def _report(name: str, reason: str) -> None:
     error = unsaved(name, reason)
     if settings.on_unloadable() == "refuse":
         raise error
-    logger.warning("%s", error)
+    if first_time(str(error)):
+        logger.warning("%s", error)
 
 
 def _encoded(value: Any, check: bool = True) -> tuple[bytes, str | None]:

@@ -79,4 +79,6 @@ def report(facts: SaveReport, rank: int, *, is_published: bool = True) -> None:
     if is_published:
         untold.forget()
     metrics.notify(facts, rank)
-    logger.debug("saved %s", facts)
+    is_said = rank == 0 and not facts.is_announced
+    logger.log(logging.INFO if is_said else logging.DEBUG, "saved %s: %s", facts.directory, facts)
+    logger.debug("%s: %s", facts.directory, facts.details)

@@ -10,7 +10,14 @@ from typing import Any
 
 from ckpt_fast import compat
 from ckpt_fast.ranks.foreign import run_on_all_ranks
-from ckpt_fast.ranks.world import barrier_if_distributed, get_rank_safe, on_all_ranks, on_rank_0, print_rank_0
+from ckpt_fast.ranks.world import (
+    barrier_if_distributed,
+    get_rank_safe,
+    note_rank_0,
+    on_all_ranks,
+    on_rank_0,
+    print_rank_0,
+)
 from ckpt_fast.run.config_checks import hf_source
 from ckpt_fast.settings import Settings
 from ckpt_fast.trainer.load.restore import reload_model_params
@@ -64,7 +71,7 @@ def save_hf_copy(cfg: Any, model: list[Any], checkpoint_name: str) -> None:
         if get_rank_safe() == 0:
             shutil.rmtree(directory, ignore_errors=True)
         raise
-    print_rank_0(f"  exported Hugging Face weights to {directory}")
+    note_rank_0(f"  exported Hugging Face weights to {directory}")
 
 
 def is_hf_source(load_dir: str | None, ckpt_cfg: Any) -> bool:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from typing import Any
 
@@ -12,7 +13,7 @@ from ckpt_fast import compat
 from ckpt_fast.errors import CheckpointMismatchError
 from ckpt_fast.pipeline.load.parts import require_memory
 from ckpt_fast.ranks.group import ControlGroup
-from ckpt_fast.ranks.world import barrier_if_distributed, print_rank_0
+from ckpt_fast.ranks.world import barrier_if_distributed, warn_rank_0
 from ckpt_fast.trainer.places.paths import ensure_directory_exists
 
 _STRUCTURE = "local_checkpoint_structure"
@@ -34,7 +35,7 @@ def save_local(
         RuntimeError: Megatron-Core or nvidia-resiliency-ext lacks what local checkpoints need.
     """
     ckpt_cfg = state.cfg.checkpoint
-    print_rank_0("WARNING: Local checkpointing does not support nvidia_modelopt.")
+    _warn_of_modelopt()
     tensor_aware_state_dict = compat.import_tensor_aware_state_dict()
     structure = _structure_of(state_dict)
     is_known = ckpt_cfg.ckpt_assume_constant_structure and ControlGroup().all_true(
@@ -53,6 +54,13 @@ def save_local(
     if not ckpt_cfg.async_save:
         barrier_if_distributed()
     return request
+
+
+@functools.cache
+def _warn_of_modelopt() -> None:
+    """Once per process."""
+    if compat.uses_modelopt():
+        warn_rank_0("Local checkpointing does not support nvidia_modelopt.")
 
 
 def forget(context: dict[str, Any]) -> None:

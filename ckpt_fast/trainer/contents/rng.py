@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ckpt_fast import compat
-from ckpt_fast.ranks.world import is_distributed, print_rank_0
+from ckpt_fast.ranks.world import is_distributed, warn_rank_0
 
 logger = logging.getLogger(__name__)
 
@@ -94,8 +94,8 @@ def restore_rng_state(
     if not states:
         raise KeyError(RNG_KEY)
     if data_parallel_random_init and len(states) != pg_collection.dp_cp.size():
-        print_rank_0(
-            f"WARNING: the checkpoint has RNG states of {len(states)} data-parallel ranks, this run has "
+        warn_rank_0(
+            f"the checkpoint has RNG states of {len(states)} data-parallel ranks, this run has "
             f"{pg_collection.dp_cp.size()}. Ranks without a state of their own keep the one they were "
             "seeded with; the random sequence is not that of the saved run."
         )

@@ -13,7 +13,14 @@ from ckpt_fast import settings
 from ckpt_fast.compat import SoloGroup, get_pg_collection, object_storage, objects
 from ckpt_fast.pipeline.load.decode import decode_object
 from ckpt_fast.ranks.group import ControlGroup
-from ckpt_fast.ranks.world import get_rank_safe, is_distributed, on_all_ranks, on_rank_0, print_rank_0
+from ckpt_fast.ranks.world import (
+    get_rank_safe,
+    is_distributed,
+    note_rank_0,
+    on_all_ranks,
+    on_rank_0,
+    warn_rank_0,
+)
 from ckpt_fast.storage.small_files import LARGEST_FILE
 from ckpt_fast.trainer.contents.data_position import FILES_KEY, places_of, read_recorded, record_for
 from ckpt_fast.trainer.places.paths import (
@@ -126,7 +133,7 @@ def maybe_load_dataloader_state(
         return
     directory = get_checkpoint_name(dataloader_load_path, iteration)
     if not file_exists(directory):
-        print_rank_0(f"WARNING: no dataloader state in {directory}: the data starts from its beginning")
+        warn_rank_0(f"no dataloader state in {directory}: the data starts from its beginning")
         return
     _restore_dataloader(train_iterator, iteration, dataloader_load_path, pg_collection)
 
@@ -189,8 +196,8 @@ def resume_dataloader(
     wants = can_restore_position(train_iterator)
     if root is None:
         if wants:
-            print_rank_0(
-                "WARNING: the position in the data is not restored: nobody says where it is. Pass the "
+            warn_rank_0(
+                "the position in the data is not restored: nobody says where it is. Pass the "
                 "checkpointing_context of load_checkpoint, or set dataset.dataloader_load."
             )
         return
@@ -198,16 +205,16 @@ def resume_dataloader(
     directory = get_checkpoint_name(root, step)
     if not on_rank_0(lambda: bool(places_of(directory))):
         if wants:
-            print_rank_0(f"WARNING: no dataloader state in {directory}: the data starts from its beginning")
+            warn_rank_0(f"no dataloader state in {directory}: the data starts from its beginning")
         return
     groups = pg_collection if pg_collection is not None else get_pg_collection([])
     files = (checkpointing_context or {}).get(FILES_KEY)
     on_all_ranks(lambda: _restore_dataloader(train_iterator, step, root, groups, files))
     if wants:
-        print_rank_0(f"  position in the data restored from {directory}")
+        note_rank_0(f"  position in the data restored from {directory}")
     else:
-        print_rank_0(
-            f"WARNING: the position in the data is not restored from {directory}: the train dataloader "
+        warn_rank_0(
+            f"the position in the data is not restored from {directory}: the train dataloader "
             f"{type(train_iterator).__name__} has no restore_state"
         )
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Collection
 from typing import Any
@@ -14,7 +15,7 @@ from ckpt_fast.doors.megatron import torch_dist
 from ckpt_fast.doors.megatron.load_strategy import FastLoadStrategy
 from ckpt_fast.format.types import FileRecord
 from ckpt_fast.ranks.group import ControlGroup
-from ckpt_fast.ranks.world import barrier_if_distributed, on_rank_0, print_rank_0
+from ckpt_fast.ranks.world import barrier_if_distributed, on_rank_0, warn_rank_0
 from ckpt_fast.trainer.contents.data_position import FILES_KEY, require_files
 from ckpt_fast.trainer.contents.fsdp import load_fsdp_dtensor
 from ckpt_fast.trainer.contents.local import load_local
@@ -47,10 +48,10 @@ def choose_or_say(run: LoadRun, load_dir: str | None, step: int | None) -> Found
         return chosen
     why = on_rank_0(lambda: why_nothing(load_dir))
     if run.ckpt_cfg.exit_on_missing_checkpoint:
-        print_rank_0(f">> '--exit-on-missing-checkpoint' set ... exiting: {why}")
+        warn_rank_0(f">> '--exit-on-missing-checkpoint' set ... exiting: {why}", logging.ERROR)
         barrier_if_distributed()
         sys.exit(1)
-    print_rank_0(f"WARNING: {why}: will not load any checkpoints and will start from random")
+    warn_rank_0(f"{why}: will not load any checkpoints and will start from random")
     return None
 
 

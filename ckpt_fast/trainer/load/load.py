@@ -20,7 +20,15 @@ from ckpt_fast.errors import (
 from ckpt_fast.glu.layout import _is_model_section, contiguous_chunks, reorder_late, sizes_to_undo
 from ckpt_fast.glu.model import _get_model_glu_interleave_sizes
 from ckpt_fast.jobs.background import wait_staged
-from ckpt_fast.ranks.world import barrier_if_distributed, on_all_ranks, on_rank_0, print_rank_0
+from ckpt_fast.pipeline.load.report import one_load
+from ckpt_fast.ranks.world import (
+    barrier_if_distributed,
+    get_rank_safe,
+    note_rank_0,
+    on_all_ranks,
+    on_rank_0,
+    warn_rank_0,
+)
 from ckpt_fast.run.config_checks import check_choices, warn_of_unused
 from ckpt_fast.state import TrainState
 from ckpt_fast.trainer.contents.hugging_face import is_hf_source, load_hf_pretrained
@@ -33,11 +41,12 @@ from ckpt_fast.trainer.contents.state_dict import (
 from ckpt_fast.trainer.contents.version import get_checkpoint_version, set_checkpoint_version
 from ckpt_fast.trainer.contexts import CheckpointType
 from ckpt_fast.trainer.lineage import facts_of, resume
-from ckpt_fast.trainer.load.announce import announce_loaded, announce_restored
+from ckpt_fast.trainer.load.announce import announce_loaded, what_was_tried
 from ckpt_fast.trainer.load.base import Paths, choose_or_say, load_state_dict, load_strategy
 from ckpt_fast.trainer.load.fit import Needs
 from ckpt_fast.trainer.load.located import Located, locate, opened_torch_dist
 from ckpt_fast.trainer.load.plan import (
+    LoadPlan,
     build_scaffold,
     drop_states_of_other_ranks,
     find_run_config,
@@ -117,7 +126,7 @@ def load_checkpoint(
                 f"there is no checkpoint in load={load_dir!r}, and pretrained_checkpoint={pretrained!r} does "
                 "not exist or holds none"
             )
-        print_rank_0(f"there is nothing to resume in load={load_dir!r}: starting from {pretrained}")
+        note_rank_0(f"there is nothing to resume in load={load_dir!r}: starting from {pretrained}")
         load_dir = pretrained
         ckpt_cfg.finetune = True
 
@@ -157,18 +166,19 @@ def _load_older(run: LoadRun, load_dir: str | None, chosen: Found, error: Checkp
             (``on_corrupt``), and when no older checkpoint can be loaded.
     """
     problem: CheckpointError = error
+    tried: list[str] = []
     falls_back = getattr(run.ckpt_cfg, "on_corrupt", "fallback") == "fallback"
     for older in older_checkpoints(load_dir, run.ckpt_cfg, chosen, run.context) if falls_back else []:
-        print_rank_0(
-            f"WARNING: {problem} -- falling back to {older} ({older.tier}, iteration {older.iteration}; "
+        warn_rank_0(
+            f"{problem} -- falling back to {older} ({older.tier}, iteration {older.iteration}; "
             "on_corrupt='fallback')"
         )
         try:
             return _load_found(run, str(older), older)
         except (CheckpointCorruptError, CheckpointNotFoundError) as older_error:
             problem = older_error
-    if problem is not error:
-        print_rank_0(f"WARNING: {problem} -- there is no older checkpoint to fall back to")
+            tried.append(f"{older} ({older.tier}, iteration {older.iteration}): {older_error}")
+    error.args = (f"{error}\n{what_was_tried(run.ckpt_cfg, chosen, tried, falls_back=falls_back)}",)
     raise error
 
 
@@ -229,6 +239,15 @@ def _load_hugging_face(run: LoadRun, load_dir: str | None) -> tuple[int, int]:
 
 def _load_found(run: LoadRun, load_dir: str | None, found: Found) -> tuple[int, int]:
     """``load_checkpoint`` of one checkpoint. Collective; result and errors are those of it."""
+    with one_load(str(found), get_rank_safe(), is_announced=True) as report:
+        plan, located, name = _restore_found(run, load_dir, found)
+    announce_loaded(run, load_dir, plan, located, name, report)
+    train_state = run.state.train_state
+    return train_state.step, train_state.floating_point_operations_so_far
+
+
+def _restore_found(run: LoadRun, load_dir: str | None, found: Found) -> tuple[LoadPlan, Located, Any]:
+    """Collective. Load one checkpoint; what was planned, where it was found, and what it is called."""
     state, cfg = run.state, run.state.cfg
     with locate(run, load_dir, found) as located:
         run_config, progress = _read_history(run, located)
@@ -276,9 +295,7 @@ def _load_found(run: LoadRun, load_dir: str | None, found: Found) -> tuple[int, 
     on_all_ranks(restore)
     restore_train_state(state, counters, located)
     resume(state, state.train_state.step, facts)
-    announce_loaded(run, load_dir, name, located.kind)
-    announce_restored(run, plan, located)
-    return state.train_state.step, state.train_state.floating_point_operations_so_far
+    return plan, located, name
 
 
 def _read_history(run: LoadRun, located: Located) -> tuple[dict[str, Any] | None, TrainState | None]:
@@ -296,7 +313,7 @@ def _read_history(run: LoadRun, located: Located) -> tuple[dict[str, Any] | None
 
 def _note_version(state_dict: dict[str, Any]) -> None:
     set_checkpoint_version(state_dict.get("checkpoint_version", 0))
-    print_rank_0(f" checkpoint version {get_checkpoint_version()}")
+    note_rank_0(f" checkpoint version {get_checkpoint_version()}")
 
 
 def _can_leave_alone(cfg: Any, located: Located) -> bool:
@@ -346,7 +363,7 @@ def _load_model_weights_from_checkpoint(
     wait_staged()
     with opened_torch_dist(checkpoint_path) as (opened, common):
         metadata = compat.load_content_metadata(preloaded_state_dict=common)
-        print_rank_0(f"sharded_state_dict metadata loaded from the checkpoint: {metadata}")
+        note_rank_0(f"sharded_state_dict metadata loaded from the checkpoint: {metadata}")
         compat.restore_modelopt_state(model, common)
         model = compat.unwrap_model(model)
         pg_collection = compat.get_pg_collection(model)

@@ -21,7 +21,7 @@ from ckpt_fast.glu.layout import (
 from ckpt_fast.glu.model import _get_model_glu_interleave_sizes
 from ckpt_fast.pipeline.load.opened import OpenCheckpoint
 from ckpt_fast.ranks.group import ControlGroup
-from ckpt_fast.ranks.world import print_rank_0
+from ckpt_fast.ranks.world import note_rank_0, warn_rank_0
 from ckpt_fast.trainer.contents.megatron_lm import ARGUMENTS, _extract_megatron_lm_args_from_state_dict
 from ckpt_fast.trainer.contents.rng import RNG_KEY, get_rng_state, has_rng_state
 from ckpt_fast.trainer.contents.state_dict import (
@@ -87,7 +87,7 @@ def find_run_config(located: Located) -> dict[str, Any] | None:
             f"{path} is missing, and {located.name} is no checkpoint of Megatron-LM, which has arguments "
             "instead: its layout is not known. Restore the file, or load another checkpoint."
         )
-    print_rank_0(f"there is no run_config.yaml in {located.name}; reading it as a Megatron-LM checkpoint")
+    note_rank_0(f"there is no run_config.yaml in {located.name}; reading it as a Megatron-LM checkpoint")
     return _extract_megatron_lm_args_from_state_dict(located.common)
 
 
@@ -152,19 +152,15 @@ def make_plan(run: LoadRun, located: Located, run_config: dict[str, Any] | None)
     plan.rerun = resume and not difference and RERUN_KEY in common
     plan.optimizer = plan.scheduler = resume and ckpt_cfg.load_optim and saved.get("save_optim", True)
     if resume and difference:
-        print_rank_0(f"WARNING: {difference}: RNG and rerun state will be ignored")
+        warn_rank_0(f"{difference}: RNG and rerun state will be ignored")
         plan.lost["RNG"] = "saved for another layout"
         if RERUN_KEY in common:
             plan.lost["rerun state"] = "saved for another layout"
     if resume and ckpt_cfg.load_optim and not plan.optimizer:
-        print_rank_0(
-            "WARNING: the checkpoint was saved without optimizer: it starts fresh from the loaded weights"
-        )
+        warn_rank_0("the checkpoint was saved without optimizer: it starts fresh from the loaded weights")
         plan.lost["optimizer"] = plan.lost["scheduler"] = "the checkpoint was saved without"
     if resume and ckpt_cfg.load_rng and not saved.get("save_rng", True):
-        print_rank_0(
-            "WARNING: the checkpoint was saved without RNG states: ranks keep those they were seeded with"
-        )
+        warn_rank_0("the checkpoint was saved without RNG states: ranks keep those they were seeded with")
         plan.lost["RNG"] = "the checkpoint was saved without"
     sizes = _get_model_glu_interleave_sizes(run.model, cfg)
     if located.kind is not CheckpointType.GLOBAL:
@@ -177,7 +173,7 @@ def make_plan(run: LoadRun, located: Located, run_config: dict[str, Any] | None)
         if plan.optimizer and run.optimizer is not None and uses_distributed_optimizer(cfg):
             experts = _expert_difference(run_config, cfg)
             _settle_sharding_type(plan.metadata, saved, difference or experts)
-        print_rank_0(f"sharded_state_dict metadata loaded from the checkpoint: {plan.metadata}")
+        note_rank_0(f"sharded_state_dict metadata loaded from the checkpoint: {plan.metadata}")
     plan.metadata["dp_cp_group"] = run.groups.dp_cp
     return plan
 
@@ -281,17 +277,17 @@ def drop_states_of_other_ranks(
         elif not has_rng_state(located.common):
             plan.rng = False
             plan.lost["RNG"] = "saved by other ranks"
-        print_rank_0(_DROPPED[key].format(located.name))
+        warn_rank_0(_DROPPED[key].format(located.name))
 
 
 _DROPPED = {
     RNG_KEY: (
-        "WARNING: {} has no RNG states for the ranks of this run: it was saved with another number of "
+        "{} has no RNG states for the ranks of this run: it was saved with another number of "
         "data-parallel ranks and expert parallelism, or without them. Every rank keeps the state it was "
         "seeded with."
     ),
     RERUN_KEY: (
-        "WARNING: {} has no rerun states for the ranks of this run: it was saved by another number of ranks. "
+        "{} has no rerun states for the ranks of this run: it was saved by another number of ranks. "
         "A step that was to be run again is not."
     ),
 }

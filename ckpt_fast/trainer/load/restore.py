@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from typing import Any
 
@@ -15,7 +16,7 @@ from ckpt_fast.glu.model import (
     _get_model_glu_interleave_sizes,
     _process_state_dict_for_model_glu_interleaving,
 )
-from ckpt_fast.ranks.world import print_rank_0
+from ckpt_fast.ranks.world import warn_rank_0
 from ckpt_fast.state import TrainState
 from ckpt_fast.trainer.contents.local import is_layer_wise, layer_wise_optimizer_path
 from ckpt_fast.trainer.contents.megatron_lm import ARGUMENTS, _get_train_state_from_state_dict
@@ -109,7 +110,7 @@ def _loaded_train_state(state_dict: dict[str, Any], kind: CheckpointType) -> Tra
     if "train_state_metadata" in state_dict:
         train_state.load_state_dict(state_dict["train_state_metadata"])
     else:
-        print_rank_0("WARNING: the local checkpoint has no train state; only the iteration is restored")
+        warn_rank_0("the local checkpoint has no train state; only the iteration is restored")
     return train_state
 
 
@@ -188,9 +189,10 @@ def restore_optimizer(
                 scheduler.num_steps = 0  # the saved steps are added to those it has taken
             scheduler.load_state_dict(saved)
     except KeyError as error:
-        print_rank_0(
+        warn_rank_0(
             f"Unable to load the optimizer from the checkpoint: {error} is missing. Set load_optim=False or "
-            "finetune=True to start with a fresh one."
+            "finetune=True to start with a fresh one.",
+            logging.ERROR,
         )
         raise
 
@@ -239,7 +241,7 @@ def restore_rerun_and_rng(plan: LoadPlan, state_dict: dict[str, Any], cfg: Any, 
         try:
             compat.get_rerun_state_machine().load_state_dict(state_dict[RERUN_KEY])
         except Exception as error:
-            print_rank_0(f"Unable to restore the rerun state machine: {error}. Exiting ...")
+            warn_rank_0(f"Unable to restore the rerun state machine: {error}. Exiting ...", logging.ERROR)
             sys.exit(1)
     if not plan.rng:
         return
@@ -251,8 +253,9 @@ def restore_rerun_and_rng(plan: LoadPlan, state_dict: dict[str, Any], cfg: Any, 
             pg_collection=pg_collection,
         )
     except KeyError as error:
-        print_rank_0(
+        warn_rank_0(
             f"Unable to load the RNG state: {error} is missing. Set load_rng=False or finetune=True to go on "
-            "without it. Exiting ..."
+            "without it. Exiting ...",
+            logging.ERROR,
         )
         sys.exit(1)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ckpt_fast.doors.megatron.common_state import is_sealed
 from ckpt_fast.errors import CheckpointNotFoundError, DamagedFileError, UnknownFormatError
-from ckpt_fast.ranks.world import on_rank_0, print_rank_0
+from ckpt_fast.ranks.world import note_rank_0, on_rank_0, warn_rank_0
 from ckpt_fast.trainer.places.catalog import (
     NOTHING,
     Found,
@@ -75,12 +75,12 @@ def format_of(checkpoint_path: str, has_seal: bool) -> str:
     """``_get_checkpoint_format`` of a directory, where it is known whether it has a ``metadata.json``."""
     # torch_dist first: its directories contain a .metadata as well.
     if has_seal:
-        print_rank_0(f"auto-detected the torch_dist checkpoint format in {checkpoint_path}")
+        note_rank_0(f"auto-detected the torch_dist checkpoint format in {checkpoint_path}")
         return "torch_dist"
     if file_exists(join_paths(checkpoint_path, ".metadata")):
         return "fsdp_dtensor"
     if is_hf_checkpoint_dir(checkpoint_path):
-        print_rank_0(f"auto-detected a HuggingFace model in {checkpoint_path}")
+        note_rank_0(f"auto-detected a HuggingFace model in {checkpoint_path}")
         return "hf"
     raise UnknownFormatError(
         f"Unknown checkpoint format in {checkpoint_path}: it has neither metadata.json (torch_dist) nor "
@@ -111,7 +111,7 @@ def _resolve_checkpoint_iteration(load_dir: str | None, ckpt_step_override: int 
     """
     answer = on_rank_0(lambda: _resolve(load_dir, ckpt_step_override))
     for note in answer.notes:
-        print_rank_0(f"WARNING: {note} The next save writes both trackers anew.")
+        warn_rank_0(f"{note} The next save writes both trackers anew.")
     return answer.iteration, answer.is_release
 
 
@@ -168,9 +168,8 @@ def _get_non_persistent_iteration(
         except DamagedFileError as error:
             iteration, why = NOTHING, f": {error}"
         if iteration < 0:
-            print_rank_0(
-                f"WARNING: there is no non-persistent checkpoint in {non_persistent_global_dir}{why}"
-            )
+            say = warn_rank_0 if why else note_rank_0
+            say(f"there is no non-persistent checkpoint in {non_persistent_global_dir}{why}")
         return max(iteration, NOTHING)
     if non_persistent_ckpt_type == "local":
         if not checkpointing_context or "local_checkpoint_manager" not in checkpointing_context:
@@ -259,13 +258,13 @@ def choose_checkpoint(
         root, recovery = _newest_recovery(load_dir, ckpt_cfg, context)
         if recovery != NOTHING and recovery >= iteration:
             if problem is not None:
-                print_rank_0(f"WARNING: {problem}")
+                warn_rank_0(str(problem))
             if ckpt_cfg.non_persistent_ckpt_type == "local":
                 return Found("local", "", recovery, "")
             return Found("recovery", root, recovery, get_checkpoint_name(root, recovery))
         if recovery != NOTHING:
-            print_rank_0(
-                f"WARNING: the recovery checkpoint of iteration {recovery} is older than the persistent "
+            warn_rank_0(
+                f"the recovery checkpoint of iteration {recovery} is older than the persistent "
                 f"one of {iteration}, which is loaded"
             )
     if problem is not None:
@@ -308,8 +307,8 @@ def older_checkpoints(
     older = [each for each in found if each.is_published and (each.path, each.iteration) != tried]
     left = on_rank_0(lambda: left_by_branches(older, chosen))
     if left:
-        print_rank_0(
-            f"WARNING: an abandoned branch has left {', '.join(map(str, left))}: not fallen back to. Set "
+        warn_rank_0(
+            f"an abandoned branch has left {', '.join(map(str, left))}: not fallen back to. Set "
             "ckpt_step to load one of them."
         )
     return [each for each in older if each not in left]

@@ -23,7 +23,7 @@ from ckpt_fast.format.manifest import file_record
 from ckpt_fast.format.names import DATA_SUFFIX, METADATA_FILE, SEAL_FILE, SIDECAR_FILE
 from ckpt_fast.format.types import FileRecord
 from ckpt_fast.pipeline.load.decode import decode_object, read_contents
-from ckpt_fast.ranks.world import get_rank_safe, print_rank_0
+from ckpt_fast.ranks.world import get_rank_safe, note_rank_0
 from ckpt_fast.retention.choice import Choice, choose
 from ckpt_fast.retention.policies import KeepNewest, Policy
 from ckpt_fast.retention.removal import SEALS, remove_directory
@@ -141,12 +141,11 @@ def delete_old(
     except Exception:
         logger.exception("cannot tell which checkpoints in %s are old: none is deleted", save_dir)
         return
-    if not choice.removed and not choice.kept:
-        return
-    print_rank_0(f"Checkpoints scheduled for removal: {_names(choice.removed)}")
-    print_rank_0(f"Checkpoints kept: {_names(choice.kept)}")
+    if choice.removed:
+        note_rank_0(f"Checkpoints scheduled for removal: {_names(choice.removed)}")
+        note_rank_0(f"Checkpoints kept: {_names(choice.kept)}")
     if choice.abandoned:
-        print_rank_0(f"Checkpoints of an abandoned branch, which do not count: {_names(choice.abandoned)}")
+        note_rank_0(f"Checkpoints of an abandoned branch, which do not count: {_names(choice.abandoned)}")
     paths = [settled(each.path) for each in choice.removed]
     if not do_async:
         _remove_checkpoints(paths)

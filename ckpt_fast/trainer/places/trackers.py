@@ -33,7 +33,7 @@ from ckpt_fast.format.documents import parse_yaml
 from ckpt_fast.format.names import METADATA_FILE
 from ckpt_fast.pipeline.load.decode import decode_object
 from ckpt_fast.pipeline.load.opened import OpenCheckpoint
-from ckpt_fast.ranks.world import control_device, get_rank_safe, is_distributed, on_rank_0, print_rank_0
+from ckpt_fast.ranks.world import control_device, get_rank_safe, is_distributed, on_rank_0, warn_rank_0
 from ckpt_fast.run import config_yaml
 from ckpt_fast.state import TrainState
 from ckpt_fast.storage import patience
@@ -190,7 +190,7 @@ def read_metadata(tracker_filename: str) -> tuple[int, bool]:
     newest = _maximum(iteration)
     if newest < 0 and problem is not None:
         if isinstance(problem, ValueError):
-            print_rank_0(f"ERROR: {problem}")
+            warn_rank_0(str(problem), logging.ERROR)
             sys.exit(1)
         raise problem
     if newest != iteration:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The steps after a checkpoint is published: a line for the user, loggers, callbacks, retention."""
+"""The steps after a checkpoint is published: the line for the user, loggers, callbacks, retention."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 from ckpt_fast.callbacks import CallbackContext, should_fire
 from ckpt_fast.jobs.background import SaveHandle
 from ckpt_fast.jobs.report import SaveReport
+from ckpt_fast.pipeline.save.seal import last_report
 from ckpt_fast.ranks.world import is_last_rank, on_all_ranks, print_rank_0
 from ckpt_fast.retention.line import Lineage
 from ckpt_fast.trainer import experiment_loggers as loggers
@@ -77,10 +78,30 @@ def retain(run: SaveRun, target: SaveTarget, lineage: Lineage) -> None:
         cleanup_old_dataloader_states(states, roots, target.step)
 
 
-def report(request: Any, begin: float) -> None:
-    """One line for a save that is published: how long training waited, and how fast bytes moved."""
+def announce_saved(run: SaveRun, target: SaveTarget, ranks: str, request: Any, begin: float) -> None:
+    """Say that a checkpoint is published: how long training waited for it, and when its bytes were durable.
+
+    Args:
+        run, target: the save.
+        ranks: see ``rank_suffix``.
+        request: a SaveHandle, or the SaveReport of a save that is over.
+        begin: when the call that saves began (``time.perf_counter``).
+    """
+    kind = "local checkpoint" if target.is_local else "checkpoint"
+    line = f"  successfully saved {kind} from iteration {target.step:7d} to {target.save_dir} {ranks}"
     facts = request.report if isinstance(request, SaveHandle) else request
+    if target.is_local and not isinstance(facts, SaveReport):
+        # Their manager answers with requests of another package.
+        facts = last_report()
     if isinstance(facts, SaveReport):
-        if facts is request:
+        if not (run.is_async and run.state.async_calls_queue is not None):
             facts.stall_s = time.perf_counter() - begin
-        print_rank_0(f"  {facts}")
+        line += f": {facts}"
+    print_rank_0(line)
+
+
+def rank_suffix(pg_collection: Any, tensor_rank: int | None, pipeline_rank: int | None) -> str:
+    """``[ t 1/2, p 1/1 ]``: 1-based tensor and pipeline ranks."""
+    tensor = pg_collection.tp.rank() if tensor_rank is None else tensor_rank
+    pipeline = pg_collection.pp.rank() if pipeline_rank is None else pipeline_rank
+    return f"[ t {tensor + 1}/{pg_collection.tp.size()}, p {pipeline + 1}/{pg_collection.pp.size()} ]"

@@ -8,7 +8,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from ckpt_fast import compat
-from ckpt_fast.ranks.world import get_rank_safe, print_rank_0
+from ckpt_fast.ranks.world import get_rank_safe, note_rank_0, warn_rank_0
 from ckpt_fast.run.async_queue import AsyncCallsQueue
 from ckpt_fast.trainer.save import failures
 from ckpt_fast.trainer.save.publish import save_errors_tolerated
@@ -58,15 +58,11 @@ def make_room(global_state: GlobalState, ckpt_cfg: CheckpointConfig) -> bool:
     if is_empty_async_queue(global_state):
         return True
     if policy == "skip":
-        print_rank_0(
-            "WARNING: no checkpoint is saved now: the one before is still being written "
-            "(on_save_in_progress='skip')"
+        warn_rank_0(
+            "no checkpoint is saved now: the one before is still being written (on_save_in_progress='skip')"
         )
         return False
-    print_rank_0(
-        "WARNING: training waits for the checkpoint before, which is still being written: saves are asked "
-        "for faster than the file system takes them (on_save_in_progress='wait')"
-    )
+    _say_that_training_waits()
     maybe_finalize_async_save(global_state, ckpt_cfg, blocking=True)
     return True
 
@@ -80,7 +76,7 @@ def end_save_to(global_state: GlobalState, ckpt_cfg: CheckpointConfig, directory
     in_flight = [handle.directory for handle in getattr(global_state.async_calls_queue, "handles", ())]
     if directory not in in_flight:
         return
-    print_rank_0(f"training waits for the save to {directory} that is in flight: it is saved to again")
+    note_rank_0(f"training waits for the save to {directory} that is in flight: it is saved to again")
     maybe_finalize_async_save(global_state, ckpt_cfg, blocking=True)
 
 
@@ -119,7 +115,7 @@ def maybe_finalize_async_save(
     if queue is None:
         return
     if blocking and not is_empty_async_queue(global_state):
-        print_rank_0("Unfinalized async checkpoint saves. Finalizing them synchronously now.")
+        note_rank_0("Unfinalized async checkpoint saves. Finalizing them synchronously now.")
     with save_errors_tolerated(ckpt_cfg, queue):
         failures.finalize(queue, ckpt_cfg, blocking=blocking, is_last=terminate)
     if terminate:
@@ -164,3 +160,13 @@ def _warn_without_queue() -> None:
             "async_save is on but no queue of background saves was initialised: saves are executed "
             "synchronously. Call state.initialize_async_checkpoint_worker() before training."
         )
+
+
+@functools.cache
+def _say_that_training_waits() -> None:
+    """Once per process: each save says how long training was held up."""
+    warn_rank_0(
+        "Starting a checkpoint save before previous has finished: training waits for the one before, which "
+        "is still being written. Saves are asked for faster than the file system takes them "
+        "(on_save_in_progress='wait')"
+    )

@@ -21,7 +21,7 @@ from ckpt_fast.glu.layout import (
     rows_in_stored_order,
 )
 from ckpt_fast.pipeline.memory.garbage import without_collections
-from ckpt_fast.ranks.world import print_rank_0
+from ckpt_fast.ranks.world import note_rank_0
 from ckpt_fast.trainer.contents.rng import get_rng_state
 from ckpt_fast.trainer.contents.state_dict import (
     apply_peft_adapter_filter_to_state_dict,
@@ -92,7 +92,7 @@ class Collection:
         run, is_torch_dist = self._run, self._target.is_torch_dist(self._run.ckpt_cfg)
         _ = self._states
         if self._prebuilt is not None:
-            print_rank_0("Using pre-built state dict (low-memory save)")
+            note_rank_0("Using pre-built state dict (low-memory save)")
             return self._to_layout(self._prebuilt)
         if not run.model:
             raise CheckpointError(
@@ -100,7 +100,7 @@ class Collection:
                 "pg_collection"
             )
         if _SHARDING_TYPE in self._metadata:
-            print_rank_0(
+            note_rank_0(
                 f"Storing distributed optimizer sharded state of type {self._metadata[_SHARDING_TYPE]}"
             )
         chunks = contiguous_chunks(run.model, self._sizes, False) if is_torch_dist else run.model

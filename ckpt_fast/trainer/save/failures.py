@@ -31,7 +31,7 @@ from ckpt_fast.jobs.background import SaveHandle
 from ckpt_fast.jobs.report import SaveReport
 from ckpt_fast.jobs.worker import LEAVE_S, Task
 from ckpt_fast.ranks.group import ControlGroup
-from ckpt_fast.ranks.world import get_rank_safe, on_all_ranks, print_rank_0
+from ckpt_fast.ranks.world import get_rank_safe, on_all_ranks, warn_rank_0
 from ckpt_fast.run.async_queue import AsyncCallsQueue
 from ckpt_fast.run.config_checks import check_choices
 from ckpt_fast.storage import commit
@@ -295,8 +295,8 @@ def _go_on(
         # Without what the error's frames keep alive: buffers, for instance.
         failures.untold = _like(error, str(error))
         newest = follow_up.newest() if follow_up is not None and get_rank_safe() == 0 else ""
-        print_rank_0(
-            f"WARNING: {text}. Training continues without it (on_save_failure='continue'), and "
+        warn_rank_0(
+            f"{text}. Training continues without it (on_save_failure='continue'), and "
             f"{newest or 'the newest checkpoint is as before'}. Failed saves in a row: {failures.count} of "
             f"{most} allowed."
         )

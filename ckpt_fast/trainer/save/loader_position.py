@@ -12,7 +12,7 @@ from ckpt_fast.compat import object_storage, objects
 from ckpt_fast.format.manifest import file_record
 from ckpt_fast.format.types import FileRecord
 from ckpt_fast.pipeline.save.objects import object_bytes
-from ckpt_fast.ranks.world import print_rank_0
+from ckpt_fast.ranks.world import note_rank_0
 from ckpt_fast.storage import replacement
 from ckpt_fast.storage.commit import make_directory
 from ckpt_fast.trainer.places.paths import get_checkpoint_name, join_paths, write_file
@@ -67,7 +67,7 @@ class LoaderPosition:
         self.require_known()
         if not self.is_saved_here:
             return
-        print_rank_0(f"saving dataloader checkpoint at iteration {self._iteration} to {self._root}")
+        note_rank_0(f"saving dataloader checkpoint at iteration {self._iteration} to {self._root}")
         states = [each.iterable.save_state() for each in iterators_of(self._iterator)]
         self._content = _serialise(states)
         name = "/".join(self._path.rsplit("/", 2)[-2:])

@@ -13,7 +13,7 @@ from ckpt_fast import compat
 from ckpt_fast.errors import CheckpointError
 from ckpt_fast.format.manifest import file_record
 from ckpt_fast.format.types import FileRecord
-from ckpt_fast.ranks.world import get_rank_safe, print_rank_0
+from ckpt_fast.ranks.world import get_rank_safe, warn_rank_0
 from ckpt_fast.retention.line import metrics_note
 from ckpt_fast.run.async_queue import AsyncCallsQueue
 from ckpt_fast.trainer.contents.sidecars import TOKENIZER_DIR, save_tokenizer_assets
@@ -50,7 +50,7 @@ def save_errors_tolerated(ckpt_cfg: Any, queue: Any) -> Iterator[None]:
         goes_on = isinstance(queue, AsyncCallsQueue) and ckpt_cfg.async_save and policy_of(ckpt_cfg).goes_on
         if not is_warned or goes_on:
             raise
-        print_rank_0(f"WARNING: {error}\nWARNING: training goes on without it (on_save_error='warn')")
+        warn_rank_0(f"{error} -- training goes on without the checkpoint (on_save_error='warn')")
 
 
 class Publication:
@@ -61,7 +61,6 @@ class Publication:
         checkpoint_name: the iteration directory.
         save_dir: where the trackers live.
         num_floating_point_operations_so_far: stored with the train state.
-        success_suffix: end of the success line.
         is_local: a local checkpoint has neither iteration files nor trackers.
 
     Attributes:
@@ -78,13 +77,12 @@ class Publication:
         checkpoint_name: str,
         save_dir: str,
         num_floating_point_operations_so_far: float,
-        success_suffix: str,
         is_local: bool,
     ) -> None:
         self._cfg = state.cfg
         self._step = int(state.train_state.step)
         self._checkpoint_name, self._save_dir = checkpoint_name, save_dir
-        self._suffix, self._is_local, self._is_complete = success_suffix, is_local, False
+        self._is_local, self._is_complete = is_local, False
         self._number = number_of_save()
         self._flops = num_floating_point_operations_so_far
         self._run_config: Callable[[], bytes] = bytes
@@ -134,17 +132,13 @@ class Publication:
         Raises:
             CheckpointWriteError: a file could not be written; trackers still name the previous checkpoint.
         """
-        ckpt_cfg = self._cfg.checkpoint
         if self._is_local:
-            print_rank_0(f"  successfully saved local checkpoint from iteration {self._step:7d}")
             self._log_progress("Saved async local checkpoint")
             return
         if not self._is_complete:
             # Some storage's own writers seal a checkpoint without asking.
             self.complete(self._checkpoint_name)
         publish_trackers(self._save_dir, self._step, self.train_state, self._number)
-        where = f"{ckpt_cfg.save} {self._suffix}"
-        print_rank_0(f"  successfully saved checkpoint from iteration {self._step:7d} to {where}")
         self._log_progress("Saved async checkpoint")
 
     def _save_tokenizer(self, directory: str) -> None:

@@ -21,7 +21,7 @@ from ckpt_fast.jobs.background import SaveHandle
 from ckpt_fast.jobs.report import counted_from
 from ckpt_fast.pipeline.save.parts import SaveOptions
 from ckpt_fast.ranks.group import ControlGroup
-from ckpt_fast.ranks.world import on_all_ranks, print_rank_0
+from ckpt_fast.ranks.world import note_rank_0, on_all_ranks
 from ckpt_fast.retention.line import LINE, METRICS
 from ckpt_fast.run.config_checks import check_choices
 from ckpt_fast.settings import Settings
@@ -35,7 +35,13 @@ from ckpt_fast.trainer.contents.state_dict import (
     uses_distributed_optimizer,
 )
 from ckpt_fast.trainer.lineage import LINE_KEY
-from ckpt_fast.trainer.save.after_save import fire_callbacks, logger_finalizer, report, retain
+from ckpt_fast.trainer.save.after_save import (
+    announce_saved,
+    fire_callbacks,
+    logger_finalizer,
+    rank_suffix,
+    retain,
+)
 from ckpt_fast.trainer.save.async_save import end_save_to, make_room, schedule_async_save
 from ckpt_fast.trainer.save.collect import Collection
 from ckpt_fast.trainer.save.failures import FollowUp, note_success, remember, storage_errors_tolerated
@@ -122,11 +128,10 @@ def save_checkpoint(
         storage_errors_tolerated(run, target, follow_up),
     ):
         _announce(run, target)
-        around = surroundings_of(
-            run, target, num_floating_point_operations_so_far, tensor_rank, pipeline_rank
-        )
+        around = surroundings_of(run, target, num_floating_point_operations_so_far)
+        ranks = rank_suffix(run.pg_collection, tensor_rank, pipeline_rank)
         metadata = _content_metadata(run, target)
-        with counted_from(begin):
+        with counted_from(begin, is_announced=True):
             request = _hand_over(
                 run,
                 target,
@@ -141,14 +146,14 @@ def save_checkpoint(
             [
                 *([] if _publishes_itself(run, target) else [lambda: _publish(run, target, around)]),
                 lambda: note_success(state),
-                lambda: report(request, begin),
+                lambda: announce_saved(run, target, ranks, request, begin),
                 logger_finalizer(run, target),
                 lambda: fire_callbacks(run, callback_manager),
                 lambda: retain(run, target, around.publication.lineage),
             ],
             follow_up,
         )
-        if run.is_async:
+        if run.is_async and run.state.async_calls_queue is not None:
             _announce_scheduled(request, target, begin)
     loggers.on_checkpointing_end(global_state=state, is_async_finalization=False)
 
@@ -156,7 +161,7 @@ def save_checkpoint(
 def _announce(run: SaveRun, target: SaveTarget) -> None:
     ckpt_format = run.ckpt_cfg.ckpt_format
     label = "torch" if target.is_local else ckpt_format
-    print_rank_0(f"saving checkpoint at iteration {target.step:7d} to {target.save_dir} in {label} format")
+    note_rank_0(f"saving checkpoint at iteration {target.step:7d} to {target.save_dir} in {label} format")
     if run.is_async and not target.is_local and ckpt_format not in _ASYNC_FORMATS:
         raise NotImplementedError(
             f"async_save is not available for ckpt_format {ckpt_format!r}; use {_ASYNC_FORMATS}"
@@ -166,10 +171,9 @@ def _announce(run: SaveRun, target: SaveTarget) -> None:
 
 
 def _announce_scheduled(request: Any, target: SaveTarget, begin: float) -> None:
-    print_rank_0(f"  scheduled an async checkpoint save at iteration {target.step:7d} to {target.save_dir}")
+    note_rank_0(f"  scheduled an async checkpoint save at iteration {target.step:7d} to {target.save_dir}")
     if isinstance(request, SaveHandle):
         request.report.stall_s = time.perf_counter() - begin
-        print_rank_0(f"  training waited {request.report.stall_s:.3f} s for it; it is being written")
 
 
 def _publishes_itself(run: SaveRun, target: SaveTarget) -> bool:

@@ -60,25 +60,9 @@ class Surroundings(NamedTuple):
         self.publication.publish()
 
 
-def surroundings_of(
-    run: SaveRun, target: SaveTarget, flops: int, tensor_rank: int | None, pipeline_rank: int | None
-) -> Surroundings:
+def surroundings_of(run: SaveRun, target: SaveTarget, flops: int) -> Surroundings:
     """The surroundings of one save."""
     return Surroundings(
         LoaderPosition(run.iterator, target.step, dataloader_path(run), run.pg_collection),
-        Publication(
-            run.state,
-            target.checkpoint_name,
-            target.save_dir,
-            flops,
-            success_suffix=_rank_suffix(run.pg_collection, tensor_rank, pipeline_rank),
-            is_local=target.is_local,
-        ),
+        Publication(run.state, target.checkpoint_name, target.save_dir, flops, is_local=target.is_local),
     )
-
-
-def _rank_suffix(pg_collection: Any, tensor_rank: int | None, pipeline_rank: int | None) -> str:
-    """``[ t 1/2, p 1/1 ]``: 1-based tensor and pipeline ranks."""
-    tensor = pg_collection.tp.rank() if tensor_rank is None else tensor_rank
-    pipeline = pg_collection.pp.rank() if pipeline_rank is None else pipeline_rank
-    return f"[ t {tensor + 1}/{pg_collection.tp.size()}, p {pipeline + 1}/{pg_collection.pp.size()} ]"

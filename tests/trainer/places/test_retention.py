@@ -49,12 +49,13 @@ def left(root: Path) -> list[int]:
     return sorted(int(path.name[5:]) for path in root.glob("iter_[0-9]*") if path.is_dir())
 
 
-def test_keeps_the_newest(tmp_path, capsys):
+def test_keeps_the_newest(tmp_path, caplog):
+    caplog.set_level(logging.DEBUG)
     for iteration in (9, 10, 100, 1_000_000, 20_000_000):  # the last has more than seven digits
         checkpoint(tmp_path, iteration)
     cleanup(str(tmp_path), leave_ckpt_num=2)
     assert left(tmp_path) == [1_000_000, 20_000_000]
-    removed, kept = capsys.readouterr().out.splitlines()
+    removed, kept = caplog.messages
     assert "iter_0000009" in removed and "iter_0000100" in removed
     assert "iter_20000000" in kept and "iter_0000009" not in kept
 
@@ -201,9 +202,17 @@ def test_other_names_stay(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["", "missing"])
-def test_nothing_to_do(tmp_path, name, capsys):
+def test_nothing_to_do(tmp_path, name, caplog):
+    caplog.set_level(logging.DEBUG)
     cleanup(str(tmp_path / name))
-    assert capsys.readouterr().out == ""
+    assert caplog.messages == []
+
+
+def test_nothing_is_said_if_nothing_is_removed(tmp_path, caplog):
+    caplog.set_level(logging.DEBUG)
+    checkpoint(tmp_path, 1)
+    cleanup(str(tmp_path), leave_ckpt_num=2)
+    assert caplog.messages == []
 
 
 def test_in_the_background_on_a_thread_that_an_exit_waits_for(tmp_path, monkeypatch):

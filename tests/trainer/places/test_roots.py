@@ -81,8 +81,8 @@ def directory(sound: Path, tmp_path: Path) -> Path:
 def test_every_name_of_a_directory(sound: Path, inside: str, load: Any, step: int) -> None:
     ((result, position, printed),) = run_ranks(resume, 1, str(sound / inside), {"load": load})
     assert (result, position) == ((step, FLOPS), 100 * step)
-    (line,) = [line for line in printed.splitlines() if line.startswith("  resumed from")]
-    where = line.partition("position in the data: ")[2]
+    (line,) = [line for line in printed.splitlines() if "successfully loaded checkpoint" in line]
+    where = line.partition("position in the data: ")[2].partition("; ")[0]
     assert os.path.realpath(where) == f"{sound}/run/energon/iter_{step:07d}"
     assert "weights, optimizer, scheduler, RNG, counters" in line
 
@@ -142,7 +142,7 @@ def test_parts_that_are_not_restored_are_reported(sound: Path) -> None:
         ({"load_rng": False}, "weights, optimizer, scheduler, counters;", "RNG (load_rng=False)"),
     ):
         ((_, _, printed),) = run_ranks(resume, 1, str(sound), {"load": "run", **config})
-        (line,) = [line for line in printed.splitlines() if line.startswith("  resumed from")]
+        (line,) = [line for line in printed.splitlines() if "successfully loaded checkpoint" in line]
         assert f"(persistent): {restored}" in line
         assert left in line.partition("not restored: ")[2]
 

@@ -263,13 +263,13 @@ def test_read_metadata(tmp_path: Path, text: str, expected: tuple[int, bool]) ->
 
 
 @pytest.mark.parametrize("content", [b"latest", b"", b"\xff\xfe7", b"9" * 20, b"9" * 5000])
-def test_read_metadata_of_garbage(tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes) -> None:
+def test_read_metadata_of_garbage(tmp_path: Path, caplog: pytest.LogCaptureFixture, content: bytes) -> None:
     tracker = tmp_path / "tracker"
     tracker.write_bytes(content)
     with pytest.raises(SystemExit) as stopped:
         trackers.read_metadata(str(tracker))
     assert stopped.value.code == 1
-    assert str(tracker) in capsys.readouterr().out
+    assert str(tracker) in caplog.text
 
 
 @pytest.mark.parametrize("text", ["0", "-3"])

@@ -75,14 +75,15 @@ def test_a_save_is_published_when_finalised(tmp_path: Path) -> None:
 
 
 def test_only_blocking_on_a_save_in_flight_is_reported(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.DEBUG)
     run = state(AsyncCallsQueue())
     maybe_finalize_async_save(run, CONFIG, blocking=True)
-    assert "Unfinalized async checkpoint saves" not in capsys.readouterr().out
+    assert "Unfinalized async checkpoint saves" not in caplog.text
     schedule_async_save(run, request_to(tmp_path / "data", tmp_path / "log"))
     maybe_finalize_async_save(run, CONFIG, blocking=True)
-    assert "Unfinalized async checkpoint saves" in capsys.readouterr().out
+    assert "Unfinalized async checkpoint saves" in caplog.text
 
 
 def test_a_synchronous_configuration_touches_no_queue(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ def times(rank: int, directory: str, in_background: bool) -> tuple[float, float,
         pytest.MonkeyPatch.context() as patch,
         Run(Setup(), save=directory, async_save=in_background) as run,
     ):
+        run.state.initialize_async_checkpoint_worker()
         run.train(1)
         clock = SimpleNamespace(perf_counter=lambda: time.perf_counter() - LONG_AGO_S)
         patch.setattr(save, "time", clock)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +15,7 @@ from ckpt_fast.doors.dcp.direct.local_state import plain_state_dict
 from ckpt_fast.doors.dcp.direct.save import start_save
 from ckpt_fast.doors.dcp.reader import StrPath
 from ckpt_fast.doors.dcp.writer import refuse_overwriting
-from ckpt_fast.jobs.report import SaveReport
+from ckpt_fast.jobs.report import SaveReport, counted_from
 from ckpt_fast.pipeline.save.parts import Completion, SaveOptions
 from ckpt_fast.pipeline.save.save import Save
 from ckpt_fast.ranks.group import ControlGroup
@@ -57,7 +58,8 @@ def save(
         CheckpointError: on every rank, naming the rank that failed. Nothing was published, and an older
             checkpoint is as it was.
     """
-    job = _started(state_dict, path, process_group, no_dist, overwrite, SaveOptions(writers=thread_count))
+    with counted_from(time.perf_counter()):
+        job = _started(state_dict, path, process_group, no_dist, overwrite, SaveOptions(writers=thread_count))
     job.write()
     return job.commit()
 
@@ -113,13 +115,13 @@ def save_in_background(
     overwrite: bool = True,
 ) -> SaveFuture:
     """Collective. ``async_save`` with additional steps of the coordinator; see ``Completion``."""
-    group = ControlGroup.of_one() if no_dist else ControlGroup(process_group)
-    committer = committers.get(group, process_group)
-    committer.get_ready(group, process_group)
-    options = SaveOptions(writers=thread_count, snapshot=True)
-    return committer.finish(
-        _started(state_dict, path, process_group, no_dist, overwrite, options, completion)
-    )
+    with counted_from(time.perf_counter()):
+        group = ControlGroup.of_one() if no_dist else ControlGroup(process_group)
+        committer = committers.get(group, process_group)
+        committer.get_ready(group, process_group)
+        options = SaveOptions(writers=thread_count, snapshot=True)
+        job = _started(state_dict, path, process_group, no_dist, overwrite, options, completion)
+    return committer.finish(job)
 
 
 def load(

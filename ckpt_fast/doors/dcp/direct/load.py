@@ -18,6 +18,7 @@ from ckpt_fast.format.types import TensorRequest
 from ckpt_fast.pipeline.load.index import CheckpointIndex, missing_keys_message
 from ckpt_fast.pipeline.load.load import PreparedLoad, prepare
 from ckpt_fast.pipeline.load.opened import OpenCheckpoint
+from ckpt_fast.pipeline.load.report import one_load
 from ckpt_fast.pipeline.load.rows import WantedRows
 from ckpt_fast.pipeline.memory.forms import PLAIN_TENSORS
 from ckpt_fast.pipeline.memory.garbage import without_collections
@@ -38,6 +39,11 @@ def load_state_dict(
     state_dict: dict[str, Any], directory: str, group: ControlGroup, *, allow_partial_load: bool = False
 ) -> None:
     """Collective. See ``ckpt_fast.load``."""
+    with one_load(directory, group.global_rank):
+        _load(state_dict, directory, group, allow_partial_load)
+
+
+def _load(state_dict: dict[str, Any], directory: str, group: ControlGroup, allow_partial_load: bool) -> None:
     opened = OpenCheckpoint(Directory(directory))
     opened.share(group)
     is_url = "://" in directory
