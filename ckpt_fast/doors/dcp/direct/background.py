@@ -74,7 +74,7 @@ class Committer:
             process_group: None means all ranks.
         """
         if self._group is None:
-            self._group = group if group.size == 1 else ControlGroup(_new_group(process_group))
+            self._group = group if group.size == 1 else ControlGroup(new_control_group(process_group))
 
     def finish(self, job: Save) -> SaveFuture:
         """Local. Write and commit a staged save that owns its bytes; all ranks do so in the same order."""
@@ -95,7 +95,8 @@ class Committer:
 committers = PerGroup(Committer)
 
 
-def _new_group(process_group: dist.ProcessGroup | None) -> Any:
+def new_control_group(process_group: dist.ProcessGroup | None) -> Any:
+    """Collective. A group on the CPU for the background saves of ``process_group`` (None: of all ranks)."""
     # A rank may need all of its time to write while the others wait for it.
     timeout = datetime.timedelta(seconds=2 * settings.timeout_s())
     if process_group is None:
