@@ -36,7 +36,7 @@ def defaults() -> dict[str, type]:
     return {
         "by name": type(STOCK[0]("torch_dist", 1)),
         "default": type(strategy),
-        "loading": type(serialization.get_default_load_sharded_strategy("")),
+        "loading": type(STOCK[1]()),
         "wrapper": type(fully_parallel.FullyParallelSaveStrategyWrapper(strategy, None)),
     }
 
