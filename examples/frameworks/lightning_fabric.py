@@ -34,6 +34,7 @@ def main() -> None:
     if (path := newest(arguments.directory)) is not None:
         model(batch(0)).sum().backward()  # the optimizer gets its moments in a step
         optimizer.step()
+        optimizer.zero_grad()
         fabric.load(path, state)
     done = state["step"]
     for step in range(done + 1, done + arguments.steps + 1):
