@@ -32,6 +32,7 @@ A := .venv
 B := .venv-b
 BRIDGE := .bridge
 X := .venv-x
+F := .venv-f
 TORCH ?= 2.13.0
 MCORE ?= 0.19.2
 NVRX ?= 0.7.0
@@ -75,6 +76,10 @@ test-versions: $(X)/.versions-$(TORCH)-$(MCORE)-$(NVRX) ## part of the tests wit
 .PHONY: test-bridge
 test-bridge: $(B)/.installed $(BRIDGE)/.requirements ## Megatron Bridge's own objects, on stack B
 	@PYTHONPATH=$(CURDIR)/$(BRIDGE) $(B)/bin/python -m pytest -n 2 tests/interop/test_bridge*.py
+
+.PHONY: test-frameworks
+test-frameworks: $(F)/.requirements ## Lightning, Accelerate, TorchTitan and others, on stack B
+	@PYTHONPATH=$(CURDIR) $(F)/bin/python -m pytest tests/frameworks
 
 .PHONY: test-long
 test-long: $(B)/.installed ## the tests that take long, on stack B: many processes, many cases
@@ -159,6 +164,13 @@ $(X)/.versions-$(TORCH)-$(MCORE)-$(NVRX): requirements/dev.txt
 $(BRIDGE)/.requirements: requirements/bridge.txt | $(B)/.requirements
 	rm -rf $(BRIDGE)
 	$(B)/bin/python -m pip install --quiet --no-deps --target $(BRIDGE) -r $<
+	@touch $@
+
+$(F)/.requirements: requirements/frameworks.txt | $(B)/.installed
+	rm -rf $(F)
+	$(B)/bin/python -m venv $(F)
+	echo $(CURDIR)/$(B)/lib/python3.12/site-packages > $(F)/lib/python3.12/site-packages/stack-b.pth
+	$(F)/bin/python -m pip install --quiet --no-deps -r $<
 	@touch $@
 
 %/.installed: %/.requirements $(BUILD_INPUTS)

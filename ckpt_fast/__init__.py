@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ckpt_fast.doors.dcp import FastLoadPlanner, FastSavePlanner, FastStorageReader, FastStorageWriter
     from ckpt_fast.doors.dcp.direct.functions import async_save, load, save
+    from ckpt_fast.doors.install import install, uninstall
     from ckpt_fast.doors.local.manager import FastLocalCheckpointManager
-    from ckpt_fast.doors.megatron.install import install, uninstall
     from ckpt_fast.doors.megatron.load_strategy import FastLoadStrategy
     from ckpt_fast.doors.megatron.torch_dist import FastSaveStrategy
     from ckpt_fast.format.inert.classes import allow_class
@@ -105,14 +105,14 @@ _HOMES = {
     "allow_class": "ckpt_fast.format.inert.classes",
     "async_save": "ckpt_fast.doors.dcp.direct.functions",
     "inspect": "ckpt_fast.tools.inspect",
-    "install": "ckpt_fast.doors.megatron.install",
+    "install": "ckpt_fast.doors.install",
     "last_report": "ckpt_fast.pipeline.save.seal",
     "load": "ckpt_fast.doors.dcp.direct.functions",
     "register_config_target": "ckpt_fast.run.config_targets",
     "reserve_host_memory": "ckpt_fast.pipeline.memory.host_buffer",
     "resume_dataloader": "ckpt_fast.trainer.contents.sidecars",
     "save": "ckpt_fast.doors.dcp.direct.functions",
-    "uninstall": "ckpt_fast.doors.megatron.install",
+    "uninstall": "ckpt_fast.doors.install",
     "verify": "ckpt_fast.verification.verify",
     "wait_staged": "ckpt_fast.jobs.background",
 }

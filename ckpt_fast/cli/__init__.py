@@ -22,6 +22,7 @@ _COMMANDS = {
     "doctor": ("doctor", "What is slow here, and how to mend it."),
     "top": ("top", "The saves of a run: how long they held it up, GB/s."),
     "bench": ("bench", "What the storage can do, and what checkpoints make of it."),
+    "run": ("run", "Run a training script with ckpt_fast installed."),
 }
 
 
@@ -70,12 +71,12 @@ def _ckpt_fast() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    # Nothing is compiled here, and what torch would import for that takes seconds.
-    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] != ["run"]:
+        # Nothing is compiled here, and what torch would import for that takes seconds.
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     try:
-        status: Any = _ckpt_fast.main(
-            None if arguments is None else list(arguments), prog_name="ckpt-fast", standalone_mode=False
-        )
+        status: Any = _ckpt_fast.main(given, prog_name="ckpt-fast", standalone_mode=False)
     except click.ClickException as error:
         error.show()
         return error.exit_code
@@ -85,6 +86,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read the output has seen enough
         sys.stderr.close()
         return 0
+    if callable(status):
+        status = status()
     return int(status or 0)
 
 

@@ -1,2 +1,3 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rest of a training run, apart from its saved state: configuration, loggers, signals, save queue."""
+"""A training run: what starts its script, and what it has apart from its saved state (configuration, loggers,
+signals, save queue)."""

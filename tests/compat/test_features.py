@@ -64,6 +64,15 @@ loaded = {"w": torch.zeros(9), "step": {"n": 0}}
 dcp.load(loaded, storage_reader=FastStorageReader(directory))
 assert torch.equal(loaded["w"], torch.arange(9.0)) and loaded["step"] == {"n": 3}
 assert ckpt_fast.last_report().directory == directory and ckpt_fast.__version__
+with ckpt_fast.install() as installed:
+    assert installed.changed and not any("megatron" in name for name in installed.changed)
+    dcp.load(loaded, checkpoint_id=directory)
+try:
+    ckpt_fast.install(megatron=True)
+except ImportError as error:
+    assert "pip install megatron-core" in str(error), error
+else:
+    raise SystemExit("installed into nothing")
 assert cli.main(["verify", directory]) == cli.main(["inspect", directory]) == 0
 for module in modules * 2:
     try:
@@ -77,7 +86,11 @@ for module in modules * 2:
 
 def test_torch_dcp_works_without_megatron_core(tmp_path: Path) -> None:
     """And what needs Megatron-Core says what to install."""
-    modules = ["ckpt_fast.checkpointing", "ckpt_fast.doors.megatron.install", "ckpt_fast.trainer.bridge"]
+    modules = [
+        "ckpt_fast.checkpointing",
+        "ckpt_fast.doors.megatron.substitutions",
+        "ckpt_fast.trainer.bridge",
+    ]
     run_python(WITHOUT_MEGATRON_CORE, str(tmp_path), *modules)
 
 

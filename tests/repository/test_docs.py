@@ -28,6 +28,7 @@ from ckpt_fast.config import CheckpointConfig
 from ckpt_fast.format.archive import item_nbytes, tensor_archive
 from ckpt_fast.format.names import SIDECAR_FILE
 from tests import models
+from tests.frameworks.test_frameworks import EXAMPLES
 from tests.helpers import run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -240,6 +241,8 @@ def test_table_of_the_demo() -> None:
     assert positions == sorted(positions)
 
 
+PAGE_OF_FRAMEWORKS = ROOT / "docs" / "frameworks.md"
+
 # A string that occurs in this door's snippet and in no other.
 DOORS = {
     "ckpt_fast.checkpointing": documented_api_snippet,
@@ -262,6 +265,26 @@ def test_snippet_runs(door: str, tmp_path: Path) -> None:
 def test_every_snippet_is_run() -> None:
     for block in blocks(README, "python"):
         assert len([door for door in DOORS if door in block]) == 1
+
+
+# --- docs/frameworks.md -----------------------------------------------------------------------------------
+
+
+def test_snippets_for_frameworks(capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        for block in blocks(PAGE_OF_FRAMEWORKS, "python"):
+            exec(compile(block, "frameworks.md", "exec"), {})
+    finally:
+        ckpt_fast.uninstall()
+    assert "FileSystemWriter" in capsys.readouterr().out
+
+
+def test_frameworks_are_tested_in_these_versions() -> None:
+    requirements = (ROOT / "requirements" / "frameworks.txt").read_text()
+    pinned = dict(re.findall(r"^([\w-]+)==(\S+)$", requirements, re.M))
+    rows = re.findall(r"^\| (\w+)[^|]*\| ([\d.]+) \|.*/(\w+\.py)\) \|$", PAGE_OF_FRAMEWORKS.read_text(), re.M)
+    assert [version for _, version, _ in rows] == [pinned[name.lower()] for name, _, _ in rows]
+    assert {example for *_, example in rows} == {name.split()[0] for name in EXAMPLES}
 
 
 # --- docs/format.md ---------------------------------------------------------------------------------------

@@ -9,9 +9,9 @@ import os
 from typing import Any, NamedTuple
 
 import torch
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
-from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
 from ckpt_fast import settings
@@ -58,8 +58,10 @@ class LocatedData(NamedTuple):
     parts: list[Part]
 
 
-class FastStorageReader(StorageReader):
+class FastStorageReader(FileSystemReader):
     """Reads torch DCP checkpoints straight into the tensors, checking what is read whole.
+
+    It is a FileSystemReader for code that asks, and shares nothing with it but ``fs`` and ``path``.
 
     A load is of one save: ranks that see another ``.metadata`` than rank 0, and files that are replaced while
     they are read, are errors. Of a tensor that is loaded no element is left as it was.
@@ -81,7 +83,7 @@ class FastStorageReader(StorageReader):
     def __init__(
         self, path: StrPath, _extension_registry: Any = None, checkpoint: OpenCheckpoint | None = None
     ) -> None:
-        super().__init__()
+        super().__init__(path)
         self._path = absolute(path)
         self._extensions = _extension_registry
         self._opened = checkpoint
@@ -98,6 +100,7 @@ class FastStorageReader(StorageReader):
         """Begin a new load, from ``checkpoint_id`` if one is given."""
         if checkpoint_id:
             self._path = absolute(checkpoint_id)
+            self.path = self.fs.init_path(checkpoint_id)
             self._opened = None
         self._index = self._contents = self._identity = self._versions = self._asked = self.unasked = None
         self._unreadable = None
@@ -307,4 +310,4 @@ def _part(index: CheckpointIndex, item: ReadItem, target: torch.Tensor) -> Part:
 
 def is_local_path(checkpoint_id: StrPath) -> bool:
     """Whether the door serves this checkpoint: not one on object storage."""
-    return isinstance(checkpoint_id, os.PathLike) or "://" not in checkpoint_id
+    return "://" not in os.fspath(checkpoint_id)

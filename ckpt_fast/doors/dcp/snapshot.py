@@ -19,6 +19,7 @@ from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 
 from ckpt_fast import settings
 from ckpt_fast.errors import CheckpointError
+from ckpt_fast.pipeline.memory.device_copy import BLOCKING, DeviceCopies, StagingPolicy
 from ckpt_fast.pipeline.memory.host_buffer import HostBuffer, host_buffers
 from ckpt_fast.pipeline.save.plan import is_plain
 from ckpt_fast.pipeline.save.stage import copy_to_host
@@ -45,6 +46,7 @@ class Snapshot:
         self._keep_buffer = keep_buffer
         self._lock = threading.RLock()  # a destructor may come while this thread holds it
         self._buffer: HostBuffer | None = None
+        self._device_copies = DeviceCopies()
         self._readers = 0
         self._ended = False
         # Only what was made for this snapshot and can be in no other: tensors, by identity.
@@ -54,9 +56,9 @@ class Snapshot:
         """``tensor`` was made for this snapshot."""
         self._tensors[id(tensor)] = weakref.ref(tensor)
 
-    def hold(self, buffer: HostBuffer | None) -> None:
-        """The copies are in ``buffer``, which is given back at the end."""
-        self._buffer = buffer
+    def hold(self, buffer: HostBuffer | None, device_copies: DeviceCopies) -> None:
+        """The copies are, or will be, in ``buffer``, which is given back at the end."""
+        self._buffer, self._device_copies = buffer, device_copies
         if buffer is not None and buffer.is_new:
             self.allocated_nbytes = buffer.nbytes
 
@@ -95,6 +97,9 @@ class Snapshot:
             self._ended = True
             buffer, self._buffer = self._buffer, None
         if buffer is not None:
+            # A device that has failed copies no more; whoever waited for it has the error.
+            with contextlib.suppress(RuntimeError):
+                self._device_copies.wait()
             host_buffers.give_back(buffer, self._keep_buffer)
 
 
@@ -105,8 +110,17 @@ class Snapshots:
         self._all: dict[int, Snapshot] = {}
         self._numbers = itertools.count()
 
-    def take(self, state_dict: dict[str, Any], keep_buffer: bool) -> dict[str, Any]:
+    def take(
+        self,
+        state_dict: dict[str, Any],
+        keep_buffer: bool,
+        device_copies: DeviceCopies | None = None,
+        policy: StagingPolicy = BLOCKING,
+    ) -> dict[str, Any]:
         """A copy of the state dict that no later change reaches.
+
+        With ``device_copies`` and a policy that lets copies from GPUs go on, it is one when the caller has
+        waited for them.
 
         Its memory is that of an earlier snapshot once that is written; with a bound on host memory there can
         be no more than fits. It is given back at the end of the save that reads it (``read``), or when
@@ -117,7 +131,7 @@ class Snapshots:
         """
         begin = time.perf_counter()
         try:
-            return self._take(state_dict, keep_buffer, begin)
+            return self._take(state_dict, keep_buffer, begin, device_copies or DeviceCopies(), policy)
         except Exception as error:
             logger.exception("cannot copy the state dict to host memory")
             return {"state dict": _Unstaged(error)}
@@ -140,7 +154,14 @@ class Snapshots:
         finally:
             found.end()
 
-    def _take(self, state_dict: dict[str, Any], keep_buffer: bool, begin: float) -> dict[str, Any]:
+    def _take(
+        self,
+        state_dict: dict[str, Any],
+        keep_buffer: bool,
+        begin: float,
+        device_copies: DeviceCopies,
+        policy: StagingPolicy,
+    ) -> dict[str, Any]:
         number, snapshot = next(self._numbers), Snapshot(keep_buffer, begin)
 
         def forget() -> None:
@@ -148,8 +169,9 @@ class Snapshots:
             snapshot.release()
 
         tensors = list(_tensors(state_dict))
-        buffer, copies = copy_to_host(tensors, settings.host_buffer_bytes(), forget)
-        snapshot.hold(buffer)
+        bound = settings.host_buffer_bytes()
+        buffer, copies = copy_to_host(tensors, bound, forget, device_copies, policy)
+        snapshot.hold(buffer, device_copies)
         copy_of = {id(tensor): copied for tensor, copied in zip(tensors, copies, strict=True)}
         try:
             with torch.no_grad():

@@ -13,11 +13,10 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
-from torch.distributed.checkpoint.filesystem import _StoragePrefix
+from torch.distributed.checkpoint.filesystem import FileSystemWriter, _StoragePrefix
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
-from torch.distributed.checkpoint.staging import AsyncStager
-from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
+from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from ckpt_fast.doors.dcp.column_plans import ColumnPlan, SavedMetadata, TakesColumns, programs
@@ -71,8 +70,10 @@ class _Save:
         return METADATA_FILE if lone is None else commit.rank_metadata_file(lone)
 
 
-class FastStorageWriter(AsyncStager, StorageWriter):
+class FastStorageWriter(FileSystemWriter):
     """Writes torch DCP checkpoints: parallel, checksummed, fsynced, published atomically.
+
+    It is a FileSystemWriter for code that asks, and shares nothing with it but ``fs`` and ``path``.
 
     Saves in the background may overlap: each goes to the directory it was started for, from its own copy of
     the state dict. (With several ranks they need a process group each, as in torch.)
@@ -116,7 +117,7 @@ class FastStorageWriter(AsyncStager, StorageWriter):
         _extensions: Sequence[Any] | None = None,
         serialization_format: Any = None,
     ) -> None:
-        super().__init__()
+        super().__init__(path, single_file_per_rank, sync_files)
         if _extensions:
             raise ValueError(
                 f"FastStorageWriter applies no stream transforms, and {len(_extensions)} are asked for in "
@@ -144,6 +145,7 @@ class FastStorageWriter(AsyncStager, StorageWriter):
         let_go()
         staged_in = self._take_staged_in()
         path = absolute(checkpoint_id, staged_in) if checkpoint_id else self._latest.path
+        self.path = self.fs.init_path(path)
         self._latest = self._of_thread.announced = _Save(path)
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:

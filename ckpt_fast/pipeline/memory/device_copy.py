@@ -108,6 +108,11 @@ class DeviceCopies:
             device.wait_for(event)
         self._kept.clear()
 
+    @property
+    def are_done(self) -> bool:
+        """Whether all is copied."""
+        return all(device.is_done(event) for device, event in self._events)
+
     def order_behind(self) -> None:
         """Order all that the calling thread enqueues on its current streams from now on after the copies."""
         for device, event in self._events:

@@ -141,8 +141,12 @@ def copy_to_host(
     tensors: Sequence[torch.Tensor],
     bound: int | None = None,
     when_unused: Callable[[], None] = lambda: None,
+    device_copies: DeviceCopies | None = None,
+    policy: StagingPolicy = BLOCKING,
 ) -> tuple[HostBuffer | None, list[torch.Tensor]]:
-    """Contiguous copies of plain tensors in one host buffer, complete on return.
+    """Contiguous copies of plain tensors in one host buffer.
+
+    Those that ``policy`` lets go on are complete once ``device_copies.wait`` returns, the others on return.
 
     Each copy has a storage of its own. The caller gives the buffer back, after which the copies' values are
     undefined; None if there are no bytes to copy.
@@ -151,6 +155,8 @@ def copy_to_host(
         tensors: plain, on any device.
         bound: bytes of host buffers that this and all saves in flight may use together; None: no bound.
         when_unused: called when the last copy in the buffer is gone, with every view of it.
+        device_copies: gets those from GPUs; None: nobody waits for them, and ``policy`` is to be BLOCKING.
+        policy: whether this waits for copies from GPUs.
 
     Raises:
         CheckpointError: the host memory cannot be had, or not within the bound now.
@@ -165,13 +171,14 @@ def copy_to_host(
             "bound, or save synchronously: that goes through a smaller buffer in waves."
         )
     buffer = host_buffers.take(nbytes, bound, wait_s=0.0)
-    device_copies = DeviceCopies()
+    device_copies = device_copies or DeviceCopies()
     try:
         base = buffer.memory.data_ptr()
+        addresses = copy_tensors(tensors, buffer, device_copies, policy)
         with buffer.watched(when_unused):
             return buffer, [
                 _as(tensor, buffer.slot(address - base, _nbytes(tensor)))
-                for tensor, address in zip(tensors, copy_tensors(tensors, buffer, device_copies), strict=True)
+                for tensor, address in zip(tensors, addresses, strict=True)
             ]
     except BaseException:
         Staged(buffer=buffer, device_copies=device_copies).release()

@@ -74,7 +74,7 @@ class Committer:
             process_group: None means all ranks.
         """
         if self._group is None:
-            self._group = group if group.size == 1 else ControlGroup(new_group(process_group))
+            self._group = group if group.size == 1 else ControlGroup(new_control_group(process_group))
 
     def finish(self, job: Save) -> SaveFuture:
         """Local. Write and commit a staged save that owns its bytes; all ranks do so in the same order."""
@@ -95,8 +95,8 @@ class Committer:
 committers = PerGroup(Committer)
 
 
-def new_group(process_group: dist.ProcessGroup | None) -> Any:
-    """Collective. A process group on the CPU, of the same ranks, that nothing else uses."""
+def new_control_group(process_group: dist.ProcessGroup | None) -> Any:
+    """Collective. A group on the CPU, of the ranks of ``process_group`` (None: all), that nothing else uses."""
     # A rank may need all of its time to write while the others wait for it.
     timeout = datetime.timedelta(seconds=2 * settings.timeout_s())
     if process_group is None:

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The background saves of ``dcp.async_save``: in a thread, through a process group of their own.
+
+torch's thread talks through the process group of training, whose collectives it may meet. Its process gets a
+copy of the state, and ends with the job. A save of ours needs neither (docs/decisions/0042).
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed.checkpoint import state_dict_saver
+
+from ckpt_fast.doors.dcp.direct.background import new_control_group
+from ckpt_fast.doors.dcp.reader import StrPath, is_local_path
+from ckpt_fast.doors.dcp.steps import let_go
+from ckpt_fast.doors.dcp.writer import FastStorageWriter
+from ckpt_fast.ranks.group import ControlGroup, PerGroup
+from ckpt_fast.storage.files import absolute
+
+
+class _Background:
+    """The background saves of one process group: one after the other, as all ranks start them."""
+
+    def __init__(self) -> None:
+        self._group: dist.ProcessGroup | None = None
+        self._thread = ThreadPoolExecutor(1, "ckpt_fast-dcp")
+
+    def get_ready(self, process_group: dist.ProcessGroup | None) -> None:
+        """Collective. Have a process group to save through; the first call creates it."""
+        if self._group is None:
+            self._group = new_control_group(process_group)
+
+    def submit(self, staged: Any, options: dict[str, Any]) -> Future[Any]:
+        """Local. Save what has been, or is being, staged; the path of ``options`` is one of here and now."""
+        place: dict[str, Any] = {"process_group": self._group}
+        if options.get("checkpoint_id"):
+            place["checkpoint_id"] = absolute(options["checkpoint_id"])
+        if options.get("storage_writer") is None:
+            place["storage_writer"] = FastStorageWriter(place["checkpoint_id"])
+        return self._thread.submit(_save, staged, options | place)
+
+
+_backgrounds = PerGroup(_Background)
+
+
+class _InThisProcess:
+    """Takes the place of an executor of torch's."""
+
+    def execute_save(self, staging_future_or_state_dict: Any, **options: Any) -> Future[Any]:
+        """Start a save; what it is not for is left to torch.
+
+        Args:
+            staging_future_or_state_dict: what the stager returned.
+            options: those of ``dcp.save``.
+        """
+        if not _is_ours(options.get("storage_writer"), options.get("checkpoint_id")):
+            executed: Future[Any] = super().execute_save(  # type: ignore[misc]
+                staging_future_or_state_dict, **options
+            )
+            return executed
+        process_group = options.get("process_group")
+        alone = options.get("no_dist") or not (dist.is_available() and dist.is_initialized())
+        group = ControlGroup.of_one() if alone else ControlGroup(process_group)
+        background = _backgrounds.get(group, process_group)
+        if group.size > 1:
+            background.get_ready(process_group)
+        return background.submit(staging_future_or_state_dict, options)
+
+
+def in_this_process(executor: type) -> type:
+    """A class that takes the place of one of torch's executors."""
+    return type(executor.__name__, (_InThisProcess, executor), {"__module__": __name__})
+
+
+def _is_ours(writer: Any, checkpoint_id: StrPath | None) -> bool:
+    if writer is None:
+        return bool(checkpoint_id) and is_local_path(checkpoint_id or "")
+    return isinstance(writer, FastStorageWriter)
+
+
+def _save(staged: Any, options: dict[str, Any]) -> Any:
+    try:
+        state_dict = staged.result() if isinstance(staged, Future) else staged
+        return state_dict_saver.save(state_dict, **options)
+    finally:
+        let_go()  # the thread goes on, which is all that would end a save that failed on another rank

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ``install`` changes in torch DCP."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from inspect import getattr_static
+from typing import Any
+
+from torch.distributed.checkpoint import staging, state_dict_saver
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.storage import StorageReader, StorageWriter
+
+from ckpt_fast.doors.dcp.executors import in_this_process
+from ckpt_fast.doors.dcp.reader import FastStorageReader, StrPath, is_local_path
+from ckpt_fast.doors.dcp.writer import FastStorageWriter
+from ckpt_fast.doors.substitution import Arguments, Constructed, Rebound, Substitution, refused
+
+# Some versions of torch have one of them, or neither.
+_EXECUTORS = {
+    "THREAD": "_ThreadBasedAsyncCheckpointExecutor",
+    "PROCESS": "_ProcessBasedAsyncCheckpointExecutor",
+}
+
+
+class InstalledReader(FastStorageReader):
+    """A reader in the place of torch's. What is asked for is the framework's business, and no warning."""
+
+    def __init__(self, path: StrPath, _extension_registry: Any = None) -> None:
+        super().__init__(path, _extension_registry)
+        self.partial = True
+
+
+class _Storage(Constructed):
+    """A storage object of torch, where all that torch calls of it is implemented by ours."""
+
+    def __init__(self, stock: type, ours: type, protocol: type, suits: Any) -> None:
+        methods = [name for name in vars(protocol) if not name.startswith("_")]
+        super().__init__(stock, ours, ["__init__", *methods], suits)
+        self._protocol = methods
+
+    def check(self) -> None:
+        super().check()
+        for name in self._protocol:
+            if getattr_static(self.ours, name) is getattr_static(self.stock, name):
+                raise refused(f"{self.name} has {name}, which ckpt_fast does not implement")
+
+
+def substitutions() -> Sequence[Substitution]:
+    """The changes, none of them made.
+
+    Raises:
+        CheckpointError: torch has another kind of background save.
+    """
+    found: list[Substitution] = [
+        _Storage(FileSystemWriter, FastStorageWriter, StorageWriter, _is_written_by_us),
+        _Storage(FileSystemReader, InstalledReader, StorageReader, _is_local),
+    ]
+    if hasattr(staging, "DefaultStager"):
+        from ckpt_fast.doors.dcp.stager import FastStager
+
+        found.append(Constructed(staging.DefaultStager, FastStager, ("__init__", "stage", "close")))
+    for kind in getattr(state_dict_saver, "AsyncCheckpointerType", ()):
+        if kind.name not in _EXECUTORS:
+            raise refused(f"{state_dict_saver.__name__} has a checkpointer {kind.name}")
+        found.append(
+            Rebound(state_dict_saver.__name__, _EXECUTORS[kind.name], in_this_process, "execute_save")
+        )
+    return found
+
+
+def _is_local(arguments: Arguments) -> bool:
+    return is_local_path(arguments["path"])
+
+
+def _is_written_by_us(arguments: Arguments) -> bool:
+    form = getattr(arguments.get("serialization_format"), "value", "torch_save")
+    return _is_local(arguments) and not arguments.get("_extensions") and form == "torch_save"

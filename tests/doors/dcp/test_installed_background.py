@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``dcp.async_save`` after ``install``, as frameworks call it, and what its futures mean."""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import multiprocessing
+import os
+import threading
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import staging, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
+
+import ckpt_fast
+from ckpt_fast.doors.dcp import snapshot as dcp_snapshot
+from ckpt_fast.pipeline.save import stage as stage_module
+from tests.doors.dcp.ranks import FSDP2_ON_CPU, Trained, wrong
+from tests.doors.dcp.states import blank, differences, training_state
+from tests.doors.dcp.test_async import scramble
+from tests.doors.dcp.test_installed import is_ours
+from tests.helpers import run_ranks
+from tests.pipeline.memory import simulated_gpu
+from tests.pipeline.save.test_waves import HeldDisk, WatchedPool
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
+    pytest.mark.skipif(
+        "async_stager" not in inspect.signature(dcp.async_save).parameters, reason="torch takes no stager"
+    ),
+]
+
+
+class CopyingStager(staging.BlockingAsyncStager):
+    """A stager of the caller's."""
+
+    staged = 0
+
+    def stage(self, state_dict: dict[str, Any]) -> Any:
+        type(self).staged += 1
+        return super().stage(state_dict)
+
+
+def options(way: str, path: str) -> dict[str, Any]:
+    """Return the arguments of ``dcp.async_save``, as one of its callers has them."""
+    chosen: dict[str, Any] = {"checkpoint_id": path}
+    if "process" in way:
+        chosen["async_checkpointer_type"] = state_dict_saver.AsyncCheckpointerType.PROCESS
+    if "writer" in way:
+        chosen = {**chosen, "storage_writer": dcp.FileSystemWriter(path, thread_count=2)}
+    if "their stager" in way:
+        chosen["async_stager"] = CopyingStager()
+    if "pinned" in way:
+        chosen["async_stager"] = staging.DefaultStager()
+    return chosen
+
+
+def uploaded(response: Any) -> Future[Any]:
+    """Return the future of the save; torch returns two where staging may go on."""
+    return response if isinstance(response, Future) else response.upload_completion
+
+
+WAYS = ["thread", "thread, writer", "thread, their stager", "thread, pinned", "process", "process, pinned"]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_one_rank(way: str, tmp_path: Path) -> None:
+    expected, state = training_state(), training_state()
+    children = multiprocessing.active_children()
+    CopyingStager.staged = 0
+    with ckpt_fast.install(megatron=False):
+        response = dcp.async_save(state, **options(way, str(tmp_path)))
+        scramble(state["model"])
+        metadata = uploaded(response).result(timeout=60)
+    assert is_ours(tmp_path) and multiprocessing.active_children() == children
+    assert CopyingStager.staged == ("their stager" in way)
+    assert metadata.state_dict_metadata == dcp.FileSystemReader(tmp_path).read_metadata().state_dict_metadata
+    found = blank(expected)
+    dcp.load(found, checkpoint_id=tmp_path)
+    assert differences(expected, found) == []
+
+
+def save_while_training(rank: int, root: str, way: str) -> list[list[str]]:
+    """Save in the background, three times, while training uses the only process group that it knows of."""
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
+    differing = []
+    with ckpt_fast.install(megatron=False):
+        for step in range(3):
+            run = Trained(seed=step)
+            whole = run.whole()
+            future = uploaded(dcp.async_save(run.state(), **options(way, f"{root}/{step}")))
+            for parameter in run.model.parameters():
+                parameter.data.to_local().fill_(-1)
+            for _ in range(20):
+                number = torch.ones(1)
+                dist.all_reduce(number)
+                assert number == dist.get_world_size()
+            future.result(timeout=60)
+            assert is_ours(f"{root}/{step}")
+            if rank == 0:
+                torch.save(whole, f"{root}/{step}.pt")
+            dist.barrier()
+    for step in range(3):
+        run = Trained(seed=9)
+        run.load(None, checkpoint_id=f"{root}/{step}")
+        differing.append(wrong(run.whole(), f"{root}/{step}.pt"))
+    return differing
+
+
+@pytest.mark.skipif(not FSDP2_ON_CPU, reason="FSDP2 of this torch needs a GPU")
+@pytest.mark.parametrize("way", ["thread", "process", "process, pinned"])
+def test_two_ranks(way: str, tmp_path: Path) -> None:
+    assert run_ranks(save_while_training, 2, str(tmp_path), way) == [[[], [], []]] * 2
+
+
+def fail_in_the_background(rank: int, root: str) -> list[str]:
+    """The first save fails on one rank, and so on both; the next one, to the same directory, does not."""
+    with ckpt_fast.install(megatron=False):
+        state: dict[str, Any] = {"w": torch.ones(3), **({"lock": threading.Lock()} if rank else {})}
+        future = dcp.async_save(state, checkpoint_id=root)
+        with pytest.raises(CheckpointException) as raised:
+            future.result(timeout=60)
+        dcp.save({"w": torch.ones(3)}, checkpoint_id=root)
+        dcp.async_save({"w": torch.ones(3)}, checkpoint_id=root).result(timeout=60)
+    return [str(raised.value)]
+
+
+def test_a_failure_on_one_rank_reaches_all(tmp_path: Path) -> None:
+    for (message,) in run_ranks(fail_in_the_background, 2, str(tmp_path)):
+        assert "lock" in message
+    assert is_ours(tmp_path)
+
+
+def test_what_is_not_ours_is_left_to_torch(tmp_path: Path) -> None:
+    class Derived(dcp.FileSystemWriter):
+        pass
+
+    state = {"w": torch.arange(9.0)}
+    with ckpt_fast.install(megatron=False):
+        dcp.async_save(state, storage_writer=Derived(tmp_path)).result(timeout=60)
+    assert not is_ours(tmp_path)
+    found = blank(state)
+    dcp.load(found, checkpoint_id=tmp_path)
+    assert torch.equal(found["w"], state["w"])
+
+
+def test_a_relative_path_means_the_directory_of_the_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    disk = HeldDisk(monkeypatch)
+    with ckpt_fast.install(megatron=False):
+        future = dcp.async_save({"w": torch.ones(3)}, checkpoint_id="here")
+        monkeypatch.chdir("/")
+        disk.go.set()
+        future.result(timeout=60)
+    assert is_ours(tmp_path / "here")
+
+
+def test_memory_is_used_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = WatchedPool()
+    monkeypatch.setattr(stage_module, "host_buffers", pool)
+    monkeypatch.setattr(dcp_snapshot, "host_buffers", pool)
+    with ckpt_fast.install(megatron=False):
+        for step in range(3):
+            dcp.async_save({"w": torch.ones(1000)}, checkpoint_id=tmp_path / str(step)).result(timeout=60)
+            report = ckpt_fast.last_report()
+            assert report is not None and report.host_memory_allocated == (0 if step else 4032)
+    gc.collect()
+    assert pool.peak == 4032 and pool.in_use == 0
+
+
+@pytest.mark.skipif(not hasattr(staging, "DefaultStager"), reason="torch has no such stager")
+def test_staging_is_complete_when_torch_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies from the GPU go on after the call; the future is done when they are, and not before."""
+    device = simulated_gpu.SimulatedGpu()
+    simulated_gpu.install(monkeypatch, device)
+    waiting = threading.Event()
+    wait_for = device.wait_for
+
+    def held(event: Any) -> None:
+        assert waiting.wait(30)
+        wait_for(event)
+
+    monkeypatch.setattr(device, "wait_for", held)
+    state = {"large": torch.full((1 << 17,), 1.0), "small": torch.full((10,), 1.0)}
+    expected = {name: tensor.clone() for name, tensor in state.items()}
+    with ckpt_fast.install(megatron=False):
+        stager = staging.DefaultStager(staging.StagingOptions(True, True, True, True))
+        response = dcp.async_save(state, checkpoint_id=tmp_path, async_stager=stager)
+        assert isinstance(response, state_dict_saver.AsyncSaveResponse)
+        assert not response.staging_completion.done() and not response.upload_completion.done()
+        waiting.set()
+        response.staging_completion.result(timeout=30)
+        for tensor in state.values():
+            tensor.fill_(2.0)
+        response.upload_completion.result(timeout=60)
+        stager.synchronize_staging()
+        stager.close()
+    device.finish()
+    found = blank(expected)
+    dcp.load(found, checkpoint_id=tmp_path)
+    assert differences(expected, found) == []
+
+
+@pytest.mark.skipif(not hasattr(staging, "DefaultStager"), reason="torch has no such stager")
+def test_a_device_that_fails_while_staging(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = simulated_gpu.SimulatedGpu()
+    simulated_gpu.install(monkeypatch, device)
+
+    def failing(event: Any) -> None:
+        raise RuntimeError("the device is gone")
+
+    monkeypatch.setattr(device, "wait_for", failing)
+    with ckpt_fast.install(megatron=False):
+        response = dcp.async_save(
+            {"w": torch.ones(1 << 17)}, checkpoint_id=tmp_path, async_stager=staging.DefaultStager()
+        )
+        # (torch tells the other future nothing of an error that is there before it looks.)
+        with pytest.raises(RuntimeError, match="the device is gone"):
+            response.upload_completion.result(timeout=30)
+    assert not (tmp_path / ".metadata").exists()

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training scripts that know nothing of ckpt_fast, with it and without: each resumes the other.
+
+With the real packages, two ranks and FSDP2 (`make test-frameworks`); skipped where they are not installed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.doors.dcp.test_installed import is_ours
+from tests.manifests import find_damage
+
+ROOT = Path(__file__).resolve().parents[2]
+# The package that it is for.
+EXAMPLES = {
+    "lightning_fabric.py": "lightning",
+    "lightning_trainer.py": "lightning",
+    "accelerate_fsdp2.py": "accelerate",
+    "torchtitan_manager.py": "torchtitan",
+    "torchtitan_manager.py --background": "torchtitan",
+}
+# Its staging needs a GPU, unless it is ours.
+OURS_ALONE = "torchtitan_manager.py --background"
+
+
+def train(example: str, directory: Path, *, with_ours: bool) -> dict[tuple[int, int], str]:
+    """Run two steps, and save the second; return the losses by step and rank."""
+    script, *options = example.split()
+    starter = ["-m", "ckpt_fast.run", "--no-megatron"] if with_ours else []
+    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node=2", *starter, f"examples/frameworks/{script}", *options]
+    ran = subprocess.run(
+        [*command, f"--directory={directory}", "--steps=2"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"},
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    lines = re.findall(r"rank (\d) step (\d+) loss ([\d.e+-]+)", ran.stdout)
+    return {(int(step), int(rank)): loss for rank, step, loss in lines}
+
+
+def checkpoints(directory: Path, step: int) -> list[Path]:
+    """Return the torch DCP checkpoints of a step: Accelerate makes two."""
+    found = [path.parent for path in directory.rglob(".metadata")]
+    return [
+        path
+        for path in found
+        if re.search(rf"\b(step-|dist_epoch_)?{step}\b", str(path.relative_to(directory)))
+    ]
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_each_resumes_the_other(example: str, tmp_path: Path) -> None:
+    """Both resume what ours has saved, save, and resume what the other has saved, with equal losses."""
+    if importlib.util.find_spec(EXAMPLES[example]) is None:
+        pytest.skip(f"{EXAMPLES[example]} is not installed")
+    stock = example.removesuffix(" --background") if example == OURS_ALONE else example
+    one, other = tmp_path / "one", tmp_path / "other"
+    assert len(train(example, one, with_ours=True)) == 4
+    shutil.copytree(one, other)
+    for step in (4, 6):
+        # The first pair reads files of ours; the second reads crosswise.
+        by_stock = train(stock, one, with_ours=False)
+        by_ours = train(example, other, with_ours=True)
+        assert by_stock == by_ours and {at for at, _ in by_ours} == {step - 1, step}
+        found = checkpoints(other, step)
+        assert found and {is_ours(path) for path in found} == {True}
+        assert [find_damage(str(path)) for path in found] == [[]] * len(found)
+        assert {is_ours(path) for path in checkpoints(one, step)} == {False}
+        one, other = other, one

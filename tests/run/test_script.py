@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m ckpt_fast.run``: a script that does not know of ckpt_fast, run as Python itself would."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+from tests.doors.dcp.test_installed import is_ours
+
+ROOT = Path(__file__).resolve().parents[2]
+STARTERS = {
+    "module": [sys.executable, "-W", "ignore", "-m", "ckpt_fast.run"],
+    "command": [sys.executable, "-W", "ignore", "-m", "ckpt_fast.cli", "run"],
+}
+SCRIPT = """
+import multiprocessing
+import os
+import sys
+
+import torch
+import torch.distributed.checkpoint as dcp
+
+import beside  # in the script's directory
+
+
+class Mine:
+    pass
+
+
+def child(queue):
+    queue.put(type(Mine()).__module__)
+
+
+def what_i_see():
+    import __main__
+    return {
+        "name": __name__,
+        "file": __file__,
+        "argv": sys.argv,
+        "path": sys.path[0],
+        "main": __main__.Mine is Mine and vars(__main__) is globals(),
+        "package": __package__,
+        "spec": __spec__ and __spec__.name,
+        "beside": beside.VALUE,
+        "dynamo": os.environ.get("TORCHDYNAMO_DISABLE"),
+    }
+
+
+if __name__ == "__main__":
+    import json
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=child, args=(queue,))
+    process.start()
+    seen = {**what_i_see(), "child": queue.get(timeout=60)}
+    process.join()
+    print(json.dumps(seen))
+    dcp.save({"w": torch.arange(5.0)}, checkpoint_id=sys.argv[-1])
+"""
+
+
+def call(command: list[str], directory: Path, code: int = 0, **more: str) -> Any:
+    environment = {name: value for name, value in os.environ.items() if name != "TORCHDYNAMO_DISABLE"}
+    done = subprocess.run(
+        command,
+        cwd=directory,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=200,
+        env={**environment, "PYTHONPATH": str(ROOT), **more},
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    directory = tmp_path / "scripts"
+    directory.mkdir()
+    (directory / "train.py").write_text(SCRIPT)
+    (directory / "beside.py").write_text("VALUE = 7\n")
+    return directory / "train.py"
+
+
+@pytest.mark.parametrize("starter", STARTERS)
+def test_a_script_sees_what_it_would_without(starter: str, script: Path, tmp_path: Path) -> None:
+    """All but the files that it writes."""
+    arguments = ["scripts/train.py", "--help", "-m", "--no-megatron", "saved"]
+    without = json.loads(call([sys.executable, "-W", "ignore", *arguments], tmp_path).stdout)
+    assert not is_ours(tmp_path / "saved")
+    seen = json.loads(call([*STARTERS[starter], "--no-megatron", *arguments], tmp_path).stdout)
+    assert seen == without and seen["argv"] == arguments and seen["child"] == "__mp_main__"
+    assert is_ours(tmp_path / "saved")
+    found = {"w": torch.zeros(5)}
+    dcp.load(found, checkpoint_id=tmp_path / "saved")
+    assert torch.equal(found["w"], torch.arange(5.0))
+
+
+@pytest.mark.parametrize("starter", STARTERS)
+def test_a_module(starter: str, script: Path) -> None:
+    package = script.parent / "package"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "__main__.py").write_text("import sys; print(__spec__.name, *sys.argv)")
+    script.rename(package / "train.py")
+    arguments = ["-m", "package.train", "--verbose", "saved"]
+    without = json.loads(call([sys.executable, "-W", "ignore", *arguments], script.parent).stdout)
+    seen = json.loads(call([*STARTERS[starter], "--no-megatron", *arguments], script.parent).stdout)
+    assert seen == without and seen["spec"] == "package.train"
+    assert is_ours(script.parent / "saved")
+    whole = call([*STARTERS[starter], "--no-megatron", "-m", "package", "-v"], script.parent).stdout
+    assert whole == f"package.__main__ {package / '__main__.py'} -v\n"
+
+
+@pytest.mark.parametrize("starter", STARTERS)
+@pytest.mark.parametrize(
+    ("text", "code", "said"),
+    [
+        ("raise SystemExit(7)", 7, ""),
+        ("raise SystemExit('stopped')", 1, "stopped\n"),
+        ("def step():\n    raise KeyError('lost')\nstep()", 1, ", line 2, in step\n"),
+        ("raise KeyboardInterrupt", 130, "KeyboardInterrupt"),
+        ("import click\nraise click.UsageError('theirs')", 1, "UsageError: theirs"),
+    ],
+)
+def test_how_a_script_ends(starter: str, text: str, code: int, said: str, tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(text)
+    # A process that an interrupt has ended tells its parent by the signal.
+    code = -2 if code == 130 else code
+    done = call([*STARTERS[starter], "--no-megatron", "train.py"], tmp_path, code)
+    assert said in done.stderr
+
+
+@pytest.mark.parametrize("starter", STARTERS)
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "which script"),
+        (["-m"], "which script"),
+        (["--fast", "train.py"], "unknown option --fast"),
+        (["missing.py"], "cannot open missing.py: No such file"),
+        (["-m", "no_such_module"], "there is no module no_such_module"),
+    ],
+)
+def test_wrong_use(starter: str, arguments: list[str], said: str, tmp_path: Path) -> None:
+    done = call([*STARTERS[starter], *arguments], tmp_path, 2)
+    assert said in done.stderr and "--help" in done.stderr
+
+
+@pytest.mark.parametrize("starter", STARTERS)
+def test_help(starter: str, tmp_path: Path) -> None:
+    assert "-m MODULE" in call([*STARTERS[starter], "--help"], tmp_path).stdout
+
+
+RANKS = """
+import sys
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+dist.init_process_group("gloo")
+mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+state = {"w": distribute_tensor(torch.arange(12.0).view(6, 2), mesh, [Shard(0)])}
+dcp.save(state, checkpoint_id=sys.argv[1])
+dist.destroy_process_group()
+"""
+
+
+def test_torchrun(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(RANKS)
+    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node=2", "-m", "ckpt_fast.run", "--no-megatron", "train.py", "saved"]
+    call(command, tmp_path, OMP_NUM_THREADS="1")
+    assert is_ours(tmp_path / "saved") and len(list((tmp_path / "saved").glob("*.distcp"))) == 2
+    found = {"w": torch.zeros(6, 2)}
+    dcp.load(found, checkpoint_id=tmp_path / "saved")
+    assert torch.equal(found["w"], torch.arange(12.0).view(6, 2))
