@@ -98,10 +98,12 @@ bench: $(A)/.installed ## benchmarks against the stock writers and readers
 	@PYTHONWARNINGS=ignore $(A)/bin/python -m benchmarks
 
 .PHONY: check
-check: $(A)/.requirements format-check-cpp ## linters, formatters and types
+check: $(A)/.requirements format-check-cpp ## linters, formatters and types, on Linux, macOS and Windows
 	$(A)/bin/ruff check
 	$(A)/bin/ruff format --check
 	$(A)/bin/mypy
+	$(A)/bin/mypy --platform darwin --cache-dir .mypy_cache/darwin
+	$(A)/bin/mypy --platform win32 --cache-dir .mypy_cache/win32
 
 .PHONY: venv
 venv: $(A)/.installed ## the environment of stack A, with the project in it

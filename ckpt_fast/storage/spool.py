@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Protocol, TypeVar
 
-from ckpt_fast import native, settings
+from ckpt_fast import native, settings, system
 from ckpt_fast.errors import CheckpointError, CheckpointWriteError, StorageError
 from ckpt_fast.format.types import FileRecord
 from ckpt_fast.jobs import finalizer
@@ -104,10 +104,9 @@ class Spool:
     def claim(self, nbytes: int) -> Claim:
         """Create the spool; what this rank will write there. From here on, time runs for the save."""
         self._deadline = time.monotonic() + settings.timeout_s()
-        status = os.statvfs(self.directory)
+        free, total = system.disk_space(self.directory)
         device = os.stat(self.directory).st_dev
-        free = status.f_bavail * status.f_frsize if status.f_blocks else None
-        return Claim(nbytes, f"{socket.gethostname()} {device}", free)
+        return Claim(nbytes, f"{socket.gethostname()} {device}", free if total else None)
 
     def prepare(self, claims: Sequence[Claim], *, replace: bool) -> None:
         """Look whether every spool has room for the ranks that share its file system; then invalidate.
