@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from ckpt_fast import native, settings, system
 from ckpt_fast.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
 from ckpt_fast.format.types import Extent, Runs
+from ckpt_fast.jobs import trace
 from ckpt_fast.jobs.worker import interruptibly
 from ckpt_fast.storage.files import Files
 
@@ -186,8 +187,14 @@ class ReadProgram:
             direct=direct,
             progress=progress,
         )
+
+        def read_shown() -> bytes:
+            facts = {"files": len(self._paths), "nbytes": self.nbytes, "direct": direct}
+            with trace.span("read", **facts), trace.rate("read", lambda: progress.nbytes):
+                return read()
+
         try:
-            return memoryview(interruptibly(read, progress.stop)).cast("q")
+            return memoryview(interruptibly(read_shown, progress.stop)).cast("q")
         except FileNotFoundError as error:
             raise CheckpointNotFoundError(
                 f"a data file of the checkpoint is gone: {error.strerror}. Restore it, or load an "
