@@ -107,6 +107,8 @@ check: $(A)/.requirements format-check-cpp ## linters, formatters and types, tho
 	$(A)/bin/ruff check
 	$(A)/bin/ruff format --check
 	$(A)/bin/mypy
+	$(A)/bin/mypy --platform darwin --cache-dir .mypy_cache/darwin
+	$(A)/bin/mypy --platform win32 --cache-dir .mypy_cache/win32
 	$(A)/bin/python scripts/check_snippets.py
 
 .PHONY: check-pyright

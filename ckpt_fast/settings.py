@@ -219,6 +219,12 @@ def metrics_file() -> str | None:
     return os.environ.get("CKPT_FAST_METRICS") or None
 
 
+def trace_file() -> str | None:
+    """``CKPT_FAST_TRACE`` (none): file to which each rank appends a timeline of its saves and loads, for
+    Perfetto or chrome://tracing."""
+    return os.environ.get("CKPT_FAST_TRACE") or None
+
+
 def verify_on_load() -> bool:
     """``CKPT_FAST_VERIFY`` (1): verify the checksums of everything that is read, including partially read
     items."""

@@ -43,6 +43,8 @@ static int meet(int fd, int writing) {
     return meet(fd, writing) ? -1 : original(__VA_ARGS__);              \
   }
 
+CALL(write, 1, (int fd, const void* bytes, size_t count), fd, bytes, count)
+CALL(read, 0, (int fd, void* bytes, size_t count), fd, bytes, count)
 CALL(pwritev, 1, (int fd, const struct iovec* parts, int count, off_t at), fd, parts, count, at)
 CALL(pwritev64, 1, (int fd, const struct iovec* parts, int count, off64_t at), fd, parts, count, at)
 CALL(pwrite, 1, (int fd, const void* bytes, size_t count, off_t at), fd, bytes, count, at)

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ckpt_fast import settings
+from ckpt_fast import settings, system
 
 if TYPE_CHECKING:
     from ckpt_fast.jobs.report import SaveReport
@@ -67,7 +67,8 @@ def range_of(step: str) -> contextlib.AbstractContextManager[Any]:
 def _append(path: str, rank: int, report: Any) -> None:
     """One line, in one write: the ranks may share the file."""
     record = {"time": time.time(), "rank": rank, **dataclasses.asdict(report)}
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | system.open_flags("O_CLOEXEC")
+    file = os.open(path, flags, 0o666)
     try:
         os.write(file, (json.dumps(record) + "\n").encode())
     finally:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ckpt_fast.doors.dcp.direct.background import SaveFuture, new_group
+from ckpt_fast.doors.dcp.direct.background import SaveFuture
 from ckpt_fast.doors.dcp.direct.functions import load, save_in_background
 from ckpt_fast.doors.dcp.reader import StrPath
 from ckpt_fast.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
@@ -38,7 +38,7 @@ class _Decisions:
     def ready(self, group: ControlGroup, process_group: dist.ProcessGroup | None) -> ControlGroup:
         """Collective, at the first call."""
         if self.group is None:
-            self.group = group if group.size == 1 else ControlGroup(new_group(process_group))
+            self.group = group if group.size == 1 else ControlGroup(new_control_group(process_group))
         return self.group
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -106,7 +107,13 @@ def _compiled_engine() -> ModuleType | None:
     try:
         return importlib.import_module("ckpt_fast.native._engine")
     except ImportError as error:
-        _logger.warning("ckpt_fast runs on its slow pure-Python fallback: %s", error)
+        # Elsewhere there is no engine, and nothing to do about it.
+        _logger.log(
+            logging.WARNING if sys.platform == "linux" else logging.DEBUG,
+            "ckpt_fast runs without its compiled engine (%s): its Python twin does the same, but slower. "
+            "Installing ckpt_fast where there is a C++17 compiler builds the engine.",
+            error,
+        )
         return None
 
 

@@ -18,6 +18,7 @@ from functools import partial
 
 import numpy as np
 
+from ckpt_fast import system
 from ckpt_fast.native import fallback_checks as checks
 from ckpt_fast.native.fallback_files import (
     Progress,
@@ -263,7 +264,7 @@ def _publish(partial: str, path: str, progress: Progress) -> None:
         progress.check("write", path)
     try:
         with named("rename", path):
-            os.rename(partial, path)
+            os.replace(partial, path)
     finally:
         progress.end_rename()
 
@@ -279,7 +280,8 @@ def _write_file(
     """Write one file as ``partial``, add its bytes to their ``streams`` and return its CRC."""
     progress.check("write", file.path)
     with named("open", file.path):
-        fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | system.open_flags("O_CLOEXEC")
+        fd = os.open(partial, flags, 0o666)
     try:
         crc, pieces, patches = 0, list(reversed(file.pieces)), list(reversed(file.patches))
         for begin in range(0, file.nbytes, chunk_bytes):
@@ -293,7 +295,7 @@ def _write_file(
         progress.check("write", file.path)
         if fsync:
             with named("fsync", file.path):
-                os.fsync(fd)
+                system.sync_file(fd)
         closing, fd = fd, -1
         try:
             with named("close", file.path):
@@ -344,4 +346,4 @@ def _write_fully(fd: int, image: bytearray, offset: int, path: str) -> None:
     done = 0
     while done < len(view):
         with named(f"write {len(view)} bytes at {offset} to", path):
-            done += os.pwrite(fd, view[done:], offset + done)
+            done += os.write(fd, view[done:])

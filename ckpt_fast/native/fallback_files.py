@@ -12,8 +12,10 @@ import zlib
 from array import array
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from io import FileIO
 from typing import TypeVar
 
+from ckpt_fast import system
 from ckpt_fast.native import fallback_checks as checks
 
 _STEP = 1 << 20
@@ -101,26 +103,29 @@ def read_file(
         crcs: gets the CRC-32 of each block touched.
     """
     with named("open", path):
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    try:
-        require_inside(os.fstat(fd), path, extents)
+        file = FileIO(path, opener=_open_at_once)
+    with file:
+        require_inside(os.fstat(file.fileno()), path, extents)
         blocks, unchecked = checks.divide(extents, ranges)
         for (begin, end, number), wanted in blocks.items():
-            crcs[number] = _read_block(fd, begin, end, wanted, path, progress)
+            crcs[number] = _read_block(file, begin, end, wanted, path, progress)
         for offset, nbytes, address in unchecked:
-            _read_fully(fd, memory(address, nbytes), offset, path, progress)
-    finally:
-        os.close(fd)
+            _read_fully(file, memory(address, nbytes), offset, path, progress)
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Open it even if it is a FIFO that nobody writes to."""
+    return os.open(path, flags | system.open_flags("O_NONBLOCK"))
 
 
 def _read_block(
-    fd: int, begin: int, end: int, wanted: list[checks.Extent], path: str, progress: Progress
+    file: FileIO, begin: int, end: int, wanted: list[checks.Extent], path: str, progress: Progress
 ) -> int:
     """Read [begin, end) once, to where parts of it are wanted; returns its CRC-32."""
     crc = 0
     for at in range(begin, end, _STEP):
         view = memoryview(bytearray(min(_STEP, end - at)))
-        _read_fully(fd, view, at, path, progress)
+        _read_fully(file, view, at, path, progress)
         crc = zlib.crc32(view, crc)
         for offset, nbytes, address in wanted:
             first, last = max(offset, at), min(offset + nbytes, at + len(view))
@@ -129,13 +134,14 @@ def _read_block(
     return crc
 
 
-def _read_fully(fd: int, view: memoryview, offset: int, path: str, progress: Progress) -> None:
+def _read_fully(file: FileIO, view: memoryview, offset: int, path: str, progress: Progress) -> None:
     nbytes, done = len(view), 0
     while done < nbytes:
         progress.check("read", path)
         with named(f"read {nbytes} bytes at {offset} from", path):
-            got = os.preadv(fd, [view[done : done + _STEP]], offset + done)
-        if got == 0:
+            file.seek(offset + done)
+            got = file.readinto(view[done : done + _STEP])
+        if not got:
             raise _file_ends(nbytes, offset, path, offset + done)
         progress.add(got)
         done += got

@@ -22,7 +22,7 @@ import re
 import secrets
 from collections.abc import Callable, Collection, Iterator, Mapping
 
-from ckpt_fast import native, settings
+from ckpt_fast import native, settings, system
 from ckpt_fast.errors import CheckpointError, CheckpointWriteError
 from ckpt_fast.format.manifest import split_manifest
 from ckpt_fast.format.names import DATA_SUFFIX, METADATA_FILE, SEAL_FILE, SIDECAR_FILE
@@ -106,19 +106,14 @@ def partial_files(directory: str, prefix: str) -> list[str]:
 
 def fsync_directory(path: str) -> None:
     """Make the names in a directory durable (a rename is not, until its directory is synced)."""
-    if not settings.fsync_enabled():
-        return
-    descriptor = os.open(path or ".", os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    if settings.fsync_enabled():
+        system.sync_directory(path or ".")
 
 
 def fsync(descriptor: int) -> None:
     """fsync unless the user has given durability up (``CKPT_FAST_FSYNC=0``)."""
     if settings.fsync_enabled():
-        os.fsync(descriptor)
+        system.sync_file(descriptor)
 
 
 def invalidate(directory: str, rank: int | None = None, *, sync_names: bool = True) -> None:

@@ -19,9 +19,10 @@ import secrets
 import shutil
 from collections.abc import Collection
 from functools import cache
-from pathlib import PurePath
+from pathlib import PurePosixPath
 from typing import Any
 
+from ckpt_fast import system
 from ckpt_fast.errors import CheckpointError, CheckpointWriteError
 from ckpt_fast.format.manifest import split_manifest
 from ckpt_fast.format.names import METADATA_FILE
@@ -65,8 +66,7 @@ def begin(directory: str, token: str | None = None) -> str | None:
         make_directory(parent)
         os.mkdir(path)
         if os.path.isdir(real):
-            with contextlib.suppress(OSError):
-                os.chown(path, -1, os.stat(real).st_gid)
+            system.give_group_of(path, real)
             shutil.copymode(real, path)
         # What lies in it may be all that there is of a position whose checkpoint has been exchanged already.
         fsync_directory(parent)
@@ -226,11 +226,11 @@ def _beside(directory: str, *kinds: str) -> list[str]:
 def _keep_foreign(left: str, names: Collection[str], directory: str) -> list[str]:
     """Bring what is of no checkpoint from ``left`` to ``directory``; returns what could not be brought."""
     recorded, own = _recorded(left), seals_among(names)
-    folders = {str(parent) for path in recorded for parent in PurePath(path).parents} - {"."}
+    folders = {str(parent) for path in recorded for parent in PurePosixPath(path).parents} - {"."}
     stuck = []
     for parent, inner, files in os.walk(left):
-        below = os.path.relpath(parent, left)
-        prefix = "" if below == "." else below + os.sep
+        below = os.path.relpath(parent, left).replace(os.sep, "/")
+        prefix = "" if below == "." else f"{below}/"
         for name in [*files, *inner]:
             path, is_top = prefix + name, not prefix
             target = os.path.join(directory, path)
@@ -309,7 +309,7 @@ def _move_into(directory: str, new: str, error: OSError) -> None:
 @cache
 def _renameat2() -> Any:
     """The function of the C library; None where it has none."""
-    return getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    return getattr(system.c_library(), "renameat2", None)
 
 
 def _is_mount_point(path: str) -> bool:

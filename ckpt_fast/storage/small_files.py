@@ -7,6 +7,7 @@ import errno
 import os
 import stat
 
+from ckpt_fast import system
 from ckpt_fast.errors import CheckpointCorruptError
 
 # No metadata, state of a data loader or object of a known run comes near.
@@ -14,7 +15,7 @@ LARGEST_FILE = 4 << 30
 # Trackers, seals, configurations: what people could have written.
 LARGEST_TEXT = 16 << 20
 
-_OPENING = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+_OPENING = os.O_RDONLY | system.open_flags("O_CLOEXEC", "O_NONBLOCK", "O_NOCTTY")
 _KINDS = {
     stat.S_IFDIR: "directory",
     stat.S_IFIFO: "FIFO",
@@ -67,10 +68,10 @@ def ends_so(path: str | os.PathLike[str], nbytes: int, ending: bytes) -> bool:
     except OSError:
         return False
     try:
-        return (
-            os.fstat(descriptor).st_size == nbytes
-            and os.pread(descriptor, len(ending), nbytes - len(ending)) == ending
-        )
+        if os.fstat(descriptor).st_size != nbytes:
+            return False
+        os.lseek(descriptor, -len(ending), os.SEEK_END)
+        return os.read(descriptor, len(ending)) == ending
     except OSError:
         return False
     finally:

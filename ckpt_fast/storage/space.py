@@ -8,7 +8,7 @@ import errno
 import os
 import re
 
-from ckpt_fast import settings
+from ckpt_fast import settings, system
 from ckpt_fast.errors import CheckpointWriteError
 from ckpt_fast.storage.commit import is_payload
 
@@ -76,10 +76,10 @@ def _free_nbytes(directory: str) -> int | None:
     while not os.path.isdir(existing) and existing != os.path.dirname(existing):
         existing = os.path.dirname(existing)
     try:
-        status = os.statvfs(existing)
+        free, total = system.disk_space(existing)
     except OSError:
         return None  # preparing the directory says better what is wrong with it
-    return status.f_bavail * status.f_frsize if status.f_blocks else None
+    return free if total else None
 
 
 def _replaced_nbytes(directory: str) -> int:
@@ -87,7 +87,7 @@ def _replaced_nbytes(directory: str) -> int:
     with contextlib.suppress(OSError), os.scandir(directory) as entries:
         for entry in entries:
             if is_payload(entry.name):
-                status = entry.stat()
+                status = os.stat(entry.path)  # on Windows, the entry itself does not know the links
                 # A backup made of hard links keeps what has another name.
                 nbytes += status.st_size if status.st_nlink == 1 else 0
     return nbytes

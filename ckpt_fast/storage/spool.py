@@ -20,10 +20,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Protocol, TypeVar
 
-from ckpt_fast import native, settings
+from ckpt_fast import native, settings, system
 from ckpt_fast.errors import CheckpointError, CheckpointWriteError, StorageError
 from ckpt_fast.format.types import FileRecord
-from ckpt_fast.jobs import finalizer
+from ckpt_fast.jobs import finalizer, trace
 from ckpt_fast.storage import commit
 from ckpt_fast.storage.files import Claim
 from ckpt_fast.storage.patience import Judge, PlainJudge, insist
@@ -104,10 +104,9 @@ class Spool:
     def claim(self, nbytes: int) -> Claim:
         """Create the spool; what this rank will write there. From here on, time runs for the save."""
         self._deadline = time.monotonic() + settings.timeout_s()
-        status = os.statvfs(self.directory)
+        free, total = system.disk_space(self.directory)
         device = os.stat(self.directory).st_dev
-        free = status.f_bavail * status.f_frsize if status.f_blocks else None
-        return Claim(nbytes, f"{socket.gethostname()} {device}", free)
+        return Claim(nbytes, f"{socket.gethostname()} {device}", free if total else None)
 
     def prepare(self, claims: Sequence[Claim], *, replace: bool) -> None:
         """Look whether every spool has room for the ranks that share its file system; then invalidate.
@@ -150,8 +149,9 @@ class Spool:
             path, put = os.path.join(self.directory, file.path), self._remote.put
             request = functools.partial(put, file.path, path)
             try:
-                with self._failures(f"upload {file.path} to"):
-                    self._insist(f"upload {file.path} to", request, go_on)
+                what = f"upload {file.path} to"
+                with self._failures(what), trace.span("upload", file=file.path, nbytes=file.nbytes):
+                    self._insist(what, request, go_on)
             except CheckpointWriteError:
                 self._require(go_on)
                 raise
@@ -202,7 +202,8 @@ class Spool:
                 continue
             try:
                 os.makedirs(os.path.dirname(path), exist_ok=True)
-                self._insist(f"fetch {name} of", functools.partial(self._remote.get, name, path))
+                with trace.span("fetch", file=name):
+                    self._insist(f"fetch {name} of", functools.partial(self._remote.get, name, path))
             except FileNotFoundError:
                 continue
             except Exception as error:

@@ -2,14 +2,14 @@
 """The directory of a spool: locked while its process lives, so that whoever finds it knows whether it does.
 
 The lock is the kernel's (``flock`` of the directory): it ends with the process, however that ends, and cannot
-be mistaken for that of another process with the same id.
+be mistaken for that of another process with the same id. Windows locks no directories: what a killed process
+has left there stays.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import logging
 import os
 import re
@@ -17,13 +17,16 @@ import secrets
 import shutil
 import socket
 import stat
+import sys
+
+from ckpt_fast import system
 
 logger = logging.getLogger(__name__)
 
 # Somebody may be removing what has just been made, and is not locked yet.
 _ATTEMPTS = 100
 # A spool must be made where locks do not work, too; nobody sweeps there.
-_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.EBADF)
+_NO_LOCKS = system.error_numbers("ENOLCK", "ENOTSUP", "ENOSYS", "EINVAL", "EBADF")
 
 
 class SpoolDirectory:
@@ -50,9 +53,11 @@ class SpoolDirectory:
             self._path = os.path.join(self._parent, f"{_prefix()}{secrets.token_hex(8)}")
             os.mkdir(self._path, 0o700)
             with contextlib.suppress(FileNotFoundError):
-                self._lock = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                self._lock = system.open_directory(self._path)
+                if self._lock is None:
+                    return self._path
                 try:
-                    fcntl.flock(self._lock, fcntl.LOCK_SH)
+                    system.lock(self._lock, exclusively=False)
                 except OSError as error:
                     if error.errno not in _NO_LOCKS:
                         raise
@@ -100,16 +105,18 @@ def _is_own(entry: os.DirEntry[str]) -> bool:
         status = entry.stat(follow_symlinks=False)
     except OSError:
         return False
-    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid()
+    return stat.S_ISDIR(status.st_mode) and (sys.platform == "win32" or status.st_uid == os.getuid())
 
 
 def _remove_if_left(path: str) -> bool:
     try:
-        lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        lock = system.open_directory(path)
     except OSError:
         return False
+    if lock is None:
+        return False
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        system.lock(lock, exclusively=True)
         shutil.rmtree(path, ignore_errors=True)
     except OSError:  # somebody's lock, or there are no locks
         return False

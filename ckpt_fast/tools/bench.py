@@ -7,6 +7,7 @@ import gc
 import os
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 import warnings
@@ -37,7 +38,7 @@ class Measured:
     """One contestant at one task.
 
     Attributes:
-        task: "save" (until durable) or "load" (with a cold page cache).
+        task: "save" (until durable) or "load" (with a cold page cache, on Linux).
         contestant: "limit" writes and reads the same bytes as one file, and no checkpoint.
         seconds: one for each round.
         nbytes: that a round moves.
@@ -205,12 +206,13 @@ _CONTESTANTS: tuple[Contestant, ...] = ("limit", "ckpt_fast", "torch DCP")
 
 
 def _drop_from_page_cache(directory: str) -> None:
-    """What was read or written through the page cache is read from the storage again."""
-    for entry in os.scandir(directory):
-        if entry.is_file():
-            descriptor = os.open(entry.path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            finally:
-                os.close(descriptor)
+    """What was read or written through the page cache is read from the storage again, on Linux."""
+    if sys.platform == "linux":
+        for entry in os.scandir(directory):
+            if entry.is_file():
+                descriptor = os.open(entry.path, os.O_RDONLY)
+                try:
+                    os.fsync(descriptor)
+                    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+                finally:
+                    os.close(descriptor)

@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import resource
 import shutil
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from typing import Literal
 
 import torch
 
-from ckpt_fast import native, settings
+from ckpt_fast import native, settings, system
 from ckpt_fast.format.types import readable
 from ckpt_fast.storage import replacement
 from ckpt_fast.storage.space import file_system_of
@@ -105,6 +104,8 @@ def _engine() -> Iterator[Finding]:
     is_native = name.endswith("_engine")
     if is_native:
         yield Finding(section, "engine", f"native ({name})")
+    elif sys.platform != "linux":
+        yield Finding(section, "engine", name, "note", "the compiled engine, which is faster, is for Linux")
     elif not settings.native_enabled():
         yield Finding(section, "engine", name, "slow", "unset CKPT_FAST_NATIVE=0")
     else:
@@ -137,37 +138,40 @@ def _engine() -> Iterator[Finding]:
 
 def _machine() -> Iterator[Finding]:
     section = "machine"
-    cores = len(os.sched_getaffinity(0))
-    yield Finding(section, "cores", f"{cores} of {os.cpu_count()} may be used")
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    yield Finding(section, "memory", readable(total))
-    yield _cgroup_memory(section)
-    yield _huge_pages(section)
+    yield Finding(section, "cores", f"{system.usable_cores()} of {os.cpu_count()} may be used")
+    total = system.memory_nbytes()
+    yield Finding(section, "memory", readable(total) if total is not None else "not known")
+    if sys.platform == "linux":
+        yield _cgroup_memory(section)
+        yield _huge_pages(section)
+    if sys.platform != "win32":
+        yield from _limits(section, total or 0)
+
+
+def _limits(section: str, memory: int) -> Iterator[Finding]:
     yield _limit(
         section,
         "open files",
-        resource.RLIMIT_NOFILE,
+        "RLIMIT_NOFILE",
         lambda soft: soft < _FEW_FILES,
         f"raise it to {_FEW_FILES} or more (ulimit -n): a load opens every file of a checkpoint",
     )
     yield _limit(
         section,
         "locked memory",
-        resource.RLIMIT_MEMLOCK,
-        lambda soft: torch.cuda.is_available() and soft < total // 4,
+        "RLIMIT_MEMLOCK",
+        lambda soft: torch.cuda.is_available() and soft < memory // 4,
         "raise it (ulimit -l unlimited): copies from GPUs go through page-locked memory",
     )
-    yield _limit(
-        section, "file size", resource.RLIMIT_FSIZE, lambda _: True, "raise it (ulimit -f unlimited)"
-    )
+    yield _limit(section, "file size", "RLIMIT_FSIZE", lambda _: True, "raise it (ulimit -f unlimited)")
 
 
-def _limit(section: str, name: str, which: int, is_low: Callable[[int], bool], remedy: str) -> Finding:
-    soft, _ = resource.getrlimit(which)
-    if soft == resource.RLIM_INFINITY:
+def _limit(section: str, name: str, which: str, is_low: Callable[[int], bool], remedy: str) -> Finding:
+    soft = system.soft_limit(which)
+    if soft is None:
         return Finding(section, name, "unlimited")
     low = is_low(soft)
-    value = readable(soft) if which != resource.RLIMIT_NOFILE else str(soft)
+    value = readable(soft) if which != "RLIMIT_NOFILE" else str(soft)
     return Finding(section, name, value, "note" if low else "ok", remedy if low else "")
 
 
@@ -223,9 +227,8 @@ def _storage(directory: str) -> Iterator[Finding]:
         level, remedy = "note", "local disks are faster; for background saves that hardly matters"
     elif kind == "overlay":
         level, remedy = "note", "it is the container's own layer: mount a volume for checkpoints"
-    yield Finding(section, "file system", f"{kind} ({device})", level, remedy)
-    status = os.statvfs(directory)
-    free, size = (blocks * status.f_frsize for blocks in (status.f_bavail, status.f_blocks))
+    yield Finding(section, "file system", f"{kind} ({device})" if kind else "not known", level, remedy)
+    free, size = system.disk_space(directory)
     yield Finding(section, "free space", f"{readable(free)} of {readable(size)}")
     if not os.access(directory, os.W_OK | os.X_OK):
         yield Finding(section, "writable", "no", "broken", "give this user the right to write there")
@@ -237,7 +240,8 @@ def _trial(section: str, directory: str) -> Iterator[Finding]:
     """What only trying tells."""
     try:
         with tempfile.TemporaryDirectory(prefix=".ckpt_fast-doctor-", dir=directory) as place:
-            yield _direct(section, place)
+            if sys.platform == "linux":
+                yield _direct(section, place)
             names = [os.path.join(place, name) for name in ("a", "b")]
             for name in names:
                 os.mkdir(name)
@@ -248,7 +252,8 @@ def _trial(section: str, directory: str) -> Iterator[Finding]:
 
 def _direct(section: str, place: str) -> Finding:
     try:
-        descriptor = os.open(os.path.join(place, "file"), os.O_RDWR | os.O_CREAT | os.O_DIRECT)
+        flags = os.O_RDWR | os.O_CREAT | system.open_flags("O_DIRECT")
+        descriptor = os.open(os.path.join(place, "file"), flags)
     except OSError:
         return Finding(
             section, "O_DIRECT", "not supported", "note", "reads and writes go through the page cache"

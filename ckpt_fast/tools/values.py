@@ -15,18 +15,20 @@ from typing import Any
 import numpy as np
 import torch
 
+from ckpt_fast import system
+
 # Elements that are looked at together, in float64.
 _CHUNK = 1 << 20
 _MOST_SHOWN = 60
 
-_libc = ctypes.CDLL(None)
-_libc.memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+_memcmp = system.c_library().memcmp
+_memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 
 
 def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether two contiguous CPU tensors of one dtype and shape have the same bytes."""
     nbytes = one.numel() * one.itemsize
-    return bool(_libc.memcmp(one.data_ptr(), other.data_ptr(), nbytes) == 0)
+    return bool(_memcmp(one.data_ptr(), other.data_ptr(), nbytes) == 0)
 
 
 @dataclass

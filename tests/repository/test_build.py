@@ -41,21 +41,29 @@ def tree(tmp_path: Path) -> Path:
     return tree
 
 
-def setup(tree: Path, *arguments: str, cuda: bool) -> str:
-    """Run ``setup.py``; return what it printed."""
+def run_setup(tree: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run ``setup.py`` with the fake compilers on the path, and the variables of a build as they are here."""
     path = os.pathsep.join([str(tree.parent / "bin"), os.environ["PATH"]])
-    environment = {**os.environ, "PATH": path, "CXX": "c++"}
-    environment.pop("CKPT_FAST_CUDA", None)
-    done = subprocess.run(
+    environment = {**os.environ, "PATH": path}
+    for name in ("CKPT_FAST_CUDA", "CKPT_FAST_NATIVE", "CXX"):
+        environment.pop(name, None)
+    return subprocess.run(
         [sys.executable, "-W", "ignore", "setup.py", *arguments],
         cwd=tree,
-        env=environment if cuda else {**environment, "CKPT_FAST_CUDA": "0"},
+        env={**environment, **variables},
         capture_output=True,
         text=True,
         check=False,
     )
+
+
+def setup(tree: Path, *arguments: str, cuda: bool = True, **variables: str) -> str:
+    """``run_setup``, which succeeds; return what it printed."""
+    if not cuda:
+        variables["CKPT_FAST_CUDA"] = "0"
+    done = run_setup(tree, *arguments, **variables)
     assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    return done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(("cuda", "version"), [(True, f"{RELEASE}+cu128"), (False, RELEASE)])
@@ -82,6 +90,42 @@ def test_a_build_without_cuda_leaves_what_lies_in_the_source_tree(tree: Path) ->
         setup(tree, "--quiet", "build_ext", "--inplace", cuda=cuda)
         built = {path.name.split(".")[0] for path in (tree / "ckpt_fast" / "native").glob("*.so")}
         assert built == {"_engine", "_cuda"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "reason"),
+    [
+        ({"PATH": ""}, "no C++ compiler (c++) on PATH"),
+        ({"CKPT_FAST_NATIVE": "0"}, "CKPT_FAST_NATIVE=0"),
+    ],
+)
+def test_without_a_compiler_the_wheel_is_pure_python(
+    tree: Path, variables: dict[str, str], reason: str
+) -> None:
+    """From a tree where it was compiled before, and which says why in one line."""
+    setup(tree, "--quiet", "build_ext", "--inplace")
+    setup(tree, "--quiet", "bdist_wheel", "--dist-dir", str(tree.parent / "compiled"))
+    printed = setup(tree, "--quiet", "bdist_wheel", "--dist-dir", str(tree.parent / "pure"), **variables)
+    said = [line for line in printed.splitlines() if line.startswith("ckpt_fast: ")]
+    assert said == [f"ckpt_fast: building in pure Python, slower than with the engine: {reason}"]
+    (wheel,) = (tree.parent / "pure").iterdir()
+    assert wheel.name == f"ckpt_fast-{RELEASE}-py3-none-any.whl"
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "ckpt_fast/native/fallback.py" in names
+    assert [name for name in names if name.endswith(".so")] == []
+
+
+def test_a_compiler_that_was_asked_for_must_be_there(tree: Path) -> None:
+    ran = run_setup(tree, "--version", CXX="no-such-compiler -O2")
+    assert ran.returncode != 0
+    assert "there is no CXX=no-such-compiler -O2; CKPT_FAST_NATIVE=0 builds without one" in ran.stderr
+
+
+def test_the_compiler_may_be_a_command_with_arguments(tree: Path) -> None:
+    shutil.copy(tree.parent / "bin" / "c++", tree.parent / "bin" / "ccache")
+    setup(tree, "--quiet", "build_ext", "--inplace", CXX="ccache c++ -m64")
+    assert "c++ -m64" in next((tree / "build").glob("ninja*/build.ninja")).read_text()
+    assert list((tree / "ckpt_fast" / "native").glob("_engine.*.so")) != []
 
 
 def test_an_sdist_has_no_cuda_version(tree: Path) -> None:

@@ -20,7 +20,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # Lowest first. A module imports from its own layer and from those below it.
 LAYERS = [
-    {"errors", "once", "settings"},
+    {"errors", "once", "settings", "system"},
     {"native"},
     {"version"},
     {"format"},
@@ -123,7 +123,7 @@ def test_packages_are_imported_in_their_homes_only() -> None:
     assert strays == []
 
 
-@pytest.mark.parametrize("part", ["native", "errors", "settings"])
+@pytest.mark.parametrize("part", ["native", "errors", "settings", "system"])
 def test_the_lowest_layers_do_not_know_torch(part: str) -> None:
     for path in MODULES:
         if part_of(path) == part:

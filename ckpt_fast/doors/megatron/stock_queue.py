@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import sys
 import tempfile
 import time
 import weakref
@@ -48,7 +49,8 @@ class Flag:
     def set(self) -> None:
         """The save is written. May be called again, and after ``remove``."""
         with contextlib.suppress(IndexError), self._files.pop() as file:
-            os.pwrite(file.fileno(), b"\1", 0)
+            file.seek(0)
+            file.write(b"\1")
 
     def remove(self) -> None:
         """Release anyone who is still waiting for the flag."""
@@ -138,10 +140,12 @@ def wait_until_written(flag: str, writer: int) -> None:
 
 
 def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
+    # On Windows the question would be a Ctrl-C; there the processes of the queues end with their owner.
+    if sys.platform != "win32":
+        try:
+            os.kill(process, 0)
+        except ProcessLookupError:
+            return False
+        except PermissionError:
+            pass
     return True

@@ -15,6 +15,7 @@ from ckpt_fast import settings
 from ckpt_fast.errors import CheckpointCorruptError, CheckpointMismatchError
 from ckpt_fast.format.archive import ALIGNMENT
 from ckpt_fast.format.types import Extent, TensorRequest
+from ckpt_fast.jobs import trace
 from ckpt_fast.pipeline.load.checks import Checks
 from ckpt_fast.pipeline.load.decode import decode_object, undo_transforms
 from ckpt_fast.pipeline.load.index import CheckpointIndex, RawData
@@ -92,6 +93,7 @@ class PreparedLoad:
         }
 
 
+@trace.traced("plan")
 @without_collections
 def prepare(
     index: CheckpointIndex,
@@ -188,8 +190,7 @@ def _cut_waves(wanted: Iterable[_Wanted], limit: int) -> list[list[_Wanted]]:
 class _Reader:
     """Parts and objects on their way out of the files.
 
-    What cannot be read in place (other dtypes, other devices, strided memory) lands in a host buffer first.
-    It goes in waves, so that the buffer is small whatever the parts are together.
+    What cannot be read in place (other dtypes, devices, strides) goes through a small host buffer, in waves.
     """
 
     def __init__(self, index: CheckpointIndex, report: LoadReport, verify: bool) -> None:
@@ -282,7 +283,7 @@ class _Wave:
         if rows is not None and self._verify:
             rows.compare(crcs)
         self._checks.compare(crcs)
-        with torch.no_grad():
+        with torch.no_grad(), trace.span("place", tensors=len(self._copies) + len(self._whole)):
             for destination, source in self._copies:
                 destination.copy_(source, non_blocking=True)
             for handle, parts in self._whole.values():

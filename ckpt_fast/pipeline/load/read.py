@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import errno
 import functools
 import heapq
 import mmap
@@ -16,16 +15,17 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ckpt_fast import native, settings
+from ckpt_fast import native, settings, system
 from ckpt_fast.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
 from ckpt_fast.format.types import Extent, Runs
+from ckpt_fast.jobs import trace
 from ckpt_fast.jobs.worker import interruptibly
 from ckpt_fast.storage.files import Files
 
 # Reserving so much for nothing does no harm; .metadata may be damaged and name any lengths.
 _TRUSTED_NBYTES = 1 << 20
 # What a file, not this process, is to blame for.
-_DAMAGE = (errno.EIO, errno.EISDIR, errno.ENOTDIR, errno.EBADMSG, errno.EUCLEAN, errno.ENODATA)
+_DAMAGE = system.error_numbers("EIO", "EISDIR", "ENOTDIR", "EBADMSG", "EUCLEAN", "ENODATA")
 # Many small reads share a block of this length.
 _BLOCK_NBYTES = 64 << 10
 # Of this many extents the page cache is asked.
@@ -190,8 +190,14 @@ class ReadProgram:
             direct=direct,
             progress=progress,
         )
+
+        def read_shown() -> bytes:
+            facts = {"files": len(self._paths), "nbytes": self.nbytes, "direct": direct}
+            with trace.span("read", **facts), trace.rate("read", lambda: progress.nbytes):
+                return read()
+
         try:
-            return memoryview(interruptibly(read, progress.stop)).cast("q")
+            return memoryview(interruptibly(read_shown, progress.stop)).cast("q")
         except FileNotFoundError as error:
             raise CheckpointNotFoundError(
                 f"a data file of the checkpoint is gone: {error.strerror}. Restore it, or load an "
@@ -212,15 +218,19 @@ class ReadProgram:
 def _is_cached(path: str, offset: int) -> bool:
     """Whether the page cache has the page at ``offset``.
 
-    To the owner of the file, and to those who may write to it, the kernel tells; to others it says yes.
+    To the owner of the file, and to those who may write to it, the kernel tells; to others it says yes, and
+    so does this where there is no such question (Windows).
     Unlike a read that does not wait, the question brings no page in.
     """
-    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    mincore = getattr(system.c_library(), "mincore", None)
+    if mincore is None:
+        return True
+    file = os.open(path, os.O_RDONLY | system.open_flags("O_CLOEXEC", "O_NONBLOCK"))
     try:
         begin = offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
         with mmap.mmap(file, mmap.PAGESIZE, access=mmap.ACCESS_COPY, offset=begin) as page:
             at, resident = ctypes.c_char.from_buffer(page), ctypes.c_ubyte()
-            asked = ctypes.CDLL(None, use_errno=True).mincore(
+            asked = mincore(
                 ctypes.c_void_p(ctypes.addressof(at)), ctypes.c_size_t(mmap.PAGESIZE), ctypes.byref(resident)
             )
             del at  # or the mapping could not be closed

@@ -16,6 +16,7 @@ of them take a few launches and one transfer. That makes them safe in every mode
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from typing import Any
 import torch
 
 from ckpt_fast import settings
+from ckpt_fast.jobs import trace
 from ckpt_fast.once import first_time
 from ckpt_fast.pipeline.memory import gpu
 
@@ -65,6 +67,8 @@ class DeviceCopies:
     def __init__(self) -> None:
         self._events: list[tuple[gpu.Gpu, Any]] = []
         self._kept: list[torch.Tensor] = []
+        # For a timeline: device, row, beginning and end of a batch of copies, bytes.
+        self._shown: list[tuple[gpu.Gpu, str, Any, Any, int]] = []
 
     def enqueue(
         self,
@@ -107,6 +111,15 @@ class DeviceCopies:
         for device, event in self._events:
             device.wait_for(event)
         self._kept.clear()
+        self._show()
+
+    def _show(self) -> None:
+        timeline = trace.current() if self._shown else None
+        with contextlib.suppress(IndexError):  # another thread may do the same
+            while timeline is not None:
+                device, row, begin, end, nbytes = self._shown.pop()
+                times = device.time_of(begin), device.time_of(end)
+                timeline.add(row, "copy to host memory", *times, {"nbytes": nbytes})
 
     @property
     def are_done(self) -> bool:
@@ -141,7 +154,12 @@ class DeviceCopies:
         stream = device.current if in_order else device.side
         if not in_order:
             device.order_behind(device.side, device.record(device.current))
+        begin = device.mark(stream) if trace.current() is not None else None
         device.copy_to_host(tensors, slots, stream)
+        if begin is not None:
+            row = f"{tensors[0].device}, {'stream of training' if in_order else 'side stream'}"
+            nbytes = sum(slot.numel() for slot in slots)
+            self._shown.append((device, row, begin, device.mark(stream), nbytes))
         self._events.append((device, device.record(stream)))
         # A tensor's memory goes back to torch's allocator with its last reference, whatever still reads it.
         self._kept.extend(tensors)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import time
 from array import array
 from collections.abc import Sequence
 from typing import Any
@@ -34,6 +35,26 @@ class Gpu:
         event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         event.record(stream)
         return event
+
+    def mark(self, stream: Any) -> Any:
+        """``record``, for a timeline: ``time_of`` tells when the event came."""
+        _ = self._reference
+        event = torch.cuda.Event(blocking=True, enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record(stream)
+        return event
+
+    def time_of(self, mark: Any) -> float:
+        """When a mark that has come did so, on the clock of ``time.perf_counter``."""
+        event, seconds = self._reference
+        return float(seconds + event.elapsed_time(mark) / 1e3)
+
+    @functools.cached_property
+    def _reference(self) -> tuple[Any, float]:
+        """One moment on both clocks. On a stream with nothing to do, so that nobody waits for long."""
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.Stream(self._device))  # type: ignore[no-untyped-call]
+        event.synchronize()
+        return event, time.perf_counter()
 
     def order_behind(self, stream: Any, event: Any) -> None:
         """Make everything enqueued on ``stream`` from now on wait for the event."""

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from ckpt_fast import native, settings
+from ckpt_fast import native, settings, system
 from ckpt_fast.errors import CheckpointError
 from ckpt_fast.once import first_time
 
@@ -29,7 +29,6 @@ logger = logging.getLogger(__name__)
 
 _HUGE_PAGE = 2 << 20
 _LOOK_AGAIN_S = 0.005  # of what takes a write of megabytes
-_MADV_WIPEONFORK = 18  # of Linux; Python has no name for it
 
 
 class HostBuffer:
@@ -52,16 +51,12 @@ class HostBuffer:
         self.is_new = True
         self.is_let_go = False
         try:
-            self._mapping = mmap.mmap(-1, nbytes + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            self._mapping = system.anonymous_memory(nbytes + _HUGE_PAGE)
         except OSError as error:
             raise CheckpointError(
                 f"cannot reserve {nbytes} bytes of host memory for a snapshot: {error.strerror}. Bound it "
                 "with CKPT_FAST_HOST_BUFFER, or save without async_save."
             ) from error
-        # A data loader's worker, forked while this exists, gets zeros instead of sharing the pages. Sharing
-        # would cost the next snapshot a copy of every page, and the memory twice as long as the worker lives.
-        self._advise(_MADV_WIPEONFORK)
-        self._advise(getattr(mmap, "MADV_HUGEPAGE", None))
         base = ctypes.addressof(ctypes.c_char.from_buffer(self._mapping))
         self._start = -base % _HUGE_PAGE
         self._shown: mmap.mmap | memoryview = self._mapping
@@ -96,12 +91,6 @@ class HostBuffer:
             yield
         finally:
             self._shown = self._mapping
-
-    def _advise(self, advice: int | None) -> None:
-        # Kernels without huge pages, or older than the advice, refuse it: then it is not to be had.
-        if advice is not None:
-            with contextlib.suppress(OSError):
-                self._mapping.madvise(advice)
 
     def _touch(self) -> None:
         """Write to every page, with all threads: several times as fast as page-locking untouched memory."""

@@ -18,7 +18,7 @@ from ckpt_fast.errors import CheckpointWriteError
 from ckpt_fast.format.columns.records import WorldRecord
 from ckpt_fast.format.manifest import Manifest, file_record, new_save_id
 from ckpt_fast.format.types import FileRecord, RankRecord
-from ckpt_fast.jobs import progress, untold
+from ckpt_fast.jobs import progress, trace, untold
 from ckpt_fast.jobs.publishing import PublishedJob, Publishing
 from ckpt_fast.jobs.report import SaveReport
 from ckpt_fast.jobs.worker import LEAVE_S, Worker
@@ -97,7 +97,7 @@ class Save(PublishedJob[tuple[bool, float]]):
                 beforehand (settings, options, room, a save to the same directory that is not over), an older
                 checkpoint is as before.
         """
-        with self._abandoned_if_left():
+        with self._abandoned_if_left(), trace.span("save", directory=self.directory):
             with self.report.timed("prepare"):
                 self._prepare()
             outcome = self._group.attempt(self._stage_shards)
@@ -158,6 +158,7 @@ class Save(PublishedJob[tuple[bool, float]]):
         watched = self._group.is_coordinator and not self.is_written()
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._abandoned_if_left())
+            stack.enter_context(trace.span("wait for the writes"))
             if watched:
                 stack.enter_context(progress.shown(self.directory, lambda: self.progress))
             outcome = self._group.attempt(lambda: self._finish_writing(timeout_s))
@@ -183,7 +184,8 @@ class Save(PublishedJob[tuple[bool, float]]):
         """Local. All that can be refused, before anything of an older checkpoint is touched."""
         chosen, options = Settings.read(), self._options
         assert self._collect is not None, "a save is staged once"
-        self._share, self._collect = self._collect(), None
+        with trace.span("collect"):
+            self._share, self._collect = self._collect(), None
         if self._share.files is not None:
             self._files = self._share.files
         policy = options.staging or StagingPolicy(chosen.staging_mode)
@@ -322,7 +324,7 @@ class Save(PublishedJob[tuple[bool, float]]):
         self, world: WorldRecord | None, sealed: SealedMetadata | None
     ) -> tuple[bool, float]:
         assert world is not None
-        with self._hold.at_work("publish"):
+        with self._hold.at_work("publish"), trace.span("publish", directory=self.directory):
             return self._publish(world, sealed)
 
     def _publish(self, world: WorldRecord, sealed: SealedMetadata | None) -> tuple[bool, float]:

@@ -13,6 +13,7 @@ from dataclasses import replace
 from ckpt_fast import native
 from ckpt_fast.errors import CheckpointError, CheckpointWriteError
 from ckpt_fast.format.types import RankRecord, Shard, shard_nbytes
+from ckpt_fast.jobs import trace
 from ckpt_fast.jobs.job import too_late
 from ckpt_fast.jobs.report import SaveReport
 from ckpt_fast.jobs.worker import LEAVE_S, Worker
@@ -288,8 +289,8 @@ class Waves:
             staged.wait()
         with self._report.timed("encode"):
             program = encode()
-        with self._report.timed("write"):
-            with self._files.named():
+        with self._report.timed("write", files=len(program.paths), nbytes=sum(program.file_nbytes)):
+            with self._files.named(), trace.rate("written", lambda: self.progress.nbytes):
                 written, digests = write(
                     program, self._files.directory, self._settings, self.progress, self._files.durable
                 )

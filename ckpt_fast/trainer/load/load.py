@@ -19,6 +19,7 @@ from ckpt_fast.errors import (
 )
 from ckpt_fast.glu.layout import _is_model_section, contiguous_chunks, reorder_late, sizes_to_undo
 from ckpt_fast.glu.model import _get_model_glu_interleave_sizes
+from ckpt_fast.jobs import trace
 from ckpt_fast.jobs.background import wait_staged
 from ckpt_fast.pipeline.load.report import one_load
 from ckpt_fast.ranks.world import (
@@ -75,6 +76,7 @@ from ckpt_fast.trainer.places.locate import (
 from ckpt_fast.trainer.places.paths import is_hf_checkpoint_dir, settle_directories
 
 
+@trace.traced("load_checkpoint")
 def load_checkpoint(
     state: Any,
     model: list[Any],
@@ -286,6 +288,7 @@ def _restore_found(run: LoadRun, load_dir: str | None, found: Found) -> tuple[Lo
     counters = on_all_ranks(check)
     _note_version(state_dict)
 
+    @trace.traced("restore")
     def restore() -> None:
         if not run.skip_model_and_optimizer:
             restore_model(run, plan, located, state_dict, is_strict)

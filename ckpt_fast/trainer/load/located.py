@@ -14,6 +14,7 @@ from ckpt_fast.doors.megatron.common_state import has_seal, open_checkpoint, rea
 from ckpt_fast.errors import CheckpointCorruptError, CheckpointNotFoundError
 from ckpt_fast.format.names import COMMON_FILE
 from ckpt_fast.format.types import FileRecord
+from ckpt_fast.jobs import trace
 from ckpt_fast.pipeline.load.complete import require_complete
 from ckpt_fast.pipeline.load.opened import OpenCheckpoint
 from ckpt_fast.ranks.group import ControlGroup
@@ -156,8 +157,9 @@ def _opened_by_all(
                     handed = checkpoint.to_hand_over()
                 return len(handed), view_of(checkpoint), examine(checkpoint)
 
-        nbytes, view, facts = on_rank_0(look)
-        handed = group.broadcast_bytes(handed, nbytes)
+        with trace.span("locate", directory=path):
+            nbytes, view, facts = on_rank_0(look)
+            handed = group.broadcast_bytes(handed, nbytes)
         if not group.is_coordinator:
             checkpoint.accept(handed)
 

@@ -17,6 +17,7 @@ from ckpt_fast.glu.layout import (
     Sizes,
 )
 from ckpt_fast.glu.model import _get_model_glu_interleave_sizes
+from ckpt_fast.jobs import trace
 from ckpt_fast.jobs.background import SaveHandle
 from ckpt_fast.jobs.report import counted_from
 from ckpt_fast.pipeline.save.parts import SaveOptions
@@ -54,6 +55,7 @@ from ckpt_fast.trainer.save.target import SaveTarget, choose_target
 _ASYNC_FORMATS = ("torch_dist", "fsdp_dtensor")
 
 
+@trace.traced("save_checkpoint")
 def save_checkpoint(
     state: Any,
     model: list[Any],

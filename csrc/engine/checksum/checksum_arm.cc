@@ -8,6 +8,7 @@
 
 #include <cstring>
 
+#include "engine/base/stream_line_arm.h"
 #include "engine/checksum/checksum_kernels.h"
 
 #if defined(__clang__)
@@ -31,12 +32,17 @@ TARGET_CRC uint32_t update_arm(const uint8_t* source, size_t nbytes, uint32_t st
   return state;
 }
 
+template <bool streams>
 TARGET_CRC uint32_t copy_arm(uint8_t* destination, const uint8_t* source, size_t nbytes, uint32_t state) {
   for (; nbytes > 0; nbytes -= kBlock, source += kBlock, destination += kBlock) {
     uint64_t words[kBlock / 8];
     std::memcpy(words, source, kBlock);
     for (const uint64_t word : words) state = __crc32d(state, word);
-    std::memcpy(destination, words, kBlock);
+    if constexpr (streams) {
+      stream_line(destination, source);
+    } else {
+      std::memcpy(destination, words, kBlock);
+    }
   }
   return state;
 }
@@ -45,7 +51,7 @@ TARGET_CRC uint32_t copy_arm(uint8_t* destination, const uint8_t* source, size_t
 
 std::vector<Kernels> arm_kernels() {
   if ((getauxval(AT_HWCAP) & HWCAP_CRC32) == 0) return {};
-  return {{update_arm, copy_arm, copy_arm, {"crc32"}}};
+  return {{update_arm, copy_arm<false>, copy_arm<true>, {"crc32"}}};
 }
 
 }  // namespace ckpt_fast::crc

@@ -4,8 +4,14 @@
 #include <algorithm>
 #include <cstring>
 
+#include "engine/base/stream_line_arm.h"
+
 #if defined(__x86_64__)
 #include <emmintrin.h>
+#endif
+
+#if defined(__x86_64__) || defined(__aarch64__)
+#define CKPT_FAST_STREAMS 1
 #endif
 
 namespace ckpt_fast {
@@ -32,8 +38,10 @@ void stream_line(uint8_t* to, const uint8_t* from) {
   _mm_stream_si128(stores + 2, c);
   _mm_stream_si128(stores + 3, d);
 }
+#endif
 
-void prefetch(const uint8_t* line) { _mm_prefetch(reinterpret_cast<const char*>(line), _MM_HINT_T0); }
+#if defined(CKPT_FAST_STREAMS)
+void prefetch(const uint8_t* line) { __builtin_prefetch(line, 0, 3); }
 
 void copy_streaming(uint8_t* to, const uint8_t* from, size_t nbytes, const uint8_t* next) {
   const size_t head = std::min(nbytes, (0 - reinterpret_cast<uintptr_t>(to)) & size_t{63});
@@ -59,7 +67,7 @@ bool streaming_pays(int64_t total_nbytes, int64_t run_nbytes) {
 }
 
 void copy_memory(void* destination, const void* source, size_t nbytes, Store store, const void* next) {
-#if defined(__x86_64__)
+#if defined(CKPT_FAST_STREAMS)
   if (store == Store::kStreaming) {
     copy_streaming(static_cast<uint8_t*>(destination), static_cast<const uint8_t*>(source), nbytes,
                    static_cast<const uint8_t*>(next));

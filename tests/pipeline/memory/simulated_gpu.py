@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -26,6 +27,7 @@ class Stream:
 
 class Event:
     done = False
+    came = 0.0
 
 
 class Wait:
@@ -49,6 +51,13 @@ class SimulatedGpu:
         event = Event()
         stream.work.append(event)
         return event
+
+    def mark(self, stream: Stream) -> Event:
+        return self.record(stream)
+
+    def time_of(self, mark: Event) -> float:
+        assert mark.done
+        return mark.came
 
     def order_behind(self, stream: Stream, event: Event) -> None:
         stream.work.append(Wait(event))
@@ -106,6 +115,7 @@ class SimulatedGpu:
             return False
         work = self._random.choice(ready).work.popleft()
         if isinstance(work, Event):
+            work.came = time.perf_counter()
             work.done = True
         elif not isinstance(work, Wait):
             work()

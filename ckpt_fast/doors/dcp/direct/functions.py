@@ -15,6 +15,7 @@ from ckpt_fast.doors.dcp.direct.local_state import plain_state_dict
 from ckpt_fast.doors.dcp.direct.save import start_save
 from ckpt_fast.doors.dcp.reader import StrPath
 from ckpt_fast.doors.dcp.writer import refuse_overwriting
+from ckpt_fast.jobs import trace
 from ckpt_fast.jobs.report import SaveReport, counted_from
 from ckpt_fast.pipeline.save.parts import Completion, SaveOptions
 from ckpt_fast.pipeline.save.save import Save
@@ -158,7 +159,9 @@ def load(
         be filled in part where nothing else is said.
     """
     group = ControlGroup.of_one() if no_dist else ControlGroup(process_group)
-    load_state_dict(state_dict, absolute(path), group, allow_partial_load=allow_partial_load)
+    directory = absolute(path)
+    with trace.span("load", directory=directory):
+        load_state_dict(state_dict, directory, group, allow_partial_load=allow_partial_load)
 
 
 def _started(
