@@ -13,7 +13,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ckpt_fast.doors.dcp.direct.background import SaveFuture
+from ckpt_fast.doors.dcp.direct.background import SaveFuture, new_control_group
 from ckpt_fast.doors.dcp.direct.functions import load, save_in_background
 from ckpt_fast.doors.dcp.reader import StrPath
 from ckpt_fast.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError

@@ -96,7 +96,7 @@ committers = PerGroup(Committer)
 
 
 def new_control_group(process_group: dist.ProcessGroup | None) -> Any:
-    """Collective. A group on the CPU that nothing else uses, of the ranks of ``process_group`` (None: all)."""
+    """Collective. A CPU group that nothing else uses, of the ranks of ``process_group`` (None: all)."""
     # A rank may need all of its time to write while the others wait for it.
     timeout = datetime.timedelta(seconds=2 * settings.timeout_s())
     if process_group is None:
