@@ -102,7 +102,7 @@ def _parsed(parse: Callable[[str], Any]) -> Callable[..., Any]:
 @click.command()
 @click.argument("directory")
 @click.option("--keep", type=click.IntRange(min=0), help="Keep so many of the newest.")
-@click.option("--keep-every", type=click.IntRange(min=1), help="Keep iterations that are multiples of this.")
+@click.option("--keep-every", type=click.IntRange(min=0), help="Keep iterations that are multiples of this.")
 @click.option("--keep-best", type=click.IntRange(min=0), help="Keep so many with the best --metric.")
 @click.option("--metric", default="loss", show_default=True, help="What was saved with the checkpoints.")
 @click.option("--highest", is_flag=True, help="The highest --metric is the best, not the lowest.")
@@ -141,7 +141,7 @@ def prune(
 
     asked: tuple[Policy | None, ...] = (
         KeepNewest(keep) if keep is not None else None,
-        KeepEvery(keep_every) if keep_every is not None else None,
+        KeepEvery(keep_every) if keep_every else None,
         KeepBest(keep_best, metric, highest) if keep_best is not None else None,
         KeepFor(keep_for) if keep_for is not None else None,
         MaxBytes(max_size) if max_size is not None else None,

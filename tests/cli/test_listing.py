@@ -120,7 +120,7 @@ def test_wrong_use(tmp_path: Path) -> None:
     assert in_pipe("prune", tmp_path).status == 2, "nothing says what is to be kept"
     for option, value in (
         ("--keep", "-1"),
-        ("--keep-every", "0"),
+        ("--keep-every", "-1"),
         ("--keep-for", "soon"),
         ("--max-size", "big"),
     ):

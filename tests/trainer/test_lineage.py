@@ -13,6 +13,7 @@ import pytest
 
 from ckpt_fast import KeepBest, KeepEvery, compat
 from ckpt_fast.checkpointing import init_checkpointing_context, maybe_finalize_async_save
+from ckpt_fast.config import CheckpointConfig, ConfigContainer
 from ckpt_fast.pipeline.save import waves
 from ckpt_fast.retention.stored import Stored
 from ckpt_fast.tools.listing import list_directory
@@ -182,6 +183,13 @@ def test_policies_of_the_configuration(tmp_path: Path, ranks: int) -> None:
     assert all("metrics must be numbers" in each for each in errors)
     assert iterations(root) == [2, 4, 5]
     assert note(root, 2).metrics == {"loss": 1.0}
+
+
+def test_policies_are_part_of_the_configuration_file(tmp_path: Path) -> None:
+    policies = [KeepBest(1, "accuracy", highest=True), KeepEvery(4)]
+    config = ConfigContainer(checkpoint=CheckpointConfig(save="x", retention=policies))
+    config.to_yaml(str(tmp_path / "run_config.yaml"))
+    assert ConfigContainer.from_yaml(str(tmp_path / "run_config.yaml")).checkpoint == config.checkpoint
 
 
 def test_what_is_no_policy_is_refused_by_name(tmp_path: Path) -> None:
