@@ -52,7 +52,7 @@ from ckpt_fast.trainer.save.staging import staging_policy
 from ckpt_fast.trainer.save.surroundings import Surroundings, surroundings_of
 from ckpt_fast.trainer.save.target import SaveTarget, choose_target
 
-_ASYNC_FORMATS = ("torch_dist", "fsdp_dtensor")
+_FORMATS = ("torch_dist", "fsdp_dtensor")
 
 
 @trace.traced("save_checkpoint")
@@ -104,7 +104,7 @@ def save_checkpoint(
         ValueError: ``non_persistent_ckpt_type`` is neither "local" nor "global", or there is no directory; on
             every rank, a setting or a metric is invalid, or ranks differ in what they do about failed
             background saves.
-        NotImplementedError: ``async_save`` with a format that cannot be saved in the background, or
+        NotImplementedError: ``ckpt_format`` is one that cannot be loaded either, or
             ``also_save_hf_checkpoint`` of a model that Megatron Bridge cannot export.
         UnavailableError: ``also_save_hf_checkpoint`` without Megatron Bridge.
     """
@@ -164,10 +164,9 @@ def _announce(run: SaveRun, target: SaveTarget) -> None:
     ckpt_format = run.ckpt_cfg.ckpt_format
     label = "torch" if target.is_local else ckpt_format
     note_rank_0(f"saving checkpoint at iteration {target.step:7d} to {target.save_dir} in {label} format")
-    if run.is_async and not target.is_local and ckpt_format not in _ASYNC_FORMATS:
-        raise NotImplementedError(
-            f"async_save is not available for ckpt_format {ckpt_format!r}; use {_ASYNC_FORMATS}"
-        )
+    if not target.is_local and ckpt_format not in _FORMATS:
+        # What would be written could not be loaded.
+        raise NotImplementedError(f"ckpt_format {ckpt_format!r} cannot be saved; use one of {_FORMATS}")
     if not target.is_local:
         require_export(run.cfg, run.model)
 

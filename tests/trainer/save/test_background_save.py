@@ -100,10 +100,18 @@ def test_without_a_queue_the_save_is_made_at_once(tmp_path: Path) -> None:
     assert [each.restored for each in loaded] == [ALL, ALL]
 
 
-def test_formats_that_cannot_be_saved_in_the_background(tmp_path: Path) -> None:
-    with pytest.raises(RankError, match="async_save is not available for ckpt_format 'torch'") as caught:
-        run_ranks(training.save_steps, 1, SETUP, str(tmp_path), 1, {**BACKGROUND, "ckpt_format": "torch"})
+@pytest.mark.parametrize("ckpt_format", ["torch", "torch_dcp"])
+@pytest.mark.parametrize(
+    "config", [{}, {"async_save": True, "async_strategy": "mcore"}], ids=["sync", "background"]
+)
+def test_formats_that_cannot_be_loaded_are_not_saved(
+    tmp_path: Path, config: dict[str, Any], ckpt_format: str
+) -> None:
+    root = tmp_path / "run"
+    with pytest.raises(RankError, match=f"ckpt_format '{ckpt_format}' cannot be saved") as caught:
+        run_ranks(training.save_steps, 1, SETUP, str(root), 1, {**config, "ckpt_format": ckpt_format})
     assert caught.value.errors == {0: "NotImplementedError"}
+    assert not root.exists()
 
 
 class Uploads:
