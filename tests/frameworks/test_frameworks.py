@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.doors.dcp.test_installed import is_ours
+from tests.doors.installing.test_torch_dcp import is_ours
 from tests.manifests import find_damage
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -21,8 +21,8 @@ DOCUMENTS = [
     ROOT / "README.md",
     *(path for path in sorted((ROOT / "docs").glob("*.md")) if path.name not in OF_DEVELOPERS),
 ]
-# Modules that users import from. The others may change at any time.
-MODULES = {"callbacks", "checkpoint_utils", "checkpointing", "config", "errors", "state"}
+# Modules that users import from, or run. The others may change at any time.
+MODULES = {"callbacks", "checkpoint_utils", "checkpointing", "config", "errors", "run", "state"}
 PATH = re.compile(r"\bckpt_fast\.([A-Za-z_]\w*)")
 # A file of a checkpoint, and what doctor says of the engine.
 NO_NAMES = {"json", "native"}

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from tests.doors.dcp.test_installed import is_ours
+from tests.doors.installing.test_torch_dcp import is_ours
 
 ROOT = Path(__file__).resolve().parents[2]
 STARTERS = {

@@ -25,7 +25,7 @@ from ckpt_fast.pipeline.save import stage as stage_module
 from tests.doors.dcp.ranks import FSDP2_ON_CPU, Trained, wrong
 from tests.doors.dcp.states import blank, differences, training_state
 from tests.doors.dcp.test_async import scramble
-from tests.doors.dcp.test_installed import is_ours
+from tests.doors.installing.test_torch_dcp import is_ours
 from tests.helpers import run_ranks
 from tests.pipeline.memory import simulated_gpu
 from tests.pipeline.save.test_waves import HeldDisk, WatchedPool
