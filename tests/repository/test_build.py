@@ -30,9 +30,9 @@ def tree(tmp_path: Path) -> Path:
     """Return a copy of the sources, with fake compilers beside it."""
     tree = tmp_path / "tree"
     not_sources = shutil.ignore_patterns("*.so", "__pycache__")
-    for folder in ("ckpt_fast", "csrc"):
+    for folder in ("ckpt_fast", "csrc", "licenses"):
         shutil.copytree(ROOT / folder, tree / folder, ignore=not_sources)
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in", "CHANGELOG.md"):
         shutil.copy(ROOT / name, tree)
     (tmp_path / "bin").mkdir()
     for name in ("nvcc", "c++"):

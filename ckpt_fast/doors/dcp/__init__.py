@@ -10,7 +10,7 @@ do with torch's own file system writer, and each side reads what the other has w
 ``ckpt_fast.save``, ``async_save`` and ``load``, which plan by themselves.
 """
 
-from ckpt_fast.doors.dcp.planners import FastLoadPlanner, FastSavePlanner
+from ckpt_fast.doors.dcp.planning.planners import FastLoadPlanner, FastSavePlanner
 from ckpt_fast.doors.dcp.reader import FastStorageReader
 from ckpt_fast.doors.dcp.writer import FastStorageWriter
 

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner
 
 from ckpt_fast.doors.dcp.direct.local_state import regions_of
-from ckpt_fast.doors.dcp.planners import FastLoadPlanner
+from ckpt_fast.doors.dcp.planning.planners import FastLoadPlanner
 from ckpt_fast.errors import CheckpointCorruptError, CheckpointMismatchError
 from ckpt_fast.format.consistency import Region, missing_message, require_apart
 

@@ -2,7 +2,7 @@
 """The background saves of ``dcp.async_save``: in a thread, through a process group of their own.
 
 torch's thread talks through the process group of training, whose collectives it may meet. Its process gets a
-copy of the state, and ends with the job. A save of ours needs neither (docs/decisions/0042).
+copy of the state, and ends with the job. A save of ours needs neither (docs/decisions/0044).
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
-from ckpt_fast.doors.dcp.column_plans import OwnPart
+from ckpt_fast.doors.dcp.planning.columns import OwnPart
 from ckpt_fast.errors import CheckpointMismatchError
 from ckpt_fast.format.types import BlockDigests, FileRecord, ObjectShard, RankRecord, Shard, TensorShard
 from ckpt_fast.pipeline.memory.garbage import without_collections

@@ -17,8 +17,8 @@ from torch.futures import Future
 from ckpt_fast import settings
 from ckpt_fast.doors.dcp.agreement import report_unasked, require_same_save
 from ckpt_fast.doors.dcp.coverage import require_covered
-from ckpt_fast.doors.dcp.planners import FastLoadPlanner
-from ckpt_fast.doors.dcp.wanted import ReadFrom, Wanted
+from ckpt_fast.doors.dcp.planning.planners import FastLoadPlanner
+from ckpt_fast.doors.dcp.planning.wanted import ReadFrom, Wanted
 from ckpt_fast.errors import CheckpointMismatchError
 from ckpt_fast.format.names import METADATA_FILE
 from ckpt_fast.pipeline.load.decode import Contents, decode_object, read_contents

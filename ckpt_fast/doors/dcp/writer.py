@@ -19,9 +19,9 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from ckpt_fast.doors.dcp.column_plans import ColumnPlan, SavedMetadata, TakesColumns, programs
 from ckpt_fast.doors.dcp.plan_items import planned_nbytes, results_of, shards_of
-from ckpt_fast.doors.dcp.planners import FastSavePlanner
+from ckpt_fast.doors.dcp.planning.columns import ColumnPlan, SavedMetadata, TakesColumns, programs
+from ckpt_fast.doors.dcp.planning.planners import FastSavePlanner
 from ckpt_fast.doors.dcp.reader import StrPath, is_local_path
 from ckpt_fast.doors.dcp.snapshot import snapshots
 from ckpt_fast.doors.dcp.steps import hold, last_step, let_go, step, written_by

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import WriteItem
 
 from ckpt_fast import FastLoadPlanner, FastSavePlanner, FastStorageReader, FastStorageWriter
-from ckpt_fast.doors.dcp import column_plans
+from ckpt_fast.doors.dcp.planning import columns as column_plans
 from ckpt_fast.pipeline.load.index import CheckpointIndex
 from tests.doors.dcp import reads as dcp_reads
 from tests.doors.dcp.functions.test_round_trips import names_of, states

@@ -10,9 +10,9 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, Def
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import LoadPlan, SavePlan
 
-from ckpt_fast.doors.dcp.column_plans import ColumnPlan, TakesColumns, divide
 from ckpt_fast.doors.dcp.direct.load import DirectLoad
-from ckpt_fast.doors.dcp.wanted import Wanted, source_of
+from ckpt_fast.doors.dcp.planning.columns import ColumnPlan, TakesColumns, divide
+from ckpt_fast.doors.dcp.planning.wanted import Wanted, source_of
 
 
 class FastSavePlanner(DefaultSavePlanner):
