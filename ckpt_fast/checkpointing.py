@@ -66,11 +66,8 @@ from ckpt_fast.trainer.load.base import (
     _load_global_dist_base_checkpoint,
     _load_non_persistent_base_checkpoint,
 )
-from ckpt_fast.trainer.load.load import (
-    _load_checkpoint_from_path,
-    _load_model_weights_from_checkpoint,
-    load_checkpoint,
-)
+from ckpt_fast.trainer.load.load import _load_checkpoint_from_path, load_checkpoint
+from ckpt_fast.trainer.load.weights import _load_model_weights_from_checkpoint
 from ckpt_fast.trainer.manager import (
     CheckpointManager,
     DefaultCheckpointManager,

@@ -317,3 +317,20 @@ def write_in_order(
     """
     for name, data in files.items():
         write_file_atomic(os.path.join(directory, name), data, progress, sync_name=sync_names)
+
+
+def refuse_overwriting(directory: str, seal_name: str = METADATA_FILE) -> None:
+    """Local. Check that a directory holds no checkpoint.
+
+    Args:
+        directory: the checkpoint.
+        seal_name: the file that would make it one.
+
+    Raises:
+        CheckpointWriteError: it holds one.
+    """
+    if os.path.exists(os.path.join(directory, seal_name)):
+        raise CheckpointWriteError(
+            f"{directory} holds a checkpoint and overwrite is False; choose another directory",
+            filename=directory,
+        )

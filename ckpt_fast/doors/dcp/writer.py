@@ -189,7 +189,7 @@ class FastStorageWriter(FileSystemWriter):
         name = save.path if save.lone_rank is None else os.path.join(save.path, file_prefix(save.lone_rank))
         hold(name, chosen.timeout_s)
         if not self._overwrite:
-            refuse_overwriting(save.path, save.seal)
+            commit.refuse_overwriting(save.path, save.seal)
         self._make_room(save, sum(map(planned_nbytes, plans)))
         return [
             plan
@@ -377,23 +377,6 @@ class FastStorageWriter(FileSystemWriter):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _of_thread=threading.local())
-
-
-def refuse_overwriting(directory: str, seal_name: str = METADATA_FILE) -> None:
-    """Local. Check that a directory holds no checkpoint.
-
-    Args:
-        directory: the checkpoint.
-        seal_name: the file that would make it one.
-
-    Raises:
-        CheckpointWriteError: it holds one.
-    """
-    if os.path.exists(os.path.join(directory, seal_name)):
-        raise CheckpointWriteError(
-            f"{directory} holds a checkpoint and overwrite is False; choose another directory",
-            filename=directory,
-        )
 
 
 def _can_stay(save: _Save) -> bool:

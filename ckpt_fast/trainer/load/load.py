@@ -4,26 +4,20 @@
 from __future__ import annotations
 
 import copy
-import gc
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from ckpt_fast import compat
-from ckpt_fast.doors.megatron import torch_dist
 from ckpt_fast.errors import (
     CheckpointCorruptError,
     CheckpointError,
     CheckpointNotFoundError,
 )
-from ckpt_fast.glu.layout import _is_model_section, contiguous_chunks, reorder_late, sizes_to_undo
-from ckpt_fast.glu.model import _get_model_glu_interleave_sizes
+from ckpt_fast.glu.layout import _is_model_section
 from ckpt_fast.jobs import trace
 from ckpt_fast.jobs.background import wait_staged
 from ckpt_fast.pipeline.load.report import one_load
 from ckpt_fast.ranks.world import (
-    barrier_if_distributed,
     get_rank_safe,
     note_rank_0,
     on_all_ranks,
@@ -34,18 +28,15 @@ from ckpt_fast.run.config_checks import check_choices, warn_of_unused
 from ckpt_fast.state import TrainState
 from ckpt_fast.trainer.contents.hugging_face import is_hf_source, load_hf_pretrained
 from ckpt_fast.trainer.contents.state_dict import (
-    _generate_model_state_dict,
     apply_peft_adapter_filter_to_state_dict,
-    delete_extra_state,
-    require_whole_model,
 )
 from ckpt_fast.trainer.contents.version import get_checkpoint_version, set_checkpoint_version
 from ckpt_fast.trainer.contexts import CheckpointType
 from ckpt_fast.trainer.lineage import facts_of, resume
 from ckpt_fast.trainer.load.announce import announce_loaded, what_was_tried
-from ckpt_fast.trainer.load.base import Paths, choose_or_say, load_state_dict, load_strategy
+from ckpt_fast.trainer.load.base import choose_or_say, load_state_dict
 from ckpt_fast.trainer.load.fit import Needs
-from ckpt_fast.trainer.load.located import Located, locate, opened_torch_dist
+from ckpt_fast.trainer.load.located import Located, locate
 from ckpt_fast.trainer.load.plan import (
     LoadPlan,
     build_scaffold,
@@ -58,7 +49,6 @@ from ckpt_fast.trainer.load.plan import (
 )
 from ckpt_fast.trainer.load.restore import (
     counters_of,
-    load_sections,
     read_progress,
     restore_model,
     restore_optimizer,
@@ -337,68 +327,3 @@ def _without_recovery(ckpt_cfg: Any) -> Any:
     ckpt_cfg = copy.copy(ckpt_cfg)
     ckpt_cfg.non_persistent_ckpt_type = None
     return ckpt_cfg
-
-
-def _load_model_weights_from_checkpoint(
-    checkpoint_path: str,
-    model: list[Any],
-    fully_parallel_load: bool = False,
-    return_state_dict: bool = False,
-    dist_ckpt_strictness: str = "assume_ok_unexpected",
-    strict: bool = True,
-) -> Any:
-    """Load model weights, and nothing else, from an iteration directory. Collective.
-
-    Args:
-        checkpoint_path: the iteration directory of a torch_dist checkpoint.
-        model: model chunks to load into.
-        fully_parallel_load: share the reads among data-parallel ranks.
-        return_state_dict: return the state dict instead of giving it to the model's ``load_state_dict``. Its
-            tensors are the model's own where the sharded state dict has them, and filled: GLU rows are in
-            the model's order.
-        dist_ckpt_strictness: how keys that do not match are treated.
-        strict: model keys must match, except ``_extra_state``.
-
-    Returns:
-        None; with ``return_state_dict`` the state dict, or for the two ``return_*`` strictness modes
-        (state dict, missing keys, unexpected keys).
-    """
-    wait_staged()
-    with opened_torch_dist(checkpoint_path) as (opened, common):
-        metadata = compat.load_content_metadata(preloaded_state_dict=common)
-        note_rank_0(f"sharded_state_dict metadata loaded from the checkpoint: {metadata}")
-        compat.restore_modelopt_state(model, common)
-        model = compat.unwrap_model(model)
-        pg_collection = compat.get_pg_collection(model)
-        sizes = sizes_to_undo(metadata or {}, None, None, _get_model_glu_interleave_sizes(model, None))
-        chunks = contiguous_chunks(model, sizes, is_loading=True)
-        scaffold = on_all_ranks(
-            lambda: _generate_model_state_dict(chunks, {"metadata": metadata}, pg_collection=pg_collection)
-        )
-        loaded = torch_dist.load(
-            scaffold,
-            checkpoint_path,
-            checkpoint=opened,
-            common=common,
-            strategy=load_strategy(fully_parallel_load, pg_collection),
-            strict=dist_ckpt_strictness,
-            accept_missing=_accept_missing if strict and not return_state_dict else lambda *_: None,
-        )
-    state_dict = loaded[0] if isinstance(loaded, tuple) else loaded
-    for section in filter(_is_model_section, state_dict):
-        delete_extra_state(state_dict[section])
-    on_all_ranks(lambda: reorder_late(chunks, state_dict))
-    if return_state_dict:
-        return loaded
-    on_all_ranks(lambda: load_sections(model, state_dict, strict))
-    del common, scaffold, loaded
-    state_dict.clear()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    barrier_if_distributed()
-    return None
-
-
-def _accept_missing(missing: Paths, found: Paths) -> None:
-    require_whole_model(missing)

@@ -14,12 +14,12 @@ from ckpt_fast.doors.dcp.direct.load import load_state_dict
 from ckpt_fast.doors.dcp.direct.local_state import plain_state_dict
 from ckpt_fast.doors.dcp.direct.save import start_save
 from ckpt_fast.doors.dcp.reader import StrPath
-from ckpt_fast.doors.dcp.writer import refuse_overwriting
 from ckpt_fast.jobs import trace
 from ckpt_fast.jobs.report import SaveReport, counted_from
 from ckpt_fast.pipeline.save.parts import Completion, SaveOptions
 from ckpt_fast.pipeline.save.save import Save
 from ckpt_fast.ranks.group import ControlGroup
+from ckpt_fast.storage.commit import refuse_overwriting
 from ckpt_fast.storage.files import absolute
 
 
