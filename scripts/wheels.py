@@ -6,9 +6,9 @@
 In ``dist``: one wheel in pure Python for every system; for Linux, each PYTHON, and x86-64 and aarch64, one
 with the engine; for x86-64, if nvcc is found, one with the engine and the CUDA part, whose version names it.
 
-The engine is compiled by Zig for glibc 2.28, as torch's own wheels are. The CUDA part is compiled by this
-machine's compiler, and auditwheel tells for which glibc. Every compiled module is checked: what it needs from
-the system, and that it names no folder of this machine.
+For aarch64, the engine is compiled by Zig for glibc 2.28, as torch's own wheels are. For x86-64, engine and
+CUDA part by this machine's compiler, and auditwheel tells for which glibc: build where that is old.
+Every compiled module is checked: what it needs from the system, and that it names no folder of this machine.
 """
 
 from __future__ import annotations
@@ -74,24 +74,30 @@ class Builder:
         """Build the wheel without compiled modules."""
         return self._wheel(python, [], CKPT_FAST_NATIVE="0")
 
-    def engine(self, python: Python, processor: str) -> Path:
-        """Build the wheel with the engine for a processor."""
-        suffix = f".{python.soabi.replace('x86_64', processor)}.so"
-        tag = f"manylinux_{GLIBC.replace('.', '_')}_{processor}"
-        wheel = self._wheel(
-            python,
-            ["--plat-name", tag],
-            processor,
-            CXX=self._zig(processor),
-            CKPT_FAST_CUDA="0",
-            SETUPTOOLS_EXT_SUFFIX=suffix,
-        )
-        self._require_portable(wheel, processor)
-        return wheel
+    def engine(self, python: Python) -> Path:
+        """Build the wheel with the engine for x86-64."""
+        return self._repaired(python, CKPT_FAST_CUDA="0")
 
     def cuda(self, python: Python) -> Path:
-        """Build the wheel with engine and CUDA part, with the tag that auditwheel finds."""
-        wheel = self._wheel(python, [], CXX=self._zig("x86_64"))
+        """Build the wheel with engine and CUDA part for x86-64."""
+        return self._repaired(python)
+
+    def arm(self, python: Python) -> Path:
+        """Build the wheel with the engine for aarch64."""
+        wheel = self._wheel(
+            python,
+            ["--plat-name", f"manylinux_{GLIBC.replace('.', '_')}_aarch64"],
+            "aarch64",
+            CXX=f"{sys.executable} -m ziglang c++ -target aarch64-linux-gnu.{GLIBC}",
+            CKPT_FAST_CUDA="0",
+            SETUPTOOLS_EXT_SUFFIX=f".{python.soabi.replace('x86_64', 'aarch64')}.so",
+        )
+        self._require_portable(wheel, "aarch64")
+        return wheel
+
+    def _repaired(self, python: Python, **variables: str) -> Path:
+        """Build with this machine's compiler, and give the wheel the tag that auditwheel finds."""
+        wheel = self._wheel(python, [], **variables)
         repaired = self._place / "repaired"
         shutil.rmtree(repaired, ignore_errors=True)
         path = os.pathsep.join([str(self._tools / "bin"), os.environ["PATH"]])
@@ -101,9 +107,6 @@ class Builder:
         (found,) = repaired.iterdir()
         self._require_anonymous(found)
         return found
-
-    def _zig(self, processor: str) -> str:
-        return f"{sys.executable} -m ziglang c++ -target {processor}-linux-gnu.{GLIBC}"
 
     def _wheel(self, python: Python, options: list[str], processor: str = "x86_64", **variables: str) -> Path:
         for name in ("dist", "build"):
@@ -200,8 +203,8 @@ def main() -> None:
         print(f"{sdist.name}: {sdist.stat().st_size / 1e6:.2f} MB", flush=True)
         keep(builder.pure(pythons[0]))
         for python in pythons:
-            for processor in ("x86_64", "aarch64"):
-                keep(builder.engine(python, processor))
+            keep(builder.engine(python))
+            keep(builder.arm(python))
             if nvcc is not None:
                 keep(builder.cuda(python))
     if nvcc is None:
