@@ -20,6 +20,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 
 from ckpt_fast.errors import CheckpointCorruptError, CheckpointError
+from ckpt_fast.jobs.progress import hidden
 
 DONE, DAMAGED, FAILED = 0, 1, 2
 
@@ -133,7 +134,8 @@ def progress_bar(what: str, *, in_bytes: bool = True) -> Iterator[Callable[[int,
             bar.start()
 
     try:
-        yield advance
+        with hidden():
+            yield advance
     finally:
         bar.stop()
 

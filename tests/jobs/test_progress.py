@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import time
 from pathlib import Path
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import ckpt_fast
 from ckpt_fast import native
 from ckpt_fast.jobs import progress
 from tests.pipeline.layouts import whole
@@ -57,3 +59,23 @@ def test_a_short_save_shows_nothing(
     monkeypatch.setattr(progress, "_AFTER_S", 60.0)
     save([whole("w", torch.zeros(500_000))], str(tmp_path), **FILES)
     assert terminal.getvalue() == ""
+
+
+@pytest.mark.parametrize("is_hidden", [False, True])
+def test_a_long_load_shows_how_far_it_is(
+    is_hidden: bool, tmp_path: Path, terminal: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ckpt_fast.save({"w": torch.ones(500_000)}, tmp_path)
+    original, found = native.read_extents, torch.zeros(500_000)
+
+    def slowly(*arguments: object, **options: object) -> object:
+        time.sleep(0.3)
+        return original(*arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(native.engine(), "read_extents", slowly)
+    terminal.seek(0)
+    with progress.hidden() if is_hidden else contextlib.nullcontext():
+        ckpt_fast.load({"w": found}, tmp_path)
+    assert bool(found.all())
+    text = terminal.getvalue()
+    assert (f"loading {tmp_path}: 0 % of 2.0 MB, 0.00 GB/s" in text) is not is_hidden

@@ -19,7 +19,9 @@ from ckpt_fast import native, settings, system
 from ckpt_fast.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
 from ckpt_fast.format.types import Extent, Runs
 from ckpt_fast.jobs import trace
+from ckpt_fast.jobs.progress import shown
 from ckpt_fast.jobs.worker import interruptibly
+from ckpt_fast.ranks.world import get_rank_safe
 from ckpt_fast.storage.files import Files
 
 # Reserving so much for nothing does no harm; .metadata may be damaged and name any lengths.
@@ -197,7 +199,8 @@ class ReadProgram:
                 return read()
 
         try:
-            return memoryview(interruptibly(read_shown, progress.stop)).cast("q")
+            with self._shown(progress):
+                return memoryview(interruptibly(read_shown, progress.stop)).cast("q")
         except FileNotFoundError as error:
             raise CheckpointNotFoundError(
                 f"a data file of the checkpoint is gone: {error.strerror}. Restore it, or load an "
@@ -213,6 +216,12 @@ class ReadProgram:
                 f"{error.strerror}. That says nothing about the checkpoint in {self.directory}: remove the "
                 "cause and load again."
             ) from error
+
+    def _shown(self, progress: native.Progress) -> contextlib.AbstractContextManager[None]:
+        """A block during which the first rank's terminal shows how much is read."""
+        if get_rank_safe() != 0:
+            return contextlib.nullcontext()
+        return shown(f"loading {self.directory}", lambda: (progress.nbytes, self.nbytes))
 
 
 def _is_cached(path: str, offset: int) -> bool:

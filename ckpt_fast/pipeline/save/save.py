@@ -160,7 +160,7 @@ class Save(PublishedJob[tuple[bool, float]]):
             stack.enter_context(self._abandoned_if_left())
             stack.enter_context(trace.span("wait for the writes"))
             if watched:
-                stack.enter_context(progress.shown(self.directory, lambda: self.progress))
+                stack.enter_context(progress.shown(f"saving {self.directory}", lambda: self.progress))
             outcome = self._group.attempt(lambda: self._finish_writing(timeout_s))
         self._written = self._written or outcome
 
