@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Sequence
 
-from ckpt_fast.errors import CheckpointCorruptError, CheckpointNotFoundError
+from ckpt_fast.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
 from ckpt_fast.retention.choice import choose
 from ckpt_fast.retention.line import Origin, line_in
 from ckpt_fast.retention.policies import Policy
@@ -64,8 +64,13 @@ class CheckpointDirectory:
             problem = f"holds no step: {text[:80]!r}"
         except FileNotFoundError:
             problem = ""
-        except (OSError, CheckpointCorruptError) as error:
+        except CheckpointCorruptError as error:
             problem = f"cannot be read ({error})"
+        except OSError as error:
+            raise CheckpointError(
+                f"{_TRACKER} in {self.root} cannot be read ({error}), so nobody can tell which checkpoint is "
+                "the newest. Remove the cause and try again."
+            ) from error
         newest = next((each.iteration for each in reversed(self.found()) if each.is_whole), None)
         if problem:
             logger.warning("%s in %s %s; the newest whole step is %s", _TRACKER, self.root, problem, newest)
@@ -83,6 +88,11 @@ class CheckpointDirectory:
                     replacement.put_back(path)
         wanted = self.selected() if step is None else step
         if wanted is None:
+            if any(each.is_sealed for each in self.found()):
+                raise CheckpointCorruptError(
+                    f"none of the checkpoints in {self.root} is whole: look at them with ckpt-fast verify. "
+                    "To begin anew, use another directory."
+                )
             return []
         if step is not None:
             if not os.path.isdir(self.path(step)):
@@ -104,7 +114,10 @@ class CheckpointDirectory:
 
     def damage(self, step: int) -> str | None:
         """Why the checkpoint of a step is not whole, as far as its small files say; None if it is."""
-        return Stored(step, self.path(step)).damage
+        try:
+            return Stored(step, self.path(step)).damage
+        except OSError as error:
+            return f"{self.path(step)} cannot be read: {error}"
 
     def publish(self, step: int) -> None:
         """Let the tracker name a checkpoint, which is sealed.
@@ -136,7 +149,9 @@ class CheckpointDirectory:
                 logger.exception("cannot delete the old checkpoint %s", each.path)
 
     def _origin(self, step: int) -> Origin:
-        head = head_at(self.path(step))
+        head = None
+        with contextlib.suppress(OSError):
+            head = head_at(self.path(step))
         return Origin(step) if head is None else Origin(step, head.save_id, line_in(head.notes))
 
 

@@ -109,7 +109,7 @@ class CheckpointManager:
     ) -> SaveFuture:
         """Collective. Save a state dict in the background; see ``ckpt_fast.async_save``.
 
-        At most one save is in flight: training waits here for the one before, and for its deletions.
+        At most one save is in flight: training waits here for the one before, not for its deletions.
 
         Args:
             step: the training step, from 1 on. A checkpoint of this step is replaced.
@@ -124,7 +124,7 @@ class CheckpointManager:
             CheckpointError: on every rank, naming the rank that failed; nothing is in flight.
             ValueError: on every rank: ``step`` is not positive, or a metric is no number.
         """
-        self.wait()
+        self._settle()
         notes = self._group.agree(lambda: self._notes(step, metrics), keep_kind=True)
         self._in_flight = save_in_background(
             state_dict,
@@ -165,7 +165,8 @@ class CheckpointManager:
         Args:
             state_dict: nested dicts and lists of tensors and objects, as for ``save``.
             step: load this one and no other; None: the newest.
-            allow_partial_load: leave as they are the values that the checkpoint does not have.
+            allow_partial_load: leave as they are the values that the checkpoint does not have. Then no other
+                is tried if it is damaged: values of both might come together.
 
         Returns:
             The step; None if there is no checkpoint: the state dict is as before.
@@ -182,6 +183,8 @@ class CheckpointManager:
             try:
                 self._load(state_dict, origin, allow_partial_load)
             except (CheckpointCorruptError, CheckpointNotFoundError) as error:
+                if allow_partial_load:  # what it has filled, an older one may not have
+                    raise
                 problem = problem or error
                 if self._group.is_coordinator:
                     logger.warning("the checkpoint of step %d is not loaded: %s", origin.iteration, error)
@@ -198,6 +201,14 @@ class CheckpointManager:
         Raises:
             AsyncSaveError: on every rank, once: it has failed; the checkpoints before it are as they were.
         """
+        self._settle()
+        if self._pruning is not None:
+            self._pruning.join()
+            self._pruning = None
+        return self._report
+
+    def _settle(self) -> None:
+        """Wait for the save in flight; errors as of ``wait``."""
         future = self._in_flight
         if future is not None:
             error = future.exception()
@@ -206,16 +217,14 @@ class CheckpointManager:
                 self._saved_step = None
                 raise error
             self._report = future.result()
-        if self._pruning is not None:
-            self._pruning.join()
-            self._pruning = None
-        return self._report
 
     def close(self) -> None:
         """Finish what is in flight, and give the signal its former effect back; errors as of ``wait``."""
-        if self._signal is not None:
-            self._signal.release()
-        self.wait()
+        try:
+            self.wait()
+        finally:
+            if self._signal is not None:
+                self._signal.release()
 
     def __enter__(self) -> CheckpointManager:
         if self._signal is not None:
@@ -242,10 +251,20 @@ class CheckpointManager:
         self._directory.publish(step)
         if self._policies:
             # The other ranks wait for the commit, but need not wait for deletions.
-            self._pruning = threading.Thread(
-                target=self._directory.prune, args=(self._policies, step), name="ckpt_fast-prune"
-            )
-            self._pruning.start()
+            before = self._pruning
+
+            def prune() -> None:
+                if before is not None:
+                    before.join()
+                self._directory.prune(self._policies, step)
+
+            pruning = threading.Thread(target=prune, name="ckpt_fast-prune")
+            try:
+                pruning.start()
+            except RuntimeError:  # the interpreter ends, and starts no more threads
+                prune()
+            else:
+                self._pruning = pruning
 
     def _load(self, state_dict: dict[str, Any], origin: Origin, allow_partial_load: bool) -> None:
         def require_whole() -> None:

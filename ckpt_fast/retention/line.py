@@ -56,11 +56,21 @@ class Line:
             selected: the iteration of the checkpoint whose line this is.
             iteration, other: of the checkpoint asked about.
         """
-        if self.holds(iteration, other):
+        if self.holds(iteration, other) or not self._forks_from(other):
             return False
         if iteration <= selected:
             return True
         return other is not None and not other.holds(selected, self)
+
+    def _forks_from(self, other: Line | None) -> bool:
+        """Whether two lines, of which this one does not hold the other's end, have a leg in common.
+
+        Without one, nothing says that either came from the other, or that a run has left it: it may be of
+        another run, or of this one, after a load that was not noted.
+        """
+        if other is None:
+            return _UNRECORDED in dict(self.legs)
+        return not dict(self.legs).keys().isdisjoint(dict(other.legs))
 
 
 @dataclass(frozen=True)
@@ -99,7 +109,8 @@ class Lineage:
     def notes(self, iteration: int) -> dict[str, Any]:
         """What the checkpoint that is saved now, at this iteration, notes of it."""
         if iteration < self._newest:  # the program went back without a load
-            self._before = (*self._before, (self._leg, iteration - 1))
+            followed = (*self._before, (self._leg, iteration - 1))
+            self._before = tuple((leg, min(last, iteration - 1)) for leg, last in followed)
             self._leg, self.origin = secrets.token_hex(4), None
         self._newest = iteration
         notes: dict[str, Any] = {LINE: [list(each) for each in (*self._before, (self._leg, iteration))]}

@@ -82,7 +82,8 @@ class KeepEvery:
 class KeepBest:
     """Keep the checkpoints with the best values of a metric that was saved with them.
 
-    Those without the metric, or with NaN, are never among them. Of equal ones the newer is better.
+    Those without the metric, or with NaN, are never among them. If none has it, all stay: nobody can tell
+    which is the best. Of equal ones the newer is better.
 
     Args:
         count: how many; only whole ones count.
@@ -108,6 +109,8 @@ class KeepBest:
             for number, each in enumerate(found)
             if self.metric in each.metrics
         ]
+        if not ranked:
+            return found
         heapq.heapify(ranked)
         best = (found[heapq.heappop(ranked)[1]] for _ in range(len(ranked)))
         return islice((each for each in best if each.is_whole), self.count)

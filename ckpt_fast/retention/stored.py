@@ -70,17 +70,23 @@ class Stored:
     @cached_property
     def is_sealed(self) -> bool:
         """Whether its save has come to its end."""
-        return os.path.exists(os.path.join(self.path, METADATA_FILE))
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            os.stat(os.path.join(self.path, METADATA_FILE))
+            return True
+        return False
 
     @cached_property
     def damage(self) -> str | None:
-        """Why it is not whole, as far as names, lengths and small files say; None if it is."""
+        """Why it is not whole, as far as names, lengths and small files say; None if it is.
+
+        An OSError says nothing about it, and is raised.
+        """
         if not self.is_sealed:
             return f"{self.path} has no {METADATA_FILE}"
         try:
             with OpenCheckpoint(Directory(self.path)) as checkpoint:
                 require_complete(checkpoint)
-        except (CheckpointError, OSError) as error:
+        except CheckpointError as error:
             return str(error)
         return None
 
@@ -91,8 +97,12 @@ class Stored:
 
 
 def head_at(path: str) -> Head | None:
-    """The head of the manifest of a checkpoint on a file system, from its last bytes; None if it has none."""
-    with contextlib.suppress(OSError):
+    """The head of the manifest of a checkpoint on a file system, from its last bytes; None if it has none.
+
+    Raises:
+        OSError: it cannot be read, which says nothing about it.
+    """
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         descriptor = os.open(os.path.join(path, METADATA_FILE), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
             return head_of(
@@ -119,3 +129,13 @@ def age_of(path: str) -> float | None:
         with contextlib.suppress(OSError):
             return max(0.0, time.time() - os.stat(os.path.join(path, name)).st_mtime)
     return None
+
+
+def unchanged_s(path: str) -> float:
+    """Seconds since anything in a directory on a file system was changed."""
+    newest = 0.0
+    for parent, _, names in os.walk(path):
+        for name in ("", *names):
+            with contextlib.suppress(OSError):
+                newest = max(newest, os.lstat(os.path.join(parent, name)).st_mtime)
+    return max(0.0, time.time() - newest)

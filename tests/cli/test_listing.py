@@ -101,6 +101,11 @@ def test_prune_ended_anywhere_leaves_nothing_that_passes_for_whole(
             prune(root, [KeepNewest(1)])
     states = {each.iteration: each.is_complete for each in list_directory(root)}
     assert states == {1: False, 2: True, 3: True}
+    refused = in_pipe("prune", root, "--keep", 1)
+    assert refused.status == 2 and "is being written, or was left by a save that died" in refused.err
+    assert left(root) == [1, 2, 3]
+    for path in (root / "iter_0000001", *(root / "iter_0000001").iterdir()):
+        os.utime(path, (0, 0))
     assert in_pipe("prune", root, "--keep", 1).status == 0
     assert left(root) == [3]
 

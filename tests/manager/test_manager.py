@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,13 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from ckpt_fast import CheckpointManager, KeepBest, KeepEvery, KeepIf, KeepNewest
-from ckpt_fast.errors import CheckpointCorruptError, CheckpointMismatchError, CheckpointNotFoundError
+from ckpt_fast.errors import (
+    CheckpointCorruptError,
+    CheckpointError,
+    CheckpointMismatchError,
+    CheckpointNotFoundError,
+)
+from ckpt_fast.manager import directory as directory_module
 from ckpt_fast.retention import removal
 from tests.cli.running import in_pipe
 from tests.helpers import run_ranks
@@ -113,6 +122,71 @@ def test_without_a_sound_tracker_the_newest_whole_one_counts(tmp_path: Path, con
     tracker = tmp_path / "latest_checkpointed_iteration.txt"
     tracker.unlink() if content is None else tracker.write_bytes(content)
     assert restored(tmp_path) == ("no error", "(2, 2.0)")
+
+
+def test_checkpoints_of_which_none_is_whole_are_no_reason_to_begin_anew(tmp_path: Path) -> None:
+    save(tmp_path, [1, 2])
+    (tmp_path / "latest_checkpointed_iteration.txt").unlink()
+    for step in (1, 2):
+        damage(tmp_path, step, "truncated")
+    kind, text = restored(tmp_path)
+    assert kind == "CheckpointCorruptError" and "none of the checkpoints in" in text
+
+
+def test_a_tracker_that_cannot_be_read_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, [1])
+
+    def refuse(*_: Any) -> bytes:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr(directory_module, "read_small_file", refuse)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        CheckpointManager(tmp_path).latest()
+
+
+def test_a_partial_load_is_of_one_checkpoint(tmp_path: Path) -> None:
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(1, {"w": torch.ones(3)})
+        manager.save(2, {"w": torch.ones(3), "new": torch.ones(3)})
+    damage(tmp_path, 2, "truncated")
+    found = {"w": torch.zeros(3), "new": torch.full((3,), -7.0)}
+    with pytest.raises(CheckpointCorruptError):
+        CheckpointManager(tmp_path).restore(found, allow_partial_load=True)
+    assert found["new"].tolist() == [-7.0] * 3
+
+
+def test_a_run_that_was_not_restored_deletes_nothing_but_by_the_policies(tmp_path: Path) -> None:
+    policies = [KeepNewest(3), KeepEvery(5)]
+    with CheckpointManager(tmp_path, policies=policies) as manager:
+        for step in range(1, 13):
+            manager.save(step, {"w": torch.ones(3)})
+    with CheckpointManager(tmp_path, policies=policies) as manager:
+        manager.save(13, {"w": torch.ones(3)})
+    assert left(tmp_path) == [5, 10, 11, 12, 13]
+
+
+def test_deletions_do_not_hold_up_the_next_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    go_on, original = threading.Event(), directory_module.remove_directory
+
+    def slowly(path: str) -> None:
+        assert go_on.wait(60)
+        original(path)
+
+    monkeypatch.setattr(directory_module, "remove_directory", slowly)
+    with CheckpointManager(tmp_path, policies=[KeepNewest(1)]) as manager:
+        for step in (1, 2, 3):
+            manager.save(step, {"w": torch.ones(3)}).result()
+        assert left(tmp_path) == [1, 2, 3]
+        go_on.set()
+    assert left(tmp_path) == [3]
+
+
+def test_the_signal_is_caught_until_all_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = HeldDisk(monkeypatch)
+    with CheckpointManager(tmp_path, save_on=signal.SIGUSR1) as manager:
+        manager.save(1, {"w": torch.ones(3)})
+        threading.Timer(0.2, lambda: (os.kill(os.getpid(), signal.SIGUSR1), disk.go.set())).start()
+    assert CheckpointManager(tmp_path).latest() == 1
 
 
 @both

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -48,7 +50,7 @@ def test_each_policy(ten: Path) -> None:
     assert kept(ten, KeepEvery(4)) == [4, 8]
     assert kept(ten, KeepBest(2)) == [4, 5], "of two equal ones the newer"
     assert kept(ten, KeepBest(1, highest=True)) == [10]
-    assert kept(ten, KeepBest(2, "accuracy")) == []
+    assert kept(ten, KeepBest(2, "accuracy")) == list(range(1, 11)), "nobody noted it: all may be the best"
     assert kept(ten, KeepFor(250)) == [8, 9, 10]
     assert kept(ten, KeepNewest(0), KeepIf(lambda each: each.iteration in (2, 7))) == [2, 7]
 
@@ -132,6 +134,31 @@ def test_checkpoints_without_notes_are_as_before(tmp_path: Path) -> None:
         write(tmp_path, iteration)
     assert kept(tmp_path, KeepNewest(2), selected=3) == [2, 3]
     assert chosen(tmp_path, KeepNewest(2), selected=3).abandoned == []
+
+
+def test_another_line_without_anything_in_common_counts(tmp_path: Path) -> None:
+    """It may be of another run, or of this one after a load that was not noted: nothing tells."""
+    for lineage, steps in ((Lineage(), (1, 2, 3, 4, 5, 6)), (Lineage(), (7,))):
+        for step in steps:
+            write(tmp_path, step, lineage.notes(step))
+    assert kept(tmp_path, KeepNewest(3), KeepEvery(2), selected=7) == [2, 4, 5, 6, 7]
+    assert chosen(tmp_path, KeepNewest(3), selected=7, with_abandoned=True).abandoned == []
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.EMFILE])
+def test_what_cannot_be_read_is_an_error_and_no_reason_to_delete(
+    ten: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    original = os.open
+
+    def refuse(path: Any, *arguments: Any, **options: Any) -> int:
+        if "iter_0000004" in os.fspath(path):
+            raise OSError(code, os.strerror(code), path)
+        return original(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(OSError, match=os.strerror(code)):
+        chosen(ten, KeepBest(1), selected=10)
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,18 @@ def test_going_back_without_a_load_begins_a_branch() -> None:
     assert again == three, "the same iteration may be saved twice"
 
 
+def test_going_back_further_than_the_origin_leaves_the_legs_in_between() -> None:
+    first = Lineage()
+    ten = line_in(first.notes(10))
+    resumed = Lineage(Origin(10, "id", ten))
+    resumed.notes(12)
+    five = line_in(resumed.notes(5))
+    eleven = line_in(resumed.notes(11))
+    assert five is not None and eleven is not None
+    assert not eleven.holds(10, ten) and eleven.has_left(11, 10, ten)
+    assert eleven.holds(5, five)
+
+
 def test_resumed_from_is_noted() -> None:
     assert resumed_from_in(Lineage().notes(1)) is None
     notes = resumed(7, None).notes(8)

@@ -188,8 +188,10 @@ def damage_of(path: str) -> str | None:
 def line_of(path: str) -> Line | None:
     """The line that a checkpoint notes; None if it notes none, or cannot be read. Local."""
     if not object_storage(path):
-        head = head_at(path)
-        return line_in(head.notes, iteration_of(path)) if head is not None else None
+        with contextlib.suppress(OSError):
+            head = head_at(path)
+            return line_in(head.notes, iteration_of(path)) if head is not None else None
+        return None
     with contextlib.suppress(CheckpointError, OSError), open_checkpoint(path) as checkpoint:
         if checkpoint.manifest is not None:
             return line_in(checkpoint.manifest.notes, iteration_of(path))

@@ -23,11 +23,11 @@ from ckpt_fast.format.manifest import file_record
 from ckpt_fast.format.names import DATA_SUFFIX, METADATA_FILE, SEAL_FILE, SIDECAR_FILE
 from ckpt_fast.format.types import FileRecord
 from ckpt_fast.pipeline.load.decode import decode_object, read_contents
-from ckpt_fast.ranks.world import get_rank_safe, note_rank_0
+from ckpt_fast.ranks.world import get_rank_safe, note_rank_0, print_rank_0
 from ckpt_fast.retention.choice import Choice, choose
 from ckpt_fast.retention.policies import KeepNewest, Policy
 from ckpt_fast.retention.removal import SEALS, remove_directory
-from ckpt_fast.retention.stored import Stored, age_of, head_at, nbytes_below
+from ckpt_fast.retention.stored import Stored, age_of, head_at, nbytes_below, unchanged_s
 from ckpt_fast.storage import owners, replacement
 from ckpt_fast.storage.commit import is_payload
 from ckpt_fast.storage.small_files import read_small_file
@@ -52,6 +52,8 @@ _CHECKPOINT_CLEANUP_LOCK = threading.Lock()
 
 _notes_of_objects: dict[str, Mapping[str, Any]] = {}
 
+# A directory in which nothing has changed for so long is not being written.
+_IN_THE_MAKING_S = 600
 # What our saves leave besides data, and no other library's alone.
 _OWN_NAMES = {METADATA_FILE, SEAL_FILE, SIDECAR_FILE, CONFIG_FILE, TRAIN_STATE_FILE}
 
@@ -145,8 +147,9 @@ def delete_old(
         note_rank_0(f"Checkpoints scheduled for removal: {_names(choice.removed)}")
         note_rank_0(f"Checkpoints kept: {_names(choice.kept)}")
     if choice.abandoned:
-        note_rank_0(f"Checkpoints of an abandoned branch, which do not count: {_names(choice.abandoned)}")
-    paths = [settled(each.path) for each in choice.removed]
+        print_rank_0(f"Checkpoints of an abandoned branch, which do not count: {_names(choice.abandoned)}")
+    # A save that is still in flight may be of an iteration before this one, after a roll-back.
+    paths = [settled(each.path) for each in choice.removed if not owners.is_occupied(each.path)]
     if not do_async:
         _remove_checkpoints(paths)
     elif paths:
@@ -192,11 +195,20 @@ def choose_old(save_dir: str, policies: Sequence[Policy], *, with_abandoned: boo
     Raises:
         DamagedFileError: a tracker is damaged, and no iteration is whole.
         StorageError: object storage does not let anyone tell.
+        CheckpointError: after a roll-back, an older iteration than the selected one may be in the making.
         OSError, ValueError: the directory or a tracker in it cannot be read.
     """
     newest = published(save_dir)
     selected = None if newest.is_release or newest.iteration == NOTHING else newest.iteration
-    return _choose(save_dir, policies, selected, with_abandoned=with_abandoned)
+    choice = _choose(save_dir, policies, selected, with_abandoned=with_abandoned)
+    for each in choice.removed:
+        if not object_storage(each.path) and not each.is_sealed and unchanged_s(each.path) < _IN_THE_MAKING_S:
+            raise CheckpointError(
+                f"{each.path} is being written, or was left by a save that died less than "
+                f"{_IN_THE_MAKING_S // 60} minutes ago; nobody can tell what such a save came from. Nothing "
+                "was deleted: prune again when the run has saved, or later."
+            )
+    return choice
 
 
 def stored_at(path: str, iteration: int) -> Stored:

@@ -86,7 +86,8 @@ def save_checkpoint(
         opt_param_scheduler: may be None.
         num_floating_point_operations_so_far: cumulative FLOPs, stored with the train state.
         checkpointing_context: kept by the caller between saves; holds strategies and the local manager. The
-            numbers in its ``"metrics"``, a dict by name, are noted in the checkpoint for ``KeepBest``.
+            numbers in its ``"metrics"``, a dict by name, are noted in the checkpoint for ``KeepBest``, and
+            taken out of the context: they are of this save and of no later one.
         pipeline_rank, tensor_rank: shown in the success line instead of the groups' ranks.
         non_persistent_ckpt: save for recovery only, as ``non_persistent_ckpt_type`` says.
         train_data_iterator: its state is saved when it can give one.
@@ -218,7 +219,8 @@ def _collection(
         Settings.read()
         check_choices(run.ckpt_cfg)
         around.position.capture()
-        around.publication.capture(run.state.train_state, (run.context or {}).get(METRICS))
+        metrics = run.context.pop(METRICS, None) if run.context else None
+        around.publication.capture(run.state.train_state, metrics)
 
     return Collection(run, target, metadata, _glu_sizes(run), capture, prebuilt)
 
