@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ckpt_fast import verify
 from ckpt_fast.format.manifest import Manifest, append_manifest, split_manifest
+from ckpt_fast.retention.line import LINE
 
 # Not described by the manifest, because it contains it.
 TABLE = ".metadata"
@@ -38,11 +39,13 @@ def find_damage(directory: str) -> list[str]:
     return list(verify(directory, deep=True).damages)
 
 
-def with_save_id(content: bytes, save_id: str = "") -> bytes:
-    """Return a ``.metadata`` file as another save would have written it."""
+def without_ids(content: bytes) -> bytes:
+    """Return a ``.metadata`` file without what sets it apart from another save's: ids of save and run."""
     pickled, manifest = split_manifest(content)
     assert manifest is not None
-    manifest.save_id = save_id
+    manifest.save_id = ""
+    if LINE in manifest.notes:
+        manifest.notes[LINE] = [["", iteration] for _, iteration in manifest.notes[LINE]]
     return append_manifest(pickled, manifest)
 
 

@@ -18,6 +18,7 @@ import os
 import shutil
 import sys
 from collections import namedtuple
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 # Before anything is taken away: what torch and others import is for them to sort out.
@@ -67,6 +68,10 @@ class Windows:
             setattr(os, name, getattr(self, name))
         shutil.disk_usage = self.disk_usage  # type: ignore[assignment]
         shutil._use_fd_functions = False  # type: ignore[attr-defined]
+        # Since Python 3.12, shutil.which asks the system whether programs are looked for here first.
+        shutil._winapi = SimpleNamespace(  # type: ignore[attr-defined]
+            NeedCurrentDirectoryForExePath=self.needs_current_directory
+        )
 
     def open(self, path: Any, flags: int, mode: int = 0o777, **more: Any) -> int:
         if os.path.isdir(path):
@@ -110,6 +115,9 @@ class Windows:
         status = self._os["statvfs"](path)
         sizes = [blocks * status.f_frsize for blocks in (status.f_blocks, status.f_bfree, status.f_bavail)]
         return DiskUsage(sizes[0], sizes[0] - sizes[1], sizes[2])
+
+    def needs_current_directory(self, program: str) -> bool:
+        return "\\" in program or "NoDefaultCurrentDirectoryInExePath" not in os.environ
 
     def _require_closed(self, path: Any) -> None:
         """Neither the file nor one in the directory is open."""

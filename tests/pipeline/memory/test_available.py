@@ -148,7 +148,7 @@ def save_under_pressure(rank: int, root: str, nbytes: int) -> tuple[int, int | N
         report = save(shards, f"{root}/save", snapshot=True)
     logging.getLogger("ckpt_fast.jobs.report").removeHandler(handler)
     host_buffers.trim()
-    return report.waves, report.host_memory_bound, peak, [*lines, str(report)]
+    return report.waves, report.host_memory_bound, peak, [*lines, report.details]
 
 
 def test_two_ranks_share_what_a_cgroup_can_spare(tmp_path: Path) -> None:

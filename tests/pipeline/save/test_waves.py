@@ -130,9 +130,9 @@ def test_memory_is_allocated_once_and_reported(bound: int | None, tmp_path: Path
     tensors = state([30] * 6)
     first = save(shards_of(tensors), str(tmp_path / "1"), snapshot=True, host_buffer=bound)
     assert first.host_memory_allocated == (180 * KIB if bound is None else 90 * KIB)
-    assert f"{first.host_memory_allocated / 1e6:.1f} MB of host buffers allocated" in str(first)
+    assert f"{first.host_memory_allocated / 1e6:.1f} MB of host buffers allocated" in first.details
     second = save(shards_of(tensors), str(tmp_path / "2"), snapshot=True, host_buffer=bound)
-    assert second.host_memory_allocated == 0 and "allocated" not in str(second)
+    assert second.host_memory_allocated == 0 and "allocated" not in second.details
     assert wrong(tmp_path / "2", tensors) == []
 
 

@@ -17,7 +17,7 @@ from ckpt_fast.checkpointing import _load_base_checkpoint, _load_model_weights_f
 from ckpt_fast.compat import ShardedObject, ShardedTensor, get_pg_collection
 from ckpt_fast.doors.megatron import torch_dist
 from ckpt_fast.doors.megatron.load_strategy import FastLoadStrategy
-from ckpt_fast.trainer.load import load as load_module
+from ckpt_fast.trainer.load import weights as weights_module
 from tests.helpers import RankError, run_ranks
 from tests.models import FLOPS, Run, Setup, differences, other
 from tests.trainer import training
@@ -276,9 +276,9 @@ def load_weights_and_watch(rank: int, directory: str) -> list[str]:
 
     with Run(other(SETUP)) as run, pytest.MonkeyPatch.context() as patch:
         gpu = SimpleNamespace(is_available=lambda: True, empty_cache=note("GPU memory released"))
-        patch.setattr(load_module, "torch", SimpleNamespace(cuda=gpu))
-        patch.setattr(load_module, "gc", SimpleNamespace(collect=note("garbage collected")))
-        patch.setattr(load_module, "barrier_if_distributed", note("barrier"))
+        patch.setattr(weights_module, "torch", SimpleNamespace(cuda=gpu))
+        patch.setattr(weights_module, "gc", SimpleNamespace(collect=note("garbage collected")))
+        patch.setattr(weights_module, "barrier_if_distributed", note("barrier"))
         _load_model_weights_from_checkpoint(directory, run.model)
     return events
 

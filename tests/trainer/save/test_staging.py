@@ -53,6 +53,7 @@ def change_while_copying(
             if not hooked:
                 patch.setattr(staging, "wait_staged", lambda: None)
                 patch.setattr("ckpt_fast.trainer.load.load.wait_staged", lambda: None)
+                patch.setattr("ckpt_fast.trainer.load.weights.wait_staged", lambda: None)
             run.save()
             expected = run.fingerprint()
             change(run)
