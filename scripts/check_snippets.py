@@ -40,6 +40,8 @@ optimizer: Any
 scheduler: Any
 state: GlobalState
 state_dict: dict[str, Any]
+steps: int
+train: Any
 train_iterator: Any
 """
 WITHOUT_TYPES = ("megatron", "nvidia_resiliency_ext", "multistorageclient", "modelopt", "nvtx", "yaml")

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
+from ckpt_fast import system
 from ckpt_fast.errors import CheckpointError
 from ckpt_fast.format.manifest import Head, head_of
 from ckpt_fast.format.names import METADATA_FILE
@@ -103,13 +104,14 @@ def head_at(path: str) -> Head | None:
         OSError: it cannot be read, which says nothing about it.
     """
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        descriptor = os.open(os.path.join(path, METADATA_FILE), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        try:
-            return head_of(
-                lambda offset, nbytes: os.pread(descriptor, nbytes, offset), os.fstat(descriptor).st_size
-            )
-        finally:
-            os.close(descriptor)
+        flags = os.O_RDONLY | system.open_flags("O_CLOEXEC", "O_NONBLOCK", "O_BINARY")
+        with open(os.open(os.path.join(path, METADATA_FILE), flags), "rb", buffering=0) as file:
+
+            def read(offset: int, nbytes: int) -> bytes:
+                file.seek(offset)
+                return file.read(nbytes)
+
+            return head_of(read, os.fstat(file.fileno()).st_size)
     return None
 
 
