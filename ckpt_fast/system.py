@@ -58,13 +58,15 @@ def open_directory(path: str) -> int | None:
 
 
 def lock(descriptor: int, *, exclusively: bool) -> None:
-    """Lock a directory until its descriptor is closed, however that comes about. Does not wait.
+    """Lock a directory until its descriptor is closed, however that comes about.
+
+    Exclusively without waiting; shared after waiting for whoever has it exclusively, which is for a moment.
 
     Raises:
         OSError: it is locked, or there are no locks.
     """
     if sys.platform != "win32":
-        fcntl.flock(descriptor, fcntl.LOCK_NB | (fcntl.LOCK_EX if exclusively else fcntl.LOCK_SH))
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB if exclusively else fcntl.LOCK_SH)
 
 
 def sync_directory(path: str) -> None:

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from ckpt_fast.storage.spool_directory import SpoolDirectory
 
 MAKE = """
 import sys
+import threading
 from ckpt_fast.storage.spool_directory import SpoolDirectory
 spool = SpoolDirectory(sys.argv[1])
 path = spool.create()
@@ -126,3 +129,23 @@ def test_somebody_removes_it_before_it_is_locked(tmp_path: Path, monkeypatch: py
     assert os.listdir(tmp_path) == [os.path.basename(path)]
     assert path not in removed
     spool.remove()
+
+
+def test_one_that_somebody_looks_at_just_now_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process that sweeps locks what it finds, for the moment in which it looks whether it is left."""
+    mkdir, timers = os.mkdir, []
+
+    def looked_at(path: str, mode: int) -> None:
+        mkdir(path, mode)
+        descriptor = os.open(path, os.O_RDONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        timers.append(threading.Timer(0.2, os.close, (descriptor,)))
+        timers[-1].start()
+
+    monkeypatch.setattr(os, "mkdir", looked_at)
+    spool = SpoolDirectory(str(tmp_path))
+    assert os.path.isdir(spool.create())
+    spool.remove()
+    assert len(timers) == 1
