@@ -20,7 +20,6 @@ from ckpt_fast.storage.spool_directory import SpoolDirectory
 
 MAKE = """
 import sys
-import threading
 from ckpt_fast.storage.spool_directory import SpoolDirectory
 spool = SpoolDirectory(sys.argv[1])
 path = spool.create()
@@ -134,7 +133,7 @@ def test_somebody_removes_it_before_it_is_locked(tmp_path: Path, monkeypatch: py
 def test_one_that_somebody_looks_at_just_now_is_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another process that sweeps locks what it finds, for the moment in which it looks whether it is left."""
+    """Another process that sweeps locks what it finds, for the moment in which it looks."""
     mkdir, timers = os.mkdir, []
 
     def looked_at(path: str, mode: int) -> None:
