@@ -251,11 +251,12 @@ class Report:
 
 
 def _command() -> str:
-    """Return the command line without the output path."""
+    """Return the command line without what is of this machine alone."""
     words = [Path(sys.argv[0]).name, *sys.argv[1:]]
-    if "--output" in words:
-        at = words.index("--output")
-        del words[at : at + 2]
+    for option in ("--output", "--path"):
+        if option in words:
+            at = words.index(option)
+            del words[at : at + 2]
     return "python benchmarks/" + " ".join(words)
 
 

@@ -42,6 +42,7 @@ def run_script(
     output = run([*launcher, str(BENCHMARKS / script), *TINY, *where, *arguments], OMP_NUM_THREADS="1")
     assert list(work.iterdir()) == []
     assert report.read_text() in output
+    assert str(work) not in report.read_text(), "a report that is published names no folder of its machine"
     if is_quiet:
         assert output.strip() == report.read_text().strip()
     for table in json.loads(report.with_suffix(".json").read_text())["tables"]:
