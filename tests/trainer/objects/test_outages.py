@@ -51,6 +51,13 @@ def barrier() -> None:
         dist.barrier()
 
 
+def all_ranks(seen: bool) -> bool:
+    """Whether all ranks have seen it. They poll together: none may stop while another goes on."""
+    everywhere = torch.tensor(int(seen))
+    dist.all_reduce(everywhere, op=dist.ReduceOp.MIN)
+    return bool(everywhere)
+
+
 def save_through_faults(rank: int, bucket: Bucket) -> list[Any]:
     """Save once for each of PASSING, and once while the server is down, in the foreground and background."""
     prints = {}
@@ -179,7 +186,7 @@ def wait_in_vain(rank: int, bucket: Bucket) -> dict[str, Any]:
         fail(bucket.server, rank, Fault("503", "PUT .*latest_train_state"))
         run.save()
         (handle,) = run.state.async_calls_queue.handles
-        while not any("latest" in each for each in bucket.server.requests()):
+        while not all_ranks(any("latest" in each for each in bucket.server.requests())):
             maybe_finalize_async_save(run.state, run.checkpoint)
             time.sleep(0.01)
         handle.cancel()
