@@ -54,6 +54,32 @@ def without_parameter_state(optimizer: Any) -> Any | None:
         return None
     stand_in = copy.copy(optimizer)
     stand_in.gbuf_ranges = []
+    stand_in.optimizer = _of_one_parameter(optimizer.optimizer)
+    return stand_in
+
+
+def _of_one_parameter(adam: Any) -> Any:
+    """A stand-in for torch's Adam with the state of one parameter, if all have made as many steps.
+
+    Megatron-Core takes the groups' options and the step of a state dict in which each parameter has a part.
+    To build it, and to compare the steps one by one, takes longer than all else that a save collects. Any
+    other optimizer is returned as it is.
+    """
+    if type(adam) not in (torch.optim.Adam, torch.optim.AdamW) or "state_dict" in vars(adam):
+        return adam
+    if adam._optimizer_state_dict_pre_hooks or adam._optimizer_state_dict_post_hooks or not adam.state:
+        return adam
+    try:
+        steps = torch.stack([state["step"] for state in adam.state.values()])
+    except (KeyError, TypeError, RuntimeError):
+        return adam
+    if not bool((steps == steps[0]).all()):
+        return adam
+    parameter, state = next(iter(adam.state.items()))
+    stand_in = object.__new__(type(adam))
+    vars(stand_in).update(vars(adam))
+    stand_in.state = {parameter: state}
+    stand_in.param_groups = [{**group, "params": [parameter]} for group in adam.param_groups]
     return stand_in
 
 

@@ -30,7 +30,9 @@ if TYPE_CHECKING:
         describe_tensors,
         permute_rows,
         read_extents,
+        refer_to,
         walk_modules,
+        walk_optimizer,
         write_files,
     )
 
@@ -48,8 +50,10 @@ __all__ = [
     "engine",
     "permute_rows",
     "read_extents",
+    "refer_to",
     "using",
     "walk_modules",
+    "walk_optimizer",
     "write_files",
 ]
 

@@ -6,6 +6,7 @@ moves bytes releases the GIL. Columns are buffers of signed 64-bit integers (``a
 entry per file, piece, extent or series, so that ten thousand of them cost one call.
 """
 
+import weakref
 from array import array
 from collections.abc import Sequence
 from typing import Any
@@ -188,6 +189,13 @@ def describe_tensors(
         negative bit, its storage has all its elements). A value is not described by -1 and 0.
     """
 
+def refer_to(references: list[weakref.ref[Any]], objects: list[Any]) -> bool:
+    """Whether each weak reference is to the object in its place, and there are as many of both.
+
+    Raises:
+        TypeError: one is no weak reference.
+    """
+
 def walk_modules(roots: Sequence[object]) -> tuple[list[Any], list[Any], bytes]:
     """torch modules below the given ones, the tensors registered with them, and the names of both.
 
@@ -198,4 +206,23 @@ def walk_modules(roots: Sequence[object]) -> tuple[list[Any], list[Any], bytes]:
     Raises:
         TypeError: something there is no torch module, or keeps its parts otherwise.
         RecursionError: a module contains itself.
+    """
+
+def walk_optimizer(
+    groups: list[dict[str, Any]], state: dict[Any, dict[str, Any]], tensor: type
+) -> tuple[list[Any], bytes]:
+    """The parameters of a torch optimizer, each before the tensors of its state, and what there is of both.
+
+    Args:
+        groups: its ``param_groups``.
+        state: its ``state``.
+        tensor: ``torch.Tensor``; what else a state holds is left out.
+
+    Returns:
+        The tensors, in order, and bytes that tell apart numbers of groups and of their parameters, which
+        parameters have a state, and the names in those.
+
+    Raises:
+        TypeError: they are not built as torch's are.
+        KeyError: a group has no ``params``.
     """

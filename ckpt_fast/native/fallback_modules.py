@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import contextlib
+import operator
+import weakref
 from array import array
 from collections.abc import Sequence
 from typing import Any
@@ -16,6 +18,39 @@ def walk_modules(roots: Sequence[object]) -> tuple[list[Any], list[Any], bytes]:
     for root in roots:
         _take(root, modules, tensors, names)
     return modules, tensors, "".join(names).encode()
+
+
+def walk_optimizer(
+    groups: list[dict[str, Any]], state: dict[Any, dict[str, Any]], tensor: type
+) -> tuple[list[Any], bytes]:
+    tensors: list[Any] = []
+    facts: list[str] = []
+    for group in groups:
+        if not isinstance(group, dict):
+            raise TypeError("a group of parameters is no dictionary")
+        if not isinstance(group["params"], list):
+            raise TypeError("the parameters of a group are no list")
+        facts.append(f"{len(group['params'])}:")
+        for parameter in group["params"]:
+            tensors.append(parameter)
+            own = state.get(parameter)
+            if own is None:
+                continue
+            if not isinstance(own, dict):
+                raise TypeError("the state of a parameter is no dictionary")
+            found = [(name, value) for name, value in own.items() if isinstance(value, tensor)]
+            if not all(isinstance(name, str) for name, _ in found):
+                raise TypeError("a name in the state of a parameter is no string")
+            facts += [f"{name}\0" for name, _ in found]
+            tensors += [value for _, value in found]
+            facts.append(";")
+    return tensors, "".join(facts).encode()
+
+
+def refer_to(references: list[weakref.ref[Any]], objects: list[Any]) -> bool:
+    return len(references) == len(objects) and all(
+        map(operator.is_, (reference() for reference in references), objects)
+    )
 
 
 def _take(module: object, modules: list[Any], tensors: list[Any], names: list[str]) -> None:

@@ -235,6 +235,8 @@ PYBIND11_MODULE(_engine, m) {
         py::arg("row_nbytes"), py::arg("block"), py::arg("interleave"), py::arg("threads"));
   m.def("check_pickle", check_pickle_in, py::arg("content"), py::arg("archive") = false);
   m.def("describe_tensors", describe_tensors, py::arg("values"), py::arg("types"), py::arg("layout"));
+  m.def("refer_to", refer_to, py::arg("references"), py::arg("objects"));
   m.def("walk_modules", walk_modules, py::arg("roots"));
+  m.def("walk_optimizer", walk_optimizer, py::arg("groups"), py::arg("state"), py::arg("tensor"));
   m.def("cpu_features", cpu_features);
 }

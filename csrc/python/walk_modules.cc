@@ -8,6 +8,13 @@ namespace py = pybind11;
 namespace ckpt_fast {
 namespace {
 
+void append_utf8(std::string& text, PyObject* name) {
+  Py_ssize_t nbytes = 0;
+  const char* characters = PyUnicode_AsUTF8AndSize(name, &nbytes);
+  if (characters == nullptr) throw py::error_already_set();
+  text.append(characters, static_cast<size_t>(nbytes));
+}
+
 class Walk {
  public:
   void visit(py::handle module) {
@@ -57,10 +64,7 @@ class Walk {
   }
 
   void take_name(py::handle name) {
-    Py_ssize_t nbytes = 0;
-    const char* text = PyUnicode_AsUTF8AndSize(name.ptr(), &nbytes);
-    if (text == nullptr) throw py::error_already_set();
-    names_.append(text, static_cast<size_t>(nbytes));
+    append_utf8(names_, name.ptr());
     names_ += '\0';
   }
 
@@ -91,12 +95,85 @@ class Walk {
   std::string names_;
 };
 
+/// The state of parameters, most of which come in the order of the parameters: no look-up, which would run
+/// Python for each tensor's hash.
+class States {
+ public:
+  explicit States(const py::dict& state) : state_(state) {}
+
+  /// Borrowed; null if there is none.
+  PyObject* of(PyObject* parameter) {
+    PyObject *key = nullptr, *value = nullptr;
+    Py_ssize_t next = at_;
+    if (PyDict_Next(state_.ptr(), &next, &key, &value) != 0 && key == parameter) {
+      at_ = next;
+      return value;
+    }
+    PyObject* found = PyDict_GetItemWithError(state_.ptr(), parameter);
+    if (found == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
+    return found;
+  }
+
+ private:
+  const py::dict& state_;
+  Py_ssize_t at_ = 0;
+};
+
+PyObject* referent(PyObject* reference) {
+  if (PyWeakref_Check(reference) == 0) throw py::type_error("refer_to takes weak references");
+#if PY_VERSION_HEX >= 0x030D0000
+  PyObject* found = nullptr;
+  if (PyWeakref_GetRef(reference, &found) < 0) throw py::error_already_set();
+  Py_XDECREF(found);  // the list of objects holds it, if it is the one
+  return found;
+#else
+  return PyWeakref_GetObject(reference);
+#endif
+}
+
 }  // namespace
 
 py::tuple walk_modules(const py::sequence& roots) {
   Walk walk;
   for (const py::handle root : roots) walk.visit(root);
   return walk.result();
+}
+
+py::tuple walk_optimizer(const py::list& groups, const py::dict& state, const py::type& tensor) {
+  py::list tensors;
+  std::string facts;
+  States states(state);
+  const py::str params("params");
+  for (const py::handle group : groups) {
+    if (!py::isinstance<py::dict>(group)) throw py::type_error("a group of parameters is no dictionary");
+    const py::object held = py::reinterpret_borrow<py::dict>(group)[params];
+    if (!py::isinstance<py::list>(held)) throw py::type_error("the parameters of a group are no list");
+    facts += std::to_string(PyList_GET_SIZE(held.ptr())) + ":";
+    for (const py::handle parameter : py::reinterpret_borrow<py::list>(held)) {
+      tensors.append(parameter);
+      const auto own = py::reinterpret_borrow<py::object>(states.of(parameter.ptr()));
+      if (!own) continue;
+      if (!PyDict_Check(own.ptr())) throw py::type_error("the state of a parameter is no dictionary");
+      PyObject *name, *value;
+      for (Py_ssize_t at = 0; PyDict_Next(own.ptr(), &at, &name, &value) != 0;) {
+        if (PyObject_TypeCheck(value, reinterpret_cast<PyTypeObject*>(tensor.ptr())) == 0) continue;
+        append_utf8(facts, name);
+        facts += '\0';
+        tensors.append(py::handle(value));
+      }
+      facts += ';';
+    }
+  }
+  return py::make_tuple(tensors, py::bytes(facts));
+}
+
+bool refer_to(const py::list& references, const py::list& objects) {
+  const Py_ssize_t size = PyList_GET_SIZE(references.ptr());
+  if (size != PyList_GET_SIZE(objects.ptr())) return false;
+  for (Py_ssize_t at = 0; at < size; ++at) {
+    if (referent(PyList_GET_ITEM(references.ptr(), at)) != PyList_GET_ITEM(objects.ptr(), at)) return false;
+  }
+  return true;
 }
 
 }  // namespace ckpt_fast

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,9 @@ def train_as_documented(rank: int, code: str, directory: str, in_background: boo
             )
             made.append(len(steps))
     tracker = torch.load(Path(directory) / "latest_train_state.pt", weights_only=True)
+    deadline = time.monotonic() + 60
+    while (Path(directory) / "iter_0000002").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)  # a thread removes it
     iterations = sorted(path.name for path in Path(directory).glob("iter_*"))
     return [*made, int(tracker["step"]), int(tracker["consumed_train_samples"]), iterations]
 

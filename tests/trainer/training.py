@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 
 from tests.models import Run, Setup, differences, other
 
@@ -39,6 +40,13 @@ class Loader:
 
 def iterator(loader: Any) -> Any:
     return SimpleNamespace(iterable=loader)
+
+
+def all_ranks(seen: bool) -> bool:
+    """Whether all ranks have seen it. They poll together: none may stop while another goes on."""
+    everywhere = torch.tensor(int(seen))
+    dist.all_reduce(everywhere, op=dist.ReduceOp.MIN)
+    return bool(everywhere)
 
 
 def save_steps(

@@ -9,7 +9,6 @@ the same, so are the shards: each is a view of a registered tensor, at an offset
 from __future__ import annotations
 
 import hashlib
-import operator
 import weakref
 from array import array
 from bisect import bisect_right
@@ -18,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from ckpt_fast import native
 from ckpt_fast.doors.megatron.common_state import common_bytes
 from ckpt_fast.doors.megatron.sharded_state import shards_of
 from ckpt_fast.format.types import ObjectShard, Shard, TensorShard
@@ -105,7 +105,8 @@ class _Known(NamedTuple):
     def describes(self, inventory: Inventory) -> bool:
         if self.facts != _digest(inventory.facts):
             return False
-        if not (_are(self.owners, inventory.owners) and _are(self.tensors, inventory.tensors)):
+        are_same = native.refer_to
+        if not (are_same(self.owners, inventory.owners) and are_same(self.tensors, inventory.tensors)):
             return False
         return describe([inventory.tensors[number] for number in self.holders]).equals(self.described)
 
@@ -264,13 +265,6 @@ def _holders(tensors: Sequence[torch.Tensor], shards: Sequence[torch.Tensor]) ->
         if nbytes and at < len(starts) and starts[at] < start + nbytes:
             holders.append(number)
     return holders
-
-
-def _are(references: Sequence[weakref.ref[Any]], objects: Sequence[Any]) -> bool:
-    """Whether each reference is to the object in its place."""
-    return len(references) == len(objects) and all(
-        map(operator.is_, (reference() for reference in references), objects)
-    )
 
 
 def _places(shards: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> list[tuple[int, int]] | None:

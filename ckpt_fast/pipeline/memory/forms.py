@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from array import array
 from typing import Any, NamedTuple
 
 import torch
@@ -97,12 +98,13 @@ def describe(values: list[Any]) -> Described:
     # Modes and subclasses that intercept torch functions have no say in where bytes are.
     with torch._C.DisableTorchFunction():
         forms, addresses, table = native.describe_tensors(values, types, torch.strided)
-    return Described(_integers(forms), _integers(addresses), [Form(*form) for form in table])
+    return Described(integers(forms), integers(addresses), [Form(*form) for form in table])
 
 
 def _has_own_memory(kind: type) -> bool:
     return issubclass(kind, torch.Tensor) and kind.__torch_dispatch__ is torch.Tensor.__torch_dispatch__
 
 
-def _integers(column: bytearray) -> torch.Tensor:
+def integers(column: bytearray | array[int]) -> torch.Tensor:
+    """A column of signed 64-bit integers as a tensor, without a copy."""
     return torch.frombuffer(column, dtype=torch.int64) if column else torch.zeros(0, dtype=torch.int64)

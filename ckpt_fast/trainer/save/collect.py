@@ -139,23 +139,17 @@ class Collection:
         run = self._run
         if self._stand_in is None:
             return None
-        facts = [repr(tuple(self._conditions()))]
         try:
             owners, tensors, names = native.walk_modules(run.model)
-        except (TypeError, RecursionError):
+            facts = [repr(tuple(self._conditions())).encode(), names]
+            for optimizer in torch_optimizers(run.optimizer):
+                owners.append(optimizer)
+                found, names = native.walk_optimizer(optimizer.param_groups, optimizer.state, torch.Tensor)
+                tensors += found
+                facts.append(names)
+        except (TypeError, KeyError, RecursionError):
             return None
-        for optimizer in torch_optimizers(run.optimizer):
-            owners.append(optimizer)
-            state = optimizer.state
-            for group in optimizer.param_groups:
-                facts.append(str(len(group["params"])))
-                for parameter in group["params"]:
-                    tensors.append(parameter)
-                    for name, value in state.get(parameter, {}).items():
-                        if isinstance(value, torch.Tensor):
-                            facts.append(name)
-                            tensors.append(value)
-        return Inventory(owners, tensors, names + "\0".join(facts).encode())
+        return Inventory(owners, tensors, b"\0\0".join(facts))
 
     @cached_property
     def _stand_in(self) -> tuple[Any] | None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -212,6 +213,9 @@ def test_a_wave_is_copied_while_the_one_before_is_written(
     job = new_save(shards_of(tensors), str(tmp_path), snapshot=True, host_buffer=80 * KIB)
     staging = threading.Thread(target=job.stage)
     staging.start()
+    deadline = time.monotonic() + 30
+    while pool.in_use < 80 * KIB and time.monotonic() < deadline:
+        time.sleep(0.001)
     staging.join(0.2)
     assert staging.is_alive() and pool.in_use == 80 * KIB, "one being written, one staged, the third waits"
     disk.go.set()

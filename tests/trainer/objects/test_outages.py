@@ -23,7 +23,7 @@ from tests.models import Run
 from tests.object_server import Fault, ObjectServer
 from tests.trainer.objects.bucket import SETUP, Bucket, new_bucket, resume, train_and_save
 from tests.trainer.objects.test_runs import save_fsdp
-from tests.trainer.training import error_of, require
+from tests.trainer.training import all_ranks, error_of, require
 
 DATA = r"PUT .*distcp"
 # Each is more than a client without repetitions of its own can take.
@@ -49,13 +49,6 @@ def fail(server: ObjectServer, rank: int, *faults: Fault) -> None:
 def barrier() -> None:
     if dist.get_world_size() > 1:
         dist.barrier()
-
-
-def all_ranks(seen: bool) -> bool:
-    """Whether all ranks have seen it. They poll together: none may stop while another goes on."""
-    everywhere = torch.tensor(int(seen))
-    dist.all_reduce(everywhere, op=dist.ReduceOp.MIN)
-    return bool(everywhere)
 
 
 def save_through_faults(rank: int, bucket: Bucket) -> list[Any]:

@@ -28,6 +28,8 @@ from ckpt_fast.pipeline.save.program import digest_of
 
 _MOST_LAYOUTS = 1 << 16
 
+_NEVER_STATEFUL = PLAIN_TENSORS | {dict, list, int, float, str}
+
 # Where a shard lies in the whole tensor, and that one's shape; see LocalState.
 Place = tuple[tuple[int, ...], tuple[int, ...]] | tuple[()] | None
 
@@ -120,13 +122,15 @@ def _is_divided(values: list[Any]) -> bool:
 
 def plain_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """A shallow copy, with the state dict of each ``Stateful`` object in its place."""
+    if set(map(type, state_dict.values())) <= _NEVER_STATEFUL:
+        return dict(state_dict)
     return {key: value.state_dict() if is_stateful(value) else value for key, value in state_dict.items()}
 
 
 def is_stateful(value: Any) -> bool:
     """Whether torch DCP asks the value for its state dict."""
     # Checking for a protocol takes longer than all else that is done about a tensor.
-    if isinstance(value, torch.Tensor) or type(value) in (dict, list, int, float, str):
+    if type(value) in _NEVER_STATEFUL or isinstance(value, torch.Tensor):
         return False
     return isinstance(value, Stateful)
 
@@ -152,6 +156,8 @@ class LocalState:
         self.names: list[str] = flat.names
         self.values: list[Any] = flat.values
         self.places: list[Place] = [None] * len(flat.values)
+        if set(map(type, flat.values)) <= PLAIN_TENSORS:
+            return
         others = [number for number, value in enumerate(flat.values) if type(value) not in PLAIN_TENSORS]
         if any(isinstance(flat.values[number], torch.Tensor) for number in others):
             self._divide()

@@ -12,13 +12,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from ckpt_fast.doors.dcp.direct.division import Division, divide_alone, divide_together
 from ckpt_fast.doors.dcp.direct.local_state import LocalState
 from ckpt_fast.doors.dcp.steps import let_go
 from ckpt_fast.format.types import FileRecord, ObjectShard, Shard, TensorShard
+from ckpt_fast.pipeline.memory.forms import integers
 from ckpt_fast.pipeline.memory.garbage import without_collections
 from ckpt_fast.pipeline.save.objects import object_bytes
 from ckpt_fast.pipeline.save.parts import Completion, Divided, SaveOptions, Share
@@ -191,8 +191,8 @@ def prepared_shards(
     payloads = [object_bytes(state.values[number], state.names[number]) for number in division.objects]
     if not program.holds(payloads):
         return None
-    tensors = [state.values[number] for number in division.tensors]
-    pointers = state.described.addresses[torch.tensor(division.tensors, dtype=torch.int64)]
+    tensors = list(map(state.values.__getitem__, division.tensors))
+    pointers = state.described.addresses[integers(division.tensors)]
     return Prepared(program, pointers, payloads, lambda: tensors, tensors)
 
 

@@ -174,6 +174,22 @@ def group_added(run: Run, _: Random) -> None:
             adam.add_param_group({**adam.param_groups[0], "params": []})
 
 
+def group_options_changed(run: Run, chance: Random) -> None:
+    group = chance.choice(chance.choice(adams(run)).param_groups)
+    group["weight_decay"], group["note"] = chance.random(), [chance.random()]
+
+
+def state_dict_hooked(run: Run, chance: Random) -> None:
+    """Let the state dicts of an optimizer say something else from now on."""
+    note = chance.random()
+
+    def hook(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+        for number, group in enumerate(state_dict["param_groups"]):
+            group["hooked"] = [note, number, len(group["params"]), len(state_dict["state"])]
+
+    chance.choice(adams(run)).register_state_dict_post_hook(hook)
+
+
 def saving_of_optimizer_switched(run: Run, _: Random) -> None:
     # Stock code keeps no optimizer's state with rows interleaved, and numbers parameters once and for all.
     if run.setup.distributed and run.setup.glu == (None, None):
@@ -208,6 +224,8 @@ ON_ALL_RANKS: tuple[Mutation, ...] = (
     buffer_changed,
     sizes_changed,
     group_added,
+    group_options_changed,
+    state_dict_hooked,
     saving_of_optimizer_switched,
     saving_of_rng_switched,
 )
