@@ -24,7 +24,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 IMAGES = ROOT / "docs" / "images"
 
 # Narrow enough to be read on a telephone.
-_WIDTH, _LABELS, _VALUES = 560, 168, 72
+_WIDTH, _LABELS, _VALUES = 560, 176, 72
 _ROW, _BAR, _HEAD, _GAP = 24, 15, 28, 18
 _WHOLE, _SHORTEST_MS = ("save_checkpoint", "save"), 0.5
 _STYLE = """
