@@ -19,6 +19,7 @@ from megatron.core.dist_checkpointing import serialization
 import ckpt_fast
 from ckpt_fast import compat
 from tests import models
+from tests.doors.megatron.test_stock_queue import make_queue
 from tests.helpers import run_ranks
 from tests.repository.documents import snippets
 from tests.repository.documents.pages import ROOT, blocks
@@ -79,9 +80,9 @@ def megatron_core(rank: int, pair: Sides, directory: str) -> None:
 
 def queue(rank: int, pair: Sides, directory: str) -> None:
     """The queue of the stock package takes the request of ours."""
-    package = "nvrx" if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters else "mcore"
+    passes_it_on = "async_strategy" in inspect.signature(dist_checkpointing.save).parameters
     with models.Run(models.Setup()) as training, models.megatron_on_cpu():
-        stock = compat.get_async_strategy(package, "AsyncCallsQueue")[1]()
+        stock, _ = make_queue("nvrx-temporary" if passes_it_on else "mcore-temporary")
         chunk = compat.unwrap_model(training.model)[0]
         Path(directory).mkdir(exist_ok=True)
         run(ast.parse(pair[1]).body, {"model": chunk, "directory": directory, "queue": stock})
