@@ -20,7 +20,7 @@ PYTHON_B ?= $(shell for python in python3.12 "$$(pyenv prefix 3.12 2>/dev/null)/
 	done)
 PYTEST ?= -n 2 --dist worksteal -m "not slow and not long"
 # Engine and pipeline without the slow files (exiting processes, failing threads, flipped bits, random bytes), the
-# README's snippet for each door, and local checkpoints, which have no snippet.
+# snippets of the documentation, and local checkpoints, which have no snippet.
 QUICK := tests/native tests/format tests/storage tests/ranks tests/jobs tests/pipeline \
 	$(addprefix --ignore=tests/, native/test_check_pickle.py native/test_copy_runs.py format/test_consistency.py \
 		format/test_manifest.py jobs/test_background.py jobs/test_exit.py jobs/test_interrupted.py \

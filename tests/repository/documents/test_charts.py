@@ -3,39 +3,28 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
-import sys
-from types import ModuleType
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
+from tests.repository.documents.loading import script
 from tests.repository.documents.pages import DOCUMENTS, ROOT
 
 IMAGES = sorted((ROOT / "docs" / "images").glob("*.svg"))
 
 
-@pytest.fixture(scope="module")
-def charts() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("charts", ROOT / "scripts" / "charts.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look for it
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_they_are_of_the_published_reports(charts: ModuleType) -> None:
+def test_they_are_of_the_published_reports() -> None:
     """If this fails after new measurements: python scripts/charts.py."""
-    drawn = charts.pictures()
+    drawn = script("charts").pictures()
     assert {path.name for path in IMAGES} == set(drawn)
     for path in IMAGES:
         assert path.read_text() == drawn[path.name], path.name
 
 
 @pytest.mark.parametrize("image", IMAGES, ids=lambda path: path.name)
-def test_an_image_is_whole(image: str) -> None:
+def test_an_image_is_whole(image: Path) -> None:
     root = ElementTree.parse(image).getroot()
     assert root.findtext("{http://www.w3.org/2000/svg}title")
     width = float(root.attrib["viewBox"].split()[2])
