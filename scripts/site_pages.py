@@ -94,7 +94,7 @@ def relinked(markdown: str, document: str) -> str:
 
 def shown(path: str) -> str:
     """A page with the text of a file, or with what is in a folder."""
-    head = f"---\nsearch: {{exclude: true}}\n---\n# {path}\n\n"
+    head = f"---\nsearch: {{exclude: true}}\nhide: [toc]\n---\n# {path}\n\n"
     if (ROOT / path).is_dir():
         names = sorted(each.name for each in (ROOT / path).iterdir() if each.suffix == ".txt")
         blocks = [f"## {name}\n\n{_fenced((ROOT / path / name).read_text(), '')}" for name in names]
