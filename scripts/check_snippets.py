@@ -46,7 +46,11 @@ train_iterator: Any
 """
 WITHOUT_TYPES = ("megatron", "nvidia_resiliency_ext", "multistorageclient", "modelopt", "nvtx", "yaml")
 # Those of them that snippets import from; their values are anything.
-WITHOUT_TYPES_IN_SNIPPETS = ("megatron.core", "megatron.bridge.utils.instantiate_utils")
+WITHOUT_TYPES_IN_SNIPPETS = (
+    "megatron.core",
+    "megatron.core.msc_utils",
+    "megatron.bridge.utils.instantiate_utils",
+)
 
 
 def snippets() -> Iterator[tuple[str, str]]:
@@ -93,7 +97,7 @@ def pyright(folder: Path) -> list[str]:
     if found is None:
         raise SystemExit("there is no pyright: pip install basedpyright")
     for module in WITHOUT_TYPES_IN_SNIPPETS:
-        stub = folder / "typings" / f"{module.replace('.', '/')}.pyi"
+        stub = folder / "typings" / module.replace(".", "/") / "__init__.pyi"
         stub.parent.mkdir(parents=True, exist_ok=True)
         stub.write_text("from typing import Any\ndef __getattr__(name: str) -> Any: ...\n")
     settings = {

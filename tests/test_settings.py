@@ -166,7 +166,7 @@ def test_the_nearest_variable_is_named(
     monkeypatch.setattr(settings, "_warned", set())
     monkeypatch.setenv(f"CKPT_FAST_{name}", "1")
     settings.Settings.warn_of_unknown()
-    hint = f"did you mean CKPT_FAST_{nearest}?" if nearest else "see README for those there are"
+    hint = f"did you mean CKPT_FAST_{nearest}?" if nearest else "see docs/configuration.md"
     assert caplog.messages == [f"CKPT_FAST_{name} has no meaning here: {hint}"]
 
 

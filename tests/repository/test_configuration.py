@@ -17,7 +17,7 @@ from ckpt_fast.checkpointing import CheckpointConfig, ConfigContainer, GlobalSta
 from ckpt_fast.run.config_checks import UNUSED
 from tests import models
 from tests.helpers import run_ranks
-from tests.repository.test_docs import ROOT, blocks
+from tests.repository.documents.pages import ROOT, blocks
 
 PAGE = ROOT / "docs" / "configuration.md"
 ROW = re.compile(r"^\| `(\w+)` \| `([^`]*)` \| (.*) \|$", re.M)

@@ -1,59 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The documentation is correct: links resolve, snippets run, tables match the code."""
+"""The documentation is correct: links resolve, names exist, tables match the code and the reports."""
 
 from __future__ import annotations
 
-import ast
-import contextlib
 import importlib
 import inspect
-import io
-import os
+import json
 import re
-import signal
-import types
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from statistics import median
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
-from megatron.core.dist_checkpointing import serialization
 
-import ckpt_fast
-from ckpt_fast import compat, settings
-from ckpt_fast.checkpointing import create_checkpoint_manager
-from ckpt_fast.config import CheckpointConfig
+from ckpt_fast import settings
 from ckpt_fast.format.archive import item_nbytes, tensor_archive
 from ckpt_fast.format.names import SIDECAR_FILE
-from tests import models
 from tests.frameworks.test_frameworks import EXAMPLES
-from tests.helpers import run_ranks
+from tests.repository.documents.pages import DOCUMENTS, README, ROOT, anchors, blocks, prose
 
-ROOT = Path(__file__).resolve().parents[2]
-README = ROOT / "README.md"
-DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").rglob("*.md"))]
-FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 PARTS = ("doors", "megatron", "native", "pipeline", "trainer")
 TOP_FOLDERS = ("benchmarks", "ckpt_fast", "csrc", "docs", "examples", "scripts", "tests")
+PAGE_OF_FRAMEWORKS = ROOT / "docs" / "frameworks.md"
 
 documents = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
-
-
-def prose(document: Path) -> str:
-    """Return the text without its fenced blocks."""
-    return FENCE.sub("", document.read_text())
-
-
-def blocks(document: Path, language: str) -> list[str]:
-    return [text for found, text in FENCE.findall(document.read_text()) if found == language]
-
-
-def anchors(document: Path) -> set[str]:
-    """Return the anchors of the headings."""
-    titles = re.findall(r"^#+ (.*)$", prose(document), re.M)
-    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
 # --- What all documents hold ------------------------------------------------------------------------------
@@ -115,7 +85,7 @@ def test_environment_variables_exist(document: Path) -> None:
         assert re.search(rf"\b{name}\b", code), name
 
 
-# --- README -----------------------------------------------------------------------------------------------
+# --- docs/configuration.md --------------------------------------------------------------------------------
 
 
 def variables() -> dict[str, tuple[str, str]]:
@@ -131,104 +101,31 @@ def variables() -> dict[str, tuple[str, str]]:
 
 
 def test_table_of_environment_variables() -> None:
-    rows = re.findall(r"^\| `(CKPT_FAST_\w+)` \| ([^|]*) \| ([^|]*) \|$", README.read_text(), re.M)
+    page = (ROOT / "docs" / "configuration.md").read_text()
+    rows = re.findall(r"^\| `(CKPT_FAST_\w+)` \| ([^|]*) \| ([^|]*) \|$", page, re.M)
     table = {name: (default.strip(), meaning.strip()) for name, default, meaning in rows}
     assert table == variables()
 
 
-def run_snippet(code: str, names: dict[str, Any], forget: Callable[[], None]) -> None:
-    """Execute the statements of a snippet; ``forget`` is called before the last one."""
-    *first, last = ast.parse(code).body
-    exec(compile(ast.Module(first, []), "README.md", "exec"), names)
-    forget()
-    exec(compile(ast.Module([last], []), "README.md", "exec"), names)
+# --- README -----------------------------------------------------------------------------------------------
+
+# Report, table in it, and names of its rows: ours, Megatron-Core's, torch DCP's and the limit.
+DURABLE = ("save", 0, ["ckpt_fast", "mcore", "DCP, 1 thread", "limit: direct write + fsync"])
+COLD = ("load", 1, ["ckpt_fast", "mcore", "DCP, 1 thread", "limit: direct read, 8 threads"])
+WARM = ("load", 0, ["ckpt_fast", "mcore", "DCP, 1 thread", "limit: memcpy, 2 threads"])
+CALL = ("stall", 0, ["ckpt_fast", "mcore async", "DCP async_save"])
+NEXT_STEP = ("stall", 1, ["ckpt_fast", "mcore async", "DCP async_save"])
 
 
-def documented_api_snippet(rank: int, code: str, directory: str) -> None:
-    """The snippet resumes what was saved, and then saves."""
-    with models.Run(models.Setup(), save=directory, load=directory) as run:
-        run.train()
-        run.save()
-        saved = run.fingerprint()
-        run.train()
-        parts = {"model": run.model, "optimizer": run.optimizer, "scheduler": run.scheduler}
-        names: dict[str, Any] = {"state": run.state, **parts}
-        tracker = Path(directory) / "latest_checkpointed_iteration.txt"
-        run_snippet(code, names, forget=tracker.unlink)
-        assert (names["iteration"], names["flops"]) == (1, models.FLOPS)
-        assert models.differences(saved, run.fingerprint()) == []
-        assert tracker.read_text() == "1"
-
-
-def megatron_core_snippet(rank: int, code: str, directory: str) -> None:
-    """The snippet saves the weights and restores them after they were lost."""
-    with models.Run(models.Setup()) as run, models.megatron_on_cpu():
-        chunk = compat.unwrap_model(run.model)[0]
-        weights = {name: value.detach().clone() for name, value in chunk.named_parameters()}
-
-        def forget() -> None:
-            for parameter in chunk.parameters():
-                parameter.data.zero_()
-
-        names: dict[str, Any] = {"model": chunk, "directory": directory}
-        run_snippet(code, names, forget)
-        chunk.load_state_dict(names["state_dict"])
-        assert models.identical(weights, dict(chunk.named_parameters()))
-
-
-def torch_dcp_snippet(rank: int, code: str, directory: str) -> None:
-    """The snippet saves a tensor and restores it after it was lost."""
-    weight = torch.arange(12.0).view(3, 4)
-    names = {"state_dict": {"weight": weight, "step": 7}, "directory": directory}
-    run_snippet(code, names, forget=weight.zero_)  # type: ignore[arg-type]
-    assert torch.equal(weight, torch.arange(12.0).view(3, 4))
-
-
-def manager_snippet(rank: int, code: str, directory: str) -> None:
-    """The snippet trains until it is told to stop, saves then, and goes on when it is run again."""
-    state = {"weight": torch.zeros(3)}
-
-    def train(step: int) -> None:
-        state["weight"] += 1
-        if step % 3 == 0:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    names: dict[str, Any] = {"state_dict": state, "directory": directory, "steps": 100, "train": train}
-    for expected in (3, 6):
-        exec(compile(code, "README.md", "exec"), names)
-        assert names["step"] == expected and state["weight"].tolist() == [expected] * 3
-        state["weight"].zero_()
-    assert names["manager"].latest() == 6
-
-
-def install_snippet(rank: int, code: str, directory: str) -> None:
-    """The snippet makes our strategy the one that Megatron-Core builds by default."""
-    try:
-        exec(compile(code, "README.md", "exec"), {})
-        strategy = serialization.get_default_save_sharded_strategy()
-    finally:
-        ckpt_fast.uninstall()
-    assert isinstance(strategy, ckpt_fast.FastSaveStrategy)
-
-
-def bridge_snippet(rank: int, code: str, directory: str) -> None:
-    """The snippet's last line names our manager; the rest needs Bridge (tests/interop)."""
-    names = {"config": types.SimpleNamespace(checkpoint=CheckpointConfig())}
-    exec(compile(ast.Module([ast.parse(code).body[-1]], []), "README.md", "exec"), names)
-    manager = create_checkpoint_manager(names["config"].checkpoint)
-    assert isinstance(manager, ckpt_fast.FastCheckpointManager)
-
-
-def listener_snippet(rank: int, code: str, directory: str) -> None:
-    """The snippet's listener prints a line for each save, until it is removed."""
-    names: dict[str, Any] = {}
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        exec(compile(code, "README.md", "exec"), names)
-        dcp.save({"weight": torch.ones(3)}, storage_writer=ckpt_fast.FastStorageWriter(directory))
-        names["leave"]()
-        dcp.save({"weight": torch.ones(3)}, storage_writer=ckpt_fast.FastStorageWriter(directory))
-    assert re.fullmatch(rf"{re.escape(directory)} [\d.]+ [\d.]+\n", printed.getvalue())
+def test_table_of_measurements() -> None:
+    """It shows the medians of the published reports, in milliseconds."""
+    table = README.read_text().partition("| ms | ckpt_fast |")[2].partition("\n\n")[0]
+    rows = [re.findall(r"\| (\d+)", row) for row in table.splitlines()[2:]]
+    expected = []
+    for report, number, names in (DURABLE, COLD, WARM, CALL, NEXT_STEP):
+        tables = json.loads((ROOT / "benchmarks" / "results" / f"{report}.json").read_text())["tables"]
+        expected.append([f"{median(tables[number]['seconds'][name]) * 1e3:.0f}" for name in names])
+    assert rows == expected
 
 
 def test_table_of_the_demo() -> None:
@@ -241,42 +138,7 @@ def test_table_of_the_demo() -> None:
     assert positions == sorted(positions)
 
 
-PAGE_OF_FRAMEWORKS = ROOT / "docs" / "frameworks.md"
-
-# A string that occurs in this door's snippet and in no other.
-DOORS = {
-    "ckpt_fast.checkpointing": documented_api_snippet,
-    "FastSaveStrategy": megatron_core_snippet,
-    "ckpt_fast.save(": torch_dcp_snippet,
-    "FastStorageWriter": torch_dcp_snippet,
-    "ckpt_fast.install()": install_snippet,
-    "CheckpointManager(": manager_snippet,
-    "FastCheckpointManager": bridge_snippet,
-    "add_listener": listener_snippet,
-}
-
-
-@pytest.mark.parametrize("door", DOORS)
-def test_snippet_runs(door: str, tmp_path: Path) -> None:
-    (code,) = [block for block in blocks(README, "python") if door in block]
-    run_ranks(DOORS[door], 1, code, str(tmp_path))
-
-
-def test_every_snippet_is_run() -> None:
-    for block in blocks(README, "python"):
-        assert len([door for door in DOORS if door in block]) == 1
-
-
 # --- docs/frameworks.md -----------------------------------------------------------------------------------
-
-
-def test_snippets_for_frameworks(capsys: pytest.CaptureFixture[str]) -> None:
-    try:
-        for block in blocks(PAGE_OF_FRAMEWORKS, "python"):
-            exec(compile(block, "frameworks.md", "exec"), {})
-    finally:
-        ckpt_fast.uninstall()
-    assert "FileSystemWriter" in capsys.readouterr().out
 
 
 def test_frameworks_are_tested_in_these_versions() -> None:

@@ -16,7 +16,7 @@ import ckpt_fast
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "ckpt_fast"
 # For those who work on the project.
-OF_DEVELOPERS = {"architecture.md", "api.md"}
+OF_DEVELOPERS = {"architecture.md", "api.md", "extending.md"}
 DOCUMENTS = [
     ROOT / "README.md",
     *(path for path in sorted((ROOT / "docs").glob("*.md")) if path.name not in OF_DEVELOPERS),

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The documentation's programs run, its diffs apply, its pictures are of the published measurements."""
