@@ -27,7 +27,8 @@ from ckpt_fast.trainer.places.catalog import (
 )
 from ckpt_fast.trainer.places.locate import _NON_PERSISTENT_CKPT_SUBDIR
 from ckpt_fast.trainer.places.paths import is_directory, join_paths
-from ckpt_fast.trainer.places.retention import choose_old, delete_checkpoints, stored_at
+from ckpt_fast.trainer.places.pruning import choose_old
+from ckpt_fast.trainer.places.retention import delete_checkpoints, stored_at
 
 
 @dataclass(frozen=True)
