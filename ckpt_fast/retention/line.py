@@ -122,8 +122,8 @@ class Noted(NamedTuple):
         its line, or known to be the earlier branch."""
         if self.line is None:
             return False
-        if selected.line is None:
-            return True
+        if selected.line is None:  # nor does what the run was resumed from, if it left the selected one
+            return dict(self.line.legs).get(_UNRECORDED, selected.iteration) < selected.iteration
         if selected.line.holds(self.iteration, self.line) or self.line.was_left_for(selected.line):
             return False
         return self.saved_at is None or selected.saved_at is None or self.saved_at >= selected.saved_at

@@ -137,7 +137,9 @@ def test_what_a_run_may_be_about_to_select() -> None:
     four = place(resumed(2, two.line), 4, 4.0)
     assert four.may_succeed(nine) and not nine.may_succeed(four)
     assert not seven.may_succeed(nine), "it is on the line"
-    assert four.may_succeed(Noted(9)) and not Noted(4).may_succeed(nine)
+    assert not four.may_succeed(Noted(9)) and not Noted(4).may_succeed(nine)
+    older = place(resumed(2, None), 4)
+    assert older.may_succeed(Noted(9)) and not older.may_succeed(Noted(2)), "of a version that noted none"
 
 
 @pytest.mark.parametrize("value", [None, "1", True, float("nan"), [1]])
