@@ -193,8 +193,8 @@ def outage_s() -> float:
 
 
 def on_save_failure() -> OnSaveFailure:
-    """``CKPT_FAST_ON_SAVE_FAILURE`` (raise): what training does if a background save of ``save_checkpoint``
-    fails: raise, or continue with a warning."""
+    """``CKPT_FAST_ON_SAVE_FAILURE`` (raise): what training does if a background save of
+    ``save_checkpoint`` or ``CheckpointManager`` fails: raise, or continue with a warning."""
     value = os.environ.get("CKPT_FAST_ON_SAVE_FAILURE", "raise")
     if value not in get_args(OnSaveFailure):
         choices = ", ".join(get_args(OnSaveFailure))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ckpt_fast import verify
 from ckpt_fast.format.manifest import Manifest, append_manifest, split_manifest
-from ckpt_fast.retention.line import LINE
+from ckpt_fast.retention.line import LINE, SAVED_AT
 
 # Not described by the manifest, because it contains it.
 TABLE = ".metadata"
@@ -40,12 +40,14 @@ def find_damage(directory: str) -> list[str]:
 
 
 def without_ids(content: bytes) -> bytes:
-    """Return a ``.metadata`` file without what sets it apart from another save's: ids of save and run."""
+    """Return a ``.metadata`` file without what sets it apart from another save's: ids of save and run,
+    and the time."""
     pickled, manifest = split_manifest(content)
     assert manifest is not None
     manifest.save_id = ""
     if LINE in manifest.notes:
         manifest.notes[LINE] = [["", iteration] for _, iteration in manifest.notes[LINE]]
+        manifest.notes[SAVED_AT] = 0
     return append_manifest(pickled, manifest)
 
 

@@ -13,19 +13,22 @@ import os
 import re
 from collections.abc import Sequence
 
+from ckpt_fast import settings
 from ckpt_fast.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
 from ckpt_fast.retention.choice import choose
-from ckpt_fast.retention.line import Origin, line_in
+from ckpt_fast.retention.line import Origin, line_in, newest_of
 from ckpt_fast.retention.policies import Policy
 from ckpt_fast.retention.removal import remove_directory
-from ckpt_fast.retention.stored import Stored, head_at
-from ckpt_fast.storage import replacement
-from ckpt_fast.storage.commit import write_file_atomic
+from ckpt_fast.retention.stored import Stored, head_at, unchanged_s
+from ckpt_fast.storage import owners, replacement
+from ckpt_fast.storage.commit import invalidate, seals_among, write_file_atomic
 from ckpt_fast.storage.small_files import LARGEST_TEXT, read_small_file
 
 logger = logging.getLogger(__name__)
 
 _TRACKER = "latest_checkpointed_iteration.txt"
+# A save that has written nothing for so long is dead.
+_DEAD_S = 3600.0
 _NAME = re.compile(r"iter_([0-9]+)")
 
 
@@ -44,15 +47,13 @@ class CheckpointDirectory:
         return os.path.join(self.root, f"iter_{step:07d}")
 
     def found(self) -> list[Stored]:
-        """All that are there, whole or not, oldest first; no links: these are somebody's own arrangement."""
-        with contextlib.suppress(FileNotFoundError), os.scandir(self.root) as entries:
-            matches = [
-                (_NAME.fullmatch(entry.name), entry.path)
-                for entry in entries
-                if entry.is_dir(follow_symlinks=False)
-            ]
-            stored = [Stored(int(match[1]), path) for match, path in matches if match is not None]
-            return sorted(stored, key=lambda each: each.iteration)
+        """All that are there, whole or not, oldest first; also links to checkpoints elsewhere."""
+        with contextlib.suppress(FileNotFoundError):
+            matches = filter(None, map(_NAME.fullmatch, os.listdir(self.root)))
+            stored = [Stored(int(match[1]), os.path.join(self.root, match[0])) for match in matches]
+            return sorted(
+                (each for each in stored if os.path.isdir(each.path)), key=lambda each: each.iteration
+            )
         return []
 
     def selected(self) -> int | None:
@@ -71,7 +72,8 @@ class CheckpointDirectory:
                 f"{_TRACKER} in {self.root} cannot be read ({error}), so nobody can tell which checkpoint is "
                 "the newest. Remove the cause and try again."
             ) from error
-        newest = next((each.iteration for each in reversed(self.found()) if each.is_whole), None)
+        found = newest_of(reversed(self.found()), lambda each: each.noted, lambda each: each.is_whole)
+        newest = found.iteration if found is not None else None
         if problem:
             logger.warning("%s in %s %s; the newest whole step is %s", _TRACKER, self.root, problem, newest)
         return newest
@@ -130,23 +132,60 @@ class CheckpointDirectory:
     def prune(self, policies: Sequence[Policy], step: int) -> None:
         """Delete what no policy keeps. A failure is logged: it costs disk space.
 
+        Links are neither counted nor deleted: what they lead to is somebody's own arrangement.
+
         Args:
-            policies: see ``choose``.
+            policies: see ``choose``; none: all stay.
             step: the one that was published last.
         """
         try:
-            choice = choose(self.found(), policies, step)
+            choice = choose([each for each in self.found() if not os.path.islink(each.path)], policies, step)
         except Exception:
             logger.exception("cannot tell which checkpoints in %s are old: none is deleted", self.root)
             return
         if choice.abandoned:
             logger.info("of an abandoned branch, and not counted: %s", _steps(choice.abandoned))
         for each in choice.removed:
+            if owners.is_occupied(each.path):  # the program went back, and is saving it again
+                continue
             try:
                 remove_directory(each.path)
                 logger.debug("deleted %s", each.path)
             except OSError:
                 logger.exception("cannot delete the old checkpoint %s", each.path)
+
+    def sweep(self) -> None:
+        """Remove what saves that were killed while they replaced a checkpoint have left beside it.
+
+        Nobody can tell which of them is alive in another process. One in which nothing was written for an
+        hour, or for as long as a save may take, is not. A failure is logged: it costs disk space.
+        """
+        dead_s = max(_DEAD_S, settings.timeout_s())
+        try:
+            for path in replacement.replaced_in(self.root):
+                left = [each for each in replacement.left_beside(path) if unchanged_s(each) > dead_s]
+                if not left or not _NAME.fullmatch(os.path.basename(path)):
+                    continue
+                replacement.put_back(path)
+                for each in left:
+                    if os.path.lexists(each):
+                        replacement.discard(each, path)
+                        logger.debug("removed %s, which a save that was killed has left", each)
+        except OSError as error:
+            logger.warning("cannot remove what killed saves have left in %s: %s", self.root, error)
+
+    def remove_unfinished(self, step: int) -> None:
+        """Remove the files that a failed save has left, where nobody writes any more; no checkpoint."""
+        directory = self.path(step)
+        try:
+            if os.path.islink(directory) or not os.path.isdir(directory):
+                return
+            if not seals_among(os.listdir(directory)):
+                invalidate(directory)
+                with contextlib.suppress(OSError):
+                    os.rmdir(directory)
+        except (OSError, CheckpointError) as error:
+            logger.warning("what the failed save has left in %s is not removed: %s", directory, error)
 
     def _origin(self, step: int) -> Origin:
         head = None

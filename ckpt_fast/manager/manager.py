@@ -5,20 +5,24 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import re
 import threading
 from collections.abc import Iterable, Mapping
 from signal import Signals
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import torch.distributed as dist
 
+from ckpt_fast.doors.dcp.direct import save as dcp_save
 from ckpt_fast.doors.dcp.direct.background import SaveFuture, new_control_group
 from ckpt_fast.doors.dcp.direct.functions import load, save_in_background
 from ckpt_fast.doors.dcp.reader import StrPath
 from ckpt_fast.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
 from ckpt_fast.jobs.report import SaveReport
 from ckpt_fast.manager.directory import CheckpointDirectory
+from ckpt_fast.manager.failures import FailedSaves
 from ckpt_fast.pipeline.save.parts import Completion
 from ckpt_fast.ranks.group import ControlGroup, PerGroup
 from ckpt_fast.retention.line import Lineage, Origin, metrics_note
@@ -27,6 +31,16 @@ from ckpt_fast.run.signal_handler import DistributedSignalHandler
 from ckpt_fast.storage.files import absolute
 
 logger = logging.getLogger(__name__)
+
+
+def _require_file_system(directory: StrPath) -> None:
+    # A Path has swallowed one of the slashes.
+    if re.match(r"[a-z][a-z0-9+.-]+:/", os.fspath(directory)):
+        raise ValueError(
+            f"directory={os.fspath(directory)!r} is in object storage, where CheckpointManager cannot save: "
+            "it relies on renames in a file system. Give a path of a file system that all ranks share; "
+            "save_checkpoint and the strategies of Megatron-Core save to object storage."
+        )
 
 
 class _Decisions:
@@ -60,6 +74,7 @@ class CheckpointManager:
 
     Args:
         directory: on a file system that all ranks share; the same on every rank. Created by the first save.
+            Not in object storage (``msc://...``).
         policies: which checkpoints stay (``KeepNewest``, ``KeepEvery``, ``KeepBest``, ``KeepFor``,
             ``KeepIf``, ``MaxBytes``): those that one of them keeps. None: all stay. The newest always does.
         save_every: ``should_save`` is true for multiples of it; None: for a signal only.
@@ -68,12 +83,18 @@ class CheckpointManager:
         process_group: the ranks that save and load together; None means all.
         no_dist: this rank saves and loads alone, and calls no collectives.
         thread_count: files per rank; None: as many as are fastest there.
+        on_save_failure: if a save fails, "raise" its error by the next call, or "continue" with a warning.
+            Lost ranks, what the program got wrong, and the last save (``close``) are raised in any case.
+            None: what ``CKPT_FAST_ON_SAVE_FAILURE`` says ("raise").
+        max_failed_saves: how many saves may fail in a row if training continues; one more raises. None: what
+            ``CKPT_FAST_MAX_FAILED_SAVES`` says (3).
 
     Attributes:
         stopping: whether a rank had received the signal at the last ``should_save``; the same on all ranks.
 
     Raises:
-        ValueError: ``save_every`` is not positive, or ``policies`` holds something else.
+        ValueError: ``save_every`` or ``max_failed_saves`` is not positive, ``policies`` or
+            ``on_save_failure`` is something else, or ``directory`` is in object storage.
     """
 
     def __init__(
@@ -86,7 +107,10 @@ class CheckpointManager:
         process_group: dist.ProcessGroup | None = None,
         no_dist: bool = False,
         thread_count: int | None = None,
+        on_save_failure: Literal["raise", "continue"] | None = None,
+        max_failed_saves: int | None = None,
     ) -> None:
+        _require_file_system(directory)
         if save_every is not None and save_every < 1:
             raise ValueError(f"save_every={save_every} is not a positive number of steps")
         self.stopping = False
@@ -97,8 +121,11 @@ class CheckpointManager:
         self._thread_count = thread_count
         group = ControlGroup.of_one() if no_dist else ControlGroup(process_group)
         self._group = _decisions.get(group, process_group).ready(group, process_group)
+        self._failures = FailedSaves(self._group, on_save_failure, max_failed_saves)
+        self._newest: int | None = None
         self._lineage = Lineage()
         self._in_flight: SaveFuture | None = None
+        self._in_flight_step: int | None = None
         self._pruning: threading.Thread | None = None
         self._report: SaveReport | None = None
         self._signal = DistributedSignalHandler(save_on) if save_on is not None else None
@@ -117,23 +144,35 @@ class CheckpointManager:
             metrics: numbers by name, noted in the checkpoint for ``KeepBest``; rank 0's count.
 
         Returns:
-            A ``concurrent.futures.Future`` with the ``SaveReport``. Nobody has to wait for it.
+            A ``concurrent.futures.Future`` with the ``SaveReport``. Nobody has to wait for it. With
+            ``on_save_failure="continue"`` it may have failed already: there was no room, for instance.
 
         Raises:
             AsyncSaveError: on every rank: the save before has failed. This one was not begun; call again.
             CheckpointError: on every rank, naming the rank that failed; nothing is in flight.
-            ValueError: on every rank: ``step`` is not positive, or a metric is no number.
+            ValueError: on every rank: ``step`` is not positive, a metric is no number, or ranks differ in
+                what they do about failed saves.
         """
+        self._failures.agree()
         self._settle()
         notes = self._group.agree(lambda: self._notes(step, metrics), keep_kind=True)
-        self._in_flight = save_in_background(
-            state_dict,
-            self._directory.path(step),
-            Completion(notes=notes, select=lambda: self._publish(step)),
-            thread_count=self._thread_count,
-            **self._ranks,
-        )
-        self._saved_step = step
+        directory = self._directory.path(step)
+        try:
+            self._in_flight = save_in_background(
+                state_dict,
+                directory,
+                Completion(notes=notes, select=lambda: self._publish(step)),
+                thread_count=self._thread_count,
+                when_failed=lambda: self._directory.remove_unfinished(step),
+                **self._ranks,
+            )
+        except CheckpointError as error:
+            self._failures.require_storage(error)
+            future = SaveFuture(directory)
+            future.set_exception(error)
+            self._fail(future, error)
+            return future
+        self._saved_step = self._in_flight_step = step
         return self._in_flight
 
     def should_save(self, step: int) -> bool:
@@ -190,16 +229,19 @@ class CheckpointManager:
                     logger.warning("the checkpoint of step %d is not loaded: %s", origin.iteration, error)
                 continue
             self._lineage, self._saved_step = Lineage(origin), origin.iteration
+            self._newest = origin.iteration
             return origin.iteration
         if problem is not None:
             raise problem
         return None
 
     def wait(self) -> SaveReport | None:
-        """Wait for the save in flight, and for deletions. The report of the last save; None before the first.
+        """Wait for the save in flight, and for deletions. The report of the last save that was published;
+        None before the first.
 
         Raises:
-            AsyncSaveError: on every rank, once: it has failed; the checkpoints before it are as they were.
+            AsyncSaveError: on every rank, once: it has failed, and training may not go on; the checkpoints
+                before it are as they were.
         """
         self._settle()
         if self._pruning is not None:
@@ -214,14 +256,27 @@ class CheckpointManager:
             error = future.exception()
             self._in_flight = None
             if error is not None:
-                self._saved_step = None
-                raise error
-            self._report = future.result()
+                self._fail(future, error)
+                return
+            self._report, self._newest = future.result(), self._in_flight_step
+            self._failures.end()
+
+    def _fail(self, future: SaveFuture, error: BaseException) -> None:
+        """A save has failed; errors as of ``wait``."""
+        self._saved_step = None
+        dcp_save.forget(**self._ranks)
+        self._failures.add(error, future.directory, self._newest)
 
     def close(self) -> None:
-        """Finish what is in flight, and give the signal its former effect back; errors as of ``wait``."""
+        """Finish what is in flight, and give the signal its former effect back.
+
+        Raises:
+            AsyncSaveError: on every rank: the last save has failed, even if training has gone on after it.
+            CheckpointWriteError: the same, of a last save that was not even begun.
+        """
         try:
             self.wait()
+            self._failures.raise_last()
         finally:
             if self._signal is not None:
                 self._signal.release()
@@ -249,22 +304,23 @@ class CheckpointManager:
     def _publish(self, step: int) -> None:
         """On rank 0, in the thread that commits, once the checkpoint is sealed."""
         self._directory.publish(step)
-        if self._policies:
-            # The other ranks wait for the commit, but need not wait for deletions.
-            before = self._pruning
+        # The other ranks wait for the commit, but need not wait for deletions.
+        before = self._pruning
 
-            def prune() -> None:
-                if before is not None:
-                    before.join()
+        def prune() -> None:
+            if before is not None:
+                before.join()
+            if self._policies:
                 self._directory.prune(self._policies, step)
+            self._directory.sweep()
 
-            pruning = threading.Thread(target=prune, name="ckpt_fast-prune")
-            try:
-                pruning.start()
-            except RuntimeError:  # the interpreter ends, and starts no more threads
-                prune()
-            else:
-                self._pruning = pruning
+        pruning = threading.Thread(target=prune, name="ckpt_fast-prune")
+        try:
+            pruning.start()
+        except RuntimeError:  # the interpreter ends, and starts no more threads
+            prune()
+        else:
+            self._pruning = pruning
 
     def _load(self, state_dict: dict[str, Any], origin: Origin, allow_partial_load: bool) -> None:
         def require_whole() -> None:

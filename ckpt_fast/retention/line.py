@@ -10,13 +10,17 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 LINE = "line"
 RESUMED_FROM = "resumed_from"
+SAVED_AT = "saved_at"
 METRICS = "metrics"
+
+T = TypeVar("T")
 
 # Stands for all that was saved before lines were noted, up to an iteration.
 _UNRECORDED = ""
@@ -62,6 +66,14 @@ class Line:
             return True
         return other is not None and not other.holds(selected, self)
 
+    def was_left_for(self, other: Line) -> bool:
+        """Whether ``other`` is of a leg that began when this one's last leg had ended: a run went back.
+
+        False says nothing: both may have left a leg that they have in common.
+        """
+        leg, last = self.legs[-1]
+        return other.legs[-1][0] != leg and dict(other.legs).get(leg, last) < last
+
     def _forks_from(self, other: Line | None) -> bool:
         """Whether two lines, of which this one does not hold the other's end, have a leg in common.
 
@@ -71,6 +83,77 @@ class Line:
         if other is None:
             return _UNRECORDED in dict(self.legs)
         return not dict(self.legs).keys().isdisjoint(dict(other.legs))
+
+
+class Noted(NamedTuple):
+    """What a checkpoint notes of its place among others.
+
+    Attributes:
+        iteration: its own.
+        line: None if it notes none.
+        saved_at: when its save was asked for, in seconds of the coordinator's clock (``time.time``); None if
+            it does not note that.
+    """
+
+    iteration: int
+    line: Line | None = None
+    saved_at: float | None = None
+
+    def supersedes(self, other: Noted) -> bool:
+        """Whether a run has left ``other`` for this one, or for what led to it.
+
+        Where two branches began from one leg, the one that was saved later is the one that the run is on; the
+        iteration decides where that is not noted.
+        """
+        if self.line is None or other.line is None:
+            return False
+        if not self.line.has_left(self.iteration, other.iteration, other.line):
+            return False
+        if other.line.was_left_for(self.line):
+            return True
+        if self.line.was_left_for(other.line):
+            return False
+        if self.saved_at is None or other.saved_at is None:
+            return self.iteration > other.iteration
+        return self.saved_at > other.saved_at
+
+    def may_succeed(self, selected: Noted) -> bool:
+        """Whether a run may have left ``selected``, which the trackers name, for this one: not if it is on
+        its line, or known to be the earlier branch."""
+        if self.line is None:
+            return False
+        if selected.line is None:  # nor does what the run was resumed from, if it left the selected one
+            return dict(self.line.legs).get(_UNRECORDED, selected.iteration) < selected.iteration
+        if selected.line.holds(self.iteration, self.line) or self.line.was_left_for(selected.line):
+            return False
+        return self.saved_at is None or selected.saved_at is None or self.saved_at >= selected.saved_at
+
+
+def without_superseded(found: Iterable[T], noted: Callable[[T], Noted]) -> list[T]:
+    """What of ``found`` a run can go on from: all but those that it has left for another of them."""
+    each_noted = [(each, noted(each)) for each in found]
+    left = [each for each, facts in each_noted if not any(other.supersedes(facts) for _, other in each_noted)]
+    # Clocks that are wrong can make a circle.
+    return left or [each for each, _ in each_noted]
+
+
+def newest_of(
+    newest_first: Iterable[T], noted: Callable[[T], Noted], is_whole: Callable[[T], bool]
+) -> T | None:
+    """The newest whole checkpoint, where nothing but the checkpoints themselves says which one is selected.
+
+    An older one is newer if a run went back and left the other for it.
+
+    Args:
+        newest_first: checkpoints, by iteration.
+        noted: what one notes.
+        is_whole: whether one is whole; only asked where it matters.
+    """
+    best: T | None = None
+    for each in newest_first:
+        if (best is None or noted(each).supersedes(noted(best))) and is_whole(each):
+            best = each
+    return best
 
 
 @dataclass(frozen=True)
@@ -113,7 +196,10 @@ class Lineage:
             self._before = tuple((leg, min(last, iteration - 1)) for leg, last in followed)
             self._leg, self.origin = secrets.token_hex(4), None
         self._newest = iteration
-        notes: dict[str, Any] = {LINE: [list(each) for each in (*self._before, (self._leg, iteration))]}
+        notes: dict[str, Any] = {
+            LINE: [list(each) for each in (*self._before, (self._leg, iteration))],
+            SAVED_AT: round(time.time(), 3),
+        }
         if self.origin is not None:
             notes[RESUMED_FROM] = {"iteration": self.origin.iteration, "save_id": self.origin.save_id}
         return notes
@@ -135,6 +221,14 @@ def line_in(notes: Mapping[str, Any], iteration: int | None = None) -> Line | No
             return None
         found.append((leg[0], leg[1]))
     return Line(tuple(found)) if iteration in (None, found[-1][1]) else None
+
+
+def noted_in(notes: Mapping[str, Any], iteration: int) -> Noted:
+    """What the notes of the checkpoint of an iteration tell of its place among others."""
+    saved_at = notes.get(SAVED_AT)
+    if isinstance(saved_at, bool) or not isinstance(saved_at, (int, float)) or not math.isfinite(saved_at):
+        saved_at = None
+    return Noted(iteration, line_in(notes, iteration), saved_at)
 
 
 def resumed_from_in(notes: Mapping[str, Any]) -> int | None:

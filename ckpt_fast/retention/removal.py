@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 
@@ -14,11 +15,14 @@ SEALS = (SEAL_FILE, METADATA_FILE, SIDECAR_FILE)
 
 
 def remove_directory(path: str) -> None:
-    """Local. Delete a checkpoint: its seal first, durably.
+    """Local. Delete a checkpoint: its seal first, durably. A link is not followed.
 
     Raises:
-        OSError: some of it is left, without a seal unless that could not be deleted.
+        OSError: some of it is left, without a seal unless that could not be deleted; nothing of what a link
+            leads to has been touched (ELOOP).
     """
+    if os.path.islink(path):
+        raise OSError(errno.ELOOP, "it is a symbolic link, and is left alone", path)
     is_durable = False
     for name in SEALS:
         file = os.path.join(path, name)

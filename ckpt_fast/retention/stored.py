@@ -16,7 +16,7 @@ from ckpt_fast.format.manifest import Head, head_of
 from ckpt_fast.format.names import METADATA_FILE
 from ckpt_fast.pipeline.load.complete import require_complete
 from ckpt_fast.pipeline.load.opened import OpenCheckpoint
-from ckpt_fast.retention.line import Line, line_in, metrics_in, resumed_from_in
+from ckpt_fast.retention.line import Line, Noted, metrics_in, noted_in, resumed_from_in
 from ckpt_fast.storage.files import Directory
 
 
@@ -46,7 +46,12 @@ class Stored:
     @property
     def line(self) -> Line | None:
         """The line that it notes."""
-        return line_in(self.notes, self.iteration)
+        return self.noted.line
+
+    @property
+    def noted(self) -> Noted:
+        """What it notes of its place among others."""
+        return noted_in(self.notes, self.iteration)
 
     @property
     def resumed_from(self) -> int | None:

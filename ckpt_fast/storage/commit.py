@@ -86,9 +86,11 @@ def write_file_atomic(
             os.unlink(temporary)
         if not isinstance(error, OSError):
             raise
+        remedy = f"{state}; check the directory's permissions and free space."
+        if error.errno == errno.ENOENT and not os.path.isdir(directory):
+            remedy = "Its directory was deleted (ckpt-fast prune, or by hand)."
         raise CheckpointWriteError(
-            f"cannot write {path}: {error.strerror or error}. {state}; check the directory's permissions and "
-            "free space.",
+            f"cannot write {path}: {error.strerror or error}. {remedy}",
             error.errno,
             path,
         ) from error
@@ -289,6 +291,17 @@ def make_directory(path: str, *, sync_names: bool = True) -> None:
         _durable.discard(path)  # it was removed, if it was there
     if sync_names:
         _sync_names_above(path)
+
+
+def sync_names(path: str) -> None:
+    """Make the name of a directory durable, and those above it; see ``make_directory``.
+
+    Raises:
+        FileNotFoundError: there is no such directory (any more).
+    """
+    if not os.path.isdir(path):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+    _sync_names_above(path)
 
 
 def _sync_names_above(path: str) -> None:

@@ -8,6 +8,7 @@ these files belong to.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -99,6 +100,9 @@ class Files(Protocol):
     def missing(self, files: Sequence[FileRecord]) -> list[tuple[FileRecord, int | None]]:
         """The files that are missing (None), or have another length (that length)."""
 
+    def require_kept(self, files: Sequence[FileRecord]) -> None:
+        """Nobody has deleted these files since they were written, as far as telling costs next to nothing."""
+
     def named(self) -> AbstractContextManager[None]:
         """A block whose errors name the checkpoint, wherever ``directory`` is."""
 
@@ -179,12 +183,19 @@ class Directory:
         """Make the name of the directory that ``prepare`` may have created durable.
 
         Raises:
-            CheckpointWriteError: it cannot be done.
+            CheckpointWriteError: it cannot be done, or somebody has deleted the directory.
         """
         if self.directory != self.name:  # created beside an older one, and synced then
             return
         try:
-            commit.make_directory(os.path.abspath(self.directory))
+            commit.sync_names(os.path.abspath(self.directory))
+        except FileNotFoundError as error:
+            raise CheckpointWriteError(
+                f"{self.name} was deleted while it was being written (ckpt-fast prune, or by hand). The "
+                "checkpoint was not published; those under other names are untouched.",
+                error.errno,
+                self.name,
+            ) from error
         except OSError as error:
             raise CheckpointWriteError(
                 f"cannot make the directory {self.directory} durable: {error.strerror or error} "
@@ -257,6 +268,27 @@ class Directory:
         found = ((file, self._nbytes(file.path)) for file in files)
         return [(file, nbytes) for file, nbytes in found if nbytes != file.nbytes]
 
+    def require_kept(self, files: Sequence[FileRecord]) -> None:
+        """See ``Files``. It costs a listing of each folder, and no look at a file in it.
+
+        Raises:
+            CheckpointWriteError: naming the first file that is gone.
+        """
+        there: set[str] = set()
+        for folder in {os.path.dirname(file.path) for file in files}:
+            with contextlib.suppress(FileNotFoundError):
+                there.update(os.path.join(folder, name) for name in os.listdir(self._path(folder)))
+        for file in files:
+            # A network file system may list what was there a moment ago.
+            if file.path not in there and self._nbytes(file.path) is None:
+                raise CheckpointWriteError(
+                    f"{os.path.join(self.name, file.path)} was deleted before the checkpoint was complete "
+                    "(ckpt-fast prune, or by hand). The checkpoint was not published; those under other "
+                    "names are untouched.",
+                    errno.ENOENT,
+                    self.name,
+                )
+
     def named(self) -> AbstractContextManager[None]:
         """A block whose errors name the checkpoint, as they do anyway."""
         return contextlib.nullcontext()
@@ -272,8 +304,11 @@ class Directory:
     ) -> None:
         self.close()
 
+    def _path(self, name: str) -> str:
+        return os.path.join(self.directory, name)
+
     def _nbytes(self, name: str) -> int | None:
         try:
-            return os.stat(os.path.join(self.directory, name)).st_size
+            return os.stat(self._path(name)).st_size
         except FileNotFoundError:
             return None

@@ -211,6 +211,11 @@ def places(directory: str) -> list[str]:
     return [path for path in (directory, *_beside(directory)) if os.path.isdir(path)]
 
 
+def left_beside(directory: str) -> list[str]:
+    """The directories that replacements left next to ``directory``, which need not exist."""
+    return _beside(directory)
+
+
 def _beside(directory: str, *kinds: str) -> list[str]:
     parent, name = os.path.split(os.path.abspath(directory))
     with contextlib.suppress(OSError):

@@ -27,7 +27,8 @@ from ckpt_fast.trainer.places.catalog import (
 )
 from ckpt_fast.trainer.places.locate import _NON_PERSISTENT_CKPT_SUBDIR
 from ckpt_fast.trainer.places.paths import is_directory, join_paths
-from ckpt_fast.trainer.places.retention import choose_old, delete_checkpoints, stored_at
+from ckpt_fast.trainer.places.pruning import choose_old
+from ckpt_fast.trainer.places.retention import delete_checkpoints, stored_at
 
 
 @dataclass(frozen=True)
@@ -178,8 +179,8 @@ def _others(root: str) -> list[Listed]:
     if object_storage(root) is not None:
         return []
     known = {each.path for each in checkpoints_in(root)}
-    with os.scandir(root) as entries:
-        paths = sorted(entry.path for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+    # Not scandir's is_dir, which fails for a link that leads to itself.
+    paths = [os.path.join(root, name) for name in sorted(os.listdir(root)) if not name.startswith(".")]
     sealed = [path for path in paths if os.path.exists(os.path.join(path, METADATA_FILE))]
     return [_listed(path, None)[0] for path in sealed if path not in known]
 

@@ -12,11 +12,15 @@ import torch
 from ckpt_fast.retention.line import (
     Line,
     Lineage,
+    Noted,
     Origin,
     line_in,
     metrics_in,
     metrics_note,
+    newest_of,
+    noted_in,
     resumed_from_in,
+    without_superseded,
 )
 
 
@@ -102,6 +106,45 @@ def test_resumed_from_is_noted() -> None:
     notes = resumed(7, None).notes(8)
     assert line_in(notes, 8) is not None and line_in(notes, 9) is None, "a copy of another name"
     assert resumed_from_in(notes) == 7 and notes["resumed_from"]["save_id"] == "an id"
+
+
+def place(lineage: Lineage, iteration: int, saved_at: float | None = None) -> Noted:
+    return Noted(iteration, noted(lineage, iteration), saved_at)
+
+
+def test_which_of_two_branches_was_begun_later() -> None:
+    first = Lineage()
+    two, nine = place(first, 2), place(first, 9)
+    assert not nine.supersedes(two) and not two.supersedes(nine), "one came from the other"
+    four = place(resumed(2, two.line), 4)
+    assert four.supersedes(nine) and not nine.supersedes(four), "whatever the iterations"
+    three, eight = place(resumed(2, two.line), 3, 30.0), place(resumed(2, two.line), 8, 20.0)
+    assert three.supersedes(eight) and not eight.supersedes(three), "of two that left one leg, the later"
+    eight = eight._replace(saved_at=None)
+    assert eight.supersedes(three) and not three.supersedes(eight), "as if there were no lines"
+    other = place(Lineage(), 5, 99.0)
+    assert not other.supersedes(nine) and not nine.supersedes(other), "nothing in common"
+    assert not Noted(5).supersedes(nine) and not nine.supersedes(Noted(5))
+    assert without_superseded([two, nine, four], lambda each: each) == [two, four]
+    assert newest_of([nine, four, two], lambda each: each, lambda each: True) == four
+    assert newest_of([nine, four, two], lambda each: each, lambda each: each != four) == nine
+    assert newest_of([], lambda each: each, lambda each: True) is None
+
+
+def test_what_a_run_may_be_about_to_select() -> None:
+    first = Lineage()
+    two, seven, nine = place(first, 2, 1.0), place(first, 7, 2.0), place(first, 9, 3.0)
+    four = place(resumed(2, two.line), 4, 4.0)
+    assert four.may_succeed(nine) and not nine.may_succeed(four)
+    assert not seven.may_succeed(nine), "it is on the line"
+    assert not four.may_succeed(Noted(9)) and not Noted(4).may_succeed(nine)
+    older = place(resumed(2, None), 4)
+    assert older.may_succeed(Noted(9)) and not older.may_succeed(Noted(2)), "of a version that noted none"
+
+
+@pytest.mark.parametrize("value", [None, "1", True, float("nan"), [1]])
+def test_times_that_make_no_sense_are_none(value: Any) -> None:
+    assert noted_in({"saved_at": value}, 3) == Noted(3)
 
 
 @pytest.mark.parametrize(

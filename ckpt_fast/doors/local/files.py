@@ -11,7 +11,8 @@ from __future__ import annotations
 import os
 import shutil
 from collections import OrderedDict
-from collections.abc import Container
+from collections.abc import Container, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -109,11 +110,15 @@ def pack_local(state_dict: Any, directory: str, live: Container[int] = ()) -> Pa
 
 
 class Origin(NamedTuple):
-    """The origin of a local checkpoint: the save, the same on all ranks, and the rank whose state it is."""
+    """The origin of a local checkpoint: the save, the same on all ranks, and the rank whose state it is.
+
+    ``notes`` are for the manifest, and the same on all ranks, too.
+    """
 
     save_id: str
     iteration: int
     rank: int
+    notes: Mapping[str, Any] = MappingProxyType({})
 
 
 def write_local(
@@ -157,7 +162,7 @@ def write_local(
             progress=progress,
         )
         record = waves.run(shards)
-        notes = {"iteration": origin.iteration, "rank": origin.rank}
+        notes = {**origin.notes, "iteration": origin.iteration, "rank": origin.rank}
         contents = contents_of([record])
         manifest = Manifest(
             origin.save_id, record.files, [contents.digests], notes=notes, encoded_table=contents.table

@@ -12,14 +12,14 @@ import logging
 import os
 import re
 import shutil
-from collections import defaultdict
 from collections.abc import Callable, Container, Iterable
+from types import MappingProxyType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from ckpt_fast import compat, native
+from ckpt_fast.doors.local.branches import Notes, gather_notes, is_left, notes_at, without_left
 from ckpt_fast.doors.local.files import (
     Origin,
     Packed,
@@ -32,6 +32,7 @@ from ckpt_fast.doors.local.files import (
     take_place,
     write_local,
 )
+from ckpt_fast.doors.local.replicas import complete, exchange
 from ckpt_fast.doors.local.save import LocalSave
 from ckpt_fast.doors.megatron.stock_queue import Flag, as_request
 from ckpt_fast.errors import (
@@ -84,13 +85,16 @@ class FastLocalCheckpointManager(LocalCheckpointManager):  # type: ignore[misc, 
         self._save_ids: set[str | None] = set()
 
     @also_raised_as(CheckpointingException)
-    def save(self, state_dict: Any, iteration: int, is_async: bool = False) -> Any:
+    def save(
+        self, state_dict: Any, iteration: int, is_async: bool = False, notes: Notes | None = None
+    ) -> Any:
         """Collective. Replicate and save; ``state_dict`` belongs to the manager from now on.
 
         Args:
             state_dict: MCoreTensorAwareStateDict or BasicTensorAwareStateDict.
-            iteration: greater than that of any local checkpoint known.
+            iteration: greater than that of any local checkpoint known, but for those that the run has left.
             is_async: return when the state is copied.
+            notes: what the checkpoint notes of its run; those of the first rank count.
 
         Returns:
             With ``is_async`` nvidia-resiliency-ext's AsyncRequest, for a queue; else None.
@@ -99,6 +103,8 @@ class FastLocalCheckpointManager(LocalCheckpointManager):  # type: ignore[misc, 
             CheckpointMismatchError: a newer local checkpoint exists.
             CheckpointError: on every rank, naming the rank that failed. Earlier ones are untouched.
         """
+        if iteration <= self.latest_iteration:
+            self._forget_left(iteration, notes or {})
         if iteration <= self.latest_iteration:
             raise CheckpointMismatchError(
                 f"cannot save the local checkpoint of iteration {iteration}: that of "
@@ -117,7 +123,7 @@ class FastLocalCheckpointManager(LocalCheckpointManager):  # type: ignore[misc, 
             torch.cuda.synchronize()
         self.latest_iteration = -1
         flag = Flag() if is_async else None
-        job = LocalSave(self, iteration, states, live, flag.set if flag is not None else None)
+        job = LocalSave(self, iteration, states, live, notes or {}, flag.set if flag is not None else None)
         if flag is not None:
             return as_request(job, flag, compat.NVRxAsyncRequest, CheckpointingException)
         try:
@@ -144,10 +150,10 @@ class FastLocalCheckpointManager(LocalCheckpointManager):  # type: ignore[misc, 
         available = [set(ids) for ids in self.globally_available_ids]
         while True:
             wanted = self._ckpt_id(self.latest_iteration)
-            states, exchange, _ = self._attempt(wanted, available)
-            if exchange is not None:
-                return exchange(states), wanted
-            self.latest_iteration = max(_complete(available), default=-1)
+            states, receive, _ = self._attempt(wanted, available)
+            if receive is not None:
+                return receive(states), wanted
+            self.latest_iteration = max(complete(available), default=-1)
             if self.latest_iteration == -1:
                 raise CheckpointCorruptError(
                     f"no local checkpoint in {self.root_local_ckpt_dir} is whole on every rank, nor are its "
@@ -158,7 +164,12 @@ class FastLocalCheckpointManager(LocalCheckpointManager):  # type: ignore[misc, 
         """After ``find_latest``: every iteration of which each rank's state is somewhere, newest first."""
         if self.latest_iteration == -1:
             return []
-        return sorted(_complete(self.globally_available_ids), reverse=True)
+        return sorted(complete(self.globally_available_ids), reverse=True)
+
+    def notes(self) -> dict[int, Notes]:
+        """Collective. What each local checkpoint notes of its run, by iteration; the same on all ranks."""
+        paths = ((each[0], os.fspath(self._local_ckpt_path_from_id(each))) for each in self._my_ckpt_ids())
+        return gather_notes(paths)
 
     @also_raised_as(CheckpointingException)
     def load_iteration(self, iteration: int) -> tuple[Any, Any]:
@@ -170,12 +181,12 @@ class FastLocalCheckpointManager(LocalCheckpointManager):  # type: ignore[misc, 
         """
         available = [set(ids) for ids in self.globally_available_ids]
         wanted = self._ckpt_id(iteration)
-        states, exchange, damages = self._attempt(wanted, available)
-        if exchange is not None:
+        states, receive, damages = self._attempt(wanted, available)
+        if receive is not None:
             self.latest_iteration = iteration
-            return exchange(states), wanted
+            return receive(states), wanted
         self.globally_available_ids = available
-        self.latest_iteration = max(_complete(available), default=-1)
+        self.latest_iteration = max(complete(available), default=-1)
         raise CheckpointCorruptError(
             f"the local checkpoint of iteration {iteration} in {self.root_local_ckpt_dir} is not whole on "
             f"every rank, nor are its replicas: {'; '.join(damages)}"
@@ -223,7 +234,7 @@ class FastLocalCheckpointManager(LocalCheckpointManager):  # type: ignore[misc, 
             return states, None, damages
         if plan is None:
             return states, lambda states: states[wanted], []
-        return states, lambda states: self._exchange(plan, states)[wanted], []
+        return states, lambda states: exchange(self.repl_strategy, plan, states)[wanted], []
 
     def _read(
         self, needed: set[Any], failed: dict[Any, str]
@@ -286,21 +297,6 @@ class FastLocalCheckpointManager(LocalCheckpointManager):  # type: ignore[misc, 
                 found[save_id_of(path)] = is_beside
         return found
 
-    def _exchange(self, plan: Any, states: dict[Any, Any]) -> dict[Any, Any]:
-        if torch.cuda.is_available():
-            received: dict[Any, Any] = self.repl_strategy.retrieve_execute(plan, states)
-            return received
-        # nvidia-resiliency-ext sends from GPU memory only.
-        received, me = {}, dist.get_rank()
-        for entry in plan.entries:
-            if entry.sender == me == entry.receiver:
-                received[entry.id_] = states[entry.id_]
-            elif entry.sender == me:
-                plan.group.send_object(states[entry.id_], entry.receiver)
-            elif entry.receiver == me:
-                received[entry.id_] = plan.group.recv_object(entry.sender)
-        return received
-
     # --- what the base class asks of a store of checkpoints ---------------------------------------------
 
     def _my_ckpt_ids(self) -> Iterable[Any]:
@@ -318,18 +314,17 @@ class FastLocalCheckpointManager(LocalCheckpointManager):  # type: ignore[misc, 
     def _pack(self, state_dict: Any, ckpt_id: Any, live: Container[int] = ()) -> Packed:
         return pack_local(state_dict, os.fspath(self._local_ckpt_path_from_id(ckpt_id)), live)
 
-    def _write(
-        self, packed: Packed, ckpt_id: Any, save_id: str, report: SaveReport, progress: native.Progress
-    ) -> None:
+    def _write(self, packed: Packed, origin: Origin, report: SaveReport, progress: native.Progress) -> None:
+        ckpt_id = (origin.iteration, origin.rank, self.session_id)
         partial = os.fspath(self._local_ckpt_path_from_id(ckpt_id, True))
         directory = os.fspath(self._local_ckpt_path_from_id(ckpt_id))
-        origin = Origin(save_id, ckpt_id[0], ckpt_id[1])
         write_local(packed, directory, partial, origin, report, progress)
 
     def _save(self, state_dict: Any, ckpt_id: Any) -> None:
         directory = os.fspath(self._local_ckpt_path_from_id(ckpt_id))
         packed = self._pack(state_dict, ckpt_id)
-        self._write(packed, ckpt_id, new_save_id(), SaveReport(directory), native.Progress())
+        origin = Origin(new_save_id(), ckpt_id[0], ckpt_id[1])
+        self._write(packed, origin, SaveReport(directory), native.Progress())
         self._take_places([ckpt_id])
 
     def _load(self, ckpt_id: Any) -> Any:
@@ -338,8 +333,22 @@ class FastLocalCheckpointManager(LocalCheckpointManager):  # type: ignore[misc, 
         self._save_ids.add(save_id)
         return state_dict
 
-    def _cleanup(self, iteration: int) -> None:
-        self._remove(lambda other: other < iteration)
+    def _cleanup(self, iteration: int, notes: Notes = MappingProxyType({})) -> None:
+        """Delete older ones, and newer ones that the run has left for this one: nobody loads them again."""
+
+        def is_past(other: int, path: str) -> bool:
+            return other < iteration or (
+                other > iteration and is_left(notes, iteration, other, notes_at(path))
+            )
+
+        self._remove(is_past)
+
+    def _forget_left(self, iteration: int, notes: Notes) -> None:
+        """Collective. What the run has left for what it saves now is no local checkpoint any more."""
+        self.globally_available_ids = without_left(
+            self.globally_available_ids, ControlGroup().broadcast(dict(notes)), iteration, self.notes()
+        )
+        self.latest_iteration = max(complete(self.globally_available_ids), default=-1)
 
     def _has(self, ckpt_id: Any) -> bool:
         return os.path.lexists(self._local_ckpt_path_from_id(ckpt_id))
@@ -370,15 +379,15 @@ class FastLocalCheckpointManager(LocalCheckpointManager):  # type: ignore[misc, 
                 logger.warning("rank %d could not delete %s: %s", self.rank, directory, error)
 
     def _cleanup_failed_save(self, iteration: int) -> None:
-        self._remove(lambda other: other == iteration)
+        self._remove(lambda other, _: other == iteration)
 
-    def _remove(self, is_meant: Callable[[int], bool]) -> None:
-        """Delete checkpoints by iteration, and what is left of unfinished ones; problems are logged."""
+    def _remove(self, is_meant: Callable[[int, str], bool]) -> None:
+        """Delete checkpoints by iteration and path, and leftovers of unfinished ones; problems are logged."""
         try:
             for name in os.listdir(self.local_ckpt_dir):
                 path = os.path.join(self.local_ckpt_dir, name)
                 match = _NAME.fullmatch(name) or _PARTIAL.fullmatch(name)
-                if match is None or not is_meant(int(match[1])):
+                if match is None or not is_meant(int(match[1]), path):
                     continue
                 if _NAME.fullmatch(name):
                     remove_local(path, f"{path}.old")
@@ -389,12 +398,3 @@ class FastLocalCheckpointManager(LocalCheckpointManager):  # type: ignore[misc, 
 
     def _filename_from_template(self, iteration: int | str, rank: int | str, extra_suffix: str = "") -> str:
         return f"iter_{str(iteration).zfill(7)}_{rank}_local{extra_suffix}"
-
-
-def _complete(available: list[set[Any]]) -> list[int]:
-    """The iterations of which every rank's state is somewhere."""
-    ranks: dict[int, set[int]] = defaultdict(set)
-    for ids in available:
-        for iteration, rank, _ in ids:
-            ranks[iteration].add(rank)
-    return [iteration for iteration, covered in ranks.items() if len(covered) == len(available)]

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Mapping
 from typing import Any
 
 from ckpt_fast import native
-from ckpt_fast.doors.local.files import Packed
+from ckpt_fast.doors.local.files import Origin, Packed
 from ckpt_fast.errors import CheckpointError
 from ckpt_fast.format.manifest import new_save_id
 from ckpt_fast.jobs import untold
@@ -33,10 +33,11 @@ class LocalSave(Job):
         iteration: int,
         states: dict[Any, Any],
         live: Container[int],
+        notes: Mapping[str, Any],
         when_written: Callable[[], None] | None = None,
     ) -> None:
         super().__init__(os.fspath(manager.local_ckpt_dir), ControlGroup())
-        self._save_id = self._group.broadcast(new_save_id())
+        self._save_id, self._notes = self._group.broadcast((new_save_id(), dict(notes)))
         self._manager = manager
         self._iteration = iteration
         self._in_background = when_written is not None
@@ -94,9 +95,9 @@ class LocalSave(Job):
             self.report.stall_s = self.report.seconds
         seal.report(self.report, self._group.global_rank)
         if self._in_background:
-            threading.Thread(target=self._manager._cleanup, args=(self._iteration,)).start()
+            threading.Thread(target=self._manager._cleanup, args=(self._iteration, self._notes)).start()
         else:
-            self._manager._cleanup(self._iteration)
+            self._manager._cleanup(self._iteration, self._notes)
 
     def _pack(self, states: dict[Any, Any], live: Container[int]) -> dict[Any, Packed]:
         # What a setting says is found out before anything is written.
@@ -119,7 +120,8 @@ class LocalSave(Job):
             self._written.append(identity)
             if self._manager._has(identity):
                 self._replaced.append(identity)
-            self._manager._write(packed, identity, self._save_id, self.report, self._progress)
+            origin = Origin(self._save_id, identity[0], identity[1], self._notes)
+            self._manager._write(packed, origin, self.report, self._progress)
 
     def _raise_error(self) -> None:
         if self._error is not None:

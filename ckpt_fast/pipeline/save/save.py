@@ -344,16 +344,19 @@ class Save(PublishedJob[tuple[bool, float]]):
         self._require_all_present(files)
         completion = self._completion
         files.extend(completion.finish(self.written_to))
-        files.extend(file_record(name, content) for name, content in completion.seal_files.items())
+        seals = [file_record(name, content) for name, content in completion.seal_files.items()]
         manifest = Manifest(
             new_save_id(),
-            files,
+            [*files, *seals],
             [contents.digests],
             beside=world.beside,
             notes=completion.notes,
             encoded_table=contents.table,
         )
+        self._files.require_kept(files)
         seal.seal(self._files, contents.pickled, manifest, completion.seal_files, progress=progress)
+        # Whoever deletes a directory that has no seal yet may still be at it.
+        self._files.require_kept(files)
         with renaming(self.directory, progress), while_wanted(lambda: not progress.stopped):
             self._files.take_place()
             completion.select()

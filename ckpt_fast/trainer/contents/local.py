@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,12 +22,18 @@ _MOST_SHOWN = 5
 
 
 def save_local(
-    state: Any, state_dict: dict[str, Any], context: dict[str, Any], step: int, pg_collection: Any
+    state: Any,
+    state_dict: dict[str, Any],
+    context: dict[str, Any],
+    step: int,
+    pg_collection: Any,
+    notes: Mapping[str, Any],
 ) -> Any:
     """Collective. Save through the context's local checkpoint manager.
 
     Args:
         state_dict: holds the train state as well (``train_state_metadata``): there are no files beside it.
+        notes: what the checkpoint notes of its run, where the manager is ours.
 
     Returns:
         The manager's request with ``async_save``, else None: every rank has written then.
@@ -48,12 +55,16 @@ def save_local(
         parallelization_group=pg_collection.dp_cp,
     )
     context[_STRUCTURE] = structure  # of what the cache was made for
-    request = context["local_checkpoint_manager"].save(
-        local_state_dict, step, is_async=bool(ckpt_cfg.async_save)
-    )
+    manager = context["local_checkpoint_manager"]
+    options = {"notes": notes} if _is_ours(manager) else {}
+    request = manager.save(local_state_dict, step, is_async=bool(ckpt_cfg.async_save), **options)
     if not ckpt_cfg.async_save:
         barrier_if_distributed()
     return request
+
+
+def _is_ours(manager: Any) -> bool:
+    return hasattr(manager, "load_iteration")
 
 
 @functools.cache
@@ -111,8 +122,9 @@ def load_local(
     group.agree(require_all_memory)
     manager = context["local_checkpoint_manager"]
     # That of nvidia-resiliency-ext loads its newest.
-    is_ours = hasattr(manager, "load_iteration")
-    local_state_dict, checkpoint_id = manager.load_iteration(iteration) if is_ours else manager.load()
+    local_state_dict, checkpoint_id = (
+        manager.load_iteration(iteration) if _is_ours(manager) else manager.load()
+    )
     # Megatron-Core only asserts that it is there, after ranks have exchanged tensors.
     group.agree(lambda: _require_fit(local_state_dict, sharded_state_dict, checkpoint_id))
     state_dict = group.agree(

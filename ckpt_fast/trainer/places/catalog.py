@@ -22,7 +22,7 @@ from ckpt_fast.errors import CheckpointError, DamagedFileError, StorageError
 from ckpt_fast.format.names import COMMON_FILE, METADATA_FILE
 from ckpt_fast.pipeline.load.complete import require_complete
 from ckpt_fast.ranks.world import on_rank_0
-from ckpt_fast.retention.line import Line, line_in
+from ckpt_fast.retention.line import Noted, newest_of, noted_in
 from ckpt_fast.retention.stored import head_at
 from ckpt_fast.storage import replacement
 from ckpt_fast.trainer.contents.megatron_lm import ARGUMENTS
@@ -44,7 +44,7 @@ Tier = Literal["persistent", "recovery", "local"]
 NOTHING = -1
 
 # Of equally new checkpoints the one that is nearer to the ranks is taken.
-_ORDER: dict[Tier, int] = {"local": 2, "recovery": 1, "persistent": 0}
+ORDER: dict[Tier, int] = {"local": 2, "recovery": 1, "persistent": 0}
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def list_checkpoints(
         return [entry for entry in entries if format_wanted in (None, seal_of(entry.path))]
 
     found += on_rank_0(look)
-    return sorted(found, key=lambda each: (each.iteration, _ORDER[each.tier]), reverse=True)
+    return sorted(found, key=lambda each: (each.iteration, ORDER[each.tier]), reverse=True)
 
 
 def checkpoints_in(root: str, tier: Tier = "persistent") -> list[Found]:
@@ -185,29 +185,35 @@ def damage_of(path: str) -> str | None:
     return None
 
 
-def line_of(path: str) -> Line | None:
-    """The line that a checkpoint notes; None if it notes none, or cannot be read. Local."""
+def noted_at(path: str) -> Noted:
+    """What a checkpoint notes of its place among others; nothing if it cannot be read. Local."""
+    iteration = iteration_of(path)
     if not object_storage(path):
         with contextlib.suppress(OSError):
             head = head_at(path)
-            return line_in(head.notes, iteration_of(path)) if head is not None else None
-        return None
+            return noted_in(head.notes, iteration) if head is not None else Noted(iteration)
+        return Noted(iteration)
     with contextlib.suppress(CheckpointError, OSError), open_checkpoint(path) as checkpoint:
-        if checkpoint.manifest is not None:
-            return line_in(checkpoint.manifest.notes, iteration_of(path))
-    return None
+        manifest = checkpoint.manifest
+        if manifest is not None:
+            return noted_in(manifest.notes, iteration)
+    return Noted(iteration)
 
 
-def left_by_branches(found: Sequence[Found], chosen: Found) -> list[Found]:
-    """Those of ``found`` that are of a branch which was abandoned before ``chosen``. Local."""
-    line = line_of(chosen.path) if chosen.path else None
-    if line is None:
-        return []
-    return [
-        each
-        for each in found
-        if each.path and line.has_left(chosen.iteration, each.iteration, line_of(each.path))
-    ]
+def noted_by(found: Sequence[Found], context: dict[str, Any] | None = None) -> dict[Found, Noted]:
+    """What each of these notes of its place among others; the same on all ranks. Collective.
+
+    Args:
+        found: of any tier.
+        context: holds the local checkpoint manager, which has been asked for its newest.
+    """
+    manager: Any = (context or {}).get("local_checkpoint_manager")
+    local = [each for each in found if each.tier == "local"]
+    notes = manager.notes() if local and hasattr(manager, "notes") else {}
+    noted = {each: noted_in(notes.get(each.iteration, {}), each.iteration) for each in local}
+    others = [each for each in found if each.tier != "local"]
+    read = on_rank_0(lambda: [noted_at(each.path)._replace(iteration=each.iteration) for each in others])
+    return noted | dict(zip(others, read, strict=True))
 
 
 # --- Which was published ----------------------------------------------------------------------------------
@@ -250,11 +256,14 @@ def published(root: str) -> Published:
 
 
 def _newest_whole(root: str, problems: list[str]) -> Published:
-    for iteration, path in reversed(iterations_in(root)):
-        if damage_of(path) is None and _is_complete_run(path):
-            reasons = problems or [f"{root} has no trackers."]
-            note = f"{' '.join(reasons)} The newest whole checkpoint in it is of iteration {iteration}."
-            return Published(iteration, notes=(note,))
+    found = [path for _, path in reversed(iterations_in(root))]
+    # In object storage, what each notes would be a download.
+    noted = (lambda path: Noted(iteration_of(path))) if object_storage(root) else noted_at
+    newest = newest_of(found, noted, lambda path: damage_of(path) is None and _is_complete_run(path))
+    if newest is not None:
+        reasons, iteration = problems or [f"{root} has no trackers."], iteration_of(newest)
+        note = f"{' '.join(reasons)} The newest whole checkpoint in it is of iteration {iteration}."
+        return Published(iteration, notes=(note,))
     if problems:
         raise DamagedFileError(f"{' '.join(problems)} No iteration in {root} is whole either.")
     return Published()
@@ -262,7 +271,7 @@ def _newest_whole(root: str, problems: list[str]) -> Published:
 
 def _is_complete_run(path: str) -> bool:
     """Whether the counters of the run are in it, which another library's save writes after the payload."""
-    if line_of(path) is not None or file_exists(get_checkpoint_train_state_filename(path)):
+    if noted_at(path).line is not None or file_exists(get_checkpoint_train_state_filename(path)):
         return True
     try:
         return ARGUMENTS in load_common_state_dict(path)

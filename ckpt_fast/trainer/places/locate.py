@@ -14,13 +14,15 @@ from typing import TYPE_CHECKING, Any, Literal
 from ckpt_fast.doors.megatron.common_state import is_sealed
 from ckpt_fast.errors import CheckpointNotFoundError, DamagedFileError, UnknownFormatError
 from ckpt_fast.ranks.world import note_rank_0, on_rank_0, warn_rank_0
+from ckpt_fast.retention.line import Noted, without_superseded
 from ckpt_fast.trainer.places.catalog import (
     NOTHING,
+    ORDER,
     Found,
     Published,
     Tier,
-    left_by_branches,
     list_checkpoints,
+    noted_by,
     published,
     put_back,
 )
@@ -240,13 +242,14 @@ def choose_checkpoint(
     """The checkpoint to load; None if there is nothing. Collective.
 
     A directory that is a checkpoint itself is taken as it is. Otherwise an explicit ``step`` wins; without
-    one, the newest of the persistent and the recovery checkpoints (on a tie the recovery one).
+    one, the newest of the persistent and the recovery checkpoints (on a tie the recovery one). What is of a
+    branch that the run has left for another of them does not count, and is named in one warning.
 
     Raises:
         DamagedFileError: the trackers in ``load_dir`` are damaged, and nothing whole is anywhere.
         FileNotFoundError, ValueError: see ``_resolve_checkpoint_iteration``.
     """
-    problem = None
+    problem, persistent = None, None
     try:
         iteration, release = _resolve_checkpoint_iteration(load_dir=load_dir, ckpt_step_override=step)
     except DamagedFileError as error:
@@ -254,35 +257,83 @@ def choose_checkpoint(
     if iteration == _DIRECT_ITERATION_DIR_SENTINEL:
         assert load_dir is not None
         return Found("persistent", "", iteration_of(load_dir), os.fspath(load_dir))
-    if step is None:
-        root, recovery = _newest_recovery(load_dir, ckpt_cfg, context)
-        if recovery != NOTHING and recovery >= iteration:
-            if problem is not None:
-                warn_rank_0(str(problem))
-            if ckpt_cfg.non_persistent_ckpt_type == "local":
-                return Found("local", "", recovery, "")
-            return Found("recovery", root, recovery, get_checkpoint_name(root, recovery))
-        if recovery != NOTHING:
-            warn_rank_0(
-                f"the recovery checkpoint of iteration {recovery} is older than the persistent "
-                f"one of {iteration}, which is loaded"
-            )
+    if iteration != NOTHING:
+        assert load_dir is not None
+        path = get_checkpoint_name(load_dir, iteration, release)
+        persistent = Found("persistent", os.fspath(load_dir), iteration, path, is_release=release)
+    recovery = _to_recover_from(load_dir, ckpt_cfg, context) if step is None else []
+    if not recovery:
+        if problem is not None:
+            raise problem
+        return persistent
     if problem is not None:
-        raise problem
-    if iteration == NOTHING:
-        return None
-    assert load_dir is not None
-    path = get_checkpoint_name(load_dir, iteration, release)
-    return Found("persistent", os.fspath(load_dir), iteration, path, is_release=release)
+        warn_rank_0(str(problem))
+    candidates = [*recovery, persistent] if persistent is not None else recovery
+    noted = noted_by(candidates, context) if len(candidates) > 1 else {}
+    chosen = _newest(candidates, noted)
+    _warn_of_passed_over(candidates, noted, chosen)
+    return chosen
 
 
-def _newest_recovery(
+def _to_recover_from(
     load_dir: str | None, ckpt_cfg: CheckpointConfig, context: dict[str, Any] | None
-) -> tuple[str, int]:
+) -> list[Found]:
+    """The recovery checkpoints that can be resumed from, each the newest of its root, or local. Collective.
+
+    One beside the directory saved to comes before one beside that loaded from.
+    """
     if ckpt_cfg.non_persistent_ckpt_type == "global":
-        return newest_global_non_persistent_checkpoint(load_dir, ckpt_cfg)
+        roots = _get_global_non_persistent_checkpoint_dirs(load_dir, ckpt_cfg)
+        newest = {root: _get_non_persistent_iteration(root, "global") for root in roots}
+        return [
+            Found("recovery", root, iteration, get_checkpoint_name(root, iteration))
+            for root, iteration in newest.items()
+            if iteration != NOTHING
+        ]
     kind: Any = ckpt_cfg.non_persistent_ckpt_type
-    return "", _get_non_persistent_iteration("", kind, context)
+    iteration = _get_non_persistent_iteration("", kind, context)
+    if iteration == NOTHING:
+        return []
+    manager = (context or {})["local_checkpoint_manager"]
+    # That of nvidia-resiliency-ext loads its newest, and no other.
+    iterations = manager.iterations() if hasattr(manager, "iterations") else [iteration]
+    return [Found("local", "", each, "") for each in iterations]
+
+
+def _newest(candidates: list[Found], noted: dict[Found, Noted]) -> Found:
+    on_the_line = without_superseded(candidates, lambda each: _noted(each, noted))
+    return max(on_the_line, key=lambda each: (each.iteration, ORDER[each.tier]))
+
+
+def _noted(found: Found, noted: dict[Found, Noted]) -> Noted:
+    return noted.get(found, Noted(found.iteration))
+
+
+def _warn_of_passed_over(candidates: list[Found], noted: dict[Found, Noted], chosen: Found) -> None:
+    """Say what was not chosen although it is newer, or to recover from."""
+    facts = _noted(chosen, noted)
+    left = [each for each in candidates if facts.supersedes(_noted(each, noted))]
+    if left:
+        remedies = {
+            "persistent": "ckpt_step={0.iteration} loads it",
+            "recovery": "load={0.path} loads it",
+            "local": "the next local save deletes it",
+        }
+        listed = "; ".join(
+            f"the {each.tier} one of iteration {each.iteration} ({remedies[each.tier].format(each)})"
+            for each in left
+        )
+        warn_rank_0(
+            f"the {chosen.tier} checkpoint of iteration {chosen.iteration} is loaded. Passed over, as of a "
+            f"branch that the run has left: {listed}."
+        )
+    older = [each for each in candidates if each.tier != "persistent" and each not in left]
+    if chosen.tier == "persistent" and older:
+        newest = max(each.iteration for each in older)
+        warn_rank_0(
+            f"the recovery checkpoint of iteration {newest} is older than the persistent "
+            f"one of {chosen.iteration}, which is loaded"
+        )
 
 
 def older_checkpoints(
@@ -305,7 +356,11 @@ def older_checkpoints(
     found = list_checkpoints(roots, local, ckpt_cfg.ckpt_format)
     tried = (chosen.path, chosen.iteration)
     older = [each for each in found if each.is_published and (each.path, each.iteration) != tried]
-    left = on_rank_0(lambda: left_by_branches(older, chosen))
+    line = _noted(chosen, noted_by([chosen], context)).line
+    if line is None:
+        return older
+    noted = noted_by(older, context)
+    left = [each for each in older if line.has_left(chosen.iteration, each.iteration, noted[each].line)]
     if left:
         warn_rank_0(
             f"an abandoned branch has left {', '.join(map(str, left))}: not fallen back to. Set "

@@ -61,11 +61,11 @@ def read_file(path: str, limit: int = LARGEST_TEXT) -> bytes:
     return read_small_file(path, limit) if object_storage(path) is None else objects.read(path)
 
 
-def write_file(path: str, data: bytes, *, sync_name: bool = True) -> None:
+def write_file(path: str, data: bytes, *, sync_name: bool = True, make_directories: bool = True) -> None:
     """Create or replace a small file so that readers see its old content or the new, never a mixture.
 
-    The directory is created when missing. Objects appear whole by nature of their storage. For ``sync_name``
-    see ``write_file_atomic``.
+    Directories are created when missing, if ``make_directories`` says so. Objects appear whole by nature of
+    their storage. For ``sync_name`` see ``write_file_atomic``.
 
     Raises:
         CheckpointWriteError: with path and, on a local disk, errno.
@@ -73,7 +73,8 @@ def write_file(path: str, data: bytes, *, sync_name: bool = True) -> None:
     if object_storage(path) is not None:
         objects.write(path, data)
         return
-    ensure_directory_exists(path)
+    if make_directories:
+        ensure_directory_exists(path)
     write_file_atomic(path, data, sync_name=sync_name)
 
 

@@ -27,11 +27,11 @@ from ckpt_fast.ranks.world import get_rank_safe, note_rank_0, print_rank_0
 from ckpt_fast.retention.choice import Choice, choose
 from ckpt_fast.retention.policies import KeepNewest, Policy
 from ckpt_fast.retention.removal import SEALS, remove_directory
-from ckpt_fast.retention.stored import Stored, age_of, head_at, nbytes_below, unchanged_s
+from ckpt_fast.retention.stored import Stored, age_of, head_at, nbytes_below
 from ckpt_fast.storage import owners, replacement
 from ckpt_fast.storage.commit import is_payload
 from ckpt_fast.storage.small_files import read_small_file
-from ckpt_fast.trainer.places.catalog import NOTHING, damage_of, iterations_in, published, seal_of
+from ckpt_fast.trainer.places.catalog import damage_of, iterations_in, seal_of
 from ckpt_fast.trainer.places.paths import (
     CONFIG_FILE,
     TRACKER_PREFIX,
@@ -52,13 +52,11 @@ _CHECKPOINT_CLEANUP_LOCK = threading.Lock()
 
 _notes_of_objects: dict[str, Mapping[str, Any]] = {}
 
-# A directory in which nothing has changed for so long is not being written.
-_IN_THE_MAKING_S = 600
 # What our saves leave besides data, and no other library's alone.
 _OWN_NAMES = {METADATA_FILE, SEAL_FILE, SIDECAR_FILE, CONFIG_FILE, TRAIN_STATE_FILE}
 
 
-class _Checkpoint(Stored):
+class CheckpointOfRun(Stored):
     """One of the checkpoints of a run, in a directory or in object storage."""
 
     @cached_property
@@ -139,7 +137,7 @@ def delete_old(
     if get_rank_safe() != 0:
         return
     try:
-        choice = _choose(save_dir, policies, max_iteration, protected)
+        choice = choose_in(save_dir, policies, max_iteration, protected)
     except Exception:
         logger.exception("cannot tell which checkpoints in %s are old: none is deleted", save_dir)
         return
@@ -182,38 +180,9 @@ def cleanup_old_dataloader_states(states_dir: str, checkpoint_roots: Sequence[st
             replacement.sweep(path)
 
 
-def choose_old(save_dir: str, policies: Sequence[Policy], *, with_abandoned: bool = False) -> Choice[Stored]:
-    """Local. Which of the checkpoints directly in ``save_dir`` are to be deleted.
-
-    What the trackers name is kept, or without trackers the newest whole one; and what a newer one was resumed
-    from. Checkpoints newer than that may be in the making, and are neither kept nor deleted.
-
-    Args:
-        save_dir: the directory of the checkpoints and their trackers.
-        policies, with_abandoned: see ``choose``.
-
-    Raises:
-        DamagedFileError: a tracker is damaged, and no iteration is whole.
-        StorageError: object storage does not let anyone tell.
-        CheckpointError: after a roll-back, an older iteration than the selected one may be in the making.
-        OSError, ValueError: the directory or a tracker in it cannot be read.
-    """
-    newest = published(save_dir)
-    selected = None if newest.is_release or newest.iteration == NOTHING else newest.iteration
-    choice = _choose(save_dir, policies, selected, with_abandoned=with_abandoned)
-    for each in choice.removed:
-        if not object_storage(each.path) and not each.is_sealed and unchanged_s(each.path) < _IN_THE_MAKING_S:
-            raise CheckpointError(
-                f"{each.path} is being written, or was left by a save that died less than "
-                f"{_IN_THE_MAKING_S // 60} minutes ago; nobody can tell what such a save came from. Nothing "
-                "was deleted: prune again when the run has saved, or later."
-            )
-    return choice
-
-
 def stored_at(path: str, iteration: int) -> Stored:
     """Local. A checkpoint as policies see it, also in object storage."""
-    return _Checkpoint(iteration, path)
+    return CheckpointOfRun(iteration, path)
 
 
 def delete_checkpoints(paths: Iterable[str]) -> list[str]:
@@ -225,7 +194,7 @@ def delete_checkpoints(paths: Iterable[str]) -> list[str]:
     return _remove_checkpoints([settled(path) for path in paths])
 
 
-def _choose(
+def choose_in(
     save_dir: str,
     policies: Sequence[Policy],
     selected: int | None,
@@ -233,7 +202,13 @@ def _choose(
     *,
     with_abandoned: bool = False,
 ) -> Choice[Any]:
-    """``choose`` for a directory with trackers, which may name others than the selected one.
+    """Local. ``choose`` for a directory with trackers, which may name others than the selected one.
+
+    Args:
+        save_dir: the directory of the checkpoints and their trackers.
+        policies, with_abandoned: see ``choose``.
+        selected: the iteration that was published last; None: the newest that the trackers name.
+        protected: iterations that stay in any case, besides those.
 
     Raises:
         Exception: the directory or a tracker in it cannot be read.
@@ -250,7 +225,7 @@ def _choose(
     )
 
 
-def _limit_reading(found: Iterable[_Checkpoint], newest: int | None) -> None:
+def _limit_reading(found: Iterable[CheckpointOfRun], newest: int | None) -> None:
     """Let only those be compared with the line of the selected one that can be of a branch which it has left.
 
     What the run came from when it was resumed, and what is older, has been compared by earlier saves.
@@ -332,12 +307,12 @@ def _names(checkpoints: Iterable[Stored]) -> list[str]:
     return [os.path.basename(each.path) for each in checkpoints]
 
 
-def _list_checkpoints(save_dir: str) -> list[_Checkpoint]:
+def _list_checkpoints(save_dir: str) -> list[CheckpointOfRun]:
     """The directories ``iter_<number>`` in ``save_dir``, oldest first; other names are not ours to delete.
 
     Nor are links: a checkpoint elsewhere is somebody's own arrangement.
     """
-    found = (_Checkpoint(iteration, path) for iteration, path in iterations_in(save_dir))
+    found = (CheckpointOfRun(iteration, path) for iteration, path in iterations_in(save_dir))
     return [each for each in found if object_storage(each.path) or not os.path.islink(each.path)]
 
 

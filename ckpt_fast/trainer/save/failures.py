@@ -7,7 +7,6 @@ A failed save is the same error on every rank (``ControlGroup``), so all ranks c
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import os
 import shutil
@@ -19,15 +18,10 @@ from ckpt_fast.callbacks import CallbackContext
 from ckpt_fast.doors.dcp.direct import save as dcp_save
 from ckpt_fast.doors.megatron.parallel_save import FastParallelSaveWrapper
 from ckpt_fast.doors.megatron.torch_dist import FastSaveStrategy
-from ckpt_fast.errors import (
-    AsyncSaveError,
-    CheckpointError,
-    CheckpointWriteError,
-    RankLostError,
-    StorageError,
-)
+from ckpt_fast.errors import AsyncSaveError, CheckpointError
 from ckpt_fast.jobs import metrics, untold
 from ckpt_fast.jobs.background import SaveHandle
+from ckpt_fast.jobs.failures import is_of_storage, is_rank_lost, like, one_line
 from ckpt_fast.jobs.report import SaveReport
 from ckpt_fast.jobs.worker import LEAVE_S, Task
 from ckpt_fast.ranks.group import ControlGroup
@@ -239,7 +233,7 @@ def finalize(queue: Any, ckpt_cfg: Any, *, blocking: bool, is_last: bool) -> Non
         raise raised
     if is_last and isinstance(queue, AsyncCallsQueue) and queue.failures.untold is not None:
         last, queue.failures.untold = queue.failures.untold, None
-        raise _like(last, f"the last save of the run failed, and training went on without it: {last}")
+        raise like(last, f"the last save of the run failed, and training went on without it: {last}")
 
 
 @contextlib.contextmanager
@@ -256,7 +250,7 @@ def storage_errors_tolerated(run: SaveRun, target: SaveTarget, follow_up: Follow
         if not run.is_async or not _may_go_on(queue, ckpt_cfg, error):
             raise
         # Only the rank where it happened sees the cause.
-        if ControlGroup().all_true(not _is_of_storage(error)):
+        if ControlGroup().all_true(not is_of_storage(error)):
             raise
         report = SaveReport(target.checkpoint_name)
         untold.forget(report.directory)
@@ -267,8 +261,7 @@ def storage_errors_tolerated(run: SaveRun, target: SaveTarget, follow_up: Follow
 def _may_go_on(queue: Any, ckpt_cfg: Any, error: CheckpointError) -> bool:
     if not isinstance(queue, AsyncCallsQueue) or not queue.failures.is_policy_agreed:
         return False
-    is_lost = any(isinstance(each, RankLostError) for each in _causes(error))
-    return policy_of(ckpt_cfg).goes_on and not is_lost
+    return policy_of(ckpt_cfg).goes_on and not is_rank_lost(error)
 
 
 def _go_on(
@@ -287,13 +280,12 @@ def _go_on(
     if follow_up is not None:
         follow_up.forget()
         report.directory = follow_up.directory
-    text = " ".join(str(error).splitlines())
+    text = one_line(error)
     report.error = text
     metrics.notify(report, get_rank_safe())
     is_raised = failures.count > most or is_last
     if not is_raised:
-        # Without what the error's frames keep alive: buffers, for instance.
-        failures.untold = _like(error, str(error))
+        failures.untold = like(error, str(error))
         newest = follow_up.newest() if follow_up is not None and get_rank_safe() == 0 else ""
         warn_rank_0(
             f"{text}. Training continues without it (on_save_failure='continue'), and "
@@ -303,38 +295,13 @@ def _go_on(
     if follow_up is not None:
         follow_up.fire(error, failures.count)
     if failures.count > most:
-        raise _like(
+        raise like(
             error,
             f"{failures.count} background saves in a row failed, more than max_failed_saves={most} allows. "
             f"The last: {error}",
         ) from error
     if is_last:
         raise error
-
-
-def _like(error: CheckpointError, text: str) -> CheckpointError:
-    """An error of the same kind with another text."""
-    if isinstance(error, CheckpointWriteError):
-        return CheckpointWriteError(text, error.errno, error.filename)
-    return AsyncSaveError(text)
-
-
-def _is_of_storage(error: CheckpointError) -> bool:
-    """Whether storage failed, and not a program whose error is an OSError, too."""
-    return any(map(_says_storage, _causes(error)))
-
-
-def _says_storage(error: BaseException) -> bool:
-    if isinstance(error, CheckpointWriteError):
-        return error.errno != errno.EBUSY and (error.errno is not None or error.__cause__ is not None)
-    return isinstance(error, StorageError)
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    cause: BaseException | None = error
-    while cause is not None:
-        yield cause
-        cause = cause.__cause__
 
 
 def _remove_unfinished(directory: str, others: set[str]) -> None:

@@ -117,7 +117,8 @@ class Publication:
         """
         contents = {CONFIG_FILE: self._run_config(), TRAIN_STATE_FILE: encode_train_state(self.train_state)}
         for name, content in contents.items():
-            write_file(join_paths(directory, name), content, sync_name=False)
+            # Its directory is there, unless somebody has deleted it with all that has been written.
+            write_file(join_paths(directory, name), content, sync_name=False, make_directories=False)
         self._save_tokenizer(directory)
         self._is_complete = True
         return [

@@ -260,7 +260,8 @@ def _hand_over(
         state_dict = ControlGroup().agree(lambda: _collect_local(collection, around))
         around.save_position()
         on_all_ranks(lambda: save_layer_wise_optimizer(run.optimizer, target.save_dir, run.pg_collection))
-        return save_local(run.state, state_dict, run.context, target.step, run.pg_collection)
+        notes = around.publication.notes
+        return save_local(run.state, state_dict, run.context, target.step, run.pg_collection, notes)
     if ckpt_cfg.ckpt_format == "fsdp_dtensor":
         state_dict = ControlGroup().agree(collection.everything)
         if not _publishes_itself(run, target):

@@ -11,10 +11,12 @@ import pytest
 import torch
 from megatron.core import dist_checkpointing
 
-from ckpt_fast import compat
+from ckpt_fast import KeepNewest, compat
 from ckpt_fast.doors.megatron.torch_dist import FastLoadStrategy, FastSaveStrategy
 from ckpt_fast.run.async_queue import AsyncCallsQueue
+from ckpt_fast.tools.listing import prune
 from ckpt_fast.trainer.contents import fsdp
+from ckpt_fast.trainer.save import publish
 from tests.doors.dcp import ranks as dcp_ranks
 from tests.helpers import run_ranks
 from tests.models import Run, Setup, differences, identical, megatron_on_cpu
@@ -65,6 +67,27 @@ def test_retention_follows_the_line_of_the_run(object_server: ObjectServer, tmp_
     run_ranks(save_three, 1, bucket)
     assert run_ranks(roll_back, 1, bucket) == [[[2, 4], [4, 5]]]
     assert bucket.tracked() == (5, 5)
+
+
+def prune_before_the_trackers(rank: int, bucket: Bucket) -> list[int]:
+    """Go back from 3 to 1, and prune when 2 has been saved again and the trackers have not followed."""
+    with bucket.in_use(), Run(SETUP, save=bucket.url, load=bucket.url, ckpt_step=1) as run:
+        run.load()
+        run.train(1)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(publish, "publish_trackers", lambda *_: None)
+            run.save()
+        prune(bucket.url, [KeepNewest(1)])
+        return bucket.iterations()
+
+
+def test_what_the_trackers_are_about_to_name_is_not_pruned(
+    object_server: ObjectServer, tmp_path: Path
+) -> None:
+    bucket = new_bucket(object_server, tmp_path)
+    run_ranks(save_three, 1, bucket)
+    assert run_ranks(prune_before_the_trackers, 1, bucket) == [[1, 2, 3]]
+    assert bucket.tracked() == (3, 3)
 
 
 def use_strategies(rank: int, bucket: Bucket) -> list[bool]:

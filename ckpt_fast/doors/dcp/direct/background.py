@@ -11,15 +11,19 @@ import concurrent.futures
 import datetime
 import os
 import weakref
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch.distributed as dist
 
 from ckpt_fast import settings
+from ckpt_fast.errors import AsyncSaveError
 from ckpt_fast.jobs import untold
 from ckpt_fast.jobs.background import SaveHandle
+from ckpt_fast.jobs.failures import is_rank_lost
 from ckpt_fast.jobs.report import SaveReport
+from ckpt_fast.jobs.worker import LEAVE_S
 from ckpt_fast.pipeline.save.save import Save
 from ckpt_fast.ranks.group import ControlGroup, PerGroup
 
@@ -32,11 +36,14 @@ class SaveFuture(Future[SaveReport]):
 
     Args:
         directory: the checkpoint.
+
+    Attributes:
+        directory: the same.
     """
 
     def __init__(self, directory: str) -> None:
         super().__init__()
-        self._directory = directory
+        self.directory = directory
         self.set_running_or_notify_cancel()
 
     def result(self, timeout: float | None = None) -> SaveReport:
@@ -55,7 +62,7 @@ class SaveFuture(Future[SaveReport]):
         """Wait for the end of the save; its error, None if it was published."""
         error = super().exception(timeout)
         if error is not None:
-            untold.forget(self._directory)
+            untold.forget(self.directory)
         return error
 
 
@@ -76,15 +83,21 @@ class Committer:
         if self._group is None:
             self._group = group if group.size == 1 else ControlGroup(new_control_group(process_group))
 
-    def finish(self, job: Save) -> SaveFuture:
-        """Local. Write and commit a staged save that owns its bytes; all ranks do so in the same order."""
+    def finish(self, job: Save, when_failed: Callable[[], None] | None = None) -> SaveFuture:
+        """Local. Write and commit a staged save that owns its bytes; all ranks do so in the same order.
+
+        Args:
+            job: the save.
+            when_failed: called on the coordinator if it has failed, once nobody writes any more. All ranks
+                give one, or none does.
+        """
         assert self._group is not None, "get_ready comes first"
         future = SaveFuture(job.directory)
         handle = SaveHandle(job)
         job.talk_through(self._group)
         try:
             handle.start()
-            self._thread.submit(_finish, handle, future)
+            self._thread.submit(_finish, handle, future, self._group, when_failed)
         except BaseException:
             handle.abandon()
             raise
@@ -118,14 +131,26 @@ def wait_for_save(directory: str) -> None:
         concurrent.futures.wait([earlier])
 
 
-def _finish(handle: SaveHandle, future: SaveFuture) -> None:
+def _finish(
+    handle: SaveHandle, future: SaveFuture, group: ControlGroup, when_failed: Callable[[], None] | None
+) -> None:
     try:
         handle.finalize()
     except BaseException as error:
         untold.report(handle.directory, error)
-        future.set_exception(error)
+        try:
+            if when_failed is not None and isinstance(error, AsyncSaveError) and not is_rank_lost(error):
+                _clean_up(handle, group, when_failed)
+        finally:
+            future.set_exception(error)
     else:
         future.set_result(handle.report)
+
+
+def _clean_up(handle: SaveHandle, group: ControlGroup, when_failed: Callable[[], None]) -> None:
+    """Collective. ``when_failed``, if the threads of all ranks have ended."""
+    if group.all_true(handle.abandon(LEAVE_S)) and group.is_coordinator:
+        when_failed()
 
 
 def _key(directory: str) -> str:

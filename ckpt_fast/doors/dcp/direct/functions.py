@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch.distributed as dist
@@ -114,15 +114,17 @@ def save_in_background(
     no_dist: bool = False,
     thread_count: int | None = None,
     overwrite: bool = True,
+    when_failed: Callable[[], None] | None = None,
 ) -> SaveFuture:
-    """Collective. ``async_save`` with additional steps of the coordinator; see ``Completion``."""
+    """Collective. ``async_save`` with additional steps of the coordinator; see ``Completion``, and for
+    ``when_failed`` ``Committer.finish``."""
     with counted_from(time.perf_counter()):
         group = ControlGroup.of_one() if no_dist else ControlGroup(process_group)
         committer = committers.get(group, process_group)
         committer.get_ready(group, process_group)
         options = SaveOptions(writers=thread_count, snapshot=True)
         job = _started(state_dict, path, process_group, no_dist, overwrite, options, completion)
-    return committer.finish(job)
+    return committer.finish(job, when_failed)
 
 
 def load(

@@ -54,9 +54,10 @@ class KnownStructures:
 _known = PerGroup(KnownStructures)
 
 
-def forget(process_group: dist.ProcessGroup | None = None) -> None:
+def forget(process_group: dist.ProcessGroup | None = None, *, no_dist: bool = False) -> None:
     """Local, on every rank. Let the next save of a process group divide and compile everything again."""
-    _known.get(ControlGroup(process_group), process_group).forget()
+    group = ControlGroup.of_one() if no_dist else ControlGroup(process_group)
+    _known.get(group, process_group).forget()
 
 
 @without_collections
