@@ -34,8 +34,10 @@ class _Background:
             self._group = new_control_group(process_group)
 
     def submit(self, staged: Any, options: dict[str, Any]) -> Future[Any]:
-        """Local. Save what has been, or is being, staged; the path of ``options`` is one of here and now."""
-        place: dict[str, Any] = {"process_group": self._group}
+        """Local. Save what has been, or is being, staged; ``options`` mean what they mean here and now."""
+        place: dict[str, Any] = {}
+        if self._group is not None:
+            place["process_group"] = self._group
         if options.get("checkpoint_id"):
             place["checkpoint_id"] = absolute(options["checkpoint_id"])
         if options.get("storage_writer") is None:
