@@ -161,6 +161,22 @@ def test_urls_are_left_to_torch(url: str, tmp_path: Path) -> None:
     assert not any("ckpt_fast-test" in name or ":" in name for name in os.listdir())
 
 
+def test_a_path_that_torch_leaves_to_fsspec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch regards a path as its own only if it may write somewhere above it."""
+    pytest.importorskip("fsspec")
+    expected = training_state()
+    with ckpt_fast.install(megatron=False):
+        dcp.save(expected, checkpoint_id=tmp_path / "x")
+        monkeypatch.setattr(os, "access", lambda *_, **__: False)
+        for way in (
+            {"checkpoint_id": str(tmp_path / "x")},
+            {"storage_reader": dcp.FileSystemReader(tmp_path / "x")},
+        ):
+            found = blank(expected)
+            dcp.load(found, **way)
+            assert differences(expected, found) == []
+
+
 class Derived(dcp.FileSystemWriter):
     """A framework's own storage."""
 
