@@ -111,11 +111,7 @@ def main() -> None:
     dist.broadcast_object_list(shared)
     report = harness.Report(options)
     training = Training(saver, shared[0])
-    contestants = [
-        contestant(name, is_installed, training)
-        for name, is_installed in KINDS.items()
-        if is_installed or not (saver.needs_gpu and not torch.cuda.is_available())
-    ]
+    contestants = [contestant(name, is_installed, training) for name, is_installed in KINDS.items()]
     times = harness.measure(contestants, options.rounds)
     nbytes = 3 * sum(parameter.numel() * parameter.itemsize for parameter in saver.model.parameters())
     title = (

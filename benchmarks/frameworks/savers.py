@@ -42,13 +42,11 @@ class Saver:
 
     Attributes:
         package: its name.
-        needs_gpu: without ckpt_fast.
         starts_itself: it joins the process group that torchrun describes.
         model, optimizer: those that are trained.
     """
 
     package = "torch"
-    needs_gpu = False
     starts_itself = False
 
     def __init__(self, model: Model) -> None:
@@ -180,7 +178,6 @@ class TorchTitan(Saver):
         manager = self._manager(path)
         manager.maybe_wait_for_saving()
         manager.save(2)
-        manager.maybe_wait_for_staging()
         return [] if manager.save_future is None else [manager.save_future]
 
     def close(self) -> None:
@@ -191,11 +188,6 @@ class TorchTitan(Saver):
 
 class TorchTitanAsync(TorchTitan):
     _mode = "async"
-
-
-class TorchTitanPinned(TorchTitan):
-    _mode = "async_with_pinned_mem"
-    needs_gpu = True
 
 
 class _Part:
@@ -210,7 +202,6 @@ class _Part:
 
 class Automodel(Saver):
     package = "nemo-automodel"
-    _is_async = False
 
     def __init__(self, model: Model) -> None:
         from nemo_automodel.components.checkpoint.checkpointing import Checkpointer
@@ -221,7 +212,6 @@ class Automodel(Saver):
             model_save_format="torch_save",
             model_repo_id="none",
             save_consolidated=False,
-            is_async=self._is_async,
         )
         self._checkpointer = Checkpointer(config, dp_rank=dist.get_rank(), tp_rank=0, pp_rank=0)
 
@@ -229,18 +219,10 @@ class Automodel(Saver):
         checkpointer = self._checkpointer
         checkpointer.save_model(self.model, str(path))
         checkpointer.save_optimizer(self.optimizer, self.model, str(path))
-        checkpointer.maybe_wait_for_staging()
-        contexts = (checkpointer._model_ctx, checkpointer._optim_ctx)
-        return [each.future.upload_completion for each in contexts if each.future is not None]
+        return []
 
     def close(self) -> None:
-        self._checkpointer.async_wait()
         self._checkpointer.close()
-
-
-class AutomodelAsync(Automodel):
-    _is_async = True
-    needs_gpu = True
 
 
 SAVERS: dict[str, type[Saver]] = {
@@ -250,7 +232,5 @@ SAVERS: dict[str, type[Saver]] = {
     "Accelerate": Accelerate,
     "TorchTitan": TorchTitan,
     "TorchTitan, async": TorchTitanAsync,
-    "TorchTitan, async_with_pinned_mem": TorchTitanPinned,
     "Automodel": Automodel,
-    "Automodel, is_async": AutomodelAsync,
 }

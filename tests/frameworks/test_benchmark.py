@@ -20,11 +20,8 @@ FRAMEWORKS = {
     "Accelerate": "accelerate",
     "TorchTitan": "torchtitan",
     "TorchTitan, async": "torchtitan",
-    "TorchTitan, async_with_pinned_mem": "torchtitan",
     "Automodel": "nemo_automodel",
-    "Automodel, is_async": "nemo_automodel",
 }
-NEED_A_GPU_WITHOUT_OURS = {"TorchTitan, async_with_pinned_mem", "Automodel, is_async"}
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
@@ -45,6 +42,5 @@ def test_benchmark(framework: str, tmp_path: Path) -> None:
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr
     report = (tmp_path / "report").read_text()
-    assert "\n  ckpt_fast " in report and "held up" in report
-    assert ("\n  torch " in report) == (framework not in NEED_A_GPU_WITHOUT_OURS)
+    assert "\n  ckpt_fast " in report and "\n  torch " in report and "held up" in report
     assert list((tmp_path / "work").iterdir()) == []
