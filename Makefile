@@ -33,6 +33,7 @@ B := .venv-b
 BRIDGE := .bridge
 X := .venv-x
 F := .venv-f
+T := .venv-t
 W := .venv-wheels
 D := .venv-docs
 TORCH ?= 2.13.0
@@ -86,8 +87,13 @@ test-bridge: $(B)/.installed $(BRIDGE)/.requirements ## Megatron Bridge's own ob
 	@PYTHONPATH=$(CURDIR)/$(BRIDGE) $(B)/bin/python -m pytest -n 2 tests/interop/test_bridge*.py
 
 .PHONY: test-frameworks
-test-frameworks: $(F)/.requirements ## Lightning, Accelerate, TorchTitan and others, on stack B
+test-frameworks: $(F)/.requirements ## Lightning, transformers, TorchTitan and others, on stack B
 	@PYTHONPATH=$(CURDIR) $(F)/bin/python -m pytest tests/frameworks
+
+.PHONY: test-torchtune
+test-torchtune: $(T)/.requirements ## torchtune, with an older torch; gigabytes to install
+	$(T)/bin/python setup.py --quiet build_ext --inplace
+	@PYTHONPATH=$(CURDIR) $(T)/bin/python -m pytest tests/frameworks -k torchtune
 
 .PHONY: test-long
 test-long: $(B)/.installed ## the tests that take long, on stack B: many processes, many cases
@@ -208,6 +214,12 @@ $(F)/.requirements: requirements/frameworks.txt | $(B)/.installed
 	$(B)/bin/python -m venv $(F)
 	echo $(CURDIR)/$(B)/lib/python3.12/site-packages > $(F)/lib/python3.12/site-packages/stack-b.pth
 	$(F)/bin/python -m pip install --quiet --no-deps -r $<
+	@touch $@
+
+$(T)/.requirements: requirements/torchtune.txt requirements/dev.txt
+	$(require-python-b)
+	@$(T)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON_B) -m venv $(T)
+	$(T)/bin/python -m pip install --quiet -r $<
 	@touch $@
 
 %/.installed: %/.requirements $(BUILD_INPUTS)

@@ -45,8 +45,9 @@ def install(*, torch_dcp: bool | None = None, megatron: bool | None = None) -> I
 
     Torch DCP: ``dcp.save``, ``async_save`` and ``load`` with a local path as ``checkpoint_id``, and calls of
     ``FileSystemWriter`` and ``FileSystemReader``, wherever those have been imported, go through the pipeline.
-    Background saves stage into ckpt_fast's memory, and none of them starts a process. Paths with a scheme,
-    Hugging Face's format, stream transforms, and classes derived from torch's are left to torch.
+    Background saves stage into ckpt_fast's memory, and none of them starts a process. Saves without a planner
+    of the framework's own plan once. Paths with a scheme, Hugging Face's format, stream transforms, and
+    classes derived from torch's are left to torch.
 
     Megatron-Core: calls of its ``torch_dist`` save strategy, load strategy and fully parallel save wrapper
     (before 0.19 also: of its strategy for the common state) make ours. So ``dist_checkpointing.save`` and

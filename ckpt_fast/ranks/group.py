@@ -300,17 +300,25 @@ class ControlGroup:
 class PerGroup(Generic[T]):
     """A value for each process group, forgotten with it, and one for this process alone. Thread-safe.
 
+    A forked process has values of its own: neither the threads nor the groups of its parent work there.
+
     Args:
         new: makes the value of a group that has none.
     """
 
     def __init__(self, new: Callable[[], T]) -> None:
         self._new = new
-        self._alone = new()
+        self._begin()
+
+    def _begin(self) -> None:
+        self._process = os.getpid()
+        self._alone = self._new()
         self._of_groups: weakref.WeakKeyDictionary[Any, T] = weakref.WeakKeyDictionary()
 
     def get(self, group: ControlGroup, process_group: dist.ProcessGroup | None) -> T:
         """The value of ``process_group`` (None: of all ranks), through which ``group`` talks."""
+        if self._process != os.getpid():
+            self._begin()
         if group.size == 1:
             return self._alone
         key = process_group if process_group is not None else dist.group.WORLD

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training scripts that know nothing of ckpt_fast, with it and without: each resumes the other.
 
-With the real packages, two ranks and FSDP2 (`make test-frameworks`); skipped where they are not installed.
+With the real packages, two ranks and FSDP2 (`make test-frameworks`, `make test-torchtune`); skipped where
+they are not installed.
 """
 
 from __future__ import annotations
@@ -25,11 +26,16 @@ EXAMPLES = {
     "lightning_fabric.py": "lightning",
     "lightning_trainer.py": "lightning",
     "accelerate_fsdp2.py": "accelerate",
+    "transformers_trainer.py": "transformers",
     "torchtitan_manager.py": "torchtitan",
     "torchtitan_manager.py --background": "torchtitan",
+    "automodel_checkpointer.py": "nemo_automodel",
+    "automodel_checkpointer.py --background": "nemo_automodel",
+    "torchtune_checkpointer.py": "torchtune",
+    "torchtune_checkpointer.py --background": "torchtune",
 }
-# Its staging needs a GPU, unless it is ours.
-OURS_ALONE = "torchtitan_manager.py --background"
+# Their staging needs a GPU, unless it is ours.
+OURS_ALONE = {"torchtitan_manager.py --background", "automodel_checkpointer.py --background"}
 
 
 def train(example: str, directory: Path, *, with_ours: bool) -> dict[tuple[int, int], str]:
@@ -58,7 +64,7 @@ def checkpoints(directory: Path, step: int) -> list[Path]:
     return [
         path
         for path in found
-        if re.search(rf"\b(step-|dist_epoch_)?{step}\b", str(path.relative_to(directory)))
+        if re.search(rf"\b(step-|checkpoint-|dist_epoch_)?{step}\b", str(path.relative_to(directory)))
     ]
 
 
@@ -68,7 +74,7 @@ def test_each_resumes_the_other(example: str, tmp_path: Path) -> None:
     """Both resume what ours has saved, save, and resume what the other has saved, with equal losses."""
     if importlib.util.find_spec(EXAMPLES[example]) is None:
         pytest.skip(f"{EXAMPLES[example]} is not installed")
-    stock = example.removesuffix(" --background") if example == OURS_ALONE else example
+    stock = example.removesuffix(" --background") if example in OURS_ALONE else example
     one, other = tmp_path / "one", tmp_path / "other"
     assert len(train(example, one, with_ours=True)) == 4
     shutil.copytree(one, other)

@@ -142,10 +142,12 @@ def test_table_of_the_demo() -> None:
 
 
 def test_frameworks_are_tested_in_these_versions() -> None:
-    requirements = (ROOT / "requirements" / "frameworks.txt").read_text()
-    pinned = dict(re.findall(r"^([\w-]+)==(\S+)$", requirements, re.M))
-    rows = re.findall(r"^\| (\w+)[^|]*\| ([\d.]+) \|.*/(\w+\.py)\) \|$", PAGE_OF_FRAMEWORKS.read_text(), re.M)
-    assert [version for _, version, _ in rows] == [pinned[name.lower()] for name, _, _ in rows]
+    files = [(ROOT / "requirements" / f"{name}.txt").read_text() for name in ("frameworks", "torchtune")]
+    pinned = dict(re.findall(r"^([\w-]+)==(\S+)$", "\n".join(files), re.M))
+    rows = re.findall(
+        r"^\| `([\w-]+)`[^|]*\| ([\d.]+) \|.*/(\w+\.py)\) \|$", PAGE_OF_FRAMEWORKS.read_text(), re.M
+    )
+    assert [version for _, version, _ in rows] == [pinned[name] for name, _, _ in rows]
     assert {example for *_, example in rows} == {name.split()[0] for name in EXAMPLES}
 
 

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint import state_dict_saver
 
 from ckpt_fast.doors.dcp.direct.background import new_control_group
+from ckpt_fast.doors.dcp.planning.planners import InstalledSavePlanner
 from ckpt_fast.doors.dcp.reader import StrPath, is_local_path
 from ckpt_fast.doors.dcp.steps import let_go
 from ckpt_fast.doors.dcp.writer import FastStorageWriter
@@ -34,8 +35,12 @@ class _Background:
             self._group = new_control_group(process_group)
 
     def submit(self, staged: Any, options: dict[str, Any]) -> Future[Any]:
-        """Local. Save what has been, or is being, staged; the path of ``options`` is one of here and now."""
-        place: dict[str, Any] = {"process_group": self._group}
+        """Local. Save what has been, or is being, staged; ``options`` mean what they mean here and now."""
+        place: dict[str, Any] = {}
+        if options.get("planner") is None:
+            place["planner"] = InstalledSavePlanner()
+        if self._group is not None:
+            place["process_group"] = self._group
         if options.get("checkpoint_id"):
             place["checkpoint_id"] = absolute(options["checkpoint_id"])
         if options.get("storage_writer") is None:

@@ -6,7 +6,8 @@ from __future__ import annotations
 import io
 import math
 import pickle
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -41,6 +42,12 @@ def planned_nbytes(plan: SavePlan) -> int:
         for item in plan.items
         if item.tensor_data is not None
     )
+
+
+def leaves_of(planner: SavePlanner) -> Iterable[Any]:
+    """The tensors and objects that a planner was given, if it keeps them where torch's planners do."""
+    state_dict = getattr(planner, "state_dict", None)
+    return state_dict.values() if isinstance(state_dict, Mapping) else ()
 
 
 @without_collections

@@ -8,10 +8,12 @@ from inspect import getattr_static
 from typing import Any
 
 from torch.distributed.checkpoint import staging, state_dict_saver
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter
 
 from ckpt_fast.doors.dcp.executors import in_this_process
+from ckpt_fast.doors.dcp.planning.planners import SAVE_METHODS, InstalledSavePlanner
 from ckpt_fast.doors.dcp.reader import FastStorageReader, StrPath, is_local_path
 from ckpt_fast.doors.dcp.writer import FastStorageWriter
 from ckpt_fast.doors.substitution import Arguments, Constructed, Rebound, Substitution, refused
@@ -55,6 +57,7 @@ def substitutions() -> Sequence[Substitution]:
     found: list[Substitution] = [
         _Storage(FileSystemWriter, FastStorageWriter, StorageWriter, _is_written_by_us),
         _Storage(FileSystemReader, InstalledReader, StorageReader, _is_local),
+        Constructed(DefaultSavePlanner, InstalledSavePlanner, ("__init__", *SAVE_METHODS)),
     ]
     if hasattr(staging, "DefaultStager"):
         from ckpt_fast.doors.dcp.stager import FastStager

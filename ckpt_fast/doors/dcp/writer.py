@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from ckpt_fast.doors.dcp.plan_items import planned_nbytes, results_of, shards_of
+from ckpt_fast.doors.dcp.plan_items import leaves_of, planned_nbytes, results_of, shards_of
 from ckpt_fast.doors.dcp.planning.columns import ColumnPlan, SavedMetadata, TakesColumns, programs
 from ckpt_fast.doors.dcp.planning.planners import FastSavePlanner
 from ckpt_fast.doors.dcp.reader import StrPath, is_local_path
@@ -129,7 +129,7 @@ class FastStorageWriter(FileSystemWriter):
                 "FileSystemWriter"
             )
         self._thread_count = thread_count
-        self._overwrite = overwrite
+        self.overwrite = overwrite
         self._keep_buffer = cache_staged_state_dict
         self._latest = _Save(absolute(path))
         # Where the program was when it staged a save that another thread will begin, and the staging thread.
@@ -188,7 +188,7 @@ class FastStorageWriter(FileSystemWriter):
         save, chosen = self._save, self._settings
         name = save.path if save.lone_rank is None else os.path.join(save.path, file_prefix(save.lone_rank))
         hold(name, chosen.timeout_s)
-        if not self._overwrite:
+        if not self.overwrite:
             commit.refuse_overwriting(save.path, save.seal)
         self._make_room(save, sum(map(planned_nbytes, plans)))
         return [
@@ -216,9 +216,7 @@ class FastStorageWriter(FileSystemWriter):
         columns = planner.columns if isinstance(planner, FastSavePlanner) else None
         waves = self._waves(report, prefix, self._settings, first, columns)
         written_by(waves.progress)
-        # The planners of torch and Megatron-Core keep what they were given under this name.
-        leaves = columns.leaves if columns is not None else getattr(planner, "state_dict", {}).values()
-        with snapshots.read(leaves) as snapshot:
+        with snapshots.read(columns.leaves if columns is not None else leaves_of(planner)) as snapshot:
             if snapshot is not None:
                 report.count_from(snapshot.began)
             if columns is None:

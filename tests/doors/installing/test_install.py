@@ -158,7 +158,7 @@ def test_arguments_are_those_of_torch(tmp_path: Path) -> None:
     with ckpt_fast.install(megatron=False):
         writer = FileSystemWriter(tmp_path, False, sync_files=False, thread_count=3, overwrite=False)
         assert isinstance(writer, ckpt_fast.FastStorageWriter)
-        assert (writer._thread_count, writer._overwrite) == (3, False)
+        assert (writer._thread_count, writer.overwrite) == (3, False)
         assert writer.path == tmp_path and writer.fs.exists(tmp_path)
         with pytest.raises(TypeError):
             FileSystemWriter()  # type: ignore[call-arg]

@@ -99,22 +99,26 @@ class Chosen(NamedTuple):
     paths: dict[str, Any]
 
 
-def choose(described: Sequence[DescribedState]) -> Chosen:
+def choose(described: Sequence[DescribedState], *, is_strict: bool = True) -> Chosen:
     """Coordinator. Divide what the ranks have described, in rank order.
+
+    Args:
+        described: by each rank.
+        is_strict: see ``divide``.
 
     Raises:
         CheckpointMismatchError: see ``divide``.
     """
     encoded = [each.items for each in described]
     items, counts = join_items(encoded), [row_count(each) for each in encoded]
-    numbers, first, nbytes = divide(items, counts), 0, []
+    numbers, first, nbytes = divide(items, counts, is_strict=is_strict), 0, []
     for count, chosen in zip(counts, numbers, strict=True):
         nbytes.append(int(items.rows["nbytes"][first : first + count][chosen].sum()))
         first += count
     return Chosen(numbers, nbytes, _joined_paths([each.paths for each in described]))
 
 
-def divide(items: Items, counts: Sequence[int]) -> list[array[int]]:
+def divide(items: Items, counts: Sequence[int], *, is_strict: bool = True) -> list[array[int]]:
     """For each rank, the numbers of those of its shards and objects that it saves, ascending.
 
     What several ranks have goes, the largest first, to the one of them with the fewest bytes so far.
@@ -122,13 +126,14 @@ def divide(items: Items, counts: Sequence[int]) -> list[array[int]]:
     Args:
         items: what all ranks could save.
         counts: how many of them are of each rank, in rank order.
+        is_strict: refuse disagreement on what several ranks have; else only on what is saved of it.
 
     Raises:
         CheckpointMismatchError: ranks disagree on a tensor's shape or dtype, or whether there is a tensor.
     """
     rows, ends = items.rows, np.cumsum(np.array(counts, np.int64))
     rank = np.repeat(np.arange(len(counts)), counts)
-    _require_agreement(items, rank)
+    _require_agreement(items, rank, np.arange(len(rows)), on_tensors=is_strict)
     # How long objects are is known once they are pickled; they are small.
     nbytes = np.where(items.are_objects, 1, rows["nbytes"])
     place = rows["name"].astype(np.int64) * len(items.lists) + rows["place"]
@@ -151,6 +156,8 @@ def divide(items: Items, counts: Sequence[int]) -> list[array[int]]:
         loads[rank[row]] += nbytes[candidates[0]]
         is_chosen[row] = True
     chosen = np.flatnonzero(is_chosen)
+    if not is_strict:
+        _require_agreement(items, rank, chosen)
     parts = np.split(chosen, np.searchsorted(chosen, ends[:-1]))
     return [
         array("q", (part - begin).tolist())
@@ -158,16 +165,28 @@ def divide(items: Items, counts: Sequence[int]) -> list[array[int]]:
     ]
 
 
-def _require_agreement(items: Items, rank: Ints) -> None:
-    rows = items.rows
+def _require_agreement(items: Items, rank: Ints, among: Ints, *, on_tensors: bool = True) -> None:
+    """Check that rows of the same name are of the same tensor, or of objects.
+
+    Args:
+        items: what all ranks could save.
+        rank: of each row.
+        among: the rows to compare, ascending.
+        on_tensors: compare dtypes and shapes too.
+    """
+    rows, names = items.rows, items.rows["name"][among]
     first = np.zeros(len(items.names), np.int64)
-    first[rows["name"][::-1]] = np.arange(len(rows))[::-1]
-    known = first[rows["name"]]
-    differs = (rows["dtype"] != rows["dtype"][known]) | (rows["shape"] != rows["shape"][known])
+    first[names[::-1]] = among[::-1]
+    known = first[names]
+    differs = items.are_objects[among] != items.are_objects[known]
+    if on_tensors:
+        for column in ("dtype", "shape"):
+            differs |= rows[column][among] != rows[column][known]
     if differs.any():
-        row = int(differs.argmax())
+        at = int(differs.argmax())
+        row = int(among[at])
         raise CheckpointMismatchError(
-            f"ranks disagree on {items.names[rows['name'][row]]}: {_described(items, int(known[row]))} on "
+            f"ranks disagree on {items.names[rows['name'][row]]}: {_described(items, int(known[at]))} on "
             f"one, {_described(items, row)} on rank {rank[row]}. Nothing was saved; check that all ranks "
             "build the same model."
         )

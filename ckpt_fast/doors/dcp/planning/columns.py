@@ -231,11 +231,12 @@ for _each in _FIELDS:
 
 
 @without_collections
-def divide(plans: Sequence[SavePlan]) -> tuple[list[SavePlan], SavedMetadata]:
+def divide(plans: Sequence[SavePlan], *, is_strict: bool = True) -> tuple[list[SavePlan], SavedMetadata]:
     """Coordinator. The global plan, and what will be the checkpoint's metadata.
 
     Args:
         plans: the local ones, in rank order.
+        is_strict: see ``divide`` of ``division``.
 
     Raises:
         CheckpointError: some ranks have plans of another planner.
@@ -244,10 +245,10 @@ def divide(plans: Sequence[SavePlan]) -> tuple[list[SavePlan], SavedMetadata]:
     described = [plan.planner_data for plan in plans]
     if not all(isinstance(each, DescribedState) for each in described):
         raise _mixed()
-    key = hashlib.blake2b(pickle.dumps(described, 5), digest_size=16).digest()
+    key = hashlib.blake2b(pickle.dumps((described, is_strict), 5), digest_size=16).digest()
     known = _known.divided.find(key)
     if known is None:
-        chosen = choose(described)
+        chosen = choose(described, is_strict=is_strict)
         numbers = [each.tobytes() for each in chosen.numbers]
         known = [OwnPart(*each) for each in zip(numbers, chosen.nbytes, strict=True)], chosen.paths
         _known.divided.keep(key, known)

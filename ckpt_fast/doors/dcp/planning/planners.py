@@ -34,6 +34,9 @@ class FastSavePlanner(DefaultSavePlanner):
         enable_plan_caching: no effect on plans in columns, which are always remembered.
     """
 
+    # Refuse disagreement on what several ranks have, though only one of them saves it.
+    _is_strict = True
+
     def __init__(
         self,
         flatten_state_dict: bool = True,
@@ -70,7 +73,7 @@ class FastSavePlanner(DefaultSavePlanner):
             plain
             and not self.dedup_save_to_lowest_rank
             and isinstance(storage_meta, TakesColumns)
-            and _is_as_made(self, FastSavePlanner, _SAVE_METHODS)
+            and _is_as_made(self, FastSavePlanner, SAVE_METHODS)
         ):
             self._of_thread.columns = ColumnPlan(state_dict)
         else:
@@ -85,7 +88,7 @@ class FastSavePlanner(DefaultSavePlanner):
         """Who saves what; called on the coordinator."""
         if self.columns is None:
             return super().create_global_plan(all_plans)
-        return divide(all_plans)
+        return divide(all_plans, is_strict=self._is_strict)
 
     def finish_plan(self, new_plan: SavePlan) -> SavePlan:
         """What this rank saves."""
@@ -97,6 +100,12 @@ class FastSavePlanner(DefaultSavePlanner):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _of_thread=threading.local())
+
+
+class InstalledSavePlanner(FastSavePlanner):
+    """A planner in the place of torch's. Of several ranks' copies it saves one, whatever the others are."""
+
+    _is_strict = False
 
 
 class FastLoadPlanner(DefaultLoadPlanner):
@@ -161,7 +170,7 @@ class FastLoadPlanner(DefaultLoadPlanner):
         return new_plan if self.direct is not None else super().finish_plan(new_plan)
 
 
-_SAVE_METHODS = (
+SAVE_METHODS = (
     "set_up_planner",
     "create_local_plan",
     "create_global_plan",
