@@ -111,7 +111,7 @@ def _without_wrapper(name: str, state: dict[str, Any]) -> str:
         pytest.param(1, DENSE, id="dense", marks=pytest.mark.long),
         pytest.param(2, Setup(tp=2, bf16=True, layers=2), id="dense-tp2"),
         pytest.param(2, DISTRIBUTED, id="mixture-dp2-distributed"),
-        pytest.param(2, Setup(tp=2, bf16=True, experts=2), id="mixture-tp2"),
+        pytest.param(2, Setup(tp=2, bf16=True, experts=2), id="mixture-tp2", marks=pytest.mark.long),
     ],
 )
 def test_interleaving_leaves_no_trace_in_the_checkpoint(tmp_path: Path, ranks: int, setup: Setup) -> None:

@@ -36,7 +36,7 @@ class Saved(NamedTuple):
 
 
 # The others take most of the time.
-QUICK = ("1-rank", "dp2-distributed", "tp2")
+QUICK = ("dp2-distributed", "tp2")
 
 
 @pytest.fixture(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A training program that exits with a save in flight: ``python -m tests.jobs.exiting DIRECTORY HOW``.
+"""A training program that exits with a save in flight: ``main(DIRECTORY, HOW)``, in a process of its own.
 
 RANK and WORLD_SIZE are in the environment.
 """
@@ -86,7 +86,3 @@ def finish(_: str) -> tuple[()]:
 
 def print_finalized() -> None:
     sys.stdout.write("finalized\n")
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Jobs that are interrupted, on a slow disk: ``python -m tests.jobs.interrupted WHAT DIRECTORY``.
+"""Jobs that are interrupted, on a slow disk: ``main(WHAT, DIRECTORY)``, in a process of its own.
 
 WHAT is a function of this module. ``slow_disk.c`` is preloaded.
 """
@@ -15,7 +15,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -206,11 +205,11 @@ def terminated(*_: object) -> None:
     raise SystemExit(3)
 
 
-if __name__ == "__main__":
+def main(what: str, directory: str) -> None:
     signal.signal(signal.SIGTERM, terminated)
     # Shells let background processes ignore it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        globals()[sys.argv[1]](str(Path(sys.argv[2])))
+        globals()[what](directory)
     finally:
         sys.stdout.write(f"{time.monotonic()}\n")

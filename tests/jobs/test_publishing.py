@@ -20,7 +20,7 @@ from ckpt_fast.jobs import background
 from ckpt_fast.jobs.background import SaveHandle, SaveQueue
 from tests.helpers import run_ranks
 from tests.interrupting import interrupted_at
-from tests.jobs.test_exit import run
+from tests.jobs.conftest import Exits
 from tests.pipeline.layouts import same
 from tests.pipeline.save.test_save import FILES, assert_not_published, loaded, names
 from tests.saves import new_save, save
@@ -233,8 +233,8 @@ def test_all_ranks_learn_together_what_became_of_it(tmp_path: Path, fails: bool)
         assert holds(tmp_path, 4.0, rows=2)
 
 
-def test_ranks_that_end_while_it_is_published_publish_it(tmp_path: Path) -> None:
-    first, second = run(tmp_path, "publishing", ranks=2)
+def test_ranks_that_end_while_it_is_published_publish_it(exits: Exits, tmp_path: Path) -> None:
+    first, second = exits(tmp_path, "publishing", ranks=2)
     assert "the checkpoint is published" in first.stderr
     assert "rank 0 says what became of it" in second.stderr
     for done in (first, second):
@@ -245,13 +245,13 @@ def test_ranks_that_end_while_it_is_published_publish_it(tmp_path: Path) -> None
     assert same(loaded(tmp_path / "second", "w", torch.ones(2, 100_000)), expected.contiguous())
 
 
-def test_one_rank_that_ends_while_it_is_published_finalizes_it(tmp_path: Path) -> None:
-    (done,) = run(tmp_path, "publishing")
+def test_one_rank_that_ends_while_it_is_published_finalizes_it(exits: Exits, tmp_path: Path) -> None:
+    (done,) = exits(tmp_path, "publishing")
     assert done.status == 0 and "finalized" in done.stdout, done.stderr
 
 
-def test_a_process_killed_while_it_is_published_has_the_older_one(tmp_path: Path) -> None:
-    (done,) = run(tmp_path, "killed while publishing")
+def test_a_process_killed_while_it_is_published_has_the_older_one(exits: Exits, tmp_path: Path) -> None:
+    (done,) = exits(tmp_path, "killed while publishing")
     assert done.status == -signal.SIGKILL
     assert (tmp_path / "first" / "metadata.json").exists()
     assert_not_published(tmp_path / "second")

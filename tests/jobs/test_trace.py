@@ -19,7 +19,8 @@ import torch
 import ckpt_fast
 from ckpt_fast.format.types import TensorShard
 from ckpt_fast.jobs import trace
-from tests.helpers import run_ranks
+from ckpt_fast.pipeline.save import seal
+from tests.helpers import preloaded_processes, run_ranks
 from tests.saves import new_save, save
 
 pytestmark = pytest.mark.usefixtures("no_fsync")
@@ -116,17 +117,18 @@ def test_later_runs_are_added(timeline: Path, tmp_path: Path) -> None:
     assert saved == [str(tmp_path / "a"), str(tmp_path / "b")]
 
 
+def save_and_be_killed(environment: dict[str, str], root: str) -> None:
+    os.environ.update(environment)
+    ckpt_fast.save({"w": torch.ones(9)}, f"{root}/a", no_dist=True)
+    seal.seal = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+    ckpt_fast.save({"w": torch.ones(9)}, f"{root}/b", no_dist=True)
+
+
 def test_what_was_under_way_when_the_process_was_killed_is_shown(timeline: Path, tmp_path: Path) -> None:
-    code = (
-        "import os, signal, sys, torch\n"
-        "import ckpt_fast\n"
-        "from ckpt_fast.pipeline.save import seal\n"
-        "ckpt_fast.save({'w': torch.ones(9)}, sys.argv[1] + '/a', no_dist=True)\n"
-        "seal.seal = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "ckpt_fast.save({'w': torch.ones(9)}, sys.argv[1] + '/b', no_dist=True)\n"
-    )
-    ran = subprocess.run([sys.executable, "-W", "ignore", "-c", code, str(tmp_path)], check=False)
-    assert ran.returncode == -signal.SIGKILL
+    process = preloaded_processes().Process(target=save_and_be_killed, args=(dict(os.environ), str(tmp_path)))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     begun = [event for event in events_of(timeline) if event["ph"] in "BE"]
     open_ones: list[str] = []
     for event in begun:

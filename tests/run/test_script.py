@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from tests.doors.installing.test_torch_dcp import is_ours
+from tests.forks import Ended, Forks, forks_of
 
 ROOT = Path(__file__).resolve().parents[2]
 STARTERS = {
@@ -25,9 +27,6 @@ SCRIPT = """
 import multiprocessing
 import os
 import sys
-
-import torch
-import torch.distributed.checkpoint as dcp
 
 import beside  # in the script's directory
 
@@ -64,8 +63,27 @@ if __name__ == "__main__":
     seen = {**what_i_see(), "child": queue.get(timeout=60)}
     process.join()
     print(json.dumps(seen))
-    dcp.save({"w": torch.arange(5.0)}, checkpoint_id=sys.argv[-1])
+    if os.environ["SAVES"] == "1":
+        import torch
+        import torch.distributed.checkpoint as dcp
+
+        dcp.save({"w": torch.arange(5.0)}, checkpoint_id=sys.argv[-1])
 """
+
+
+@pytest.fixture(scope="module")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    modules = ["torch.distributed.checkpoint", "ckpt_fast.cli.run", "ckpt_fast.run.script"]
+    with forks_of(modules, tmp_path_factory.mktemp("outputs")) as forks:
+        yield forks
+
+
+def call_fork(forks: Forks, command: list[str], directory: Path, code: int = 0) -> Ended:
+    """As ``call`` does, for ``python ... -m MODULE ...``."""
+    arguments = command[command.index("-m") + 1 :]
+    done = forks.begin("tests.forks", "run_module", *arguments, directory=directory).wait()
+    assert done.status == code, done.stdout + done.stderr
+    return done
 
 
 def call(command: list[str], directory: Path, code: int = 0, **more: str) -> Any:
@@ -96,9 +114,8 @@ def script(tmp_path: Path) -> Path:
 def test_a_script_sees_what_it_would_without(starter: str, script: Path, tmp_path: Path) -> None:
     """All but the files that it writes."""
     arguments = ["scripts/train.py", "--help", "-m", "--no-megatron", "saved"]
-    without = json.loads(call([sys.executable, "-W", "ignore", *arguments], tmp_path).stdout)
-    assert not is_ours(tmp_path / "saved")
-    seen = json.loads(call([*STARTERS[starter], "--no-megatron", *arguments], tmp_path).stdout)
+    without = json.loads(call([sys.executable, *arguments], tmp_path, SAVES="0").stdout)
+    seen = json.loads(call([*STARTERS[starter], "--no-megatron", *arguments], tmp_path, SAVES="1").stdout)
     assert seen == without and seen["argv"] == arguments and seen["child"] == "__mp_main__"
     assert is_ours(tmp_path / "saved")
     found = {"w": torch.zeros(5)}
@@ -111,15 +128,23 @@ def test_a_module(starter: str, script: Path) -> None:
     package = script.parent / "package"
     package.mkdir()
     (package / "__init__.py").write_text("")
-    (package / "__main__.py").write_text("import sys; print(__spec__.name, *sys.argv)")
     script.rename(package / "train.py")
     arguments = ["-m", "package.train", "--verbose", "saved"]
-    without = json.loads(call([sys.executable, "-W", "ignore", *arguments], script.parent).stdout)
-    seen = json.loads(call([*STARTERS[starter], "--no-megatron", *arguments], script.parent).stdout)
-    assert seen == without and seen["spec"] == "package.train"
+    without = call([sys.executable, *arguments], script.parent, SAVES="0", TORCHDYNAMO_DISABLE="1")
+    command = [*STARTERS[starter], "--no-megatron", *arguments]
+    seen = json.loads(call(command, script.parent, SAVES="1", TORCHDYNAMO_DISABLE="1").stdout)
+    assert seen == json.loads(without.stdout) and seen["spec"] == "package.train"
     assert is_ours(script.parent / "saved")
-    whole = call([*STARTERS[starter], "--no-megatron", "-m", "package", "-v"], script.parent).stdout
-    assert whole == f"package.__main__ {package / '__main__.py'} -v\n"
+
+
+@pytest.mark.parametrize("starter", STARTERS)
+def test_a_package(starter: str, forks: Forks, tmp_path: Path) -> None:
+    main = tmp_path / "package" / "__main__.py"
+    main.parent.mkdir()
+    (main.parent / "__init__.py").write_text("")
+    main.write_text("import sys; print(__spec__.name, *sys.argv)")
+    done = call_fork(forks, [*STARTERS[starter], "--no-megatron", "-m", "package", "-v"], tmp_path)
+    assert done.stdout == f"package.__main__ {main} -v\n"
 
 
 @pytest.mark.parametrize("starter", STARTERS)
@@ -133,11 +158,13 @@ def test_a_module(starter: str, script: Path) -> None:
         ("import click\nraise click.UsageError('theirs')", 1, "UsageError: theirs"),
     ],
 )
-def test_how_a_script_ends(starter: str, text: str, code: int, said: str, tmp_path: Path) -> None:
+def test_how_a_script_ends(
+    starter: str, text: str, code: int, said: str, forks: Forks, tmp_path: Path
+) -> None:
     (tmp_path / "train.py").write_text(text)
     # A process that an interrupt has ended tells its parent by the signal.
     code = -2 if code == 130 else code
-    done = call([*STARTERS[starter], "--no-megatron", "train.py"], tmp_path, code)
+    done = call_fork(forks, [*STARTERS[starter], "--no-megatron", "train.py"], tmp_path, code)
     assert said in done.stderr
 
 
@@ -152,14 +179,14 @@ def test_how_a_script_ends(starter: str, text: str, code: int, said: str, tmp_pa
         (["-m", "no_such_module"], "there is no module no_such_module"),
     ],
 )
-def test_wrong_use(starter: str, arguments: list[str], said: str, tmp_path: Path) -> None:
-    done = call([*STARTERS[starter], *arguments], tmp_path, 2)
+def test_wrong_use(starter: str, arguments: list[str], said: str, forks: Forks, tmp_path: Path) -> None:
+    done = call_fork(forks, [*STARTERS[starter], *arguments], tmp_path, 2)
     assert said in done.stderr and "--help" in done.stderr
 
 
 @pytest.mark.parametrize("starter", STARTERS)
-def test_help(starter: str, tmp_path: Path) -> None:
-    assert "-m MODULE" in call([*STARTERS[starter], "--help"], tmp_path).stdout
+def test_help(starter: str, forks: Forks, tmp_path: Path) -> None:
+    assert "-m MODULE" in call_fork(forks, [*STARTERS[starter], "--help"], tmp_path).stdout
 
 
 RANKS = """
@@ -182,7 +209,7 @@ def test_torchrun(tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(RANKS)
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node=2", "-m", "ckpt_fast.run", "--no-megatron", "train.py", "saved"]
-    call(command, tmp_path, OMP_NUM_THREADS="1")
+    call(command, tmp_path, OMP_NUM_THREADS="1", TORCHDYNAMO_DISABLE="1")
     assert is_ours(tmp_path / "saved") and len(list((tmp_path / "saved").glob("*.distcp"))) == 2
     found = {"w": torch.zeros(6, 2)}
     dcp.load(found, checkpoint_id=tmp_path / "saved")

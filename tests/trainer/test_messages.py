@@ -75,7 +75,7 @@ def save_and_load(rank: int, directory: str, config: dict[str, Any]) -> tuple[li
     return saved.kept, loaded.kept, in_log, printed.getvalue()
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.long), 2])
 @pytest.mark.parametrize(
     "config",
     [{}, {"most_recent_k": 5}, {"most_recent_k": 1}, {"async_save": True}],

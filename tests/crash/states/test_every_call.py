@@ -38,7 +38,11 @@ def copy_run(start: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("kind", "implementation"), [*((kind, "engine") for kind in SAVES), ("foreground", "fallback")]
+    ("kind", "implementation"),
+    [
+        *((kind, "engine") for kind in SAVES),
+        pytest.param("foreground", "fallback", marks=pytest.mark.long),
+    ],
 )
 def test_every_call_fails(
     tmp_path: Path, kind: str, implementation: native.Implementation, monkeypatch: pytest.MonkeyPatch
@@ -69,21 +73,28 @@ def test_every_call_fails(
 
 
 @pytest.mark.parametrize(
-    ("fault", "implementation"), [(die, "engine"), pytest.param(tear, "fallback", marks=pytest.mark.long)]
+    ("fault", "implementation", "kinds"),
+    [
+        (die, "engine", ["over itself"]),
+        pytest.param(die, "engine", ["foreground", "background"], marks=pytest.mark.long),
+        pytest.param(tear, "fallback", [*SAVES], marks=pytest.mark.long),
+    ],
 )
 def test_the_process_ends_at_every_call(
-    tmp_path: Path, fault: Callable[..., Any], implementation: native.Implementation
+    tmp_path: Path, fault: Callable[..., Any], implementation: native.Implementation, kinds: list[str]
 ) -> None:
     # In a process without threads, which may fork. Another test may have started a forkserver.
     context = multiprocessing.get_context("spawn")
-    process = context.Process(target=end_all_saves, args=(str(tmp_path), fault, implementation))
+    process = context.Process(target=end_all_saves, args=(str(tmp_path), fault, implementation, kinds))
     process.start()
     process.join()
     assert process.exitcode == 0, "see the traceback on stderr"
 
 
-def end_all_saves(directory: str, fault: Callable[..., Any], implementation: native.Implementation) -> None:
-    for kind in SAVES:
+def end_all_saves(
+    directory: str, fault: Callable[..., Any], implementation: native.Implementation, kinds: list[str]
+) -> None:
+    for kind in kinds:
         os.mkdir(os.path.join(directory, kind))
         end_at_every_call(os.path.join(directory, kind), kind, fault, implementation)
 

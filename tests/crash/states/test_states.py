@@ -31,14 +31,21 @@ pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="a C compiler
 
 Ranks = Callable[..., Any]
 
-ONE_RANK = ["first", "tokenizer", "recovery", "local", "again", "dcp-made", "dcp-again"]
-TWO_RANKS = ["later", "background", "dcp"]
+# One of each kind; test_all_states has all of them.
+ONE_RANK = ["first", "local", "again", "dcp-again"]
+TWO_RANKS = ["background", "dcp"]
+LONG_ONE_RANK = ["tokenizer", "recovery", "dcp-made"]
+LONG_TWO_RANKS = ["later"]
 MOST = 8
 
 
-def cases(names_of: dict[int, Iterable[str]]) -> list[Any]:
+def cases(names_of: dict[int, Iterable[str]], marks: Any = ()) -> list[Any]:
     """Return scenarios with their numbers of ranks."""
-    return [(name, world_size) for world_size, names in names_of.items() for name in names]
+    return [
+        pytest.param(name, world_size, marks=marks)
+        for world_size, names in names_of.items()
+        for name in names
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +90,10 @@ def look_at(
     return found
 
 
-@pytest.mark.parametrize(("name", "world_size"), cases({1: ONE_RANK, 2: TWO_RANKS}))
+@pytest.mark.parametrize(
+    ("name", "world_size"),
+    cases({1: ONE_RANK, 2: TWO_RANKS}) + cases({1: LONG_ONE_RANK, 2: LONG_TWO_RANKS}, pytest.mark.long),
+)
 def test_some_states(ranks: Ranks, tmp_path: Path, name: str, world_size: int) -> None:
     most = None if SCENARIOS[name].is_dcp else MOST  # the fast ones
     found = look_at(ranks, tmp_path, name, world_size, seeds=1, most=most)

@@ -126,11 +126,12 @@ def test_flipped_bit_in_our_metadata(ours: Path) -> None:
             assert load_is_right(str(ours)), f"byte {position}"
 
 
-def test_flipped_bit_in_stock_metadata(tmp_path: Path) -> None:
+@pytest.mark.parametrize("step", [3, pytest.param(1, marks=pytest.mark.long)])
+def test_flipped_bit_in_stock_metadata(tmp_path: Path, step: int) -> None:
     """It has no checksum: damage may change values, but every error must blame the checkpoint."""
     save_stock(str(tmp_path))
     with memory_limit(4 << 30):
-        for _ in flips(tmp_path / ".metadata"):
+        for _ in flips(tmp_path / ".metadata", step):
             with contextlib.suppress(CheckpointError):
                 load_is_right(str(tmp_path))
 

@@ -76,7 +76,7 @@ def metadata_of(kind: str, directory: Path) -> bytes:
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("step", [7, pytest.param(1, marks=pytest.mark.long)])
+@pytest.mark.parametrize("step", [23, pytest.param(1, marks=pytest.mark.long)])
 @pytest.mark.parametrize("kind", ["ours", "stock", "stock, nested", "protocol 2"])
 def test_flipped_bits_of_metadata(tmp_path: Path, kind: str, step: int, bounded: None) -> None:
     """One of our errors, or metadata that can be indexed; if it is ours, only what was written."""

@@ -220,6 +220,6 @@ def memory_of_many(rank: int, root: str, count: int) -> list[int]:
     return sizes
 
 
-def test_many_saves_and_loads_take_no_more_memory(tmp_path: Path) -> None:
+def test_many_saves_and_loads_take_no_more_memory(tmp_path: Path, no_fsync: None) -> None:
     (sizes,) = run_ranks(memory_of_many, 1, str(tmp_path / "c"), 100, fresh=True)
     assert max(sizes[10:]) - sizes[10] < 8 * MIB

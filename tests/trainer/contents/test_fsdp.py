@@ -106,13 +106,19 @@ def load_all(rank: int, root: str, strict: bool) -> dict[str, Any]:
     return wrong
 
 
+@pytest.fixture(scope="module")
+def saved_both_ways(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("saved_both_ways")
+    run_ranks(save_both_ways, 2, str(place))
+    return place
+
+
 @pytest.mark.parametrize("strict", [True, False], ids=["strict", "partial"])
-def test_what_was_saved_comes_back(tmp_path: Path, strict: bool) -> None:
-    run_ranks(save_both_ways, 2, str(tmp_path))
+def test_what_was_saved_comes_back(saved_both_ways: Path, strict: bool) -> None:
     for name in ("sync", "async", "writer"):
-        assert manifest_lies(tmp_path / name) == []
-        assert find_damage(str(tmp_path / name)) == []
-    for wrong in run_ranks(load_all, 2, str(tmp_path), strict):
+        assert manifest_lies(saved_both_ways / name) == []
+        assert find_damage(str(saved_both_ways / name)) == []
+    for wrong in run_ranks(load_all, 2, str(saved_both_ways), strict):
         assert not any(wrong.values()), wrong
 
 

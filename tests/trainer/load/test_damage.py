@@ -60,9 +60,10 @@ def test_a_small_file_that_is_lost_is_a_reason_to_go_back(saved: tuple[int, str]
     assert damage.unwanted(outcomes(saved, damages), "older") == []
 
 
+@pytest.mark.parametrize("count", [8, pytest.param(24, marks=pytest.mark.long)])
 @pytest.mark.parametrize("name", SMALL)
-def test_flipped_bits_of_small_files(saved: tuple[int, str], name: str) -> None:
-    every = max(1, 8 * os.path.getsize(f"{saved[1]}/{name}") // 24)
+def test_flipped_bits_of_small_files(saved: tuple[int, str], name: str, count: int) -> None:
+    every = max(1, 8 * os.path.getsize(f"{saved[1]}/{name}") // count)
     assert damage.unwanted(outcomes(saved, damage.flips(saved[1], name, every)), "right", "older") == []
 
 

@@ -179,7 +179,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], tuple[str, ...], tuple[str, ...
 }
 
 
-@pytest.mark.parametrize("kind", ["ours", "older", "stock"])
+@pytest.mark.parametrize("kind", ["ours", pytest.param("older", marks=pytest.mark.long), "stock"])
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_checkpoints(root: Path, damage: str, kind: str) -> None:
     inflict, kinds, fragments = DAMAGES[damage]

@@ -24,7 +24,7 @@ needs_fsdp2 = pytest.mark.skipif(not FSDP2_ON_CPU, reason="FSDP2 of this torch n
 
 
 @needs_fsdp2
-@pytest.mark.parametrize(("saving", "loading"), [(4, 2), (2, 4), (2, 1)])
+@pytest.mark.parametrize(("saving", "loading"), [(4, 2), pytest.param(2, 4, marks=pytest.mark.long), (2, 1)])
 def test_fsdp2_on_other_ranks(saving: int, loading: int, tmp_path: Path) -> None:
     run_ranks(functions_ranks.save_with_all, saving, str(tmp_path))
     pairs = [(writer, reader) for writer in functions_ranks.WRITERS for reader in functions_ranks.READERS]

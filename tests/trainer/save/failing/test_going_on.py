@@ -34,7 +34,7 @@ GOING_ON: dict[str, Any] = {
 
 
 @pytest.fixture(autouse=True)
-def settings(monkeypatch: pytest.MonkeyPatch) -> None:
+def settings(monkeypatch: pytest.MonkeyPatch, no_fsync: None) -> None:
     monkeypatch.setenv("CKPT_FAST_RETRIES", "0")
 
 
@@ -68,7 +68,7 @@ def fail_in_the_middle(rank: int, root: str, fault: str) -> dict[str, Any]:
     return {"printed": printed.getvalue(), "failed": failed, "untold": dict(untold._failures)}
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.long), 2])
 @pytest.mark.parametrize("fault", faults.FAULTS)
 def test_training_goes_on(tmp_path: Path, fault: str, ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     root, report = str(tmp_path / "run"), tmp_path / "report.jsonl"
@@ -186,7 +186,7 @@ def fail_last(rank: int, root: str, how: str, fault: str) -> list[tuple[str, str
         return [training.error_of(end), training.error_of(end)]
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.long), 2])
 @pytest.mark.parametrize("how", ["in flight", "not blocking", "found out before"])
 def test_the_last_save_raises(tmp_path: Path, how: str, ranks: int) -> None:
     results = run_ranks(fail_last, ranks, str(tmp_path / "run"), how, "disk_full")

@@ -26,7 +26,7 @@ SETUP = Setup(layers=2, distributed=True, bf16=True)
 
 
 @pytest.fixture(autouse=True)
-def settings(monkeypatch: pytest.MonkeyPatch) -> None:
+def settings(monkeypatch: pytest.MonkeyPatch, no_fsync: None) -> None:
     monkeypatch.setenv("CKPT_FAST_RETRIES", "0")
 
 
@@ -51,14 +51,14 @@ def fail_between(rank: int, root: str, fault: str) -> list[bool]:
         return [*reused, save(), save()]
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.long), 2])
 @pytest.mark.parametrize("fault", ["disk_full", "unsealable", "no_room"])
 def test_the_next_save_is_a_full_one(tmp_path: Path, fault: str, ranks: int) -> None:
     """And equals, bit by bit, one with a context of its own, as ``Twins`` makes sure."""
     assert run_ranks(fail_between, ranks, str(tmp_path), fault) == [[False, True, False, True]] * ranks
 
 
-@pytest.mark.parametrize("fault", ["disk_full", "unsealable"])
+@pytest.mark.parametrize("fault", ["disk_full", pytest.param("unsealable", marks=pytest.mark.long)])
 def test_the_same_without_the_engine(tmp_path: Path, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CKPT_FAST_NATIVE", "0")
     assert run_ranks(fail_between, 2, str(tmp_path), fault, fresh=True) == [[False, True, False, True]] * 2
@@ -101,7 +101,7 @@ def fail_often(rank: int, root: str, fault: str) -> list[tuple[int, int, int]]:
     return uses
 
 
-@pytest.mark.parametrize("fault", ["disks_full", "unsealable"])
+@pytest.mark.parametrize("fault", ["disks_full", pytest.param("unsealable", marks=pytest.mark.long)])
 def test_many_failures_cost_nothing(tmp_path: Path, fault: str) -> None:
     """The state takes 9 MB: twenty of it would show."""
     root = str(tmp_path / "run")

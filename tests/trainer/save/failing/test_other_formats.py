@@ -34,7 +34,7 @@ SETUP = Setup(bf16=True, distributed=True)
 
 
 @pytest.fixture(autouse=True)
-def settings(monkeypatch: pytest.MonkeyPatch) -> None:
+def settings(monkeypatch: pytest.MonkeyPatch, no_fsync: None) -> None:
     monkeypatch.setenv("CKPT_FAST_RETRIES", "0")
 
 
@@ -109,7 +109,7 @@ def load_fsdp(rank: int, root: str, step: int) -> Any:
 
 
 @pytest.mark.skipif(not compat.HAVE_MEGATRON_FSDP, reason="needs Megatron FSDP")
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.long), 2])
 @pytest.mark.parametrize("fault", ["disk_full", "unsealable", "no_directory"])
 def test_fsdp(tmp_path: Path, fault: str, ranks: int) -> None:
     root = str(tmp_path / "run")
@@ -176,7 +176,7 @@ def objects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, Path]
     return "msc://failing/run", tmp_path / "run"
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_object_storage(objects: tuple[str, Path], ranks: int) -> None:
     url, base = objects
     spool = base.parent / "spool"

@@ -22,6 +22,7 @@ from tests.models import Run, Setup
 from tests.trainer.save.reuse import mutations
 from tests.trainer.save.reuse.twins import Twins, differing
 
+pytestmark = pytest.mark.usefixtures("no_fsync")
 SETUP = Setup(layers=2, distributed=True, bf16=True)
 ALL = (0, 1)
 
@@ -51,12 +52,13 @@ FAULTS: dict[str, tuple[tuple[int, ...], Callable[[Run], Any]]] = {
 }
 
 
-def fail_at_each(rank: int, root: str) -> dict[str, tuple[str, bool, bool]]:
+def fail_at_each(rank: int, root: str, names: list[str]) -> dict[str, tuple[str, bool, bool]]:
     """Let a save that collects objects only fail; return its error, and which of the next two do so."""
     results = {}
     with Run(SETUP, async_strategy="mcore") as run:
         twins = Twins(run, root)
-        for name, (ranks, fault) in FAULTS.items():
+        for name in names:
+            ranks, fault = FAULTS[name]
             for _ in range(2):
                 run.train(1)
                 twins.save()
@@ -67,9 +69,20 @@ def fail_at_each(rank: int, root: str) -> dict[str, tuple[str, bool, bool]]:
     return results
 
 
-def test_save_after_one_that_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+QUICK = ["extra state", "write", "commit"]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [QUICK, pytest.param([name for name in FAULTS if name not in QUICK], marks=pytest.mark.long)],
+    ids=["quick", "others"],
+)
+def test_save_after_one_that_failed(
+    tmp_path: Path, names: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("CKPT_FAST_RETRIES", "0")
-    for results in run_ranks(fail_at_each, 2, str(tmp_path)):
+    for results in run_ranks(fail_at_each, 2, str(tmp_path), names):
+        assert [*results] == names
         assert [name for name, (error, *_) in results.items() if error == "no error"] == []
         assert [name for name, (_, _, is_reused) in results.items() if not is_reused] == []
 
@@ -151,6 +164,6 @@ def save_with_two_in_flight(rank: int, root: str, known: int) -> list[str]:
         return [name for pair in pairs for name in differing(*pair)]
 
 
-@pytest.mark.parametrize("known", [0, 1, 2])
+@pytest.mark.parametrize("known", [0, pytest.param(1, marks=pytest.mark.long), 2])
 def test_two_saves_in_flight(tmp_path: Path, known: int) -> None:
     assert run_ranks(save_with_two_in_flight, 2, str(tmp_path), known) == [[], []]
