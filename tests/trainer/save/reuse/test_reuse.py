@@ -107,8 +107,9 @@ def change(rank: int, root: str, setup: Setup, changes: list[Mutation]) -> dict[
         twins = Twins(run, root)
         train(run)
         twins.save()
-        for number, mutation in enumerate(changes):
-            mutation(run, Random(number))
+        for mutation in changes:
+            # The same parameters, whatever else is changed: not every one is saved by every rank.
+            mutation(run, Random((*KEPT, *CHANGED).index(mutation)))
             reused[mutation.__name__] = []
             for _ in range(2):
                 train(run)
