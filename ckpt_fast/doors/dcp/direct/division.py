@@ -126,7 +126,8 @@ def divide(items: Items, counts: Sequence[int], *, is_strict: bool = True) -> li
     Args:
         items: what all ranks could save.
         counts: how many of them are of each rank, in rank order.
-        is_strict: refuse disagreement on what several ranks have; else only on what is saved of it.
+        is_strict: refuse disagreement on what several ranks have. Otherwise only on what is saved of it, and
+            each thing is saved by the rank that torch's planner would choose: values may differ, too.
 
     Raises:
         CheckpointMismatchError: ranks disagree on a tensor's shape or dtype, or whether there is a tensor.
@@ -142,27 +143,77 @@ def divide(items: Items, counts: Sequence[int], *, is_strict: bool = True) -> li
     # Of what a rank has twice, the first counts.
     kept = is_new | np.concatenate([[True], rank[order][1:] != rank[order][:-1]])[: len(order)]
     held, begins = order[kept], np.flatnonzero(is_new[kept])
-    holders = np.diff(np.concatenate([begins, [len(held)]]))
-    is_chosen = np.zeros(len(rows), bool)
-    alone = held[begins[holders == 1]]
-    is_chosen[alone] = True
-    loads = np.zeros(len(counts), np.int64)
-    np.add.at(loads, rank[alone], nbytes[alone])
-    shared = np.flatnonzero(holders > 1)
-    first = held[begins[shared]]
-    for group in shared[np.lexsort((first, -nbytes[first]))].tolist():
-        candidates = held[begins[group] : begins[group] + holders[group]]
-        row = candidates[loads[rank[candidates]].argmin()]
-        loads[rank[row]] += nbytes[candidates[0]]
-        is_chosen[row] = True
-    chosen = np.flatnonzero(is_chosen)
-    if not is_strict:
+    copies = _Copies(held, begins, np.diff(np.concatenate([begins, [len(held)]])))
+    if is_strict:
+        chosen = _spread(copies, rank, nbytes)
+    else:
+        chosen = _spread_as_torch_does(copies, rank, items)
         _require_agreement(items, rank, chosen)
     parts = np.split(chosen, np.searchsorted(chosen, ends[:-1]))
     return [
         array("q", (part - begin).tolist())
         for part, begin in zip(parts, [0, *ends[:-1].tolist()], strict=True)
     ]
+
+
+class _Copies(NamedTuple):
+    """Rows that are of the same piece or object, in groups.
+
+    Attributes:
+        rows: one group after the other, each in rank order.
+        begins, counts: of each group.
+    """
+
+    rows: Ints
+    begins: Ints
+    counts: Ints
+
+    @property
+    def firsts(self) -> Ints:
+        """The first row of each group."""
+        return self.rows[self.begins]
+
+    def of(self, group: int) -> Ints:
+        """The rows of a group."""
+        return self.rows[self.begins[group] : self.begins[group] + self.counts[group]]
+
+
+def _spread(copies: _Copies, rank: Ints, nbytes: Ints) -> Ints:
+    """One row of each group, ascending: the largest first, each to the rank with the fewest bytes so far."""
+    firsts, shared = copies.firsts, np.flatnonzero(copies.counts > 1)
+    chosen = firsts.copy()
+    alone = firsts[copies.counts == 1]
+    loads = np.zeros(rank.max(initial=0) + 1, np.int64)
+    np.add.at(loads, rank[alone], nbytes[alone])
+    for group in shared[np.lexsort((firsts[shared], -nbytes[firsts[shared]]))].tolist():
+        candidates = copies.of(group)
+        chosen[group] = candidates[loads[rank[candidates]].argmin()]
+        loads[rank[chosen[group]]] += nbytes[candidates[0]]
+    return np.sort(chosen)
+
+
+def _spread_as_torch_does(copies: _Copies, rank: Ints, items: Items) -> Ints:
+    """One row of each group, ascending, by the rules of torch's ``dedup_save_plans``.
+
+    Each in the order in which they first occur goes to the rank with the fewest bytes so far. Of a piece, the
+    bytes of the whole tensor count, as its last rank describes it; of anything without bytes, one.
+    """
+    lasts = copies.rows[copies.begins + copies.counts - 1]
+    widths = np.array([0 if dtype is None else dtype.itemsize for dtype in items.dtypes], np.int64)
+    nbytes = items.lists.products[items.rows["shape"][lasts]] * widths[items.rows["dtype"][lasts]]
+    nbytes = np.maximum(nbytes, 1)
+    chosen = copies.firsts
+    order = np.argsort(chosen, kind="stable")
+    loads = np.zeros(rank.max(initial=0) + 1, np.int64)
+    done = 0
+    for at in np.flatnonzero(copies.counts[order] > 1).tolist():
+        alone = order[done:at]
+        np.add.at(loads, rank[chosen[alone]], nbytes[alone])
+        group, done = order[at], at + 1
+        candidates = copies.of(group)
+        chosen[group] = candidates[loads[rank[candidates]].argmin()]
+        loads[rank[chosen[group]]] += nbytes[group]
+    return np.sort(chosen)
 
 
 def _require_agreement(items: Items, rank: Ints, among: Ints, *, on_tensors: bool = True) -> None:
