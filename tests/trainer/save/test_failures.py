@@ -202,7 +202,7 @@ def remove_the_directory_in_between(rank: int, root: str) -> tuple[str, str]:
 def test_directory_is_removed_while_saving(tmp_path: Path) -> None:
     first, second = run_ranks(remove_the_directory_in_between, 2, str(tmp_path / "gone"))
     assert first == second
-    require(first, "CheckpointWriteError", "rank 0:", str(tmp_path / "gone"), "is missing", "not published")
+    require(first, "CheckpointWriteError", "rank 0:", str(tmp_path / "gone"), "was deleted", "not published")
 
 
 def test_errors_keep_errno_and_path(tmp_path: Path) -> None:
