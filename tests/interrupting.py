@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Collection
+from linecache import getline
 from types import FrameType
 from typing import Any
 
@@ -31,7 +33,7 @@ def interrupted_at(
             return None
         frame.f_trace_opcodes = "opcode" in events
         left -= event in events
-        if left == 0:
+        if left <= 0 and not _may_keep_a_lock(frame):
             sys.settrace(None)
             raise KeyboardInterrupt
         return trace
@@ -44,3 +46,13 @@ def interrupted_at(
     finally:
         sys.settrace(None)
     return False
+
+
+def _may_keep_a_lock(frame: FrameType) -> bool:
+    """Whether an exception here would leave a lock of Python's own taken, as no signal can.
+
+    The line of a ``with`` counts once more when its block ends, before the lock is given back. Then every new
+    thread would wait for it for ever.
+    """
+    name = frame.f_code.co_filename
+    return name == threading.__file__ and getline(name, frame.f_lineno).lstrip().startswith("with ")
