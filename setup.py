@@ -35,7 +35,7 @@ SOURCES = {
         *sorted(glob("csrc/engine/*/*.cc", root_dir=ROOT)),
         "csrc/python/engine_module.cc",
         "csrc/python/describe_tensors.cc",
-        "csrc/python/walk_modules.cc",
+        "csrc/python/inventory.cc",
     ],
     CUDA: [*sorted(glob("csrc/cuda/*.cu", root_dir=ROOT)), "csrc/python/cuda_module.cc"],
 }

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Errors of saves, for those who go on without the save: what has failed, and the error in other words."""
+"""Saves that fail, for those who may go on without them: the policy, what has failed, and the error in other
+words."""
 
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 from ckpt_fast.errors import (
     AsyncSaveError,
@@ -13,6 +15,40 @@ from ckpt_fast.errors import (
     RankLostError,
     StorageError,
 )
+from ckpt_fast.ranks.group import ControlGroup
+
+
+class FailurePolicy(NamedTuple):
+    """What is done about a background save that fails.
+
+    Attributes:
+        goes_on: training continues.
+        most: after no more than so many failures in a row.
+    """
+
+    goes_on: bool
+    most: int
+
+    def __str__(self) -> str:
+        if not self.goes_on:
+            return "raise if a background save fails"
+        return f"go on after up to {self.most} failed background saves"
+
+
+def agreed_policy(group: ControlGroup, read: Callable[[], FailurePolicy]) -> FailurePolicy:
+    """Collective. The policy of all ranks. One that goes on alone would wait for the others for ever.
+
+    Raises:
+        ValueError: on every rank: ``read`` raised it on one, or ranks have different policies.
+    """
+    policies = group.all_gather(group.agree(read, keep_kind=True))
+    for rank, policy in enumerate(policies):
+        if policy != policies[0]:
+            raise ValueError(
+                f"rank 0 would {policies[0]}, rank {rank} would {policy}: set on_save_failure and "
+                "max_failed_saves (CKPT_FAST_ON_SAVE_FAILURE, CKPT_FAST_MAX_FAILED_SAVES) alike on all ranks"
+            )
+    return policies[0]
 
 
 def is_rank_lost(error: BaseException) -> bool:

@@ -12,7 +12,14 @@ from typing import get_args
 from ckpt_fast import settings
 from ckpt_fast.errors import CheckpointError
 from ckpt_fast.jobs import metrics
-from ckpt_fast.jobs.failures import is_of_storage, is_rank_lost, like, one_line
+from ckpt_fast.jobs.failures import (
+    FailurePolicy,
+    agreed_policy,
+    is_of_storage,
+    is_rank_lost,
+    like,
+    one_line,
+)
 from ckpt_fast.jobs.report import SaveReport
 from ckpt_fast.ranks.group import ControlGroup
 from ckpt_fast.settings import OnSaveFailure
@@ -38,7 +45,7 @@ class FailedSaves:
             raise ValueError(f"max_failed_saves={most!r} is not a positive whole number")
         self._group = group
         self._asked = action, most
-        self._policy: tuple[bool, int] | None = None
+        self._policy: FailurePolicy | None = None
         self._count = 0
         self._last: CheckpointError | None = None
 
@@ -49,17 +56,8 @@ class FailedSaves:
             ValueError: on every rank: a rank does something else about failures than the others, or a
                 variable of the environment makes no sense there.
         """
-        if self._policy is not None:
-            return
-        policies = self._group.all_gather(self._group.agree(self._read, keep_kind=True))
-        for rank, policy in enumerate(policies):
-            if policy != policies[0]:
-                raise ValueError(
-                    f"rank {rank} does something else about failed saves than rank 0: give all the same "
-                    "on_save_failure and max_failed_saves (CKPT_FAST_ON_SAVE_FAILURE, "
-                    "CKPT_FAST_MAX_FAILED_SAVES)"
-                )
-        self._policy = policies[0]
+        if self._policy is None:
+            self._policy = agreed_policy(self._group, self._read)
 
     def end(self) -> None:
         """Local, on every rank. A save was published."""
@@ -79,7 +77,7 @@ class FailedSaves:
         if self._policy is None or not self._may_go_on(error):
             raise error
         assert isinstance(error, CheckpointError)
-        most = self._policy[1]
+        most = self._policy.most
         self._count, self._last = self._count + 1, None
         report = SaveReport(directory, error=one_line(error))
         metrics.notify(report, self._group.global_rank)
@@ -125,9 +123,10 @@ class FailedSaves:
             raise like(last, f"the last save failed, and training went on without it: {last}")
 
     def _may_go_on(self, error: BaseException) -> bool:
-        goes_on = self._policy is not None and self._policy[0]
+        goes_on = self._policy is not None and self._policy.goes_on
         return goes_on and isinstance(error, CheckpointError) and not is_rank_lost(error)
 
-    def _read(self) -> tuple[bool, int]:
+    def _read(self) -> FailurePolicy:
         action, most = self._asked
-        return (action or settings.on_save_failure()) == "continue", most or settings.max_failed_saves()
+        action = action or settings.on_save_failure()
+        return FailurePolicy(action == "continue", most or settings.max_failed_saves())

@@ -28,7 +28,7 @@ from ckpt_fast.native.fallback_files import (
     read_file,
     require_inside,
 )
-from ckpt_fast.native.fallback_modules import describe_tensors, refer_to, walk_modules, walk_optimizer
+from ckpt_fast.native.fallback_inventory import describe_tensors, refer_to, walk_modules, walk_optimizer
 from ckpt_fast.native.fallback_pickle import check_pickle
 
 __all__ = [

@@ -21,7 +21,7 @@
 #include "engine/pickle/pickle_check.h"
 #include "python/column_argument.h"
 #include "python/describe_tensors.h"
-#include "python/walk_modules.h"
+#include "python/inventory.h"
 
 namespace py = pybind11;
 using namespace ckpt_fast;

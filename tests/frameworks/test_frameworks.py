@@ -8,19 +8,16 @@ they are not installed.
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.doors.installing.test_torch_dcp import is_ours
+from tests.frameworks.torchrun import torchrun
 from tests.manifests import find_damage
 
-ROOT = Path(__file__).resolve().parents[2]
 # The package that it takes.
 EXAMPLES = {
     "lightning_fabric.py": "lightning",
@@ -42,19 +39,10 @@ def train(example: str, directory: Path, *, with_ours: bool) -> dict[tuple[int, 
     """Run two steps, and save the second; return the losses by step and rank."""
     script, *options = example.split()
     starter = ["-m", "ckpt_fast.run", "--no-megatron"] if with_ours else []
-    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node=2", *starter, f"examples/frameworks/{script}", *options]
-    ran = subprocess.run(
-        [*command, f"--directory={directory}", "--steps=2"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"},
+    printed = torchrun(
+        *starter, f"examples/frameworks/{script}", *options, f"--directory={directory}", "--steps=2"
     )
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    lines = re.findall(r"rank (\d) step (\d+) loss ([\d.e+-]+)", ran.stdout)
+    lines = re.findall(r"rank (\d) step (\d+) loss ([\d.e+-]+)", printed)
     return {(int(step), int(rank)): loss for rank, step, loss in lines}
 
 

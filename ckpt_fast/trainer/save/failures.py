@@ -11,7 +11,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 from ckpt_fast import compat, settings
 from ckpt_fast.callbacks import CallbackContext
@@ -21,7 +21,14 @@ from ckpt_fast.doors.megatron.torch_dist import FastSaveStrategy
 from ckpt_fast.errors import AsyncSaveError, CheckpointError
 from ckpt_fast.jobs import metrics, untold
 from ckpt_fast.jobs.background import SaveHandle
-from ckpt_fast.jobs.failures import is_of_storage, is_rank_lost, like, one_line
+from ckpt_fast.jobs.failures import (
+    FailurePolicy,
+    agreed_policy,
+    is_of_storage,
+    is_rank_lost,
+    like,
+    one_line,
+)
 from ckpt_fast.jobs.report import SaveReport
 from ckpt_fast.jobs.worker import LEAVE_S, Task
 from ckpt_fast.ranks.group import ControlGroup
@@ -38,18 +45,6 @@ from ckpt_fast.trainer.save.target import SaveTarget
 
 logger = logging.getLogger(__name__)
 _EVENT = "on_checkpoint_save_failed"
-
-
-class FailurePolicy(NamedTuple):
-    """What is done about a background save that fails.
-
-    Attributes:
-        goes_on: training continues.
-        most: after no more than so many failures in a row.
-    """
-
-    goes_on: bool
-    most: int
 
 
 def policy_of(ckpt_cfg: Any) -> FailurePolicy:
@@ -73,22 +68,8 @@ def agree_on_policy(state: Any, ckpt_cfg: Any) -> None:
     queue = state.async_calls_queue
     if not isinstance(queue, AsyncCallsQueue) or queue.failures.is_policy_agreed:
         return
-    group = ControlGroup()
-    policies = group.all_gather(group.agree(lambda: policy_of(ckpt_cfg), keep_kind=True))
-    for rank, policy in enumerate(policies):
-        if policy != policies[0]:
-            raise ValueError(
-                f"rank 0 would {_said(policies[0])}, rank {rank} would {_said(policy)}: set on_save_failure "
-                "and max_failed_saves (CKPT_FAST_ON_SAVE_FAILURE, CKPT_FAST_MAX_FAILED_SAVES) alike on all "
-                "ranks"
-            )
+    agreed_policy(ControlGroup(), lambda: policy_of(ckpt_cfg))
     queue.failures.is_policy_agreed = True
-
-
-def _said(policy: FailurePolicy) -> str:
-    if not policy.goes_on:
-        return "raise if a background save fails"
-    return f"go on after up to {policy.most} failed background saves"
 
 
 class FollowUp:

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "python/walk_modules.h"
+#include "python/inventory.h"
 
 #include <string>
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engine's walk over torch modules, and its look at tensors, in Python."""
+"""The inventory of the engine, in Python: what modules and optimizers hold, and where tensors are."""
 
 from __future__ import annotations
 
