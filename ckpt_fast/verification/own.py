@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import os
 import struct
 import zlib
 from collections.abc import Iterator, Sequence
@@ -11,10 +12,12 @@ from typing import BinaryIO
 
 import torch
 
+from ckpt_fast import native
 from ckpt_fast.errors import CheckpointCorruptError
 from ckpt_fast.format.archive import tensor_archive
 from ckpt_fast.format.names import METADATA_FILE
 from ckpt_fast.format.types import Extent, FileRecord
+from ckpt_fast.jobs.progress import shown
 from ckpt_fast.pipeline.load.complete import crc32_of
 from ckpt_fast.pipeline.load.entries.kinds import Piece, SavedTensor
 from ckpt_fast.pipeline.load.entries.pickled import PickledEntries
@@ -88,7 +91,7 @@ def _check_file(found: Findings, record: FileRecord, by: str) -> None:
         return
     try:
         with found.fetched(path) as local:
-            crc = crc32_of(local, record.nbytes)
+            crc = _crc32_shown(local, os.path.join(found.files.directory, path), record.nbytes)
             if crc == record.crc32:
                 found.file(path, State.SOUND)
                 return
@@ -98,6 +101,13 @@ def _check_file(found: Findings, record: FileRecord, by: str) -> None:
         return
     state = State.SWAPPED if is_other else State.FLIPPED
     found.file(path, state, f"has CRC-32 {crc:08x} instead of {record.crc32:08x}{by}")
+
+
+def _crc32_shown(local: str, name: str, nbytes: int) -> int:
+    """The CRC-32 of a file; a terminal shows how far its reading is."""
+    progress = native.Progress()
+    with shown(f"verifying {name}", lambda: (progress.nbytes, nbytes)):
+        return crc32_of(local, nbytes, progress)
 
 
 def _is_whole(path: str) -> bool:

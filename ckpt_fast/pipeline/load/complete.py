@@ -7,6 +7,7 @@ import functools
 import os
 import zlib
 from array import array
+from collections.abc import Sequence
 
 import torch
 
@@ -16,8 +17,7 @@ from ckpt_fast.format.names import DATA_SUFFIX
 from ckpt_fast.format.types import FileRecord
 from ckpt_fast.jobs.worker import interruptibly
 from ckpt_fast.pipeline.load.opened import OpenCheckpoint
-
-_WINDOW = 64 << 20
+from ckpt_fast.pipeline.load.read import MIN_DIRECT_NBYTES, SAMPLES, is_cached
 
 
 def require_complete(checkpoint: OpenCheckpoint) -> None:
@@ -68,33 +68,51 @@ def _length_damage(directory: str, record: FileRecord, nbytes: int | None) -> st
     return f"{path} is missing" if nbytes is None else f"{path} has {nbytes} bytes instead of {record.nbytes}"
 
 
-def crc32_of(path: str, nbytes: int) -> int:
-    """The CRC-32 of the first ``nbytes`` of a file, read with all threads; OSError if they cannot be read."""
-    window = torch.empty(min(_WINDOW, max(nbytes, 1)), dtype=torch.uint8)
-    crc, zero = 0, array("q", [0])
-    for offset in range(0, nbytes, _WINDOW):
-        length = min(_WINDOW, nbytes - offset)
-        at, lengths = array("q", [offset]), array("q", [length])
-        progress = native.Progress()
-        read = functools.partial(
-            native.read_extents,
-            [path],
-            extent_file=zero,
-            extent_offset=at,
-            extent_nbytes=lengths,
-            extent_address=array("q", [window.data_ptr()]),
-            range_file=zero,
-            range_offset=at,
-            range_nbytes=lengths,
-            range_block=lengths,
-            threads=settings.io_threads(),
-            chunk_bytes=settings.chunk_bytes(),
-            direct=False,
-            progress=progress,
-        )
-        found = interruptibly(read, progress.stop)
-        crc = native.crc32_combine(crc, memoryview(found).cast("q")[0], length)
+def crc32_of(path: str, nbytes: int, progress: native.Progress | None = None) -> int:
+    """The CRC-32 of the first ``nbytes`` of a file; OSError if they cannot be read.
+
+    They are read once, with all threads, past the page cache if they are not in it. Memory holds a chunk for
+    each read that is in flight.
+
+    Args:
+        path: of the file.
+        nbytes: its length, or less.
+        progress: counts the bytes that have been read.
+    """
+    block = settings.chunk_bytes()
+    # A block is read whole if a byte of it is wanted, and no more of it is delivered.
+    offsets = array("q", range(0, nbytes, block))
+    taken = torch.empty(len(offsets), dtype=torch.uint8)
+    zeros, ones = array("q", [0]) * len(offsets), array("q", [1]) * len(offsets)
+    progress = progress or native.Progress()
+    read = functools.partial(
+        native.read_extents,
+        [path],
+        extent_file=zeros,
+        extent_offset=offsets,
+        extent_nbytes=ones,
+        extent_address=array("q", range(taken.data_ptr(), taken.data_ptr() + len(offsets))),
+        range_file=array("q", [0]),
+        range_offset=array("q", [0]),
+        range_nbytes=array("q", [nbytes]),
+        range_block=array("q", [block]),
+        threads=settings.io_threads(),
+        chunk_bytes=block,
+        direct=settings.direct_io() and nbytes >= MIN_DIRECT_NBYTES and _is_cold(path, offsets),
+        progress=progress,
+    )
+    crc = 0
+    found = memoryview(interruptibly(read, progress.stop)).cast("q")
+    for offset, part in zip(offsets, found, strict=True):
+        crc = native.crc32_combine(crc, part, min(block, nbytes - offset))
     return crc
+
+
+def _is_cold(path: str, offsets: Sequence[int]) -> bool:
+    """Whether the page cache lacks most of a file, by some of its offsets."""
+    samples = offsets[:: -(-len(offsets) // SAMPLES)]
+    missing = sum(not is_cached(path, offset) for offset in samples)
+    return 2 * missing > len(samples)
 
 
 def _content_damage(directory: str, record: FileRecord) -> str | None:

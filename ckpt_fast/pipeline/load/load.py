@@ -21,15 +21,13 @@ from ckpt_fast.pipeline.load.decode import decode_object, undo_transforms
 from ckpt_fast.pipeline.load.index import CheckpointIndex, RawData
 from ckpt_fast.pipeline.load.parts import Part, landing_nbytes, parts_of, require_memory
 from ckpt_fast.pipeline.load.place import Box, Destination, Reshaped, runs
-from ckpt_fast.pipeline.load.read import ByteArena, ReadProgram
+from ckpt_fast.pipeline.load.read import MIN_DIRECT_NBYTES, ByteArena, ReadProgram
 from ckpt_fast.pipeline.load.report import LoadReport, count
 from ckpt_fast.pipeline.load.rows import WantedRows
 from ckpt_fast.pipeline.memory.garbage import without_collections
 from ckpt_fast.pipeline.memory.host_buffer import HostBuffer, host_buffers
 from ckpt_fast.ranks.group import ranks_on_this_node
 
-# Less is read before it matters how.
-_MIN_DIRECT_NBYTES = 32 << 20
 # Host memory for what cannot be read in place; more would only delay the copies.
 _LANDING_NBYTES = 512 << 20
 
@@ -231,7 +229,7 @@ class _Reader:
         nbytes += more_nbytes
         return (
             settings.direct_io()
-            and nbytes >= _MIN_DIRECT_NBYTES
+            and nbytes >= MIN_DIRECT_NBYTES
             and nbytes * ranks_on_this_node() <= self._index.nbytes
         )
 

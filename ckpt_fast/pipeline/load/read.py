@@ -30,8 +30,10 @@ _TRUSTED_NBYTES = 1 << 20
 _DAMAGE = system.error_numbers("EIO", "EISDIR", "ENOTDIR", "EBADMSG", "EUCLEAN", "ENODATA")
 # Many small reads share a block of this length.
 _BLOCK_NBYTES = 64 << 10
+# Less is read before it matters whether it passes the page cache.
+MIN_DIRECT_NBYTES = 32 << 20
 # Of this many extents the page cache is asked.
-_SAMPLES = 16
+SAMPLES = 16
 _U32 = struct.Struct("<I")
 
 
@@ -146,10 +148,10 @@ class ReadProgram:
         """Whether the device would have to be asked for most of this, as the page cache says of samples."""
         paths = list(self._paths)
         pages = [row for row, nbytes in enumerate(self._nbytes) if nbytes >= mmap.PAGESIZE]
-        largest = heapq.nlargest(_SAMPLES, pages, key=self._nbytes.__getitem__)
+        largest = heapq.nlargest(SAMPLES, pages, key=self._nbytes.__getitem__)
         try:
             missing = sum(
-                not _is_cached(
+                not is_cached(
                     os.path.join(self.directory, paths[self._file[row]]),
                     self._offset[row] + self._nbytes[row] // 2,
                 )
@@ -224,7 +226,7 @@ class ReadProgram:
         return shown(f"loading {self.directory}", lambda: (progress.nbytes, self.nbytes))
 
 
-def _is_cached(path: str, offset: int) -> bool:
+def is_cached(path: str, offset: int) -> bool:
     """Whether the page cache has the page at ``offset``.
 
     To the owner of the file, and to those who may write to it, the kernel tells; to others it says yes, and

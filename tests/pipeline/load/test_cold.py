@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ import torch
 
 from ckpt_fast import native
 from ckpt_fast.format.types import Extent, TensorRequest, TensorShard
+from ckpt_fast.pipeline.load import complete as complete_module
 from ckpt_fast.pipeline.load import load as load_module
+from ckpt_fast.pipeline.load.complete import crc32_of
 from ckpt_fast.pipeline.load.index import CheckpointIndex
 from ckpt_fast.pipeline.load.load import load_tensors
 from ckpt_fast.pipeline.load.read import ReadProgram
@@ -54,7 +57,7 @@ def spy_on_direct(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
         return read_extents(*args, **options)
 
     monkeypatch.setattr(native, "read_extents", spying)
-    monkeypatch.setattr(load_module, "_MIN_DIRECT_NBYTES", 0)
+    monkeypatch.setattr(load_module, "MIN_DIRECT_NBYTES", 0)
     return seen
 
 
@@ -115,6 +118,38 @@ def bytes_read() -> int:
     return int(dict(line.split(": ") for line in lines)["rchar"])
 
 
+def test_the_checksum_of_a_cold_file_is_computed_past_the_page_cache(
+    native_impl: str, checkpoint: tuple[Path, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory, _ = checkpoint
+    monkeypatch.setattr(complete_module, "MIN_DIRECT_NBYTES", 0)
+    seen = spy_on_direct(monkeypatch)
+    (path,) = directory.glob("*.distcp")
+    content = path.read_bytes()
+    assert crc32_of(str(path), len(content)) == zlib.crc32(content)
+    forget(directory)
+    before = bytes_read()
+    assert crc32_of(str(path), len(content)) == zlib.crc32(content)
+    assert bytes_read() - before <= 1.01 * len(content)
+    assert seen == [False, True]
+
+
+@pytest.mark.parametrize("rest", [-1, 0, 1])
+@pytest.mark.parametrize("blocks", [0, 1, 5])
+def test_the_checksum_of_a_file_of_any_length(
+    native_impl: str, tmp_path: Path, blocks: int, rest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CKPT_FAST_CHUNK", "64K")
+    content = os.urandom(max(blocks * (64 << 10) + rest, 0))
+    path = tmp_path / "file"
+    path.write_bytes(content + b"more")
+    progress = native.Progress()
+    assert crc32_of(str(path), len(content), progress) == zlib.crc32(content)
+    assert progress.nbytes == len(content)
+    with pytest.raises(OSError, match="file ends at"):
+        crc32_of(str(path), len(content) + (64 << 10))
+
+
 @pytest.mark.parametrize("cold", [False, True])
 @pytest.mark.parametrize(("axis", "verify"), [(0, "1"), (0, "0"), (1, "0")])
 def test_an_eighth_reads_an_eighth(
@@ -124,7 +159,7 @@ def test_an_eighth_reads_an_eighth(
     monkeypatch.setenv("CKPT_FAST_VERIFY", verify)
     directory, tensor = checkpoint
     if cold:
-        monkeypatch.setattr(load_module, "_MIN_DIRECT_NBYTES", 0)
+        monkeypatch.setattr(load_module, "MIN_DIRECT_NBYTES", 0)
         forget(directory)
     index = CheckpointIndex(str(directory))
     wanted = tensor.chunk(8, axis)[3]
