@@ -36,6 +36,7 @@ F := .venv-f
 T := .venv-t
 W := .venv-wheels
 D := .venv-docs
+CASES ?= 100000
 TORCH ?= 2.13.0
 MCORE ?= 0.19.2
 NVRX ?= 0.7.0
@@ -102,6 +103,10 @@ test-long: $(B)/.installed ## the tests that take long, on stack B: many process
 .PHONY: crash
 crash: $(A)/.installed ## load, and save over, every state in which a kill or power loss can leave a save
 	@$(A)/bin/python -m pytest -m "slow or not slow" -rP tests/crash/states/test_states.py
+
+.PHONY: fuzz
+fuzz: $(A)/.installed ## checkpoints damaged in CASES= ways (100000), through every reader
+	@$(A)/bin/python -m tests.fuzz --cases $(CASES)
 
 .PHONY: test-slow
 test-slow: $(A)/.installed ## the tests that take hours: campaigns of faults, four ranks, long runs

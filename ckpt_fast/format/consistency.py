@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 # To name the region that is missing is worth no longer search.
 _MOST_SUBTRACTIONS = 4096
@@ -38,6 +39,26 @@ class Region(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.sizes} at {self.offsets}"
+
+
+def require_described(metadata: Metadata) -> None:
+    """Require the fields of tensors that torch's planners use; a pickle may set others, or none.
+
+    Raises:
+        ValueError: naming the tensor.
+    """
+    for fqn, entry in metadata.state_dict_metadata.items():
+        if not isinstance(entry, TensorStorageMetadata):
+            continue
+        try:
+            dimensions = len(entry.size)
+            is_whole = isinstance(entry.properties.dtype, torch.dtype) and all(
+                len(chunk.offsets) == len(chunk.sizes) == dimensions for chunk in entry.chunks
+            )
+        except (AttributeError, TypeError) as error:
+            raise ValueError(f"{fqn} is not described: {error}") from error
+        if not is_whole:
+            raise ValueError(f"{fqn} has no dtype, or a piece of another number of dimensions")
 
 
 def tile(shape: Sequence[int], regions: Sequence[Placed]) -> bool:

@@ -22,6 +22,7 @@ from ckpt_fast.errors import (
     CheckpointNotFoundError,
     UnsafeCheckpointError,
 )
+from ckpt_fast.format.consistency import require_described
 from ckpt_fast.format.documents import parse_json
 from ckpt_fast.format.inert.kinds import RefusedPickleError
 from ckpt_fast.format.inert.saved import read_saved
@@ -131,6 +132,8 @@ def _unpickled_later(path: str, identity: str) -> Metadata:
 def _unpickled(pickled: bytes, path: str) -> Metadata:
     try:
         metadata, end = unpickle_metadata(pickled)
+        if not hasattr(metadata, LAYOUT_ATTRIBUTE):  # ours has a checksum
+            require_described(metadata)
     except UnsafeCheckpointError as error:
         raise UnsafeCheckpointError(f"{path}: {error}") from error
     except Exception as error:
