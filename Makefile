@@ -140,9 +140,9 @@ wheels: $(W)/.requirements ## the sdist and all wheels, into dist: pure Python, 
 	@$(W)/bin/python scripts/wheels.py --tools $(W)/tools $(PYTHONS)
 
 .PHONY: smoke
-smoke: ## install the wheels in bare environments, save and load there: SMOKE_PYTHONS=, SMOKE_TORCH=
+smoke: ## install wheels and sdist in bare environments, save and load there: SMOKE_PYTHONS=, SMOKE_TORCH=
 	@test -n "$(PYTHONS)" || { echo "no Python was found" >&2; exit 1; }
-	@$(firstword $(PYTHONS)) scripts/smoke.py $(if $(SMOKE_TORCH),--torch $(SMOKE_TORCH)) $(SMOKE_PYTHONS)
+	@$(firstword $(PYTHONS)) scripts/smoke.py $(foreach version,$(SMOKE_TORCH),--torch $(version)) $(SMOKE_PYTHONS)
 
 .PHONY: venv
 venv: $(A)/.installed ## the environment of stack A, with the project in it
