@@ -45,11 +45,12 @@ VERSIONS_PYTEST ?= -n 2 --dist worksteal -m "not slow and not long" tests/compat
 	tests/doors tests/interop tests/trainer/test_bridge.py tests/trainer/save/test_save.py \
 	tests/trainer/save/test_async_save.py tests/trainer/contents/test_fsdp.py tests/trainer/contents/test_local.py \
 	$(addprefix tests/trainer/load/test_, load.py resume_matrix.py resharding.py)
-# Interpreters to build wheels for, of the supported versions that there are here.
+# Interpreters to build wheels for, of the supported versions that there are here. What a shell printed is lost
+# to make if it ends with 127, as it does where the last one is missing.
 PYTHONS ?= $(shell for version in 3.10 3.11 3.12 3.13 3.14; do \
 	for python in "$$(pyenv prefix $$version 2>/dev/null)/bin/python" python$$version; do \
 	"$$python" -c "import sys; sys.exit('%d.%d' % sys.version_info[:2] != '$$version')" 2>/dev/null && \
-	echo "$$python" && break; done; done)
+	echo "$$python" && break; done; done; true)
 SMOKE_PYTHONS ?= $(PYTHONS)
 BUILD_INPUTS := setup.py pyproject.toml \
 	$(shell find csrc -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
@@ -145,9 +146,9 @@ wheels: $(W)/.requirements ## the sdist and all wheels, into dist: pure Python, 
 	@$(W)/bin/python scripts/wheels.py --tools $(W)/tools $(PYTHONS)
 
 .PHONY: smoke
-smoke: ## install the wheels in bare environments, save and load there: SMOKE_PYTHONS=, SMOKE_TORCH=
+smoke: ## install wheels and sdist in bare environments, save and load there: SMOKE_PYTHONS=, SMOKE_TORCH=
 	@test -n "$(PYTHONS)" || { echo "no Python was found" >&2; exit 1; }
-	@$(firstword $(PYTHONS)) scripts/smoke.py $(if $(SMOKE_TORCH),--torch $(SMOKE_TORCH)) $(SMOKE_PYTHONS)
+	@$(firstword $(PYTHONS)) scripts/smoke.py $(foreach version,$(SMOKE_TORCH),--torch $(version)) $(SMOKE_PYTHONS)
 
 .PHONY: venv
 venv: $(A)/.installed ## the environment of stack A, with the project in it

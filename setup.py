@@ -5,8 +5,9 @@ Without a compiler, with ``CKPT_FAST_NATIVE=0``, and on other systems, the build
 twin does the same, only slower. ``CXX`` chooses the compiler ("ccache g++").
 
 ``CKPT_FAST_CUDA=0`` leaves ``_cuda`` out; ``CKPT_FAST_CUDA_ARCHS`` ("80;90;100") chooses its GPU
-architectures, the last of which is also included as PTX for later GPUs. The version of a build names
-the CUDA release of its ``_cuda`` ("0.1.0+cu130"); an sdist names none.
+architectures, the last of which is also included as PTX for later GPUs. ``MAX_JOBS`` limits how many
+files are compiled at a time. The version of a build names the CUDA release of its ``_cuda``
+("0.1.0+cu130"); an sdist names none.
 """
 
 from __future__ import annotations
@@ -154,7 +155,10 @@ class NinjaBuild(build_ext):
         from ninja import BIN_DIR
 
         # BIN_DIR is empty if ninja is only on PATH, as in pip's isolated builds.
-        if subprocess.run([os.path.join(BIN_DIR, "ninja"), "-C", str(folder)], check=False).returncode != 0:
+        command = [os.path.join(BIN_DIR, "ninja"), "-C", str(folder)]
+        if os.environ.get("MAX_JOBS"):
+            command += ["-j", os.environ["MAX_JOBS"]]
+        if subprocess.run(command, check=False).returncode != 0:
             part = "CKPT_FAST_CUDA=0 builds without its CUDA part, and " if CUDA in names else ""
             raise SystemExit(
                 f"ckpt_fast: the native build failed, see above; {part}CKPT_FAST_NATIVE=0 in pure Python"

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Check the types in all Python snippets of README and docs, as the type checker of a user would.
 
-python scripts/check_snippets.py            # mypy --strict
-python scripts/check_snippets.py --pyright  # pyright, strict; or basedpyright, whichever is installed
+python scripts/check_snippets.py                # mypy --strict
+python scripts/check_snippets.py --pyright      # pyright, strict; or basedpyright, whichever is installed
+python scripts/check_snippets.py --python PATH  # against the wheel that is installed for this interpreter
 
-The snippets see the package as the wheel has it: built into a folder, away from the checkout.
+The snippets see the package as the wheel has it: built into a folder, away from the checkout, or installed.
 """
 
 from __future__ import annotations
@@ -80,18 +81,31 @@ def build(library: Path) -> None:
         raise SystemExit("the wheel would have no py.typed: its types would not reach anyone")
 
 
-def mypy(folder: Path) -> list[str]:
+def require_installed(python: str, place: Path) -> None:
+    """The interpreter has the package, with its types, and not as this checkout."""
+    code = "import importlib.util as util; found = util.find_spec('ckpt_fast'); print(found and found.origin)"
+    ran = subprocess.run([python, "-I", "-c", code], cwd=place, check=True, capture_output=True, text=True)
+    package = Path(ran.stdout.strip()).parent
+    if not (package / "py.typed").is_file():
+        raise SystemExit(f"{python} has no ckpt_fast with types: pip install one of the wheels")
+    if package.resolve().parent == ROOT:
+        raise SystemExit(f"ckpt_fast of {python} is this checkout ({package}), not an installed wheel")
+
+
+def mypy(folder: Path, python: str | None) -> list[str]:
     sections = "".join(
         f"[mypy-{name}.*]\nignore_missing_imports = true\nfollow_imports = skip\n" for name in WITHOUT_TYPES
     )
     # torch does not list what torch.distributed.checkpoint is documented to have.
     sections += "[mypy-torch.*]\nimplicit_reexport = true\n"
     (folder / "mypy.ini").write_text(f"[mypy]\nstrict = true\n{sections}")
-    cache = os.path.join(ROOT, ".mypy_cache", "snippets")
-    return [sys.executable, "-m", "mypy", "--config-file", "mypy.ini", "--cache-dir", cache, "."]
+    # What it remembers of an installation is of no use for another.
+    cache = folder.parent / "cache" if python else ROOT / ".mypy_cache" / "snippets"
+    options = ["--config-file", "mypy.ini", "--cache-dir", str(cache)]
+    return [sys.executable, "-m", "mypy", *options, "--python-executable", python or sys.executable, "."]
 
 
-def pyright(folder: Path) -> list[str]:
+def pyright(folder: Path, python: str | None) -> list[str]:
     path = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
     found = next(filter(None, (shutil.which(name, path=path) for name in ("pyright", "basedpyright"))), None)
     if found is None:
@@ -106,26 +120,35 @@ def pyright(folder: Path) -> list[str]:
         "reportUnknownMemberType": False,
         "reportPrivateImportUsage": False,
         "reportMissingModuleSource": False,
-        "extraPaths": [str(folder.parent / "library")],
+        "extraPaths": [] if python else [str(folder.parent / "library")],
         "exclude": ["typings"],
     }
     (folder / "pyrightconfig.json").write_text(json.dumps(settings))
-    return [found, "--pythonpath", sys.executable, "."]
+    return [found, "--pythonpath", python or sys.executable, "."]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pyright", action="store_true", help="pyright instead of mypy")
-    checker = pyright if parser.parse_args().pyright else mypy
+    parser.add_argument("--python", metavar="PATH", help="an interpreter with the wheel; not this checkout")
+    options = parser.parse_args()
+    checker = pyright if options.pyright else mypy
     with tempfile.TemporaryDirectory(prefix="snippets_") as temporary:
         library, folder = Path(temporary, "library"), Path(temporary, "code")
         folder.mkdir()
-        build(library)
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        python = None
+        if options.python:
+            python = str(Path(options.python).absolute())  # not resolved: the link is what makes it a venv's
+            require_installed(python, folder)
+        else:
+            build(library)
+            environment["PYTHONPATH"] = str(library)
         (folder / "given.pyi").write_text(GIVEN)
         for name, code in snippets():
             (folder / name).write_text(code)
-        environment = {**os.environ, "PYTHONPATH": str(library)}
-        return subprocess.run(checker(folder), cwd=folder, env=environment, check=False).returncode
+        command = checker(folder, python)
+        return subprocess.run(command, cwd=folder, env=environment, check=False).returncode
 
 
 if __name__ == "__main__":

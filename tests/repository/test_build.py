@@ -134,3 +134,11 @@ def test_an_sdist_has_no_cuda_version(tree: Path) -> None:
     shutil.unpack_archive(tree / "dist" / f"ckpt_fast-{RELEASE}.tar.gz", tree.parent)
     unpacked = tree.parent / f"ckpt_fast-{RELEASE}"
     assert setup(unpacked, "--version", cuda=True).strip() == RELEASE, "pip refuses another than the sdist's"
+
+
+def test_the_number_of_jobs_is_the_builds_own_choice(tree: Path) -> None:
+    """As that of torch's extensions: ninja refuses what is not a number."""
+    ran = run_setup(tree, "--quiet", "build_ext", "--inplace", MAX_JOBS="few")
+    assert ran.returncode != 0
+    assert "invalid -j parameter" in ran.stderr
+    assert run_setup(tree, "--quiet", "build_ext", "--inplace", MAX_JOBS="1").returncode == 0

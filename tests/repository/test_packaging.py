@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +71,17 @@ def test_classified_pythons_are_those_that_wheels_are_built_for() -> None:
     pythons = re.findall(r"Python :: (3\.\d+)", PROJECT)
     built = re.findall(r"for version in ([\d. ]+);", (ROOT / "Makefile").read_text())
     assert set(pythons) <= set(built[0].split())
+
+
+def test_wheels_are_built_for_the_pythons_that_there_are(tmp_path: Path) -> None:
+    """Also where the newest is missing."""
+    python = tmp_path / "python3.10"
+    python.write_text("#!/bin/sh\n")
+    python.chmod(0o755)
+    environment = {**os.environ, "PATH": os.pathsep.join([str(tmp_path), "/usr/bin", "/bin"])}
+    command = ["make", "--silent", "--eval", "pythons: ; @echo $(PYTHONS)", "pythons"]
+    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert "python3.10" in ran.stdout.split()
 
 
 def test_the_workflow_calls_what_is_called_here() -> None:
