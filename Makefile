@@ -92,6 +92,12 @@ test-bridge: $(B)/.installed $(BRIDGE)/.requirements ## Megatron Bridge's own ob
 test-frameworks: $(F)/.requirements ## Lightning, transformers, TorchTitan and others, on stack B
 	@PYTHONPATH=$(CURDIR) $(F)/bin/python -m pytest tests/frameworks
 
+.PHONY: bench-frameworks
+bench-frameworks: $(F)/.requirements ## the saves of frameworks, with ckpt_fast and without, on two ranks; FRAMEWORK=NAME
+	@for framework in $(if $(FRAMEWORK),"$(FRAMEWORK)","Lightning Fabric" Accelerate TorchTitan "TorchTitan, async" \
+		Automodel); do PYTHONPATH=$(CURDIR) PYTHONWARNINGS=ignore $(F)/bin/python -m torch.distributed.run --standalone \
+		--nproc-per-node 2 benchmarks/frameworks --framework "$$framework" --rounds 3; done
+
 .PHONY: test-torchtune
 test-torchtune: $(T)/.requirements ## torchtune, with an older torch; gigabytes to install
 	$(T)/bin/python setup.py --quiet build_ext --inplace

@@ -28,7 +28,10 @@ import multiprocessing
 import os
 import sys
 
-import beside  # in the script's directory
+if __package__:
+    from . import beside
+else:
+    import beside  # in the script's directory
 
 
 class Mine:
@@ -129,6 +132,7 @@ def test_a_module(starter: str, script: Path) -> None:
     package.mkdir()
     (package / "__init__.py").write_text("")
     script.rename(package / "train.py")
+    (script.parent / "beside.py").rename(package / "beside.py")
     arguments = ["-m", "package.train", "--verbose", "saved"]
     without = call([sys.executable, *arguments], script.parent, SAVES="0", TORCHDYNAMO_DISABLE="1")
     command = [*STARTERS[starter], "--no-megatron", *arguments]
@@ -189,6 +193,34 @@ def test_help(starter: str, forks: Forks, tmp_path: Path) -> None:
     assert "-m MODULE" in call_fork(forks, [*STARTERS[starter], "--help"], tmp_path).stdout
 
 
+PROCESSES = """
+import multiprocessing
+
+from torch.distributed.checkpoint import FileSystemWriter
+
+
+def child(queue):
+    queue.put(type(FileSystemWriter("x")).__name__)
+
+
+if __name__ == "__main__":
+    for method in ("fork", "spawn"):
+        context = multiprocessing.get_context(method)
+        queue = context.SimpleQueue()
+        process = context.Process(target=child, args=(queue,))
+        process.start()
+        print(method, queue.get())
+        process.join()
+"""
+
+
+def test_processes_of_the_script(tmp_path: Path) -> None:
+    """What it forks has ckpt_fast; what it starts anew imports torch for itself."""
+    (tmp_path / "train.py").write_text(PROCESSES)
+    printed = call([*STARTERS["module"], "--no-megatron", "train.py"], tmp_path).stdout
+    assert printed == "fork FastStorageWriter\nspawn FileSystemWriter\n"
+
+
 RANKS = """
 import sys
 import torch
@@ -205,10 +237,11 @@ dist.destroy_process_group()
 """
 
 
-def test_torchrun(tmp_path: Path) -> None:
+@pytest.mark.parametrize("script", [["train.py"], ["-m", "train"]])
+def test_torchrun(script: list[str], tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(RANKS)
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node=2", "-m", "ckpt_fast.run", "--no-megatron", "train.py", "saved"]
+    command += ["--nproc-per-node=2", "-m", "ckpt_fast.run", "--no-megatron", *script, "saved"]
     call(command, tmp_path, OMP_NUM_THREADS="1", TORCHDYNAMO_DISABLE="1")
     assert is_ours(tmp_path / "saved") and len(list((tmp_path / "saved").glob("*.distcp"))) == 2
     found = {"w": torch.zeros(6, 2)}

@@ -70,7 +70,7 @@ class _InThisProcess:
         alone = options.get("no_dist") or not (dist.is_available() and dist.is_initialized())
         group = ControlGroup.of_one() if alone else ControlGroup(process_group)
         background = _backgrounds.get(group, process_group)
-        if group.size > 1:
+        if group.size > 1 and options.get("use_collectives", True):
             background.get_ready(process_group)
         return background.submit(staging_future_or_state_dict, options)
 

@@ -120,6 +120,50 @@ def test_two_ranks(way: str, tmp_path: Path) -> None:
     assert run_ranks(save_while_training, 2, str(tmp_path), way) == [[[], [], []]] * 2
 
 
+def save_alone(rank: int, root: str, way: str) -> bool:
+    """Each rank saves in the background without the others, which do not take part in it."""
+    state = {"rank": torch.full((5,), float(rank))}
+    with ckpt_fast.install(megatron=False):
+        if rank:
+            response = dcp.async_save(state, no_dist=True, **options(way, f"{root}/1"))
+            state["rank"].fill_(-1)
+            uploaded(response).result(timeout=30)
+        dist.barrier()
+    found = {"rank": torch.zeros(5)}
+    dcp.load(found, checkpoint_id=f"{root}/1", no_dist=True)
+    return is_ours(f"{root}/1") and bool((found["rank"] == 1).all())
+
+
+@pytest.mark.skipif(
+    "no_dist" not in inspect.signature(dcp.async_save).parameters, reason="torch knows no no_dist"
+)
+@pytest.mark.parametrize("way", ["thread", "process", "process, pinned"])
+def test_a_rank_saves_alone(way: str, tmp_path: Path) -> None:
+    assert run_ranks(save_alone, 2, str(tmp_path), way, timeout_s=60) == [True, True]
+
+
+def save_without_coordination(rank: int, root: str) -> bool:
+    """Neither rank waits for the other: one begins when the other's save is over."""
+    state = {"rank": torch.full((5,), float(rank))}
+    with ckpt_fast.install(megatron=False):
+        for turn in range(2):
+            if turn == rank:
+                future = dcp.async_save(state, checkpoint_id=root, use_collectives=False)
+                uploaded(future).result(timeout=30)
+            dist.barrier()
+    found = {"rank": torch.zeros(5)}
+    dcp.load(found, checkpoint_id=root)
+    return bool((found["rank"] == rank).all())
+
+
+@pytest.mark.skipif(
+    "use_collectives" not in inspect.signature(dcp.async_save).parameters,
+    reason="torch knows no use_collectives",
+)
+def test_without_collectives(tmp_path: Path) -> None:
+    assert run_ranks(save_without_coordination, 2, str(tmp_path), timeout_s=60) == [True, True]
+
+
 def fail_in_the_background(rank: int, root: str) -> list[str]:
     """The first save fails on one rank, and so on both; the next one, to the same directory, does not."""
     with ckpt_fast.install(megatron=False):

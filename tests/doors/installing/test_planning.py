@@ -187,3 +187,19 @@ def test_what_torch_lets_pass(tmp_path: Path) -> None:
         assert [name for name, (_, _, problems) in found.items() if problems] == []
         assert {name for name, (stock, ours, _) in found.items() if stock != ours} == REFUSED_BY_US_ALONE
         assert sum(stock for stock, _, _ in found.values()) > 8
+
+
+def save_where_one_has_installed(rank: int, root: str, installed: int) -> str:
+    installs = ckpt_fast.install(megatron=False, torch_dcp=rank == installed)
+    with installs, pytest.raises(CheckpointException) as raised:
+        dcp.save({"w": torch.ones(3), f"of {rank}": torch.ones(3)}, checkpoint_id=root)
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("installed", [0, 1])
+def test_not_on_every_rank(installed: int, tmp_path: Path) -> None:
+    """A mixture never becomes a checkpoint; where ckpt_fast coordinates it can say why."""
+    root = tmp_path / "x"
+    for message in run_ranks(save_where_one_has_installed, 2, str(root), installed, timeout_s=60):
+        assert installed or "call ckpt_fast.install() on every rank" in message
+    assert not (root / ".metadata").exists()

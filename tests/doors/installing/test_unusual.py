@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import gc
 import inspect
+import json
 import os
 import threading
 from pathlib import Path
@@ -16,6 +17,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 import ckpt_fast
 from tests.doors.dcp.states import blank, differences, training_state
@@ -175,6 +178,45 @@ def test_a_path_that_torch_leaves_to_fsspec(tmp_path: Path, monkeypatch: pytest.
             found = blank(expected)
             dcp.load(found, **way)
             assert differences(expected, found) == []
+
+
+def save_for_hugging_face(rank: int, root: str) -> list[bool]:
+    """Save sharded tensors, which rank 0 consolidates, with ckpt_fast installed and without."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    expected = torch.arange(12.0).view(6, 2)
+    loaded = []
+    for installed in (False, True):
+        place = f"{root}/{installed}"
+        with ckpt_fast.install(megatron=False, torch_dcp=installed):
+            writer = dcp.HuggingFaceStorageWriter(place, save_distributed=True, enable_consolidation=True)
+            dcp.save({"w": distribute_tensor(expected, mesh, [Shard(0)])}, storage_writer=writer)
+            dist.barrier()
+            found = {"w": distribute_tensor(torch.zeros(6, 2), mesh, [Shard(0)])}
+            dcp.load(found, storage_reader=dcp.HuggingFaceStorageReader(place))
+        loaded.append(torch.equal(found["w"].full_tensor(), expected))
+    return loaded
+
+
+@pytest.mark.skipif(
+    "enable_consolidation" not in inspect.signature(getattr(dcp, "HuggingFaceStorageWriter", id)).parameters,
+    reason="torch does not consolidate",
+)
+def test_hugging_face_storage_is_left_to_torch(tmp_path: Path) -> None:
+    """Its files are the same, but for the order of their notes, and so are those made by consolidation."""
+    pytest.importorskip("safetensors")
+    assert run_ranks(save_for_hugging_face, 2, str(tmp_path)) == [[True, True]] * 2
+    stock, ours = (
+        {str(path.relative_to(root)): parsed(path) for path in root.rglob("*.safetensors")}
+        for root in (tmp_path / "False", tmp_path / "True")
+    )
+    assert len(stock) == 3 and stock == ours
+
+
+def parsed(path: Path) -> tuple[Any, bytes]:
+    """Return the header and the tensors of a file of safetensors."""
+    content = path.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    return json.loads(content[8:end]), content[end:]
 
 
 class Derived(dcp.FileSystemWriter):

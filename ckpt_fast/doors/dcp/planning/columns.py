@@ -260,5 +260,5 @@ def divide(plans: Sequence[SavePlan], *, is_strict: bool = True) -> tuple[list[S
 def _mixed() -> CheckpointError:
     return CheckpointError(
         "some ranks plan this save with FastSavePlanner and others do not; use one planner, with the same "
-        "arguments, on all of them"
+        "arguments, on all of them, or call ckpt_fast.install() on every rank"
     )
