@@ -20,7 +20,7 @@ from ckpt_fast.retention.line import Origin, line_in, newest_of
 from ckpt_fast.retention.policies import Policy
 from ckpt_fast.retention.removal import remove_directory
 from ckpt_fast.retention.stored import Stored, head_at, unchanged_s
-from ckpt_fast.storage import owners, replacement
+from ckpt_fast.storage import replacement
 from ckpt_fast.storage.commit import invalidate, seals_among, write_file_atomic
 from ckpt_fast.storage.small_files import LARGEST_TEXT, read_small_file
 
@@ -146,11 +146,11 @@ class CheckpointDirectory:
         if choice.abandoned:
             logger.info("of an abandoned branch, and not counted: %s", _steps(choice.abandoned))
         for each in choice.removed:
-            if owners.is_occupied(each.path):  # the program went back, and is saving it again
-                continue
             try:
-                remove_directory(each.path)
-                logger.debug("deleted %s", each.path)
+                with each.removing() as is_same:
+                    if is_same:  # the program may have gone back, and saved it again
+                        remove_directory(each.path)
+                        logger.debug("deleted %s", each.path)
             except OSError:
                 logger.exception("cannot delete the old checkpoint %s", each.path)
 
