@@ -129,17 +129,21 @@ class CheckpointDirectory:
         """
         write_file_atomic(os.path.join(self.root, _TRACKER), str(step).encode())
 
-    def prune(self, policies: Sequence[Policy], step: int) -> None:
+    def prune(self, policies: Sequence[Policy]) -> None:
         """Delete what no policy keeps. A failure is logged: it costs disk space.
 
         Links are neither counted nor deleted: what they lead to is somebody's own arrangement.
 
         Args:
             policies: see ``choose``; none: all stay.
-            step: the one that was published last.
         """
         try:
-            choice = choose([each for each in self.found() if not os.path.islink(each.path)], policies, step)
+            found = [each for each in self.found() if not os.path.islink(each.path)]
+            # After what is there: a save that ends in between is at its directory still, which protects it.
+            step = self.selected()
+            if all(each.iteration != step for each in found):  # just published: deletions follow that
+                return
+            choice = choose(found, policies, step)
         except Exception:
             logger.exception("cannot tell which checkpoints in %s are old: none is deleted", self.root)
             return

@@ -209,6 +209,30 @@ def test_a_step_that_is_saved_again_is_not_deleted_as_an_old_one(
     assert CheckpointManager(tmp_path).restore(found) == again and found["w"].tolist() == [7.0] * 3
 
 
+def test_late_deletions_leave_what_was_published_since(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Deletions for step 5 begin once step 4 is the newest: the program has gone back."""
+    inside, go_on, original = threading.Event(), threading.Event(), directory_module.remove_directory
+
+    def slowly(path: str) -> None:
+        inside.set()
+        assert go_on.wait(60)
+        original(path)
+
+    monkeypatch.setattr(directory_module, "remove_directory", slowly)
+    with CheckpointManager(tmp_path, policies=[KeepNewest(2)]) as manager:
+        for step in (1, 2, 3):
+            manager.save(step, {"w": torch.full((3,), float(step))}).result()
+        assert inside.wait(60)
+        for step in (5, 4):
+            manager.save(step, {"w": torch.full((3,), float(step))}).result()
+        go_on.set()
+    assert left(tmp_path) == [3, 4, 5]
+    found = {"w": torch.zeros(3)}
+    assert CheckpointManager(tmp_path).restore(found) == 4 and found["w"].tolist() == [4.0] * 3
+
+
 def test_the_signal_is_caught_until_all_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     disk = HeldDisk(monkeypatch)
     with CheckpointManager(tmp_path, save_on=signal.SIGUSR1) as manager:
