@@ -20,7 +20,7 @@ from ckpt_fast.retention.line import Origin, line_in, newest_of
 from ckpt_fast.retention.policies import Policy
 from ckpt_fast.retention.removal import remove_directory
 from ckpt_fast.retention.stored import Stored, head_at, unchanged_s
-from ckpt_fast.storage import owners, replacement
+from ckpt_fast.storage import replacement
 from ckpt_fast.storage.commit import invalidate, seals_among, write_file_atomic
 from ckpt_fast.storage.small_files import LARGEST_TEXT, read_small_file
 
@@ -129,28 +129,32 @@ class CheckpointDirectory:
         """
         write_file_atomic(os.path.join(self.root, _TRACKER), str(step).encode())
 
-    def prune(self, policies: Sequence[Policy], step: int) -> None:
+    def prune(self, policies: Sequence[Policy]) -> None:
         """Delete what no policy keeps. A failure is logged: it costs disk space.
 
         Links are neither counted nor deleted: what they lead to is somebody's own arrangement.
 
         Args:
             policies: see ``choose``; none: all stay.
-            step: the one that was published last.
         """
         try:
-            choice = choose([each for each in self.found() if not os.path.islink(each.path)], policies, step)
+            found = [each for each in self.found() if not os.path.islink(each.path)]
+            # After what is there: a save that ends in between is at its directory still, which protects it.
+            step = self.selected()
+            if all(each.iteration != step for each in found):  # just published: deletions follow that
+                return
+            choice = choose(found, policies, step)
         except Exception:
             logger.exception("cannot tell which checkpoints in %s are old: none is deleted", self.root)
             return
         if choice.abandoned:
             logger.info("of an abandoned branch, and not counted: %s", _steps(choice.abandoned))
         for each in choice.removed:
-            if owners.is_occupied(each.path):  # the program went back, and is saving it again
-                continue
             try:
-                remove_directory(each.path)
-                logger.debug("deleted %s", each.path)
+                with each.removing() as is_same:
+                    if is_same:  # the program may have gone back, and saved it again
+                        remove_directory(each.path)
+                        logger.debug("deleted %s", each.path)
             except OSError:
                 logger.exception("cannot delete the old checkpoint %s", each.path)
 

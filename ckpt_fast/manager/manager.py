@@ -311,7 +311,7 @@ class CheckpointManager:
             if before is not None:
                 before.join()
             if self._policies:
-                self._directory.prune(self._policies, step)
+                self._directory.prune(self._policies)
             self._directory.sweep()
 
         pruning = threading.Thread(target=prune, name="ckpt_fast-prune")

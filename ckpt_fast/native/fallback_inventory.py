@@ -56,6 +56,7 @@ def refer_to(references: list[weakref.ref[Any]], objects: list[Any]) -> bool:
 def _take(module: object, modules: list[Any], tensors: list[Any], names: list[str]) -> None:
     modules.append(module)
     attributes = vars(module)
+    names.append(f"{id(type(module))}-")
     for kind in ("_parameters", "_buffers"):
         for name, tensor in _part(attributes, kind).items():
             names.append(f"{name}\0")
@@ -64,9 +65,14 @@ def _take(module: object, modules: list[Any], tensors: list[Any], names: list[st
             else:
                 tensors.append(tensor)
         names.append(";")
-    for kind in ("_non_persistent_buffers_set", "_state_dict_hooks", "_state_dict_pre_hooks"):
-        names.append(f"{len(_part(attributes, kind))},")
-    names.append("+" if "sharded_state_dict" in attributes else "-")
+    names += [f"{name}\0" for name in sorted(_part(attributes, "_non_persistent_buffers_set"))]
+    names.append(",")
+    for kind in ("_state_dict_hooks", "_state_dict_pre_hooks"):
+        # torch numbers hooks in the order in which they are registered, and no number is used twice.
+        names += [f"{operator.index(number)}\0" for number in _part(attributes, kind)]
+        names.append(",")
+    for method in ("sharded_state_dict", "state_dict", "_save_to_state_dict"):
+        names.append(f"{id(attributes[method])}-" if method in attributes else "-")
     for name, child in _part(attributes, "_modules").items():
         names.append(f"{name}\0")
         if child is not None:

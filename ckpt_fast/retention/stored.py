@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -17,11 +17,12 @@ from ckpt_fast.format.names import METADATA_FILE
 from ckpt_fast.pipeline.load.complete import require_complete
 from ckpt_fast.pipeline.load.opened import OpenCheckpoint
 from ckpt_fast.retention.line import Line, Noted, metrics_in, noted_in, resumed_from_in
+from ckpt_fast.storage import owners
 from ckpt_fast.storage.files import Directory
 
 
 class Stored:
-    """One checkpoint; see ``StoredCheckpoint``.
+    """One checkpoint, as it is when this is made; see ``StoredCheckpoint``.
 
     Args:
         iteration: the training step.
@@ -36,6 +37,20 @@ class Stored:
     def __init__(self, iteration: int, path: str) -> None:
         self.iteration = iteration
         self.path = path
+        # Before any fact is looked up: whatever is saved there from now on is another checkpoint.
+        self._begun, self._version = owners.saves_begun(path), _version(path)
+        self._is_occupied = owners.is_occupied(path)
+
+    @contextlib.contextmanager
+    def removing(self) -> Iterator[bool]:
+        """Local. A block that may delete it: saves of this process to its directory wait for the end.
+
+        Yields:
+            Whether it may; not if something has been saved there in the meantime, or is being saved.
+        """
+        with owners.removing(self.path) as is_free:
+            is_same = not self._is_occupied and self._begun == owners.saves_begun(self.path)
+            yield is_free and is_same and self._version == _version(self.path)
 
     @cached_property
     def notes(self) -> Mapping[str, Any]:
@@ -100,6 +115,15 @@ class Stored:
     def is_whole(self) -> bool:
         """Whether it is whole; see ``damage``."""
         return self.damage is None
+
+
+def _version(path: str) -> tuple[int, ...] | None:
+    """What differs if a checkpoint on a file system is replaced, or written to before it has a seal."""
+    for name in (METADATA_FILE, ""):
+        with contextlib.suppress(OSError):
+            found = os.stat(os.path.join(path, name))
+            return found.st_dev, found.st_ino, found.st_mtime_ns
+    return None
 
 
 def head_at(path: str) -> Head | None:

@@ -14,10 +14,11 @@ import os
 import threading
 import time
 import weakref
+from collections import Counter
 from collections.abc import Iterator
 from typing import Protocol
 
-from ckpt_fast import native
+from ckpt_fast import native, settings
 from ckpt_fast.errors import CheckpointWriteError
 
 logger = logging.getLogger(__name__)
@@ -80,21 +81,59 @@ class Hold:
         return self._let_go or (self.progress is not None and self.progress.stopped)
 
 
+class _Removal:
+    """Deletes a directory."""
+
+    def __init__(self) -> None:
+        self._ended = False
+
+    def end(self) -> None:
+        self._ended = True
+
+    def is_over(self) -> bool:
+        return self._ended
+
+
 _lock = threading.Lock()
 # A save with no remaining references is over.
 _owners: dict[str, weakref.ref[Owner]] = {}
+_begun: Counter[str] = Counter()
 
 
 def is_occupied(directory: str) -> bool:
     """Local. Whether a save of this process to the directory is not over."""
     with _lock:
-        reference = _owners.get(_key(directory))
-        owner = reference() if reference is not None else None
-        return owner is not None and not owner.is_over()
+        return _busy(_key(directory)) is not None
+
+
+def saves_begun(directory: str) -> int:
+    """Local. How many saves of this process to the directory have begun."""
+    with _lock:
+        return _begun[_key(directory)]
+
+
+@contextlib.contextmanager
+def removing(directory: str) -> Iterator[bool]:
+    """Local. A block that may delete a directory: saves of this process to it wait until the block ends.
+
+    Yields:
+        Whether it may; not while a save to it, or another deletion, is not over.
+    """
+    mine, key = _Removal(), _key(directory)
+    with _lock:
+        is_free = _busy(key) is None
+        if is_free:
+            _owners[key] = weakref.ref(mine)
+    try:
+        yield is_free
+    finally:
+        mine.end()
 
 
 def occupy(directory: str, owner: Owner, wait_s: float = 0.0) -> None:
     """Local. From now on the directory is ``owner``'s, until that is over.
+
+    While an old checkpoint in it is being deleted, this waits in any case, at most for CKPT_FAST_TIMEOUT.
 
     Args:
         directory: the checkpoint; not only a path, any name by which saves of this process know it.
@@ -109,14 +148,25 @@ def occupy(directory: str, owner: Owner, wait_s: float = 0.0) -> None:
     begin, said = time.monotonic(), False
     while True:
         with _lock:
-            reference = _owners.get(key)
-            before = reference() if reference is not None else None
-            if before is None or before is owner or before.is_over():
+            before = _busy(key)
+            if before is None or before is owner:
                 _owners[key] = weakref.ref(owner)
+                _begun[key] += 1
                 return
         is_given_up = isinstance(before, Hold) and before.is_given_up
+        is_removal = isinstance(before, _Removal)
         del before
         waited = time.monotonic() - begin
+        if is_removal and waited >= max(wait_s, settings.timeout_s()):
+            raise CheckpointWriteError(
+                f"the older checkpoint in {directory} is still being deleted by this process; nothing was "
+                "saved. See whether the storage answers.",
+                errno.EBUSY,
+                directory,
+            )
+        if is_removal:
+            time.sleep(_POLL_S)
+            continue
         if waited >= wait_s and is_given_up:
             raise CheckpointWriteError(
                 f"an earlier save of this process to {directory} was given up, but a request of it is still "
@@ -137,6 +187,13 @@ def occupy(directory: str, owner: Owner, wait_s: float = 0.0) -> None:
             said = True
             logger.warning("a save to %s waits for the one before it to the same directory", directory)
         time.sleep(_POLL_S)
+
+
+def _busy(key: str) -> Owner | None:
+    """Whose the directory is, if that is not over. Under the lock."""
+    reference = _owners.get(key)
+    owner = reference() if reference is not None else None
+    return None if owner is None or owner.is_over() else owner
 
 
 def _key(directory: str) -> str:

@@ -138,7 +138,7 @@ def prune(
     nbytes, failures = 0, []
     for number, each in enumerate(choice.removed, start=1):
         size = each.nbytes
-        failed = [] if dry_run else delete_checkpoints([each.path])
+        failed = [] if dry_run else delete_checkpoints([each])
         failures += failed
         nbytes += 0 if failed else size
         progress(number, len(choice.removed))

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "python/inventory.h"
 
+#include <cstdint>
 #include <string>
 
 namespace py = pybind11;
@@ -35,12 +36,15 @@ class Walk {
     modules_.append(module);
     if (!py::hasattr(module, dict_)) throw py::type_error("not a torch module: it has no attributes");
     const py::object attributes = module.attr(dict_);
+    take_identity(reinterpret_cast<PyObject*>(Py_TYPE(module.ptr())));
     take_tensors(dictionary(attributes, parameters_));
     take_tensors(dictionary(attributes, buffers_));
-    count(PySet_Size(part(attributes, non_persistent_).ptr()));
-    count(PyDict_Size(dictionary(attributes, hooks_).ptr()));
-    count(PyDict_Size(dictionary(attributes, pre_hooks_).ptr()));
-    names_ += PyDict_GetItem(attributes.ptr(), own_method_.ptr()) != nullptr ? '+' : '-';
+    take_set(part(attributes, non_persistent_));
+    take_hooks(dictionary(attributes, hooks_));
+    take_hooks(dictionary(attributes, pre_hooks_));
+    for (const py::str* method : {&sharded_method_, &method_, &saving_method_}) {
+      take_identity(PyDict_GetItem(attributes.ptr(), method->ptr()));
+    }
     const py::object children = dictionary(attributes, children_);
     PyObject *name, *child;
     for (Py_ssize_t at = 0; PyDict_Next(children.ptr(), &at, &name, &child) != 0;) {
@@ -68,10 +72,28 @@ class Walk {
     names_ += '\0';
   }
 
-  void count(Py_ssize_t number) {
-    if (number < 0) throw py::error_already_set();
-    names_ += std::to_string(number);
+  void take_set(const py::object& names) {
+    const py::list sorted(names);
+    if (PyList_Sort(sorted.ptr()) != 0) throw py::error_already_set();
+    for (const py::handle name : sorted) take_name(name);
     names_ += ',';
+  }
+
+  /// torch numbers hooks in the order in which they are registered, and no number is used twice.
+  void take_hooks(const py::object& hooks) {
+    PyObject *number, *hook;
+    for (Py_ssize_t at = 0; PyDict_Next(hooks.ptr(), &at, &number, &hook) != 0;) {
+      const long long value = PyLong_AsLongLong(number);
+      if (value == -1 && PyErr_Occurred() != nullptr) throw py::error_already_set();
+      names_ += std::to_string(value);
+      names_ += '\0';
+    }
+    names_ += ',';
+  }
+
+  void take_identity(PyObject* object) {
+    if (object != nullptr) names_ += std::to_string(reinterpret_cast<uintptr_t>(object));
+    names_ += '-';
   }
 
   /// A part of a module's own dictionary, held while it is walked.
@@ -90,7 +112,8 @@ class Walk {
   // Made once: looking a name up by characters makes a string, and hashes it, every time.
   const py::str dict_{"__dict__"}, parameters_{"_parameters"}, buffers_{"_buffers"},
       non_persistent_{"_non_persistent_buffers_set"}, hooks_{"_state_dict_hooks"},
-      pre_hooks_{"_state_dict_pre_hooks"}, own_method_{"sharded_state_dict"}, children_{"_modules"};
+      pre_hooks_{"_state_dict_pre_hooks"}, children_{"_modules"}, sharded_method_{"sharded_state_dict"},
+      method_{"state_dict"}, saving_method_{"_save_to_state_dict"};
   py::list modules_, tensors_;
   std::string names_;
 };

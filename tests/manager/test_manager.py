@@ -181,6 +181,58 @@ def test_deletions_do_not_hold_up_the_next_save(tmp_path: Path, monkeypatch: pyt
     assert left(tmp_path) == [3]
 
 
+@pytest.mark.parametrize("again", [1, 2])
+def test_a_step_that_is_saved_again_is_not_deleted_as_an_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: int
+) -> None:
+    """Steps 1 and 2 are chosen. Before 1 is gone, the program goes back and saves one of them again."""
+    inside, go_on, original = threading.Event(), threading.Event(), directory_module.remove_directory
+
+    def slowly(path: str) -> None:
+        inside.set()
+        assert go_on.wait(60)
+        original(path)
+
+    with CheckpointManager(tmp_path) as manager:
+        for step in (1, 2):
+            manager.save(step, {"w": torch.ones(3)})
+    monkeypatch.setattr(directory_module, "remove_directory", slowly)
+    with CheckpointManager(tmp_path, policies=[KeepNewest(1)]) as manager:
+        manager.save(3, {"w": torch.full((3,), 3.0)}).result()
+        assert inside.wait(60)
+        # A save to the directory that is being deleted has to wait for that.
+        threading.Timer(0.3, go_on.set).start() if again == 1 else None
+        manager.save(again, {"w": torch.full((3,), 7.0)}).result()
+        go_on.set()
+    assert left(tmp_path) == [again, 3] and CheckpointManager(tmp_path).latest() == again
+    found = {"w": torch.zeros(3)}
+    assert CheckpointManager(tmp_path).restore(found) == again and found["w"].tolist() == [7.0] * 3
+
+
+def test_late_deletions_leave_what_was_published_since(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Deletions for step 5 begin once step 4 is the newest: the program has gone back."""
+    inside, go_on, original = threading.Event(), threading.Event(), directory_module.remove_directory
+
+    def slowly(path: str) -> None:
+        inside.set()
+        assert go_on.wait(60)
+        original(path)
+
+    monkeypatch.setattr(directory_module, "remove_directory", slowly)
+    with CheckpointManager(tmp_path, policies=[KeepNewest(2)]) as manager:
+        for step in (1, 2, 3):
+            manager.save(step, {"w": torch.full((3,), float(step))}).result()
+        assert inside.wait(60)
+        for step in (5, 4):
+            manager.save(step, {"w": torch.full((3,), float(step))}).result()
+        go_on.set()
+    assert left(tmp_path) == [3, 4, 5]
+    found = {"w": torch.zeros(3)}
+    assert CheckpointManager(tmp_path).restore(found) == 4 and found["w"].tolist() == [4.0] * 3
+
+
 def test_the_signal_is_caught_until_all_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     disk = HeldDisk(monkeypatch)
     with CheckpointManager(tmp_path, save_on=signal.SIGUSR1) as manager:

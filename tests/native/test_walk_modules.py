@@ -19,6 +19,9 @@ def tree() -> torch.nn.Module:
     root.add_module("nothing", None)
     root.register_buffer("kept", torch.zeros(2))
     root.register_buffer("passing", root.kept, persistent=False)
+    root.hook = root[1].register_state_dict_post_hook(lambda *_: None)
+    root.hook_before = root[1].register_state_dict_pre_hook(lambda *_: None)
+    root[2].state_dict = dict
     root.register_parameter("tied", root[0].weight)
     return root
 
@@ -49,6 +52,21 @@ CHANGES: dict[str, Callable[[torch.nn.Module], object]] = {
     "persistence": lambda root: root.register_buffer("passing", root.kept),
     "a hook": lambda root: root[1].register_state_dict_post_hook(lambda *_: None),
     "a hook before": lambda root: root[1].register_state_dict_pre_hook(lambda *_: None),
+    "which buffer is persistent": lambda root: (
+        root.register_buffer("passing", root.kept),
+        root.register_buffer("kept", root.kept, persistent=False),
+    ),
+    "another hook": lambda root: (
+        root.hook.remove(),
+        root[1].register_state_dict_post_hook(lambda *_: None),
+    ),
+    "another hook before": lambda root: (
+        root.hook_before.remove(),
+        root[1].register_state_dict_pre_hook(lambda *_: None),
+    ),
+    "another method of its own": lambda root: setattr(root[2], "state_dict", list),
+    "how it is saved": lambda root: setattr(root[2], "_save_to_state_dict", list),
+    "its class": lambda root: setattr(root[2], "__class__", torch.nn.Tanh),
     "a method of its own": lambda root: setattr(root[2], "sharded_state_dict", dict),
     "depth": lambda root: root.add_module("nothing", torch.nn.Sequential(torch.nn.ReLU())),
 }

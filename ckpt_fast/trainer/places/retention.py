@@ -146,12 +146,12 @@ def delete_old(
         note_rank_0(f"Checkpoints kept: {_names(choice.kept)}")
     if choice.abandoned:
         print_rank_0(f"Checkpoints of an abandoned branch, which do not count: {_names(choice.abandoned)}")
-    # A save that is still in flight may be of an iteration before this one, after a roll-back.
-    paths = [settled(each.path) for each in choice.removed if not owners.is_occupied(each.path)]
+    for each in choice.removed:
+        each.path = settled(each.path)
     if not do_async:
-        _remove_checkpoints(paths)
-    elif paths:
-        threading.Thread(target=_remove_checkpoints, args=(paths,)).start()
+        _remove_checkpoints(choice.removed)
+    elif choice.removed:
+        threading.Thread(target=_remove_checkpoints, args=(choice.removed,)).start()
 
 
 def cleanup_old_dataloader_states(states_dir: str, checkpoint_roots: Sequence[str], newest: int) -> None:
@@ -173,11 +173,11 @@ def cleanup_old_dataloader_states(states_dir: str, checkpoint_roots: Sequence[st
     except Exception:
         logger.exception("cannot tell which data loader states in %s are old: none is deleted", states_dir)
         return
-    removed = [each.path for each in old if each.iteration not in needed]
+    removed = [each for each in old if each.iteration not in needed]
     _remove_checkpoints(removed)
-    for path in removed:
-        if not object_storage(path):
-            replacement.sweep(path)
+    for each in removed:
+        if not object_storage(each.path):
+            replacement.sweep(each.path)
 
 
 def stored_at(path: str, iteration: int) -> Stored:
@@ -185,13 +185,13 @@ def stored_at(path: str, iteration: int) -> Stored:
     return CheckpointOfRun(iteration, path)
 
 
-def delete_checkpoints(paths: Iterable[str]) -> list[str]:
+def delete_checkpoints(checkpoints: Iterable[Stored]) -> list[str]:
     """Local. Delete checkpoints, each so that at no time a part of it passes for the whole.
 
     Returns:
-        One line for each that could not be deleted.
+        One line for each that could not be deleted, or has been saved again since it was found.
     """
-    return _remove_checkpoints([settled(path) for path in paths])
+    return _remove_checkpoints(checkpoints)
 
 
 def choose_in(
@@ -335,13 +335,19 @@ def _tracked_iterations(save_dir: str) -> set[int]:
     return tracked
 
 
-def _remove_checkpoints(paths: list[str]) -> list[str]:
+def _remove_checkpoints(checkpoints: Iterable[Stored]) -> list[str]:
     failed = []
     with _CHECKPOINT_CLEANUP_LOCK:
-        for path in paths:
+        for path, checkpoint in ((each.path, each) for each in checkpoints):
             try:
-                if file_exists(path):
-                    _remove_checkpoint(path)
+                with checkpoint.removing() as is_same:
+                    if not file_exists(path):
+                        continue
+                    if is_same:
+                        _remove_checkpoint(path)
+                        continue
+                # After a roll-back, a save may be of an iteration before the one that was published last.
+                failed.append(f"{path} is not deleted: it is being saved again, or was")
             except Exception as error:
                 logger.exception("cannot delete the old checkpoint %s", path)
                 failed.append(f"{path} is not deleted: {error}")

@@ -12,8 +12,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from ckpt_fast.errors import CheckpointWriteError
 from ckpt_fast.retention import removal
 from ckpt_fast.state import TrainState
+from ckpt_fast.storage import owners
 from ckpt_fast.trainer.places import retention
 from ckpt_fast.trainer.places.retention import cleanup_old_dataloader_states
 from ckpt_fast.trainer.places.retention import cleanup_old_non_persistent_checkpoint as cleanup
@@ -235,6 +237,56 @@ def test_in_the_background_on_a_thread_that_an_exit_waits_for(tmp_path, monkeypa
     assert not thread.daemon
     gate.set()
     thread.join(10)
+    assert left(tmp_path) == [2]
+
+
+def replaced(root: Path, path: Path) -> None:
+    """Let another process exchange a checkpoint for a new one."""
+    path.rename(root / "before")
+    checkpoint(root, int(path.name[5:]))
+
+
+def saved_here(root: Path, path: Path) -> None:
+    """Let this process save into a directory, as into object storage, where nothing tells two saves apart."""
+    save = owners.Hold()
+    owners.occupy(str(path), save)
+    save.let_go()
+
+
+@pytest.mark.parametrize("save", [replaced, saved_here])
+def test_what_is_saved_again_before_its_turn_is_not_deleted(tmp_path, monkeypatch, save):
+    """After a roll-back: deletions of a large directory take long."""
+    inside, gate, remove = threading.Event(), threading.Event(), retention._remove_checkpoint
+
+    def slow(path):
+        inside.set()
+        assert gate.wait(10)
+        remove(path)
+
+    monkeypatch.setattr(retention, "_remove_checkpoint", slow)
+    paths = [checkpoint(tmp_path, iteration) for iteration in (1, 2, 3)]
+    before = set(threading.enumerate())
+    cleanup(str(tmp_path), do_async=True)
+    assert inside.wait(10)
+    save(tmp_path, paths[1])
+    gate.set()
+    for thread in set(threading.enumerate()) - before:
+        thread.join(10)
+    assert left(tmp_path) == [2, 3] and (paths[1] / ".metadata").exists()
+
+
+def test_a_save_waits_for_the_deletion_in_its_directory(tmp_path, monkeypatch):
+    gate, remove = threading.Event(), retention._remove_checkpoint
+    monkeypatch.setattr(retention, "_remove_checkpoint", lambda path: gate.wait(10) and remove(path))
+    path = checkpoint(tmp_path, 1)
+    checkpoint(tmp_path, 2)
+    cleanup(str(tmp_path), do_async=True)
+    monkeypatch.setenv("CKPT_FAST_TIMEOUT", "1")
+    with pytest.raises(CheckpointWriteError, match="still being deleted"):
+        owners.occupy(str(path), owners.Hold())
+    monkeypatch.delenv("CKPT_FAST_TIMEOUT")
+    threading.Timer(0.1, gate.set).start()
+    owners.occupy(str(path), owners.Hold())
     assert left(tmp_path) == [2]
 
 

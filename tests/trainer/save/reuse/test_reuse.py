@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 import torch
@@ -168,6 +170,50 @@ def test_structural_change_is_saved_and_reused_again(
     if mutations.saving_of_rng_switched in changes:
         expected["saving_of_rng_switched"] = [True, True]
     assert found[1:] == [expected] * (ranks - 1)
+
+
+def persistence_swapped(model: Any) -> None:
+    model.register_buffer("first", model.first, persistent=False)
+    model.register_buffer("second", model.second)
+
+
+def class_replaced(model: Any) -> None:
+    class WithoutFirst(type(model)):  # type: ignore[misc]
+        def sharded_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+            found = super().sharded_state_dict(*args, **kwargs)
+            return {name: value for name, value in found.items() if not name.endswith("first")}
+
+    model.__class__ = WithoutFirst
+
+
+def hook_replaced(model: Any) -> None:
+    norm = model.decoder.final_layernorm
+    norm.hook.remove()
+    norm.register_state_dict_post_hook(lambda _, state, prefix, __: state.__delitem__(f"{prefix}weight"))
+
+
+def change_what_is_saved(rank: int, root: str, change: Callable[[Any], None]) -> list[bool]:
+    """Change which of the same tensors are saved, between the second save and the third."""
+    reused = []
+    with run_of(SETUPS["bf16"]) as run:
+        model, twins = mutations.model_of(run), Twins(run, root)
+        model.register_buffer("first", torch.ones(5))
+        model.register_buffer("second", torch.ones(6), persistent=False)
+        norm = model.decoder.final_layernorm
+        norm.hook = norm.register_state_dict_post_hook(
+            lambda _, state, prefix, __: state.__delitem__(f"{prefix}bias")
+        )
+        for number in range(4):
+            train(run)
+            if number == 2:
+                change(model)
+            reused.append(twins.save())
+    return reused
+
+
+@pytest.mark.parametrize("change", [persistence_swapped, class_replaced, hook_replaced])
+def test_other_tensors_are_saved_of_the_same(tmp_path: Path, change: Callable[[Any], None]) -> None:
+    assert run_ranks(change_what_is_saved, 1, str(tmp_path), change) == [[False, True, False, True]]
 
 
 def change_at_random(rank: int, root: str, setup: Setup, seed: int, saves: int) -> None:
