@@ -58,6 +58,9 @@ BUILD_INPUTS := setup.py pyproject.toml \
 # Ranks of the tests share few cores; more threads than that only slow each other down.
 export OMP_NUM_THREADS := 1
 
+# The tests start dozens of processes, each of which would compile the project again.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14

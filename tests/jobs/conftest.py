@@ -13,7 +13,7 @@ from tests.forks import Ended, forks_of
 Exits = Callable[..., list[Ended]]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def exits(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Exits]:
     """Return what each rank ends with, given a directory, how it exits, and the number of ranks."""
     with forks_of(

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import shutil
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from ckpt_fast import native
 from ckpt_fast.errors import CheckpointError
 from tests.crash.states.faults import Faults, die, fail, tear
 from tests.crash.states.scenario import check, is_published, save_iteration, tracked, train
+from tests.helpers import preloaded_processes
 
 # The iteration whose save meets the fault, and the ones before it. Even ones save in the background.
 SAVES = {"foreground": (5, [3, 4]), "background": (4, [2, 3]), "over itself": (5, [4, 5])}
@@ -83,17 +83,23 @@ def test_every_call_fails(
 def test_the_process_ends_at_every_call(
     tmp_path: Path, fault: Callable[..., Any], implementation: native.Implementation, kinds: list[str]
 ) -> None:
-    # In a process without threads, which may fork. Another test may have started a forkserver.
-    context = multiprocessing.get_context("spawn")
-    process = context.Process(target=end_all_saves, args=(str(tmp_path), fault, implementation, kinds))
+    # In a process without threads, which may fork.
+    arguments = (dict(os.environ), str(tmp_path), fault, implementation, kinds)
+    process = preloaded_processes().Process(target=end_all_saves, args=arguments)
     process.start()
     process.join()
     assert process.exitcode == 0, "see the traceback on stderr"
 
 
 def end_all_saves(
-    directory: str, fault: Callable[..., Any], implementation: native.Implementation, kinds: list[str]
+    environment: dict[str, str],
+    directory: str,
+    fault: Callable[..., Any],
+    implementation: native.Implementation,
+    kinds: list[str],
 ) -> None:
+    os.environ.clear()  # it is that of the test which started the first such process
+    os.environ.update(environment)
     for kind in kinds:
         os.mkdir(os.path.join(directory, kind))
         end_at_every_call(os.path.join(directory, kind), kind, fault, implementation)
