@@ -231,7 +231,9 @@ def test_processes_of_the_script(tmp_path: Path) -> None:
     assert printed == "fork FastStorageWriter\nspawn FileSystemWriter\n"
 
 
+# What holds a group at the end of the process lets threads of gloo abort it at times.
 RANKS = """
+import gc
 import sys
 import torch
 import torch.distributed as dist
@@ -243,7 +245,10 @@ dist.init_process_group("gloo")
 mesh = init_device_mesh("cpu", (dist.get_world_size(),))
 state = {"w": distribute_tensor(torch.arange(12.0).view(6, 2), mesh, [Shard(0)])}
 dcp.save(state, checkpoint_id=sys.argv[1])
+dist.barrier()
+del mesh, state
 dist.destroy_process_group()
+gc.collect()
 """
 
 

@@ -217,16 +217,21 @@ def test_nothing_is_said_if_nothing_is_removed(tmp_path, caplog):
     assert caplog.messages == []
 
 
-def test_in_the_background_on_a_thread_that_an_exit_waits_for(tmp_path, monkeypatch):
-    gate, inside = threading.Event(), threading.Event()
-    remove = retention._remove_checkpoint
+def hold_removals(monkeypatch):
+    """Let deletions set the first event when they begin, and go on when the second is set."""
+    inside, gate, remove = threading.Event(), threading.Event(), retention._remove_checkpoint
 
-    def slow(path):
+    def held(path):
         inside.set()
-        gate.wait()
+        assert gate.wait(60)
         remove(path)
 
-    monkeypatch.setattr(retention, "_remove_checkpoint", slow)
+    monkeypatch.setattr(retention, "_remove_checkpoint", held)
+    return inside, gate
+
+
+def test_in_the_background_on_a_thread_that_an_exit_waits_for(tmp_path, monkeypatch):
+    inside, gate = hold_removals(monkeypatch)
     for iteration in (1, 2):
         checkpoint(tmp_path, iteration)
     before = set(threading.enumerate())
@@ -256,14 +261,7 @@ def saved_here(root: Path, path: Path) -> None:
 @pytest.mark.parametrize("save", [replaced, saved_here])
 def test_what_is_saved_again_before_its_turn_is_not_deleted(tmp_path, monkeypatch, save):
     """After a roll-back: deletions of a large directory take long."""
-    inside, gate, remove = threading.Event(), threading.Event(), retention._remove_checkpoint
-
-    def slow(path):
-        inside.set()
-        assert gate.wait(10)
-        remove(path)
-
-    monkeypatch.setattr(retention, "_remove_checkpoint", slow)
+    inside, gate = hold_removals(monkeypatch)
     paths = [checkpoint(tmp_path, iteration) for iteration in (1, 2, 3)]
     before = set(threading.enumerate())
     cleanup(str(tmp_path), do_async=True)
@@ -276,11 +274,11 @@ def test_what_is_saved_again_before_its_turn_is_not_deleted(tmp_path, monkeypatc
 
 
 def test_a_save_waits_for_the_deletion_in_its_directory(tmp_path, monkeypatch):
-    gate, remove = threading.Event(), retention._remove_checkpoint
-    monkeypatch.setattr(retention, "_remove_checkpoint", lambda path: gate.wait(10) and remove(path))
+    inside, gate = hold_removals(monkeypatch)
     path = checkpoint(tmp_path, 1)
     checkpoint(tmp_path, 2)
     cleanup(str(tmp_path), do_async=True)
+    assert inside.wait(10)
     monkeypatch.setenv("CKPT_FAST_TIMEOUT", "1")
     with pytest.raises(CheckpointWriteError, match="still being deleted"):
         owners.occupy(str(path), owners.Hold())
