@@ -52,7 +52,7 @@ def left(root: Path) -> list[int]:
 
 
 def test_keeps_the_newest(tmp_path, caplog):
-    caplog.set_level(logging.DEBUG)
+    caplog.set_level(logging.DEBUG, "ckpt_fast")
     for iteration in (9, 10, 100, 1_000_000, 20_000_000):  # the last has more than seven digits
         checkpoint(tmp_path, iteration)
     cleanup(str(tmp_path), leave_ckpt_num=2)
@@ -205,13 +205,13 @@ def test_other_names_stay(tmp_path):
 
 @pytest.mark.parametrize("name", ["", "missing"])
 def test_nothing_to_do(tmp_path, name, caplog):
-    caplog.set_level(logging.DEBUG)
+    caplog.set_level(logging.DEBUG, "ckpt_fast")
     cleanup(str(tmp_path / name))
     assert caplog.messages == []
 
 
 def test_nothing_is_said_if_nothing_is_removed(tmp_path, caplog):
-    caplog.set_level(logging.DEBUG)
+    caplog.set_level(logging.DEBUG, "ckpt_fast")
     checkpoint(tmp_path, 1)
     cleanup(str(tmp_path), leave_ckpt_num=2)
     assert caplog.messages == []
