@@ -44,7 +44,8 @@ class Kind(NamedTuple):
     Attributes:
         save: save a state into a directory.
         loads_are_checked: whether a load compares every value with a checksum that only one save has.
-        is_verified: whether every byte has a checksum, so that a deep verification sees any change.
+        is_verified: whether every byte has a checksum, so that a deep verification sees any change; but for
+            the sidecar of older versions.
     """
 
     save: Callable[[dict[str, Any], Path], None]
