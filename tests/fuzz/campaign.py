@@ -15,11 +15,13 @@ import random
 import resource
 import shutil
 import signal
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -75,8 +77,14 @@ def run(
     """
     place, other = directory / "checkpoint", directory / "other"
     expected = state_of(1)
-    KINDS[kind].save(expected, place)
-    KINDS[kind].save(state_of(2), other)
+    # Two that differ, and the same ones in every run: so a case can be looked at again.
+    ids = random.Random(0)
+    with (
+        patch("secrets.token_hex", lambda nbytes: ids.randbytes(nbytes).hex()),
+        patch("uuid.uuid4", lambda: uuid.UUID(int=ids.getrandbits(128))),
+    ):
+        KINDS[kind].save(expected, place)
+        KINDS[kind].save(state_of(2), other)
     files = {path.name: path.read_bytes() for path in sorted(place.iterdir())}
     is_verified = KINDS[kind].is_verified
     replaced = {path.name: path.read_bytes() for path in other.iterdir()} if is_verified else {}
