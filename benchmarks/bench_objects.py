@@ -26,6 +26,7 @@ import torch.distributed.checkpoint as dcp
 import yaml
 
 from ckpt_fast import compat
+from ckpt_fast.storage.objects.client import object_storage
 
 BUCKET = "ckpt-fast-bench"
 PROFILE = "bench"
@@ -91,7 +92,7 @@ def _s3(url: str) -> str:
 
 def raw(directory: Path, nbytes: int) -> tuple[Callable[[], None], Callable[[], None]]:
     """Return what uploads two files of ``nbytes`` together, and what downloads them."""
-    client = compat.object_storage(f"msc://{PROFILE}/raw").resolve_storage_client(f"msc://{PROFILE}/raw")[0]
+    client = object_storage(f"msc://{PROFILE}/raw").resolve_storage_client(f"msc://{PROFILE}/raw")[0]
     files = [directory / f"raw.{number}" for number in range(2)]
     for file in files:
         with file.open("wb") as stream:

@@ -44,9 +44,9 @@ def _verify(path: str, options: argparse.Namespace) -> int:
     try:
         if path.startswith("msc://"):
             # Programs switch it on for themselves; who names such a path here means it.
-            from ckpt_fast.compat import MultiStorageClientFeature
+            from ckpt_fast.storage.objects.client import enable_object_storage
 
-            MultiStorageClientFeature.enable()
+            enable_object_storage()
         report = check(path, options.deep)
     except (CheckpointError, ImportError) as error:  # object storage may need what is not installed
         if options.json:

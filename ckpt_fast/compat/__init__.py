@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every name imported from Megatron-Core and optional packages; each feature is detected once.
+"""Every name imported from Megatron-Core, and from packages that only its runs use; detected once.
 
-Nothing else in ckpt_fast imports ``megatron``, ``nvidia_resiliency_ext``, ``multistorageclient`` or
-``modelopt``. A name that the installed version lacks is None (a function to call when it is there) or a
-harmless equivalent; ``HAVE_*`` tells whether a group is complete. Versions are never compared.
+Nothing else in ckpt_fast imports ``megatron``, ``nvidia_resiliency_ext`` or ``modelopt``. A name that the
+installed version lacks is None (a function to call when it is there) or a harmless equivalent; ``HAVE_*``
+tells whether a group is complete. Versions are never compared.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 try:
     from megatron.core import dist_checkpointing, parallel_state
 except ModuleNotFoundError as error:
-    from ckpt_fast.compat.optional import without_megatron_core
+    from ckpt_fast.optional import without_megatron_core
 
     raise without_megatron_core(error) from error
 
@@ -75,7 +75,6 @@ from megatron.core.timers import Timers
 from megatron.core.transformer import MegatronModule
 from megatron.core.utils import StragglerDetector, get_model_config, get_pg_size, unwrap_model
 
-from ckpt_fast.compat import objects
 from ckpt_fast.compat.bridge import import_auto_bridge
 from ckpt_fast.compat.common import TorchCommonSaveStrategy, accept_common_file, default_strategies
 from ckpt_fast.compat.errors import DistCheckpointingError, import_local_checkpointing_error
@@ -120,8 +119,8 @@ from ckpt_fast.compat.optimizers import (
     padding_in,
     without_parameter_state,
 )
-from ckpt_fast.compat.optional import UnavailableError, safe_import
-from ckpt_fast.compat.storage import as_url, checkpoint_files, object_storage
+from ckpt_fast.optional import UnavailableError, safe_import
+from ckpt_fast.storage.objects.client import follow_switch
 
 __all__ = [
     "HAVE_MEGATRON_FSDP",
@@ -161,8 +160,6 @@ __all__ = [
     "accept_common_file",
     "apply_factories",
     "apply_factory_merges",
-    "as_url",
-    "checkpoint_files",
     "clean_metadata_for_serialization",
     "convert_cuda_rng_state",
     "default_strategies",
@@ -199,8 +196,6 @@ __all__ = [
     "load_preprocess",
     "merge",
     "nested_values",
-    "object_storage",
-    "objects",
     "only_joins",
     "padding_in",
     "parallel_state",
@@ -227,6 +222,9 @@ __all__ = [
 # Two tuples without behaviour, in every checkpoint of a step that is to be run again. Megatron-Core tells
 # torch's restricted unpickler of the other classes that its state dicts hold, and forgets these.
 torch.serialization.add_safe_globals([Call, Caller])
+
+# Object storage is used exactly where Megatron-Core would use it.
+follow_switch(MultiStorageClientFeature)
 
 
 def clean_metadata_for_serialization(metadata: dict[str, Any] | None) -> dict[str, Any] | None:

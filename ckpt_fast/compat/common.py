@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from ckpt_fast.compat.optional import import_names
+from ckpt_fast.optional import import_names
 
 _STRATEGIES = "megatron.core.dist_checkpointing.strategies"
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Megatron FSDP: what a ``fsdp_dtensor`` checkpoint needs."""
 
-from ckpt_fast.compat.optional import import_names
+from ckpt_fast.optional import import_names
 
 _FSDP = "megatron.core.distributed.fsdp.src.megatron_fsdp"
 _HANDLERS = "megatron.core.transformer.fsdp_dtensor_checkpoint"

@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron.core.dist_checkpointing.strategies import torch as torch_strategies
 
-from ckpt_fast.compat.optional import import_names, safe_import
+from ckpt_fast.optional import import_names, safe_import
 
 HAVE_RESIL: bool = safe_import("nvidia_resiliency_ext.checkpointing")[1]
 

@@ -9,12 +9,12 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ckpt_fast.compat import checkpoint_files, object_storage
 from ckpt_fast.errors import CheckpointError, CheckpointNotFoundError, DamagedFileError
 from ckpt_fast.format.names import METADATA_FILE
 from ckpt_fast.pipeline.load.opened import OpenCheckpoint
 from ckpt_fast.retention.line import Line, line_in, resumed_from_in
 from ckpt_fast.retention.policies import Policy
+from ckpt_fast.storage.objects.client import checkpoint_files, object_storage
 from ckpt_fast.tools import opening
 from ckpt_fast.tools.streaming import Progress, no_progress
 from ckpt_fast.trainer.places.catalog import (

@@ -57,7 +57,7 @@ def files_at(path: str) -> Files:
         UnavailableError: object storage, and multi-storage-client is not installed.
     """
     if in_object_storage(path):
-        from ckpt_fast.compat.storage import checkpoint_files
+        from ckpt_fast.storage.objects.client import checkpoint_files
 
         return checkpoint_files(path)
     if not os.path.isdir(path):
@@ -74,7 +74,7 @@ def in_object_storage(path: str) -> bool:
     """
     if not _OBJECT_STORAGE.match(path):
         return False
-    from ckpt_fast.compat.storage import enable_object_storage
+    from ckpt_fast.storage.objects.client import enable_object_storage
 
     enable_object_storage()
     return True
@@ -87,7 +87,7 @@ def checkpoint_at(path: str) -> str:
         CheckpointNotFoundError: it has checkpoints, but none is selected.
     """
     if in_object_storage(path):
-        from ckpt_fast.compat import objects
+        from ckpt_fast.storage import objects
 
         if objects.kind_of(os.path.join(path, METADATA_FILE)) is not None:
             return path

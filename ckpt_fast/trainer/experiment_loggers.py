@@ -15,7 +15,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ckpt_fast.compat import object_storage, objects
 from ckpt_fast.ranks.world import (
     barrier_if_distributed,
     get_rank_safe,
@@ -23,6 +22,8 @@ from ckpt_fast.ranks.world import (
     note_rank_0,
     warn_rank_last,
 )
+from ckpt_fast.storage import objects
+from ckpt_fast.storage.objects.client import object_storage
 from ckpt_fast.trainer.places.paths import ensure_directory_exists, file_exists, read_file, write_file
 
 logger = logging.getLogger(__name__)

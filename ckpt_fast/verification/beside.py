@@ -75,7 +75,7 @@ def _shown(record: FileRecord, path: str) -> str:
 def _contents(root: str, record: FileRecord) -> list[bytes]:
     directory, name = f"{root}/{POSITIONS}/{os.path.dirname(record.path)}", os.path.basename(record.path)
     if "://" in directory:
-        from ckpt_fast.compat import objects
+        from ckpt_fast.storage import objects
 
         with contextlib.suppress(FileNotFoundError):
             return [objects.read(f"{directory}/{name}")]

@@ -58,7 +58,7 @@ class Tree:
         path = self.join(below)
         if not self._is_remote:
             return Directory(path)
-        from ckpt_fast.compat.storage import checkpoint_files
+        from ckpt_fast.storage.objects.client import checkpoint_files
 
         return checkpoint_files(path)
 
@@ -72,7 +72,7 @@ class Tree:
         return {name[len(prefix) :]: size for name, size in self.sizes.items() if name.startswith(prefix)}
 
     def _list_objects(self) -> None:
-        from ckpt_fast.compat.storage import ObjectStore, object_storage
+        from ckpt_fast.storage.objects.client import ObjectStore, object_storage
 
         msc = object_storage(self.path)
         if msc is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
 import os
 import subprocess
 import sys
@@ -13,12 +14,14 @@ from typing import Any
 
 import pytest
 import torch
-from megatron.core import num_microbatches_calculator, parallel_state
+from megatron.core import dist_checkpointing, num_microbatches_calculator, parallel_state
+from megatron.core.dist_checkpointing import ShardedTensor
 
 from ckpt_fast import compat
 from ckpt_fast.compat import SoloGroup, UnavailableError, get_pg_collection, safe_import
-from ckpt_fast.compat.optional import without_megatron_core
+from ckpt_fast.optional import without_megatron_core
 from tests.helpers import run_ranks
+from tests.models import megatron_on_cpu
 
 
 def test_every_name_is_there() -> None:
@@ -92,6 +95,56 @@ def test_torch_dcp_works_without_megatron_core(tmp_path: Path) -> None:
         "ckpt_fast.trainer.bridge",
     ]
     run_python(WITHOUT_MEGATRON_CORE, str(tmp_path), *modules)
+
+
+COMMANDS_WITHOUT_MEGATRON_CORE = """
+import contextlib, io, json, sys
+sys.modules["megatron"] = sys.modules["nvidia_resiliency_ext"] = None
+import torch
+from ckpt_fast import CheckpointManager, cli
+stock, *roots = sys.argv[1:]
+def whole_steps(root):
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert cli.main(["ls", root, "--json"]) == 0
+    return [each["iteration"] for each in json.loads(printed.getvalue()) if each["is_complete"]]
+with CheckpointManager(roots[0]) as manager:
+    for step in (1, 2, 3, 4):
+        manager.save(step, {"w": torch.arange(9.0) + step})
+for number, root in enumerate(roots):
+    assert whole_steps(root) == [1, 2, 3, 4][number:]
+    third, fourth = f"{root}/iter_0000003", f"{root}/iter_0000004"
+    assert cli.main(["verify", "--deep", fourth]) == cli.main(["inspect", fourth]) == 0
+    assert cli.main(["diff", third, fourth]) == 1
+    assert cli.main(["prune", root, "--keep", str(3 - number)]) == 0
+    assert whole_steps(root) == [2, 3, 4][number:]
+assert whole_steps(stock) == [2]
+assert cli.main(["verify", "--deep", f"{stock}/iter_0000002"]) == 0
+assert cli.main(["convert", f"{stock}/iter_0000002", f"{stock}/weights", "--to", "safetensors"]) == 0
+"""
+
+
+def save_stock(rank: int, directory: str) -> None:
+    os.makedirs(directory)
+    tensor = ShardedTensor.from_rank_offsets("w", torch.arange(6.0))
+    with megatron_on_cpu():
+        dist_checkpointing.save({"w": tensor, "iteration": 2}, directory)
+
+
+@pytest.mark.parametrize("in_storage", [False, True], ids=["directory", "object_storage"])
+def test_the_commands_work_without_megatron_core(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_storage: bool
+) -> None:
+    """On checkpoints of ours, and on one of Megatron-Core."""
+    roots = [str(tmp_path / "bucket" / "run")]
+    if in_storage:
+        pytest.importorskip("multistorageclient")
+        provider = {"type": "file", "options": {"base_path": str(tmp_path / "bucket")}}
+        config = tmp_path / "msc.json"
+        config.write_text(json.dumps({"profiles": {"store": {"storage_provider": provider}}}))
+        monkeypatch.setenv("MSC_CONFIG", str(config))
+        roots.append("msc://store/run")
+    run_ranks(save_stock, 1, str(tmp_path / "stock" / "iter_0000002"))
+    run_python(COMMANDS_WITHOUT_MEGATRON_CORE, str(tmp_path / "stock"), *roots)
 
 
 def test_a_package_that_megatron_core_lacks_is_named() -> None:

@@ -20,7 +20,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # Lowest first. A module imports from its own layer and from those below it.
 LAYERS = [
-    {"errors", "once", "settings", "system"},
+    {"errors", "once", "optional", "settings", "system"},
     {"native"},
     {"version"},
     {"format"},
@@ -48,7 +48,7 @@ LEVEL = {room: level for level, layer in enumerate(LAYERS) for room in layer}
 HOMES = {
     "megatron": "compat",
     "nvidia_resiliency_ext": "compat",
-    "multistorageclient": "compat",
+    "multistorageclient": "storage",
     "modelopt": "compat",
     "transformer_engine": "compat",
     "click": "cli",

@@ -18,6 +18,7 @@ from megatron.core import dist_checkpointing
 
 from ckpt_fast import FastSaveStrategy, compat, verify
 from ckpt_fast.cli import main
+from ckpt_fast.storage.objects.client import object_storage
 from ckpt_fast.verification.report import State, Verdict
 from tests.doors.local.test_manager import SETUP as LOCAL
 from tests.doors.local.test_manager import local_state, manager
@@ -203,7 +204,7 @@ def test_object_storage(object_server: ObjectServer, tmp_path: Path) -> None:
     assert found.is_sound and [each.is_selected for each in found.checkpoints] == [False, True]
     assert found.checkpoints[1].path == bucket.of(2) and list(Path(bucket.spool).iterdir()) == []
     with bucket.in_use():
-        msc = compat.object_storage(bucket.url)
+        msc = object_storage(bucket.url)
         client, key = msc.resolve_storage_client(f"{bucket.of(2)}/__0_0.distcp")
         content = bytearray(client.read(key))
         content[len(content) // 2] ^= 1

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ckpt_fast import compat, settings
+from ckpt_fast import settings
 from ckpt_fast.doors.megatron.stock_common import warn_of_refusal
 from ckpt_fast.errors import (
     CheckpointCorruptError,
@@ -27,6 +27,8 @@ from ckpt_fast.pipeline.load.decode import decode_object
 from ckpt_fast.pipeline.load.load import load_objects
 from ckpt_fast.pipeline.load.opened import OpenCheckpoint
 from ckpt_fast.pipeline.save.objects import object_bytes, require_loadable
+from ckpt_fast.storage import objects
+from ckpt_fast.storage.objects.client import checkpoint_files, object_storage
 from ckpt_fast.storage.small_files import LARGEST_TEXT, read_small_file
 
 # The common state, in errors.
@@ -41,7 +43,7 @@ def open_checkpoint(checkpoint_dir: str | os.PathLike[str], wanted: Collection[s
         checkpoint_dir: a path or URL.
         wanted: small files that will be decoded besides those of Megatron-Core.
     """
-    files = compat.checkpoint_files(checkpoint_dir)
+    files = checkpoint_files(checkpoint_dir)
     return OpenCheckpoint(files, (SEAL_FILE, COMMON_FILE, *wanted))
 
 
@@ -55,9 +57,9 @@ def is_sealed(checkpoint_dir: str) -> bool:
     path = os.path.join(checkpoint_dir, SEAL_FILE)
 
     def read() -> bytes:
-        if compat.object_storage(checkpoint_dir) is None:
+        if object_storage(checkpoint_dir) is None:
             return read_small_file(path, LARGEST_TEXT)
-        return compat.objects.read(path)
+        return objects.read(path)
 
     return _sound_seal(read, path) is not None
 
@@ -187,7 +189,7 @@ def read_common_state(checkpoint: OpenCheckpoint) -> dict[str, Any]:
             raise CheckpointNotFoundError(
                 f"{directory} is a directory of checkpoints: pass the directory of one iteration in it"
             )
-        is_there = os.path.exists(directory) or compat.object_storage(directory)
+        is_there = os.path.exists(directory) or object_storage(directory)
         state = "has no metadata.json" if is_there else "does not exist"
         raise CheckpointNotFoundError(
             f"{directory} is not a complete torch_dist checkpoint: it {state}. An interrupted save "

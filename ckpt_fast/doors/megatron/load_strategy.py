@@ -22,6 +22,7 @@ from ckpt_fast.pipeline.load.opened import OpenCheckpoint
 from ckpt_fast.pipeline.load.report import one_load
 from ckpt_fast.pipeline.remove import remove_named
 from ckpt_fast.ranks.group import ControlGroup
+from ckpt_fast.storage.objects.client import as_url, checkpoint_files
 
 
 class FastLoadStrategy(compat.TorchDistLoadShardedStrategy):  # type: ignore[misc]
@@ -61,7 +62,7 @@ class FastLoadStrategy(compat.TorchDistLoadShardedStrategy):  # type: ignore[mis
 
         group = ControlGroup()
         with contextlib.ExitStack() as stack:
-            stack.enter_context(one_load(compat.as_url(checkpoint_dir), group.global_rank))
+            stack.enter_context(one_load(as_url(checkpoint_dir), group.global_rank))
 
             def prepare() -> tuple[OpenCheckpoint, ShardedLoad]:
                 checkpoint = stack.enter_context(self._open(checkpoint_dir))
@@ -98,7 +99,7 @@ class FastLoadStrategy(compat.TorchDistLoadShardedStrategy):  # type: ignore[mis
             self._opened = None
 
     def _open(self, checkpoint_dir: str | os.PathLike[str]) -> AbstractContextManager[OpenCheckpoint]:
-        if self._opened is not None and self._opened.name == compat.as_url(checkpoint_dir):
+        if self._opened is not None and self._opened.name == as_url(checkpoint_dir):
             return contextlib.nullcontext(self._opened)
         return open_checkpoint(checkpoint_dir)
 
@@ -130,7 +131,7 @@ class FastLoadStrategy(compat.TorchDistLoadShardedStrategy):  # type: ignore[mis
     @also_raised_as(compat.DistCheckpointingError)
     def remove_sharded_tensors(self, checkpoint_dir: str | os.PathLike[str], key_prefix: str) -> None:
         """Local: for one rank. Take all tensors and objects whose key begins so out of the checkpoint."""
-        with compat.checkpoint_files(checkpoint_dir) as files:
+        with checkpoint_files(checkpoint_dir) as files:
             remove_named(files, key_prefix)
 
 

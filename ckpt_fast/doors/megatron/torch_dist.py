@@ -43,6 +43,7 @@ from ckpt_fast.pipeline.save.save import Save
 from ckpt_fast.ranks.group import ControlGroup
 from ckpt_fast.settings import Settings
 from ckpt_fast.storage.files import absolute
+from ckpt_fast.storage.objects.client import as_url, checkpoint_files
 
 CONTENT_METADATA_KEY = "content_metadata"
 
@@ -134,13 +135,13 @@ class FastSaveStrategy(compat.TorchDistSaveShardedStrategy):  # type: ignore[mis
     def _staged(
         self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | os.PathLike[str], **options: Any
     ) -> Save:
-        directory = absolute(compat.as_url(checkpoint_dir))
+        directory = absolute(as_url(checkpoint_dir))
         common: dict[str, bytes] = {}
 
         def collect() -> Share:
             if ControlGroup().is_coordinator:
                 common.update(_common_file(sharded_state_dict, directory))
-            return Share(shards_of(sharded_state_dict), common, files=compat.checkpoint_files(directory))
+            return Share(shards_of(sharded_state_dict), common, files=checkpoint_files(directory))
 
         job = Save(
             directory,
@@ -199,7 +200,7 @@ def start_save(
         TypeError: the strategy is of another class.
     """
     _require_class(strategy, FastSaveStrategy)
-    checkpoint_dir = absolute(compat.as_url(checkpoint_dir))
+    checkpoint_dir = absolute(as_url(checkpoint_dir))
     options = options or SaveOptions()
     group = ControlGroup()
     validate = validate_access_integrity and dist.is_available() and dist.is_initialized()
@@ -237,7 +238,7 @@ def start_save(
         return replace(
             share,
             common_files={COMMON_FILE: common_bytes(common)} if group.is_coordinator else {},
-            files=compat.checkpoint_files(checkpoint_dir),
+            files=checkpoint_files(checkpoint_dir),
             write_beside=write_beside,
         )
 
@@ -327,7 +328,7 @@ def _common_file(sharded_state_dict: dict[str, Any], directory: str) -> dict[str
             entry.data = plain_numbers(entry.data)
             return {COMMON_FILE: common_bytes(entry.data)}
     # Versions before 0.19 have written the file already, not durably, and read nothing else.
-    with compat.checkpoint_files(directory) as files:
+    with checkpoint_files(directory) as files:
         try:
             written = files.read(COMMON_FILE)
         except FileNotFoundError:
@@ -340,7 +341,7 @@ def _restore(common: dict[str, bytes], directory: str) -> list[FileRecord]:
 
     Versions before 0.19 write ``common.pt`` before they ask the strategy.
     """
-    with compat.checkpoint_files(directory) as files:
+    with checkpoint_files(directory) as files:
         replaced = {name: content for name, content in common.items() if files.read(name) != content}
         files.write_in_order(replaced)
     return []

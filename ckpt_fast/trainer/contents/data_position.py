@@ -8,11 +8,11 @@ from collections.abc import Iterable
 from typing import Any
 
 from ckpt_fast import settings
-from ckpt_fast.compat import object_storage
 from ckpt_fast.errors import CheckpointCorruptError, CheckpointError
 from ckpt_fast.format.types import FileRecord
 from ckpt_fast.pipeline.load.opened import OpenCheckpoint
 from ckpt_fast.storage import replacement
+from ckpt_fast.storage.objects.client import object_storage
 from ckpt_fast.storage.small_files import LARGEST_FILE
 from ckpt_fast.trainer.places.paths import file_exists, join_paths, read_file
 

@@ -15,7 +15,6 @@ from torch.distributed.checkpoint.state_dict_loader import load_state_dict
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from ckpt_fast import compat
-from ckpt_fast.compat.objects.filesystem import object_reader, object_writer
 from ckpt_fast.doors.dcp import FastStorageReader, FastStorageWriter
 from ckpt_fast.doors.dcp.direct.save import start_save
 from ckpt_fast.doors.dcp.together import load_together
@@ -28,6 +27,8 @@ from ckpt_fast.pipeline.load.opened import OpenCheckpoint
 from ckpt_fast.pipeline.save.parts import Completion, SaveOptions
 from ckpt_fast.pipeline.save.save import Save
 from ckpt_fast.ranks.world import barrier_if_distributed, get_rank_safe, on_all_ranks, on_rank_0
+from ckpt_fast.storage.objects.client import object_storage
+from ckpt_fast.storage.objects.filesystem import object_reader, object_writer
 from ckpt_fast.trainer.contexts import CheckpointType
 from ckpt_fast.trainer.places.paths import get_checkpoint_name, remove_file
 
@@ -107,7 +108,7 @@ def save_fsdp_dtensor_checkpoint(
 
 def _create_fsdp_dtensor_storage_writer(checkpoint_path: str) -> Any:
     """Our writer for torch DCP, or multi-storage-client's where the path is one of its own."""
-    if compat.object_storage(checkpoint_path):
+    if object_storage(checkpoint_path):
         return object_writer(checkpoint_path)[0]
     return FastStorageWriter(checkpoint_path)
 
@@ -142,7 +143,7 @@ def save_fsdp_dtensor(
         )
     _require_megatron_fsdp("saving")
     ckpt_cfg = cfg.checkpoint
-    if compat.object_storage(checkpoint_name):
+    if object_storage(checkpoint_name):
         write_more(checkpoint_name)
         return _save_to_object_storage(cfg, model[0], state_dict, checkpoint_name)
     job = start_save(
@@ -274,7 +275,7 @@ def load_fsdp_dtensor(
 
 def get_filesystem_reader(checkpoint_path: str, checkpoint: OpenCheckpoint | None = None) -> Any:
     """Our reader for torch DCP, or multi-storage-client's where the path is one of its own."""
-    if compat.object_storage(checkpoint_path):
+    if object_storage(checkpoint_path):
         return object_reader(checkpoint_path)
     return FastStorageReader(checkpoint_path, checkpoint=checkpoint)
 

@@ -10,7 +10,7 @@ import tempfile
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ckpt_fast import settings
-from ckpt_fast.compat import SoloGroup, get_pg_collection, object_storage, objects
+from ckpt_fast.compat import SoloGroup, get_pg_collection
 from ckpt_fast.pipeline.load.decode import decode_object
 from ckpt_fast.ranks.group import ControlGroup
 from ckpt_fast.ranks.world import (
@@ -21,6 +21,8 @@ from ckpt_fast.ranks.world import (
     on_rank_0,
     warn_rank_0,
 )
+from ckpt_fast.storage import objects
+from ckpt_fast.storage.objects.client import object_storage
 from ckpt_fast.storage.small_files import LARGEST_FILE
 from ckpt_fast.trainer.contents.data_position import FILES_KEY, places_of, read_recorded, record_for
 from ckpt_fast.trainer.places.paths import (

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
-from ckpt_fast import compat
 from ckpt_fast.doors.megatron.common_state import has_seal, open_checkpoint, read_common_state
 from ckpt_fast.errors import CheckpointCorruptError, CheckpointNotFoundError
 from ckpt_fast.format.names import COMMON_FILE
@@ -19,6 +18,7 @@ from ckpt_fast.pipeline.load.complete import require_complete
 from ckpt_fast.pipeline.load.opened import OpenCheckpoint
 from ckpt_fast.ranks.group import ControlGroup
 from ckpt_fast.ranks.world import on_rank_0
+from ckpt_fast.storage.objects.client import object_storage
 from ckpt_fast.trainer.contents.data_position import FILES_KEY, files_of, places_of, require_files
 from ckpt_fast.trainer.contexts import CheckpointType
 from ckpt_fast.trainer.load.run import LoadRun
@@ -174,7 +174,7 @@ def _opened_by_all(
 def _require_sound(checkpoint: OpenCheckpoint, configured: str) -> CheckpointType:
     """The kind of the checkpoint, whose files are all there."""
     path = checkpoint.name
-    in_storage = compat.object_storage(path) is not None
+    in_storage = object_storage(path) is not None
     if not in_storage and not os.path.isdir(path):
         raise CheckpointNotFoundError(
             f"the tracker names {path}, which does not exist. Was it deleted or moved? Set ckpt_step to an "

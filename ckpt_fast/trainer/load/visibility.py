@@ -12,12 +12,12 @@ import time
 from dataclasses import dataclass
 
 from ckpt_fast import settings
-from ckpt_fast.compat import object_storage
 from ckpt_fast.errors import CheckpointError
 from ckpt_fast.format.names import COMMON_FILE, METADATA_FILE, SEAL_FILE
 from ckpt_fast.pipeline.load.fingerprint import Fingerprint, fingerprints
 from ckpt_fast.pipeline.load.opened import OpenCheckpoint
 from ckpt_fast.ranks.group import ControlGroup
+from ckpt_fast.storage.objects.client import object_storage
 
 _NAMES = (METADATA_FILE, SEAL_FILE, COMMON_FILE)
 _FIRST_PAUSE_S = 0.05

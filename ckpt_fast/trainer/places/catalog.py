@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ckpt_fast.compat import object_storage
 from ckpt_fast.doors.megatron.common_state import (
     is_sealed,
     load_common_state_dict,
@@ -25,6 +24,7 @@ from ckpt_fast.ranks.world import on_rank_0
 from ckpt_fast.retention.line import Noted, newest_of, noted_in
 from ckpt_fast.retention.stored import head_at
 from ckpt_fast.storage import replacement
+from ckpt_fast.storage.objects.client import object_storage
 from ckpt_fast.trainer.contents.megatron_lm import ARGUMENTS
 from ckpt_fast.trainer.places.paths import (
     TRACKER_PREFIX,

@@ -9,11 +9,12 @@ import os
 import re
 from typing import Any
 
-from ckpt_fast.compat import as_url, object_storage, objects
 from ckpt_fast.format.documents import parse_yaml
 from ckpt_fast.format.manifest import file_record
 from ckpt_fast.format.types import FileRecord
+from ckpt_fast.storage import objects
 from ckpt_fast.storage.commit import fsync, fsync_directory, make_directory, write_file_atomic
+from ckpt_fast.storage.objects.client import as_url, object_storage
 from ckpt_fast.storage.small_files import LARGEST_FILE, LARGEST_TEXT, read_small_file
 
 TRAIN_STATE_FILE = "train_state.pt"

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from ckpt_fast import settings
-from ckpt_fast.compat import object_storage
 from ckpt_fast.errors import CheckpointError, DamagedFileError
 from ckpt_fast.retention.choice import Choice
 from ckpt_fast.retention.policies import Policy
 from ckpt_fast.retention.stored import Stored, unchanged_s
+from ckpt_fast.storage.objects.client import object_storage
 from ckpt_fast.trainer.places.catalog import NOTHING, published
 from ckpt_fast.trainer.places.locate import _NON_PERSISTENT_CKPT_SUBDIR
 from ckpt_fast.trainer.places.paths import get_checkpoint_name, join_paths

@@ -26,7 +26,6 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from ckpt_fast import settings
-from ckpt_fast.compat import object_storage
 from ckpt_fast.config import ConfigContainer
 from ckpt_fast.errors import CheckpointCorruptError, CheckpointWriteError, DamagedFileError, StorageError
 from ckpt_fast.format.documents import parse_yaml
@@ -38,6 +37,7 @@ from ckpt_fast.run import config_yaml
 from ckpt_fast.state import TrainState
 from ckpt_fast.storage import patience
 from ckpt_fast.storage.commit import partial_files
+from ckpt_fast.storage.objects.client import object_storage
 from ckpt_fast.storage.small_files import LARGEST_TEXT
 from ckpt_fast.trainer.contents.run_config import apply_run_config_backward_compat, sanitize_run_config_object
 from ckpt_fast.trainer.places.paths import (

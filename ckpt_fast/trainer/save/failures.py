@@ -36,6 +36,7 @@ from ckpt_fast.ranks.world import get_rank_safe, on_all_ranks, warn_rank_0
 from ckpt_fast.run.async_queue import AsyncCallsQueue
 from ckpt_fast.run.config_checks import check_choices
 from ckpt_fast.storage import commit
+from ckpt_fast.storage.objects.client import object_storage
 from ckpt_fast.trainer.contents import hugging_face, local, sidecars
 from ckpt_fast.trainer.places import catalog
 from ckpt_fast.trainer.places.locate import _get_global_non_persistent_checkpoint_dirs
@@ -147,7 +148,7 @@ class FollowUp:
         on_all_ranks(fire)
 
     def _removes(self) -> bool:
-        return get_rank_safe() == 0 and not (self._target.is_local or compat.object_storage(self.directory))
+        return get_rank_safe() == 0 and not (self._target.is_local or object_storage(self.directory))
 
     def _look(self) -> str:
         cfg = self._run.ckpt_cfg

@@ -8,13 +8,13 @@ import secrets
 import shutil
 from typing import Any
 
-from ckpt_fast.compat import object_storage, objects
 from ckpt_fast.format.manifest import file_record
 from ckpt_fast.format.types import FileRecord
 from ckpt_fast.pipeline.save.objects import object_bytes
 from ckpt_fast.ranks.world import note_rank_0
-from ckpt_fast.storage import replacement
+from ckpt_fast.storage import objects, replacement
 from ckpt_fast.storage.commit import make_directory
+from ckpt_fast.storage.objects.client import object_storage
 from ckpt_fast.trainer.places.paths import get_checkpoint_name, join_paths, write_file
 
 STATE = "dataloader_state_dict"

@@ -26,6 +26,7 @@ from ckpt_fast.ranks.world import note_rank_0, on_all_ranks
 from ckpt_fast.retention.line import LINE, METRICS
 from ckpt_fast.run.config_checks import check_choices
 from ckpt_fast.settings import Settings
+from ckpt_fast.storage.objects.client import object_storage
 from ckpt_fast.trainer import experiment_loggers as loggers
 from ckpt_fast.trainer.contents.data_position import FILES_KEY
 from ckpt_fast.trainer.contents.fsdp import save_fsdp_dtensor, write_along
@@ -182,7 +183,7 @@ def _publishes_itself(run: SaveRun, target: SaveTarget) -> bool:
     """Whether the trackers move along with the seal."""
     if target.is_local:
         return False
-    return run.ckpt_cfg.ckpt_format != "fsdp_dtensor" or not compat.object_storage(target.checkpoint_name)
+    return run.ckpt_cfg.ckpt_format != "fsdp_dtensor" or not object_storage(target.checkpoint_name)
 
 
 def _publish(run: SaveRun, target: SaveTarget, around: Surroundings) -> None:

@@ -14,6 +14,7 @@ from megatron.core import dist_checkpointing
 from ckpt_fast import KeepNewest, compat
 from ckpt_fast.doors.megatron.torch_dist import FastLoadStrategy, FastSaveStrategy
 from ckpt_fast.run.async_queue import AsyncCallsQueue
+from ckpt_fast.storage.objects.client import checkpoint_files
 from ckpt_fast.tools.listing import prune
 from ckpt_fast.trainer.contents import fsdp
 from ckpt_fast.trainer.save import publish
@@ -159,9 +160,9 @@ def large_files(rank: int, bucket: Bucket) -> list[Any]:
     whole = torch.arange(3 << 20, dtype=torch.float32)
     with bucket.in_use():
         url = f"{bucket.url}/large"
-        save([TensorShard("w", whole, (0,), whole.shape)], url, files=compat.checkpoint_files(url), writers=1)
+        save([TensorShard("w", whole, (0,), whole.shape)], url, files=checkpoint_files(url), writers=1)
         target = torch.zeros_like(whole)
-        with compat.checkpoint_files(url) as files:
+        with checkpoint_files(url) as files:
             load_tensors(CheckpointIndex(files.directory, files=files), [TensorRequest("w", target, (0,))])
     return [torch.equal(whole, target)]
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from ckpt_fast import compat
-from ckpt_fast.compat import objects
-from ckpt_fast.compat.objects.errors import ObjectErrors, lacks_bucket
 from ckpt_fast.errors import CheckpointWriteError, StorageError
+from ckpt_fast.storage import objects
+from ckpt_fast.storage.objects.client import object_storage
+from ckpt_fast.storage.objects.errors import ObjectErrors, lacks_bucket
 from tests.object_server import Fault, ObjectServer
 from tests.trainer.objects.bucket import Bucket, new_bucket
 
@@ -44,7 +44,7 @@ def bucket(object_server: ObjectServer, tmp_path: Path) -> Iterator[Bucket]:
 
 def client_of(bucket: Bucket, suffix: str = "") -> Any:
     url = f"msc://{bucket.name}{suffix}/"
-    return compat.object_storage(url).resolve_storage_client(url)[0]  # type: ignore[union-attr]
+    return object_storage(url).resolve_storage_client(url)[0]  # type: ignore[union-attr]
 
 
 def error_of(action: Callable[[], object]) -> BaseException:

@@ -1,39 +1,61 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Object storage through multi-storage-client, which is used exactly where Megatron-Core would use it."""
+"""Object storage through multi-storage-client, which is used exactly where Megatron-Core would use it.
+
+Where Megatron-Core is not imported, that is for paths that name it: ``msc://profile/...``.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import re
-from typing import Any
+from typing import Any, Protocol
 
-from megatron.core.msc_utils import MultiStorageClientFeature
-
-from ckpt_fast.compat.objects.errors import ObjectErrors, lacks_bucket
-from ckpt_fast.compat.optional import UnavailableError, safe_import
 from ckpt_fast.errors import StorageError
+from ckpt_fast.optional import UnavailableError, safe_import
 from ckpt_fast.storage.files import Directory, Files
+from ckpt_fast.storage.objects.errors import ObjectErrors, lacks_bucket
 from ckpt_fast.storage.spool import Spool
 
 _SCHEME = "msc://"
 
 
+class Switch(Protocol):
+    """What says whether a program uses multi-storage-client."""
+
+    def enable(self) -> None: ...
+
+    def is_enabled(self) -> bool: ...
+
+
+_switch: Switch | None = None
+
+
+def follow_switch(switch: Switch) -> None:
+    """From here on, object storage is used where ``switch`` is on, and nowhere else."""
+    global _switch
+    _switch = switch
+
+
 def object_storage(path: str | os.PathLike[str]) -> Any | None:
     """The multistorageclient module if ``path`` is not an ordinary local one, else None.
 
-    Paths are its own when they are URLs (``msc://profile/...``) or when its configuration maps them to a
-    profile. Ordinary paths never pass through it: only then are files replaced atomically and fsynced.
+    Paths are its own when they are URLs (``msc://profile/...``) or, with Megatron-Core's switch on, when its
+    configuration maps them to a profile. Ordinary paths never pass through it: only then are files replaced
+    atomically and fsynced.
 
     Raises:
         UnavailableError: an ``msc://`` path, and multi-storage-client is not installed or not switched on.
     """
     name = as_url(path)
-    if not MultiStorageClientFeature.is_enabled():
-        if name.startswith(_SCHEME):
+    is_url = name.startswith(_SCHEME)
+    if not (is_url if _switch is None else _switch.is_enabled()):
+        if is_url:
             raise UnavailableError(f"{name} is in object storage: {_remedy()}")
         return None
-    msc = MultiStorageClientFeature.import_package()
+    msc, is_installed = safe_import("multistorageclient")
+    if not is_installed:
+        raise UnavailableError(f"{name} is in object storage: {_remedy()}")
     if "://" in name or not msc.resolve_storage_client(os.path.abspath(name))[0].is_default_profile():
         return msc
     return None
@@ -45,11 +67,10 @@ def enable_object_storage() -> None:
     Raises:
         UnavailableError: multi-storage-client is not installed.
     """
-    if MultiStorageClientFeature.is_enabled():
-        return
     if not safe_import("multistorageclient")[1]:
         raise UnavailableError(f"a path that begins with {_SCHEME} is in object storage: {_remedy()}")
-    MultiStorageClientFeature.enable()
+    if _switch is not None:
+        _switch.enable()
 
 
 class ObjectStore:
