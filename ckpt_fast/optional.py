@@ -17,7 +17,7 @@ def without_megatron_core(error: ModuleNotFoundError) -> ImportError:
         return error
     return UnavailableError(
         "this part of ckpt_fast needs Megatron-Core: pip install megatron-core, or install ckpt_fast as "
-        "ckpt_fast[megatron]. CheckpointManager, the command line and the doors for torch DCP work without it."
+        "ckpt_fast[megatron]. CheckpointManager, the command line and the doors of torch DCP do without it."
     )
 
 
