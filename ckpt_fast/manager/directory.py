@@ -23,6 +23,7 @@ from ckpt_fast.retention.stored import Stored, head_at, unchanged_s
 from ckpt_fast.storage import replacement
 from ckpt_fast.storage.commit import invalidate, seals_among, write_file_atomic
 from ckpt_fast.storage.small_files import LARGEST_TEXT, read_small_file
+from ckpt_fast.storage.sole_writer import note_written, warn_of_another
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +128,10 @@ class CheckpointDirectory:
         Raises:
             CheckpointWriteError: it names the one before.
         """
-        write_file_atomic(os.path.join(self.root, _TRACKER), str(step).encode())
+        tracker, content = os.path.join(self.root, _TRACKER), str(step).encode()
+        warn_of_another(tracker)
+        write_file_atomic(tracker, content)
+        note_written(tracker, content)
 
     def prune(self, policies: Sequence[Policy]) -> None:
         """Delete what no policy keeps. A failure is logged: it costs disk space.

@@ -39,6 +39,7 @@ from ckpt_fast.storage import patience
 from ckpt_fast.storage.commit import partial_files
 from ckpt_fast.storage.objects.client import object_storage
 from ckpt_fast.storage.small_files import LARGEST_TEXT
+from ckpt_fast.storage.sole_writer import note_written, warn_of_another
 from ckpt_fast.trainer.contents.run_config import apply_run_config_backward_compat, sanitize_run_config_object
 from ckpt_fast.trainer.places.paths import (
     CONFIG_FILE,
@@ -351,7 +352,13 @@ def _publish(
         return
     ours = get_checkpoint_train_state_filename(save_dir, prefix=TRACKER_PREFIX)
     write_train_state(ours, train_state, sync_name=False)
-    write_file(get_checkpoint_tracker_filename(save_dir), str(iteration).encode())
+    tracker, content = get_checkpoint_tracker_filename(save_dir), str(iteration).encode()
+    is_local = object_storage(save_dir) is None
+    if is_local:
+        warn_of_another(tracker)
+    write_file(tracker, content)
+    if is_local:
+        note_written(tracker, content)
     _published[root] = number
     _sweep(save_dir, get_checkpoint_name(save_dir, iteration))
 

@@ -337,7 +337,7 @@ def test_a_half_deleted_checkpoint_does_not_pass_for_a_whole_one(tmp_path, monke
 
     monkeypatch.setattr(removal.shutil, "rmtree", die)
     unlink, order = os.unlink, []
-    monkeypatch.setattr(os, "unlink", lambda path: (order.append(os.path.basename(path)), unlink(path))[1])
+    monkeypatch.setattr(os, "unlink", lambda path: (unlink(path), order.append(os.path.basename(path)))[0])
     cleanup(str(tmp_path))
     assert order == ["metadata.json", ".metadata"]
     assert seen == [["__0_0.distcp"]]
