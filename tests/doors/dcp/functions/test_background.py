@@ -100,7 +100,7 @@ def test_an_error_is_the_futures(
             AsyncSaveError, match=f"the save to {tmp_path} in the background failed: rank 0: the"
         ):
             future.result()
-    assert "the disk is broken" in caplog.text
+    assert caplog.text.count("the disk is broken") == 1
     assert isinstance(future.exception(), AsyncSaveError) and str(tmp_path) not in untold._failures
     assert loaded(tmp_path, {"w": torch.zeros(3)})["w"].tolist() == [1.0] * 3
     ckpt_fast.async_save({"w": torch.zeros(3)}, tmp_path).result()
