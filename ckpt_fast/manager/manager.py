@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 
 def _require_file_system(directory: StrPath) -> None:
+    if not os.fspath(directory):
+        raise ValueError("directory is empty; '.' is the current one")
     # A Path has swallowed one of the slashes.
     if re.match(r"[a-z][a-z0-9+.-]+:/", os.fspath(directory)):
         raise ValueError(
@@ -94,7 +96,7 @@ class CheckpointManager:
 
     Raises:
         ValueError: ``save_every`` or ``max_failed_saves`` is not positive, ``policies`` or
-            ``on_save_failure`` is something else, or ``directory`` is in object storage.
+            ``on_save_failure`` is something else, or ``directory`` is empty or in object storage.
     """
 
     def __init__(

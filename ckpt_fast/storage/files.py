@@ -126,9 +126,30 @@ def absolute(path: str | os.PathLike[str], start: str | None = None) -> str:
     Args:
         path: absolute, or relative to ``start``.
         start: an absolute path; None: the current directory.
+
+    Raises:
+        FileNotFoundError: the current directory has been deleted.
     """
     name = os.fspath(path)
-    return name if "://" in name or os.path.isabs(name) else os.path.join(start or os.getcwd(), name)
+    if "://" in name or os.path.isabs(name):
+        return name
+    try:
+        return os.path.join(start or os.getcwd(), name)
+    except FileNotFoundError as error:
+        text = "the path is relative, and the current directory has been deleted"
+        raise FileNotFoundError(error.errno, text, name) from error
+
+
+def require_named(path: str | os.PathLike[str]) -> None:
+    """Nothing, unless a path to save to is empty, as that of a variable which is not set.
+
+    Raises:
+        CheckpointWriteError: it is; that would be the current directory.
+    """
+    if not os.fspath(path):
+        raise CheckpointWriteError(
+            "the path to save to is empty; nothing was saved. Give a directory: '.' is the current one."
+        )
 
 
 class Directory:

@@ -43,6 +43,8 @@ def read_small_file(path: str | os.PathLike[str], limit: int = LARGEST_FILE) -> 
     except OSError as error:
         if error.errno == errno.ENXIO:  # sockets
             _require_regular(path, os.stat(path))
+        if isinstance(error, NotADirectoryError):  # it would be in what is a file
+            raise FileNotFoundError(error.errno, error.strerror, error.filename) from error
         raise
     try:
         status = os.fstat(descriptor)

@@ -159,6 +159,10 @@ def _read_sections(directory: str, name: str) -> Sections:
 
 def missing_metadata(directory: str, name: str = METADATA_FILE) -> CheckpointNotFoundError:
     """The error for a directory that has no file of this name."""
+    if os.path.isfile(directory):
+        return CheckpointNotFoundError(
+            f"{directory} is a file, and a checkpoint is a directory with a {name} file in it"
+        )
     missing = f"it has no {name} file" if os.path.isdir(directory) else "the directory does not exist"
     return CheckpointNotFoundError(
         f"{directory} is not a complete checkpoint: {missing}. A save that was interrupted leaves such a "

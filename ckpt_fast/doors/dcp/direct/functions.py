@@ -20,7 +20,7 @@ from ckpt_fast.pipeline.save.parts import Completion, SaveOptions
 from ckpt_fast.pipeline.save.save import Save
 from ckpt_fast.ranks.group import ControlGroup
 from ckpt_fast.storage.commit import refuse_overwriting
-from ckpt_fast.storage.files import absolute
+from ckpt_fast.storage.files import absolute, require_named
 
 
 def save(
@@ -179,6 +179,7 @@ def _started(
     wait_for_save(directory)
 
     def collect() -> dict[str, Any]:
+        require_named(path)
         if not overwrite:
             refuse_overwriting(directory)
         return plain_state_dict(state_dict)
