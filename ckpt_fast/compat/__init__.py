@@ -55,6 +55,7 @@ from megatron.core.dist_checkpointing.validation import (
     determine_global_metadata,
     parse_strict_flag,
     validate_integrity_and_strict_load,
+    validate_sharding_integrity,
 )
 from megatron.core.energy_monitor import EnergyMonitor
 
@@ -215,6 +216,7 @@ __all__ = [
     "uses_modelopt",
     "validate_fsdp_dtensor_model_load",
     "validate_integrity_and_strict_load",
+    "validate_sharding_integrity",
     "without_parameter_state",
 ]
 

@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any
 
 from ckpt_fast import compat
 from ckpt_fast.doors.megatron.sharded_state import shards_of
+from ckpt_fast.doors.megatron.sharding import fingerprint
 from ckpt_fast.errors import CheckpointMismatchError, also_raised_as
 from ckpt_fast.pipeline.save.parts import Divided, Share
 from ckpt_fast.ranks.group import ControlGroup
@@ -50,7 +50,7 @@ class FastParallelSaveWrapper(compat.FullyParallelSaveStrategyWrapper):  # type:
     """
 
     cached_distribution: Any
-    _structure: bytes | None = None
+    _structure: int | None = None
     _distribution: object = None  # a new one whenever the ranks distribute anew
 
     @property
@@ -61,7 +61,7 @@ class FastParallelSaveWrapper(compat.FullyParallelSaveStrategyWrapper):  # type:
     def is_unchanged(self, sharded_state_dict: dict[str, Any]) -> bool:
         """Local. Whether the cached distribution matches this rank's state."""
         is_cached = self.do_cache_distribution and self._structure is not None
-        return is_cached and self._structure == _structure_of(sharded_state_dict)
+        return is_cached and self._structure == fingerprint(sharded_state_dict)
 
     def forget(self) -> None:
         """Local, on every rank. Let the next save distribute anew."""
@@ -78,7 +78,7 @@ class FastParallelSaveWrapper(compat.FullyParallelSaveStrategyWrapper):  # type:
     def distribute_anew(self, sharded_state_dict: dict[str, Any]) -> None:
         """Collective. Choose the ranks whatever was chosen before."""
         # Before replicas change their ids.
-        structure = _structure_of(sharded_state_dict) if self.do_cache_distribution else None
+        structure = fingerprint(sharded_state_dict) if self.do_cache_distribution else None
         self.cached_distribution = self._structure = self._distribution = None
         super().apply_saving_parallelization(sharded_state_dict)
         # Only now: with a structure that was never distributed, no rank would save the tensor.
@@ -88,13 +88,3 @@ class FastParallelSaveWrapper(compat.FullyParallelSaveStrategyWrapper):  # type:
         """Local. Choose the ranks as last time; all ranks have agreed that nothing has changed."""
         if self.cached_distribution is not None:  # as in a group of one
             super().apply_saving_parallelization(sharded_state_dict)
-
-
-def _structure_of(sharded_state_dict: dict[str, Any]) -> bytes:
-    """A digest of everything that decides the distribution."""
-    digest = hashlib.blake2b(digest_size=16)
-    for entry in compat.nested_values(sharded_state_dict):
-        if isinstance(entry, compat.ShardedTensor):
-            place = (entry.key, tuple(entry.global_offset), tuple(entry.local_shape), entry.replica_id)
-            digest.update(repr(place).encode())
-    return digest.digest()

@@ -30,6 +30,7 @@ from ckpt_fast.doors.megatron.load_strategy import FastLoadStrategy
 from ckpt_fast.doors.megatron.load_wanted import check_keys, divided, load_wanted, prepare
 from ckpt_fast.doors.megatron.reuse import Collector, KnownTensors
 from ckpt_fast.doors.megatron.sharded_state import Path, mismatches, require_distinct_objects, shards_of
+from ckpt_fast.doors.megatron.sharding import ValidatedSharding
 from ckpt_fast.doors.megatron.stock_queue import Flag, as_request
 from ckpt_fast.errors import also_raised_as
 from ckpt_fast.format.names import COMMON_FILE, COMMON_STATE_KEY, SEAL, SEAL_FILE
@@ -102,6 +103,7 @@ class FastSaveStrategy(compat.TorchDistSaveShardedStrategy):  # type: ignore[mis
         """Local. Let the next save collect, plan and compile everything, as the first did."""
         self.programs = ProgramCache()
         self.known = KnownTensors()
+        self.sharding = ValidatedSharding()
 
     @also_raised_as(compat.DistCheckpointingError)
     def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | os.PathLike[str]) -> None:
@@ -187,13 +189,14 @@ def start_save(
         strategy: FastSaveStrategy, or FullyParallelSaveStrategyWrapper around one.
         options: see ``SaveOptions``; the strategy says how many files there are.
         completion: see ``Completion``; its seal files are Megatron-Core's.
-        validate_access_integrity: check that all ranks together save every element exactly once.
+        validate_access_integrity: check that all ranks together save every element exactly once, unless the
+            strategy's last save was described by the same shards on every rank.
         preprocess_common_before_consistency_check: applied to the common state before ranks compare it.
         content_metadata: stored in the common state under ``content_metadata``.
         write_beside: see ``Share``.
         reuse: collect objects only, where the tensors are proven to be those of the strategy's last save.
-            Without it all is collected, compared and divided anew; the compiled program of the last save is
-            executed if that comes to the same structure.
+            Without it all is collected; the ranks validate and divide it if some rank's part has changed, and
+            the compiled program of the last save is executed if that comes to the same structure.
 
     Raises:
         CheckpointError: on every rank, naming the rank that failed; nothing has been written.
@@ -214,9 +217,10 @@ def start_save(
         split: tuple[dict[str, Any], dict[str, Any]]
         with mismatches(f"nothing was saved to {checkpoint_dir}"):
             try:
-                split = compat.save_preprocess(
-                    in_place(state_dict), compare, preprocess_common_before_consistency_check
-                )
+                split = compat.save_preprocess(in_place(state_dict), False, None)
+                if compare:
+                    to_compare = preprocess_common_before_consistency_check or (lambda common: common)
+                    base.sharding.require_valid(split[0], to_compare(split[1]))
             except (pickle.PicklingError, AttributeError, TypeError):
                 # Megatron-Core pickles the common state to compare it. Our error says which part is to blame.
                 common_bytes(compat.save_preprocess(state_dict, False, None)[1])

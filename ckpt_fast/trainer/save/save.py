@@ -311,7 +311,7 @@ def _save_strategy(run: SaveRun) -> tuple[Any, bool]:
     strategy: Any = torch_dist.FastSaveStrategy(thread_count=ckpt_cfg.storage_writers_per_rank)
     validate = True
     if ckpt_cfg.fully_parallel_save and not isinstance(dp_cp, compat.SoloGroup):
-        strategy = FastParallelSaveWrapper(strategy, dp_cp, ckpt_cfg.ckpt_assume_constant_structure)
+        strategy = FastParallelSaveWrapper(strategy, dp_cp, do_cache_distribution=True)
     elif not ckpt_cfg.fully_parallel_save and len(run.model) == 1 and hasattr(run.model[0], "mimo_config"):
         # Modules of a multi-module model live on disjoint ranks; no rank sees the whole sharding.
         validate = False
