@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every name imported from Megatron-Core and optional packages; each feature is detected once.
 
-Nothing else in ckpt_fast imports ``megatron``, ``nvidia_resiliency_ext``, ``multistorageclient`` or
-``modelopt``. A name that the installed version lacks is None (a function to call when it is there) or a
-harmless equivalent; ``HAVE_*`` tells whether a group is complete. Versions are never compared.
+Nothing else in ckpt_fast imports ``megatron``, ``nvidia_resiliency_ext`` or ``modelopt``. A name that the
+installed version lacks is None (a function to call when it is there) or a harmless equivalent; ``HAVE_*``
+tells whether a group is complete. Versions are never compared.
 """
 
 from __future__ import annotations
@@ -120,8 +120,10 @@ from ckpt_fast.compat.optimizers import (
     padding_in,
     without_parameter_state,
 )
-from ckpt_fast.compat.optional import UnavailableError, safe_import
-from ckpt_fast.compat.storage import as_url, checkpoint_files, object_storage
+from ckpt_fast.compat.optional import safe_import
+from ckpt_fast.compat.storage import checkpoint_files, object_storage
+from ckpt_fast.errors import UnavailableError
+from ckpt_fast.storage.objects import as_url
 
 __all__ = [
     "HAVE_MEGATRON_FSDP",

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ckpt_fast.compat.optional import UnavailableError, import_names
+from ckpt_fast.compat.optional import import_names
+from ckpt_fast.errors import UnavailableError
 
 
 def import_auto_bridge() -> Any:

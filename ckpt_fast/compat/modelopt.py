@@ -12,7 +12,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from ckpt_fast.compat.optional import UnavailableError, safe_import
+from ckpt_fast.compat.optional import safe_import
+from ckpt_fast.errors import UnavailableError
 
 # In the checkpoint's directory.
 MODELOPT_DIR = "modelopt_state"

@@ -1,22 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Object storage through multi-storage-client, which is used exactly where Megatron-Core would use it."""
+"""Object storage where Megatron-Core would use it: it has a switch for it, and knows mapped paths."""
 
 from __future__ import annotations
 
-import contextlib
 import os
-import re
 from typing import Any
 
 from megatron.core.msc_utils import MultiStorageClientFeature
 
-from ckpt_fast.compat.objects.errors import ObjectErrors, lacks_bucket
-from ckpt_fast.compat.optional import UnavailableError, safe_import
-from ckpt_fast.errors import StorageError
+from ckpt_fast.compat.optional import safe_import
+from ckpt_fast.errors import UnavailableError
 from ckpt_fast.storage.files import Directory, Files
-from ckpt_fast.storage.spool import Spool
-
-_SCHEME = "msc://"
+from ckpt_fast.storage.objects import SCHEME, as_url, import_client, object_files
 
 
 def object_storage(path: str | os.PathLike[str]) -> Any | None:
@@ -30,7 +25,7 @@ def object_storage(path: str | os.PathLike[str]) -> Any | None:
     """
     name = as_url(path)
     if not MultiStorageClientFeature.is_enabled():
-        if name.startswith(_SCHEME):
+        if name.startswith(SCHEME):
             raise UnavailableError(f"{name} is in object storage: {_remedy()}")
         return None
     msc = MultiStorageClientFeature.import_package()
@@ -45,51 +40,9 @@ def enable_object_storage() -> None:
     Raises:
         UnavailableError: multi-storage-client is not installed.
     """
-    if MultiStorageClientFeature.is_enabled():
-        return
-    if not safe_import("multistorageclient")[1]:
-        raise UnavailableError(f"a path that begins with {_SCHEME} is in object storage: {_remedy()}")
-    MultiStorageClientFeature.enable()
-
-
-class ObjectStore:
-    """``Remote`` storage of one checkpoint, through multi-storage-client. Its errors are that package's.
-
-    Args:
-        msc: the multistorageclient module.
-        path: of the checkpoint.
-    """
-
-    def __init__(self, msc: Any, path: str) -> None:
-        self._client, key = client_and_key(msc, path)
-        self._prefix = (key.strip("/") + "/").lstrip("/")
-
-    def put(self, name: str, path: str) -> None:
-        """Create or replace an object by the local file ``path``."""
-        self._client.upload_file(self._prefix + name, path)
-
-    def write(self, name: str, content: bytes) -> None:
-        """Create or replace an object."""
-        self._client.write(self._prefix + name, content)
-
-    def get(self, name: str, path: str) -> None:
-        """Copy an object to the local ``path``; FileNotFoundError if there is none in the bucket."""
-        try:
-            self._client.download_file(self._prefix + name, path)
-        except FileNotFoundError as error:
-            if lacks_bucket(error):
-                raise StorageError("the bucket does not exist") from error
-            raise
-
-    def delete(self, name: str) -> None:
-        """Remove an object; nothing if there is none."""
-        with contextlib.suppress(FileNotFoundError):
-            self._client.delete(self._prefix + name)
-
-    def sizes(self) -> dict[str, int]:
-        """Name to length of every object of the checkpoint."""
-        objects = self._client.list(path=self._prefix)
-        return {each.key.lstrip("/").removeprefix(self._prefix): each.content_length for each in objects}
+    if not MultiStorageClientFeature.is_enabled():
+        import_client()
+        MultiStorageClientFeature.enable()
 
 
 def checkpoint_files(path: str | os.PathLike[str]) -> Files:
@@ -100,25 +53,7 @@ def checkpoint_files(path: str | os.PathLike[str]) -> Files:
         StorageError: see ``client_and_key``.
     """
     name, msc = as_url(path), object_storage(path)
-    return Directory(name) if msc is None else Spool(name, ObjectStore(msc, name), ObjectErrors())
-
-
-def client_and_key(msc: Any, path: str) -> tuple[Any, str]:
-    """The client of the profile that a path belongs to, and the path's name within it.
-
-    Raises:
-        StorageError: the configuration of multi-storage-client has no such profile, or it makes no sense.
-    """
-    try:
-        client, key = msc.resolve_storage_client(path)
-    except (ValueError, TypeError, ImportError) as error:
-        raise StorageError(f"cannot reach {path}: {error}") from error
-    return client, str(key)
-
-
-def as_url(path: str | os.PathLike[str]) -> str:
-    """A path as a string; an URL as it was before somebody, as Megatron-Core does, made a Path of it."""
-    return re.sub(f"^{_SCHEME[:-1]}(?!/)", _SCHEME, os.fspath(path))
+    return Directory(name) if msc is None else object_files(msc, name)
 
 
 def _remedy() -> str:

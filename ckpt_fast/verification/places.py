@@ -72,7 +72,8 @@ class Tree:
         return {name[len(prefix) :]: size for name, size in self.sizes.items() if name.startswith(prefix)}
 
     def _list_objects(self) -> None:
-        from ckpt_fast.compat.storage import ObjectStore, object_storage
+        from ckpt_fast.compat.storage import object_storage
+        from ckpt_fast.storage.objects import ObjectStore
 
         msc = object_storage(self.path)
         if msc is None:

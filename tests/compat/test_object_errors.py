@@ -12,8 +12,8 @@ import pytest
 
 from ckpt_fast import compat
 from ckpt_fast.compat import objects
-from ckpt_fast.compat.objects.errors import ObjectErrors, lacks_bucket
 from ckpt_fast.errors import CheckpointWriteError, StorageError
+from ckpt_fast.storage.objects.errors import ObjectErrors, lacks_bucket
 from tests.object_server import Fault, ObjectServer
 from tests.trainer.objects.bucket import Bucket, new_bucket
 

@@ -48,7 +48,7 @@ LEVEL = {room: level for level, layer in enumerate(LAYERS) for room in layer}
 HOMES = {
     "megatron": "compat",
     "nvidia_resiliency_ext": "compat",
-    "multistorageclient": "compat",
+    "multistorageclient": "storage",
     "modelopt": "compat",
     "transformer_engine": "compat",
     "click": "cli",

@@ -14,9 +14,10 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from ckpt_fast import settings
-from ckpt_fast.compat.objects.errors import ObjectErrors, lacks_bucket
-from ckpt_fast.compat.storage import as_url, client_and_key, object_storage
+from ckpt_fast.compat.storage import object_storage
 from ckpt_fast.errors import CheckpointWriteError, StorageError
+from ckpt_fast.storage.objects import as_url, client_and_key
+from ckpt_fast.storage.objects.errors import ObjectErrors, lacks_bucket
 from ckpt_fast.storage.patience import insist
 
 T = TypeVar("T")

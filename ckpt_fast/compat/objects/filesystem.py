@@ -15,9 +15,9 @@ from functools import cache, partial
 from typing import IO, Any, TypeVar
 
 from ckpt_fast import settings
-from ckpt_fast.compat.objects.errors import ObjectErrors, lacks_bucket
 from ckpt_fast.compat.optional import safe_import
 from ckpt_fast.errors import CheckpointWriteError, StorageError
+from ckpt_fast.storage.objects.errors import ObjectErrors, lacks_bucket
 from ckpt_fast.storage.patience import insist
 from ckpt_fast.storage.spool_directory import SpoolDirectory
 

@@ -14,12 +14,11 @@ import torch.distributed as dist
 from torch.distributed.checkpoint import state_dict_saver
 
 from ckpt_fast.doors.dcp.direct.background import new_control_group
+from ckpt_fast.doors.dcp.places import StrPath, is_served, located
 from ckpt_fast.doors.dcp.planning.planners import InstalledSavePlanner
-from ckpt_fast.doors.dcp.reader import StrPath, is_local_path
 from ckpt_fast.doors.dcp.steps import let_go
 from ckpt_fast.doors.dcp.writer import FastStorageWriter
 from ckpt_fast.ranks.group import ControlGroup, PerGroup
-from ckpt_fast.storage.files import absolute
 
 
 class _Background:
@@ -42,7 +41,7 @@ class _Background:
         if self._group is not None:
             place["process_group"] = self._group
         if options.get("checkpoint_id"):
-            place["checkpoint_id"] = absolute(options["checkpoint_id"])
+            place["checkpoint_id"] = located(options["checkpoint_id"])
         if options.get("storage_writer") is None:
             place["storage_writer"] = FastStorageWriter(place["checkpoint_id"])
         return self._thread.submit(_save, staged, options | place)
@@ -66,6 +65,7 @@ class _InThisProcess:
                 staging_future_or_state_dict, **options
             )
             return executed
+        let_go()  # one that failed on another rank, in this thread
         process_group = options.get("process_group")
         alone = options.get("no_dist") or not (dist.is_available() and dist.is_initialized())
         group = ControlGroup.of_one() if alone else ControlGroup(process_group)
@@ -82,7 +82,7 @@ def in_this_process(executor: type) -> type:
 
 def _is_ours(writer: Any, checkpoint_id: StrPath | None) -> bool:
     if writer is None:
-        return bool(checkpoint_id) and is_local_path(checkpoint_id or "")
+        return bool(checkpoint_id) and is_served(checkpoint_id or "")
     return isinstance(writer, FastStorageWriter)
 
 

@@ -16,7 +16,6 @@ from functools import cached_property
 from typing import Any
 
 from ckpt_fast.compat import object_storage, objects
-from ckpt_fast.compat.storage import ObjectStore
 from ckpt_fast.doors.megatron.common_state import open_checkpoint
 from ckpt_fast.errors import CheckpointError, CheckpointWriteError
 from ckpt_fast.format.manifest import file_record
@@ -30,6 +29,7 @@ from ckpt_fast.retention.removal import SEALS, remove_directory
 from ckpt_fast.retention.stored import Stored, age_of, head_at, nbytes_below
 from ckpt_fast.storage import owners, replacement
 from ckpt_fast.storage.commit import is_payload
+from ckpt_fast.storage.objects import ObjectStore
 from ckpt_fast.storage.small_files import read_small_file
 from ckpt_fast.trainer.places.catalog import damage_of, iterations_in, seal_of
 from ckpt_fast.trainer.places.paths import (

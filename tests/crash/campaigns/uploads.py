@@ -19,9 +19,9 @@ import torch.distributed.checkpoint as dcp
 import yaml
 
 from ckpt_fast.compat import MultiStorageClientFeature
-from ckpt_fast.compat.storage import ObjectStore
 from ckpt_fast.doors.dcp.upload import Upload
 from ckpt_fast.jobs.background import SaveHandle
+from ckpt_fast.storage.objects import ObjectStore
 from ckpt_fast.trainer.places.paths import remove_file
 from tests.crash.campaigns import interruptions
 from tests.crash.campaigns.doors import (
