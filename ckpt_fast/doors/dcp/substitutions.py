@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from inspect import getattr_static
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter
 
-from ckpt_fast.doors.dcp.executors import in_this_process
+from ckpt_fast.doors.dcp.executors import in_this_process, meet_processes, meet_threads
 from ckpt_fast.doors.dcp.places import StrPath, is_object_url, is_served
 from ckpt_fast.doors.dcp.planning.planners import SAVE_METHODS, InstalledSavePlanner
 from ckpt_fast.doors.dcp.reader import FastStorageReader
@@ -22,9 +22,9 @@ from ckpt_fast.doors.substitution import Arguments, Constructed, Rebound, Substi
 
 _VALIDATE = "validate_checkpoint_id"
 # Some versions of torch have one of them, or neither.
-_EXECUTORS = {
-    "THREAD": "_ThreadBasedAsyncCheckpointExecutor",
-    "PROCESS": "_ProcessBasedAsyncCheckpointExecutor",
+_EXECUTORS: dict[str, tuple[str, Callable[[Any], None]]] = {
+    "THREAD": ("_ThreadBasedAsyncCheckpointExecutor", meet_threads),
+    "PROCESS": ("_ProcessBasedAsyncCheckpointExecutor", meet_processes),
 }
 
 
@@ -108,9 +108,9 @@ def substitutions() -> Sequence[Substitution]:
     for kind in getattr(state_dict_saver, "AsyncCheckpointerType", ()):
         if kind.name not in _EXECUTORS:
             raise refused(f"{state_dict_saver.__name__} has a checkpointer {kind.name}")
-        found.append(
-            Rebound(state_dict_saver.__name__, _EXECUTORS[kind.name], in_this_process, "execute_save")
-        )
+        executor, meet = _EXECUTORS[kind.name]
+        ours = functools.partial(in_this_process, meet)
+        found.append(Rebound(state_dict_saver.__name__, executor, ours, "execute_save"))
     return found
 
 
