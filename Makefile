@@ -58,6 +58,10 @@ BUILD_INPUTS := setup.py pyproject.toml \
 # Ranks of the tests share few cores; more threads than that only slow each other down.
 export OMP_NUM_THREADS := 1
 
+# In the environment $(1), of the framework that the shell's variable names.
+bench-framework = PYTHONPATH=$(CURDIR) PYTHONWARNINGS=ignore $(1)/bin/python -m torch.distributed.run --standalone \
+	--nproc-per-node 2 benchmarks/frameworks --framework "$$framework" --rounds 3
+
 # The tests start dozens of processes, each of which would compile the project again.
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -97,14 +101,18 @@ test-frameworks: $(F)/.requirements ## Lightning, transformers, TorchTitan and o
 
 .PHONY: bench-frameworks
 bench-frameworks: $(F)/.requirements ## the saves of frameworks, with ckpt_fast and without, on two ranks; FRAMEWORK=NAME
-	@for framework in $(if $(FRAMEWORK),"$(FRAMEWORK)","Lightning Fabric" Accelerate TorchTitan "TorchTitan, async" \
-		Automodel); do PYTHONPATH=$(CURDIR) PYTHONWARNINGS=ignore $(F)/bin/python -m torch.distributed.run --standalone \
-		--nproc-per-node 2 benchmarks/frameworks --framework "$$framework" --rounds 3; done
+	@for framework in $(if $(FRAMEWORK),"$(FRAMEWORK)","Lightning Fabric" "Lightning Trainer" Accelerate TorchTitan \
+		"TorchTitan, async" Automodel); do $(call bench-framework,$(F)); done
 
 .PHONY: test-torchtune
 test-torchtune: $(T)/.requirements ## torchtune, with an older torch; gigabytes to install
 	$(T)/bin/python setup.py --quiet build_ext --inplace
 	@PYTHONPATH=$(CURDIR) $(T)/bin/python -m pytest tests/frameworks -k torchtune
+
+.PHONY: bench-torchtune
+bench-torchtune: $(T)/.requirements ## the same for torchtune
+	$(T)/bin/python setup.py --quiet build_ext --inplace
+	@for framework in torchtune "torchtune, async"; do $(call bench-framework,$(T)); done
 
 .PHONY: test-long
 test-long: $(B)/.installed ## the tests that take long, on stack B: many processes, many cases

@@ -80,6 +80,10 @@ class RankLostError(CheckpointError):
     """Another rank has ended or does not answer. Nothing collective can follow."""
 
 
+class UnavailableError(ImportError):
+    """A part of an optional package was used that is not installed; the text names the package."""
+
+
 @contextlib.contextmanager
 def also_raised_as(foreign: type[BaseException]) -> Iterator[None]:
     """A block, or as a decorator a function, whose CheckpointErrors can be caught as ``foreign`` as well.

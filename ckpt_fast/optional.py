@@ -6,9 +6,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-
-class UnavailableError(ImportError):
-    """A part of an optional package was used that is not installed; the text names the package."""
+from ckpt_fast.errors import UnavailableError
 
 
 def without_megatron_core(error: ModuleNotFoundError) -> ImportError:

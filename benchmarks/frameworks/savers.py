@@ -116,6 +116,50 @@ class LightningFabric(Saver):
         self._fabric.backward(loss)
 
 
+class LightningTrainer(Saver):
+    """``Trainer.save_checkpoint``, which is what its ModelCheckpoint calls, after a step of ``fit``."""
+
+    package = "lightning"
+    starts_itself = True
+
+    def __init__(self, model: Model) -> None:
+        import lightning
+        from lightning.pytorch.strategies import ModelParallelStrategy
+
+        class Module(lightning.LightningModule):
+            def __init__(self) -> None:
+                super().__init__()
+                self.inner = model
+
+            def configure_model(self) -> None:
+                fully_shard(self.inner, mesh=self.device_mesh["data_parallel"])
+
+            def configure_optimizers(self) -> torch.optim.Optimizer:
+                return torch.optim.AdamW(self.parameters())
+
+            def training_step(self, _: Any) -> torch.Tensor:
+                loss: torch.Tensor = self.inner()
+                return loss
+
+        self._trainer = lightning.Trainer(
+            accelerator="cpu",
+            devices=2,
+            strategy=ModelParallelStrategy(),
+            max_steps=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        self._trainer.fit(Module(), torch.utils.data.DataLoader(range(2)))
+        self.model = model
+        (self.optimizer,) = self._trainer.optimizers
+
+    def save(self, path: Path) -> Futures:
+        self._trainer.save_checkpoint(path)
+        return []
+
+
 def _parallelize(model: nn.Module, mesh: Any) -> nn.Module:
     return fully_shard(model, mesh=mesh["data_parallel"])
 
@@ -225,12 +269,41 @@ class Automodel(Saver):
         self._checkpointer.close()
 
 
+class Torchtune(Saver):
+    """The calls of its distributed recipes."""
+
+    package = "torchtune"
+    _in_background = False
+
+    def __init__(self, model: Model) -> None:
+        super().__init__(model)
+        self._group = dist.new_group(backend="gloo")
+
+    def save(self, path: Path) -> Futures:
+        from torchtune.training.checkpointing import DistributedCheckpointer
+
+        path.mkdir(parents=True, exist_ok=True)
+        checkpointer = DistributedCheckpointer(
+            checkpoint_dir=str(path), output_dir=str(path), process_group=self._group
+        )
+        checkpointer.save_checkpoint(self.state(), epoch=0, save_async=self._in_background)
+        future = checkpointer._checkpoint_future
+        return [] if future is None else [future]
+
+
+class TorchtuneAsync(Torchtune):
+    _in_background = True
+
+
 SAVERS: dict[str, type[Saver]] = {
     "dcp.async_save, thread": TorchThread,
     "dcp.async_save, process": TorchProcess,
     "Lightning Fabric": LightningFabric,
+    "Lightning Trainer": LightningTrainer,
     "Accelerate": Accelerate,
     "TorchTitan": TorchTitan,
     "TorchTitan, async": TorchTitanAsync,
     "Automodel": Automodel,
+    "torchtune": Torchtune,
+    "torchtune, async": TorchtuneAsync,
 }

@@ -120,7 +120,8 @@ from ckpt_fast.compat.optimizers import (
     padding_in,
     without_parameter_state,
 )
-from ckpt_fast.optional import UnavailableError, safe_import
+from ckpt_fast.errors import UnavailableError
+from ckpt_fast.optional import safe_import
 from ckpt_fast.storage.objects.client import follow_switch
 
 __all__ = [

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ckpt_fast.optional import UnavailableError, import_names
+from ckpt_fast.errors import UnavailableError
+from ckpt_fast.optional import import_names
 
 
 def import_auto_bridge() -> Any:

@@ -12,7 +12,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from ckpt_fast.optional import UnavailableError, safe_import
+from ckpt_fast.errors import UnavailableError
+from ckpt_fast.optional import safe_import
 
 # In the checkpoint's directory.
 MODELOPT_DIR = "modelopt_state"

@@ -43,11 +43,11 @@ _installed: dict[str, tuple[Installation, Sequence[Substitution]]] = {}
 def install(*, torch_dcp: bool | None = None, megatron: bool | None = None) -> Installation:
     """Let code that saves with torch DCP or Megatron-Core use ckpt_fast, unchanged. Local; on every rank.
 
-    Torch DCP: ``dcp.save``, ``async_save`` and ``load`` with a local path as ``checkpoint_id``, and calls of
-    ``FileSystemWriter`` and ``FileSystemReader``, wherever those have been imported, go through the pipeline.
-    Background saves stage into ckpt_fast's memory, and none of them starts a process. Saves without a planner
-    of the framework's own plan once. Paths with a scheme, Hugging Face's format, stream transforms, and
-    classes derived from torch's are left to torch.
+    Torch DCP: ``dcp.save``, ``async_save`` and ``load`` with a path or an ``msc://`` URL (``checkpoint_id``),
+    and calls of ``FileSystemWriter`` and ``FileSystemReader``, wherever those have been imported, go through
+    the pipeline. Background saves stage into ckpt_fast's memory, and none of them starts a process. Saves
+    without a planner of the framework's own plan once. Other URLs, Hugging Face's format, stream transforms,
+    and classes derived from torch's are left to torch.
 
     Megatron-Core: calls of its ``torch_dist`` save strategy, load strategy and fully parallel save wrapper
     (before 0.19 also: of its strategy for the common state) make ours. So ``dist_checkpointing.save`` and

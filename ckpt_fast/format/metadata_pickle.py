@@ -46,6 +46,8 @@ _ALLOWED = {
 # Two keys are compared if they have the same hash: never, or somebody has looked for such.
 _MOST_COMPARISONS = 64
 _RETIRED = "megatron.core.dist_checkpointing.strategies.torch"  # before 0.16
+# Plans; and where the writer of multi-storage-client has saved to, which the reader knows better.
+_IGNORED = {(_RETIRED, "MCoreSavePlan"), ("multistorageclient.pathlib", "MultiStoragePath")}
 
 
 def unpickle_metadata(content: bytes | memoryview) -> tuple[Metadata, int]:
@@ -90,7 +92,7 @@ class _MetadataUnpickler(pickle.Unpickler):
             return vars(torch)[name]
         if (module, name) == (_RETIRED, "MCoreMetadata"):
             return _stand_in(f"{_DCP}.metadata", "Metadata")
-        if (module, name) == (_RETIRED, "MCoreSavePlan"):
+        if (module, name) in _IGNORED:
             return _Ignored
         if settings.pickle_allowed():
             return super().find_class(module, name)
@@ -167,6 +169,6 @@ def _stand_in(module: str, name: str) -> _StandIn:
 
 
 class _Ignored:
-    """Stands in for a class whose data is no longer used."""
+    """Stands in for a class whose data is not used."""
 
     def __setstate__(self, _state: Any) -> None: ...

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from ckpt_fast.doors.dcp.direct import save as dcp_save
 from ckpt_fast.doors.dcp.direct.background import SaveFuture, new_control_group
 from ckpt_fast.doors.dcp.direct.functions import load, save_in_background
-from ckpt_fast.doors.dcp.reader import StrPath
+from ckpt_fast.doors.dcp.places import StrPath
 from ckpt_fast.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
 from ckpt_fast.jobs.report import SaveReport
 from ckpt_fast.manager.directory import CheckpointDirectory

@@ -137,7 +137,7 @@ def path_exists(path: str) -> bool:
 
 
 def _objects(path: str) -> Any:
-    """``compat.objects`` for paths of multi-storage-client, None for files."""
+    """``storage.objects`` for paths of multi-storage-client, None for files."""
     # Megatron takes seconds to import, which those who only build a configuration need not wait for.
     from ckpt_fast.storage import objects
     from ckpt_fast.storage.objects.client import object_storage

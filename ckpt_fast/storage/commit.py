@@ -134,20 +134,19 @@ def invalidate(directory: str, rank: int | None = None, *, sync_names: bool = Tr
     """
     if "://" in os.fspath(directory):
         raise CheckpointWriteError(
-            f"cannot save to {directory}: this is a URL, and is written through multi-storage-client only, "
-            "with ckpt_format='torch_dist' or 'fsdp_dtensor'. Nothing was saved; install and enable it, or "
-            "give a path.",
+            f"cannot save to {directory}: this is a URL, and is written through multi-storage-client only "
+            "(msc://), with ckpt_format='torch_dist' or 'fsdp_dtensor', or FastStorageWriter. Nothing was "
+            "saved; install and enable it, or give a path.",
             filename=directory,
         )
     try:
         make_directory(os.path.abspath(directory), sync_names=sync_names)
         names = set(os.listdir(directory))
-        own = (f"__{rank}_", f".__{rank}_")
         for seal in seals_among(names, rank):
             if _unlink(os.path.join(directory, seal)):
                 fsync_directory(directory)
         for name in names:
-            if is_payload(name) and (rank is None or name.startswith(own)):
+            if is_payload_of(name, rank):
                 _unlink(os.path.join(directory, name))
     except OSError as error:
         raise CheckpointWriteError(
@@ -253,6 +252,11 @@ def is_payload(name: str) -> bool:
     return name.endswith((DATA_SUFFIX, _PARTIAL_SUFFIX)) or name == "common.pt"
 
 
+def is_payload_of(name: str, rank: int | None) -> bool:
+    """``is_payload``; with a rank that saves without the others, whether it is that rank's."""
+    return is_payload(name) and (rank is None or name.startswith((f"__{rank}_", f".__{rank}_")))
+
+
 def rank_metadata_file(rank: int) -> str:
     """The metadata of a rank that saves without the others, as torch DCP names it."""
     return f"__{rank}{METADATA_FILE}"
@@ -343,7 +347,11 @@ def refuse_overwriting(directory: str, seal_name: str = METADATA_FILE) -> None:
         CheckpointWriteError: it holds one.
     """
     if os.path.exists(os.path.join(directory, seal_name)):
-        raise CheckpointWriteError(
-            f"{directory} holds a checkpoint and overwrite is False; choose another directory",
-            filename=directory,
-        )
+        raise not_overwritten(directory)
+
+
+def not_overwritten(name: str) -> CheckpointWriteError:
+    """The error of a save to a place that holds a checkpoint, and must not lose it."""
+    return CheckpointWriteError(
+        f"{name} holds a checkpoint and overwrite is False; choose another directory", filename=name
+    )

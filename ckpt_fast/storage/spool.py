@@ -117,12 +117,33 @@ class Spool:
             CheckpointWriteError: there is no room, or the older checkpoint cannot be removed.
         """
         self._require_space(claims)
-        # All ranks wait meanwhile, in a collective.
-        until = time.monotonic() + settings.outage_s()
+        self.invalidate()
+
+    def names(self) -> list[str]:
+        """Of the files that are there, without those in folders; for a save that is about to begin.
+
+        Raises:
+            CheckpointWriteError: they cannot be listed.
+        """
         with self._failures("list", "Nothing was saved"):
+            # All ranks wait meanwhile, in a collective.
+            until = time.monotonic() + settings.outage_s()
             found = self._insist("list", self._remote.sizes, until=until)
-            names = [name for name in found if "/" not in name]
-        self.delete((*commit.seals_among(names), *filter(commit.is_payload, names)), until)
+        return [name for name in found if "/" not in name]
+
+    def invalidate(self, rank: int | None = None) -> None:
+        """Remove an earlier checkpoint's payload, its seal first; see ``commit.invalidate``.
+
+        Args:
+            rank: given by a rank that saves without the others; of the data files it removes just its own.
+
+        Raises:
+            CheckpointWriteError: it cannot be removed.
+        """
+        until = time.monotonic() + settings.outage_s()
+        names = self.names()
+        payload = [name for name in names if commit.is_payload_of(name, rank)]
+        self.delete((*commit.seals_among(names, rank), *payload), until)
 
     def sync_names(self) -> None:
         """Nothing: there are no directories."""

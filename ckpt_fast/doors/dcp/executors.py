@@ -7,19 +7,27 @@ copy of the state, and ends with the job. A save of ours needs neither (docs/dec
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.checkpoint import state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException, _is_wrapped_exception, _wrap_exception
+from torch.distributed.checkpoint.utils import _DistWrapper, _get_failure_dict
 
 from ckpt_fast.doors.dcp.direct.background import new_control_group
+from ckpt_fast.doors.dcp.places import StrPath, is_served, located
 from ckpt_fast.doors.dcp.planning.planners import InstalledSavePlanner
-from ckpt_fast.doors.dcp.reader import StrPath, is_local_path
 from ckpt_fast.doors.dcp.steps import let_go
 from ckpt_fast.doors.dcp.writer import FastStorageWriter
+from ckpt_fast.errors import CheckpointError
 from ckpt_fast.ranks.group import ControlGroup, PerGroup
-from ckpt_fast.storage.files import absolute
+
+_MIXTURE = (
+    "some ranks save in the background with ckpt_fast and others without it; call ckpt_fast.install() on "
+    "every rank, or on none"
+)
 
 
 class _Background:
@@ -29,9 +37,18 @@ class _Background:
         self._group: dist.ProcessGroup | None = None
         self._thread = ThreadPoolExecutor(1, "ckpt_fast-dcp")
 
-    def get_ready(self, process_group: dist.ProcessGroup | None) -> None:
-        """Collective. Have a process group to save through; the first call creates it."""
+    def get_ready(self, process_group: dist.ProcessGroup | None, meet: Callable[[Any], None]) -> None:
+        """Collective. Have a process group to save through; the first call creates it.
+
+        Args:
+            process_group: of the ranks that save; None means all.
+            meet: called before, as creating one waits for ranks that have no ckpt_fast.
+
+        Raises:
+            CheckpointException: see ``meet_threads`` and ``meet_processes``.
+        """
         if self._group is None:
+            meet(_DistWrapper(process_group, True, 0))
             self._group = new_control_group(process_group)
 
     def submit(self, staged: Any, options: dict[str, Any]) -> Future[Any]:
@@ -42,7 +59,7 @@ class _Background:
         if self._group is not None:
             place["process_group"] = self._group
         if options.get("checkpoint_id"):
-            place["checkpoint_id"] = absolute(options["checkpoint_id"])
+            place["checkpoint_id"] = located(options["checkpoint_id"])
         if options.get("storage_writer") is None:
             place["storage_writer"] = FastStorageWriter(place["checkpoint_id"])
         return self._thread.submit(_save, staged, options | place)
@@ -53,6 +70,8 @@ _backgrounds = PerGroup(_Background)
 
 class _InThisProcess:
     """Takes the place of an executor of torch's."""
+
+    _meet: Callable[[Any], None]
 
     def execute_save(self, staging_future_or_state_dict: Any, **options: Any) -> Future[Any]:
         """Start a save; what it is not for is left to torch.
@@ -66,23 +85,57 @@ class _InThisProcess:
                 staging_future_or_state_dict, **options
             )
             return executed
+        let_go()  # one that failed on another rank, in this thread
         process_group = options.get("process_group")
         alone = options.get("no_dist") or not (dist.is_available() and dist.is_initialized())
         group = ControlGroup.of_one() if alone else ControlGroup(process_group)
         background = _backgrounds.get(group, process_group)
         if group.size > 1 and options.get("use_collectives", True):
-            background.get_ready(process_group)
+            background.get_ready(process_group, self._meet)
         return background.submit(staging_future_or_state_dict, options)
 
 
-def in_this_process(executor: type) -> type:
-    """A class that takes the place of one of torch's executors."""
-    return type(executor.__name__, (_InThisProcess, executor), {"__module__": __name__})
+def in_this_process(meet: Callable[[Any], None], executor: type) -> type:
+    """A class that takes the place of one of torch's executors, which meets the other ranks by ``meet``."""
+    members = {"__module__": __name__, "_meet": staticmethod(meet)}
+    return type(executor.__name__, (_InThisProcess, executor), members)
+
+
+def meet_threads(ranks: Any) -> None:
+    """Collective. As torch's thread begins a save: a rank that saves with it gets an answer, and all raise.
+
+    Args:
+        ranks: torch's ``_DistWrapper``.
+
+    Raises:
+        CheckpointException: some ranks have ckpt_fast and others have not.
+    """
+    # To the coordinator, if torch saves there, it is a rank that has failed.
+    gathered = ranks.gather_object(_wrap_exception(CheckpointError(_MIXTURE)))
+    answers = None
+    if gathered is not None:
+        is_mixed = not all(_is_wrapped_exception(each) and str(each[0]) == _MIXTURE for each in gathered)
+        answer = CheckpointException("plan", _get_failure_dict(gathered)) if is_mixed else None
+        answers = [answer] * len(gathered)
+    answered = ranks.scatter_object(answers)
+    if answered is not None:
+        raise answered
+
+
+def meet_processes(ranks: Any) -> None:
+    """Collective. As torch's process is started: only the coordinator says something. See ``meet_threads``.
+
+    The coordinator itself raises nothing: it waits for ranks that have raised, which ends the job.
+    """
+    refusal = CheckpointException("install", {0: _wrap_exception(CheckpointError(_MIXTURE))})
+    said = ranks.broadcast_object(refusal if ranks.is_coordinator else None)
+    if not isinstance(said, CheckpointException):
+        raise refusal
 
 
 def _is_ours(writer: Any, checkpoint_id: StrPath | None) -> bool:
     if writer is None:
-        return bool(checkpoint_id) and is_local_path(checkpoint_id or "")
+        return bool(checkpoint_id) and is_served(checkpoint_id or "")
     return isinstance(writer, FastStorageWriter)
 
 

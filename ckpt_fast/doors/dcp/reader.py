@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
-import os
 from typing import Any, NamedTuple
 
 import torch
@@ -17,10 +17,11 @@ from torch.futures import Future
 from ckpt_fast import settings
 from ckpt_fast.doors.dcp.agreement import report_unasked, require_same_save
 from ckpt_fast.doors.dcp.coverage import require_covered
+from ckpt_fast.doors.dcp.places import StrPath, files_of, is_served, located, torch_path
 from ckpt_fast.doors.dcp.planning.planners import FastLoadPlanner
 from ckpt_fast.doors.dcp.planning.wanted import ReadFrom, Wanted
 from ckpt_fast.errors import CheckpointMismatchError
-from ckpt_fast.format.names import METADATA_FILE
+from ckpt_fast.format.names import METADATA_FILE, SIDECAR_FILE
 from ckpt_fast.pipeline.load.decode import Contents, decode_object, read_contents
 from ckpt_fast.pipeline.load.index import CheckpointIndex
 from ckpt_fast.pipeline.load.load import load_parts
@@ -32,10 +33,9 @@ from ckpt_fast.pipeline.load.unasked import Unasked
 from ckpt_fast.pipeline.memory.garbage import without_collections
 from ckpt_fast.pipeline.save.objects import encoded
 from ckpt_fast.ranks.group import ControlGroup
-from ckpt_fast.storage.files import absolute
+from ckpt_fast.storage.files import Files
 from ckpt_fast.storage.versions import FileVersions
 
-StrPath = str | os.PathLike[str]
 # Takes the place of the identity where every rank has a ``.metadata`` of its own.
 _OF_ONE_RANK = "of one rank"
 
@@ -74,7 +74,8 @@ class FastStorageReader(FileSystemReader):
         unasked: what no rank asked for, after a load, on the rank that coordinates it.
 
     Args:
-        path: checkpoint directory, written by FastStorageWriter or by torch's own writer.
+        path: checkpoint directory, or its ``msc://`` URL in object storage, written by FastStorageWriter or
+            by torch's own writer. In object storage, each rank fetches the whole of every file that it needs.
         _extension_registry: torch DCP's registry of stream transforms (compression), where torch's writer has
             used some that torch itself does not know.
         checkpoint: the checkpoint at ``path``, if it is open already.
@@ -84,11 +85,13 @@ class FastStorageReader(FileSystemReader):
         self, path: StrPath, _extension_registry: Any = None, checkpoint: OpenCheckpoint | None = None
     ) -> None:
         super().__init__(path)
-        self._path = absolute(path)
+        self._path = located(path)
+        self.path = torch_path(self.fs, path)
         self._extensions = _extension_registry
         self._opened = checkpoint
         self._index: CheckpointIndex | None = None
         self._contents: Contents | None = None
+        self._files: Files | None = None
         self._identity: str | None = None
         self._versions: FileVersions | None = None
         self._asked: set[str] | None = None
@@ -99,11 +102,11 @@ class FastStorageReader(FileSystemReader):
     def reset(self, checkpoint_id: StrPath | None = None) -> None:
         """Begin a new load, from ``checkpoint_id`` if one is given."""
         if checkpoint_id:
-            self._path = absolute(checkpoint_id)
-            self.path = self.fs.init_path(checkpoint_id)
+            self._path = located(checkpoint_id)
+            self.path = torch_path(self.fs, checkpoint_id)
             self._opened = None
         self._index = self._contents = self._identity = self._versions = self._asked = self.unasked = None
-        self._unreadable = None
+        self._files = self._unreadable = None
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """The checkpoint's metadata; with ``rank`` that of one rank, saved without collectives.
@@ -113,6 +116,7 @@ class FastStorageReader(FileSystemReader):
 
         Raises:
             CheckpointNotFoundError, CheckpointCorruptError, UnsafeCheckpointError.
+            UnavailableError, StorageError: see ``files_of``.
         """
         rank = kwargs.get("rank")
         try:
@@ -127,15 +131,25 @@ class FastStorageReader(FileSystemReader):
         prefix = "" if rank is None else f"__{rank}"
         if self._opened is not None and rank is None:
             self._contents, self._versions = self._opened.contents, self._opened.versions
+            self._files = self._opened.files
         else:
-            self._versions = FileVersions(self._path)
-            self._versions.note([prefix + METADATA_FILE])
-            self._contents = read_contents(self._path, prefix)
+            self._read_contents(prefix)
+        assert self._contents is not None
         self._unreadable = None
         self._identity = self._contents.identity if rank is None else _OF_ONE_RANK
         metadata = self._contents.metadata
         metadata.storage_meta = ReadFrom(getattr(metadata, "storage_meta", None), self)
         return metadata
+
+    def _read_contents(self, prefix: str) -> None:
+        name = prefix + METADATA_FILE
+        self._files = files_of(self._path)
+        # Of objects nothing is noted: checksums tell whether the data is of another save.
+        self._versions = FileVersions(self._path)
+        self._versions.note([name])
+        with self._files as files:
+            files.fetch((name, SIDECAR_FILE))
+            self._contents = read_contents(files.directory, prefix)
 
     def set_up_storage_reader(
         self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
@@ -150,7 +164,9 @@ class FastStorageReader(FileSystemReader):
         contents = self._contents
         if contents is None or contents.metadata is not metadata:
             contents = Contents.of(metadata)
-        self._index = CheckpointIndex(self._path, contents, self._extensions, versions=self._versions)
+        files = self._files or files_of(self._path)
+        versions = self._versions or FileVersions(self._path)
+        self._index = CheckpointIndex(self._path, contents, self._extensions, files, versions)
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         """The plan, with what identifies the save that it was made for."""
@@ -180,13 +196,15 @@ class FastStorageReader(FileSystemReader):
             CheckpointCorruptError, CheckpointMismatchError, UnsafeCheckpointError.
         """
         direct = planner.direct if isinstance(planner, FastLoadPlanner) else None
-        if direct is None:
-            self.fill(self.locate_data(plan, planner))
-        else:
-            with one_load(self._path, ControlGroup().global_rank):
-                direct.read()
-            direct.place()
-            self._report_unasked(planner)
+        files = self.index.files
+        with files.named(), contextlib.closing(files) if self._opened is None else contextlib.nullcontext():
+            if direct is None:
+                self.fill(self.locate_data(plan, planner))
+            else:
+                with one_load(self._path, ControlGroup().global_rank):
+                    direct.read()
+                direct.place()
+                self._report_unasked(planner)
         future: Future[None] = Future()
         future.set_result(None)
         return future
@@ -257,8 +275,8 @@ class FastStorageReader(FileSystemReader):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: StrPath) -> bool:
-        """Whether this reader can read there: from a local path."""
-        return is_local_path(checkpoint_id)
+        """Whether this reader can read there: from a local path, or an ``msc://`` URL."""
+        return is_served(checkpoint_id)
 
 
 def _detached(target: torch.Tensor) -> torch.Tensor:
@@ -306,8 +324,3 @@ def _part(index: CheckpointIndex, item: ReadItem, target: torch.Tensor) -> Part:
             "state dict disagree; load into tensors of the shapes that were saved."
         )
     return Part(tensor, piece, Box(piece.sizes, start, lengths, tensor.dtype.itemsize), target)
-
-
-def is_local_path(checkpoint_id: StrPath) -> bool:
-    """Whether the door serves this checkpoint: not one on object storage."""
-    return "://" not in os.fspath(checkpoint_id)

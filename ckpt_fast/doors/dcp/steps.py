@@ -15,6 +15,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from ckpt_fast import native
 from ckpt_fast.jobs import untold
+from ckpt_fast.jobs.worker import Worker
 from ckpt_fast.storage import owners
 
 P = ParamSpec("P")
@@ -26,16 +27,22 @@ class _Hold:
 
     def __init__(self) -> None:
         self.progress: native.Progress | None = None
+        self.worker: weakref.ref[Worker] | None = None
         self._thread = threading.current_thread()
 
     def is_over(self) -> bool:
-        """Whether it ended, or its thread did or has gone on to another save, and no rename is under way."""
+        """Whether it ended, or its thread did or has gone on to another save, and nothing is under way."""
+        worker = self.worker() if self.worker is not None else None
+        if worker is not None and worker.is_closed and not worker.is_done:
+            return False
         if self.progress is not None and self.progress.renaming:
             return False
         return _holds.get(self._thread) is not self or not self._thread.is_alive()
 
 
 _holds: weakref.WeakKeyDictionary[threading.Thread, _Hold] = weakref.WeakKeyDictionary()
+# Those whose saves have ended, but not what they have asked of object storage.
+_lasting: weakref.WeakKeyDictionary[Worker, _Hold] = weakref.WeakKeyDictionary()
 
 
 def hold(name: str, wait_s: float) -> None:
@@ -49,11 +56,19 @@ def hold(name: str, wait_s: float) -> None:
     owners.occupy(name, mine, wait_s)
 
 
-def written_by(progress: native.Progress) -> None:
-    """This thread's save writes under ``progress``."""
+def written_by(progress: native.Progress, worker: Worker | None = None) -> None:
+    """This thread's save writes under ``progress``.
+
+    Args:
+        progress: of the writing.
+        worker: given if what it is at cannot be taken back once the save is given up, as in object storage.
+    """
     mine = _holds.get(threading.current_thread())
     if mine is not None:
         mine.progress = progress
+    if mine is not None and worker is not None:
+        mine.worker = weakref.ref(worker)
+        _lasting[worker] = mine
 
 
 def let_go() -> None:

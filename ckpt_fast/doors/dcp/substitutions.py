@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from inspect import getattr_static
 from typing import Any
 
@@ -12,16 +13,18 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter
 
-from ckpt_fast.doors.dcp.executors import in_this_process
+from ckpt_fast.doors.dcp.executors import in_this_process, meet_processes, meet_threads
+from ckpt_fast.doors.dcp.places import StrPath, is_object_url, is_served
 from ckpt_fast.doors.dcp.planning.planners import SAVE_METHODS, InstalledSavePlanner
-from ckpt_fast.doors.dcp.reader import FastStorageReader, StrPath, is_local_path
+from ckpt_fast.doors.dcp.reader import FastStorageReader
 from ckpt_fast.doors.dcp.writer import FastStorageWriter
 from ckpt_fast.doors.substitution import Arguments, Constructed, Rebound, Substitution, refused
 
+_VALIDATE = "validate_checkpoint_id"
 # Some versions of torch have one of them, or neither.
-_EXECUTORS = {
-    "THREAD": "_ThreadBasedAsyncCheckpointExecutor",
-    "PROCESS": "_ProcessBasedAsyncCheckpointExecutor",
+_EXECUTORS: dict[str, tuple[str, Callable[[Any], None]]] = {
+    "THREAD": ("_ThreadBasedAsyncCheckpointExecutor", meet_threads),
+    "PROCESS": ("_ProcessBasedAsyncCheckpointExecutor", meet_processes),
 }
 
 
@@ -48,6 +51,43 @@ class _Storage(Constructed):
                 raise refused(f"{self.name} has {name}, which ckpt_fast does not implement")
 
 
+class _Chosen:
+    """A storage class says to torch, which asks, that ``msc://`` URLs are for it; derived ones do not.
+
+    Args:
+        stock: the class.
+    """
+
+    def __init__(self, stock: type) -> None:
+        self._stock = stock
+        self._method: Any = None  # None: the class inherits it
+
+    @property
+    def name(self) -> str:
+        return f"{self._stock.__module__}.{self._stock.__qualname__}.{_VALIDATE}"
+
+    def check(self) -> None:
+        if not isinstance(getattr_static(self._stock, _VALIDATE, None), classmethod):
+            raise refused(f"there is no class method {self.name}")
+
+    def make(self) -> None:
+        stock, method = self._stock, getattr_static(self._stock, _VALIDATE)
+
+        @functools.wraps(method.__func__)
+        def validate(cls: type, checkpoint_id: StrPath) -> bool:
+            is_ours = cls is stock and is_object_url(checkpoint_id)
+            return is_ours or bool(method.__func__(cls, checkpoint_id))
+
+        self._method = vars(stock).get(_VALIDATE)
+        setattr(stock, _VALIDATE, classmethod(validate))
+
+    def undo(self) -> None:
+        if self._method is None:
+            delattr(self._stock, _VALIDATE)
+        else:
+            setattr(self._stock, _VALIDATE, self._method)
+
+
 def substitutions() -> Sequence[Substitution]:
     """The changes, none of them made.
 
@@ -56,7 +96,9 @@ def substitutions() -> Sequence[Substitution]:
     """
     found: list[Substitution] = [
         _Storage(FileSystemWriter, FastStorageWriter, StorageWriter, _is_written_by_us),
-        _Storage(FileSystemReader, InstalledReader, StorageReader, _is_local),
+        _Storage(FileSystemReader, InstalledReader, StorageReader, _is_read_by_us),
+        _Chosen(FileSystemWriter),
+        _Chosen(FileSystemReader),
         Constructed(DefaultSavePlanner, InstalledSavePlanner, ("__init__", *SAVE_METHODS)),
     ]
     if hasattr(staging, "DefaultStager"):
@@ -66,16 +108,16 @@ def substitutions() -> Sequence[Substitution]:
     for kind in getattr(state_dict_saver, "AsyncCheckpointerType", ()):
         if kind.name not in _EXECUTORS:
             raise refused(f"{state_dict_saver.__name__} has a checkpointer {kind.name}")
-        found.append(
-            Rebound(state_dict_saver.__name__, _EXECUTORS[kind.name], in_this_process, "execute_save")
-        )
+        executor, meet = _EXECUTORS[kind.name]
+        ours = functools.partial(in_this_process, meet)
+        found.append(Rebound(state_dict_saver.__name__, executor, ours, "execute_save"))
     return found
 
 
-def _is_local(arguments: Arguments) -> bool:
-    return is_local_path(arguments["path"])
+def _is_read_by_us(arguments: Arguments) -> bool:
+    return is_served(arguments["path"])
 
 
 def _is_written_by_us(arguments: Arguments) -> bool:
     form = getattr(arguments.get("serialization_format"), "value", "torch_save")
-    return _is_local(arguments) and not arguments.get("_extensions") and form == "torch_save"
+    return is_served(arguments["path"]) and not arguments.get("_extensions") and form == "torch_save"

@@ -19,15 +19,15 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from ckpt_fast.doors.dcp.places import Place, StrPath, is_served, located, place_of, require_own, torch_path
 from ckpt_fast.doors.dcp.plan_items import leaves_of, planned_nbytes, results_of, shards_of
 from ckpt_fast.doors.dcp.planning.columns import ColumnPlan, SavedMetadata, TakesColumns, programs
 from ckpt_fast.doors.dcp.planning.planners import FastSavePlanner
-from ckpt_fast.doors.dcp.reader import StrPath, is_local_path
 from ckpt_fast.doors.dcp.snapshot import snapshots
 from ckpt_fast.doors.dcp.steps import hold, last_step, let_go, step, written_by
 from ckpt_fast.errors import CheckpointWriteError
 from ckpt_fast.format.manifest import Manifest, new_save_id
-from ckpt_fast.format.names import METADATA_FILE, SEAL_FILE
+from ckpt_fast.format.names import METADATA_FILE
 from ckpt_fast.jobs.report import SaveReport
 from ckpt_fast.pipeline.memory.garbage import without_collections
 from ckpt_fast.pipeline.save import seal
@@ -37,8 +37,6 @@ from ckpt_fast.pipeline.save.waves import Waves
 from ckpt_fast.ranks.group import ControlGroup
 from ckpt_fast.settings import Settings
 from ckpt_fast.storage import commit
-from ckpt_fast.storage.files import Directory, absolute
-from ckpt_fast.storage.space import has_room_beside, require_space
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +62,12 @@ class _Save:
         return None if self.use_collectives else self.rank
 
     @property
+    def name(self) -> str:
+        """What no two saves may have at the same time."""
+        lone = self.lone_rank
+        return self.path if lone is None else os.path.join(self.path, file_prefix(lone))
+
+    @property
     def seal(self) -> str:
         """The file that makes it a checkpoint."""
         lone = self.lone_rank
@@ -81,9 +85,9 @@ class FastStorageWriter(FileSystemWriter):
     The arguments are those of torch's FileSystemWriter, in its order.
 
     Args:
-        path: checkpoint directory. An older checkpoint of torch DCP in it is one until this one is published,
-            which then has other data files; any other ends before anything is written, and so it does where
-            there is no room for both.
+        path: checkpoint directory, or its ``msc://`` URL in object storage. An older checkpoint of torch DCP
+            in a directory is one until this one is published, which then has other data files; any other ends
+            before anything is written, and so it does where there is no room for both.
         single_file_per_rank: no effect: a rank writes ``thread_count`` files, never one for each tensor.
         sync_files: no effect: files are durable before the checkpoint is published. ``CKPT_FAST_FSYNC=0``
             gives that up.
@@ -131,7 +135,8 @@ class FastStorageWriter(FileSystemWriter):
         self._thread_count = thread_count
         self.overwrite = overwrite
         self._keep_buffer = cache_staged_state_dict
-        self._latest = _Save(absolute(path))
+        self._latest = _Save(located(path))
+        self.path = torch_path(self.fs, path)
         # Where the program was when it staged a save that another thread will begin, and the staging thread.
         self._staged_in: tuple[str, int] | None = None
         # torch makes all calls for one save in one thread.
@@ -144,8 +149,8 @@ class FastStorageWriter(FileSystemWriter):
         """Begin a new save, to ``checkpoint_id`` if one is given."""
         let_go()
         staged_in = self._take_staged_in()
-        path = absolute(checkpoint_id, staged_in) if checkpoint_id else self._latest.path
-        self.path = self.fs.init_path(path)
+        path = located(checkpoint_id, staged_in) if checkpoint_id else self._latest.path
+        self.path = torch_path(self.fs, path)
         self._latest = self._of_thread.announced = _Save(path)
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
@@ -167,10 +172,15 @@ class FastStorageWriter(FileSystemWriter):
 
         Raises:
             ValueError: a setting, or an option of this writer, makes no sense. All ranks raise it.
+            UnavailableError, StorageError: see ``files_of``. All ranks raise it.
         """
+        save = self._save
         self._of_thread.settings = chosen = Settings.read()
-        self._waves(SaveReport(self._save.path), "", chosen)
-        lone_rank = self._save.lone_rank
+        self._of_thread.place = place = place_of(save.path)
+        self._waves(SaveReport(save.path), "", chosen)
+        if not place.files.durable:  # on all ranks, as each has uploads that may still arrive
+            hold(save.name, chosen.timeout_s)
+        lone_rank = save.lone_rank
         if lone_rank is None:
             return plan
         return dataclasses.replace(plan, storage_data=_StoragePrefix(file_prefix(lone_rank)))
@@ -185,12 +195,11 @@ class FastStorageWriter(FileSystemWriter):
             CheckpointWriteError: the directory cannot be prepared, has too little room, holds a checkpoint
                 and must not, or another save to it does not end.
         """
-        save, chosen = self._save, self._settings
-        name = save.path if save.lone_rank is None else os.path.join(save.path, file_prefix(save.lone_rank))
-        hold(name, chosen.timeout_s)
+        save = self._save
+        hold(save.name, self._settings.timeout_s)
         if not self.overwrite:
-            commit.refuse_overwriting(save.path, save.seal)
-        self._make_room(save, sum(map(planned_nbytes, plans)))
+            self._place.refuse_overwriting(save.seal)
+        self._place.make_room(sum(map(planned_nbytes, plans)), save.seal, save.lone_rank)
         return [
             plan
             if plan.storage_data is not None
@@ -212,13 +221,16 @@ class FastStorageWriter(FileSystemWriter):
         self.report = self._of_thread.report = report = SaveReport(self._save.path)
         report.count_from(getattr(self._of_thread, "begin", time.perf_counter()))
         prefix = self._of_thread.prefix = plan.storage_data.prefix
-        first = commit.first_free_number(self._save.path, prefix, self._save.seal)
+        first = self._place.first_number(prefix, self._save.seal)
         columns = planner.columns if isinstance(planner, FastSavePlanner) else None
         waves = self._waves(report, prefix, self._settings, first, columns)
-        written_by(waves.progress)
-        with snapshots.read(columns.leaves if columns is not None else leaves_of(planner)) as snapshot:
+        files = self._place.files
+        written_by(waves.progress, None if files.durable else waves.worker)
+        leaves = columns.leaves if columns is not None else leaves_of(planner)
+        with contextlib.closing(files), snapshots.read(leaves) as snapshot:
             if snapshot is not None:
                 report.count_from(snapshot.began)
+            files.claim(0)  # nobody sums up what the ranks need
             if columns is None:
                 record = waves.run(shards_of(plan, planner))
             else:
@@ -245,12 +257,15 @@ class FastStorageWriter(FileSystemWriter):
             pickled, manifest = metadata.seal(results)
         else:
             pickled, manifest = self._table_of(metadata, results)
-        files = Directory(save.path)
-        self._require_own(files, manifest)
-        before = commit.superseded(save.path, save.seal, save.lone_rank)
-        seal.seal(files, pickled, manifest, name=save.seal)
+        place = self._place
+        # Another process that saves to the directory may have mistaken this rank's files for dead ones. Of
+        # objects, one request tells of those of all ranks.
+        prefix = self._of_thread.prefix if place.files.durable else ""
+        require_own(place.files, [each for each in manifest.files.values() if each.path.startswith(prefix)])
+        before = place.superseded(save.seal, save.lone_rank)
+        seal.seal(place.files, pickled, manifest, name=save.seal)
         try:
-            commit.remove_files(save.path, before - set(manifest.files))
+            place.remove(before - set(manifest.files))
         except CheckpointWriteError as error:
             logger.warning("%s", error)
         seal.report(self._of_thread.report, ControlGroup().global_rank)
@@ -281,8 +296,8 @@ class FastStorageWriter(FileSystemWriter):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: StrPath) -> bool:
-        """Whether this writer can write there: to a local path."""
-        return is_local_path(checkpoint_id)
+        """Whether this writer can write there: to a local path, or an ``msc://`` URL."""
+        return is_served(checkpoint_id)
 
     # --- the async stager protocol ---------------------------------------------------------------------
 
@@ -326,6 +341,7 @@ class FastStorageWriter(FileSystemWriter):
             self._thread_count,
             bound=chosen.host_buffer_bytes,
             settings=chosen,
+            files=self._place.files,
             first=first,
             programs=programs() if columns is not None else None,
         )
@@ -336,6 +352,12 @@ class FastStorageWriter(FileSystemWriter):
         return getattr(self._of_thread, "settings", None) or Settings.read()
 
     @property
+    def _place(self) -> Place:
+        """Where the save goes that this thread is working on."""
+        place: Place = self._of_thread.place
+        return place
+
+    @property
     def _save(self) -> _Save:
         """The save that this thread is at."""
         return getattr(self._of_thread, "save", self._latest)
@@ -344,43 +366,9 @@ class FastStorageWriter(FileSystemWriter):
         """The save that the next calls in this thread are for."""
         return getattr(self._of_thread, "announced", None) or self._latest
 
-    def _require_own(self, files: Directory, manifest: Manifest) -> None:
-        """Another process that saves to the directory may have mistaken this rank's files for dead ones."""
-        own = [file for file in manifest.files.values() if file.path.startswith(self._of_thread.prefix)]
-        for file, _ in files.missing(own):
-            raise CheckpointWriteError(
-                f"{os.path.join(files.name, file.path)} was written by this save, but is gone or of another: "
-                "something else saves to the same directory. This checkpoint was not published; let one "
-                "process, or the ranks of one job, save there.",
-                filename=files.name,
-            )
-
-    def _make_room(self, save: _Save, nbytes: int) -> None:
-        can_stay = _can_stay(save)
-        if can_stay and has_room_beside(save.path, nbytes):
-            commit.remove_partial_files(save.path, save.lone_rank)
-            return
-        require_space(save.path, nbytes)
-        if can_stay:
-            logger.warning(
-                "%s is overwritten: the checkpoint in it ends now, and until this save is whole there is "
-                "none. There is no room for both.",
-                save.path,
-            )
-        commit.invalidate(save.path, rank=save.lone_rank)
-
     def __getstate__(self) -> dict[str, Any]:
         # To the process that writes, with AsyncCheckpointerType.PROCESS.
         return {name: value for name, value in self.__dict__.items() if name != "_of_thread"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _of_thread=threading.local())
-
-
-def _can_stay(save: _Save) -> bool:
-    """Whether there is an older checkpoint that is replaced by the new seal alone."""
-    try:
-        names = os.listdir(save.path)
-    except OSError:
-        return False
-    return save.seal in names and SEAL_FILE not in names

@@ -61,10 +61,10 @@ class CheckpointIndex:
         table: the entries in columns, where the save has written a table.
 
     Args:
-        directory: the checkpoint.
+        directory: the checkpoint, in messages; and where its files are, unless ``files`` says so.
         contents: its ``.metadata``, where it has been read already.
         extensions: torch DCP's registry of the stream transforms that items may need; None: torch's own.
-        files: where the checkpoint's files are, if they are not simply in ``directory``.
+        files: of the checkpoint, if they are not simply in ``directory``; with ``contents``.
         versions: what the files were like before ``contents`` was read.
 
     Raises:
@@ -83,11 +83,11 @@ class CheckpointIndex:
         files: Files | None = None,
         versions: FileVersions | None = None,
     ) -> None:
-        if "://" in os.fspath(directory):
+        if files is None and "://" in os.fspath(directory):
             raise CheckpointMismatchError(
-                f"cannot load from {directory}: this is a URL, and is read through multi-storage-client "
-                "only, with ckpt_format='torch_dist' or 'fsdp_dtensor'. Install and enable it, or copy the "
-                "checkpoint to a path."
+                f"cannot load from {directory}: this is a URL, and is read through multi-storage-client only "
+                "(msc://), with ckpt_format='torch_dist' or 'fsdp_dtensor', or FastStorageReader. Install "
+                "and enable it, or copy the checkpoint to a path."
             )
         self.directory = directory
         self.files = files if files is not None else Directory(directory)

@@ -11,13 +11,13 @@ import os
 import re
 from typing import Any, Protocol
 
-from ckpt_fast.errors import StorageError
-from ckpt_fast.optional import UnavailableError, safe_import
+from ckpt_fast.errors import StorageError, UnavailableError
+from ckpt_fast.optional import safe_import
 from ckpt_fast.storage.files import Directory, Files
 from ckpt_fast.storage.objects.errors import ObjectErrors, lacks_bucket
 from ckpt_fast.storage.spool import Spool
 
-_SCHEME = "msc://"
+SCHEME = "msc://"
 
 
 class Switch(Protocol):
@@ -48,7 +48,7 @@ def object_storage(path: str | os.PathLike[str]) -> Any | None:
         UnavailableError: an ``msc://`` path, and multi-storage-client is not installed or not switched on.
     """
     name = as_url(path)
-    is_url = name.startswith(_SCHEME)
+    is_url = name.startswith(SCHEME)
     if not (is_url if _switch is None else _switch.is_enabled()):
         if is_url:
             raise UnavailableError(f"{name} is in object storage: {_remedy()}")
@@ -67,10 +67,23 @@ def enable_object_storage() -> None:
     Raises:
         UnavailableError: multi-storage-client is not installed.
     """
-    if not safe_import("multistorageclient")[1]:
-        raise UnavailableError(f"a path that begins with {_SCHEME} is in object storage: {_remedy()}")
+    import_client()
     if _switch is not None:
         _switch.enable()
+
+
+def import_client() -> Any:
+    """The multistorageclient module.
+
+    Raises:
+        UnavailableError: it is not installed.
+    """
+    msc, is_installed = safe_import("multistorageclient")
+    if not is_installed:
+        raise UnavailableError(
+            f"a path that begins with {SCHEME} is in object storage: install multi-storage-client"
+        )
+    return msc
 
 
 class ObjectStore:
@@ -121,7 +134,20 @@ def checkpoint_files(path: str | os.PathLike[str]) -> Files:
         StorageError: see ``client_and_key``.
     """
     name, msc = as_url(path), object_storage(path)
-    return Directory(name) if msc is None else Spool(name, ObjectStore(msc, name), ObjectErrors())
+    return Directory(name) if msc is None else object_files(msc, name)
+
+
+def object_files(msc: Any, path: str) -> Spool:
+    """The files of a checkpoint in object storage; the caller closes them.
+
+    Args:
+        msc: the multistorageclient module.
+        path: of the checkpoint.
+
+    Raises:
+        StorageError: see ``client_and_key``.
+    """
+    return Spool(path, ObjectStore(msc, path), ObjectErrors())
 
 
 def client_and_key(msc: Any, path: str) -> tuple[Any, str]:
@@ -139,7 +165,7 @@ def client_and_key(msc: Any, path: str) -> tuple[Any, str]:
 
 def as_url(path: str | os.PathLike[str]) -> str:
     """A path as a string; an URL as it was before somebody, as Megatron-Core does, made a Path of it."""
-    return re.sub(f"^{_SCHEME[:-1]}(?!/)", _SCHEME, os.fspath(path))
+    return re.sub(f"^{SCHEME[:-1]}(?!/)", SCHEME, os.fspath(path))
 
 
 def _remedy() -> str:

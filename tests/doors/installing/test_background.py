@@ -18,10 +18,13 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import staging, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.utils import _DistWrapper
 
 import ckpt_fast
+from ckpt_fast.doors.dcp import executors
 from ckpt_fast.doors.dcp import snapshot as dcp_snapshot
 from ckpt_fast.pipeline.save import stage as stage_module
+from ckpt_fast.pipeline.save import waves
 from tests.doors.dcp.ranks import FSDP2_ON_CPU, Trained, wrong
 from tests.doors.dcp.states import blank, differences, training_state
 from tests.doors.dcp.test_async import scramble
@@ -180,6 +183,80 @@ def test_a_failure_on_one_rank_reaches_all(tmp_path: Path) -> None:
     for (message,) in run_ranks(fail_in_the_background, 2, str(tmp_path)):
         assert "lock" in message
     assert is_ours(tmp_path)
+
+
+def fail_and_go_on(rank: int, root: str) -> bool:
+    """A save fails while rank 1 writes, which rank 0 is not told; the next one is in the background."""
+    with ckpt_fast.install(megatron=False):
+        with pytest.MonkeyPatch.context() as patch:
+            if rank:
+                patch.setattr(waves, "write", no_room)
+            with pytest.raises(CheckpointException, match="no room"):
+                dcp.save({"w": torch.ones(3), f"of {rank}": torch.ones(3)}, checkpoint_id=root)
+        dcp.async_save({"w": torch.ones(3)}, checkpoint_id=root).result(timeout=60)
+    return is_ours(root)
+
+
+def no_room(*_: Any) -> None:
+    raise OSError("no room")
+
+
+def test_a_failure_on_one_rank_does_not_hold_up_the_next(tmp_path: Path) -> None:
+    assert run_ranks(fail_and_go_on, 2, str(tmp_path)) == [True, True]
+
+
+def install_on_one(rank: int, root: str, way: str, first: int) -> list[str]:
+    """One rank has ckpt_fast, and one has not; returns what each save has raised."""
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
+    group = dist.new_group(backend="gloo")
+    raised = []
+    with ckpt_fast.install(megatron=False, torch_dcp=rank == first):
+        for step in range(2):
+            with pytest.raises(CheckpointException) as error:
+                state, path = {"w": torch.ones(3)}, f"{root}/{step}"
+                if way == "now":
+                    dcp.save(state, checkpoint_id=path, process_group=group)
+                else:
+                    future = dcp.async_save(state, process_group=group, **options(way, path))
+                    uploaded(future).result(timeout=60)
+            raised.append(str(error.value))
+    return raised
+
+
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("way", ["now", "thread", "thread, writer"])
+def test_a_mixture_of_ranks(way: str, first: int, tmp_path: Path) -> None:
+    for messages in run_ranks(install_on_one, 2, str(tmp_path), way, first, fresh=True, timeout_s=60):
+        for message in messages:
+            assert "ckpt_fast.install() on every rank" in message
+    assert not list(tmp_path.rglob(".metadata"))
+
+
+def install_on_one_with_processes(rank: int, root: str, first: int) -> str:
+    """The same with torch's process. Rank 0 does what comes first: then it could only wait for rank 1."""
+    from torch.distributed.checkpoint._async_process_executor import _ProcessGroupInitInfo
+
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
+    group = dist.new_group(backend="gloo")
+    if rank == 0 and first == 0:
+        executors.meet_processes(_DistWrapper(group, True, 0))
+    elif rank == 0:
+        _ProcessGroupInitInfo(group)
+    else:
+        with (
+            ckpt_fast.install(megatron=False, torch_dcp=first == 1),
+            pytest.raises(CheckpointException) as error,
+        ):
+            dcp.async_save({"w": torch.ones(3)}, process_group=group, **options("process", root))
+        return str(error.value)
+    return ""
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_mixture_of_processes(first: int, tmp_path: Path) -> None:
+    pytest.importorskip("torch.distributed.checkpoint._async_process_executor")
+    _, message = run_ranks(install_on_one_with_processes, 2, str(tmp_path), first, fresh=True, timeout_s=60)
+    assert "call ckpt_fast.install() on every rank" in message
 
 
 def test_what_is_not_ours_is_left_to_torch(tmp_path: Path) -> None:

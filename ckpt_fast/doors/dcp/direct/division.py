@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ckpt_fast.doors.dcp.direct.local_state import LocalState
-from ckpt_fast.errors import CheckpointMismatchError
+from ckpt_fast.errors import CheckpointError, CheckpointMismatchError
 from ckpt_fast.format.columns.items import Items, encode_items, join_items, row_count
 from ckpt_fast.format.columns.lists import Ints
 from ckpt_fast.format.types import Extent, ItemRecord
@@ -74,6 +74,24 @@ class DescribedState(NamedTuple):
 
     items: bytes
     paths: bytes
+
+    def __getitem__(self, key: Any) -> Any:
+        """Only a coordinator that plans with torch looks up names, as in what torch's planner has made.
+
+        Raises:
+            CheckpointError: see ``mixed``.
+        """
+        if isinstance(key, str | bytes):
+            raise mixed()
+        return tuple.__getitem__(self, key)
+
+
+def mixed() -> CheckpointError:
+    """The error for ranks of which some describe their state to another planner."""
+    return CheckpointError(
+        "some ranks plan this save with FastSavePlanner and others do not; use one planner, with the same "
+        "arguments, on all of them, or call ckpt_fast.install() on every rank"
+    )
 
 
 def describe_state(state: LocalState) -> DescribedState:

@@ -13,7 +13,7 @@ from ckpt_fast.doors.dcp.direct.background import SaveFuture, committers, wait_f
 from ckpt_fast.doors.dcp.direct.load import load_state_dict
 from ckpt_fast.doors.dcp.direct.local_state import plain_state_dict
 from ckpt_fast.doors.dcp.direct.save import start_save
-from ckpt_fast.doors.dcp.reader import StrPath
+from ckpt_fast.doors.dcp.places import StrPath
 from ckpt_fast.jobs import trace
 from ckpt_fast.jobs.report import SaveReport, counted_from
 from ckpt_fast.pipeline.save.parts import Completion, SaveOptions

@@ -24,10 +24,10 @@ from ckpt_fast.doors.dcp.direct.division import (
     choose,
     describe_state,
     division_of,
+    mixed,
 )
 from ckpt_fast.doors.dcp.direct.local_state import LocalState
 from ckpt_fast.doors.dcp.direct.save import prepared_shards, shards_of
-from ckpt_fast.errors import CheckpointError
 from ckpt_fast.format.columns.records import encode_record, join_records
 from ckpt_fast.format.manifest import Manifest, new_save_id
 from ckpt_fast.format.types import RankRecord, Shard
@@ -129,7 +129,7 @@ class ColumnPlan:
         """
         part = plan.planner_data
         if not isinstance(part, OwnPart):
-            raise _mixed()
+            raise mixed()
         if self._structure is not None:
             key = self._structure + part.numbers + repr(options).encode()
             self._key = hashlib.blake2b(key, digest_size=16).digest()
@@ -244,7 +244,7 @@ def divide(plans: Sequence[SavePlan], *, is_strict: bool = True) -> tuple[list[S
     """
     described = [plan.planner_data for plan in plans]
     if not all(isinstance(each, DescribedState) for each in described):
-        raise _mixed()
+        raise mixed()
     key = hashlib.blake2b(pickle.dumps((described, is_strict), 5), digest_size=16).digest()
     known = _known.divided.find(key)
     if known is None:
@@ -255,10 +255,3 @@ def divide(plans: Sequence[SavePlan], *, is_strict: bool = True) -> tuple[list[S
     parts, paths = known
     divided = [dataclasses.replace(plan, planner_data=part) for plan, part in zip(plans, parts, strict=True)]
     return divided, SavedMetadata(paths)
-
-
-def _mixed() -> CheckpointError:
-    return CheckpointError(
-        "some ranks plan this save with FastSavePlanner and others do not; use one planner, with the same "
-        "arguments, on all of them, or call ckpt_fast.install() on every rank"
-    )
