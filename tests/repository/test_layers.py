@@ -20,7 +20,8 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # Lowest first. A module imports from its own layer and from those below it.
 LAYERS = [
-    {"errors", "once", "optional", "settings", "system"},
+    {"errors", "once", "settings", "system"},
+    {"optional"},
     {"native"},
     {"version"},
     {"format"},

@@ -23,7 +23,7 @@ import ckpt_fast
 from ckpt_fast.compat import MultiStorageClientFeature
 from ckpt_fast.errors import CheckpointNotFoundError, CheckpointWriteError, StorageError, UnavailableError
 from ckpt_fast.format.manifest import split_manifest
-from ckpt_fast.storage import objects
+from ckpt_fast.storage.objects import client
 from tests.doors.dcp.ranks import FSDP2_ON_CPU, Trained, wrong
 from tests.doors.dcp.states import blank, differences, training_state
 from tests.doors.installing.test_background import uploaded
@@ -54,8 +54,8 @@ def bucket(object_server: ObjectServer, tmp_path: Path, monkeypatch: pytest.Monk
 
 def is_ours(url: str) -> bool:
     """Return whether ckpt_fast has written a checkpoint."""
-    client, key = objects.client_and_key(objects.import_client(), f"{url}/.metadata")
-    return split_manifest(bytes(client.read(key)))[1] is not None
+    store, key = client.client_and_key(client.import_client(), f"{url}/.metadata")
+    return split_manifest(bytes(store.read(key)))[1] is not None
 
 
 def clients_own() -> tuple[Any, Any]:
@@ -255,10 +255,10 @@ def test_a_flipped_bit_is_found(bucket: Bucket) -> None:
     state = {"w": torch.ones(1000)}
     with ckpt_fast.install(megatron=False):
         dcp.save(state, checkpoint_id=bucket.url)
-        client, key = objects.client_and_key(objects.import_client(), f"{bucket.url}/__0_0.distcp")
-        content = bytearray(client.read(key))
+        store, key = client.client_and_key(client.import_client(), f"{bucket.url}/__0_0.distcp")
+        content = bytearray(store.read(key))
         content[len(content) // 2] ^= 1
-        client.write(key, bytes(content))
+        store.write(key, bytes(content))
         with pytest.raises(CheckpointException) as raised:
             dcp.load({"w": torch.zeros(1000)}, checkpoint_id=bucket.url)
     assert "CheckpointCorruptError" in str(raised.value) and f"{bucket.url}/__0_0.distcp" in str(raised.value)
@@ -270,7 +270,7 @@ def test_what_a_save_that_was_left_has_asked_for_may_still_arrive(
 ) -> None:
     """So the next save to the same URL waits for it."""
     go = threading.Event()
-    put = objects.ObjectStore.put
+    put = client.ObjectStore.put
 
     def held(self: Any, name: str, path: str) -> None:
         if not go.is_set():
@@ -278,7 +278,7 @@ def test_what_a_save_that_was_left_has_asked_for_may_still_arrive(
         assert go.wait(60)
         put(self, name, path)
 
-    monkeypatch.setattr(objects.ObjectStore, "put", held)
+    monkeypatch.setattr(client.ObjectStore, "put", held)
     monkeypatch.setattr("ckpt_fast.jobs.worker.LEAVE_S", 0.1)
     with pytest.raises((KeyboardInterrupt, CheckpointException)):
         dcp.save({"w": torch.ones(3)}, storage_writer=ckpt_fast.FastStorageWriter(bucket.url))
