@@ -14,7 +14,7 @@ from hypothesis import given
 from ckpt_fast import native
 from ckpt_fast.pipeline.memory.forms import describe
 from ckpt_fast.pipeline.memory.strided import has_storage
-from tests.in_place import BREAKAGES, MUTATIONS, mutate, some_tensors
+from tests.pipeline.in_place import BREAKAGES, MUTATIONS, mutate, some_tensors
 
 
 def freed(nbytes: int) -> torch.Tensor:

@@ -13,7 +13,7 @@ import torch
 import ckpt_fast
 from ckpt_fast.errors import CheckpointError
 from ckpt_fast.pipeline.memory.strided import has_storage
-from tests.in_place import BREAKAGES, MUTATIONS, mutate, some_tensors
+from tests.pipeline.in_place import BREAKAGES, MUTATIONS, mutate, some_tensors
 
 pytestmark = pytest.mark.usefixtures("native_impl", "no_fsync")
 
