@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "python/inventory.h"
 
+#include <array>
+#include <charconv>
 #include <cstdint>
+#include <limits>
 #include <string>
 
 namespace py = pybind11;
@@ -14,6 +17,13 @@ void append_utf8(std::string& text, PyObject* name) {
   const char* characters = PyUnicode_AsUTF8AndSize(name, &nbytes);
   if (characters == nullptr) throw py::error_already_set();
   text.append(characters, static_cast<size_t>(nbytes));
+}
+
+template <typename Integer>
+void append_number(std::string& text, Integer number) {
+  std::array<char, std::numeric_limits<Integer>::digits10 + 2> digits;
+  const auto [end, error] = std::to_chars(digits.data(), digits.data() + digits.size(), number);
+  text.append(digits.data(), end);
 }
 
 class Walk {
@@ -34,8 +44,11 @@ class Walk {
  private:
   void take(py::handle module) {
     modules_.append(module);
-    if (!py::hasattr(module, dict_)) throw py::type_error("not a torch module: it has no attributes");
-    const py::object attributes = module.attr(dict_);
+    const auto attributes = py::reinterpret_steal<py::object>(PyObject_GetAttr(module.ptr(), dict_.ptr()));
+    if (!attributes) {
+      PyErr_Clear();
+      throw py::type_error("not a torch module: it has no attributes");
+    }
     take_identity(reinterpret_cast<PyObject*>(Py_TYPE(module.ptr())));
     take_tensors(dictionary(attributes, parameters_));
     take_tensors(dictionary(attributes, buffers_));
@@ -73,6 +86,10 @@ class Walk {
   }
 
   void take_set(const py::object& names) {
+    if (PyAnySet_Check(names.ptr()) && PySet_GET_SIZE(names.ptr()) == 0) {
+      names_ += ',';
+      return;
+    }
     const py::list sorted(names);
     if (PyList_Sort(sorted.ptr()) != 0) throw py::error_already_set();
     for (const py::handle name : sorted) take_name(name);
@@ -85,14 +102,14 @@ class Walk {
     for (Py_ssize_t at = 0; PyDict_Next(hooks.ptr(), &at, &number, &hook) != 0;) {
       const long long value = PyLong_AsLongLong(number);
       if (value == -1 && PyErr_Occurred() != nullptr) throw py::error_already_set();
-      names_ += std::to_string(value);
+      append_number(names_, value);
       names_ += '\0';
     }
     names_ += ',';
   }
 
   void take_identity(PyObject* object) {
-    if (object != nullptr) names_ += std::to_string(reinterpret_cast<uintptr_t>(object));
+    if (object != nullptr) append_number(names_, reinterpret_cast<std::uintptr_t>(object));
     names_ += '-';
   }
 
@@ -171,7 +188,8 @@ py::tuple walk_optimizer(const py::list& groups, const py::dict& state, const py
     if (!py::isinstance<py::dict>(group)) throw py::type_error("a group of parameters is no dictionary");
     const py::object held = py::reinterpret_borrow<py::dict>(group)[params];
     if (!py::isinstance<py::list>(held)) throw py::type_error("the parameters of a group are no list");
-    facts += std::to_string(PyList_GET_SIZE(held.ptr())) + ":";
+    append_number(facts, PyList_GET_SIZE(held.ptr()));
+    facts += ':';
     for (const py::handle parameter : py::reinterpret_borrow<py::list>(held)) {
       tensors.append(parameter);
       const auto own = py::reinterpret_borrow<py::object>(states.of(parameter.ptr()));

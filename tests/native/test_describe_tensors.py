@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from random import Random
+from typing import Any
+
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -10,6 +13,8 @@ from hypothesis import given
 
 from ckpt_fast import native
 from ckpt_fast.pipeline.memory.forms import describe
+from ckpt_fast.pipeline.memory.strided import has_storage
+from tests.pipeline.in_place import BREAKAGES, MUTATIONS, mutate, some_tensors
 
 
 def freed(nbytes: int) -> torch.Tensor:
@@ -53,6 +58,31 @@ def test_engine_and_twin_agree(kinds: list[str]) -> None:
         with native.using(implementation):
             found.append(describe(values))
     assert found[0].equals(found[1])
+
+
+def facts(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return (
+        tensor.data_ptr(),
+        (tensor.dtype, tuple(tensor.shape), tensor.stride()),
+        tensor.is_conj() or tensor.is_neg(),
+        has_storage(tensor),
+    )
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_what_happens_in_place_is_seen(seed: int) -> None:
+    chance = Random(seed)
+    mutations = [*MUTATIONS.values(), *BREAKAGES.values()]
+    values = list(some_tensors(seed).values())
+    for _ in range(40):
+        mutate(chance.choice(values), chance.choice(mutations), chance.getrandbits(16))
+        for implementation in ("engine", "fallback"):
+            with native.using(implementation):
+                described = describe(values)
+            for value, form, address in zip(values, described.forms, described.addresses, strict=True):
+                found = described.table[int(form)]
+                layout = (found.dtype, found.shape, found.stride)
+                assert (int(address), layout, found.is_lazy, found.has_storage) == facts(value)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -102,13 +102,15 @@ class _Known(NamedTuple):
     outline: Outline
     names: list[str]
 
-    def describes(self, inventory: Inventory) -> bool:
+    def holders_in(self, inventory: Inventory) -> list[torch.Tensor] | None:
+        """The holders, if the inventory is that of the save; else None."""
         if self.facts != _digest(inventory.facts):
-            return False
+            return None
         are_same = native.refer_to
         if not (are_same(self.owners, inventory.owners) and are_same(self.tensors, inventory.tensors)):
-            return False
-        return describe([inventory.tensors[number] for number in self.holders]).equals(self.described)
+            return None
+        holders = list(map(inventory.tensors.__getitem__, self.holders))
+        return holders if describe(holders).equals(self.described) else None
 
 
 class KnownTensors:
@@ -144,7 +146,8 @@ class KnownTensors:
         if not program.suits(snapshot, bound):
             return None
         inventory = collector.inventory()
-        if inventory is None or not known.describes(inventory):
+        holders = known.holders_in(inventory) if inventory is not None else None
+        if holders is None:
             self._known = None
             return None
         found, common = _collect_objects(collector, preprocess, known.outline)
@@ -153,7 +156,7 @@ class KnownTensors:
         payloads = [found[name] for name in known.names]
         if not program.holds(payloads):
             return None
-        holders = [*(inventory.tensors[number] for number in known.holders), *known.outline.padding]
+        holders += known.outline.padding
         addresses = torch.cat([known.described.addresses, describe(known.outline.padding).addresses])
 
         def tensors() -> list[torch.Tensor]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Objects as the bytes of ``torch.save``, encoded once where they are plain values.
+"""Objects as the bytes of ``torch.save``, encoded once where they are plain values, or have one small tensor.
 
 What a load would refuse is refused here already: nobody learns only at the end of a run that its checkpoints
 cannot be read.
@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import argparse
 import collections
+import ctypes
 import io
 import logging
 import pickle
 import types
 from collections.abc import Iterable
 from functools import lru_cache
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
 from ckpt_fast import native, settings
 from ckpt_fast.errors import UnsafeCheckpointError
+from ckpt_fast.format.archive import TYPED_STORAGES
 from ckpt_fast.format.inert.saved import require_readable
 from ckpt_fast.once import first_time
 
@@ -37,7 +39,8 @@ _SHORT, _REPEATED = 256, pickle.BINGET
 def object_bytes(value: Any, name: str) -> bytes:
     """``torch.save`` in memory, of a value that can be loaded again.
 
-    Most of a run's objects are small, plain, and the same as at the last save. Those cost a fiftieth.
+    Most of a run's objects are small, and the same as at the last save. Those cost a fiftieth: plain values,
+    and those with one small tensor, as the extra states of Transformer Engine's modules are.
 
     Args:
         value: what is to be saved.
@@ -89,28 +92,73 @@ def _report(name: str, reason: str) -> None:
 def _encoded(value: Any, check: bool = True) -> tuple[bytes, str | None]:
     """The bytes of ``torch.save``, and why a load would refuse them: None if it would not."""
     buffer = io.BytesIO()
+    pickler = _PlainPickler(buffer, protocol=4)
     try:
-        _PlainPickler(buffer, protocol=4).dump(value)
+        pickler.dump(value)
     except Exception:  # not plain, or not to be pickled at all, which torch.save says better
         pickled = None
     else:
         pickled = buffer.getvalue()
     if pickled is not None and len(pickled) <= _LONGEST:
-        return _saved_plain(pickled)
+        return _saved_small(pickled, pickler.has_tensor)
     payload = _torch_saved(value)
     return payload, _refusal(payload) if check else None
 
 
 class _PlainPickler(pickle.Pickler):
-    """Pickles nothing but Python's own values: numbers, strings, and containers of them."""
+    """Pickles Python's own values (numbers, strings, and containers of them) and one small tensor among them.
 
-    def reducer_override(self, obj: Any) -> NoReturn:
-        raise pickle.PicklingError(f"{type(obj).__name__} is not plain")
+    Where the pickles are equal, so are the bytes of ``torch.save``. With two tensors those would depend on
+    whether they share memory.
+
+    Attributes:
+        has_tensor: whether there is one.
+    """
+
+    has_tensor = False
+
+    def reducer_override(self, obj: Any) -> Any:
+        if obj is _tensor_of:
+            return NotImplemented
+        facts = None if self.has_tensor else _small_tensor(obj)
+        if facts is None:
+            raise pickle.PicklingError(f"{type(obj).__name__} is not plain")
+        self.has_tensor = True
+        return _tensor_of, facts
+
+
+def _small_tensor(value: Any) -> tuple[str, tuple[int, ...], tuple[int, ...], bytes] | None:
+    """All that ``torch.save`` stores of a small CPU tensor with a storage of its own; None for others."""
+    if type(value) is not torch.Tensor or vars(value):
+        return None
+    with torch._C.DisableTorchFunction():
+        if not value.is_cpu or value.layout != torch.strided or value.dtype not in TYPED_STORAGES:
+            return None
+        nbytes = value.nbytes
+        if nbytes > _LONGEST or not value.is_contiguous():
+            return None
+        if value.requires_grad or value.is_conj() or value.is_neg():
+            return None
+        if value.storage_offset() or value.untyped_storage().nbytes() != nbytes:
+            return None
+        content = ctypes.string_at(value.data_ptr(), nbytes) if nbytes else b""
+        return str(value.dtype), tuple(value.shape), value.stride(), content
+
+
+def _tensor_of(dtype: str, shape: tuple[int, ...], stride: tuple[int, ...], content: bytes) -> torch.Tensor:
+    kind: torch.dtype = getattr(torch, dtype.removeprefix("torch."))
+    flat = (
+        torch.frombuffer(bytearray(content), dtype=kind)
+        if content
+        else torch.empty(0, dtype=kind, device="cpu")
+    )
+    return flat.as_strided(shape, stride)
 
 
 @lru_cache(maxsize=2048)
-def _saved_plain(pickled: bytes) -> tuple[bytes, str | None]:
-    return _torch_saved(pickle.loads(pickled)), _growth(pickled)
+def _saved_small(pickled: bytes, has_tensor: bool) -> tuple[bytes, str | None]:
+    payload = _torch_saved(pickle.loads(pickled))
+    return payload, _refusal(payload) if has_tensor else _growth(pickled)
 
 
 def _growth(pickled: bytes) -> str | None:

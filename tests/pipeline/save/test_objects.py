@@ -6,19 +6,28 @@ from __future__ import annotations
 import argparse
 import collections
 import io
+import math
+from collections.abc import Callable
 from typing import Any
 
+import hypothesis
+import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given
 
 from ckpt_fast.errors import UnsafeCheckpointError
+from ckpt_fast.format.archive import TYPED_STORAGES
 from ckpt_fast.format.inert import classes
 from ckpt_fast.pipeline.load.decode import decode_object
 from ckpt_fast.pipeline.save.objects import object_bytes, require_loadable
 from tests.everyday import REFUSED, VALUES, Custom, Phase, same
 
 pytestmark = pytest.mark.usefixtures("native_impl")
+
+
+SHAPES = ((), (0,), (0, 7), (3,), (1, 4), (2, 3, 2), (5000,))
 
 
 def torch_saved(value: Any) -> bytes:
@@ -60,6 +69,71 @@ def test_large_tensors_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch, "frombuffer", fail)
     require_loadable(payload, "o")
+
+
+def with_attribute(tensor: torch.Tensor) -> torch.Tensor:
+    tensor.note = "kept by torch.save"  # type: ignore[attr-defined]
+    return tensor
+
+
+def negative_view(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor._neg_view() if tensor.dtype.is_floating_point else tensor
+
+
+HOW: dict[str, Callable[[torch.Tensor], Any]] = {
+    "alone": lambda tensor: tensor,
+    "in a list": lambda tensor: [tensor],
+    "beside plain values": lambda tensor: {"a": [1, "b"], "t": (tensor, None), 2: tensor},
+    "as a parameter": lambda tensor: torch.nn.Parameter(tensor, tensor.dtype.is_floating_point),
+    "that requires a gradient": lambda tensor: [tensor.requires_grad_(tensor.dtype.is_floating_point)],
+    "transposed": lambda tensor: [tensor.mT if tensor.dim() > 1 else tensor],
+    "expanded": lambda tensor: [tensor.expand(2, *tensor.shape)],
+    "a part": lambda tensor: [tensor[1:] if tensor.dim() else tensor],
+    "the first part": lambda tensor: [tensor[:1] if tensor.dim() else tensor],
+    "twice": lambda tensor: [tensor, tensor],
+    "in two that share memory": lambda tensor: [tensor, tensor.detach()],
+    "beside another": lambda tensor: [tensor, tensor.clone()],
+    "conjugate": lambda tensor: [tensor.conj()],
+    "negative": lambda tensor: [negative_view(tensor)],
+    "with an attribute": lambda tensor: [with_attribute(tensor)],
+}
+
+
+@given(
+    st.sampled_from([*TYPED_STORAGES, torch.float8_e5m2, torch.uint16, torch.complex32]),
+    st.sampled_from(SHAPES),
+    st.lists(st.tuples(st.sampled_from(sorted(HOW)), st.integers(0, 3)), min_size=2, max_size=4),
+)
+@hypothesis.settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_tensors(dtype: torch.dtype, shape: tuple[int, ...], steps: list[tuple[str, int]]) -> None:
+    nbytes = math.prod(shape) * dtype.itemsize
+    for how, seed in steps:
+        content = torch.arange(nbytes).add(seed).remainder(2).to(torch.uint8)
+        value = HOW[how](content.view(dtype).view(shape) if nbytes else torch.empty(shape, dtype=dtype))
+        try:
+            expected = torch_saved(value)
+        except Exception:
+            expected = b""
+        try:
+            payload = object_bytes(value, "o")
+        except UnsafeCheckpointError:
+            payload = b""
+        assert payload == expected or not payload
+        assert payload or not expected or dtype not in TYPED_STORAGES
+
+
+def test_what_is_the_same_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    values: list[Any] = [[None], [torch.empty(0, dtype=torch.uint8)], {"amax": torch.ones(8), "name": "n"}]
+    payloads = [object_bytes(value, "o") for value in values]
+    values[2]["amax"][3] = 2
+    assert object_bytes(values[2], "o") == torch_saved(values[2]) != payloads[2]
+    values[2]["amax"][3] = 1
+
+    def fail(*args: Any, **options: Any) -> None:
+        raise AssertionError("encoded again")
+
+    monkeypatch.setattr(torch, "save", fail)
+    assert [object_bytes(value, "o") for value in values] == payloads
 
 
 @pytest.mark.parametrize("dtype", ["O", "U3", "M8[s]", "f8,i4", ">i8"])

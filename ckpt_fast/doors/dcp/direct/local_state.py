@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -57,7 +57,7 @@ class Flattened:
         self.parents: list[Parent] = []
         self.keys: list[Any] = []
         self.outline: list[Any] = []
-        self._visit(Parent(state_dict, ()), state_dict.items(), "")
+        self._visit(Parent(state_dict, ()), list(state_dict.keys()), list(state_dict.values()), "")
 
     def paths(self) -> dict[str, tuple[str | int, ...]]:
         """torch DCP's mapping of names to keys, by which its tools nest a state dict again."""
@@ -77,34 +77,37 @@ class Flattened:
                 "of them."
             )
 
-    def _visit(self, parent: Parent, items: Iterable[tuple[Any, Any]], prefix: str) -> None:
+    def _visit(self, parent: Parent, own_keys: Sequence[Any], own_values: Sequence[Any], prefix: str) -> None:
         names, values, parents, keys = self.names, self.values, self.parents, self.keys
-        items = list(items)
-        own_keys, own_values = zip(*items, strict=True) if items else ((), ())
         # Most of what there is, taken in a few steps for all of it.
         if set(map(type, own_keys)) <= {str} and set(map(type, own_values)) <= PLAIN_TENSORS:
-            names.extend(map(prefix.__add__, own_keys))
+            names.extend(map(prefix.__add__, own_keys) if prefix else own_keys)
             values.extend(own_values)
-            parents.extend([parent] * len(items))
+            parents.extend([parent] * len(own_keys))
             keys.extend(own_keys)
             return
-        for key, value in items:
+        for key, value in zip(own_keys, own_values, strict=True):
             name = prefix + (key if type(key) is str else str(key))
             if type(value) not in PLAIN_TENSORS and not isinstance(value, torch.Tensor):
                 if isinstance(value, Mapping):
-                    self._enter(Parent(value, (*parent.path, _step(parent, key))), value.items(), name)
+                    self._enter(Parent(value, (*parent.path, _step(parent, key))), name)
                     continue
                 if isinstance(value, list) and _is_divided(value):
-                    self._enter(Parent(value, (*parent.path, _step(parent, key))), enumerate(value), name)
+                    self._enter(Parent(value, (*parent.path, _step(parent, key))), name)
                     continue
             names.append(name)
             values.append(value)
             parents.append(parent)
             keys.append(key)
 
-    def _enter(self, parent: Parent, items: Iterable[tuple[Any, Any]], name: str) -> None:
-        self.outline.append((parent.path, isinstance(parent.container, list), len(self.names)))
-        self._visit(parent, items, name + ".")
+    def _enter(self, parent: Parent, name: str) -> None:
+        inner = parent.container
+        is_list = isinstance(inner, list)
+        self.outline.append((parent.path, is_list, len(self.names)))
+        if is_list:
+            self._visit(parent, range(len(inner)), inner, name + ".")
+        else:
+            self._visit(parent, list(inner.keys()), list(inner.values()), name + ".")
         self.outline.append(len(self.names))
 
 
