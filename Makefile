@@ -143,7 +143,7 @@ check: $(A)/.requirements format-check-cpp ## linters, formatters and types, tho
 
 .PHONY: check-pyright
 check-pyright: $(A)/.requirements ## the types in the documentation, with pyright
-	$(A)/bin/python -m pip install --quiet basedpyright==1.40.2
+	$(A)/bin/python -m pip install --quiet -r requirements/pyright.txt
 	$(A)/bin/python scripts/check_snippets.py --pyright
 
 .PHONY: docs
