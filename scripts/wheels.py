@@ -99,12 +99,27 @@ class Builder:
             ["--plat-name", f"manylinux_{GLIBC.replace('.', '_')}_{processor}"],
             processor,
             CXX=self._zig(processor),
+            CXXFLAGS=self._debians_headers(python, processor),
             LDFLAGS=self._exports,
             SETUPTOOLS_EXT_SUFFIX=f".{python.soabi.replace(platform.machine(), processor)}.so",
             **variables,
         )
         self._require_portable(wheel, processor)
         return wheel
+
+    def _debians_headers(self, python: Python, processor: str) -> str:
+        """Return the option with which Zig finds what Debian's Pythons include from a folder of the system's.
+
+        Zig does not search that folder, and must not: this machine's glibc is there, too.
+        """
+        folder = Path("/usr/include", f"{platform.machine()}-linux-gnu", f"python{python.version}")
+        if not folder.is_dir():
+            return ""
+        link = self._place / "include" / f"{processor}-linux-gnu" / folder.name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        if not link.exists():
+            link.symlink_to(folder)
+        return f"-isystem {self._place / 'include'}"
 
     def _zig(self, processor: str) -> str:
         return f"{sys.executable} -m ziglang c++ -target {processor}-linux-gnu.{GLIBC}"
@@ -138,7 +153,9 @@ class Builder:
         for folder in (self._tree / "dist", *(self._tree / "build").glob("lib*")):
             shutil.rmtree(folder, ignore_errors=True)
         setup = [python.path, "-W", "ignore", "setup.py", "--quiet"]
-        environment = {**os.environ, "PYTHONPATH": str(self._tools), **variables}
+        # ninja's package looks for its program in Python's own folders only, not in this one.
+        path = os.pathsep.join([str(self._tools / "bin"), os.environ["PATH"]])
+        environment = {**os.environ, "PYTHONPATH": str(self._tools), "PATH": path, **variables}
         subprocess.run([*setup, "build_ext"], check=True, cwd=self._tree, env=environment)
         # Zig would compile its library anew for a stripped link.
         modules = (self._tree / "build").glob(f"ninja*-{processor}-*/*.so") if processor else ()
