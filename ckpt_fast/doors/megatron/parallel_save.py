@@ -61,7 +61,7 @@ class FastParallelSaveWrapper(compat.FullyParallelSaveStrategyWrapper):  # type:
     def is_unchanged(self, sharded_state_dict: dict[str, Any]) -> bool:
         """Local. Whether the cached distribution matches this rank's state."""
         is_cached = self.do_cache_distribution and self._structure is not None
-        return is_cached and self._structure == fingerprint(sharded_state_dict)
+        return is_cached and self._structure == _structure_of(sharded_state_dict)
 
     def forget(self) -> None:
         """Local, on every rank. Let the next save distribute anew."""
@@ -78,7 +78,7 @@ class FastParallelSaveWrapper(compat.FullyParallelSaveStrategyWrapper):  # type:
     def distribute_anew(self, sharded_state_dict: dict[str, Any]) -> None:
         """Collective. Choose the ranks whatever was chosen before."""
         # Before replicas change their ids.
-        structure = fingerprint(sharded_state_dict) if self.do_cache_distribution else None
+        structure = _structure_of(sharded_state_dict) if self.do_cache_distribution else None
         self.cached_distribution = self._structure = self._distribution = None
         super().apply_saving_parallelization(sharded_state_dict)
         # Only now: with a structure that was never distributed, no rank would save the tensor.
@@ -88,3 +88,9 @@ class FastParallelSaveWrapper(compat.FullyParallelSaveStrategyWrapper):  # type:
         """Local. Choose the ranks as last time; all ranks have agreed that nothing has changed."""
         if self.cached_distribution is not None:  # as in a group of one
             super().apply_saving_parallelization(sharded_state_dict)
+
+
+def _structure_of(sharded_state_dict: dict[str, Any]) -> int | None:
+    """A number for everything that decides the distribution: only tensors are divided."""
+    entries = compat.nested_values(sharded_state_dict)
+    return fingerprint([each for each in entries if isinstance(each, compat.ShardedTensor)])

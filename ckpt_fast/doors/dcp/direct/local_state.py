@@ -57,7 +57,7 @@ class Flattened:
         self.parents: list[Parent] = []
         self.keys: list[Any] = []
         self.outline: list[Any] = []
-        self._visit(Parent(state_dict, ()), list(state_dict.keys()), list(state_dict.values()), "")
+        self._visit(Parent(state_dict, ()), *_columns_of(state_dict), "")
 
     def paths(self) -> dict[str, tuple[str | int, ...]]:
         """torch DCP's mapping of names to keys, by which its tools nest a state dict again."""
@@ -107,8 +107,16 @@ class Flattened:
         if is_list:
             self._visit(parent, range(len(inner)), inner, name + ".")
         else:
-            self._visit(parent, list(inner.keys()), list(inner.values()), name + ".")
+            self._visit(parent, *_columns_of(inner), name + ".")
         self.outline.append(len(self.names))
+
+
+def _columns_of(container: Mapping[Any, Any]) -> tuple[Sequence[Any], Sequence[Any]]:
+    """Keys and values, as ``items`` has them: a class of its own may define that alone."""
+    if type(container) is dict:
+        return list(container), list(container.values())
+    items = list(container.items())
+    return [key for key, _ in items], [value for _, value in items]
 
 
 def _step(parent: Parent, key: Any) -> str | int:
