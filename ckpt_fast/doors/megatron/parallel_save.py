@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 from ckpt_fast import compat
 from ckpt_fast.doors.megatron.sharded_state import shards_of
-from ckpt_fast.doors.megatron.sharding import fingerprint
 from ckpt_fast.errors import CheckpointMismatchError, also_raised_as
 from ckpt_fast.pipeline.save.parts import Divided, Share
 from ckpt_fast.ranks.group import ControlGroup
@@ -50,7 +50,7 @@ class FastParallelSaveWrapper(compat.FullyParallelSaveStrategyWrapper):  # type:
     """
 
     cached_distribution: Any
-    _structure: int | None = None
+    _structure: bytes | None = None
     _distribution: object = None  # a new one whenever the ranks distribute anew
 
     @property
@@ -90,7 +90,11 @@ class FastParallelSaveWrapper(compat.FullyParallelSaveStrategyWrapper):  # type:
             super().apply_saving_parallelization(sharded_state_dict)
 
 
-def _structure_of(sharded_state_dict: dict[str, Any]) -> int | None:
-    """A number for everything that decides the distribution: only tensors are divided."""
-    entries = compat.nested_values(sharded_state_dict)
-    return fingerprint([each for each in entries if isinstance(each, compat.ShardedTensor)])
+def _structure_of(sharded_state_dict: dict[str, Any]) -> bytes:
+    """A digest of everything that decides the distribution."""
+    digest = hashlib.blake2b(digest_size=16)
+    for entry in compat.nested_values(sharded_state_dict):
+        if isinstance(entry, compat.ShardedTensor):
+            place = (entry.key, tuple(entry.global_offset), tuple(entry.local_shape), entry.replica_id)
+            digest.update(repr(place).encode())
+    return digest.digest()

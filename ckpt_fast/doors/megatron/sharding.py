@@ -53,7 +53,7 @@ class ValidatedSharding:
             known.append(described)
 
 
-def fingerprint(sharded: dict[str, Any] | list[Any]) -> int | None:
+def fingerprint(sharded: dict[str, Any]) -> int | None:
     """A number of 64 bits for the descriptions of all shards, in order; None if one cannot be told."""
     try:
         return hash(tuple(_description(entry) for entry in compat.nested_values(sharded)))
