@@ -21,6 +21,7 @@ from ckpt_fast import settings
 if TYPE_CHECKING:
     from ckpt_fast.native._engine import (
         Progress,
+        Supply,
         check_pickle,
         copy_crc32,
         copy_runs,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Progress",
+    "Supply",
     "check_pickle",
     "copy_crc32",
     "copy_runs",

@@ -59,6 +59,21 @@ class Progress:
     def end_rename(self) -> None:
         """The rename has ended, in whatever way."""
 
+class Supply:
+    """Bytes that come while ``write_files`` writes them, in batches. For one call; threads share it."""
+
+    def __init__(self, batch_nbytes: array[int]) -> None:
+        """``batch_nbytes[b]`` is what the pieces of batch ``b`` have in all."""
+
+    def arrive(self, count: int) -> None:
+        """The first ``count`` batches are in memory."""
+
+    def wait_written(self, batch: int) -> bool:
+        """Wait until batches 0 to ``batch`` are written; False if that will not happen."""
+
+    def end(self) -> None:
+        """Nothing more comes, or is written: whoever waits is told so."""
+
 def write_files(
     paths: Sequence[str],
     *,
@@ -78,6 +93,8 @@ def write_files(
     fsync: bool,
     progress: Progress | None = None,
     block_bytes: int = 0,
+    piece_batch: array[int] | None = None,
+    supply: Supply | None = None,
 ) -> tuple[list[int], list[int], bytes]:
     """Create files and fill them from memory, in parallel; return when they are written.
 
@@ -92,6 +109,11 @@ def write_files(
     last byte in the same file, over the bytes a piece put there. Past the page cache (``direct``), where a
     thread spends its time waiting for the device, there are three threads for each of ``threads``.
 
+    With a ``supply``, the bytes of a piece are read only when its ``piece_batch`` has arrived (-1: at any
+    time), and not again when that is written. ``threads`` files are written at a time, in the order of
+    ``paths``, each by ``chunk_bytes`` in the order of offsets; batches have to come in this order, or both
+    sides wait forever.
+
     Returns:
         (CRC-32 of every stream, CRC-32 of every whole file, CRC-32s of blocks). The last are unsigned 32-bit
         numbers in the machine's order: one for every ``block_bytes`` of stream 0, its last block may be
@@ -100,7 +122,7 @@ def write_files(
     Raises:
         OSError: with errno, and "write 4194304 bytes at 12288 to PATH: No space left on device" as text;
             ``filename`` is the path. The first failure of the pool wins. "write PATH: Operation canceled"
-            after ``progress.stop()``.
+            after ``progress.stop()``, or if the supply ends before all has come.
     """
 
 def read_extents(

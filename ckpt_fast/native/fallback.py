@@ -22,6 +22,7 @@ from ckpt_fast import system
 from ckpt_fast.native import fallback_checks as checks
 from ckpt_fast.native.fallback_files import (
     Progress,
+    Supply,
     in_threads,
     memory,
     named,
@@ -33,6 +34,7 @@ from ckpt_fast.native.fallback_pickle import check_pickle
 
 __all__ = [
     "Progress",
+    "Supply",
     "check_pickle",
     "copy_crc32",
     "copy_runs",
@@ -114,12 +116,18 @@ def write_files(
     fsync: bool,
     progress: Progress | None = None,
     block_bytes: int = 0,
+    piece_batch: array[int] | None = None,
+    supply: Supply | None = None,
 ) -> tuple[list[int], list[int], bytes]:
+    if (piece_batch is None) != (supply is None):
+        raise ValueError("piece_batch and supply go together")
     checks.check_job(threads, chunk_bytes)
     checks.check_counts(digest_count, block_bytes)
     planned = checks.plan_files(paths, file_nbytes)
-    columns = (piece_offset, piece_nbytes, piece_address, piece_digest)
-    ends = checks.add_pieces(planned, piece_file, columns, digest_count)
+    batches = array("q", [-1]) * len(piece_file) if piece_batch is None else piece_batch
+    columns = (piece_offset, piece_nbytes, piece_address, piece_digest, batches)
+    supply = supply or Supply(array("q"))
+    ends = checks.add_pieces(planned, piece_file, columns, digest_count, supply.batch_count)
     checks.add_patches(planned, (patch_file, patch_offset, patch_digest), ends, digest_count)
 
     streams = [_Stream(block_bytes) for _ in range(digest_count)]
@@ -128,7 +136,7 @@ def write_files(
     try:
         file_crcs = in_threads(
             [
-                partial(_write_file, file, name, chunk_bytes, fsync, streams, progress)
+                partial(_write_file, file, name, chunk_bytes, fsync, streams, progress, supply)
                 for file, name in zip(planned, partials, strict=True)
             ],
             threads,
@@ -138,6 +146,7 @@ def write_files(
         blocks = array("I", (crc for stream in streams for crc in stream.blocks))
         return [stream.crc for stream in streams], file_crcs, blocks.tobytes()
     except BaseException:
+        supply.end()
         for name in partials:
             with suppress(OSError):
                 os.unlink(name)
@@ -278,6 +287,7 @@ def _write_file(
     fsync: bool,
     streams: list[_Stream],
     progress: Progress,
+    supply: Supply,
 ) -> int:
     """Write one file as ``partial``, add its bytes to their ``streams`` and return its CRC."""
     progress.check("write", file.path)
@@ -289,10 +299,15 @@ def _write_file(
         for begin in range(0, file.nbytes, chunk_bytes):
             progress.check("write", file.path)
             image = bytearray(min(chunk_bytes, file.nbytes - begin))
+            supplied = _supplied(pieces, begin, begin + len(image))
+            for batch, _ in supplied:
+                supply.wait_arrived(batch, file.path, progress)
             _copy_pieces(image, begin, pieces, streams)
             _apply_patches(image, begin, patches, streams)
             crc = zlib.crc32(image, crc)
             _write_fully(fd, image, begin, file.path)
+            for batch, nbytes in supplied:
+                supply.add_written(batch, nbytes)
             progress.add(len(image))
         progress.check("write", file.path)
         if fsync:
@@ -310,6 +325,18 @@ def _write_file(
         if fd >= 0:
             with suppress(OSError):
                 os.close(fd)
+
+
+def _supplied(pieces: list[checks.Piece], begin: int, end: int) -> list[tuple[int, int]]:
+    """Batch and bytes in [begin, end) of the pieces (last first) that come with a supply."""
+    found = []
+    for piece in reversed(pieces):
+        if piece.offset >= end:
+            break
+        nbytes = min(piece.offset + piece.nbytes, end) - max(piece.offset, begin)
+        if piece.batch >= 0 and nbytes > 0:
+            found.append((piece.batch, nbytes))
+    return found
 
 
 def _copy_pieces(image: bytearray, begin: int, pieces: list[checks.Piece], streams: list[_Stream]) -> None:

@@ -18,12 +18,13 @@ _LARGEST_OFFSET = (1 << 63) - 1 - 4096
 
 @dataclass(frozen=True)
 class Piece:
-    """Bytes of memory and their place in a file; ``digest`` is their stream or -1."""
+    """Bytes of memory and their place in a file; ``digest`` is their stream or -1, ``batch`` theirs or -1."""
 
     offset: int
     nbytes: int
     address: int
     digest: int
+    batch: int
 
 
 @dataclass(frozen=True)
@@ -151,10 +152,11 @@ def plan_files(paths: Sequence[str], file_nbytes: array[int]) -> list[PlannedFil
 def add_pieces(
     planned: list[PlannedFile],
     piece_file: array[int],
-    columns: tuple[array[int], array[int], array[int], array[int]],
+    columns: tuple[array[int], array[int], array[int], array[int], array[int]],
     digest_count: int,
+    batch_count: int,
 ) -> dict[int, tuple[int, int]]:
-    """Put pieces, columns (offset, nbytes, address, digest), into their files.
+    """Put pieces, columns (offset, nbytes, address, digest, batch), into their files.
 
     Returns:
         (file, end of the last byte) of every stream that has a piece.
@@ -165,6 +167,8 @@ def add_pieces(
     for row, (file, *values) in enumerate(zip(piece_file, *columns, strict=True)):
         piece = Piece(*values)
         check_file(f"piece {row}", file, len(planned))
+        if not -1 <= piece.batch < batch_count:
+            raise ValueError(f"piece {row}: batch {piece.batch} is not one of {batch_count}")
         _check_range(f"piece {row}", piece.offset, piece.nbytes, planned[file].nbytes)
         check_digest(f"piece {row}", piece.digest, -1, digest_count)
         if (file, piece.offset) < last:

@@ -19,6 +19,7 @@ from ckpt_fast import system
 from ckpt_fast.native import fallback_checks as checks
 
 _STEP = 1 << 20
+_LOOK_AGAIN_S = 0.02
 T = TypeVar("T")
 
 
@@ -63,6 +64,54 @@ class Progress:
         if self._stopped:
             with named(verb, path):
                 raise OSError(errno.ECANCELED, os.strerror(errno.ECANCELED))
+
+
+class Supply:
+    def __init__(self, batch_nbytes: array[int]) -> None:
+        self._missing = list(batch_nbytes)
+        self._changed = threading.Condition()
+        self._arrived = 0
+        self._written = 0
+        self._ended = False
+        self._advance()
+
+    @property
+    def batch_count(self) -> int:
+        return len(self._missing)
+
+    def arrive(self, count: int) -> None:
+        with self._changed:
+            self._arrived = count
+            self._changed.notify_all()
+
+    def wait_written(self, batch: int) -> bool:
+        with self._changed:
+            self._changed.wait_for(lambda: self._written > batch or self._ended)
+            return self._written > batch
+
+    def wait_arrived(self, batch: int, path: str, progress: Progress) -> None:
+        with self._changed:
+            while self._arrived <= batch and not self._ended and not progress.stopped:
+                self._changed.wait(_LOOK_AGAIN_S)
+            if self._arrived > batch and not self._ended:
+                return
+        with named("write", path):
+            raise OSError(errno.ECANCELED, os.strerror(errno.ECANCELED))
+
+    def add_written(self, batch: int, nbytes: int) -> None:
+        with self._changed:
+            self._missing[batch] -= nbytes
+            self._advance()
+            self._changed.notify_all()
+
+    def end(self) -> None:
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
+
+    def _advance(self) -> None:
+        while self._written < len(self._missing) and not self._missing[self._written]:
+            self._written += 1
 
 
 def in_threads(calls: Sequence[Callable[[], T]], threads: int) -> list[T]:

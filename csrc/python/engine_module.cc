@@ -7,6 +7,7 @@
 
 #include <deque>
 #include <exception>
+#include <memory>
 #include <optional>
 #include <string>
 #include <utility>
@@ -136,7 +137,11 @@ py::tuple write_files_from(const py::sequence& paths, const py::buffer& file_nby
                            const py::buffer& piece_digest, const py::buffer& patch_file,
                            const py::buffer& patch_offset, const py::buffer& patch_digest,
                            int64_t digest_count, int threads, int64_t chunk_bytes, bool direct, bool fsync,
-                           Progress* progress, int64_t block_bytes) {
+                           Progress* progress, int64_t block_bytes,
+                           const std::optional<py::buffer>& piece_batch, Supply* supply) {
+  if (piece_batch.has_value() != (supply != nullptr)) {
+    throw py::value_error("piece_batch and supply go together");
+  }
   ColumnArguments columns;
   WriteRequest request;
   request.paths = encode_paths(paths);
@@ -156,8 +161,16 @@ py::tuple write_files_from(const py::sequence& paths, const py::buffer& file_nby
   request.fsync = fsync;
   request.progress = progress;
   request.block_nbytes = block_bytes;
+  request.supply = supply;
+  if (piece_batch) request.piece_batch = columns.hold(*piece_batch, "piece_batch");
   const WriteResult result = without_gil([&] { return write_files(request); });
   return py::make_tuple(result.stream_crcs, result.file_crcs, as_bytes(result.block_crcs));
+}
+
+std::unique_ptr<Supply> new_supply(const py::buffer& batch_nbytes) {
+  const ColumnArgument argument(batch_nbytes, "batch_nbytes");
+  const Column column = argument;
+  return std::make_unique<Supply>(std::vector<int64_t>(column.data, column.data + column.size));
 }
 
 py::bytes read_extents_into(const py::sequence& paths, const py::buffer& extent_file,
@@ -222,11 +235,22 @@ PYBIND11_MODULE(_engine, m) {
       .def("stop", &Progress::stop)
       .def("begin_rename", &Progress::begin_rename)
       .def("end_rename", &Progress::end_rename);
+  py::class_<Supply>(m, "Supply")
+      .def(py::init(&new_supply), py::arg("batch_nbytes"))
+      .def("arrive", &Supply::arrive, py::arg("count"))
+      .def(
+          "wait_written",
+          [](Supply& supply, size_t batch) {
+            return without_gil([&] { return supply.wait_written(batch); });
+          },
+          py::arg("batch"))
+      .def("end", &Supply::end);
   m.def("write_files", write_files_from, py::arg("paths"), py::kw_only(), py::arg("file_nbytes"),
         py::arg("piece_file"), py::arg("piece_offset"), py::arg("piece_nbytes"), py::arg("piece_address"),
         py::arg("piece_digest"), py::arg("patch_file"), py::arg("patch_offset"), py::arg("patch_digest"),
         py::arg("digest_count"), py::arg("threads"), py::arg("chunk_bytes"), py::arg("direct"),
-        py::arg("fsync"), py::arg("progress") = nullptr, py::arg("block_bytes") = 0);
+        py::arg("fsync"), py::arg("progress") = nullptr, py::arg("block_bytes") = 0,
+        py::arg("piece_batch") = py::none(), py::arg("supply") = nullptr);
   m.def("read_extents", read_extents_into, py::arg("paths"), py::kw_only(), py::arg("extent_file"),
         py::arg("extent_offset"), py::arg("extent_nbytes"), py::arg("extent_address"), py::arg("range_file"),
         py::arg("range_offset"), py::arg("range_nbytes"), py::arg("range_block"), py::arg("threads"),

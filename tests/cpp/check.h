@@ -62,6 +62,7 @@ void test_file();
 void test_file_faults();
 void test_writer();
 void test_writer_stops();
+void test_supply();
 void test_reader();
 void test_copy_runs();
 void test_permute();

@@ -40,6 +40,7 @@ int main() {
   test_file_faults();
   test_writer();
   test_writer_stops();
+  test_supply();
   test_reader();
   {
     const Interruptions interruptions;

@@ -15,9 +15,11 @@ from ckpt_fast.jobs.background import SaveHandle, SaveQueue
 from ckpt_fast.pipeline.load.index import CheckpointIndex
 from ckpt_fast.pipeline.load.load import load_tensors
 from ckpt_fast.pipeline.memory.device_copy import SMALL_NBYTES, StagingPolicy
+from ckpt_fast.pipeline.save import ring
+from ckpt_fast.pipeline.save.program import ProgramCache
 from tests.pipeline.layouts import same, whole
 from tests.pipeline.save.test_save import FILES
-from tests.saves import new_save
+from tests.saves import new_save, save
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("no_fsync")]
 
@@ -67,6 +69,29 @@ def save_and_change(
         [TensorRequest(fqn, tensor, (0,) * tensor.dim()) for fqn, tensor in found.items()],
     )
     return found
+
+
+@pytest.mark.parametrize("slab", [128 << 10, 4 << 20])
+def test_a_synchronous_save_through_a_ring(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slab: int
+) -> None:
+    """Work that the GPU still has to do when the save begins is in the checkpoint."""
+    monkeypatch.setattr(ring, "SLAB_NBYTES", slab)
+    monkeypatch.setenv("CKPT_FAST_CHUNK", "64K")
+    state, programs = tensors(), ProgramCache()
+    for number in range(2):  # planned, and by its program
+        for tensor in state.values():
+            tensor.mul_(2)
+        shards = [whole(fqn, tensor) for fqn, tensor in state.items()]
+        report = save(shards, str(tmp_path / str(number)), programs=programs)
+        assert report.host_memory_allocated <= 16 << 20 < report.staged_nbytes
+        found = {fqn: torch.ones_like(tensor) for fqn, tensor in state.items()}
+        load_tensors(
+            CheckpointIndex(str(tmp_path / str(number))),
+            [TensorRequest(fqn, tensor, (0,) * tensor.dim()) for fqn, tensor in found.items()],
+        )
+        wrong = [fqn for fqn, tensor in state.items() if not same(found[fqn].cpu(), tensor.cpu())]
+        assert not wrong, wrong[:5]
 
 
 @pytest.mark.parametrize("mode", ["auto", "blocking", "overlapped", "device"])

@@ -45,12 +45,17 @@ class WriteProgram:
         self.payload_file, self.payload_offset, self.payload_nbytes = array("I"), array("q"), array("q")
         self._keep: dict[int, Any] = {}  # by address
         self._constants: dict[bytes, int] = {}
+        batches: dict[int, int] = {}
         positions = itertools.count()
         for number, file in enumerate(files):
             for item in file.items:
-                self._add_item(number, item, staged, next(positions))
+                self._add_item(number, item, staged, next(positions), batches)
+        # Of bytes that go through a ring: the batch that each piece comes with, or -1.
+        self.piece_batch: array[int] | None = None
+        if staged.ring is not None:
+            self.piece_batch = array("q", (batches.get(n, -1) for n in range(len(self.piece_file))))
 
-    def _add_item(self, file: int, item: Any, staged: Staged, position: int) -> None:
+    def _add_item(self, file: int, item: Any, staged: Staged, position: int, batches: dict[int, int]) -> None:
         if item.archive is None:
             digest = self._new_digest(file, item.offset, len(item.payload))
             self._add_constant(file, item.offset, item.payload, digest)
@@ -61,6 +66,12 @@ class WriteProgram:
         self._add_constant(file, item.offset, head)
         if position in staged.runs:
             self._add_runs(file, raw_offset, *staged.runs[position], digest)
+        elif position in staged.parts:
+            assert staged.buffer is not None
+            base = staged.buffer.memory.data_ptr()
+            for part in staged.parts[position]:
+                batches[len(self.piece_file)] = part.batch
+                self._add_piece(file, raw_offset + part.begin, part.nbytes, base + part.offset, digest)
         elif item.raw_nbytes:
             self._add_piece(file, raw_offset, item.raw_nbytes, staged.addresses[position], digest)
         tail_offset = raw_offset + item.raw_nbytes
@@ -83,6 +94,7 @@ class WriteProgram:
             "patch_offset": self.patch_offset,
             "patch_digest": self.patch_digest,
             "digest_count": self.digest_count,
+            "piece_batch": self.piece_batch,
         }
 
     def keep(self, memory: Any) -> None:

@@ -30,6 +30,7 @@ from ckpt_fast.format.columns.records import token_of
 from ckpt_fast.format.types import BlockDigests, ItemRecord, ObjectShard, Shard, TensorShard
 from ckpt_fast.pipeline.memory import strided
 from ckpt_fast.pipeline.memory.available import default_bound
+from ckpt_fast.pipeline.memory.copies import copy_tensors, needs_copy
 from ckpt_fast.pipeline.memory.device_copy import StagingPolicy
 from ckpt_fast.pipeline.memory.forms import describe
 from ckpt_fast.pipeline.memory.garbage import without_collections
@@ -37,7 +38,7 @@ from ckpt_fast.pipeline.memory.host_buffer import host_buffers
 from ckpt_fast.pipeline.save.encode import WriteProgram
 from ckpt_fast.pipeline.save.plan import FilePlan, item_records, object_room
 from ckpt_fast.pipeline.save.sealed import SealedMetadata
-from ckpt_fast.pipeline.save.stage import Staged, copy_tensors, needs_copy
+from ckpt_fast.pipeline.save.stage import Staged
 
 V = TypeVar("V")
 
@@ -204,6 +205,10 @@ class SaveProgram:
         staged = Staged(owners=list(prepared.owners))
         if not self.staged_nbytes:
             return staged
+        if self._ring is not None:
+            tensors = prepared.tensors()
+            staged.go_through(self._ring, [tensors[number].detach() for number in self._copied], bound)
+            return staged
         staged.buffer = buffer = host_buffers.take(self.staged_nbytes, bound)
         try:
             staged.copied_nbytes = self._copied_nbytes
@@ -211,7 +216,7 @@ class SaveProgram:
             if self._copies is None:
                 tensors = prepared.tensors()
                 copied = [tensors[number].detach() for number in self._copied]
-                staged.addresses = copy_tensors(copied, buffer, staged.device_copies, policy)
+                staged.addresses = copy_tensors(copied, buffer.memory, staged.device_copies, policy)
                 return staged
             copies = self._copies
             native.copy_runs(
@@ -284,9 +289,13 @@ class SaveProgram:
             raise ValueError("an object is empty")
         # The first save's objects and plan are not needed any more.
         self._written = written.without(set(self._object_pieces.tolist()))
-        self._copied = [number[id(items[written.piece_digest[piece]].shard)] for piece, _ in pieces["staged"]]
-        slots = [offset for _, offset in pieces["staged"]]
-        self._copies = _copy_columns([tensors[n].tensor for n in self._copied], self._copied, slots)
+        # Through a ring, an item may come in several pieces.
+        copied = dict.fromkeys(written.piece_digest[piece] for piece, _ in pieces["staged"])
+        self._copied = [number[id(items[digest].shard)] for digest in copied]
+        self._ring, self._copies = staged.ring, None
+        if self._ring is None:
+            slots = [offset for _, offset in pieces["staged"]]
+            self._copies = _copy_columns([tensors[n].tensor for n in self._copied], self._copied, slots)
 
 
 def _copy_columns(

@@ -51,8 +51,8 @@ class Save(PublishedJob[tuple[bool, float]]):
     ``stage`` and ``commit`` are collective; ``write`` is local and may run in another thread. The shards'
     memory must not change between ``stage`` and the end of ``write`` unless ``options.snapshot`` is set.
 
-    What is staged goes to a thread that writes it. State that does not fit the bound on host buffers is
-    staged in waves, each in files of its own: a wave is copied while the one before it is being written.
+    What is staged goes to a thread that writes it. Of a snapshot that does not fit the bound on host buffers,
+    a part is copied while the one before it is being written (``Waves``).
 
     Args:
         directory: the checkpoint directory, the same on every rank. An older checkpoint in it is one until

@@ -12,21 +12,21 @@ import contextlib
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, compress
 
 import torch
 
-from ckpt_fast import native, settings
+from ckpt_fast import native
 from ckpt_fast.errors import CheckpointError
-from ckpt_fast.format.archive import ALIGNMENT
 from ckpt_fast.format.types import Shard, TensorShard
-from ckpt_fast.pipeline.memory import strided
+from ckpt_fast.pipeline.memory import gpu, strided
 from ckpt_fast.pipeline.memory.available import is_tight
-from ckpt_fast.pipeline.memory.device_copy import BLOCKING, DeviceCopies, StagingPolicy, choose_gathered
+from ckpt_fast.pipeline.memory.copies import as_tensor, copy_tensors, nbytes_of, needs_copy, slot_nbytes
+from ckpt_fast.pipeline.memory.device_copy import BLOCKING, DeviceCopies, StagingPolicy
 from ckpt_fast.pipeline.memory.garbage import without_collections
-from ckpt_fast.pipeline.memory.gpu import is_on_gpu
 from ckpt_fast.pipeline.memory.host_buffer import HostBuffer, host_buffers
 from ckpt_fast.pipeline.save.plan import FilePlan, PlannedItem, is_plain
+from ckpt_fast.pipeline.save.ring import Part, Ring, Source, ring_for
+from ckpt_fast.settings import Settings
 
 
 @dataclass
@@ -37,22 +37,59 @@ class Staged:
         addresses: one entry per item, in plan order; 0 for items without raw data.
         runs: by position in ``addresses``, for items that are not in one stretch: where each of their runs
             begins, and how long one is.
+        parts: by position in ``addresses``, for items that go through a ring: their parts, in order.
         owners: tensors that own memory read in place.
         buffer: host buffer that holds the copies, until ``release``.
         device_copies: those from GPUs, which may be on their way.
         buffer_nbytes: length of the part of it that is used.
-        copied_nbytes: bytes copied into it.
+        copied_nbytes: bytes copied into it, or yet to be.
         allocated_nbytes: host memory that was new for it.
+        ring: the order in which bytes go through the buffer; None: all are there once ``wait`` returns.
     """
 
     addresses: list[int] = field(default_factory=list)
     runs: dict[int, tuple[array[int], int]] = field(default_factory=dict)
+    parts: dict[int, list[Part]] = field(default_factory=dict)
     owners: list[torch.Tensor] = field(default_factory=list)
     buffer: HostBuffer | None = None
     device_copies: DeviceCopies = field(default_factory=DeviceCopies)
     buffer_nbytes: int = 0
     copied_nbytes: int = 0
     allocated_nbytes: int = 0
+    ring: Ring | None = None
+    _sources: Sequence[torch.Tensor] = ()
+    _ready: Sequence[tuple[gpu.Gpu, object]] = ()
+
+    def go_through(self, ring: Ring, sources: Sequence[torch.Tensor], bound: int | None) -> None:
+        """Copy these through a ring, when they are written; they stay as they are until then.
+
+        Args:
+            ring: of such tensors.
+            sources: on GPUs, with the values that they have behind what is now on the current streams.
+            bound: bytes of host buffers that may be in use.
+
+        Raises:
+            CheckpointError: the host memory cannot be had.
+        """
+        self.buffer = host_buffers.take(ring.nbytes, bound)
+        self.buffer_nbytes = ring.nbytes
+        self.copied_nbytes = sum(ring.batch_nbytes)
+        self.allocated_nbytes = self.buffer.nbytes if self.buffer.is_new else 0
+        self.ring, self._sources = ring, sources
+        devices = {tensor.device for tensor in sources if gpu.is_on_gpu(tensor)}
+        self._ready = [(each, each.record(each.current)) for each in map(gpu.gpu_of, devices)]
+
+    @contextlib.contextmanager
+    def fed(self) -> Iterator[native.Supply | None]:
+        """What whoever writes needs for bytes that go through a ring; None if none do.
+
+        May be entered again, to write all of it again.
+        """
+        if self.ring is None or self.buffer is None:
+            yield None
+            return
+        with self.ring.fed(self._sources, self.buffer.memory, self._ready) as supply:
+            yield supply
 
     def wait(self) -> None:
         """Wait until every byte is at its address."""
@@ -64,27 +101,17 @@ class Staged:
         with contextlib.suppress(RuntimeError):
             self.wait()
         self.owners.clear()
+        self._sources = ()
         if self.buffer is not None:
             host_buffers.give_back(self.buffer, keep=not is_tight())
             self.buffer = None
-
-
-def needs_copy(tensor: torch.Tensor, snapshot: bool) -> bool:
-    """Whether the engine cannot read a plain tensor's values where they are (or must not, for a snapshot)."""
-    return (
-        snapshot
-        or tensor.device.type != "cpu"
-        or not (tensor.is_contiguous() or strided.has_long_runs(tensor))
-        or tensor.is_conj()
-        or tensor.is_neg()
-    )
 
 
 def copied_nbytes(shard: Shard, snapshot: bool) -> int:
     """Host buffer that staging this shard takes."""
     if not isinstance(shard, TensorShard) or not is_plain(shard.tensor):
         return 0
-    return _slot_nbytes(shard.tensor) if needs_copy(shard.tensor, snapshot) else 0
+    return slot_nbytes(shard.tensor) if needs_copy(shard.tensor, snapshot) else 0
 
 
 @without_collections
@@ -94,6 +121,7 @@ def stage(
     bound: int | None = None,
     at_least: int = 0,
     policy: StagingPolicy = BLOCKING,
+    ring: Ring | None = None,
 ) -> Staged:
     """Make the raw bytes of every planned item readable by the engine, once ``wait`` has returned.
 
@@ -105,6 +133,7 @@ def stage(
         bound: bytes of host buffers that may be in use; waits for other saves' buffers if need be.
         at_least: length of a host buffer that is allocated here, for later waves of the same save.
         policy: whether this waits for copies from GPUs.
+        ring: of ``find_ring``, for what is copied.
 
     Raises:
         CheckpointError: the host memory cannot be had.
@@ -112,15 +141,22 @@ def stage(
     tensors = [_tensor_of(item) for file in files for item in file.items]
     is_copied = [tensor is not None and needs_copy(tensor, snapshot) for tensor in tensors]
     copied = [t for t, wanted in zip(tensors, is_copied, strict=True) if wanted and t is not None]
-    nbytes = sum(_slot_nbytes(tensor) for tensor in copied)
-    buffer = host_buffers.take(nbytes, bound, at_least) if nbytes else None
-    staged = Staged(buffer=buffer, buffer_nbytes=nbytes)
+    staged = Staged()
     try:
         copies: Iterator[int] = iter(())
-        if staged.buffer is not None:
-            staged.copied_nbytes = sum(_nbytes(tensor) for tensor in copied)
+        if ring is not None:
+            staged.go_through(ring, copied, bound)
+            positions = [position for position, wanted in enumerate(is_copied) if wanted]
+            staged.parts = {position: [] for position in positions}
+            for part in ring.parts():
+                staged.parts[positions[part.source]].append(part)
+            copies = iter([0] * len(copied))
+        elif copied:
+            staged.buffer_nbytes = nbytes = sum(slot_nbytes(tensor) for tensor in copied)
+            staged.buffer = host_buffers.take(nbytes, bound, at_least)
+            staged.copied_nbytes = sum(nbytes_of(tensor) for tensor in copied)
             staged.allocated_nbytes = staged.buffer.nbytes if staged.buffer.is_new else 0
-            copies = iter(copy_tensors(copied, staged.buffer, staged.device_copies, policy))
+            copies = iter(copy_tensors(copied, staged.buffer.memory, staged.device_copies, policy))
         for tensor, wanted in zip(tensors, is_copied, strict=True):
             if tensor is None:
                 staged.addresses.append(0)
@@ -135,6 +171,25 @@ def stage(
         staged.release()
         raise
     return staged
+
+
+def find_ring(files: Sequence[FilePlan], settings: Settings, bound: int | None) -> Ring | None:
+    """A ring for what a save copies whose caller waits; None if all of it may as well be copied at once.
+
+    Args:
+        files: the plan.
+        settings: of the save.
+        bound: bytes of host buffers that may be in use; None: as many as are needed.
+    """
+    sources = [
+        Source(tensor, number, item.offset + len(item.archive.head))
+        for number, file in enumerate(files)
+        for item in file.items
+        if item.archive is not None
+        and (tensor := _tensor_of(item)) is not None
+        and needs_copy(tensor, snapshot=False)
+    ]
+    return ring_for(sources, settings, bound)
 
 
 def copy_to_host(
@@ -162,7 +217,7 @@ def copy_to_host(
         CheckpointError: the host memory cannot be had, or not within the bound now.
     """
     tensors = [tensor.detach() for tensor in tensors]
-    nbytes = sum(_slot_nbytes(tensor) for tensor in tensors)
+    nbytes = sum(slot_nbytes(tensor) for tensor in tensors)
     if not nbytes:
         return None, [torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in tensors]
     if bound is not None and nbytes > bound:
@@ -174,10 +229,10 @@ def copy_to_host(
     device_copies = device_copies or DeviceCopies()
     try:
         base = buffer.memory.data_ptr()
-        addresses = copy_tensors(tensors, buffer, device_copies, policy)
+        addresses = copy_tensors(tensors, buffer.memory, device_copies, policy)
         with buffer.watched(when_unused):
             return buffer, [
-                _as(tensor, buffer.slot(address - base, _nbytes(tensor)))
+                as_tensor(tensor, buffer.slot(address - base, nbytes_of(tensor)))
                 for tensor, address in zip(tensors, addresses, strict=True)
             ]
     except BaseException:
@@ -192,80 +247,8 @@ def _tensor_of(item: PlannedItem) -> torch.Tensor | None:
     return item.shard.tensor.detach()
 
 
-def copy_tensors(
-    tensors: Sequence[torch.Tensor],
-    buffer: HostBuffer,
-    device_copies: DeviceCopies,
-    policy: StagingPolicy = BLOCKING,
-) -> list[int]:
-    """Copy plain tensors into the buffer; returns the address of each.
-
-    The offsets in the buffer depend on the tensors' structure alone. Copies from GPUs may be on their way, as
-    ``device_copies`` knows (after an error too).
-    """
-    by_device: dict[torch.device, list[int]] = {}
-    for number, tensor in enumerate(tensors):
-        if is_on_gpu(tensor):
-            by_device.setdefault(tensor.device, []).append(number)
-    gathered: dict[torch.device, list[int]] = {
-        device: list(compress(numbers, choose_gathered([tensors[i] for i in numbers])))
-        for device, numbers in by_device.items()
-    }
-    first = [number for numbers in gathered.values() for number in numbers]
-    offsets = _offsets(tensors, first)
-    slots = [buffer.memory[at : at + _nbytes(tensor)] for tensor, at in zip(tensors, offsets, strict=True)]
-    for device, numbers in by_device.items():
-        order = gathered[device] + sorted(set(numbers).difference(gathered[device]))
-        device_copies.enqueue(
-            [tensors[i] for i in order], [slots[i] for i in order], len(gathered[device]), policy
-        )
-    on_gpu = {number for numbers in by_device.values() for number in numbers}
-    on_cpu = [number for number in range(len(tensors)) if number not in on_gpu]
-    _copy_on_cpu([tensors[i] for i in on_cpu], [slots[i] for i in on_cpu])
-    base = buffer.memory.data_ptr()
-    return [base + offset for offset in offsets]
-
-
-def _offsets(tensors: Sequence[torch.Tensor], first: Sequence[int]) -> list[int]:
-    """The offset of each tensor, back to back: those numbered in ``first``, then the others in order."""
-    chosen = set(first)
-    offsets, position = [0] * len(tensors), 0
-    for number in chain(first, (i for i in range(len(tensors)) if i not in chosen)):
-        offsets[number] = position
-        position += _slot_nbytes(tensors[number])
-    return offsets
-
-
-def _copy_on_cpu(tensors: Sequence[torch.Tensor], slots: Sequence[torch.Tensor]) -> None:
-    copies: list[tuple[int, ...]] = []
-    for tensor, slot in zip(tensors, slots, strict=True):
-        if needs_copy(tensor, snapshot=False):
-            _as(tensor, slot).copy_(tensor)
-            continue
-        address = slot.data_ptr()
-        for series in strided.as_rows(tensor):
-            copies.append((address, series.address, series.nbytes, series.number, series.pitch))
-            address += series.nbytes * series.number
-    if copies:
-        to, origin, nbytes, number, pitch = (array("q", column) for column in zip(*copies, strict=True))
-        native.copy_runs(to, origin, nbytes, number, pitch, settings.io_threads())
-
-
 def _runs(tensor: torch.Tensor) -> tuple[array[int], int]:
     """The start of each run of a CPU tensor, and the length of one run."""
     if tensor.is_contiguous():
-        return array("q", [tensor.data_ptr()]), _nbytes(tensor)
+        return array("q", [tensor.data_ptr()]), nbytes_of(tensor)
     return strided.column(strided.run_addresses(tensor)), strided.run_nbytes(tensor)
-
-
-def _as(tensor: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
-    """Bytes as a contiguous tensor of the other's dtype and shape."""
-    return memory.view(tensor.dtype).view(tensor.shape)
-
-
-def _nbytes(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.dtype.itemsize
-
-
-def _slot_nbytes(tensor: torch.Tensor) -> int:
-    return -(-_nbytes(tensor) // ALIGNMENT) * ALIGNMENT

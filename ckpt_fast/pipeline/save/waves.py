@@ -22,7 +22,8 @@ from ckpt_fast.pipeline.memory.device_copy import BLOCKING, DeviceCopies, Stagin
 from ckpt_fast.pipeline.save.encode import WriteProgram
 from ckpt_fast.pipeline.save.plan import FilePlan, cut_waves, item_records, plan_save
 from ckpt_fast.pipeline.save.program import Prepared, ProgramCache, SaveProgram, prepare, structure_of
-from ckpt_fast.pipeline.save.stage import Staged, copied_nbytes, stage
+from ckpt_fast.pipeline.save.ring import Ring
+from ckpt_fast.pipeline.save.stage import Staged, copied_nbytes, find_ring, stage
 from ckpt_fast.pipeline.save.write import automatic_writers, write
 from ckpt_fast.settings import Settings
 from ckpt_fast.storage.files import Directory, Files
@@ -33,8 +34,9 @@ logger = logging.getLogger(__name__)
 class Waves:
     """One save's shards of one rank on their way to files. Local: no collectives.
 
-    What is staged goes to a thread that writes it. Shards whose copies exceed the bound on host buffers are
-    staged in waves, each in files of its own: a wave is copied while the one before it is being written.
+    What is staged goes to a thread that writes it. Copies that exceed the bound on host buffers go through a
+    ring while they are written, or, for a snapshot, are made in waves, each in files of its own: a wave is
+    copied while the one before it is being written.
 
     Args:
         report: of the save.
@@ -111,35 +113,58 @@ class Waves:
         if isinstance(shards, Prepared):
             self._stage_prepared(shards)
             return
-        waves: Sequence[Sequence[Shard]] = [shards]
-        limit = None
-        bound = self._bound
+        bound, sizes = self._bound, []
         if bound is None:
             # What is staged is a part of it. To sum that up takes longer than all of this.
             bound = default_bound(sum(map(shard_nbytes, shards)) if nbytes is None else nbytes)
         if bound is not None:
             sizes = [copied_nbytes(shard, self._snapshot) for shard in shards]
-            if sum(sizes) > bound:
-                # Two waves share the bound: one is copied while the other is being written.
-                limit = bound // 2
-                waves = cut_waves(shards, sizes, limit)
-                self._report.note_waves(len(waves), bound, is_default=self._bound is None)
+        is_too_much = bound is not None and sum(sizes) > bound
+        if bound is not None and is_too_much and self._snapshot:
+            self._stage_in_waves(shards, sizes, bound, writers)
+            return
         structure = None
-        if len(waves) == 1 and self._programs is not None:
+        if self._programs is not None:
             with self._report.timed("plan"):
                 structure, prepared = self._prepare(shards, writers, self._programs)
-                self.structure = structure
-            if prepared is not None:
+            if prepared is not None and prepared.program.suits(self._snapshot, self._bound):
                 self._stage_prepared(prepared)
                 return
+        with self._report.timed("plan"):
+            files = plan_save(shards, self._prefix, writers, self._first, self._separate)
+            ring = None if self._snapshot else find_ring(files, self._settings, bound)
+        if bound is not None and is_too_much and ring is None:
+            self._stage_in_waves(shards, sizes, bound, writers)
+            return
+        self.structure = structure
+        self._stage_files(shards, files, structure, bound, ring=ring)
+
+    def _stage_in_waves(
+        self, shards: Sequence[Shard], sizes: Sequence[int], bound: int, writers: int
+    ) -> None:
+        # Two waves share the bound: one is copied while the other is being written.
+        limit = bound // 2
+        waves = cut_waves(shards, sizes, limit)
+        self._report.note_waves(len(waves), bound, is_default=self._bound is None)
         number = self._first
         for wave in waves:
             with self._report.timed("plan"):
                 files = plan_save(wave, self._prefix, writers, number, self._separate)
                 number += len(files)
-            with self._report.timed("stage"):
-                staged = stage(files, self._snapshot, bound, limit or 0, self._policy)
-            self._submit(staged, functools.partial(self._write_wave, wave, files, staged, structure))
+            self._stage_files(wave, files, None, bound, limit)
+
+    def _stage_files(
+        self,
+        shards: Sequence[Shard],
+        files: Sequence[FilePlan],
+        structure: bytes | None,
+        bound: int | None,
+        at_least: int = 0,
+        ring: Ring | None = None,
+    ) -> None:
+        with self._report.timed("stage"):
+            staged = stage(files, self._snapshot, bound, at_least, self._policy, ring)
+        self._submit(staged, functools.partial(self._write_wave, shards, files, staged, structure))
 
     def _prepare(
         self, shards: Sequence[Shard], writers: int, programs: ProgramCache
@@ -292,7 +317,7 @@ class Waves:
         with self._report.timed("write", files=len(program.paths), nbytes=sum(program.file_nbytes)):
             with self._files.named(), trace.rate("written", lambda: self.progress.nbytes):
                 written, digests = write(
-                    program, self._files.directory, self._settings, self.progress, self._files.durable
+                    program, staged, self._files.directory, self._settings, self.progress, self._files.durable
                 )
             self._files.hand_over(written, lambda: not self.progress.stopped)
         self._record.files.extend(written)

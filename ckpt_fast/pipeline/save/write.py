@@ -13,6 +13,7 @@ from ckpt_fast.errors import CheckpointWriteError
 from ckpt_fast.format.manifest import BLOCK_NBYTES
 from ckpt_fast.format.types import BlockDigests, FileRecord
 from ckpt_fast.pipeline.save.encode import WriteProgram
+from ckpt_fast.pipeline.save.stage import Staged
 from ckpt_fast.settings import Settings
 from ckpt_fast.storage.commit import fsync_directory
 from ckpt_fast.storage.space import file_system_of
@@ -38,6 +39,7 @@ def automatic_writers(directory: str, settings: Settings) -> int:
 
 def write(
     program: WriteProgram,
+    staged: Staged,
     directory: str,
     settings: Settings,
     progress: native.Progress,
@@ -46,10 +48,12 @@ def write(
     """Write the program's files into ``directory``; on return they are durable, if that is wanted.
 
     After an error that may pass, the files are written again from the beginning, ``CKPT_FAST_RETRIES`` times:
-    what the page cache holds after a failed sync is worth nothing, but the buffers still have every byte.
+    what the page cache holds after a failed sync is worth nothing, but the buffers still have every byte, or
+    get it again.
 
     Args:
         program: what is written.
+        staged: where its bytes are.
         directory: the checkpoint.
         settings: of the save.
         progress: to watch the write, and to stop it, also while it waits to try again.
@@ -63,7 +67,7 @@ def write(
     """
     for attempt in range(settings.write_retries + 1):
         try:
-            return _write_once(program, directory, settings, progress, durable)
+            return _write_once(program, staged, directory, settings, progress, durable)
         except CheckpointWriteError as error:
             if error.errno not in _MAY_PASS or attempt == settings.write_retries:
                 raise
@@ -81,22 +85,30 @@ def _pause(seconds: float, progress: native.Progress) -> None:
 
 
 def _write_once(
-    program: WriteProgram, directory: str, settings: Settings, progress: native.Progress, durable: bool
+    program: WriteProgram,
+    staged: Staged,
+    directory: str,
+    settings: Settings,
+    progress: native.Progress,
+    durable: bool,
 ) -> tuple[list[FileRecord], BlockDigests]:
     place = (program.paths, program.payload_file, program.payload_offset, program.payload_nbytes)
     if not program.paths:
         return [], BlockDigests(*place, b"")
+    ring = staged.ring
     try:
-        _, file_crcs, block_crcs = native.write_files(
-            [os.path.join(directory, path) for path in program.paths],
-            **program.columns(),
-            threads=settings.io_threads,
-            chunk_bytes=settings.chunk_bytes,
-            direct=settings.direct_io,
-            fsync=durable and settings.fsync_enabled,
-            progress=progress,
-            block_bytes=BLOCK_NBYTES,
-        )
+        with staged.fed() as supply:
+            _, file_crcs, block_crcs = native.write_files(
+                [os.path.join(directory, path) for path in program.paths],
+                **program.columns(),
+                threads=settings.io_threads if ring is None else ring.threads,
+                chunk_bytes=settings.chunk_bytes if ring is None else ring.chunk_nbytes,
+                direct=settings.direct_io,
+                fsync=durable and settings.fsync_enabled,
+                progress=progress,
+                block_bytes=BLOCK_NBYTES,
+                supply=supply,
+            )
         if durable:
             fsync_directory(directory)
     except OSError as error:

@@ -53,6 +53,16 @@ struct StreamEnd {
   int64_t offset = 0;
 };
 
+int64_t batch_of(const WriteRequest& request, size_t row) {
+  if (request.supply == nullptr) return -1;
+  const int64_t batch = request.piece_batch[row];
+  const auto count = static_cast<int64_t>(request.supply->batch_count());
+  if (batch < -1 || batch >= count) {
+    refuse("piece", row, "batch " + to_string(batch) + " is not one of " + to_string(count));
+  }
+  return batch;
+}
+
 std::vector<StreamEnd> add_pieces(const WriteRequest& request, WritePlan* plan) {
   std::vector<StreamEnd> ends(plan->stream_nbytes.size());
   int64_t last_file = 0;
@@ -62,8 +72,12 @@ std::vector<StreamEnd> add_pieces(const WriteRequest& request, WritePlan* plan) 
     const int64_t digest = request.piece_digest[row];
     check_file("piece", row, file, plan->files.size());
     PlannedFile& planned = plan->files[file];
-    const Piece piece{request.piece_offset[row], request.piece_nbytes[row],
-                      reinterpret_cast<const uint8_t*>(request.piece_address[row]), digest, 0};
+    const Piece piece{request.piece_offset[row],
+                      request.piece_nbytes[row],
+                      reinterpret_cast<const uint8_t*>(request.piece_address[row]),
+                      digest,
+                      0,
+                      batch_of(request, row)};
     check_range("piece", row, piece.offset, piece.nbytes, planned.nbytes);
     check_digest("piece", row, digest, -1, request.digest_count);
     if (file < last_file || (file == last_file && piece.offset < last_end)) {
@@ -154,6 +168,7 @@ WritePlan make_write_plan(const WriteRequest& request) {
   check_job(request.threads, request.chunk_nbytes);
   check_lengths("piece", {request.piece_file, request.piece_offset, request.piece_nbytes,
                           request.piece_address, request.piece_digest});
+  if (request.supply != nullptr) check_lengths("piece", {request.piece_file, request.piece_batch});
   check_lengths("patch", {request.patch_file, request.patch_offset, request.patch_digest});
   if (request.digest_count < 0) throw std::invalid_argument("digest_count is negative");
   if (request.block_nbytes < 0) throw std::invalid_argument("block_bytes is negative");

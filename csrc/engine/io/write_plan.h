@@ -10,6 +10,7 @@
 
 #include "engine/base/column.h"
 #include "engine/base/progress.h"
+#include "engine/base/supply.h"
 
 namespace ckpt_fast {
 
@@ -25,6 +26,8 @@ struct WriteRequest {
   bool fsync = false;
   Progress* progress = nullptr;
   int64_t block_nbytes = 0;  // 0: no block digests
+  Column piece_batch = {};   // with a supply: the batch each piece comes with, or -1
+  Supply* supply = nullptr;
 };
 
 /// Bytes of memory and their position in a file.
@@ -34,6 +37,7 @@ struct Piece {
   const uint8_t* source;
   int64_t digest;         // the stream they belong to, or -1
   int64_t digest_behind;  // bytes of that stream after this piece
+  int64_t batch;          // of the supply, or -1: it is there from the beginning
 
   int64_t end() const { return offset + nbytes; }
 };

@@ -56,6 +56,12 @@ class WriteJob {
   void finish_file(size_t file);
   void publish_files();
 
+  template <typename Action>
+  void for_each_supplied(const Chunk& chunk, Action&& action) const;
+  void wait_for_pieces(const Chunk& chunk) const;
+  void release_pieces(const Chunk& chunk) const;
+  std::vector<Piece>::const_iterator first_piece(const Chunk& chunk) const;
+
   void fill(const Chunk& chunk, ChunkImage* image);
   void append(const Piece& piece, int64_t begin, int64_t end, bool patched, ChunkImage* image);
   bool is_patched(size_t file, int64_t begin, int64_t end) const;
@@ -100,7 +106,11 @@ WriteResult WriteJob::run() {
   const bool direct = !chunks_.empty() && output_of(chunks_.front().file).direct();
   parallel_for(
       chunks_.size(), direct ? 3 * request_.threads : request_.threads,
-      [this](size_t i) { write_chunk(chunks_[i]); }, [this] { digests_.abandon(); });
+      [this](size_t i) { write_chunk(chunks_[i]); },
+      [this] {
+        digests_.abandon();
+        if (request_.supply != nullptr) request_.supply->end();
+      });
   publish_files();
   WriteResult result{digests_.crcs(), {}, {block_crcs_.begin(), block_crcs_.end()}};
   for (const OpenFile& file : open_files_) result.file_crcs.push_back(file.crc);
@@ -154,9 +164,11 @@ void WriteJob::write_chunk(const Chunk& chunk) {
   if (chunk.nbytes() > 0) {
     const Buffer buffer(static_cast<size_t>(request_.chunk_nbytes));
     ChunkImage image(buffer.data(), output.direct() ? ChunkImage::Mode::kFlat : ChunkImage::Mode::kGather);
+    wait_for_pieces(chunk);
     fill(chunk, &image);
     if (!apply_patches(chunk, &image)) return;
     output.write(image.parts(), chunk.nbytes(), chunk.begin);
+    release_pieces(chunk);
     if (progress != nullptr) progress->add(chunk.nbytes());
     const int64_t behind = plan_.files[chunk.file].nbytes - chunk.end;
     open_files_[chunk.file].crc ^= crc32_shift(image.crc(), static_cast<uint64_t>(behind));
@@ -164,11 +176,42 @@ void WriteJob::write_chunk(const Chunk& chunk) {
   if (--open_files_[chunk.file].chunks_left == 0) finish_file(chunk.file);
 }
 
+/// The first piece that ends behind the chunk's beginning.
+std::vector<Piece>::const_iterator WriteJob::first_piece(const Chunk& chunk) const {
+  const std::vector<Piece>& pieces = plan_.files[chunk.file].pieces;
+  const auto ends_behind = [](int64_t position, const Piece& piece) { return position < piece.end(); };
+  return std::upper_bound(pieces.begin(), pieces.end(), chunk.begin, ends_behind);
+}
+
+/// Calls action(batch, bytes of the chunk) for each of its pieces that comes with a batch.
+template <typename Action>
+void WriteJob::for_each_supplied(const Chunk& chunk, Action&& action) const {
+  if (request_.supply == nullptr) return;
+  const auto end = plan_.files[chunk.file].pieces.end();
+  for (auto piece = first_piece(chunk); piece != end && piece->offset < chunk.end; ++piece) {
+    const int64_t nbytes = std::min(piece->end(), chunk.end) - std::max(piece->offset, chunk.begin);
+    if (piece->batch >= 0 && nbytes > 0) action(static_cast<size_t>(piece->batch), nbytes);
+  }
+}
+
+/// Chunks are taken in the order of the batches, so those that are waited for find room.
+void WriteJob::wait_for_pieces(const Chunk& chunk) const {
+  for_each_supplied(chunk, [&](size_t batch, int64_t) {
+    if (!request_.supply->wait_arrived(batch, request_.progress)) {
+      throw_file_error("write", plan_.files[chunk.file].path, ECANCELED);
+    }
+  });
+}
+
+void WriteJob::release_pieces(const Chunk& chunk) const {
+  for_each_supplied(chunk,
+                    [&](size_t batch, int64_t nbytes) { request_.supply->add_written(batch, nbytes); });
+}
+
 /// Assembles the chunk's image, without its patches, and adds its parts to their streams.
 void WriteJob::fill(const Chunk& chunk, ChunkImage* image) {
   const std::vector<Piece>& pieces = plan_.files[chunk.file].pieces;
-  const auto ends_behind = [](int64_t position, const Piece& piece) { return position < piece.end(); };
-  auto piece = std::upper_bound(pieces.begin(), pieces.end(), chunk.begin, ends_behind);
+  auto piece = first_piece(chunk);
   int64_t position = chunk.begin;
   for (; piece != pieces.end() && piece->offset < chunk.end; ++piece) {
     const int64_t begin = std::max(piece->offset, chunk.begin);

@@ -16,8 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from ckpt_fast.pipeline.memory import device_copy, gpu
-from ckpt_fast.pipeline.save import stage as stage_module
+from ckpt_fast.pipeline.memory import copies, device_copy, gpu
 
 
 class Stream:
@@ -139,7 +138,8 @@ def fill(slot: torch.Tensor, tensor: torch.Tensor) -> None:
 
 def install(monkeypatch: pytest.MonkeyPatch, simulated: SimulatedGpu) -> None:
     """From now on, treat CPU tensors as tensors of this GPU."""
-    monkeypatch.setattr(stage_module, "is_on_gpu", lambda tensor: True)
+    for module in (copies, gpu):
+        monkeypatch.setattr(module, "is_on_gpu", lambda tensor: True)
     monkeypatch.setattr(device_copy.gpu, "gpu_of", lambda device: simulated)
     monkeypatch.setattr(gpu, "can_gather", lambda tensor: tensor.is_contiguous())
 

@@ -1,0 +1,290 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Synchronous saves whose copies go through a ring of host memory: the same files, in little memory."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import resource
+import signal
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ckpt_fast import native
+from ckpt_fast.errors import CheckpointError, CheckpointWriteError
+from ckpt_fast.format.types import ObjectShard, Shard
+from ckpt_fast.pipeline.memory import device_copy
+from ckpt_fast.pipeline.memory.host_buffer import HostBuffer, HostBufferPool
+from ckpt_fast.pipeline.save import program as program_module
+from ckpt_fast.pipeline.save import ring as ring_module
+from ckpt_fast.pipeline.save import stage as stage_module
+from ckpt_fast.pipeline.save import waves as waves_module
+from ckpt_fast.pipeline.save import write as write_module
+from ckpt_fast.pipeline.save.program import ProgramCache
+from ckpt_fast.pipeline.save.ring import Ring, Source
+from tests.pipeline.layouts import random_tensor, whole
+from tests.pipeline.memory.simulated_gpu import SimulatedGpu, install
+from tests.saves import new_save, save
+
+pytestmark = pytest.mark.usefixtures("no_fsync", "native_impl")
+KIB = 1024
+SLAB = 8 * KIB
+
+
+class WatchedPool(HostBufferPool):
+    """Records the lengths asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[int] = []
+
+    def take(self, nbytes: int, *args: Any, **options: Any) -> HostBuffer:
+        self.asked.append(nbytes)
+        return super().take(nbytes, *args, **options)
+
+
+@pytest.fixture(autouse=True)
+def pool(monkeypatch: pytest.MonkeyPatch) -> Iterator[WatchedPool]:
+    """Small slabs, small chunks, small tensors gathered."""
+    watched = WatchedPool()
+    monkeypatch.setattr(stage_module, "host_buffers", watched)
+    monkeypatch.setattr(ring_module, "SLAB_NBYTES", SLAB)
+    monkeypatch.setattr(device_copy, "SMALL_NBYTES", 512)
+    monkeypatch.setenv("CKPT_FAST_CHUNK", "4K")
+    monkeypatch.setenv("CKPT_FAST_THREADS", "2")
+    yield watched
+    assert watched.used_nbytes == 0
+    assert not [thread for thread in threading.enumerate() if thread.name == "ckpt_fast-stage"]
+
+
+def on_gpu(patch: pytest.MonkeyPatch, seed: int = 0) -> SimulatedGpu:
+    """From now on every tensor is on a GPU."""
+    simulated = SimulatedGpu(seed)
+    install(patch, simulated)
+    for module in (stage_module, program_module):
+        patch.setattr(module, "needs_copy", lambda tensor, snapshot: True)
+    return simulated
+
+
+def state(sizes: Sequence[int], seed: int = 0) -> list[Shard]:
+    """Tensors of the given numbers of elements, of several dtypes, one transposed, and an object."""
+    dtypes = [torch.float32, torch.bfloat16, torch.int64, torch.uint8, torch.complex128]
+    shards: list[Shard] = [
+        whole(f"w{number}", random_tensor((size,), dtype, seed + number))
+        for number, (size, dtype) in enumerate(zip(sizes, itertools.cycle(dtypes), strict=False))
+    ]
+    shards.append(whole("transposed", random_tensor((30, 20), torch.float32, seed).t()))
+    shards.append(ObjectShard("object", b"PK\3\4 of an object"))
+    return shards
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(directory.glob("*.distcp"))}
+
+
+def expected(shards: Sequence[Shard], directory: Path, writers: int = 1) -> dict[str, bytes]:
+    """What a save of tensors that are read in place writes."""
+    save(shards, str(directory), writers=writers)
+    return contents(directory)
+
+
+@given(
+    sizes=st.lists(st.sampled_from([0, 1, 100, 1000, 1024, 5000, 20_000]), max_size=12),
+    writers=st.integers(1, 5),
+    threads=st.integers(1, 3),
+    chunk=st.sampled_from(["4K", "8K", "64K"]),
+    slab=st.sampled_from([1, 4 * KIB, 20 * KIB]),
+    direct=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
+def test_the_files_are_the_same(
+    sizes: list[int], writers: int, threads: int, chunk: str, slab: int, direct: bool, seed: int
+) -> None:
+    shards = state([*sizes, 9000])
+    with tempfile.TemporaryDirectory() as root, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CKPT_FAST_CHUNK", chunk)
+        patch.setenv("CKPT_FAST_THREADS", str(threads))
+        patch.setenv("CKPT_FAST_DIRECT", str(int(direct)))
+        patch.setattr(ring_module, "SLAB_NBYTES", slab)
+        wanted = expected(shards, Path(root, "in place"), writers)
+        on_gpu(patch, seed)
+        save(shards, f"{root}/ring", writers=writers)
+        assert contents(Path(root, "ring")) == wanted
+
+
+def test_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pool: WatchedPool) -> None:
+    shards = state([100_000, 50, 200_000])
+    wanted = expected(shards, tmp_path / "in place")
+    on_gpu(monkeypatch)
+    report = save(shards, str(tmp_path / "ring"))
+    assert contents(tmp_path / "ring") == wanted
+    assert max(pool.asked) <= 4 * SLAB
+    assert report.host_memory_allocated <= 4 * SLAB and report.staged_nbytes > 800_000
+    assert report.files == 1
+
+
+def test_what_fits_is_copied_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pool: WatchedPool
+) -> None:
+    on_gpu(monkeypatch)
+    report = save(state([2000]), str(tmp_path))
+    assert len(pool.asked) == 1 and pool.asked[0] >= report.staged_nbytes
+
+
+def test_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pool: WatchedPool) -> None:
+    """Less memory than the usual ring has: a smaller one, and still one file."""
+    monkeypatch.setattr(ring_module, "SLAB_NBYTES", 1 << 20)
+    shards = state([50_000, 50_000])
+    wanted = expected(shards, tmp_path / "in place")
+    on_gpu(monkeypatch)
+    report = save(shards, str(tmp_path / "ring"), host_buffer=40 * KIB)
+    assert contents(tmp_path / "ring") == wanted
+    assert max(pool.asked) <= 40 * KIB and report.files == 1
+
+
+def test_what_cannot_be_cut_takes_waves(tmp_path: Path, pool: WatchedPool) -> None:
+    """Runs of 4 bytes: such a tensor is copied whole."""
+    shards = [whole(f"w{n}", random_tensor((100, 90), torch.float32, n).t()) for n in range(4)]
+    report = save(shards, str(tmp_path), host_buffer=80 * KIB)
+    assert report.files == 4 and max(pool.asked) <= 80 * KIB
+
+
+def test_later_saves_execute_a_program(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pool: WatchedPool
+) -> None:
+    programs = ProgramCache()
+    for number in range(3):
+        shards = state([30_000, 10, 500, 40_000], seed=number * 100)
+        with pytest.MonkeyPatch.context() as patch:
+            wanted = expected(shards, tmp_path / f"in place {number}")
+            pool.asked.clear()
+            on_gpu(patch)
+            if number:
+                patch.setattr(waves_module, "plan_save", lambda *a, **k: pytest.fail("it was planned again"))
+            save(shards, str(tmp_path / str(number)), programs=programs)
+        assert contents(tmp_path / str(number)) == wanted
+        assert max(pool.asked) <= 4 * SLAB and len(programs) == 1
+
+
+def test_a_program_of_other_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches come in the order that the program was made for, whatever the settings have become."""
+    shards, programs = state([30_000, 20_000, 25_000, 40_000]), ProgramCache()
+    wanted = expected(shards, tmp_path / "in place", writers=4)
+    on_gpu(monkeypatch)
+    for number, (threads, chunk) in enumerate([("1", "4K"), ("4", "64K")]):
+        monkeypatch.setenv("CKPT_FAST_THREADS", threads)
+        monkeypatch.setenv("CKPT_FAST_CHUNK", chunk)
+        save(shards, str(tmp_path / str(number)), programs=programs, writers=4)
+        assert contents(tmp_path / str(number)) == wanted
+
+
+def test_a_write_that_failed_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards = state([100_000])
+    wanted = expected(shards, tmp_path / "in place")
+    on_gpu(monkeypatch)
+    failed, write_files = [], native.write_files
+
+    def failing(paths: list[str], **options: Any) -> Any:
+        if len(failed) < 2:
+            failed.append(paths)
+            with pytest.raises(OSError, match="cancel"):
+                options["supply"].end()
+                write_files(paths, **options)
+            raise OSError(errno.EIO, os.strerror(errno.EIO), paths[0])
+        return write_files(paths, **options)
+
+    monkeypatch.setattr(native, "write_files", failing)
+    monkeypatch.setattr(write_module, "_FIRST_DELAY_S", 0.001)
+    save(shards, str(tmp_path / "ring"))
+    assert len(failed) == 2 and contents(tmp_path / "ring") == wanted
+
+
+def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The copying thread ends with the write that will never make room."""
+    on_gpu(monkeypatch)
+    monkeypatch.setenv("CKPT_FAST_RETRIES", "0")
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        with pytest.raises(CheckpointWriteError, match="File too large"):
+            save(state([100_000, 100_000]), str(tmp_path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    assert not list(tmp_path.glob("*.distcp"))
+
+
+@pytest.mark.parametrize("batch", [0, 3, 9])
+def test_a_copy_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: int) -> None:
+    on_gpu(monkeypatch)
+    copy_tensors, made = ring_module.copy_tensors, itertools.count()
+
+    def failing(*arguments: Any) -> Any:
+        if next(made) == batch:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return copy_tensors(*arguments)
+
+    monkeypatch.setattr(ring_module, "copy_tensors", failing)
+    with pytest.raises(CheckpointError, match="an illegal memory access"):
+        save(state([100_000]), str(tmp_path))
+    assert not list(tmp_path.glob("*.distcp"))
+
+
+def test_a_save_that_is_abandoned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy that hangs does not keep the writers from ending, nor are they kept by one that waits."""
+    simulated = on_gpu(monkeypatch)
+    going_on = threading.Event()
+    wait_for = simulated.wait_for
+    monkeypatch.setattr(simulated, "wait_for", lambda event: (going_on.wait(30), wait_for(event)))
+    job = new_save(state([100_000]), str(tmp_path))
+    job.stage()
+    threading.Timer(0.2, going_on.set).start()
+    assert job.abandon(10)
+    assert not list(tmp_path.iterdir())
+
+
+@given(
+    sizes=st.lists(st.tuples(st.integers(0, 3000), st.booleans(), st.integers(0, 3000)), max_size=15),
+    files=st.integers(1, 4),
+    threads=st.integers(1, 3),
+    slab=st.integers(1, 30_000),
+)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=100)
+def test_layout(sizes: list[tuple[int, bool, int]], files: int, threads: int, slab: int) -> None:
+    """Every byte of every source comes once, in order; a batch's bytes do not overlap; slabs do not."""
+    sources, ends = [], [0] * files
+    for number, (rows, is_transposed, gap) in enumerate(sizes):
+        file = number * files // len(sizes)
+        offset = ends[file] + gap // 64 * 64
+        tensor = torch.empty(2, rows).t() if is_transposed else torch.empty(rows, 2)
+        sources.append(Source(tensor, file, offset))
+        ends[file] = -(-(offset + rows * 8) // 64) * 64
+    try:
+        ring = Ring(sources, threads, 4096, slab)
+    except ValueError:
+        window = max(slab // threads // 4096, 1) * 4096
+        assert any(is_transposed and rows * 8 > window for rows, is_transposed, _ in sizes)
+        return
+    parts = list(ring.parts())
+    for number, source in enumerate(sources):
+        own = [part for part in parts if part.source == number]
+        ends_at = list(itertools.accumulate((part.nbytes for part in own), initial=0))
+        assert [part.begin for part in own] == ends_at[:-1] and ends_at[-1] == source.tensor.numel() * 4
+    for batch, nbytes in enumerate(ring.batch_nbytes):
+        own = sorted((part.offset, part.nbytes) for part in parts if part.batch == batch)
+        assert sum(nbytes for _, nbytes in own) == nbytes
+        slab_nbytes = ring.nbytes // min(4, len(ring.batch_nbytes))
+        assert all(a + n <= b for (a, n), (b, _) in itertools.pairwise(own))
+        assert own[0][0] >= batch % 4 * slab_nbytes
+        assert sum(own[-1]) <= (batch % 4 + 1) * slab_nbytes
