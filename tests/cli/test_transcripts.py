@@ -60,6 +60,7 @@ def skeleton(text: str) -> list[str]:
     """The words of each line; numbers, and what only they decide (bars, units, alignment), are left out."""
     text = re.sub(r"[█▁▂▃▄▅▆▇]+", "", text)
     text = re.sub(r"\b[0-9a-f]{32}\b", "ID", text)
+    text = re.sub(r"\b(CRC-32|instead of) [0-9a-f]{8}\b", r"\1 0", text)
     text = re.sub(r"-?\d[\d.,]*(?:e[+-]?\d+)?(?:\+\w+)?\b", "0", text)
     text = re.sub(r"\b0 ([kMGT]?B|s|min|h|d)\b", "0", text)
     return [" ".join(line.split()) for line in text.splitlines() if line.strip()]
