@@ -208,5 +208,5 @@ def test_a_full_spool_is_named(shelf: Shelf) -> None:
     assert spooled(shelf) == []
 
 
-def full(_: object, directory: str, *__: object) -> None:
+def full(_: object, __: object, directory: str, *___: object) -> None:
     raise CheckpointWriteError("full", errno.ENOSPC, f"{directory}/__0_0.distcp")
