@@ -104,8 +104,8 @@ class SaveReport:
         if is_default and first_time("throttled"):
             logger.warning(
                 "the save to %s is throttled: this rank can spare %s of host memory for copies, and stages "
-                "them in %d waves. Training waits for all but the last to be written. CKPT_FAST_HOST_BUFFER "
-                "sets another bound.",
+                "them in %d waves. Training waits until the last is copied, and so for most of them to be "
+                "written. CKPT_FAST_HOST_BUFFER sets another bound.",
                 self.directory,
                 readable(bound),
                 waves,

@@ -59,6 +59,17 @@ class Worker:
         """
         if self._closed:
             raise RuntimeError(f"{self._thread.name} takes no more work")
+        if self.start():
+            self._actions.put(action)
+        else:
+            self._do(action)
+
+    def start(self) -> bool:
+        """Start the thread, unless it is; returns whether there is one. Else ``submit`` runs the actions.
+
+        Raises:
+            RuntimeError: the process may start no more threads.
+        """
         if self._process is None and not self._is_inline:
             self._process = os.getpid()
             _running.add(self)
@@ -69,10 +80,7 @@ class Worker:
                 self._is_inline = "interpreter shutdown" in str(error)
                 if not self._is_inline:
                     raise
-        if self._is_inline:
-            self._do(action)
-        else:
-            self._actions.put(action)
+        return not self._is_inline
 
     def close(self) -> None:
         """Take no more actions; the thread ends after the last one."""

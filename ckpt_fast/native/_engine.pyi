@@ -68,8 +68,12 @@ class Supply:
     def arrive(self, count: int) -> None:
         """The first ``count`` batches are in memory."""
 
-    def wait_written(self, batch: int) -> bool:
-        """Wait until batches 0 to ``batch`` are written; False if that will not happen."""
+    def wait_written(self, batch: int, timeout_s: float) -> bool:
+        """Wait until batches 0 to ``batch`` are written; False if they are not by then, or will not be."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether ``end`` was called, or the write has failed."""
 
     def end(self) -> None:
         """Nothing more comes, or is written: whoever waits is told so."""

@@ -84,10 +84,14 @@ class Supply:
             self._arrived = count
             self._changed.notify_all()
 
-    def wait_written(self, batch: int) -> bool:
+    def wait_written(self, batch: int, timeout_s: float) -> bool:
         with self._changed:
-            self._changed.wait_for(lambda: self._written > batch or self._ended)
+            self._changed.wait_for(lambda: self._written > batch or self._ended, timeout_s)
             return self._written > batch
+
+    @property
+    def ended(self) -> bool:
+        return self._ended
 
     def wait_arrived(self, batch: int, path: str, progress: Progress) -> None:
         with self._changed:

@@ -5,6 +5,7 @@
 
 #include <unistd.h>
 
+#include <chrono>
 #include <deque>
 #include <exception>
 #include <memory>
@@ -173,6 +174,12 @@ std::unique_ptr<Supply> new_supply(const py::buffer& batch_nbytes) {
   return std::make_unique<Supply>(std::vector<int64_t>(column.data, column.data + column.size));
 }
 
+bool wait_written(Supply& supply, size_t batch, double timeout_s) {
+  const auto at_most = std::chrono::duration_cast<std::chrono::nanoseconds>(
+      std::chrono::duration<double>(timeout_s));
+  return without_gil([&] { return supply.wait_written(batch, at_most); });
+}
+
 py::bytes read_extents_into(const py::sequence& paths, const py::buffer& extent_file,
                             const py::buffer& extent_offset, const py::buffer& extent_nbytes,
                             const py::buffer& extent_address, const py::buffer& range_file,
@@ -238,12 +245,8 @@ PYBIND11_MODULE(_engine, m) {
   py::class_<Supply>(m, "Supply")
       .def(py::init(&new_supply), py::arg("batch_nbytes"))
       .def("arrive", &Supply::arrive, py::arg("count"))
-      .def(
-          "wait_written",
-          [](Supply& supply, size_t batch) {
-            return without_gil([&] { return supply.wait_written(batch); });
-          },
-          py::arg("batch"))
+      .def("wait_written", wait_written, py::arg("batch"), py::arg("timeout_s"))
+      .def_property_readonly("ended", &Supply::ended)
       .def("end", &Supply::end);
   m.def("write_files", write_files_from, py::arg("paths"), py::kw_only(), py::arg("file_nbytes"),
         py::arg("piece_file"), py::arg("piece_offset"), py::arg("piece_nbytes"), py::arg("piece_address"),

@@ -50,7 +50,7 @@ struct Supplied {
   /// Brings all batches, or those before `end`.
   void bring(Supply* supply, int64_t end = kBatches) {
     for (int64_t b = 0; b < end; ++b) {
-      if (b >= kSlabs && !supply->wait_written(static_cast<size_t>(b - kSlabs))) return;
+      if (b >= kSlabs && !supply->wait_written(static_cast<size_t>(b - kSlabs), std::chrono::minutes(1))) return;
       for (int64_t f = 0; f < kFiles; ++f) {
         std::copy_n(content.begin() + (f * kBatches + b) * kPart, kPart, slot(f, b));
       }
@@ -131,7 +131,7 @@ void an_early_end(bool by_the_writer) {
   const std::string text = text_of<SystemError>([&] { write_files(request); });
   CHECK(text.find("Operation canceled") != std::string::npos);
   bringing.join();
-  CHECK(!supply.wait_written(kBatches - 1));
+  CHECK(!supply.wait_written(kBatches - 1, std::chrono::minutes(1)) && supply.ended());
 }
 
 void bad_batches_name_the_row() {

@@ -169,15 +169,12 @@ class HostBufferPool:
             while self._idle:
                 self._idle.pop().close()
 
-    def take(
-        self, nbytes: int, bound: int | None = None, at_least: int = 0, wait_s: float | None = None
-    ) -> HostBuffer:
+    def take(self, nbytes: int, bound: int | None = None, wait_s: float | None = None) -> HostBuffer:
         """A buffer of at least ``nbytes``; waits for one to be given back rather than exceed ``bound``.
 
         Args:
             nbytes: more than 0. A single buffer may exceed the bound: a tensor is never cut.
             bound: bytes that all buffers in use may have together; None: no bound.
-            at_least: length of the buffer if a new one is needed, so that all waves of a save fit into it.
             wait_s: how long to wait, in seconds; None follows ``CKPT_FAST_TIMEOUT``.
 
         Raises:
@@ -186,7 +183,7 @@ class HostBufferPool:
         deadline = time.monotonic() + (settings.timeout_s() if wait_s is None else wait_s)
         while True:
             with self._lock:
-                buffer = self._find(nbytes, bound, at_least)
+                buffer = self._find(nbytes, bound)
                 if buffer is not None:
                     self._in_use.add(buffer)
                     return buffer
@@ -224,7 +221,7 @@ class HostBufferPool:
         else:
             buffer.close()
 
-    def _find(self, nbytes: int, bound: int | None, at_least: int) -> HostBuffer | None:
+    def _find(self, nbytes: int, bound: int | None) -> HostBuffer | None:
         """The smallest idle buffer that suffices, else a new one; None while the bound forbids both."""
         self._collect()
         used = self._sum_used()
@@ -238,14 +235,13 @@ class HostBufferPool:
             smallest = min(fitting, key=lambda buffer: buffer.nbytes)
             self._idle.remove(smallest)
             return smallest
-        wanted = max(nbytes, at_least)
-        if room is not None and wanted > room:
+        if room is not None and nbytes > room:
             return None
         # What is idle was too small: the state has grown, or its waves are cut differently now.
         for buffer in self._idle:
             buffer.close()
         self._idle.clear()
-        return HostBuffer(wanted)
+        return HostBuffer(nbytes)
 
     def _collect(self) -> None:
         while self._returned:

@@ -67,7 +67,7 @@ def plan_save(
         shards: what this rank saves.
         prefix: start of the file names, different on every rank; ``file_prefix`` makes the usual one.
         writers: how many files may be written at once.
-        first: number of the first file; more than 0 for the later waves of a save.
+        first: number of the first file.
         separate: shards whose name begins so get files of their own, whose names begin so as well.
 
     Raises:
@@ -147,26 +147,6 @@ def object_room(nbytes: int) -> int:
 def file_prefix(rank: int) -> str:
     """The prefix of a rank's data file names, the same as stock writers use."""
     return f"__{rank}_"
-
-
-def cut_waves(shards: Sequence[Shard], sizes: Sequence[int], limit: int | None) -> list[list[Shard]]:
-    """Divide shards into waves that are staged and written one after the other.
-
-    Args:
-        shards: in the order to save them.
-        sizes: host buffer that each takes.
-        limit: host buffer that one wave may take; None: everything in one wave. A shard that takes more is a
-            wave of its own.
-    """
-    waves: list[list[Shard]] = [[]]
-    room = limit or 0
-    for shard, nbytes in zip(shards, sizes, strict=True):
-        if limit is not None and nbytes > max(room, 0) and waves[-1]:
-            waves.append([])
-            room = limit
-        waves[-1].append(shard)
-        room -= nbytes
-    return waves
 
 
 @without_collections

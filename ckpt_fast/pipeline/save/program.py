@@ -143,6 +143,7 @@ class SaveProgram:
         objects: which of the ``items`` are objects.
         is_known: whether the coordinator has, in a save that was committed, received ``items``.
         sealed: on the coordinator, the ``.metadata`` of that save.
+        ring: what is copied goes through it; None: all is copied at once.
 
     Raises:
         ValueError: there is something among the shards that only their plan can describe.
@@ -182,8 +183,12 @@ class SaveProgram:
             snapshot: whether tensors may change while they are written.
             bound: bytes of host buffers that the save may take; None: what is available.
         """
-        bound = default_bound(self.staged_nbytes) if bound is None else bound
-        return self._snapshot == snapshot and (bound is None or self.staged_nbytes <= bound)
+        nbytes = self.staged_nbytes if self.ring is None else self.ring.copied_nbytes
+        bound = default_bound(nbytes) if bound is None else bound
+        if self._snapshot != snapshot or (bound is not None and self.staged_nbytes > bound):
+            return False
+        # A background save goes through a ring only if it must: training waits for most of it to be written.
+        return self.ring is None or not snapshot or (bound is not None and nbytes > bound)
 
     def holds(self, payloads: Sequence[bytes]) -> bool:
         """Whether objects of these bytes have room."""
@@ -205,9 +210,9 @@ class SaveProgram:
         staged = Staged(owners=list(prepared.owners))
         if not self.staged_nbytes:
             return staged
-        if self._ring is not None:
+        if self.ring is not None:
             tensors = prepared.tensors()
-            staged.go_through(self._ring, [tensors[number].detach() for number in self._copied], bound)
+            staged.go_through(self.ring, [tensors[number].detach() for number in self._copied], bound)
             return staged
         staged.buffer = buffer = host_buffers.take(self.staged_nbytes, bound)
         try:
@@ -292,8 +297,8 @@ class SaveProgram:
         # Through a ring, an item may come in several pieces.
         copied = dict.fromkeys(written.piece_digest[piece] for piece, _ in pieces["staged"])
         self._copied = [number[id(items[digest].shard)] for digest in copied]
-        self._ring, self._copies = staged.ring, None
-        if self._ring is None:
+        self.ring, self._copies = staged.ring, None
+        if self.ring is None:
             slots = [offset for _, offset in pieces["staged"]]
             self._copies = _copy_columns([tensors[n].tensor for n in self._copied], self._copied, slots)
 

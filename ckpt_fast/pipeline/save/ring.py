@@ -1,27 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """A ring of host memory: copies go through it while files are written from it.
 
-A synchronous save copies tensors on a GPU, and others that it cannot read in place, while its caller waits.
-So the copies need not all be there at once. They come in batches: the bytes that belong to one window of the
-files that are written at the same time. The ring has a few slabs, each for one batch; a slab is used again
-when its batch is written.
+Copies come in batches: the bytes that belong to one window of the files that are written at the same time.
+The ring has a few slabs, each for one batch; a slab is used again when its batch is written. The copies are
+made by the thread that saves, so in the order of its GPU streams, and the writing thread asks for them.
 """
 
 from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
+from queue import Empty, SimpleQueue
 from typing import NamedTuple
 
 import torch
 
 from ckpt_fast import native
-from ckpt_fast.format.archive import ALIGNMENT
-from ckpt_fast.pipeline.memory import gpu
-from ckpt_fast.pipeline.memory.copies import copy_tensors, offsets_of, slot_nbytes
+from ckpt_fast.errors import CheckpointError
+from ckpt_fast.format.archive import ALIGNMENT, PAGE
+from ckpt_fast.pipeline.memory.copies import copy_tensors, nbytes_of, offsets_of, slot_nbytes
 from ckpt_fast.pipeline.memory.device_copy import DeviceCopies, StagingPolicy
 from ckpt_fast.settings import Settings
 
@@ -29,8 +30,10 @@ from ckpt_fast.settings import Settings
 _SLABS = 4
 SLAB_NBYTES = 128 << 20
 
-# The tensors do not change before all is written: nobody needs to wait for a copy but the writer.
+# The thread that saves changes no tensor while it makes copies: only the writer waits for one.
 _IN_NO_ORDER = StagingPolicy("overlapped", lambda tensor: True)
+# Signals are handled in between.
+_LOOK_AGAIN_S = 0.1
 
 
 class Source(NamedTuple):
@@ -71,24 +74,27 @@ class Ring:
     Args:
         sources: by file and offset.
         threads: number of files that are written at the same time.
-        chunk_nbytes: pieces in which they are written.
-        slab_nbytes: of host memory for a batch, roughly; more if ``threads`` chunks need more.
+        chunk_nbytes: pieces in which they are written, smaller ones if slabs are too small for them.
+        slab_nbytes: of host memory for a batch, roughly; more if a row of a tensor that is not contiguous
+            needs more.
 
     Attributes:
-        threads, chunk_nbytes: as given; whoever writes must use them.
+        threads, chunk_nbytes: what whoever writes must use.
         batch_nbytes: int64 [batches].
         nbytes: host memory of all slabs.
-
-    Raises:
-        ValueError: a tensor that can only be copied whole is too large for a window.
+        copied_nbytes: host memory that the copies would take without a ring.
     """
 
     def __init__(
         self, sources: Sequence[Source], threads: int, chunk_nbytes: int, slab_nbytes: int = SLAB_NBYTES
     ) -> None:
-        self.threads, self.chunk_nbytes = threads, chunk_nbytes
         together = min(threads, len({source.file for source in sources}) or 1)
-        window = max(slab_nbytes // together // chunk_nbytes, 1) * chunk_nbytes
+        row = max((_row_nbytes(source.tensor) for source in sources), default=0)
+        # The last row of a window may reach into the next one.
+        room = slab_nbytes // together - (row + ALIGNMENT if row else 0)
+        chunk_nbytes = min(chunk_nbytes, max(room // PAGE, 1) * PAGE)
+        window = max(room // chunk_nbytes, -(-row // chunk_nbytes), 1) * chunk_nbytes
+        self.threads, self.chunk_nbytes = threads, chunk_nbytes
         batches: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
         for number, source in enumerate(sources):
             for place, begin, end in _cut(source, window):
@@ -97,6 +103,7 @@ class Ring:
         for _, cut in sorted(batches.items()):
             offsets, nbytes = offsets_of([_part_of(sources[n].tensor, begin, end) for n, begin, end in cut])
             layouts.append((cut, offsets, nbytes))
+        self.copied_nbytes = sum(slot_nbytes(source.tensor) for source in sources)
         self._slab_nbytes = max((nbytes for _, _, nbytes in layouts), default=0)
         self.nbytes = self._slab_nbytes * min(_SLABS, len(layouts))
         self._batches: list[list[Part]] = [
@@ -112,117 +119,188 @@ class Ring:
         """The parts of all sources, by batch; so those of each source are in order."""
         return chain.from_iterable(self._batches)
 
-    @contextlib.contextmanager
-    def fed(
-        self, tensors: Sequence[torch.Tensor], memory: torch.Tensor, ready: Sequence[tuple[gpu.Gpu, object]]
-    ) -> Iterator[native.Supply]:
-        """Within it, a thread copies the tensors, as their writer makes room.
+    def copy(
+        self,
+        tensors: Sequence[torch.Tensor],
+        memory: torch.Tensor,
+        supply: native.Supply,
+        wait: Callable[[int], bool],
+    ) -> bool:
+        """Copy the tensors, as their writer makes room; returns whether all are copied.
 
         Args:
             tensors: those of the sources.
             memory: uint8 [nbytes], page-locked if they are on a GPU.
-            ready: for each GPU, the event behind which their values are what is to be saved.
-
-        Yields:
-            What the writer is to be given. If a copy fails, that is raised when the writer has ended.
+            supply: is told what has arrived.
+            wait: returns whether all batches up to one are written, once they are or will not be.
         """
-        supply = native.Supply(self.batch_nbytes)
-        errors: list[BaseException] = []
+        made: list[DeviceCopies] = []
+        try:
+            for batch, parts in enumerate(self._batches):
+                if batch >= _SLABS and not wait(batch - _SLABS):
+                    return False
+                begin = batch % _SLABS * self._slab_nbytes
+                made.append(DeviceCopies())
+                slab = memory[begin : begin + self._slab_nbytes]
+                chosen = [_part_of(tensors[p.source], p.begin, p.begin + p.nbytes) for p in parts]
+                copy_tensors(chosen, slab, made[-1], _IN_NO_ORDER)
+                if batch:
+                    made.pop(0).wait()
+                    supply.arrive(batch)
+            if made:
+                made.pop().wait()
+            supply.arrive(len(self._batches))
+            return True
+        finally:
+            # Nothing may be on its way to memory that is given back.
+            for copies in made:
+                with contextlib.suppress(RuntimeError):
+                    copies.wait()
 
-        def run() -> None:
-            try:
-                self._feed(tensors, memory, ready, supply)
-            except BaseException as error:
-                errors.append(error)
-                supply.end()
 
-        thread = threading.Thread(target=run, name="ckpt_fast-stage", daemon=True)
-        thread.start()
+class Feed:
+    """Copies of one save, made through a ring by the thread that saves while another one writes.
+
+    Args:
+        ring: of these tensors.
+        tensors: to copy.
+        memory: uint8 [ring.nbytes], page-locked if they are on a GPU.
+
+    Attributes:
+        is_closed: whether the thread that saves knows that nothing more is to be made.
+        has_left: whether it makes no more copies.
+    """
+
+    def __init__(self, ring: Ring, tensors: Sequence[torch.Tensor], memory: torch.Tensor) -> None:
+        self.ring = ring
+        self._tensors = tensors
+        self._memory: torch.Tensor | None = memory
+        self._asked: SimpleQueue[native.Supply | None] = SimpleQueue()
+        self._copying = threading.Lock()
+        self.is_closed = False
+        self.has_left = False
+
+    @contextlib.contextmanager
+    def asked(self) -> Iterator[native.Supply]:
+        """In the writing thread: the copies, from the first one on. Again, too, until ``leave``."""
+        supply = native.Supply(self.ring.batch_nbytes)
+        self._asked.put(supply)
+        if self.has_left:
+            supply.end()
         try:
             yield supply
         finally:
             supply.end()
-            thread.join()
-            if errors:
-                raise errors[0]
 
-    def _feed(
+    def close(self) -> None:
+        """In the writing thread: nothing more is asked for, and nobody may touch the memory any more."""
+        self._asked.put(None)
+        with self._copying:
+            self._tensors, self._memory = (), None
+
+    def serve(self, late: Callable[[], CheckpointError], timeout_s: float | None = None) -> bool:
+        """In the thread that saves: make the copies that the writer asks for, once.
+
+        Args:
+            late: makes the error to raise if the writer makes no room in time.
+            timeout_s: how long it may take to make room for a batch, or to ask.
+
+        Returns:
+            Whether all were made. If not, the writer has closed, or did not ask in time.
+        """
+        while not self.is_closed:
+            try:
+                supply = self._asked.get(timeout=timeout_s)
+            except Empty:
+                return False
+            if supply is None:
+                self.is_closed = True
+                return False
+            try:
+                with self._copying:
+                    if self._memory is not None and self._copy(self._memory, supply, late, timeout_s):
+                        return True
+            except BaseException:
+                supply.end()
+                raise
+        return False
+
+    def leave(self) -> None:
+        """In the thread that saves: the tensors may change from now on, no copy is made again."""
+        self.has_left = self.is_closed = True
+        with contextlib.suppress(Empty):
+            while True:
+                supply = self._asked.get_nowait()
+                if supply is not None:
+                    supply.end()
+
+    def _copy(
         self,
-        tensors: Sequence[torch.Tensor],
         memory: torch.Tensor,
-        ready: Sequence[tuple[gpu.Gpu, object]],
         supply: native.Supply,
-    ) -> None:
-        for device, event in ready:
-            device.order_behind(device.current, event)
-        before: DeviceCopies | None = None
-        try:
-            for batch, parts in enumerate(self._batches):
-                if batch >= _SLABS and not supply.wait_written(batch - _SLABS):
-                    return
-                begin = batch % _SLABS * self._slab_nbytes
-                copies = DeviceCopies()
-                slab = memory[begin : begin + self._slab_nbytes]
-                chosen = [_part_of(tensors[p.source], p.begin, p.begin + p.nbytes) for p in parts]
-                copy_tensors(chosen, slab, copies, _IN_NO_ORDER)
-                if before is not None:
-                    before.wait()
-                    supply.arrive(batch)
-                before = copies
-            if before is not None:
-                before.wait()
-                supply.arrive(len(self._batches))
-        finally:
-            # Nothing may be on its way to memory that is given back.
-            if before is not None:
-                with contextlib.suppress(RuntimeError):
-                    before.wait()
+        late: Callable[[], CheckpointError],
+        timeout_s: float | None,
+    ) -> bool:
+        def wait(batch: int) -> bool:
+            begin = time.monotonic()
+            while not supply.wait_written(batch, _LOOK_AGAIN_S):
+                if supply.ended:
+                    return False
+                if timeout_s is not None and time.monotonic() - begin > timeout_s:
+                    raise late()
+            return True
+
+        return self.ring.copy(self._tensors, memory, supply, wait)
 
 
-def ring_for(sources: Sequence[Source], settings: Settings, bound: int | None) -> Ring | None:
-    """A ring for sources of much more bytes than it has, or of more than may be taken; else None.
+def ring_for(sources: Sequence[Source], settings: Settings, bound: int | None, snapshot: bool) -> Ring | None:
+    """A ring for copies that exceed what may be allocated, or are of a save whose caller waits; else None.
 
     Args:
         sources: by file and offset.
         settings: of the save.
         bound: bytes of host buffers that may be in use; None: as many as are needed.
+        snapshot: the caller goes on when all copies are made: so all are, if there is room.
     """
     total = sum(slot_nbytes(source.tensor) for source in sources)
-    is_bounded = bound is not None and total > bound
-    limit = _SLABS * SLAB_NBYTES if bound is None else min(_SLABS * SLAB_NBYTES, bound)
-    if total <= 2 * limit and not is_bounded:
+    limit = _SLABS * SLAB_NBYTES
+    if bound is not None and total > bound:
+        limit = bound if snapshot else min(bound, limit)
+    elif snapshot or total <= 2 * limit:
         return None
-    try:
-        ring = Ring(sources, settings.io_threads, settings.chunk_bytes, limit // _SLABS)
-    except ValueError:
-        return None
-    return None if bound is not None and ring.nbytes > bound else ring
+    ring = Ring(sources, settings.io_threads, settings.chunk_bytes, limit // _SLABS)
+    return ring if ring.nbytes < total else None
 
 
 def _cut(source: Source, window: int) -> Iterator[tuple[int, int, int]]:
-    """(window, begin, end) of the parts of a source; those of one that must stay whole begin in the first."""
-    nbytes = source.tensor.numel() * source.tensor.dtype.itemsize
-    if not _may_be_cut(source.tensor):
-        if nbytes > window:
-            raise ValueError(f"a tensor of {nbytes} bytes that is not contiguous needs a larger slab")
-        yield source.offset // window, 0, nbytes
-        return
-    begin = 0
+    """(window, begin, end) of the parts of a source: by windows, or by the rows that begin in them."""
+    nbytes, begin = nbytes_of(source.tensor), 0
+    row = _row_nbytes(source.tensor) or 1
     while begin < nbytes:
         place = (source.offset + begin) // window
-        end = min((place + 1) * window - source.offset, nbytes)
+        rest = (place + 1) * window - source.offset - begin
+        end = min(begin + -(-rest // row) * row, nbytes)
         yield place, begin, end
         begin = end
 
 
-def _may_be_cut(tensor: torch.Tensor) -> bool:
-    return tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
+def _row_nbytes(tensor: torch.Tensor) -> int:
+    """What a tensor can be cut into: bytes of a row along its first axis, or 0: anywhere between elements."""
+    if tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg():
+        return 0
+    return nbytes_of(tensor) // max(tensor.shape[_first_axis(tensor)] if tensor.dim() else 1, 1)
+
+
+def _first_axis(tensor: torch.Tensor) -> int:
+    return next((axis for axis, size in enumerate(tensor.shape) if size > 1), 0)
 
 
 def _part_of(tensor: torch.Tensor, begin: int, end: int) -> torch.Tensor:
-    nbytes = tensor.numel() * tensor.dtype.itemsize
-    if end - begin == nbytes:
+    if end - begin == nbytes_of(tensor):
         return tensor
+    row = _row_nbytes(tensor)
+    if row:
+        return tensor.narrow(_first_axis(tensor), begin // row, (end - begin) // row)
     # Items begin at multiples of ALIGNMENT, which is one of every element's size.
     assert begin % ALIGNMENT == 0
     itemsize = tensor.dtype.itemsize

@@ -17,15 +17,15 @@ import torch
 
 from ckpt_fast import native
 from ckpt_fast.errors import CheckpointError
-from ckpt_fast.format.types import Shard, TensorShard
-from ckpt_fast.pipeline.memory import gpu, strided
+from ckpt_fast.format.types import TensorShard
+from ckpt_fast.pipeline.memory import strided
 from ckpt_fast.pipeline.memory.available import is_tight
 from ckpt_fast.pipeline.memory.copies import as_tensor, copy_tensors, nbytes_of, needs_copy, slot_nbytes
 from ckpt_fast.pipeline.memory.device_copy import BLOCKING, DeviceCopies, StagingPolicy
 from ckpt_fast.pipeline.memory.garbage import without_collections
 from ckpt_fast.pipeline.memory.host_buffer import HostBuffer, host_buffers
-from ckpt_fast.pipeline.save.plan import FilePlan, PlannedItem, is_plain
-from ckpt_fast.pipeline.save.ring import Part, Ring, Source, ring_for
+from ckpt_fast.pipeline.save.plan import FilePlan, PlannedItem
+from ckpt_fast.pipeline.save.ring import Feed, Part, Ring, Source, ring_for
 from ckpt_fast.settings import Settings
 
 
@@ -44,7 +44,7 @@ class Staged:
         buffer_nbytes: length of the part of it that is used.
         copied_nbytes: bytes copied into it, or yet to be.
         allocated_nbytes: host memory that was new for it.
-        ring: the order in which bytes go through the buffer; None: all are there once ``wait`` returns.
+        feed: makes the copies that go through a ring; None: there are none.
     """
 
     addresses: list[int] = field(default_factory=list)
@@ -56,16 +56,14 @@ class Staged:
     buffer_nbytes: int = 0
     copied_nbytes: int = 0
     allocated_nbytes: int = 0
-    ring: Ring | None = None
-    _sources: Sequence[torch.Tensor] = ()
-    _ready: Sequence[tuple[gpu.Gpu, object]] = ()
+    feed: Feed | None = None
 
     def go_through(self, ring: Ring, sources: Sequence[torch.Tensor], bound: int | None) -> None:
-        """Copy these through a ring, when they are written; they stay as they are until then.
+        """Copy these through a ring, when they are written; whoever stages serves ``feed`` then.
 
         Args:
             ring: of such tensors.
-            sources: on GPUs, with the values that they have behind what is now on the current streams.
+            sources: stay as they are until the feed has been served.
             bound: bytes of host buffers that may be in use.
 
         Raises:
@@ -75,21 +73,29 @@ class Staged:
         self.buffer_nbytes = ring.nbytes
         self.copied_nbytes = sum(ring.batch_nbytes)
         self.allocated_nbytes = self.buffer.nbytes if self.buffer.is_new else 0
-        self.ring, self._sources = ring, sources
-        devices = {tensor.device for tensor in sources if gpu.is_on_gpu(tensor)}
-        self._ready = [(each, each.record(each.current)) for each in map(gpu.gpu_of, devices)]
+        self.feed = Feed(ring, sources, self.buffer.memory)
 
     @contextlib.contextmanager
-    def fed(self) -> Iterator[native.Supply | None]:
-        """What whoever writes needs for bytes that go through a ring; None if none do.
+    def supply(self) -> Iterator[native.Supply | None]:
+        """What a write needs for bytes that come while it runs; None if all are there.
 
-        May be entered again, to write all of it again.
+        May be entered again, to write all of it again, until ``has_left``.
         """
-        if self.ring is None or self.buffer is None:
+        if self.feed is None:
             yield None
             return
-        with self.ring.fed(self._sources, self.buffer.memory, self._ready) as supply:
+        with self.feed.asked() as supply:
             yield supply
+
+    @property
+    def ring(self) -> Ring | None:
+        """The order in which bytes go through the buffer; None: all are there once ``wait`` returns."""
+        return self.feed.ring if self.feed is not None else None
+
+    @property
+    def has_left(self) -> bool:
+        """Whether whoever staged has gone on, and bytes that came through a ring do not come again."""
+        return self.feed is not None and self.feed.has_left
 
     def wait(self) -> None:
         """Wait until every byte is at its address."""
@@ -101,17 +107,11 @@ class Staged:
         with contextlib.suppress(RuntimeError):
             self.wait()
         self.owners.clear()
-        self._sources = ()
+        if self.feed is not None:
+            self.feed.close()
         if self.buffer is not None:
             host_buffers.give_back(self.buffer, keep=not is_tight())
             self.buffer = None
-
-
-def copied_nbytes(shard: Shard, snapshot: bool) -> int:
-    """Host buffer that staging this shard takes."""
-    if not isinstance(shard, TensorShard) or not is_plain(shard.tensor):
-        return 0
-    return slot_nbytes(shard.tensor) if needs_copy(shard.tensor, snapshot) else 0
 
 
 @without_collections
@@ -119,7 +119,6 @@ def stage(
     files: Sequence[FilePlan],
     snapshot: bool = False,
     bound: int | None = None,
-    at_least: int = 0,
     policy: StagingPolicy = BLOCKING,
     ring: Ring | None = None,
 ) -> Staged:
@@ -131,7 +130,6 @@ def stage(
         files: the plan.
         snapshot: copy contiguous CPU tensors too.
         bound: bytes of host buffers that may be in use; waits for other saves' buffers if need be.
-        at_least: length of a host buffer that is allocated here, for later waves of the same save.
         policy: whether this waits for copies from GPUs.
         ring: of ``find_ring``, for what is copied.
 
@@ -153,7 +151,7 @@ def stage(
             copies = iter([0] * len(copied))
         elif copied:
             staged.buffer_nbytes = nbytes = sum(slot_nbytes(tensor) for tensor in copied)
-            staged.buffer = host_buffers.take(nbytes, bound, at_least)
+            staged.buffer = host_buffers.take(nbytes, bound)
             staged.copied_nbytes = sum(nbytes_of(tensor) for tensor in copied)
             staged.allocated_nbytes = staged.buffer.nbytes if staged.buffer.is_new else 0
             copies = iter(copy_tensors(copied, staged.buffer.memory, staged.device_copies, policy))
@@ -173,13 +171,16 @@ def stage(
     return staged
 
 
-def find_ring(files: Sequence[FilePlan], settings: Settings, bound: int | None) -> Ring | None:
-    """A ring for what a save copies whose caller waits; None if all of it may as well be copied at once.
+def find_ring(
+    files: Sequence[FilePlan], settings: Settings, bound: int | None, snapshot: bool
+) -> Ring | None:
+    """A ring for what staging copies; None if all of it may as well be copied at once.
 
     Args:
         files: the plan.
         settings: of the save.
         bound: bytes of host buffers that may be in use; None: as many as are needed.
+        snapshot: as for ``stage``.
     """
     sources = [
         Source(tensor, number, item.offset + len(item.archive.head))
@@ -187,9 +188,9 @@ def find_ring(files: Sequence[FilePlan], settings: Settings, bound: int | None) 
         for item in file.items
         if item.archive is not None
         and (tensor := _tensor_of(item)) is not None
-        and needs_copy(tensor, snapshot=False)
+        and needs_copy(tensor, snapshot)
     ]
-    return ring_for(sources, settings, bound)
+    return ring_for(sources, settings, bound, snapshot)
 
 
 def copy_to_host(

@@ -20,10 +20,10 @@ from ckpt_fast.jobs.worker import LEAVE_S, Worker
 from ckpt_fast.pipeline.memory.available import default_bound
 from ckpt_fast.pipeline.memory.device_copy import BLOCKING, DeviceCopies, StagingPolicy
 from ckpt_fast.pipeline.save.encode import WriteProgram
-from ckpt_fast.pipeline.save.plan import FilePlan, cut_waves, item_records, plan_save
+from ckpt_fast.pipeline.save.plan import FilePlan, item_records, plan_save
 from ckpt_fast.pipeline.save.program import Prepared, ProgramCache, SaveProgram, prepare, structure_of
-from ckpt_fast.pipeline.save.ring import Ring
-from ckpt_fast.pipeline.save.stage import Staged, copied_nbytes, find_ring, stage
+from ckpt_fast.pipeline.save.ring import Feed, Ring
+from ckpt_fast.pipeline.save.stage import Staged, find_ring, stage
 from ckpt_fast.pipeline.save.write import automatic_writers, write
 from ckpt_fast.settings import Settings
 from ckpt_fast.storage.files import Directory, Files
@@ -35,8 +35,7 @@ class Waves:
     """One save's shards of one rank on their way to files. Local: no collectives.
 
     What is staged goes to a thread that writes it. Copies that exceed the bound on host buffers go through a
-    ring while they are written, or, for a snapshot, are made in waves, each in files of its own: a wave is
-    copied while the one before it is being written.
+    ring: a batch is copied while those before it are being written.
 
     Args:
         report: of the save.
@@ -94,6 +93,7 @@ class Waves:
         self.program: SaveProgram | None = None
         self.structure: bytes | None = None
         self._is_known = False
+        self._feed: Feed | None = None
         self._record = RankRecord([], [])
         self.progress = progress if progress is not None else native.Progress()
         self.error: BaseException | None = None
@@ -113,58 +113,27 @@ class Waves:
         if isinstance(shards, Prepared):
             self._stage_prepared(shards)
             return
-        bound, sizes = self._bound, []
-        if bound is None:
-            # What is staged is a part of it. To sum that up takes longer than all of this.
-            bound = default_bound(sum(map(shard_nbytes, shards)) if nbytes is None else nbytes)
-        if bound is not None:
-            sizes = [copied_nbytes(shard, self._snapshot) for shard in shards]
-        is_too_much = bound is not None and sum(sizes) > bound
-        if bound is not None and is_too_much and self._snapshot:
-            self._stage_in_waves(shards, sizes, bound, writers)
-            return
         structure = None
         if self._programs is not None:
             with self._report.timed("plan"):
                 structure, prepared = self._prepare(shards, writers, self._programs)
+                self.structure = structure
             if prepared is not None and prepared.program.suits(self._snapshot, self._bound):
                 self._stage_prepared(prepared)
                 return
+        bound = self._bound
+        if bound is None:
+            # What is staged is a part of it. To sum that up takes longer than all of this.
+            bound = default_bound(sum(map(shard_nbytes, shards)) if nbytes is None else nbytes)
         with self._report.timed("plan"):
             files = plan_save(shards, self._prefix, writers, self._first, self._separate)
-            ring = None if self._snapshot else find_ring(files, self._settings, bound)
-        if bound is not None and is_too_much and ring is None:
-            self._stage_in_waves(shards, sizes, bound, writers)
-            return
-        self.structure = structure
-        self._stage_files(shards, files, structure, bound, ring=ring)
-
-    def _stage_in_waves(
-        self, shards: Sequence[Shard], sizes: Sequence[int], bound: int, writers: int
-    ) -> None:
-        # Two waves share the bound: one is copied while the other is being written.
-        limit = bound // 2
-        waves = cut_waves(shards, sizes, limit)
-        self._report.note_waves(len(waves), bound, is_default=self._bound is None)
-        number = self._first
-        for wave in waves:
-            with self._report.timed("plan"):
-                files = plan_save(wave, self._prefix, writers, number, self._separate)
-                number += len(files)
-            self._stage_files(wave, files, None, bound, limit)
-
-    def _stage_files(
-        self,
-        shards: Sequence[Shard],
-        files: Sequence[FilePlan],
-        structure: bytes | None,
-        bound: int | None,
-        at_least: int = 0,
-        ring: Ring | None = None,
-    ) -> None:
+            ring = None
+            # A ring takes two threads. While the interpreter ends there may be no other.
+            if (bound is not None or not self._snapshot) and self.worker.start():
+                ring = find_ring(files, self._settings, bound, self._snapshot)
         with self._report.timed("stage"):
-            staged = stage(files, self._snapshot, bound, at_least, self._policy, ring)
-        self._submit(staged, functools.partial(self._write_wave, shards, files, staged, structure))
+            staged = stage(files, self._snapshot, bound, self._policy, ring)
+        self._submit(staged, functools.partial(self._write_files, shards, files, staged, structure))
 
     def _prepare(
         self, shards: Sequence[Shard], writers: int, programs: ProgramCache
@@ -175,13 +144,20 @@ class Waves:
         return structure, None if program is None else prepare(program, shards)
 
     def _stage_prepared(self, prepared: Prepared) -> None:
-        self.program = prepared.program
-        self.structure = prepared.program.structure
+        self.program = program = prepared.program
+        self.structure = program.structure
+        if program.ring is not None and not self.worker.start():
+            raise CheckpointError(
+                f"the copies for {self._report.directory} exceed the bound on host memory, and the program, "
+                "which is ending, starts no thread to write while they are made. Save before it ends."
+            )
         with self._report.timed("stage"):
-            staged = prepared.program.stage(prepared, self._bound, self._policy)
-            if self._snapshot:
+            staged = program.stage(prepared, self._bound, self._policy)
+            if self._snapshot and program.ring is None:
                 prepared.let_go()
         self._submit(staged, lambda: self._write_prepared(prepared, staged))
+        if self._snapshot:
+            prepared.let_go()
 
     def _submit(self, staged: Staged, write: Callable[[], None]) -> None:
         self._device_copies.append(staged.device_copies)
@@ -199,6 +175,25 @@ class Waves:
         except RuntimeError:  # the process may start no more threads
             staged.release()
             raise
+        if staged.feed is not None:
+            self._feed = staged.feed
+            if self._snapshot:
+                self._note_ring(staged.feed.ring)
+            with self._report.timed("stage"):
+                timeout_s = self._settings.timeout_s if self._snapshot else None
+                if not staged.feed.serve(self._late, timeout_s) and not staged.feed.is_closed:
+                    raise self._late()
+            if self._snapshot:
+                staged.feed.leave()
+
+    def _note_ring(self, ring: Ring) -> None:
+        is_default = self._bound is None
+        bound = ring.nbytes if self._bound is None else self._bound
+        self._report.note_waves(len(ring.batch_nbytes), bound, is_default=is_default)
+
+    def _late(self) -> CheckpointError:
+        written = f" ({self.written_nbytes} bytes were written)"
+        return too_late(self._report.directory, self._settings.timeout_s, written)
 
     def then(self, action: Callable[[], None]) -> None:
         """Run ``action`` in the writing thread, once all that has been staged so far is written."""
@@ -252,13 +247,11 @@ class Waves:
             CheckpointError: it is not written within ``timeout_s``, or was cancelled.
         """
         self.close()
+        while self._feed is not None and self._feed.serve(self._late, timeout_s):
+            pass  # the files are written again
         if not self.worker.wait(timeout_s):
             self.cancel()
-            raise too_late(
-                self._report.directory,
-                self._settings.timeout_s,
-                f" ({self.written_nbytes} bytes were written)",
-            )
+            raise self._late()
         if self.error is not None and not (self.progress.stopped and _is_cancellation(self.error)):
             raise self.error
         if self.progress.stopped:
@@ -291,7 +284,7 @@ class Waves:
     def _note_end(self) -> None:
         self._report.written_s = self._report.since_call()
 
-    def _write_wave(
+    def _write_files(
         self, shards: Sequence[Shard], files: Sequence[FilePlan], staged: Staged, structure: bytes | None
     ) -> None:
         written = self._write(staged, lambda: WriteProgram(files, staged))

@@ -48,8 +48,8 @@ def write(
     """Write the program's files into ``directory``; on return they are durable, if that is wanted.
 
     After an error that may pass, the files are written again from the beginning, ``CKPT_FAST_RETRIES`` times:
-    what the page cache holds after a failed sync is worth nothing, but the buffers still have every byte, or
-    get it again.
+    what the page cache holds after a failed sync is worth nothing, but the buffers still have every byte.
+    What comes through a ring is copied again, unless whoever staged it has left.
 
     Args:
         program: what is written.
@@ -65,12 +65,16 @@ def write(
     Raises:
         CheckpointWriteError: naming file, offset and cause. The files are incomplete then.
     """
+    failed: CheckpointWriteError | None = None
     for attempt in range(settings.write_retries + 1):
         try:
             return _write_once(program, staged, directory, settings, progress, durable)
         except CheckpointWriteError as error:
-            if error.errno not in _MAY_PASS or attempt == settings.write_retries:
+            if failed is not None and staged.has_left:
+                raise failed from None  # what came through a ring did not come again
+            if error.errno not in _MAY_PASS or attempt == settings.write_retries or staged.has_left:
                 raise
+            failed = error
             delay = min(_FIRST_DELAY_S * 4 ** min(attempt, 9), _LONGEST_DELAY_S)
             logger.warning("%s Writing again in %.1f s.", error, delay)
             _pause(delay, progress)
@@ -97,7 +101,7 @@ def _write_once(
         return [], BlockDigests(*place, b"")
     ring = staged.ring
     try:
-        with staged.fed() as supply:
+        with staged.supply() as supply:
             _, file_crcs, block_crcs = native.write_files(
                 [os.path.join(directory, path) for path in program.paths],
                 **program.columns(),

@@ -33,11 +33,16 @@ class Supply {
   }
 
   /// Waits until batches 0 … `batch` are written, so that their memory may be used again. Returns false if
-  /// that will not happen.
-  bool wait_written(size_t batch) {
+  /// they are not after that time, or will not be.
+  bool wait_written(size_t batch, std::chrono::nanoseconds at_most) {
     std::unique_lock<std::mutex> lock(mutex_);
-    changed_.wait(lock, [&] { return written_ > batch || ended_; });
+    changed_.wait_for(lock, at_most, [&] { return written_ > batch || ended_; });
     return written_ > batch;
+  }
+
+  bool ended() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return ended_;
   }
 
   /// Called by the job: waits for a batch. Returns false if it will not come, or the job was stopped.

@@ -153,10 +153,9 @@ def save_under_pressure(rank: int, root: str, nbytes: int) -> tuple[int, int | N
 
 def test_two_ranks_share_what_a_cgroup_can_spare(tmp_path: Path) -> None:
     for waves, bound, peak, lines in run_ranks(save_under_pressure, 2, str(tmp_path), 256 * MIB):
-        assert bound == 64 * MIB and waves == 8
-        assert 0 < peak <= 64 * MIB
-        assert "throttled" in lines[0] and "67.1 MB" in lines[0]
-        assert "in 8 waves through 67.1 MB of host memory" in lines[-1]
+        assert bound == peak and 60 * MIB < peak <= 64 * MIB
+        assert waves > 15 and "throttled" in lines[0] and "67.1 MB" in lines[0]
+        assert f"in {waves} waves through 67.1 MB of host memory" in lines[-1]
     assert verify(tmp_path / "save", deep=True).is_sound
 
 

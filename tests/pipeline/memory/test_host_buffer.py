@@ -149,7 +149,7 @@ def test_what_is_dropped_is_in_use_no_longer() -> None:
     assert pool.used_nbytes == 0
     held = pool.take(100, bound=100, wait_s=0)
     with ThreadPoolExecutor(1) as executor:
-        waiting = executor.submit(pool.take, 50, 100, 0, 20.0)
+        waiting = executor.submit(pool.take, 50, 100, 20.0)
         del held
         assert waiting.result().nbytes == 50
 
@@ -161,14 +161,6 @@ def test_more_than_the_bound_waits_for_all_others() -> None:
         pool.take(500, bound=100, wait_s=0)
     pool.give_back(small)
     assert pool.take(500, bound=100, wait_s=0).nbytes == 500
-
-
-def test_new_buffers_are_of_the_length_that_later_waves_need() -> None:
-    pool = HostBufferPool()
-    buffer = pool.take(10, bound=100, at_least=50)
-    assert buffer.nbytes == 50
-    pool.give_back(buffer)
-    assert pool.take(50, bound=100, at_least=50) is buffer
 
 
 def test_failed_allocation_takes_nothing() -> None:

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from ckpt_fast import native
 from ckpt_fast.errors import CheckpointError, CheckpointWriteError
-from ckpt_fast.format.types import ObjectShard, Shard
+from ckpt_fast.format.types import ObjectShard, Shard, TensorShard
 from ckpt_fast.pipeline.memory import device_copy
 from ckpt_fast.pipeline.memory.host_buffer import HostBuffer, HostBufferPool
 from ckpt_fast.pipeline.save import program as program_module
@@ -56,14 +56,14 @@ class WatchedPool(HostBufferPool):
 def pool(monkeypatch: pytest.MonkeyPatch) -> Iterator[WatchedPool]:
     """Small slabs, small chunks, small tensors gathered."""
     watched = WatchedPool()
-    monkeypatch.setattr(stage_module, "host_buffers", watched)
+    for module in (stage_module, program_module):
+        monkeypatch.setattr(module, "host_buffers", watched)
     monkeypatch.setattr(ring_module, "SLAB_NBYTES", SLAB)
     monkeypatch.setattr(device_copy, "SMALL_NBYTES", 512)
     monkeypatch.setenv("CKPT_FAST_CHUNK", "4K")
     monkeypatch.setenv("CKPT_FAST_THREADS", "2")
     yield watched
     assert watched.used_nbytes == 0
-    assert not [thread for thread in threading.enumerate() if thread.name == "ckpt_fast-stage"]
 
 
 def on_gpu(patch: pytest.MonkeyPatch, seed: int = 0) -> SimulatedGpu:
@@ -122,6 +122,40 @@ def test_the_files_are_the_same(
         assert contents(Path(root, "ring")) == wanted
 
 
+@given(
+    sizes=st.lists(st.sampled_from([0, 1, 100, 1000, 1024, 5000, 20_000]), max_size=12),
+    writers=st.integers(1, 5),
+    threads=st.integers(1, 3),
+    chunk=st.sampled_from(["4K", "64K"]),
+    bound=st.integers(1, 300 * KIB),
+    direct=st.booleans(),
+)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
+def test_a_background_save_within_a_bound(
+    sizes: list[int], writers: int, threads: int, chunk: str, bound: int, direct: bool
+) -> None:
+    """The files are the same, without what changes after the call; the next save executes a program."""
+    shards, programs = state([*sizes, 9000]), ProgramCache()
+    with tempfile.TemporaryDirectory() as root, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CKPT_FAST_CHUNK", chunk)
+        patch.setenv("CKPT_FAST_THREADS", str(threads))
+        patch.setenv("CKPT_FAST_DIRECT", str(int(direct)))
+        for number in range(2):
+            wanted = expected(shards, Path(root, f"in place {number}"), writers)
+            directory = Path(root, f"ring {number}")
+            job = new_save(
+                shards, str(directory), snapshot=True, host_buffer=bound, writers=writers, programs=programs
+            )
+            job.stage()
+            for shard in shards:
+                if isinstance(shard, TensorShard):
+                    shard.tensor.zero_()
+            job.write()
+            job.commit()
+            assert contents(directory) == wanted
+            assert len(programs) == 1
+
+
 def test_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pool: WatchedPool) -> None:
     shards = state([100_000, 50, 200_000])
     wanted = expected(shards, tmp_path / "in place")
@@ -152,11 +186,25 @@ def test_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pool: WatchedP
     assert max(pool.asked) <= 40 * KIB and report.files == 1
 
 
-def test_what_cannot_be_cut_takes_waves(tmp_path: Path, pool: WatchedPool) -> None:
-    """Runs of 4 bytes: such a tensor is copied whole."""
+@pytest.mark.parametrize("snapshot", [False, True])
+def test_a_tensor_that_is_not_contiguous(tmp_path: Path, pool: WatchedPool, snapshot: bool) -> None:
+    """Runs of 4 bytes. It is cut between rows."""
     shards = [whole(f"w{n}", random_tensor((100, 90), torch.float32, n).t()) for n in range(4)]
-    report = save(shards, str(tmp_path), host_buffer=80 * KIB)
-    assert report.files == 4 and max(pool.asked) <= 80 * KIB
+    wanted = expected(shards, tmp_path / "at once")
+    pool.asked.clear()
+    report = save(shards, str(tmp_path / "ring"), host_buffer=80 * KIB, snapshot=snapshot)
+    assert contents(tmp_path / "ring") == wanted
+    assert report.files == 1 and max(pool.asked) <= 80 * KIB
+
+
+def test_rows_longer_than_the_bound(tmp_path: Path, pool: WatchedPool) -> None:
+    """As much memory as they need, and no more than that."""
+    shards = [whole(f"w{n}", random_tensor((3000, 4), torch.float64, n).t()) for n in range(6)]
+    wanted = expected(shards, tmp_path / "at once")
+    pool.asked.clear()
+    save(shards, str(tmp_path / "ring"), host_buffer=10 * KIB, snapshot=True)
+    assert contents(tmp_path / "ring") == wanted
+    assert max(pool.asked) < 6 * 96 * KIB
 
 
 def test_later_saves_execute_a_program(
@@ -225,8 +273,11 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not list(tmp_path.glob("*.distcp"))
 
 
+@pytest.mark.parametrize("snapshot", [False, True])
 @pytest.mark.parametrize("batch", [0, 3, 9])
-def test_a_copy_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: int) -> None:
+def test_a_copy_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: int, snapshot: bool
+) -> None:
     on_gpu(monkeypatch)
     copy_tensors, made = ring_module.copy_tensors, itertools.count()
 
@@ -237,21 +288,92 @@ def test_a_copy_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batc
 
     monkeypatch.setattr(ring_module, "copy_tensors", failing)
     with pytest.raises(CheckpointError, match="an illegal memory access"):
-        save(state([100_000]), str(tmp_path))
+        save(state([100_000]), str(tmp_path), snapshot=snapshot, host_buffer=4 * SLAB)
     assert not list(tmp_path.glob("*.distcp"))
 
 
-def test_a_save_that_is_abandoned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A copy that hangs does not keep the writers from ending, nor are they kept by one that waits."""
-    simulated = on_gpu(monkeypatch)
+@pytest.mark.parametrize("snapshot", [False, True])
+@pytest.mark.parametrize("batch", [0, 1, 6])
+def test_ctrl_c_between_copies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: int, snapshot: bool
+) -> None:
+    on_gpu(monkeypatch)
+    copy_tensors, made = ring_module.copy_tensors, itertools.count()
+
+    def interrupted(*arguments: Any) -> Any:
+        copied = copy_tensors(*arguments)
+        if next(made) == batch:
+            raise KeyboardInterrupt
+        return copied
+
+    monkeypatch.setattr(ring_module, "copy_tensors", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save(state([100_000]), str(tmp_path), snapshot=snapshot, host_buffer=4 * SLAB)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_a_disk_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The call of a background save waits for room as long as it may, not forever."""
+    monkeypatch.setenv("CKPT_FAST_TIMEOUT", "1")
     going_on = threading.Event()
-    wait_for = simulated.wait_for
-    monkeypatch.setattr(simulated, "wait_for", lambda event: (going_on.wait(30), wait_for(event)))
-    job = new_save(state([100_000]), str(tmp_path))
+    write_files = native.write_files
+    monkeypatch.setattr(native, "write_files", lambda *a, **k: (going_on.wait(30), write_files(*a, **k))[1])
+    job = new_save(state([100_000]), str(tmp_path), snapshot=True, host_buffer=4 * SLAB)
     job.stage()
-    threading.Timer(0.2, going_on.set).start()
-    assert job.abandon(10)
-    assert not list(tmp_path.iterdir())
+    threading.Timer(0.3, going_on.set).start()
+    job.write()
+    with pytest.raises(CheckpointError, match="did not end within the 1 s that CKPT_FAST_TIMEOUT allows"):
+        job.commit()
+
+
+def test_what_training_does_after_a_background_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pool: WatchedPool
+) -> None:
+    """All is copied when the call returns, though not yet written."""
+    shards = state([30_000, 100, 50_000])
+    wanted = expected(shards, tmp_path / "before")
+    pool.asked.clear()
+    job = new_save(shards, str(tmp_path / "ring"), snapshot=True, host_buffer=4 * SLAB)
+    job.stage()
+    for shard in shards:
+        if isinstance(shard, TensorShard):
+            shard.tensor.zero_()
+    job.write()
+    report = job.commit()
+    assert contents(tmp_path / "ring") == wanted
+    assert max(pool.asked) <= 4 * SLAB and report.waves > 4
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+def test_a_background_save_that_is_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_late: bool
+) -> None:
+    """Its bytes come again while it is being staged; behind that there is nothing to write again."""
+    shards = state([100_000])
+    wanted = expected(shards, tmp_path / "before")
+    write_files, left, failed = native.write_files, threading.Event(), []
+
+    def failing(paths: list[str], **options: Any) -> Any:
+        if failed:
+            return write_files(paths, **options)
+        failed.append(paths)
+        if is_late:
+            write_files(paths, **options)
+            assert left.wait(30)
+        raise OSError(errno.EIO, os.strerror(errno.EIO), paths[0])
+
+    monkeypatch.setattr(native, "write_files", failing)
+    monkeypatch.setattr(write_module, "_FIRST_DELAY_S", 0.001)
+    job = new_save(shards, str(tmp_path / "ring"), snapshot=True, host_buffer=4 * SLAB)
+    job.stage()
+    left.set()
+    job.write()
+    if is_late:
+        with pytest.raises(CheckpointWriteError, match="Input/output error"):
+            job.commit()
+    else:
+        job.commit()
+        assert contents(tmp_path / "ring") == wanted
 
 
 @given(
@@ -270,12 +392,7 @@ def test_layout(sizes: list[tuple[int, bool, int]], files: int, threads: int, sl
         tensor = torch.empty(2, rows).t() if is_transposed else torch.empty(rows, 2)
         sources.append(Source(tensor, file, offset))
         ends[file] = -(-(offset + rows * 8) // 64) * 64
-    try:
-        ring = Ring(sources, threads, 4096, slab)
-    except ValueError:
-        window = max(slab // threads // 4096, 1) * 4096
-        assert any(is_transposed and rows * 8 > window for rows, is_transposed, _ in sizes)
-        return
+    ring = Ring(sources, threads, 4096, slab)
     parts = list(ring.parts())
     for number, source in enumerate(sources):
         own = [part for part in parts if part.source == number]

@@ -4,15 +4,12 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from ckpt_fast.errors import CheckpointError, CheckpointWriteError
 from ckpt_fast.format.types import ObjectShard, Shard, TensorRequest
@@ -22,7 +19,6 @@ from ckpt_fast.pipeline.load.load import load_objects, load_tensors
 from ckpt_fast.pipeline.memory.host_buffer import HostBuffer, HostBufferPool
 from ckpt_fast.pipeline.save import stage as stage_module
 from ckpt_fast.pipeline.save import waves as waves_module
-from ckpt_fast.pipeline.save.plan import cut_waves
 from ckpt_fast.pipeline.save.waves import Waves
 from tests.pipeline.layouts import random_tensor, same, whole
 from tests.saves import new_save, save
@@ -81,56 +77,39 @@ def wrong(directory: Path, expected: dict[str, torch.Tensor]) -> list[str]:
     return [fqn for fqn, tensor in expected.items() if not same(tensor, found[fqn])]
 
 
-@given(st.lists(st.integers(0, 50)), st.one_of(st.none(), st.integers(1, 60)))
-def test_cut(sizes: list[int], limit: int | None) -> None:
-    shards: list[Shard] = [ObjectShard(str(number), b"") for number in range(len(sizes))]
-    waves = cut_waves(shards, sizes, limit)
-    assert [shard for wave in waves for shard in wave] == shards, "all of them, in order"
-    size_of = dict(zip(shards, sizes, strict=True))
-    totals = [sum(size_of[shard] for shard in wave) for wave in waves]
-    if limit is None:
-        assert len(waves) == 1
-        return
-    for wave, total in zip(waves, totals, strict=True):
-        assert total <= limit or sum(size_of[shard] > 0 for shard in wave) == 1
-    for (wave, total), following in zip(zip(waves, totals, strict=True), waves[1:], strict=False):
-        assert wave, "an empty wave before another"
-        assert size_of[following[0]] > max(limit - total, 0), "two waves where one would do"
-
-
 @pytest.mark.usefixtures("native_impl")
-@pytest.mark.parametrize(("bound", "files"), [(None, 1), (400, 1), (150, 4), (64, 5)])
-def test_the_checkpoint_is_the_same(bound: int | None, files: int, tmp_path: Path, pool: WatchedPool) -> None:
+@pytest.mark.parametrize(("bound", "waves"), [(None, 1), (400, 1), (150, 7), (64, 14)])
+def test_the_checkpoint_is_the_same(bound: int | None, waves: int, tmp_path: Path, pool: WatchedPool) -> None:
     tensors = state([70, 30, 30, 40, 50])
     shards = [*shards_of(tensors), ObjectShard("object", b"PK")]
     report = save(shards, str(tmp_path), snapshot=True, host_buffer=bound and bound * KIB)
     assert wrong(tmp_path, tensors) == []
-    assert report.files == files
-    assert {path.name for path in tmp_path.glob("*.distcp")} == {f"__0_{n}.distcp" for n in range(files)}
-    largest = 70 * KIB
-    assert pool.peak <= max(largest, (bound or 220) * KIB)
+    assert report.files == 1 and report.waves == waves
+    assert [path.name for path in tmp_path.glob("*.distcp")] == ["__0_0.distcp"]
+    assert pool.peak <= (bound or 220) * KIB, "tensors are cut"
     assert pool.in_use == 0
 
 
 def test_waves_of_several_files(tmp_path: Path) -> None:
     tensors = state([20] * 8)
     report = save(shards_of(tensors), str(tmp_path), snapshot=True, host_buffer=100 * KIB, writers=2)
-    assert report.files == 8, "four waves of two tensors, each in a file"
+    assert report.files == 2 and report.waves > 2
     assert wrong(tmp_path, tensors) == []
 
 
 def test_only_what_is_copied_counts(tmp_path: Path, pool: WatchedPool) -> None:
     tensors = {**state([100, 100]), "t": torch.randn(64, 64).t()}
     report = save(shards_of(tensors), str(tmp_path), host_buffer=20 * KIB)
-    assert report.files == 1 and pool.peak == 16 * KIB
+    assert report.waves == 1 and pool.peak == 16 * KIB
     assert wrong(tmp_path, tensors) == []
 
 
 @pytest.mark.parametrize("bound", [None, 90 * KIB])
-def test_memory_is_allocated_once_and_reported(bound: int | None, tmp_path: Path) -> None:
+def test_memory_is_allocated_once_and_reported(bound: int | None, tmp_path: Path, pool: WatchedPool) -> None:
     tensors = state([30] * 6)
     first = save(shards_of(tensors), str(tmp_path / "1"), snapshot=True, host_buffer=bound)
-    assert first.host_memory_allocated == (180 * KIB if bound is None else 90 * KIB)
+    assert first.host_memory_allocated == pool.peak
+    assert pool.peak == 180 * KIB if bound is None else 45 * KIB < pool.peak <= 90 * KIB
     assert f"{first.host_memory_allocated / 1e6:.1f} MB of host buffers allocated" in first.details
     second = save(shards_of(tensors), str(tmp_path / "2"), snapshot=True, host_buffer=bound)
     assert second.host_memory_allocated == 0 and "allocated" not in second.details
@@ -142,7 +121,7 @@ def test_bound_from_the_environment(
 ) -> None:
     monkeypatch.setenv("CKPT_FAST_HOST_BUFFER", "80K")
     report = save(shards_of(state([30] * 4)), str(tmp_path), snapshot=True)
-    assert report.files == 4 and pool.peak <= 80 * KIB
+    assert report.waves > 1 and pool.peak <= 80 * KIB
 
 
 class HeldDisk:
@@ -205,7 +184,7 @@ def test_two_saves_at_once_have_their_own_memory(
     assert wrong(tmp_path / "2", {fqn: tensor + 1 for fqn, tensor in before.items()}) == []
 
 
-def test_a_wave_is_copied_while_the_one_before_is_written(
+def test_waves_are_copied_while_those_before_them_are_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pool: WatchedPool
 ) -> None:
     disk = HeldDisk(monkeypatch)
@@ -213,11 +192,8 @@ def test_a_wave_is_copied_while_the_one_before_is_written(
     job = new_save(shards_of(tensors), str(tmp_path), snapshot=True, host_buffer=80 * KIB)
     staging = threading.Thread(target=job.stage)
     staging.start()
-    deadline = time.monotonic() + 30
-    while pool.in_use < 80 * KIB and time.monotonic() < deadline:
-        time.sleep(0.001)
-    staging.join(0.2)
-    assert staging.is_alive() and pool.in_use == 80 * KIB, "one being written, one staged, the third waits"
+    staging.join(0.3)
+    assert staging.is_alive() and 0 < pool.in_use <= 80 * KIB
     disk.go.set()
     staging.join(30)
     job.write()
@@ -226,7 +202,7 @@ def test_a_wave_is_copied_while_the_one_before_is_written(
 
 
 def test_failed_write(tmp_path: Path, pool: WatchedPool) -> None:
-    """Later waves are not written, all memory is returned, and the error is the first one."""
+    """Nothing more is copied or written, all memory is returned, and the error is the first one."""
     report = SaveReport(str(tmp_path / "missing"))
     waves = Waves(report, "__0_", snapshot=True, bound=50 * KIB)
     ran = []
@@ -236,12 +212,12 @@ def test_failed_write(tmp_path: Path, pool: WatchedPool) -> None:
         waves.finish()
     assert ran == [] and pool.in_use == 0
     tensors = state([25] * 6, seed=3)
-    assert save(shards_of(tensors), str(tmp_path / "next"), snapshot=True, host_buffer=50 * KIB).files == 6
+    assert save(shards_of(tensors), str(tmp_path / "next"), snapshot=True, host_buffer=50 * KIB).waves > 3
     assert wrong(tmp_path / "next", tensors) == []
 
 
 def test_failed_staging(tmp_path: Path, pool: WatchedPool) -> None:
-    """Earlier waves are written (or not) by the time the error is known; nothing is published."""
+    """Nothing is published."""
     no_data = whole("no data", torch.empty(20, 256, device="meta"))
     shards = [*shards_of(state([25] * 3)), no_data]
     with pytest.raises(CheckpointError, match="meta tensor"):
