@@ -139,10 +139,11 @@ def is_contiguous_tensor(member: RawMember, dtype: torch.dtype, shape: tuple[int
     ``torch.save`` keeps strides, views and the machine's byte order; what the plain case has in the small
     members is known, so their checksums tell.
     """
-    if member.byteorder_crc32 != zlib.crc32(_BYTEORDER):
+    numel = math.prod(shape)
+    if member.byteorder_crc32 != zlib.crc32(_BYTEORDER) or member.nbytes != numel * dtype.itemsize:
         return False
     try:
-        content = _pickle_of_tensor(dtype, shape, math.prod(shape))
+        content = _pickle_of_tensor(dtype, shape, numel)
     except TypeError:
         return False
     return zlib.crc32(content) == member.pickle_crc32

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
 
 # To name the region that is missing is worth no longer search.
 _MOST_SUBTRACTIONS = 4096
@@ -48,8 +48,10 @@ def require_described(metadata: Metadata) -> None:
         ValueError: naming the tensor.
     """
     for fqn, entry in metadata.state_dict_metadata.items():
-        if not isinstance(entry, TensorStorageMetadata):
+        if isinstance(entry, BytesStorageMetadata):
             continue
+        if not isinstance(entry, TensorStorageMetadata):
+            raise ValueError(f"{fqn} is described by a {type(entry).__name__}")
         try:
             dimensions = len(entry.size)
             is_whole = isinstance(entry.properties.dtype, torch.dtype) and all(

@@ -330,7 +330,9 @@ class _Wave:
             self._copies.append((destination, landing))
             destination = landing
         if box.is_whole and isinstance(destination, torch.Tensor) and destination.is_contiguous():
-            self._program.add(raw.extent, destination.data_ptr())
+            # As many bytes as have memory, whatever a file says of itself.
+            nbytes = math.prod(box.shape) * box.itemsize
+            self._program.add(raw.extent._replace(nbytes=nbytes), destination.data_ptr())
         else:
             self._program.add_runs(raw.extent.path, runs(box, raw.extent, destination))
 

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import math
 import os
 import pickle
 import time
@@ -321,3 +323,32 @@ def test_many_objects_that_are_not_there(tmp_path: Path, bounded: None) -> None:
     index = CheckpointIndex(str(tmp_path))
     with pytest.raises(CheckpointCorruptError, match="but the file ends at"):
         load_objects(index, [f"o{number}" for number in range(1000)])
+
+
+@pytest.mark.parametrize("larger", [64, 1 << 20, -2])
+@pytest.mark.parametrize("shape", [(), (33,), (4, 8)])
+def test_a_length_in_an_archive(tmp_path: Path, shape: tuple[int, ...], larger: int) -> None:
+    """What an archive's directory says of its length decides over no memory but the tensor's own."""
+    save_stock(tmp_path, {"w": torch.ones(shape, dtype=torch.int16), "z": torch.zeros(1 << 20)})
+    (data,) = tmp_path.glob("*.distcp")
+    content, nbytes = bytearray(data.read_bytes()), 2 * math.prod(shape)
+    name = content.index(b"/data/0", content.index(b"PK\x01\x02"))  # in the first archive's directory
+    entry = content.rindex(b"PK\x01\x02", 0, name)
+    for field in (entry + 20, entry + 24):
+        assert int.from_bytes(content[field : field + 4], "little") == nbytes
+        content[field : field + 4] = (nbytes + larger).to_bytes(4, "little")
+    data.write_bytes(content)
+    around = torch.full((3, max(nbytes, 64) * 4), 7, dtype=torch.int16)
+    target = around[1, : math.prod(shape)].view(shape)
+    with contextlib.suppress(CheckpointError):
+        load_tensors(CheckpointIndex(str(tmp_path)), [TensorRequest("w", target, (0,) * len(shape))])
+    assert (around[[0, 2]] == 7).all() and (around[1, math.prod(shape) :] == 7).all(), "wrote beside it"
+
+
+def test_an_entry_that_is_neither_a_tensor_nor_an_object(tmp_path: Path) -> None:
+    save_stock(tmp_path, {"w": torch.ones(3, 2), "step": 3})
+    metadata = pickle.loads((tmp_path / ".metadata").read_bytes())
+    metadata.state_dict_metadata["step"] = Metadata({})
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(CheckpointCorruptError, match="step is described by a Metadata"):
+        read_dcp_metadata(str(tmp_path))
