@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from array import array
+from collections import deque
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import NamedTuple
@@ -155,28 +156,29 @@ class Ring:
     ) -> None:
         for device, event in ready:
             device.order_behind(device.current, event)
-        before: DeviceCopies | None = None
+        under_way: deque[DeviceCopies] = deque()
         try:
             for batch, parts in enumerate(self._batches):
                 if batch >= _SLABS and not supply.wait_written(batch - _SLABS):
                     return
                 begin = batch % _SLABS * self._slab_nbytes
-                copies = DeviceCopies()
                 slab = memory[begin : begin + self._slab_nbytes]
                 chosen = [_part_of(tensors[p.source], p.begin, p.begin + p.nbytes) for p in parts]
-                copy_tensors(chosen, slab, copies, _IN_NO_ORDER)
-                if before is not None:
-                    before.wait()
+                under_way.append(DeviceCopies())
+                offsets = [part.offset - begin for part in parts]
+                copy_tensors(chosen, slab, under_way[-1], _IN_NO_ORDER, offsets)
+                if len(under_way) > 1:
+                    under_way[0].wait()
+                    under_way.popleft()
                     supply.arrive(batch)
-                before = copies
-            if before is not None:
-                before.wait()
-                supply.arrive(len(self._batches))
+            for copies in under_way:
+                copies.wait()
+            supply.arrive(len(self._batches))
         finally:
             # Nothing may be on its way to memory that is given back.
-            if before is not None:
+            for copies in under_way:
                 with contextlib.suppress(RuntimeError):
-                    before.wait()
+                    copies.wait()
 
 
 def ring_for(sources: Sequence[Source], settings: Settings, bound: int | None) -> Ring | None:
@@ -187,16 +189,33 @@ def ring_for(sources: Sequence[Source], settings: Settings, bound: int | None) -
         settings: of the save.
         bound: bytes of host buffers that may be in use; None: as many as are needed.
     """
-    total = sum(slot_nbytes(source.tensor) for source in sources)
-    is_bounded = bound is not None and total > bound
-    limit = _SLABS * SLAB_NBYTES if bound is None else min(_SLABS * SLAB_NBYTES, bound)
-    if total <= 2 * limit and not is_bounded:
+    if not is_worth_it(sum(slot_nbytes(source.tensor) for source in sources), bound) or not can_be_fed():
         return None
     try:
-        ring = Ring(sources, settings.io_threads, settings.chunk_bytes, limit // _SLABS)
+        ring = Ring(sources, settings.io_threads, settings.chunk_bytes, _limit(bound) // _SLABS)
     except ValueError:
         return None
     return None if bound is not None and ring.nbytes > bound else ring
+
+
+def is_worth_it(nbytes: int, bound: int | None) -> bool:
+    """Whether so many bytes of copies are much more than a ring has, or more than may be taken."""
+    return nbytes > 2 * _limit(bound) or (bound is not None and nbytes > bound)
+
+
+def _limit(bound: int | None) -> int:
+    return _SLABS * SLAB_NBYTES if bound is None else min(_SLABS * SLAB_NBYTES, bound)
+
+
+def can_be_fed() -> bool:
+    """Whether the process starts threads now. While it ends, Python 3.12 and later start none."""
+    thread = threading.Thread(target=lambda: None, name="ckpt_fast-stage", daemon=True)
+    try:
+        thread.start()
+    except RuntimeError:
+        return False
+    thread.join()
+    return True
 
 
 def _cut(source: Source, window: int) -> Iterator[tuple[int, int, int]]:

@@ -17,6 +17,7 @@ import torch
 
 from ckpt_fast import native
 from ckpt_fast.errors import CheckpointError
+from ckpt_fast.format.archive import ALIGNMENT
 from ckpt_fast.format.types import Shard, TensorShard
 from ckpt_fast.pipeline.memory import gpu, strided
 from ckpt_fast.pipeline.memory.available import is_tight
@@ -25,7 +26,7 @@ from ckpt_fast.pipeline.memory.device_copy import BLOCKING, DeviceCopies, Stagin
 from ckpt_fast.pipeline.memory.garbage import without_collections
 from ckpt_fast.pipeline.memory.host_buffer import HostBuffer, host_buffers
 from ckpt_fast.pipeline.save.plan import FilePlan, PlannedItem, is_plain
-from ckpt_fast.pipeline.save.ring import Part, Ring, Source, ring_for
+from ckpt_fast.pipeline.save.ring import Part, Ring, Source, is_worth_it, ring_for
 from ckpt_fast.settings import Settings
 
 
@@ -76,8 +77,12 @@ class Staged:
         self.copied_nbytes = sum(ring.batch_nbytes)
         self.allocated_nbytes = self.buffer.nbytes if self.buffer.is_new else 0
         self.ring, self._sources = ring, sources
-        devices = {tensor.device for tensor in sources if gpu.is_on_gpu(tensor)}
-        self._ready = [(each, each.record(each.current)) for each in map(gpu.gpu_of, devices)]
+        try:
+            devices = {tensor.device for tensor in sources if gpu.is_on_gpu(tensor)}
+            self._ready = [(each, each.record(each.current)) for each in map(gpu.gpu_of, devices)]
+        except BaseException:
+            self.release()
+            raise
 
     @contextlib.contextmanager
     def fed(self) -> Iterator[native.Supply | None]:
@@ -181,6 +186,9 @@ def find_ring(files: Sequence[FilePlan], settings: Settings, bound: int | None) 
         settings: of the save.
         bound: bytes of host buffers that may be in use; None: as many as are needed.
     """
+    # Looking at every tensor takes as long as staging small ones.
+    if not is_worth_it(sum(item.raw_nbytes + ALIGNMENT for file in files for item in file.items), bound):
+        return None
     sources = [
         Source(tensor, number, item.offset + len(item.archive.head))
         for number, file in enumerate(files)
