@@ -24,6 +24,7 @@ from ckpt_fast.format.archive import ALIGNMENT
 from ckpt_fast.pipeline.memory import gpu
 from ckpt_fast.pipeline.memory.copies import copy_tensors, offsets_of, slot_nbytes
 from ckpt_fast.pipeline.memory.device_copy import DeviceCopies, StagingPolicy
+from ckpt_fast.ranks.devices import on_this_gpu
 from ckpt_fast.settings import Settings
 
 # One slab is written while the next one is filled; a batch may reach into the window behind its own.
@@ -137,7 +138,7 @@ class Ring:
                 errors.append(error)
                 supply.end()
 
-        thread = threading.Thread(target=run, name="ckpt_fast-stage", daemon=True)
+        thread = threading.Thread(target=on_this_gpu(run), name="ckpt_fast-stage", daemon=True)
         thread.start()
         try:
             yield supply
