@@ -19,6 +19,7 @@ from queue import SimpleQueue
 from typing import Generic, TypeVar
 
 from ckpt_fast.jobs.gate import Gate
+from ckpt_fast.ranks.devices import this_gpu
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -40,7 +41,8 @@ class Worker:
 
     def __init__(self, name: str, stop: Callable[[], None] | None = None) -> None:
         self._actions: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread = threading.Thread(target=self._run_in_thread, name=name, daemon=True)
+        self._make_gpu_current: Callable[[], None] = lambda: None
         self._stop = stop
         self._closed = False
         # While the process ends, and torch's threads finish what they are at, Python 3.12 starts no other.
@@ -71,6 +73,7 @@ class Worker:
             RuntimeError: the process may start no more threads.
         """
         if self._process is None and not self._is_inline:
+            self._make_gpu_current = this_gpu()
             self._process = os.getpid()
             _running.add(self)
             try:
@@ -130,6 +133,10 @@ class Worker:
     def _is_running(self) -> bool:
         # In a process that was forked there is no thread, nor will it say that it has ended.
         return self._process == os.getpid() and not self._ended.is_open
+
+    def _run_in_thread(self) -> None:
+        self._make_gpu_current()
+        self._run()
 
     def _run(self) -> None:
         if not self._taken.acquire(blocking=False):

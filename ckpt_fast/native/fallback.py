@@ -140,6 +140,7 @@ def write_files(
                 for file, name in zip(planned, partials, strict=True)
             ],
             threads,
+            supply.end if supply.batch_count else None,
         )
         for file, name in zip(planned, partials, strict=True):
             _publish(name, file.path, progress)

@@ -118,20 +118,50 @@ class Supply:
             self._written += 1
 
 
-def in_threads(calls: Sequence[Callable[[], T]], threads: int) -> list[T]:
-    """The results of independent calls; after an error, which is raised, those not begun are not made.
+def in_threads(
+    calls: Sequence[Callable[[], T]], threads: int, on_error: Callable[[], None] | None = None
+) -> list[T]:
+    """The results of calls; after an error, the first of which is raised, those not begun are not made.
 
     While the interpreter ends, other threads of the program still do, and it starts no more: then the calls
     are made one by one in this thread.
+
+    Args:
+        calls: independent of each other, unless there is an ``on_error``.
+        threads: how many of them are made at the same time.
+        on_error: wakes calls that wait for each other.
+
+    Raises:
+        RuntimeError: there is no thread for each of those calls.
     """
+
+    errors: list[BaseException] = []
+
+    def made(call: Callable[[], T]) -> T:
+        try:
+            return call()
+        except BaseException as error:
+            errors.append(error)
+            if on_error is not None:
+                on_error()
+            raise
+
     with ThreadPoolExecutor(threads) as pool:
         try:
-            futures = [pool.submit(call) for call in calls[:1]]
+            futures = [pool.submit(made, call) for call in calls[:1]]
         except RuntimeError:
+            if on_error is not None and min(threads, len(calls)) > 1:
+                raise
             return [call() for call in calls]
-        futures += [pool.submit(call) for call in calls[1:]]
         try:
+            futures += [pool.submit(made, call) for call in calls[1:]]
             return [future.result() for future in futures]
+        except BaseException as error:
+            if on_error is not None:
+                on_error()
+            if errors and isinstance(error, Exception):
+                raise errors[0] from None
+            raise
         finally:
             for future in futures:
                 future.cancel()

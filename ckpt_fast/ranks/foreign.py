@@ -16,6 +16,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_
 
 from ckpt_fast import settings
 from ckpt_fast.errors import CheckpointError
+from ckpt_fast.ranks.devices import on_this_gpu
 from ckpt_fast.ranks.group import ControlGroup
 
 logger = logging.getLogger(__name__)
@@ -73,21 +74,18 @@ def run_on_all_ranks(action: Callable[[], None], what: str) -> None:
 
 
 def _start(action: Callable[[], None], errors: list[Exception]) -> threading.Thread:
-    initialized = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    device = torch.cuda.current_device() if initialized else None
     with_gradients = torch.is_grad_enabled()
 
     def run() -> None:
         try:
-            if device is not None:
-                torch.cuda.set_device(device)
             with torch.set_grad_enabled(with_gradients):
                 action()
         except Exception as error:
             logger.exception("rank %d failed", dist.get_rank())
             errors.append(error)
 
-    thread = threading.Thread(target=contextvars.copy_context().run, args=(run,), daemon=True)
+    context = contextvars.copy_context()
+    thread = threading.Thread(target=context.run, args=(on_this_gpu(run),), daemon=True)
     thread.start()
     return thread
 

@@ -22,6 +22,7 @@ from ckpt_fast.doors.dcp.planning.planners import InstalledSavePlanner
 from ckpt_fast.doors.dcp.steps import let_go
 from ckpt_fast.doors.dcp.writer import FastStorageWriter
 from ckpt_fast.errors import CheckpointError
+from ckpt_fast.ranks.devices import on_this_gpu
 from ckpt_fast.ranks.group import ControlGroup, PerGroup
 
 _MIXTURE = (
@@ -62,7 +63,7 @@ class _Background:
             place["checkpoint_id"] = located(options["checkpoint_id"])
         if options.get("storage_writer") is None:
             place["storage_writer"] = FastStorageWriter(place["checkpoint_id"])
-        return self._thread.submit(_save, staged, options | place)
+        return self._thread.submit(on_this_gpu(_save), staged, options | place)
 
 
 _backgrounds = PerGroup(_Background)

@@ -11,6 +11,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from ckpt_fast.doors.dcp.snapshot import snapshots
 from ckpt_fast.pipeline.memory.device_copy import DeviceCopies, StagingPolicy
+from ckpt_fast.ranks.devices import on_this_gpu
 
 
 class FastStager(DefaultStager):
@@ -46,7 +47,7 @@ class FastStager(DefaultStager):
             future.set_result(staged)
         else:
             threading.Thread(
-                target=_wait, args=(copies, staged, future), name="ckpt_fast-stage", daemon=True
+                target=on_this_gpu(_wait), args=(copies, staged, future), name="ckpt_fast-stage", daemon=True
             ).start()
         return future
 

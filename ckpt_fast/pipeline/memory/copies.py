@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from itertools import chain, compress
+from itertools import chain, compress, pairwise
 
 import torch
 
@@ -32,13 +32,27 @@ def copy_tensors(
     memory: torch.Tensor,
     device_copies: DeviceCopies,
     policy: StagingPolicy = BLOCKING,
+    offsets: Sequence[int] | None = None,
 ) -> list[int]:
     """Copy plain tensors into host memory (uint8), to the offsets of ``offsets_of``; returns the addresses.
 
     Copies from GPUs may be on their way, as ``device_copies`` knows (after an error too).
+
+    Args:
+        tensors: to copy.
+        memory: for all of them.
+        device_copies: gets those from GPUs.
+        policy: whether this waits for copies from GPUs.
+        offsets: what ``offsets_of`` gave for such tensors, perhaps when others of them were to be gathered.
     """
     by_device, gathered = _by_device(tensors)
-    offsets, _ = _offsets(tensors, gathered)
+    if offsets is None:
+        offsets, _ = _offsets(tensors, gathered)
+    else:
+        gathered = {
+            device: numbers if _follow_each_other(tensors, offsets, numbers) else []
+            for device, numbers in gathered.items()
+        }
     slots = [memory[at : at + nbytes_of(tensor)] for tensor, at in zip(tensors, offsets, strict=True)]
     for device, numbers in by_device.items():
         order = gathered[device] + sorted(set(numbers).difference(gathered[device]))
@@ -73,6 +87,14 @@ def _by_device(
         for device, numbers in by_device.items()
     }
     return by_device, gathered
+
+
+def _follow_each_other(
+    tensors: Sequence[torch.Tensor], offsets: Sequence[int], numbers: Sequence[int]
+) -> bool:
+    return all(
+        offsets[first] + slot_nbytes(tensors[first]) == offsets[second] for first, second in pairwise(numbers)
+    )
 
 
 def _offsets(

@@ -108,8 +108,9 @@ class DeviceCopies:
 
     def wait(self) -> None:
         """The host waits until all is copied."""
-        for device, event in self._events:
-            device.wait_for(event)
+        with contextlib.ExitStack() as each:  # goes on with the others behind an error
+            for device, event in self._events:
+                each.callback(device.wait_for, event)
         self._kept.clear()
         self._show()
 
@@ -155,14 +156,16 @@ class DeviceCopies:
         if not in_order:
             device.order_behind(device.side, device.record(device.current))
         begin = device.mark(stream) if trace.current() is not None else None
-        device.copy_to_host(tensors, slots, stream)
-        if begin is not None:
-            row = f"{tensors[0].device}, {'stream of training' if in_order else 'side stream'}"
-            nbytes = sum(slot.numel() for slot in slots)
-            self._shown.append((device, row, begin, device.mark(stream), nbytes))
-        self._events.append((device, device.record(stream)))
         # A tensor's memory goes back to torch's allocator with its last reference, whatever still reads it.
         self._kept.extend(tensors)
+        try:
+            device.copy_to_host(tensors, slots, stream)
+            if begin is not None:
+                row = f"{tensors[0].device}, {'stream of training' if in_order else 'side stream'}"
+                nbytes = sum(slot.numel() for slot in slots)
+                self._shown.append((device, row, begin, device.mark(stream), nbytes))
+        finally:  # if one cannot be enqueued, those before it are under way
+            self._events.append((device, device.record(stream)))
 
 
 def choose_gathered(tensors: Sequence[torch.Tensor]) -> list[bool]:

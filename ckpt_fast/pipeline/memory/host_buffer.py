@@ -24,6 +24,7 @@ import torch
 from ckpt_fast import native, settings, system
 from ckpt_fast.errors import CheckpointError
 from ckpt_fast.once import first_time
+from ckpt_fast.ranks.devices import on_this_gpu
 
 logger = logging.getLogger(__name__)
 
@@ -210,7 +211,7 @@ class HostBufferPool:
                 return
             self.give_back(buffer)
 
-        thread = threading.Thread(target=make, name="ckpt_fast-reserve", daemon=True)
+        thread = threading.Thread(target=on_this_gpu(make), name="ckpt_fast-reserve", daemon=True)
         thread.start()
         return thread
 

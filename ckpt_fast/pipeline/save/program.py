@@ -37,6 +37,7 @@ from ckpt_fast.pipeline.memory.garbage import without_collections
 from ckpt_fast.pipeline.memory.host_buffer import host_buffers
 from ckpt_fast.pipeline.save.encode import WriteProgram
 from ckpt_fast.pipeline.save.plan import FilePlan, item_records, object_room
+from ckpt_fast.pipeline.save.ring import can_be_fed
 from ckpt_fast.pipeline.save.sealed import SealedMetadata
 from ckpt_fast.pipeline.save.stage import Staged
 
@@ -183,6 +184,8 @@ class SaveProgram:
             snapshot: whether tensors may change while they are written.
             bound: bytes of host buffers that the save may take; None: what is available.
         """
+        if self.ring is not None and not can_be_fed():
+            return False
         nbytes = self.staged_nbytes if self.ring is None else self.ring.copied_nbytes
         bound = default_bound(nbytes) if bound is None else bound
         if self._snapshot != snapshot or (bound is not None and self.staged_nbytes > bound):

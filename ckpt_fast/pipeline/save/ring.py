@@ -12,6 +12,7 @@ import contextlib
 import threading
 import time
 from array import array
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from queue import Empty, SimpleQueue
@@ -134,26 +135,28 @@ class Ring:
             supply: is told what has arrived.
             wait: returns whether all batches up to one are written, once they are or will not be.
         """
-        made: list[DeviceCopies] = []
+        under_way: deque[DeviceCopies] = deque()
         try:
             for batch, parts in enumerate(self._batches):
                 if batch >= _SLABS and not wait(batch - _SLABS):
                     return False
                 begin = batch % _SLABS * self._slab_nbytes
-                made.append(DeviceCopies())
                 slab = memory[begin : begin + self._slab_nbytes]
                 chosen = [_part_of(tensors[p.source], p.begin, p.begin + p.nbytes) for p in parts]
-                copy_tensors(chosen, slab, made[-1], _IN_NO_ORDER)
-                if batch:
-                    made.pop(0).wait()
+                offsets = [part.offset - begin for part in parts]
+                under_way.append(DeviceCopies())
+                copy_tensors(chosen, slab, under_way[-1], _IN_NO_ORDER, offsets)
+                if len(under_way) > 1:
+                    under_way[0].wait()
+                    under_way.popleft()
                     supply.arrive(batch)
-            if made:
-                made.pop().wait()
+            for copies in under_way:
+                copies.wait()
             supply.arrive(len(self._batches))
             return True
         finally:
             # Nothing may be on its way to memory that is given back.
-            for copies in made:
+            for copies in under_way:
                 with contextlib.suppress(RuntimeError):
                     copies.wait()
 
@@ -263,13 +266,29 @@ def ring_for(sources: Sequence[Source], settings: Settings, bound: int | None, s
         snapshot: the caller goes on when all copies are made: so all are, if there is room.
     """
     total = sum(slot_nbytes(source.tensor) for source in sources)
-    limit = _SLABS * SLAB_NBYTES
-    if bound is not None and total > bound:
-        limit = bound if snapshot else min(bound, limit)
-    elif snapshot or total <= 2 * limit:
+    if not is_worth_it(total, bound, snapshot):
         return None
+    limit = _SLABS * SLAB_NBYTES
+    if bound is not None:
+        limit = bound if snapshot else min(bound, limit)
     ring = Ring(sources, settings.io_threads, settings.chunk_bytes, limit // _SLABS)
     return ring if ring.nbytes < total else None
+
+
+def is_worth_it(nbytes: int, bound: int | None, snapshot: bool) -> bool:
+    """Whether so many bytes of copies are more than may be taken, or much more than a ring has."""
+    return (bound is not None and nbytes > bound) or (not snapshot and nbytes > 2 * _SLABS * SLAB_NBYTES)
+
+
+def can_be_fed() -> bool:
+    """Whether the process starts threads now. While it ends, Python 3.12 and later start none."""
+    thread = threading.Thread(target=lambda: None, name="ckpt_fast-try", daemon=True)
+    try:
+        thread.start()
+    except RuntimeError:
+        return False
+    thread.join()
+    return True
 
 
 def _cut(source: Source, window: int) -> Iterator[tuple[int, int, int]]:

@@ -17,6 +17,7 @@ import torch
 
 from ckpt_fast import native
 from ckpt_fast.errors import CheckpointError
+from ckpt_fast.format.archive import ALIGNMENT
 from ckpt_fast.format.types import TensorShard
 from ckpt_fast.pipeline.memory import strided
 from ckpt_fast.pipeline.memory.available import is_tight
@@ -25,7 +26,7 @@ from ckpt_fast.pipeline.memory.device_copy import BLOCKING, DeviceCopies, Stagin
 from ckpt_fast.pipeline.memory.garbage import without_collections
 from ckpt_fast.pipeline.memory.host_buffer import HostBuffer, host_buffers
 from ckpt_fast.pipeline.save.plan import FilePlan, PlannedItem
-from ckpt_fast.pipeline.save.ring import Feed, Part, Ring, Source, ring_for
+from ckpt_fast.pipeline.save.ring import Feed, Part, Ring, Source, is_worth_it, ring_for
 from ckpt_fast.settings import Settings
 
 
@@ -182,6 +183,10 @@ def find_ring(
         bound: bytes of host buffers that may be in use; None: as many as are needed.
         snapshot: as for ``stage``.
     """
+    # Looking at every tensor takes as long as staging small ones.
+    most = sum(item.raw_nbytes + ALIGNMENT for file in files for item in file.items)
+    if not is_worth_it(most, bound, snapshot):
+        return None
     sources = [
         Source(tensor, number, item.offset + len(item.archive.head))
         for number, file in enumerate(files)

@@ -10,7 +10,7 @@ import resource
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,80 +21,25 @@ from hypothesis import strategies as st
 
 from ckpt_fast import native
 from ckpt_fast.errors import CheckpointError, CheckpointWriteError
-from ckpt_fast.format.types import ObjectShard, Shard, TensorShard
-from ckpt_fast.pipeline.memory import device_copy
-from ckpt_fast.pipeline.memory.host_buffer import HostBuffer, HostBufferPool
-from ckpt_fast.pipeline.save import program as program_module
+from ckpt_fast.format.types import TensorShard
+from ckpt_fast.pipeline.memory import gpu
 from ckpt_fast.pipeline.save import ring as ring_module
-from ckpt_fast.pipeline.save import stage as stage_module
 from ckpt_fast.pipeline.save import waves as waves_module
 from ckpt_fast.pipeline.save import write as write_module
+from ckpt_fast.pipeline.save.plan import plan_save
 from ckpt_fast.pipeline.save.program import ProgramCache
 from ckpt_fast.pipeline.save.ring import Ring, Source
+from ckpt_fast.settings import Settings
 from tests.pipeline.layouts import random_tensor, whole
-from tests.pipeline.memory.simulated_gpu import SimulatedGpu, install
+from tests.pipeline.memory.rings import KIB, SLAB, WatchedPool, contents, expected, on_gpu, small_ring, state
 from tests.saves import new_save, save
 
 pytestmark = pytest.mark.usefixtures("no_fsync", "native_impl")
-KIB = 1024
-SLAB = 8 * KIB
-
-
-class WatchedPool(HostBufferPool):
-    """Records the lengths asked for."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.asked: list[int] = []
-
-    def take(self, nbytes: int, *args: Any, **options: Any) -> HostBuffer:
-        self.asked.append(nbytes)
-        return super().take(nbytes, *args, **options)
 
 
 @pytest.fixture(autouse=True)
 def pool(monkeypatch: pytest.MonkeyPatch) -> Iterator[WatchedPool]:
-    """Small slabs, small chunks, small tensors gathered."""
-    watched = WatchedPool()
-    for module in (stage_module, program_module):
-        monkeypatch.setattr(module, "host_buffers", watched)
-    monkeypatch.setattr(ring_module, "SLAB_NBYTES", SLAB)
-    monkeypatch.setattr(device_copy, "SMALL_NBYTES", 512)
-    monkeypatch.setenv("CKPT_FAST_CHUNK", "4K")
-    monkeypatch.setenv("CKPT_FAST_THREADS", "2")
-    yield watched
-    assert watched.used_nbytes == 0
-
-
-def on_gpu(patch: pytest.MonkeyPatch, seed: int = 0) -> SimulatedGpu:
-    """From now on every tensor is on a GPU."""
-    simulated = SimulatedGpu(seed)
-    install(patch, simulated)
-    for module in (stage_module, program_module):
-        patch.setattr(module, "needs_copy", lambda tensor, snapshot: True)
-    return simulated
-
-
-def state(sizes: Sequence[int], seed: int = 0) -> list[Shard]:
-    """Tensors of the given numbers of elements, of several dtypes, one transposed, and an object."""
-    dtypes = [torch.float32, torch.bfloat16, torch.int64, torch.uint8, torch.complex128]
-    shards: list[Shard] = [
-        whole(f"w{number}", random_tensor((size,), dtype, seed + number))
-        for number, (size, dtype) in enumerate(zip(sizes, itertools.cycle(dtypes), strict=False))
-    ]
-    shards.append(whole("transposed", random_tensor((30, 20), torch.float32, seed).t()))
-    shards.append(ObjectShard("object", b"PK\3\4 of an object"))
-    return shards
-
-
-def contents(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(directory.glob("*.distcp"))}
-
-
-def expected(shards: Sequence[Shard], directory: Path, writers: int = 1) -> dict[str, bytes]:
-    """What a save of tensors that are read in place writes."""
-    save(shards, str(directory), writers=writers)
-    return contents(directory)
+    yield from small_ring(monkeypatch)
 
 
 @given(
@@ -175,6 +120,13 @@ def test_what_fits_is_copied_at_once(
     assert len(pool.asked) == 1 and pool.asked[0] >= report.staged_nbytes
 
 
+def test_tensors_are_not_looked_at_if_all_of_them_would_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A save of thousands of small ones costs what it did."""
+    files = plan_save(state([100] * 20), "__0_", 1)
+    monkeypatch.setattr(stage_module, "needs_copy", lambda *arguments, **options: pytest.fail("looked at"))
+    assert stage_module.find_ring(files, Settings.read(), bound=None, snapshot=False) is None
+
+
 def test_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pool: WatchedPool) -> None:
     """Less memory than the usual ring has: a smaller one, and still one file."""
     monkeypatch.setattr(ring_module, "SLAB_NBYTES", 1 << 20)
@@ -233,6 +185,21 @@ def test_a_program_of_other_settings(tmp_path: Path, monkeypatch: pytest.MonkeyP
         monkeypatch.setenv("CKPT_FAST_THREADS", threads)
         monkeypatch.setenv("CKPT_FAST_CHUNK", chunk)
         save(shards, str(tmp_path / str(number)), programs=programs, writers=4)
+        assert contents(tmp_path / str(number)) == wanted
+
+
+@pytest.mark.parametrize("gathers_first", [True, False])
+def test_a_program_of_copies_that_were_gathered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gathers_first: bool
+) -> None:
+    """Small tensors have their places, whether they are gathered now or not (``CKPT_FAST_NATIVE``)."""
+    shards, programs = state([100, 5000, 50, 30_000, 10, 20_000, 60]), ProgramCache()
+    wanted = expected(shards, tmp_path / "in place")
+    on_gpu(monkeypatch)
+    for number in range(2):
+        gathers = gathers_first == (number == 0)
+        monkeypatch.setattr(gpu, "can_gather", lambda tensor, is_so=gathers: is_so and tensor.is_contiguous())
+        save(shards, str(tmp_path / str(number)), programs=programs)
         assert contents(tmp_path / str(number)) == wanted
 
 

@@ -25,6 +25,7 @@ from ckpt_fast.jobs.failures import is_rank_lost
 from ckpt_fast.jobs.report import SaveReport
 from ckpt_fast.jobs.worker import LEAVE_S
 from ckpt_fast.pipeline.save.save import Save
+from ckpt_fast.ranks.devices import on_this_gpu
 from ckpt_fast.ranks.group import ControlGroup, PerGroup
 
 
@@ -97,7 +98,7 @@ class Committer:
         job.talk_through(self._group)
         try:
             handle.start()
-            self._thread.submit(_finish, handle, future, self._group, when_failed)
+            self._thread.submit(on_this_gpu(_finish), handle, future, self._group, when_failed)
         except BaseException:
             handle.abandon()
             raise
