@@ -24,6 +24,7 @@ from ckpt_fast.errors import CheckpointError, CheckpointWriteError
 from ckpt_fast.format.types import TensorShard
 from ckpt_fast.pipeline.memory import gpu
 from ckpt_fast.pipeline.save import ring as ring_module
+from ckpt_fast.pipeline.save import stage as stage_module
 from ckpt_fast.pipeline.save import waves as waves_module
 from ckpt_fast.pipeline.save import write as write_module
 from ckpt_fast.pipeline.save.plan import plan_save
