@@ -119,8 +119,12 @@ test-long: $(B)/.installed ## the tests that take long, on stack B: many process
 	@$(B)/bin/python -m pytest -n 2 --dist worksteal -m "long and not slow"
 
 .PHONY: crash
-crash: $(A)/.installed ## load, and save over, every state in which a kill or power loss can leave a save
-	@$(A)/bin/python -m pytest -m "slow or not slow" -rP tests/crash/states/test_states.py
+crash: $(A)/.installed ## every state in which a kill or power loss can leave a save; every call failing once
+	@$(A)/bin/python -m pytest -m "slow or not slow" -rP tests/crash/states/test_states.py tests/crash/calls
+
+.PHONY: kill
+kill: $(A)/.installed ## kill -9 two thousand times, at random moments of runs on one and two ranks
+	@$(A)/bin/python -m pytest -m slow -rP tests/crash/states/test_kill.py tests/crash/kills
 
 .PHONY: fuzz
 fuzz: $(A)/.installed ## checkpoints damaged in CASES= ways (100000), through every reader

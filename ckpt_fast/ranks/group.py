@@ -195,6 +195,12 @@ class ControlGroup:
             dist.broadcast(device_value, src=self._coordinator(), group=self._group)
             return device_value.cpu()
 
+    def barrier(self) -> None:
+        """Collective. Wait for all ranks."""
+        if self._distributed:
+            with self._in_touch():
+                dist.barrier(group=self._group)
+
     def all_true(self, value: bool) -> bool:
         """Collective. Whether ``value`` holds on every rank; one small all-reduce."""
         return self._least(int(value)) > 0

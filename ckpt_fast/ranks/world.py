@@ -88,9 +88,12 @@ def _is_unconfigured() -> bool:
 
 
 def barrier_if_distributed(group: torch.distributed.ProcessGroup | None = None) -> None:
-    """Wait for all ranks of ``group`` (default: all); nothing without a process group."""
-    if is_distributed():
-        torch.distributed.barrier(group=group)
+    """Wait for all ranks of ``group`` (default: all); nothing without a process group.
+
+    Raises:
+        RankLostError: one of them has ended, or does not answer.
+    """
+    ControlGroup(group).barrier()
 
 
 def control_device(group: torch.distributed.ProcessGroup | None = None) -> torch.device:

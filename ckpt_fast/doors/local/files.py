@@ -8,10 +8,12 @@ their place, is its one object, made of plain data. So it is written, checked an
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 import shutil
 from collections import OrderedDict
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -35,6 +37,10 @@ from ckpt_fast.settings import Settings
 from ckpt_fast.storage import commit, replacement
 from ckpt_fast.storage.files import Directory
 
+logger = logging.getLogger(__name__)
+# What the checkpoints of a rank are called, and what is left of one that was not completed or not deleted.
+NAME = re.compile(r"iter_(\d{7,})_(\d+)_local")
+_PARTIAL = re.compile(NAME.pattern + r"\.(dirty|old)")
 _STATE_KEY = "state_dict"
 # Marks, as a key, the dictionaries that stand for something else.
 _MARK = "ckpt_fast"
@@ -254,6 +260,30 @@ def remove_local(directory: str, partial: str) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     os.rename(directory, partial)
     shutil.rmtree(partial)
+
+
+def remove_all_local(
+    directory: str | os.PathLike[str], is_meant: Callable[[int, str], bool], rank: int
+) -> None:
+    """Local. Delete checkpoints by iteration and path, and leftovers of unfinished ones; problems are logged.
+
+    Args:
+        directory: where they are.
+        is_meant: whether to delete that of an iteration, at a path.
+        rank: for the log.
+    """
+    try:
+        for name in os.listdir(directory):
+            path = os.path.join(directory, name)
+            match = NAME.fullmatch(name) or _PARTIAL.fullmatch(name)
+            if match is None or not is_meant(int(match[1]), path):
+                continue
+            if NAME.fullmatch(name):
+                remove_local(path, f"{path}.old")
+            else:
+                shutil.rmtree(path)
+    except OSError as error:
+        logger.warning("rank %d could not delete local checkpoints: %s", rank, error)
 
 
 def _kinds() -> dict[str, type]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import re
 import shutil
 from collections.abc import Callable, Container, Iterable
 from types import MappingProxyType
@@ -21,11 +20,13 @@ import torch
 from ckpt_fast import compat, native
 from ckpt_fast.doors.local.branches import Notes, gather_notes, is_left, notes_at, without_left
 from ckpt_fast.doors.local.files import (
+    NAME,
     Origin,
     Packed,
     memory_of,
     pack_local,
     read_local,
+    remove_all_local,
     remove_local,
     require_all_values,
     save_id_of,
@@ -50,8 +51,6 @@ from ckpt_fast.storage import replacement
 from ckpt_fast.storage.files import absolute
 
 logger = logging.getLogger(__name__)
-_NAME = re.compile(r"iter_(\d{7,})_(\d+)_local")
-_PARTIAL = re.compile(_NAME.pattern + r"\.(dirty|old)")
 
 try:
     LocalCheckpointManager, _ = compat.import_local_checkpointing()
@@ -85,6 +84,15 @@ class FastLocalCheckpointManager(LocalCheckpointManager):  # type: ignore[misc, 
         self._save_ids: set[str | None] = set()
 
     @also_raised_as(CheckpointingException)
+    def find_latest(self) -> int:
+        """Collective. The newest iteration of which each rank's state is somewhere; -1 if there is none.
+
+        Raises:
+            CheckpointError: on every rank: one could not look, or has ended.
+        """
+        return int(ControlGroup().agree(super().find_latest))
+
+    @also_raised_as(CheckpointingException)
     def save(
         self, state_dict: Any, iteration: int, is_async: bool = False, notes: Notes | None = None
     ) -> Any:
@@ -114,7 +122,8 @@ class FastLocalCheckpointManager(LocalCheckpointManager):  # type: ignore[misc, 
         own = self._ckpt_id(iteration)
         states = {own: state_dict}
         if self.repl_strategy is not None:
-            replicas, ids = self.repl_strategy.replicate(state_dict, own)
+            strategy = self.repl_strategy
+            replicas, ids = ControlGroup().agree(lambda: strategy.replicate(state_dict, own))
             states = dict(zip(ids, replicas, strict=True))
         live = memory_of(states[own]) if is_async else set()
         if is_async or torch.cuda.is_available():
@@ -309,7 +318,7 @@ class FastLocalCheckpointManager(LocalCheckpointManager):  # type: ignore[misc, 
         except OSError as error:
             logger.error("rank %d cannot look for local checkpoints: %s", self.rank, error)
             return []
-        return [self._filename_to_id(name) for name in names if _NAME.fullmatch(name)]
+        return [self._filename_to_id(name) for name in names if NAME.fullmatch(name)]
 
     def _pack(self, state_dict: Any, ckpt_id: Any, live: Container[int] = ()) -> Packed:
         return pack_local(state_dict, os.fspath(self._local_ckpt_path_from_id(ckpt_id)), live)
@@ -382,19 +391,7 @@ class FastLocalCheckpointManager(LocalCheckpointManager):  # type: ignore[misc, 
         self._remove(lambda other, _: other == iteration)
 
     def _remove(self, is_meant: Callable[[int, str], bool]) -> None:
-        """Delete checkpoints by iteration and path, and leftovers of unfinished ones; problems are logged."""
-        try:
-            for name in os.listdir(self.local_ckpt_dir):
-                path = os.path.join(self.local_ckpt_dir, name)
-                match = _NAME.fullmatch(name) or _PARTIAL.fullmatch(name)
-                if match is None or not is_meant(int(match[1]), path):
-                    continue
-                if _NAME.fullmatch(name):
-                    remove_local(path, f"{path}.old")
-                else:
-                    shutil.rmtree(path)
-        except OSError as error:
-            logger.warning("rank %d could not delete local checkpoints: %s", self.rank, error)
+        remove_all_local(self.local_ckpt_dir, is_meant, self.rank)
 
     def _filename_from_template(self, iteration: int | str, rank: int | str, extra_suffix: str = "") -> str:
         return f"iter_{str(iteration).zfill(7)}_{rank}_local{extra_suffix}"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import sys
 import tempfile
@@ -27,10 +28,13 @@ from ckpt_fast.jobs.job import Job
 
 _POLL_S = 0.01
 _SHARED_MEMORY = "/dev/shm"
+_NAME = re.compile(r"ckpt_fast-written-(?P<writer>[0-9]{1,9})-[0-9a-f]{16}")
 
 
 class Flag:
     """A byte in a file in memory, set once a save is written. Who drops the flag removes the file.
+
+    The next flag of any process removes those of processes that were killed.
 
     Attributes:
         path: of the file.
@@ -38,6 +42,7 @@ class Flag:
 
     def __init__(self) -> None:
         home = _SHARED_MEMORY if os.access(_SHARED_MEMORY, os.W_OK) else tempfile.gettempdir()
+        _remove_ownerless(home)
         self.path = os.path.join(home, f"ckpt_fast-written-{os.getpid()}-{secrets.token_hex(8)}")
         # Empty once the flag is set: a descriptor that is closed may be that of another file.
         self._files: list[FileIO] = []
@@ -55,6 +60,15 @@ class Flag:
     def remove(self) -> None:
         """Release anyone who is still waiting for the flag."""
         finalizer.run(self._remover)
+
+
+def _remove_ownerless(home: str) -> None:
+    """Remove the flags of processes that are gone. What finalizes a save waits for its writer in any case."""
+    for name in os.listdir(home):
+        match = _NAME.fullmatch(name)
+        if match is not None and not _is_alive(int(match["writer"])):
+            with contextlib.suppress(OSError):  # another user's, or removed by another process just now
+                os.unlink(os.path.join(home, name))
 
 
 def _discard(path: str, files: list[FileIO], owner: int) -> None:

@@ -116,9 +116,11 @@ def _write_once(
         if durable:
             fsync_directory(directory)
     except OSError as error:
+        # Of a file, the engine says what failed; of the directory, Python does not.
+        what = f"fsync {directory}: " if error.filename in (None, directory) else ""
         raise CheckpointWriteError(
-            f"{error.strerror}. The checkpoint in {directory} is incomplete and was not published; those in "
-            "other directories are untouched. Free space or fix the file system, then save again.",
+            f"{what}{error.strerror}. The checkpoint in {directory} is incomplete and was not published; "
+            "those in other directories are untouched. Free space or fix the file system, then save again.",
             error.errno,
             error.filename or directory,
         ) from error

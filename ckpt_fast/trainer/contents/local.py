@@ -39,6 +39,7 @@ def save_local(
         The manager's request with ``async_save``, else None: every rank has written then.
 
     Raises:
+        CheckpointError: on every rank: one could not save, or has ended.
         RuntimeError: Megatron-Core or nvidia-resiliency-ext lacks what local checkpoints need.
     """
     ckpt_cfg = state.cfg.checkpoint
@@ -48,11 +49,13 @@ def save_local(
     is_known = ckpt_cfg.ckpt_assume_constant_structure and ControlGroup().all_true(
         structure == context.get(_STRUCTURE)
     )
-    local_state_dict, context["local_checkpoint_cache"] = tensor_aware_state_dict.from_state_dict(
-        state_dict,
-        algo=ckpt_cfg.non_persistent_local_ckpt_algo,
-        cached_metadata=context.get("local_checkpoint_cache") if is_known else None,
-        parallelization_group=pg_collection.dp_cp,
+    local_state_dict, context["local_checkpoint_cache"] = ControlGroup().agree(
+        lambda: tensor_aware_state_dict.from_state_dict(
+            state_dict,
+            algo=ckpt_cfg.non_persistent_local_ckpt_algo,
+            cached_metadata=context.get("local_checkpoint_cache") if is_known else None,
+            parallelization_group=pg_collection.dp_cp,
+        )
     )
     context[_STRUCTURE] = structure  # of what the cache was made for
     manager = context["local_checkpoint_manager"]

@@ -7,26 +7,13 @@
 //   call \t inode \t path \t second path \t file with a copy of the content
 //
 // Nothing is actually synced: that would only cost time.
-#define _GNU_SOURCE
-#include <errno.h>
-#include <fcntl.h>
-#include <limits.h>
-#include <stdarg.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
+#include "../watching.h"
+
 #include <sys/file.h>
 #include <sys/sendfile.h>
 #include <sys/stat.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
 static __thread int log_file;
-
-static void die(const char* what) {
-  perror(what);
-  abort();
-}
 
 // One call at a time across all threads and processes: each reopens the log, so that flock serializes them.
 static void lock(void) {
@@ -39,41 +26,6 @@ static void unlock(void) {
   const int error = errno;
   syscall(SYS_close, log_file);
   errno = error;
-}
-
-static int is_below_root(const char* path) {
-  const char* const root = getenv("CRASH_ROOT");
-  const size_t length = strlen(root);
-  return strncmp(path, root, length) == 0 && (path[length] == '/' || path[length] == 0);
-}
-
-// Finds the path of a descriptor; returns whether to watch it.
-static int is_watched_file(int fd, char* path) {
-  char link[64];
-  path[0] = 0;
-  if (getenv("CRASH_ROOT") == NULL) return 0;
-  const int error = errno;
-  snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
-  const ssize_t length = readlink(link, path, PATH_MAX - 1);
-  path[length < 0 ? 0 : length] = 0;
-  errno = error;
-  return is_below_root(path);
-}
-
-// Makes a path absolute; returns whether to watch it.
-static int is_watched(int at, const char* name, char* path) {
-  if (getenv("CRASH_ROOT") == NULL) return 0;
-  if (name[0] == '/') {
-    snprintf(path, PATH_MAX, "%s", name);
-  } else {
-    if (at != AT_FDCWD)
-      is_watched_file(at, path);
-    else if (getcwd(path, PATH_MAX) == NULL)
-      die("getcwd");
-    const size_t length = strlen(path);
-    snprintf(path + length, PATH_MAX - length, "/%s", name);
-  }
-  return is_below_root(path);
 }
 
 static void record(const char* call, ino_t inode, const char* path, const char* second, const char* copy) {
@@ -117,23 +69,7 @@ static int open_at(int at, const char* name, int flags, mode_t mode) {
   return fd;
 }
 
-static mode_t mode_in(int flags, va_list arguments) {
-  return flags & (O_CREAT | __O_TMPFILE) ? va_arg(arguments, mode_t) : 0;
-}
-
-#define OPEN(name, at, ...)                        \
-  int name(__VA_ARGS__, int flags, ...) {          \
-    va_list arguments;                             \
-    va_start(arguments, flags);                    \
-    const mode_t mode = mode_in(flags, arguments); \
-    va_end(arguments);                             \
-    return open_at(at, path, flags, mode);         \
-  }
-
-OPEN(open, AT_FDCWD, const char* path)
-OPEN(open64, AT_FDCWD, const char* path)
-OPEN(openat, at, int at, const char* path)
-OPEN(openat64, at, int at, const char* path)
+DEFINE_OPENS
 
 int close(int fd) {
   char path[PATH_MAX];

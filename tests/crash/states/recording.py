@@ -149,24 +149,24 @@ class Looking:
 
     def _go_on(self, version: int) -> int | str:
         later = len(self._expected) + 1
-        expected = _together(lambda: self._job.save_later(later))
+        expected = together(lambda: self._job.save_later(later))
         if isinstance(expected, str):
             return f"another save: {expected}"
         found = self._version([*self._expected, expected], dist.get_world_size())
         return version if found == later else f"after another save, this is loaded: {found}, not {later}"
 
     def _version(self, expected: list[Any], ranks: int) -> int | str:
-        version = _together(lambda: self._job.version_in(expected))
+        version = together(lambda: self._job.version_in(expected))
         if version == 0:
             return 0
         if isinstance(version, int):
             number = version
-            wrong = _together(lambda: self._job.check_what_lies_beside(number, ranks))
+            wrong = together(lambda: self._job.check_what_lies_beside(number, ranks))
             return wrong if isinstance(wrong, str) else version
         return str(version)
 
 
-def _together(action: Callable[[], Any]) -> Any:
+def together(action: Callable[[], Any]) -> Any:
     """Return what an action returns on this rank, or a text if it fails on any rank or the numbers differ.
 
     No rank continues alone: what follows is collective.

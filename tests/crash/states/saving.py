@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import glob
 import os
+import re
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -70,6 +71,7 @@ class Scenario:
 
 
 BACKGROUND = {"async_save": True, "async_strategy": "mcore"}
+BOUND = 8192  # bytes of host memory: a fraction of what a rank saves
 SCENARIOS = {
     "first": Scenario((1,), with_data=True),
     "later": Scenario((1, 2, 3), {"most_recent_k": 1}, with_data=True),
@@ -77,6 +79,9 @@ SCENARIOS = {
     "background": Scenario((1, 2, 3), {"most_recent_k": 1, **BACKGROUND}, with_data=True),
     "recovery": Scenario((1, -2, -3, -4), {"non_persistent_ckpt_type": "global"}, with_data=True),
     "local": Scenario((1, -2, -3), {"non_persistent_ckpt_type": "local"}, with_data=True),
+    "background-local": Scenario(
+        (1, -2, -3), {"non_persistent_ckpt_type": "local", **BACKGROUND}, with_data=True
+    ),
     "again": Scenario((1, 2, 2), with_data=True),
     "recovery-again": Scenario((1, -2, -2), {"non_persistent_ckpt_type": "global"}, with_data=True),
     "local-again": Scenario((1, -2, -2), {"non_persistent_ckpt_type": "local"}, with_data=True),
@@ -87,6 +92,7 @@ SCENARIOS = {
     "background-recovery": Scenario(
         (1, -2, -3), {"non_persistent_ckpt_type": "global", **BACKGROUND}, with_data=True
     ),
+    "background-in-waves": Scenario((1, 2, 3), {"host_buffer_bytes": BOUND, **BACKGROUND}, with_data=True),
     "background-reused": Scenario((1, 2, 3), {"ckpt_assume_constant_structure": True, **BACKGROUND}),
     "fallback": Scenario((1, 2, 3), {"most_recent_k": 1}, with_data=True, native=False),
     "fallback-again": Scenario((1, 2, 2), with_data=True, native=False),
@@ -154,19 +160,33 @@ class Training(Job):
 
     def save(self, version: int) -> dict[str, Any]:
         iteration = self.scenario.iterations[version - 1]
-        return self._save(version, abs(iteration), iteration < 0)
+        expected = self.prepare(version, abs(iteration))
+        self.write(version, non_persistent=iteration < 0)
+        return expected
 
     def save_later(self, version: int) -> dict[str, Any]:
         """Save once more, an iteration later than all others."""
-        return self._save(version, 1 + max(map(abs, self.scenario.iterations)), False)
+        expected = self.prepare(version, 1 + max(map(abs, self.scenario.iterations)))
+        self.write(version)
+        return expected
 
-    def _save(self, version: int, iteration: int, non_persistent: bool) -> dict[str, Any]:
-        run, rank = self._run, dist.get_rank()
-        self._go_to_disk()
+    @property
+    def iteration(self) -> int:
+        """Return the last iteration that was prepared or loaded."""
+        return int(self._run.state.train_state.step)
+
+    def prepare(self, version: int, iteration: int) -> dict[str, Any]:
+        """Train up to an iteration, and return what the save of this version is to contain."""
+        run = self._run
         run.train(1)
         run.state.train_state.step = iteration
         run.state.train_state.floating_point_operations_so_far = float(FLOPS + version)
-        expected = run.fingerprint()
+        return run.fingerprint()
+
+    def write(self, version: int, *, non_persistent: bool = False) -> None:
+        """Save what was prepared, and return once it is published."""
+        run = self._run
+        self._go_to_disk()
         save_checkpoint(
             run.state,
             run.model,
@@ -175,14 +195,13 @@ class Training(Job):
             FLOPS + version,
             checkpointing_context=self._context,
             non_persistent_ckpt=non_persistent,
-            train_data_iterator=iterator(Loader(position_in_data(version, rank)))
+            train_data_iterator=iterator(Loader(position_in_data(version, dist.get_rank())))
             if self.scenario.with_data
             else None,
         )
         while not is_empty_async_queue(run.state):  # as training does, which lets a thread publish
             maybe_finalize_async_save(run.state, run.checkpoint)
             time.sleep(0.001)
-        return expected
 
     def load(self) -> dict[str, Any] | None:
         run = self._run
@@ -337,7 +356,9 @@ def job_of(scenario: Scenario, disk: str, seed: int = 1234) -> Iterator[Any]:
     with needs_gpu, Run(Setup(seed=seed), **scenario.config) as run:
         run.state.cfg.dataset = Data(Tokenizer() if scenario.with_tokenizer else None)
         run.state.cfg.tokenizer = TokenizerConfig(tokenizer_type="HuggingFaceTokenizer")
+        run.checkpoint.save = "set by each save"  # without one there is no queue
         run.state.initialize_async_checkpoint_worker()
+        assert (run.state.async_calls_queue is not None) == run.checkpoint.async_save
         yield Training(scenario, disk, run, {})
 
 
@@ -346,3 +367,12 @@ def wait_for_deletions() -> None:
     for thread in threading.enumerate():
         if thread is not threading.main_thread() and not thread.daemon:
             thread.join()
+
+
+_LEFT = re.compile(r".*\.(partial|dirty|old|ckpt_fast-new|ckpt_fast-old)")
+
+
+def left_in(disk: str) -> list[str]:
+    """Return files and directories of saves that were not completed, and of deletions."""
+    walked = [(path, [*folders, *files]) for path, folders, files in os.walk(disk)]
+    return [os.path.join(path, name) for path, names in walked for name in names if _LEFT.fullmatch(name)]

@@ -7,29 +7,21 @@ tokenizer, the data position, and old checkpoints that are being deleted.
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import shutil
-import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import pytest
 
 from ckpt_fast import compat
+from tests.crash.preloading import Ranks, ranks_with
 from tests.crash.states import recording
 from tests.crash.states.disk import Call, Disk
 from tests.crash.states.saving import SCENARIOS
-from tests.helpers import run_ranks, stop_ranks
 
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="a C compiler makes the recorder")
-
-Ranks = Callable[..., Any]
 
 # One of each kind; test_all_states has all of them.
 ONE_RANK = ["first", "local", "again", "dcp-again"]
@@ -50,21 +42,9 @@ def cases(names_of: dict[int, Iterable[str]], marks: Any = ()) -> list[Any]:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    """Call ``run_ranks`` with the recorder preloaded, which does nothing until it is given a path."""
-    library = tmp_path_factory.mktemp("recorder") / "recorder.so"
-    source = Path(__file__).with_name("recorder.c")
-    subprocess.run(["cc", "-O1", "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        with mock.patch.dict(os.environ, LD_PRELOAD=str(library)):
-            pool.submit(os.getpid).result()  # the process starts with its first task
-
-        def run(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
-            # The intermediate process need not import anything.
-            name = SimpleNamespace(__module__=function.__module__, __qualname__=function.__qualname__)
-            return pool.submit(run_ranks, name, *args, **options).result()
-
+    """Yield ``run_ranks`` with the recorder preloaded."""
+    with ranks_with(Path(__file__).with_name("recorder.c"), tmp_path_factory.mktemp("recorder")) as run:
         yield run
-        pool.submit(stop_ranks).result()
 
 
 def look_at(

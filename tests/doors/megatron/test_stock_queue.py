@@ -245,3 +245,21 @@ def test_waiting_ends_with_the_writer(tmp_path: Path) -> None:
     wait_until_written(str(tmp_path / "no flag"), os.getpid())
     flag.write_bytes(b"\1")
     wait_until_written(str(flag), os.getpid())
+
+
+FLAG = (
+    "import ckpt_fast.doors.megatron.stock_queue as q; flag = q.Flag(); print(flag.path, flush=True); input()"
+)
+
+
+def test_the_flag_of_a_process_that_was_killed_goes_with_the_next() -> None:
+    command = [sys.executable, "-W", "ignore", "-c", FLAG]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        path = process.stdout.readline().strip()
+        Flag().remove()
+        assert os.path.exists(path), "it is still needed"
+        process.kill()
+    assert os.path.exists(path)
+    Flag().remove()
+    assert not os.path.exists(path)

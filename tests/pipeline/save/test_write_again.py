@@ -76,3 +76,16 @@ def test_a_fault_that_stays(
         save_and_load(tmp_path)
     assert caught.value.errno == code and len(made) == attempts
     assert not (tmp_path / ".metadata").exists()
+
+
+def test_what_could_not_be_made_durable_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python's error of an fsync names neither the call nor the file."""
+
+    def fail(_: str) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(write_module, "fsync_directory", fail)
+    with pytest.raises(
+        CheckpointWriteError, match=f"fsync {tmp_path}: No space left on device. The checkpoint"
+    ):
+        save_and_load(tmp_path)

@@ -14,9 +14,10 @@ import torch
 from ckpt_fast import compat
 from ckpt_fast.checkpointing import init_checkpointing_context, maybe_finalize_async_save, save_checkpoint
 from ckpt_fast.doors.local.files import write_local
+from ckpt_fast.trainer.contents import local as contents
 from ckpt_fast.trainer.load import load as load_module
 from ckpt_fast.trainer.load import restore
-from tests.helpers import run_ranks
+from tests.helpers import RankError, run_ranks
 from tests.models import FLOPS, Run, Setup, differences, megatron_on_cpu, other
 from tests.trainer.training import error_of, iterations, tracked
 
@@ -191,3 +192,41 @@ def test_a_section_that_is_missing_is_refused_before_anything_is_changed(
     arguments = (str(tmp_path / "root"), str(tmp_path / "local"), lacking)
     for kind, message, changed in run_ranks(load_what_lacks_a_section, 2, *arguments):
         assert (kind, changed) == ("CheckpointMismatchError", []), message
+
+
+def lose_a_rank(rank: int, root: str, local: str, where: str) -> None:
+    config = {
+        "non_persistent_ckpt_type": "local",
+        "non_persistent_local_ckpt_dir": local,
+        "replication": True,
+        "replication_jump": 1,
+    }
+    with megatron_on_cpu(), Run(Setup(), save=root, load=root, **config) as run:
+        context = init_checkpointing_context(run.checkpoint)
+        run.train(1)
+        run.save(checkpointing_context=context, non_persistent_ckpt=True)
+        run.train(1)
+        manager = context["local_checkpoint_manager"]
+        place, name = {
+            "collecting": (compat.import_tensor_aware_state_dict(), "from_state_dict"),
+            "replicating": (manager.repl_strategy, "replicate"),
+            "waiting": (contents, "barrier_if_distributed"),
+            "looking": (manager, "_my_ckpt_ids"),
+            "receiving": (local_door, "exchange"),
+        }[where]
+        with pytest.MonkeyPatch.context() as patch:
+            if rank == 1:
+                patch.setattr(place, name, lambda *_, **__: os._exit(9))  # as if it were killed
+            if where in ("looking", "receiving"):
+                manager.latest_iteration = -1
+                run.load(checkpointing_context=context)
+            else:
+                run.save(checkpointing_context=context, non_persistent_ckpt=True)
+
+
+@pytest.mark.parametrize("where", ["collecting", "replicating", "waiting", "looking", "receiving"])
+def test_a_rank_that_is_gone_is_an_error_that_says_so(tmp_path: Path, where: str) -> None:
+    with pytest.raises(RankError) as caught:
+        run_ranks(lose_a_rank, 2, str(tmp_path / "run"), str(tmp_path / "local"), where, fresh=True)
+    assert caught.value.errors == {0: "RankLostError", 1: "ProcessEnded"}
+    assert "rank 0 has lost touch with the other 1 ranks" in str(caught.value)
