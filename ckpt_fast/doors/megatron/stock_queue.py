@@ -20,7 +20,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from ckpt_fast.errors import also_raised_as
+from ckpt_fast.errors import CheckpointWriteError, also_raised_as
 from ckpt_fast.jobs import finalizer
 from ckpt_fast.jobs.background import SaveHandle
 from ckpt_fast.jobs.job import Job
@@ -34,6 +34,9 @@ class Flag:
 
     Attributes:
         path: of the file.
+
+    Raises:
+        CheckpointWriteError: there is no room for it. On this rank only: let all ranks agree.
     """
 
     def __init__(self) -> None:
@@ -43,8 +46,16 @@ class Flag:
         self._files: list[FileIO] = []
         # Before there is a file: a signal may come at any time.
         self._remover = weakref.finalize(self, _discard, self.path, self._files, os.getpid())
-        self._files.append(FileIO(self.path, "x"))
-        self._files[0].write(b"\0")
+        try:
+            self._files.append(FileIO(self.path, "x"))
+            self._files[0].write(b"\0")
+        except OSError as error:
+            raise CheckpointWriteError(
+                f"a background save needs a file of one byte in {home}, which cannot be written ({error}): "
+                "make room there, or save synchronously",
+                error.errno,
+                self.path,
+            ) from error
 
     def set(self) -> None:
         """The save is written. May be called again, and after ``remove``."""
@@ -60,7 +71,7 @@ class Flag:
 def _discard(path: str, files: list[FileIO], owner: int) -> None:
     # A process that was forked has a copy of everything but the file.
     if os.getpid() == owner:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):  # a byte that stays fails no save
             os.unlink(path)
     with contextlib.suppress(IndexError):
         files.pop().close()
