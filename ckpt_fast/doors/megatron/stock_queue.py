@@ -90,13 +90,18 @@ class RequestFinalizer:
         self._handle = handle
         self._flag = flag
         self._foreign = foreign
-        weakref.finalize(self, _give_up, handle, flag).atexit = False
+        self._giver_up = weakref.finalize(self, _give_up, handle, flag)
+        self._giver_up.atexit = False
 
     def __call__(self) -> None:
         """Collective. AsyncSaveError on every rank if a rank failed."""
         self._flag.remove()
-        with also_raised_as(self._foreign):
-            self._handle.finalize()
+        try:
+            with also_raised_as(self._foreign):
+                self._handle.finalize()
+        except Exception:
+            self._giver_up.detach()  # the traceback that the handle keeps has a reference to this object
+            raise
 
     def give_up(self, wait_s: float) -> bool:
         """Local. The request will not be finalized; returns whether the save has ended within ``wait_s``."""
