@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import sys
-import threading
 from collections.abc import Callable, Collection
 from linecache import getline
 from types import FrameType
@@ -49,10 +48,9 @@ def interrupted_at(
 
 
 def _may_keep_a_lock(frame: FrameType) -> bool:
-    """Whether an exception here would leave a lock of Python's own taken, as no signal can.
+    """Whether an exception here might leave a lock taken, as no signal can.
 
-    The line of a ``with`` counts once more when its block ends, before the lock is given back. Then every new
-    thread would wait for it for ever.
+    The line of a ``with`` counts once more when its block ends, before the lock is given back. Then everyone
+    who needs it would wait for ever.
     """
-    name = frame.f_code.co_filename
-    return name == threading.__file__ and getline(name, frame.f_lineno).lstrip().startswith("with ")
+    return getline(frame.f_code.co_filename, frame.f_lineno).lstrip().startswith("with ")

@@ -88,8 +88,8 @@ class Worker:
     def close(self) -> None:
         """Take no more actions; the thread ends after the last one."""
         if not self._closed:
+            self._actions.put(None)  # before it counts as closed: whoever is interrupted may close it again
             self._closed = True
-            self._actions.put(None)
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Wait for the end of a closed worker; returns whether it came in time."""

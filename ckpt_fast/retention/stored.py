@@ -39,7 +39,7 @@ class Stored:
         self.iteration = iteration
         self.path = path
         # Before any fact is looked up: whatever is saved there from now on is another checkpoint.
-        self._begun, self._version = owners.saves_begun(path), _version(path)
+        self._newest_save, self._version = owners.newest_save(path), _version(path)
         self._is_occupied = owners.is_occupied(path)
 
     @contextlib.contextmanager
@@ -50,7 +50,7 @@ class Stored:
             Whether it may; not if something has been saved there in the meantime, or is being saved.
         """
         with owners.removing(self.path) as is_free:
-            is_same = not self._is_occupied and self._begun == owners.saves_begun(self.path)
+            is_same = not self._is_occupied and self._newest_save == owners.newest_save(self.path)
             yield is_free and is_same and self._version == _version(self.path)
 
     @cached_property

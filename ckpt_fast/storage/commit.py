@@ -271,8 +271,10 @@ def _unlink(path: str) -> bool:
     return True
 
 
-# Directories whose names, with all above them, this process has made durable.
+# Directories whose names, with all above them, this process has made durable. Not of a run's whole life: what
+# is not known is synced again.
 _durable: set[str] = set()
+_MOST_DURABLE = 1000
 
 
 def make_directory(path: str, *, sync_names: bool = True) -> None:
@@ -317,6 +319,8 @@ def _sync_names_above(path: str) -> None:
         except OSError as error:  # of others, and older than this run; or one of a kind that knows no sync
             if error.errno not in (errno.EACCES, errno.EPERM, errno.EINVAL, errno.EROFS):
                 raise
+        if len(_durable) >= _MOST_DURABLE:
+            _durable.clear()
         _durable.add(path)
         path = above
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import logging
 import os
 import threading
 import time
 import weakref
-from collections import Counter
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -97,7 +97,11 @@ class _Removal:
 _lock = threading.Lock()
 # A save with no remaining references is over.
 _owners: dict[str, weakref.ref[Owner]] = {}
-_begun: Counter[str] = Counter()
+# The number of the save that has begun last in a directory, among all of this process.
+_begun: dict[str, int] = {}
+_numbers = itertools.count(1)
+# A run saves to a new directory each time.
+_MOST_KNOWN = 1000
 
 
 def is_occupied(directory: str) -> bool:
@@ -106,10 +110,10 @@ def is_occupied(directory: str) -> bool:
         return _busy(_key(directory)) is not None
 
 
-def saves_begun(directory: str) -> int:
-    """Local. How many saves of this process to the directory have begun."""
+def newest_save(directory: str) -> int:
+    """Local. The number of this process's save that has begun last in the directory; 0 if none is known."""
     with _lock:
-        return _begun[_key(directory)]
+        return _begun.get(_key(directory), 0)
 
 
 @contextlib.contextmanager
@@ -151,7 +155,9 @@ def occupy(directory: str, owner: Owner, wait_s: float = 0.0) -> None:
             before = _busy(key)
             if before is None or before is owner:
                 _owners[key] = weakref.ref(owner)
-                _begun[key] += 1
+                _begun.pop(key, None)
+                _begun[key] = next(_numbers)
+                _forget()
                 return
         is_given_up = isinstance(before, Hold) and before.is_given_up
         is_removal = isinstance(before, _Removal)
@@ -194,6 +200,15 @@ def _busy(key: str) -> Owner | None:
     reference = _owners.get(key)
     owner = reference() if reference is not None else None
     return None if owner is None or owner.is_over() else owner
+
+
+def _forget() -> None:
+    """Under the lock. Forget directories where no save is at work, if there are many: the oldest first."""
+    while len(_begun) > _MOST_KNOWN:
+        del _begun[next(iter(_begun))]
+    if len(_owners) > _MOST_KNOWN:
+        for key in [key for key in _owners if _busy(key) is None]:
+            del _owners[key]
 
 
 def _key(directory: str) -> str:

@@ -33,3 +33,15 @@ def test_a_wait_that_is_interrupted_anywhere() -> None:
         assert job.abandon(5.0) and job.is_done and done == [1]
         assert time.monotonic() - begin < 4
     assert number > 10
+
+
+def test_a_close_that_is_interrupted_anywhere() -> None:
+    number = 0
+    was_interrupted = True
+    while was_interrupted:
+        number += 1
+        job = Worker("ckpt_fast-test", lambda: None)
+        job.submit(lambda: None)
+        was_interrupted = interrupted_at(number, job.close, FILES)
+        assert job.abandon(20.0) and job.is_done
+    assert number > 2

@@ -225,6 +225,17 @@ def test_what_is_above_an_existing_directory_is_made_durable_once(
     assert synced[1] == ["run/checkpoints"]
 
 
+def test_what_is_known_to_be_durable_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run makes a new directory for each checkpoint."""
+    monkeypatch.setattr(commit, "_durable", set())
+    monkeypatch.setattr(commit, "fsync_directory", lambda path: None)
+    for number in range(3000):
+        commit.sync_names(str(tmp_path))
+        commit.make_directory(str(tmp_path / "run" / str(number)))
+        (tmp_path / "run" / str(number)).rmdir()
+    assert len(commit._durable) < 2000
+
+
 def test_an_existing_directory(tmp_path: Path) -> None:
     (tmp_path / "checkpoint").mkdir()
     commit.invalidate(str(tmp_path / "checkpoint"))

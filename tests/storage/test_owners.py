@@ -57,6 +57,31 @@ def test_what_nobody_holds_any_more_is_over(tmp_path: Path) -> None:
     owners.occupy(str(tmp_path), Owner())
 
 
+def test_what_is_known_of_directories_is_bounded(tmp_path: Path) -> None:
+    """A run saves to a new one each time."""
+    at_work = Owner()
+    owners.occupy(str(tmp_path / "at work"), at_work)
+    for number in range(5000):
+        owners.occupy(f"{tmp_path}/{number}", Owner())
+    with owners.removing(str(tmp_path / "1")) as is_free:
+        assert is_free
+    assert max(len(owners._owners), len(owners._begun)) < 2000
+    assert owners.is_occupied(str(tmp_path / "at work"))
+
+
+def test_a_directory_that_is_saved_to_again_is_noticed(tmp_path: Path) -> None:
+    """Even if other saves have let this process forget that it knew it."""
+    before = owners.newest_save(str(tmp_path))
+    owners.occupy(str(tmp_path), Owner())
+    first = owners.newest_save(str(tmp_path))
+    owners.occupy(str(tmp_path), Owner())
+    second = owners.newest_save(str(tmp_path))
+    for number in range(5000):
+        owners.occupy(f"{tmp_path}/{number}", Owner())
+    owners.occupy(str(tmp_path), Owner())
+    assert len({before, first, second, owners.newest_save(str(tmp_path))}) == 4
+
+
 def staged(directory: Path, value: float) -> Save:
     job = new_save([whole("w", torch.full((4, 8), value))], os.fspath(directory), snapshot=True, **FILES)
     job.stage()

@@ -28,14 +28,13 @@ from ckpt_fast.doors.local.files import (
     read_local,
     remove_all_local,
     remove_local,
-    require_all_values,
     save_id_of,
     take_place,
     write_local,
 )
 from ckpt_fast.doors.local.replicas import complete, exchange
-from ckpt_fast.doors.local.save import LocalSave
-from ckpt_fast.doors.megatron.stock_queue import Flag, as_request
+from ckpt_fast.doors.local.save import LocalSave, begin
+from ckpt_fast.doors.megatron.stock_queue import as_request
 from ckpt_fast.errors import (
     CheckpointCorruptError,
     CheckpointError,
@@ -118,7 +117,7 @@ class FastLocalCheckpointManager(LocalCheckpointManager):  # type: ignore[misc, 
                 f"cannot save the local checkpoint of iteration {iteration}: that of "
                 f"{self.latest_iteration} exists. Use another session_id or directory for another run."
             )
-        ControlGroup().agree(lambda: require_all_values(state_dict))
+        flag = ControlGroup().agree(lambda: begin(state_dict, is_async))
         own = self._ckpt_id(iteration)
         states = {own: state_dict}
         if self.repl_strategy is not None:
@@ -131,7 +130,6 @@ class FastLocalCheckpointManager(LocalCheckpointManager):  # type: ignore[misc, 
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.latest_iteration = -1
-        flag = Flag() if is_async else None
         job = LocalSave(self, iteration, states, live, notes or {}, flag.set if flag is not None else None)
         if flag is not None:
             return as_request(job, flag, compat.NVRxAsyncRequest, CheckpointingException)

@@ -9,7 +9,8 @@ from collections.abc import Callable, Container, Mapping
 from typing import Any
 
 from ckpt_fast import native
-from ckpt_fast.doors.local.files import Origin, Packed
+from ckpt_fast.doors.local.files import Origin, Packed, require_all_values
+from ckpt_fast.doors.megatron.stock_queue import Flag
 from ckpt_fast.errors import CheckpointError
 from ckpt_fast.format.manifest import new_save_id
 from ckpt_fast.jobs import untold
@@ -18,6 +19,17 @@ from ckpt_fast.jobs.worker import Worker
 from ckpt_fast.pipeline.save import seal
 from ckpt_fast.ranks.group import ControlGroup
 from ckpt_fast.settings import Settings
+
+
+def begin(state_dict: Any, in_background: bool) -> Flag | None:
+    """Local. What a save begins with, before any rank has done anything: a flag, if it is in the background.
+
+    Raises:
+        CheckpointMismatchError: see ``require_all_values``.
+        CheckpointWriteError: see ``Flag``.
+    """
+    require_all_values(state_dict)
+    return Flag() if in_background else None
 
 
 class LocalSave(Job):

@@ -210,6 +210,22 @@ def read_common_state(checkpoint: OpenCheckpoint) -> dict[str, Any]:
     return _require_dict(decode_object(content, path, verify=True), path)
 
 
+def require_common_of_save(checkpoint: OpenCheckpoint) -> None:
+    """Local. Nothing, if the ``common.pt`` that Megatron-Core reads is the one that the manifest names.
+
+    Megatron-Core before 0.19 replaces it before the rest is saved, and that may come to nothing.
+
+    Raises:
+        CheckpointCorruptError: it is another one.
+    """
+    path = os.path.join(checkpoint.directory, COMMON_FILE)
+    try:
+        content = checkpoint.take(COMMON_FILE)
+    except FileNotFoundError:  # it may be in the data files
+        return
+    _require_of_save(content, path, checkpoint)
+
+
 def _require_of_save(content: bytes, path: str, checkpoint: OpenCheckpoint) -> None:
     try:
         manifest = checkpoint.manifest

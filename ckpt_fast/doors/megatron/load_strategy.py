@@ -12,8 +12,12 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.metadata import Metadata
 
-from ckpt_fast import compat
-from ckpt_fast.doors.megatron.common_state import open_checkpoint, require_torch_dist
+from ckpt_fast import compat, settings
+from ckpt_fast.doors.megatron.common_state import (
+    open_checkpoint,
+    require_common_of_save,
+    require_torch_dist,
+)
 from ckpt_fast.doors.megatron.sharded_state import ShardedLoad
 from ckpt_fast.errors import also_raised_as
 from ckpt_fast.format.names import COMMON_STATE_KEY
@@ -33,7 +37,8 @@ class FastLoadStrategy(compat.TorchDistLoadShardedStrategy):  # type: ignore[mis
 
     Args:
         options, named_options: of the installed Megatron-Core's strategy.
-        verify: compare the CRC-32 of every item that is read whole; None follows ``CKPT_FAST_VERIFY``.
+        verify: compare the checksums of all that is read, and of ``common.pt``; None follows
+            ``CKPT_FAST_VERIFY``.
     """
 
     def __init__(self, *options: Any, verify: bool | None = None, **named_options: Any) -> None:
@@ -68,6 +73,8 @@ class FastLoadStrategy(compat.TorchDistLoadShardedStrategy):  # type: ignore[mis
                 checkpoint = stack.enter_context(self._open(checkpoint_dir))
                 with checkpoint.named():
                     require_torch_dist(checkpoint)
+                    if checkpoint is not self._opened and self._is_verified():
+                        require_common_of_save(checkpoint)
                     self._loaded = checkpoint.index
                     return checkpoint, ShardedLoad(sharded_state_dict, checkpoint.index)
 
@@ -97,6 +104,9 @@ class FastLoadStrategy(compat.TorchDistLoadShardedStrategy):  # type: ignore[mis
             yield
         finally:
             self._opened = None
+
+    def _is_verified(self) -> bool:
+        return settings.verify_on_load() if self._verify is None else self._verify
 
     def _open(self, checkpoint_dir: str | os.PathLike[str]) -> AbstractContextManager[OpenCheckpoint]:
         if self._opened is not None and self._opened.name == as_url(checkpoint_dir):

@@ -21,7 +21,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from ckpt_fast.errors import also_raised_as
+from ckpt_fast.errors import CheckpointWriteError, also_raised_as
 from ckpt_fast.jobs import finalizer
 from ckpt_fast.jobs.background import SaveHandle
 from ckpt_fast.jobs.job import Job
@@ -38,6 +38,9 @@ class Flag:
 
     Attributes:
         path: of the file.
+
+    Raises:
+        CheckpointWriteError: there is no room for it. On this rank only: let all ranks agree.
     """
 
     def __init__(self) -> None:
@@ -48,8 +51,16 @@ class Flag:
         self._files: list[FileIO] = []
         # Before there is a file: a signal may come at any time.
         self._remover = weakref.finalize(self, _discard, self.path, self._files, os.getpid())
-        self._files.append(FileIO(self.path, "x"))
-        self._files[0].write(b"\0")
+        try:
+            self._files.append(FileIO(self.path, "x"))
+            self._files[0].write(b"\0")
+        except OSError as error:
+            raise CheckpointWriteError(
+                f"a background save needs a file of one byte in {home}, which cannot be written ({error}): "
+                "make room there, or save synchronously",
+                error.errno,
+                self.path,
+            ) from error
 
     def set(self) -> None:
         """The save is written. May be called again, and after ``remove``."""
@@ -74,7 +85,7 @@ def _remove_ownerless(home: str) -> None:
 def _discard(path: str, files: list[FileIO], owner: int) -> None:
     # A process that was forked has a copy of everything but the file.
     if os.getpid() == owner:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):  # a byte that stays fails no save
             os.unlink(path)
     with contextlib.suppress(IndexError):
         files.pop().close()
@@ -93,13 +104,18 @@ class RequestFinalizer:
         self._handle = handle
         self._flag = flag
         self._foreign = foreign
-        weakref.finalize(self, _give_up, handle, flag).atexit = False
+        self._giver_up = weakref.finalize(self, _give_up, handle, flag)
+        self._giver_up.atexit = False
 
     def __call__(self) -> None:
         """Collective. AsyncSaveError on every rank if a rank failed."""
         self._flag.remove()
-        with also_raised_as(self._foreign):
-            self._handle.finalize()
+        try:
+            with also_raised_as(self._foreign):
+                self._handle.finalize()
+        except Exception:
+            self._giver_up.detach()  # the traceback that the handle keeps has a reference to this object
+            raise
 
     def give_up(self, wait_s: float) -> bool:
         """Local. The request will not be finalized; returns whether the save has ended within ``wait_s``."""

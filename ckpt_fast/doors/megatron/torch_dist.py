@@ -130,17 +130,32 @@ class FastSaveStrategy(compat.TorchDistSaveShardedStrategy):  # type: ignore[mis
             That package's ``AsyncRequest``, to which Megatron-Core adds the writing of ``metadata.json``.
         """
         _, request_class = compat.get_async_strategy(async_strategy, "AsyncRequest")
-        flag = Flag()
-        job = self._staged(sharded_state_dict, checkpoint_dir, snapshot=True, when_written=flag.set)
-        return as_request(job, flag, request_class, compat.DistCheckpointingError)
+        flags: list[Flag] = []
+
+        def prepare() -> None:
+            flags.append(Flag())
+
+        def when_written() -> None:
+            flags[0].set()
+
+        job = self._staged(
+            sharded_state_dict, checkpoint_dir, prepare, snapshot=True, when_written=when_written
+        )
+        return as_request(job, flags[0], request_class, compat.DistCheckpointingError)
 
     def _staged(
-        self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | os.PathLike[str], **options: Any
+        self,
+        sharded_state_dict: dict[str, Any],
+        checkpoint_dir: str | os.PathLike[str],
+        prepare: Callable[[], None] = lambda: None,
+        **options: Any,
     ) -> Save:
+        """Collective. ``prepare`` is local: if it fails on one rank, the save fails on all."""
         directory = absolute(as_url(checkpoint_dir))
         common: dict[str, bytes] = {}
 
         def collect() -> Share:
+            prepare()
             if ControlGroup().is_coordinator:
                 common.update(_common_file(sharded_state_dict, directory))
             return Share(shards_of(sharded_state_dict), common, files=checkpoint_files(directory))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import logging
 import mmap
 import threading
@@ -30,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 _HUGE_PAGE = 2 << 20
 _LOOK_AGAIN_S = 0.005  # of what takes a write of megabytes
+_COLLECT_AFTER_S = 1.0  # later than a write of a wave takes
 
 
 class HostBuffer:
@@ -181,7 +183,9 @@ class HostBufferPool:
         Raises:
             CheckpointError: the memory cannot be had, or none was given back in time.
         """
-        deadline = time.monotonic() + (settings.timeout_s() if wait_s is None else wait_s)
+        begin = time.monotonic()
+        deadline = begin + (settings.timeout_s() if wait_s is None else wait_s)
+        collect_at: float | None = min(begin + _COLLECT_AFTER_S, deadline)
         while True:
             with self._lock:
                 buffer = self._find(nbytes, bound)
@@ -189,6 +193,10 @@ class HostBufferPool:
                     self._in_use.add(buffer)
                     return buffer
                 used = self._sum_used()
+            if collect_at is not None and time.monotonic() >= collect_at:
+                gc.collect()  # a save that failed may be garbage which nobody has collected
+                collect_at = None
+                continue
             if time.monotonic() >= deadline:
                 raise CheckpointError(
                     f"{nbytes} bytes of host memory are needed, but other saves hold {used} of the {bound} "

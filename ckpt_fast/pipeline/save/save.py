@@ -203,8 +203,9 @@ class Save(PublishedJob[tuple[bool, float]]):
         )
         self._hold.progress = self._waves.progress
         self._hold.lasts = not self._files.durable
-        # It can no longer be committed: stop the thread, which has no reference to this object.
-        weakref.finalize(self, self._waves.cancel).atexit = False
+        # It can no longer be committed: stop the thread, which has no reference to this object. Nor may the
+        # finalizer have one, as the waves get through the traceback of what went wrong.
+        weakref.finalize(self, self._waves.progress.stop).atexit = False
         owners.occupy(self.directory, self._hold)
         self._nbytes = self._share.nbytes
         self._claimed = self._files.claim(self._nbytes)

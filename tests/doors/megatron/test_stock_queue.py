@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import inspect
 import os
 import subprocess
@@ -10,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -17,7 +20,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 
 from ckpt_fast import FastLoadStrategy, FastSaveStrategy, compat, native
-from ckpt_fast.doors.megatron import torch_dist
+from ckpt_fast.doors.megatron import stock_queue, torch_dist
 from ckpt_fast.doors.megatron.stock_queue import Flag, wait_until_written
 from ckpt_fast.errors import AsyncSaveError, CheckpointWriteError
 from ckpt_fast.jobs import background
@@ -25,6 +28,7 @@ from ckpt_fast.pipeline.memory.host_buffer import host_buffers
 from ckpt_fast.run.async_queue import AsyncCallsQueue
 from tests.helpers import run_ranks
 from tests.models import megatron_on_cpu
+from tests.trainer.training import error_of, require
 
 ROWS = 300
 
@@ -150,6 +154,29 @@ def test_a_flag_goes_with_its_owner() -> None:
     assert Path(path).read_bytes() == b"\0"
     del flag
     assert not os.path.exists(path) and len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_flag_that_cannot_be_removed_is_closed() -> None:
+    """The save is done: a byte that stays fails nothing."""
+    before = len(os.listdir("/proc/self/fd"))
+    flag = Flag()
+    with mock.patch.object(os, "unlink", side_effect=OSError(errno.EIO, "EIO")):
+        flag.remove()
+    assert len(os.listdir("/proc/self/fd")) == before
+    os.unlink(flag.path)
+
+
+def save_without_a_flag(rank: int, directory: str, failing: int) -> tuple[str, str]:
+    """Start a save in the background while one rank has no room for a flag; return the error."""
+    full = mock.patch.object(stock_queue, "FileIO", side_effect=OSError(errno.ENOSPC, "the memory is full"))
+    with megatron_on_cpu(), full if rank == failing else contextlib.nullcontext():
+        return error_of(lambda: start_save(sharded(rank, 2, torch.ones(ROWS, 50)), directory, "mcore"))
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_rank_without_room_for_a_flag_fails_the_save_on_all(tmp_path: Path, failing: int) -> None:
+    for error in run_ranks(save_without_a_flag, 2, str(tmp_path), failing, timeout_s=30.0):
+        require(error, "CheckpointWriteError", f"rank {failing}: ", "the memory is full")
 
 
 def give_up_and_save_again(rank: int, directory: str, how: str) -> float:

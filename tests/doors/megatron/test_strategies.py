@@ -21,6 +21,7 @@ from tests.helpers import RankError, run_ranks
 from tests.interop.saved import needs_stock_lists
 from tests.manifests import find_damage
 from tests.models import megatron_on_cpu
+from tests.trainer.training import error_of
 
 from_rank_offsets = ShardedTensor.from_rank_offsets
 
@@ -120,6 +121,32 @@ def test_a_checkpoint_of_another_backend_is_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(CheckpointMismatchError, match=r"written with the backend 'zarr'; only 'torch_dist'"):
         FastLoadStrategy().load({}, str(tmp_path))
+
+
+def numbered(number: float) -> dict[str, Any]:
+    return {"w": from_rank_offsets("w", torch.full((3,), number)), "iteration": number}
+
+
+def save_over(rank: int, root: str) -> tuple[str, str, list[float]]:
+    """Save, and let a second save get no further than to Megatron-Core's own ``common.pt``.
+
+    Returns:
+        The error of a load, and what it has made of a tensor.
+    """
+    with megatron_on_cpu():
+        dist_checkpointing.save(numbered(1.0), root, FastSaveStrategy())
+        torch.save({"iteration": 2.0}, Path(root, "common.pt"))
+        wanted = numbered(-1.0)
+        tensor = wanted["w"].data
+        error = error_of(lambda: dist_checkpointing.load(wanted, root, FastLoadStrategy())["iteration"])
+    return (*error, tensor.tolist())
+
+
+def test_a_common_state_of_another_save_is_refused(tmp_path: Path) -> None:
+    """Megatron-Core before 0.19 replaces it before it asks the strategy to save the rest."""
+    ((kind, text, tensor),) = run_ranks(save_over, 1, str(tmp_path))
+    assert kind == "CheckpointCorruptError" and "common.pt is damaged, or of another save" in text
+    assert tensor == [-1.0] * 3
 
 
 def save_with_the_wrong_object(rank: int, root: str) -> list[str]:

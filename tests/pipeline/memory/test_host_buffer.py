@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import io
 import os
 import random
@@ -11,6 +12,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -152,6 +154,19 @@ def test_what_is_dropped_is_in_use_no_longer() -> None:
         waiting = executor.submit(pool.take, 50, 100, 20.0)
         del held
         assert waiting.result().nbytes == 50
+
+
+def test_what_is_dropped_in_a_cycle_is_in_use_no_longer() -> None:
+    """As by an error: its traceback has a frame that has the error."""
+    pool = HostBufferPool()
+    gc.disable()
+    try:
+        cycle: list[Any] = [pool.take(1 << 20)]
+        cycle.append(cycle)
+        del cycle
+        assert pool.take(1 << 20, bound=1 << 20, wait_s=0.1).nbytes == 1 << 20
+    finally:
+        gc.enable()
 
 
 def test_more_than_the_bound_waits_for_all_others() -> None:
