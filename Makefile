@@ -37,6 +37,7 @@ T := .venv-t
 W := .venv-wheels
 D := .venv-docs
 CASES ?= 100000
+HOURS ?= 1
 TORCH ?= 2.13.0
 MCORE ?= 0.19.2
 NVRX ?= 0.7.0
@@ -125,6 +126,11 @@ crash: $(A)/.installed ## load, and save over, every state in which a kill or po
 .PHONY: fuzz
 fuzz: $(A)/.installed ## checkpoints damaged in CASES= ways (100000), through every reader
 	@$(A)/bin/python -m tests.fuzz --cases $(CASES)
+
+.PHONY: soak
+soak: $(A)/.installed ## save, load, fail and change for HOURS= (1), or MINUTES=; SEED= repeats one: nothing grows
+	@PYTHONWARNINGS=ignore $(A)/bin/python -m tests.soak $(if $(MINUTES),--minutes $(MINUTES),--hours $(HOURS)) \
+		$(if $(SEED),--seed $(SEED))
 
 .PHONY: test-slow
 test-slow: $(A)/.installed ## the tests that take hours: campaigns of faults, four ranks, long runs

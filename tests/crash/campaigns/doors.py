@@ -313,7 +313,8 @@ class Local(Queued, Door):
     @staticmethod
     def _state(number: float) -> Any:
         kind = compat.import_tensor_aware_state_dict()
-        sharded = {"w": ShardedTensor.from_rank_offsets("w", values(number))}
+        rank, ranks = mine()
+        sharded = {"w": ShardedTensor.from_rank_offsets("w", values(number), (0, rank, ranks))}
         with megatron_on_cpu():
             return kind.from_state_dict(sharded, algo="atomic")[0]
 
