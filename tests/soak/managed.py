@@ -140,7 +140,8 @@ class Managed(Subject):
             assert step >= newest or is_damaged, f"step {step} is older than {newest}"
             if step < newest:
                 self.counts["loads of an older one"] += 1
-            self._saved = [each for each in self._saved if each.step <= step]
+            # One that failed may be whole, and be found if the newest is damaged.
+            self._saved = [each for each in self._saved if each.step <= step or not each.is_certain]
             self._at = step
             return None
         assert not self._saved or (is_damaged and not self._has_another()), "none of the saves is found"

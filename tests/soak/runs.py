@@ -293,8 +293,8 @@ class Runs(Subject):
         return allowed
 
     def _exists(self, saved: _Saved) -> bool:
-        """Whether it was not deleted: it may be too old, or replaced by a newer one of the same tier."""
-        return os.path.exists(os.path.join(self._directory(saved), ".metadata"))
+        """Collective. Whether it was deleted on no rank: it may be too old, or replaced by a newer one."""
+        return not faults.anywhere(not os.path.exists(os.path.join(self._directory(saved), ".metadata")))
 
     def _directory(self, saved: _Saved) -> str:
         if saved.tier == "local":
