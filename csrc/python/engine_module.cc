@@ -175,8 +175,8 @@ std::unique_ptr<Supply> new_supply(const py::buffer& batch_nbytes) {
 }
 
 bool wait_written(Supply& supply, size_t batch, double timeout_s) {
-  const auto at_most = std::chrono::duration_cast<std::chrono::nanoseconds>(
-      std::chrono::duration<double>(timeout_s));
+  const auto at_most =
+      std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::duration<double>(timeout_s));
   return without_gil([&] { return supply.wait_written(batch, at_most); });
 }
 

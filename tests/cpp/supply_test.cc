@@ -50,7 +50,8 @@ struct Supplied {
   /// Brings all batches, or those before `end`.
   void bring(Supply* supply, int64_t end = kBatches) {
     for (int64_t b = 0; b < end; ++b) {
-      if (b >= kSlabs && !supply->wait_written(static_cast<size_t>(b - kSlabs), std::chrono::minutes(1))) return;
+      if (b >= kSlabs && !supply->wait_written(static_cast<size_t>(b - kSlabs), std::chrono::minutes(1)))
+        return;
       for (int64_t f = 0; f < kFiles; ++f) {
         std::copy_n(content.begin() + (f * kBatches + b) * kPart, kPart, slot(f, b));
       }
