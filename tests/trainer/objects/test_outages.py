@@ -356,8 +356,8 @@ def train_through_an_outage(rank: int, bucket: Bucket, seconds: float) -> dict[s
         def save_once() -> bool:
             run.train(1)
             step = run.state.train_state.step
-            prints[step] = run.fingerprint()
             run.save()
+            prints[step] = run.fingerprint()  # with the operations that the save was told of
             maybe_finalize_async_save(run.state, run.checkpoint, blocking=True)
             return step in bucket.sealed() and bucket.tracked() == (step, step)
 
@@ -374,8 +374,8 @@ def train_through_an_outage(rank: int, bucket: Bucket, seconds: float) -> dict[s
             if is_over:
                 break
             run.train(1)
-            prints[run.state.train_state.step] = run.fingerprint()
             run.save()
+            prints[run.state.train_state.step] = run.fingerprint()
             maybe_finalize_async_save(run.state, run.checkpoint, blocking=True)
             failed.append(run.state.train_state.step)
         barrier()
