@@ -22,7 +22,8 @@ import torch
 import torch.distributed as dist
 
 from ckpt_fast import errors
-from ckpt_fast.errors import CheckpointError, CheckpointWriteError, RankLostError
+from ckpt_fast.errors import CheckpointError, CheckpointWriteError
+from ckpt_fast.ranks.lost import rank_lost
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -291,13 +292,7 @@ class ControlGroup:
         try:
             yield
         except RuntimeError as error:
-            reason = str(error).strip().partition("\n")[0]
-            raise RankLostError(
-                f"rank {self.global_rank} has lost touch with the other {self.size - 1} ranks, so nobody can "
-                f"tell whether all had done their part: {reason}. One of them has ended (killed, out of "
-                "memory, its node gone) or does not answer; its own log says why. What was published before "
-                "is as it was. Start the job again, from the newest checkpoint."
-            ) from error
+            raise rank_lost(error, self.global_rank, self.size - 1) from error
 
     def _coordinator(self) -> int:
         return dist.get_global_rank(self._group, 0) if self._group is not None else 0

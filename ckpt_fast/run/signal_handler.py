@@ -9,7 +9,7 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
-import torch
+from ckpt_fast.ranks.group import ControlGroup
 
 logger = logging.getLogger(__name__)
 
@@ -58,11 +58,7 @@ class DistributedSignalHandler:
 
     def signals_received(self) -> list[bool]:
         """Collective: whether each rank has received the signal, in rank order."""
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            return [self._received]
-        received: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(received, self._received)
-        return received
+        return ControlGroup().all_gather(self._received)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._received = True

@@ -46,6 +46,7 @@ from ckpt_fast.format.manifest import new_save_id
 from ckpt_fast.jobs.report import SaveReport
 from ckpt_fast.jobs.worker import LEAVE_S
 from ckpt_fast.ranks.group import ControlGroup
+from ckpt_fast.ranks.lost import in_touch
 from ckpt_fast.storage import replacement
 from ckpt_fast.storage.files import absolute
 
@@ -83,6 +84,7 @@ class FastLocalCheckpointManager(LocalCheckpointManager):  # type: ignore[misc, 
         self._save_ids: set[str | None] = set()
 
     @also_raised_as(CheckpointingException)
+    @in_touch()
     def find_latest(self) -> int:
         """Collective. The newest iteration of which each rank's state is somewhere; -1 if there is none.
 
@@ -92,6 +94,7 @@ class FastLocalCheckpointManager(LocalCheckpointManager):  # type: ignore[misc, 
         return int(ControlGroup().agree(super().find_latest))
 
     @also_raised_as(CheckpointingException)
+    @in_touch()
     def save(
         self, state_dict: Any, iteration: int, is_async: bool = False, notes: Notes | None = None
     ) -> Any:
@@ -142,6 +145,7 @@ class FastLocalCheckpointManager(LocalCheckpointManager):  # type: ignore[misc, 
         return None
 
     @also_raised_as(CheckpointingException)
+    @in_touch()
     def load(self) -> tuple[Any, Any]:
         """Collective, after ``find_latest``. The newest state of this rank that can be had, and its id.
 
@@ -179,6 +183,7 @@ class FastLocalCheckpointManager(LocalCheckpointManager):  # type: ignore[misc, 
         return gather_notes(paths)
 
     @also_raised_as(CheckpointingException)
+    @in_touch()
     def load_iteration(self, iteration: int) -> tuple[Any, Any]:
         """Collective, after ``find_latest``. This rank's state of one iteration, and its id.
 

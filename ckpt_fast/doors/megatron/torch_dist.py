@@ -42,6 +42,7 @@ from ckpt_fast.pipeline.save.parts import Completion, SaveOptions, Share
 from ckpt_fast.pipeline.save.program import ProgramCache
 from ckpt_fast.pipeline.save.save import Save
 from ckpt_fast.ranks.group import ControlGroup
+from ckpt_fast.ranks.lost import in_touch
 from ckpt_fast.settings import Settings
 from ckpt_fast.storage.files import absolute
 from ckpt_fast.storage.objects.client import as_url, checkpoint_files
@@ -181,6 +182,7 @@ class FastSaveStrategy(compat.TorchDistSaveShardedStrategy):  # type: ignore[mis
 
 
 @without_collections
+@in_touch()
 def start_save(
     sharded_state_dict: dict[str, Any] | Callable[[], dict[str, Any]] | Collector,
     checkpoint_dir: str,
@@ -278,6 +280,7 @@ def start_save(
 
 
 @without_collections
+@in_touch()
 def load(
     sharded_state_dict: dict[str, Any],
     checkpoint_dir: str,

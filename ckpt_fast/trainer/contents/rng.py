@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from ckpt_fast import compat
+from ckpt_fast.ranks.group import ControlGroup
 from ckpt_fast.ranks.world import is_distributed, warn_rank_0
 
 logger = logging.getLogger(__name__)
@@ -107,9 +108,7 @@ def _gather_states(data_parallel_random_init: bool, group: Any) -> list[dict[str
     mine = _collect()
     if not (data_parallel_random_init and is_distributed() and group.size() > 1):
         return [mine]
-    states: list[dict[str, Any]] = [{}] * group.size()
-    torch.distributed.all_gather_object(states, mine, group=group)
-    return states
+    return ControlGroup(group).all_gather(mine)
 
 
 def _collect() -> dict[str, Any]:

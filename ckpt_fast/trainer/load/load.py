@@ -17,6 +17,7 @@ from ckpt_fast.glu.layout import _is_model_section
 from ckpt_fast.jobs import trace
 from ckpt_fast.jobs.background import wait_staged
 from ckpt_fast.pipeline.load.report import one_load
+from ckpt_fast.ranks.lost import in_touch
 from ckpt_fast.ranks.world import (
     get_rank_safe,
     note_rank_0,
@@ -67,6 +68,7 @@ from ckpt_fast.trainer.places.paths import is_hf_checkpoint_dir, settle_director
 
 
 @trace.traced("load_checkpoint")
+@in_touch()
 def load_checkpoint(
     state: Any,
     model: list[Any],

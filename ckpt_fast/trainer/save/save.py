@@ -22,6 +22,7 @@ from ckpt_fast.jobs.background import SaveHandle
 from ckpt_fast.jobs.report import counted_from
 from ckpt_fast.pipeline.save.parts import SaveOptions
 from ckpt_fast.ranks.group import ControlGroup
+from ckpt_fast.ranks.lost import in_touch
 from ckpt_fast.ranks.world import note_rank_0, on_all_ranks
 from ckpt_fast.retention.line import LINE, METRICS
 from ckpt_fast.run.config_checks import check_choices
@@ -57,6 +58,7 @@ _FORMATS = ("torch_dist", "fsdp_dtensor")
 
 
 @trace.traced("save_checkpoint")
+@in_touch()
 def save_checkpoint(
     state: Any,
     model: list[Any],
