@@ -4,9 +4,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections import Counter
 from random import Random
 from typing import Any, NamedTuple
+
+import torch.distributed as dist
 
 from ckpt_fast import CheckpointManager, KeepEvery, KeepNewest
 from ckpt_fast.errors import CheckpointError, CheckpointMismatchError
@@ -39,6 +42,7 @@ class Managed(Subject):
         self._contents = Contents(chance)
         self._structure = 0
         self._saved: list[_Saved] = []
+        self._damaged: int | None = None  # a step that is still there
         self._open(chance)
 
     def end(self) -> None:
@@ -85,6 +89,7 @@ class Managed(Subject):
         if chance.random() < 0.1:
             self.doing += f", after {self._contents.change(chance)}"
             self._structure += 1
+            self._remove_damaged()
         self._at += 0 if self._saved and chance.random() < 0.1 else 1
         self._contents.train(chance)
         expected = copied(self._contents.state)
@@ -174,3 +179,13 @@ class Managed(Subject):
         self._restore(chance, is_damaged=True)
         if any(each is newest for each in self._saved):  # the bit was not read
             back()
+        else:
+            self._damaged = newest.step
+
+    def _remove_damaged(self) -> None:
+        """As people do. A state without the tensor that is damaged would fit it, and be restored."""
+        if self._damaged is not None and all(each.step != self._damaged for each in self._saved):
+            if dist.get_rank() == 0:
+                shutil.rmtree(os.path.dirname(self._path(self._damaged)), ignore_errors=True)
+            dist.barrier()
+        self._damaged = None
