@@ -14,6 +14,7 @@ from ckpt_fast.doors.megatron.common_state import read_common_state
 from ckpt_fast.doors.megatron.sharded_state import Path, entries_of, merge_in_place, mismatches
 from ckpt_fast.glu.factory import in_place
 from ckpt_fast.pipeline.load import unasked
+from ckpt_fast.pipeline.load.index import CheckpointIndex
 from ckpt_fast.pipeline.load.opened import OpenCheckpoint
 from ckpt_fast.ranks.group import ControlGroup
 
@@ -95,15 +96,16 @@ def divided(wanted: dict[str, Any], found: dict[str, Any]) -> tuple[Collection[P
     return dict(entries_of(wanted)).keys() - rest, rest
 
 
-def load_wanted(wanted: dict[str, Any], checkpoint_dir: str, strategy: Any) -> dict[str, Any]:
+def load_wanted(
+    wanted: dict[str, Any], checkpoint_dir: str, strategy: Any, index: CheckpointIndex
+) -> dict[str, Any]:
     """Collective. Load, and let rank 0 say which sections of the checkpoint no rank wanted."""
     group = ControlGroup()
     loaded: dict[str, Any] = group.agree(lambda: strategy.load(wanted, checkpoint_dir))
-    mine = {section for key in _keys(wanted) for section in unasked.sections_of(key)}
-    everyone = group.gather(mine)
+    keys = set(_keys(wanted))
+    everyone = group.gather({section for key in keys for section in unasked.sections_of(key)})
     if group.is_coordinator:
-        metadata = getattr(getattr(strategy, "base_strategy", strategy), "cached_global_metadata", None)
-        _warn_of_unasked(checkpoint_dir, metadata, set().union(*everyone))
+        _warn_of_unasked(checkpoint_dir, index, keys, set().union(*everyone))
     return loaded
 
 
@@ -112,11 +114,14 @@ def _keys(wanted: dict[str, Any]) -> Iterator[str]:
         yield entry.unique_key if isinstance(entry, compat.ShardedObject) else entry.key
 
 
-def _warn_of_unasked(checkpoint_dir: str, metadata: Any, asked: set[str]) -> None:
+def _warn_of_unasked(checkpoint_dir: str, index: CheckpointIndex, keys: set[str], asked: set[str]) -> None:
     """A load that wants nothing of an optimizer is one of weights, or of less, on purpose."""
-    if metadata is None or not unasked.asks_for_optimizer(asked):
+    if not unasked.asks_for_optimizer(asked):
         return
-    sections = unasked.sections_left(metadata, asked)
+    rest = (name for name in index.names if name not in keys)
+    if all(asked.issuperset(unasked.sections_of(name)) for name in rest):
+        return  # without the metadata, which takes longer to unpickle than all the rest
+    sections = unasked.sections_left(index.metadata, asked)
     if sections:
         remedy = "Check that model and optimizer are those that were saved."
         logger.warning("%s", unasked.warning_text(checkpoint_dir, sections, remedy))

@@ -215,7 +215,9 @@ def _requests(tensors: Iterable[Any], index: CheckpointIndex) -> Iterator[Tensor
             continue
         entry.init_data("cpu", torch.zeros if entry.allow_shape_mismatch else torch.empty)
         entry.data = entry.data.detach()
-        destination = entry.data[(None,) * entry.prepend_axis_num]
+        destination = entry.data
+        if entry.prepend_axis_num:
+            destination = destination[(None,) * entry.prepend_axis_num]
         if entry.allow_shape_mismatch:
             for axis, (offset, limit) in enumerate(zip(entry.global_offset, saved, strict=True)):
                 size = min(destination.shape[axis], max(limit - offset, 0))

@@ -132,6 +132,8 @@ class CheckpointIndex:
             KeyError: there is neither.
             CheckpointCorruptError: what the metadata says of it makes no sense.
         """
+        if self.table is not None:  # it was found to make sense as a whole
+            return self.table.shape(fqn)
         if fqn not in self._entries.names:
             raise KeyError(fqn)
         with self._contradictions_are_damage():
@@ -147,7 +149,10 @@ class CheckpointIndex:
         Raises:
             CheckpointMismatchError: there is none of this name.
         """
-        shape = self.shape(fqn) if fqn in self.names else None
+        try:
+            shape = self.shape(fqn)
+        except KeyError:
+            shape = None
         if shape is None:
             raise CheckpointMismatchError(missing_keys_message(self.directory, [fqn], self.names))
         return shape

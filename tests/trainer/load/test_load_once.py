@@ -124,11 +124,11 @@ def load(rank: int, root: str, config: dict[str, Any]) -> tuple[Any, Watch]:
         return run.load(), watch
 
 
-def require_once(watch: Watch, directory: str, names: list[str]) -> None:
+def require_once(watch: Watch, directory: str, names: list[str], unpickled: int = 0) -> None:
     small = {name: count for name, count in watch.opened.items() if not name.endswith(".distcp")}
     assert {name: count for name, count in small.items() if count > 1} == {}
     assert {name for name in small if name.startswith(directory)} == {f"{directory}/{name}" for name in names}
-    assert watch.calls["unpickle_metadata"] <= 1  # not at all where the table suffices
+    assert watch.calls["unpickle_metadata"] == unpickled  # the table suffices
     assert overlaps(watch.extents) == []
 
 
@@ -166,4 +166,6 @@ def test_fsdp_dtensor(tmp_path: Path) -> None:
     run_ranks(save_fsdp, 2, root)
     for rank, watch in enumerate(run_ranks(load_fsdp, 2, root)):
         names = [".metadata", "run_config.yaml", "train_state.pt"]
-        require_once(watch, "iter_0000001", names if rank == 0 else names[:1])
+        require_once(
+            watch, "iter_0000001", names if rank == 0 else names[:1], unpickled=1
+        )  # for torch's planner

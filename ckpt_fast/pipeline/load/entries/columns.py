@@ -67,6 +67,7 @@ class TableEntries:
         self._require_apart()
         self._order, self._first = self._by_name()
         self._places: dict[int, tuple[Numbers, Ints]] = {}
+        self._shapes: dict[int, tuple[int, ...]] = {}  # by the number of their list: few, if many tensors
 
     @property
     def names(self) -> Collection[str]:
@@ -74,7 +75,13 @@ class TableEntries:
 
     def shape(self, fqn: str) -> tuple[int, ...] | None:
         table, number = self._table, self._numbers[fqn]
-        return None if table.dtypes[number] is None else table.lists[table.shapes[number]]
+        if table.dtypes[number] is None:
+            return None
+        numbers = table.shapes[number]
+        shape = self._shapes.get(numbers)
+        if shape is None:
+            shape = self._shapes[numbers] = table.lists[numbers]
+        return shape
 
     def dtype(self, fqn: str) -> torch.dtype | None:
         return self._table.dtypes[self._numbers[fqn]]
