@@ -51,7 +51,8 @@ class Line:
             return True
         if other is None:
             return unrecorded is None
-        return iteration <= last.get(other.legs[-1][0], _NOTHING)
+        # Where nothing was trained after a load, what was saved is what had been loaded: of both legs.
+        return any(iteration <= last.get(leg, _NOTHING) for leg, end in other.legs if end >= iteration)
 
     def has_left(self, selected: int, iteration: int, other: Line | None) -> bool:
         """Whether a checkpoint is of a branch that was abandoned: neither before this one, nor after it.

@@ -72,6 +72,19 @@ def test_two_branches_from_one_checkpoint_are_two() -> None:
     assert one.has_left(12, 12, other) and one.holds(10, base) and other.holds(10, base)
 
 
+def test_a_save_of_the_iteration_that_was_resumed_is_no_branch() -> None:
+    """Nothing was trained in between: it is what was resumed, saved once more."""
+    first = Lineage()
+    two = noted(first, 2)
+    again = noted(resumed(2, two), 2)
+    three = noted(resumed(2, two), 3)
+    assert three.holds(2, again) and not three.has_left(3, 2, again)
+    assert two.holds(2, again) and again.holds(2, two)
+    assert not Noted(2, two).supersedes(Noted(2, again)) and not Noted(2, again).supersedes(Noted(2, two))
+    later = noted(resumed(2, again), 4)
+    assert later.holds(2, two) and later.holds(2, again) and later.has_left(4, 3, three)
+
+
 def test_what_was_saved_before_lines_were_noted_counts_up_to_where_the_run_was_resumed() -> None:
     run = resumed(20, None)
     line = noted(run, 30)

@@ -84,6 +84,20 @@ def test_a_branch_of_the_same_iteration(branches: Branches) -> None:
     assert branches.chosen() == ("persistent", 8)
 
 
+def test_what_was_resumed_and_saved_once_more(branches: Branches) -> None:
+    """The run goes on from the recovery checkpoint, a tie. Where that is lost, the persistent one is left."""
+    first = branches.begin()
+    branches.save(first, 8, RECOVERY)
+    branches.save(branches.begin(8, RECOVERY), 8)
+    assert branches.chosen() == ("recovery", 8), "a tie"
+    second = branches.begin(8, RECOVERY)
+    branches.save(second, 9, RECOVERY)
+    assert branches.chosen() == ("recovery", 9)
+    recovery = str(branches.root / RECOVERY)
+    older = branches.older(Found("recovery", recovery, 9, f"{recovery}/iter_0000009"))
+    assert ("persistent", 8) in older
+
+
 def test_back_and_forth(branches: Branches) -> None:
     """The run goes back to the branch that it had left, by naming its checkpoint."""
     first = branches.begin()
