@@ -52,7 +52,8 @@ class Line:
         if other is None:
             return unrecorded is None
         # Where nothing was trained after a load, what was saved is what had been loaded: of both legs.
-        return any(iteration <= last.get(leg, _NOTHING) for leg, end in other.legs if end >= iteration)
+        end = other.legs[-1][1]
+        return any(iteration <= last.get(leg, _NOTHING) for leg, at in other.legs if at == end)
 
     def has_left(self, selected: int, iteration: int, other: Line | None) -> bool:
         """Whether a checkpoint is of a branch that was abandoned: neither before this one, nor after it.
