@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -105,6 +106,32 @@ def test_an_error_of_any_kind_on_any_rank_reaches_every_rank(world_size: int) ->
         assert text.startswith(f"rank {failed}: {TEXTS.get(kind, 'it went wrong')}")
         if kind == "write":
             assert (number, filename) == (errno.ENOSPC, "/data/file")
+
+
+def learn_late(rank: int, how: str) -> float:
+    """Fail on rank 1, which rank 0 learns half a second later; return when this rank could go on."""
+    group, begin = ControlGroup(), time.monotonic()
+    name = "all_gather" if how == "agree" else "broadcast"
+    exchange = getattr(group, name)
+
+    def late(value: Any) -> Any:
+        received = exchange(value)
+        if rank == (0 if how == "agree" else 1):
+            time.sleep(0.5)
+        return received
+
+    setattr(group, name, late)
+    with pytest.raises(CheckpointWriteError):
+        if how == "agree":
+            group.agree(lambda: fail("write") if rank == 1 else None)
+        else:
+            group.decide(lambda: fail("write"))
+    return time.monotonic() - begin
+
+
+@pytest.mark.parametrize("how", ["agree", "decide"])
+def test_no_rank_leaves_with_a_failure_before_all_know_it(how: str) -> None:
+    assert all(seconds >= 0.5 for seconds in run_ranks(learn_late, 2, how))
 
 
 def test_several_failures_are_counted() -> None:

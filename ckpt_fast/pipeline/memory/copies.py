@@ -13,6 +13,7 @@ from ckpt_fast import native, settings
 from ckpt_fast.format.archive import ALIGNMENT
 from ckpt_fast.pipeline.memory import strided
 from ckpt_fast.pipeline.memory.device_copy import BLOCKING, DeviceCopies, StagingPolicy, choose_gathered
+from ckpt_fast.pipeline.memory.device_rows import as_copied
 from ckpt_fast.pipeline.memory.gpu import is_on_gpu
 
 
@@ -114,7 +115,8 @@ def _copy_on_cpu(tensors: Sequence[torch.Tensor], slots: Sequence[torch.Tensor])
     copies: list[tuple[int, ...]] = []
     for tensor, slot in zip(tensors, slots, strict=True):
         if needs_copy(tensor, snapshot=False):
-            as_tensor(tensor, slot).copy_(tensor)
+            values = as_copied(tensor)
+            as_tensor(values, slot).copy_(values)
             continue
         address = slot.data_ptr()
         for series in strided.as_rows(tensor):

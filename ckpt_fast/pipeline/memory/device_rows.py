@@ -42,7 +42,14 @@ def copy_across(destination: torch.Tensor, source: torch.Tensor, non_blocking: b
                     stream,
                 )
             return
+    if destination.dtype == source.dtype:
+        destination, source = as_copied(destination), as_copied(source)
     destination.copy_(source, non_blocking=non_blocking)
+
+
+def as_copied(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory as bytes, if each value has one: torch copies no strided tensor of some such types."""
+    return tensor.view(torch.uint8) if tensor.dtype.itemsize == 1 else tensor
 
 
 def _paired_rows(

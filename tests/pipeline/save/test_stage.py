@@ -106,6 +106,17 @@ def test_bytes_of_every_kind_of_tensor(snapshot: bool) -> None:
 
 
 @pytest.mark.usefixtures("native_impl")
+@pytest.mark.parametrize("dtype", PLAIN_DTYPES, ids=str)
+def test_a_transposed_tensor_of_any_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
+    """torch itself copies no strided tensor of some of them."""
+    values = random_tensor((70, 90), dtype)
+    save([whole("t", values.t())], str(tmp_path))
+    loaded = torch.zeros_like(values.view(torch.uint8)).view(dtype)
+    load_tensors(CheckpointIndex(str(tmp_path)), [TensorRequest("t", loaded.t(), (0, 0))])
+    assert same(loaded, values)
+
+
+@pytest.mark.usefixtures("native_impl")
 @pytest.mark.parametrize("snapshot", [False, True])
 def test_long_runs_are_read_where_they_are(tmp_path: Path, snapshot: bool) -> None:
     memory = torch.arange(6 * 2 * 3 * 200, dtype=torch.int32).reshape(6, 2, 3, 200)
