@@ -34,7 +34,8 @@ _NAME = re.compile(r"ckpt_fast-written-(?P<writer>[0-9]{1,9})-[0-9a-f]{16}")
 class Flag:
     """A byte in a file in memory, set once a save is written. Who drops the flag removes the file.
 
-    The next flag of any process removes those of processes that were killed.
+    The next flag of any process removes those of processes that were killed, and what its own process could
+    not remove.
 
     Attributes:
         path: of the file.
@@ -73,20 +74,29 @@ class Flag:
         finalizer.run(self._remover)
 
 
+# Flags of this process that are dropped, and could not be removed.
+_left: set[str] = set()
+
+
 def _remove_ownerless(home: str) -> None:
     """Remove the flags of processes that are gone. What finalizes a save waits for its writer in any case."""
     for name in os.listdir(home):
-        match = _NAME.fullmatch(name)
-        if match is not None and not _is_alive(int(match["writer"])):
+        match, path = _NAME.fullmatch(name), os.path.join(home, name)
+        if match is not None and (path in _left or not _is_alive(int(match["writer"]))):
             with contextlib.suppress(OSError):  # another user's, or removed by another process just now
-                os.unlink(os.path.join(home, name))
+                os.unlink(path)
+                _left.discard(path)
 
 
 def _discard(path: str, files: list[FileIO], owner: int) -> None:
     # A process that was forked has a copy of everything but the file.
     if os.getpid() == owner:
-        with contextlib.suppress(OSError):  # a byte that stays fails no save
+        try:
             os.unlink(path)
+        except FileNotFoundError:
+            pass
+        except OSError:  # a byte that stays fails no save
+            _left.add(path)
     with contextlib.suppress(IndexError):
         files.pop().close()
 
