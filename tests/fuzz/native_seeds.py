@@ -28,9 +28,11 @@ from ckpt_fast.pipeline.load.index import CheckpointIndex
 from ckpt_fast.pipeline.load.load import load_tensors
 from tests.fuzz.checkpoints import KINDS, state_of
 
-# A row of tests/cpp/fuzz/read_target.cc: its kind, its file, offset and length; of a range, the length of a block.
+# Rows of tests/cpp/fuzz/read_target.cc: kind, file, offset, length; of a range also the length of its blocks.
 _EXTENT, _RANGE = struct.Struct("<BBii"), struct.Struct("<BBiii")
-_LARGEST_FILE = 3
+_LARGEST_FILE, _LARGEST_NBYTES = 3, 65_553
+_DIRECT, _CHUNK = 0x01, 0x08
+_HUGE_RANGE = 0x09  # its length and that of its blocks are multiples of 2 ** 32
 
 
 class Recorder:
@@ -54,7 +56,7 @@ class Recorder:
 
     def read_extents(self, paths: Sequence[str], *, direct: bool, **columns: Any) -> bytes:
         """``native.read_extents``, noted."""
-        table = bytes([0x08 | direct])
+        table = bytes([_CHUNK | direct])
         for row in _rows(columns, "extent", "offset", "nbytes"):
             table += _EXTENT.pack(0, _LARGEST_FILE, *row)
         for row in _rows(columns, "range", "offset", "nbytes", "block"):
@@ -102,11 +104,23 @@ def everyday() -> list[bytes]:
     return [pickle.dumps(value, protocol) for value in values for protocol in (2, 3, 4, 5)]
 
 
+def edges() -> list[bytes]:
+    """Tables that went wrong once: empty extents behind a file's end, ranges that no file holds."""
+    end = _EXTENT.pack(0, _LARGEST_FILE, _LARGEST_NBYTES - 100, 100)
+    start = _EXTENT.pack(0, _LARGEST_FILE, 0, 100)
+    return [
+        bytes([_DIRECT]) + end + _EXTENT.pack(0, _LARGEST_FILE, _LARGEST_NBYTES + 300, 0),
+        bytes([0]) + end + end + _EXTENT.pack(0, _LARGEST_FILE, _LARGEST_NBYTES + 300, 0),
+        bytes([0]) + start + _RANGE.pack(_HUGE_RANGE, _LARGEST_FILE, 0, 1 << 30, 1 << 30),
+        bytes([0]) + start + _RANGE.pack(1, _LARGEST_FILE, 0, (1 << 31) - 1, 1),
+    ]
+
+
 def main(directory: Path) -> None:
     """Write the seeds of each target into a folder of its name."""
     warnings.simplefilter("ignore")
     recorder = record()
-    for target, contents in ("pickle", recorder.pickles + everyday()), ("read", recorder.tables):
+    for target, contents in ("pickle", recorder.pickles + everyday()), ("read", recorder.tables + edges()):
         (directory / target).mkdir(parents=True, exist_ok=True)
         for number, content in enumerate(dict.fromkeys(contents)):
             (directory / target / f"{number:03}").write_bytes(content)

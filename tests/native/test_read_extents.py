@@ -221,7 +221,7 @@ HUGE = 1 << 62
         [(0, 0, HUGE, 1), (1, 0, HUGE, 1), (2, 0, HUGE, 1), (3, 0, HUGE, 1)],  # 2 ** 64 blocks
         [(1, 0, HUGE, 1)],
     ],
-    ids=["one range", "of blocks behind the end", "whose sum overflows", "of a file from which nothing is read"],
+    ids=["one range", "of blocks behind the end", "whose sum overflows", "of another file"],
 )
 def test_more_blocks_than_files_have_bytes(native_impl, paths, ranges) -> None:
     """Their results alone would take more memory than there is."""

@@ -48,7 +48,7 @@ constexpr size_t kFreeNbytes = 64 << 20;
 constexpr size_t kNbytesPerByte = 512;
 constexpr size_t kLongestInput = 64 << 10;
 constexpr size_t kEdges = 1 << 16;
-constexpr size_t kMostChanges = 8;
+constexpr size_t kMostDoublings = 4;  // of the number of changes
 constexpr auto kReportEvery = std::chrono::minutes(1);
 
 uint8_t hits[kEdges];  // by the current input
@@ -200,7 +200,7 @@ class Campaign {
     // Every other time one of the last: what they reach was not looked at for long.
     const size_t newest = below(random_, 2) == 0 ? std::min<size_t>(corpus_.size(), 64) : corpus_.size();
     Bytes input = corpus_[corpus_.size() - 1 - below(random_, newest)];
-    for (size_t changes = 1 + below(random_, kMostChanges); changes > 0; --changes) {
+    for (size_t changes = size_t{1} << below(random_, kMostDoublings); changes > 0; --changes) {
       if (below(random_, 16) == 0) {
         splice(random_, corpus_[below(random_, corpus_.size())], &input);
       } else if (LLVMFuzzerCustomMutator == nullptr) {

@@ -99,8 +99,8 @@ struct Table {
       Row row{file == 0xFF ? -1 : file % (kFileCount + 2), 0, 0, 1};
       const int huge = kind >> 1 & 7;
       row.offset = input.number(huge == 5);
-      row.nbytes = input.number(huge == 6);
-      if ((kind & 1) != 0) row.block = input.number(huge == 7);
+      row.nbytes = input.number(huge == 4 || huge == 6);
+      if ((kind & 1) != 0) row.block = input.number(huge == 4 || huge == 7);
       ((kind & 1) != 0 ? ranges : extents).push_back(row);
     }
   }
