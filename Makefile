@@ -259,7 +259,7 @@ $(T)/.requirements: requirements/torchtune.txt requirements/dev.txt
 	PYTHONWARNINGS=ignore $*/bin/python -m pip install --quiet --editable .
 	@touch $@
 
-# build, cpp-test and format-check-cpp
+# build, cpp-test, cpp-fuzz and format-check-cpp
 VENV := $(A)
 include csrc/targets.mk
-build cpp-test format-check-cpp: $(A)/.requirements
+build cpp-test cpp-fuzz format-check-cpp: $(A)/.requirements

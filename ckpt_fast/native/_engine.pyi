@@ -157,8 +157,10 @@ def read_extents(
 
     Raises:
         OSError: as ``write_files``; a file that ends early is errno EIO with "read N bytes at OFFSET from
-            PATH: file ends at SIZE", and so is "open PATH: it is a FIFO, not a regular file". Memory and
-            time never follow from a length that no file has.
+            PATH: file ends at SIZE", and so is "open PATH: it is a FIFO, not a regular file". The former is
+            also said of a block that is wanted and that its file does not hold, and of the range with which
+            more than 2 ** 20 blocks lie behind the ends of their files. Memory and time never follow from a
+            length that no file has.
     """
 
 def permute_rows(

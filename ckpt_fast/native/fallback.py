@@ -28,6 +28,7 @@ from ckpt_fast.native.fallback_files import (
     named,
     read_file,
     require_inside,
+    require_ranges,
 )
 from ckpt_fast.native.fallback_inventory import describe_tensors, refer_to, walk_modules, walk_optimizer
 from ckpt_fast.native.fallback_pickle import check_pickle
@@ -185,11 +186,12 @@ def read_extents(
     for file, offset, nbytes, block in zip(range_file, range_offset, range_nbytes, range_block, strict=True):
         ranges.setdefault(file, []).append((offset, nbytes, block, count))
         count += -(-nbytes // block)
-    crcs = array("q", [-1]) * count
     for file, wanted in sorted(extents.items()):
         with named("open", paths[file]):
             status = os.stat(paths[file])
         require_inside(status, paths[file], wanted)
+    require_ranges(paths, ranges, count)
+    crcs = array("q", [-1]) * count
     progress = progress or Progress()
     in_threads(
         [

@@ -19,6 +19,7 @@ from ckpt_fast import system
 from ckpt_fast.native import fallback_checks as checks
 
 _STEP = 1 << 20
+_FREE_BLOCKS = 1 << 20  # of ranges that end behind their files
 _LOOK_AGAIN_S = 0.02
 T = TypeVar("T")
 
@@ -190,6 +191,10 @@ def read_file(
     with file:
         require_inside(os.fstat(file.fileno()), path, extents)
         blocks, unchecked = checks.divide(extents, ranges)
+        size = os.fstat(file.fileno()).st_size
+        for begin, end, _ in sorted(blocks):
+            if end > size:
+                raise _file_ends(end - begin, begin, path, size)
         for (begin, end, number), wanted in blocks.items():
             crcs[number] = _read_block(file, begin, end, wanted, path, progress)
         for offset, nbytes, address in unchecked:
@@ -240,6 +245,30 @@ def require_inside(status: os.stat_result, path: str, extents: list[checks.Exten
     for offset, nbytes, _ in extents:
         if offset + nbytes > status.st_size:
             raise _file_ends(nbytes, offset, path, status.st_size)
+
+
+def require_ranges(
+    paths: Sequence[str], ranges: dict[int, list[tuple[int, int, int, int]]], count: int
+) -> None:
+    """Of all blocks, there are not many that no file has: each has a result.
+
+    Args:
+        paths: of the files.
+        ranges: of each file: (offset, nbytes, block, number of its first block).
+        count: of all blocks.
+    """
+    if count <= _FREE_BLOCKS:
+        return
+    free = _FREE_BLOCKS
+    for file in sorted(file for file, held in ranges.items() if any(nbytes for _, nbytes, *_ in held)):
+        with named("open", paths[file]):
+            status = os.stat(paths[file])
+        require_inside(status, paths[file], [])
+        for offset, nbytes, block, _ in sorted(ranges[file]):
+            there = min(max(status.st_size - offset, 0), nbytes)
+            free -= -(-nbytes // block) - -(-there // block)
+            if free < 0:
+                raise _file_ends(nbytes, offset, paths[file], status.st_size)
 
 
 def _file_ends(nbytes: int, offset: int, path: str, size: int) -> OSError:

@@ -208,3 +208,39 @@ def test_no_descriptor_outlives_the_call(native_impl, paths) -> None:
     with pytest.raises(OSError):
         read(paths, [(3, 299_999, 10)])
     assert sorted(os.listdir("/proc/self/fd")) == before
+
+
+HUGE = 1 << 62
+
+
+@pytest.mark.parametrize(
+    "ranges",
+    [
+        [(0, 0, HUGE, 1)],
+        [(0, 4096, 1 << 24, 4)],
+        [(0, 0, HUGE, 1), (1, 0, HUGE, 1), (2, 0, HUGE, 1), (3, 0, HUGE, 1)],  # 2 ** 64 blocks
+        [(1, 0, HUGE, 1)],
+    ],
+    ids=["one range", "of blocks behind the end", "whose sum overflows", "of another file"],
+)
+def test_more_blocks_than_files_have_bytes(native_impl, paths, ranges) -> None:
+    """Their results alone would take more memory than there is."""
+    with pytest.raises(OSError, match=r"read \d+ bytes at \d+ from .*file[0-3]: file ends at \d+"):
+        read(paths, [(0, 100, 10)], ranges)
+
+
+@pytest.mark.parametrize("nbytes", [700_002, HUGE])
+def test_wanted_block_that_ends_behind_its_file(native_impl, paths, nbytes) -> None:
+    """Nothing is planned for its length, by which a forged .metadata would occupy a load for years."""
+    with pytest.raises(OSError) as caught:
+        read(paths, [(0, 100, 10)], [(0, 0, nbytes, HUGE)])
+    expected = f"read {nbytes} bytes at 0 from {paths[0]}: file ends at 700001"
+    assert (caught.value.errno, caught.value.strerror) == (5, expected)
+
+
+@pytest.mark.parametrize("direct", [False, True])
+@pytest.mark.parametrize("gap", [0, 100, 10_000])
+def test_nothing_wanted_behind_the_end(native_impl, paths, direct, gap) -> None:
+    wanted = [(3, 299_000, 1000), (3, 299_500, 500), (3, 300_000 + gap, 0), (2, 0, 0), (2, gap, 0)]
+    contents, _ = read(paths, wanted, direct=direct)
+    assert contents == [FILES[3][299_000:], FILES[3][299_500:], b"", b"", b""]

@@ -30,6 +30,9 @@ constexpr int64_t kGapShare = 16;
 // each page once and reads ahead.
 constexpr int64_t kDirectShare = 32;
 
+// Results for this many blocks, 8 MiB, are made for ranges that end behind their files.
+constexpr int64_t kFreeBlocks = 1 << 20;
+
 void check_row(const char* kind, size_t row, int64_t file, size_t file_count, int64_t offset,
                int64_t nbytes) {
   if (file < 0 || file >= static_cast<int64_t>(file_count)) {
@@ -67,6 +70,7 @@ struct CheckedRange {
   size_t first_block;
 
   int64_t end() const { return offset + nbytes; }
+  int64_t count() const { return (nbytes - 1) / block_nbytes + 1; }
   Block block(int64_t number) const {
     const int64_t begin = number * block_nbytes;
     return {file, offset + begin, std::min(block_nbytes, nbytes - begin),
@@ -86,7 +90,8 @@ std::vector<CheckedRange> checked_ranges(const ReadRequest& request, ReadPlan* p
     check_row("range", row, range.file, request.paths.size(), range.offset, range.nbytes);
     if (range.block_nbytes < 1) refuse("range", row, "its blocks have no bytes");
     if (range.nbytes == 0) continue;
-    plan->block_count += static_cast<size_t>((range.nbytes - 1) / range.block_nbytes + 1);
+    const size_t most = std::numeric_limits<size_t>::max();
+    plan->block_count += std::min(static_cast<size_t>(range.count()), most - plan->block_count);
     ranges.push_back(range);
   }
   sort_by_place(&ranges);
@@ -221,20 +226,62 @@ class Cluster {
   int64_t unwanted_ = 0;  // except free gaps
 };
 
-/// Checks the size of each file from which bytes are wanted.
-void check_sizes(const ReadRequest& request, const std::vector<Extent>& extents) {
-  size_t file = request.paths.size();
+/// The sizes of files, each looked up once.
+class FileSizes {
+ public:
+  explicit FileSizes(const std::vector<std::string>& paths) : paths_(paths), sizes_(paths.size(), -1) {}
+
+  int64_t of(int64_t file) {
+    int64_t& size = sizes_[static_cast<size_t>(file)];
+    if (size < 0) size = regular_file_size(path(file));
+    return size;
+  }
+
+  const std::string& path(int64_t file) const { return paths_[static_cast<size_t>(file)]; }
+
+ private:
+  const std::vector<std::string>& paths_;
+  std::vector<int64_t> sizes_;
+};
+
+void require_extents(const std::vector<Extent>& extents, FileSizes* sizes) {
+  int64_t file = -1;
   for (const Extent& extent : extents) {
-    if (extent.nbytes == 0 || static_cast<size_t>(extent.file) == file) continue;
-    file = static_cast<size_t>(extent.file);
-    require_inside(extents, file, request.paths[file], regular_file_size(request.paths[file]));
+    if (extent.nbytes == 0 || extent.file == file) continue;
+    file = extent.file;
+    require_inside(extents, static_cast<size_t>(file), sizes->path(file), sizes->of(file));
   }
 }
 
-/// Extents and blocks by position.
+/// There is a result for every block, so those that lie behind the ends of files must not be many.
+void require_ranges(const std::vector<CheckedRange>& ranges, size_t block_count, FileSizes* sizes) {
+  if (block_count <= static_cast<size_t>(kFreeBlocks)) return;
+  int64_t free = kFreeBlocks;
+  for (const CheckedRange& range : ranges) {
+    const int64_t there = std::min(std::max<int64_t>(sizes->of(range.file) - range.offset, 0), range.nbytes);
+    const int64_t missing = range.count() - (there == 0 ? 0 : (there - 1) / range.block_nbytes + 1);
+    if (missing > free) {
+      throw_file_ends(range.nbytes, range.offset, sizes->path(range.file), sizes->of(range.file));
+    }
+    free -= missing;
+  }
+}
+
+/// Blocks are read whole.
+void require_blocks(const std::vector<Block>& blocks, FileSizes* sizes) {
+  for (const Block& block : blocks) {
+    const int64_t size = sizes->of(block.file);
+    if (block.end() > size) throw_file_ends(block.nbytes, block.offset, sizes->path(block.file), size);
+  }
+}
+
+/// Extents with bytes, and blocks, by position. An empty extent may lie anywhere, behind the file's end as
+/// well.
 std::vector<Span> spans_of(const ReadPlan& plan) {
   std::vector<Span> spans;
-  for (const Extent& extent : plan.extents) spans.push_back({extent.file, extent.offset, extent.nbytes});
+  for (const Extent& extent : plan.extents) {
+    if (extent.nbytes > 0) spans.push_back({extent.file, extent.offset, extent.nbytes});
+  }
   for (const Block& block : plan.blocks) spans.push_back({block.file, block.offset, block.nbytes});
   if (!plan.blocks.empty()) sort_by_place(&spans);
   return spans;
@@ -268,8 +315,11 @@ ReadPlan make_read_plan(const ReadRequest& request) {
   ReadPlan plan;
   add_extents(request, &plan);
   const std::vector<CheckedRange> ranges = checked_ranges(request, &plan);
-  check_sizes(request, plan.extents);
+  FileSizes sizes(request.paths);
+  require_extents(plan.extents, &sizes);
+  require_ranges(ranges, plan.block_count, &sizes);
   add_blocks(ranges, &plan);
+  require_blocks(plan.blocks, &sizes);
   cut_transfers(request, &plan);
   return plan;
 }

@@ -68,7 +68,9 @@ struct ReadPlan {
 };
 
 /// Throws std::invalid_argument naming the first row that breaks the contract of read_extents, and
-/// what require_inside throws, so lengths beyond a file's end are not cut into transfers.
+/// SystemError naming what a file does not hold: an extent, a block of which bytes are wanted, or a range
+/// with so many blocks that their number alone takes memory. So no length beyond a file's end is cut into
+/// transfers.
 ReadPlan make_read_plan(const ReadRequest& request);
 
 /// Throws SystemError naming the first extent, in the caller's order, that a file of this size does not hold:
