@@ -7,6 +7,7 @@ copy of the state, and ends with the job. A save of ours needs neither (docs/dec
 
 from __future__ import annotations
 
+import functools
 import threading
 import uuid
 from collections.abc import Callable
@@ -56,7 +57,10 @@ class _Background:
             self._group = new_control_group(process_group)
 
     def submit(self, staged: Any, options: dict[str, Any]) -> Future[Any]:
-        """Local. Save what has been, or is being, staged; ``options`` mean what they mean here and now."""
+        """Local. Save what has been, or is being, staged; ``options`` mean what they mean here and now.
+
+        The future cannot be cancelled, even while the save waits for another: no other rank could know.
+        """
         place: dict[str, Any] = {}
         if options.get("planner") is None:
             place["planner"] = InstalledSavePlanner()
@@ -66,7 +70,11 @@ class _Background:
             place["checkpoint_id"] = located(options["checkpoint_id"])
         if options.get("storage_writer") is None:
             place["storage_writer"] = FastStorageWriter(place["checkpoint_id"])
-        return self._thread.submit(on_this_gpu(_save), staged, options | place)
+        future: Future[Any] = Future()
+        future.set_running_or_notify_cancel()
+        saved = self._thread.submit(on_this_gpu(_save), staged, options | place)
+        saved.add_done_callback(functools.partial(_hand_on, future))
+        return future
 
 
 _backgrounds = PerGroup(_Background)
@@ -206,3 +214,11 @@ def _save(staged: Any, options: dict[str, Any]) -> Any:
         return state_dict_saver.save(state_dict, **options)
     finally:
         let_go()  # the thread goes on, which is all that would end a save that failed on another rank
+
+
+def _hand_on(future: Future[Any], saved: Future[Any]) -> None:
+    error = saved.exception()
+    if error is not None:
+        future.set_exception(error)
+    else:
+        future.set_result(saved.result())

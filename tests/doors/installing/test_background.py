@@ -364,3 +364,34 @@ def test_a_device_that_fails_while_staging(tmp_path: Path, monkeypatch: pytest.M
         with pytest.raises(RuntimeError, match="the device is gone"):
             response.upload_completion.result(timeout=30)
     assert not (tmp_path / ".metadata").exists()
+
+
+@pytest.mark.parametrize("way", ["thread", "process", "thread, pinned"])
+def test_no_save_can_be_cancelled(way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even one that waits for another: the other ranks could not know."""
+    disk = HeldDisk(monkeypatch)
+    state = {"w": torch.ones(3)}
+    with ckpt_fast.install(megatron=False):
+        futures = [uploaded(dcp.async_save(state, **options(way, f"{tmp_path}/{step}"))) for step in range(2)]
+        assert [future.cancel() for future in futures] == [False, False]
+        assert all(future.running() for future in futures)
+        disk.go.set()
+        for future in futures:
+            future.result(timeout=60)
+    assert is_ours(tmp_path / "0") and is_ours(tmp_path / "1")
+
+
+@pytest.mark.skipif(not hasattr(staging, "DefaultStager"), reason="torch has no such stager")
+def test_no_staging_can_be_cancelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = simulated_gpu.SimulatedGpu()
+    simulated_gpu.install(monkeypatch, device)
+    go = threading.Event()
+    wait_for = device.wait_for
+    monkeypatch.setattr(device, "wait_for", lambda event: go.wait(30) and wait_for(event))
+    with ckpt_fast.install(megatron=False):
+        stager = staging.DefaultStager(staging.StagingOptions(True, True, True, True))
+        future = stager.stage({"w": torch.ones(1 << 17)})
+        assert isinstance(future, Future) and not future.cancel() and not future.done()
+        go.set()
+        assert torch.equal(future.result(timeout=30)["w"], torch.ones(1 << 17))
+    device.finish()
