@@ -8,8 +8,11 @@ they are not installed.
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,7 @@ from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from
 import ckpt_fast
 from tests.doors.dcp.states import differences
 from tests.doors.installing.test_torch_dcp import is_ours
-from tests.frameworks.torchrun import torchrun
+from tests.frameworks.torchrun import ROOT, torchrun
 from tests.manifests import find_damage
 
 # The package that it takes.
@@ -97,3 +100,29 @@ def test_each_resumes_the_other(example: str, tmp_path: Path) -> None:
             for each, with_ours in ((expected, True), (path, False), (path, True)):
                 assert differences(values, contents(each, with_ours=with_ours)) == []
         one, other = other, one
+
+
+LAUNCHED = """
+import sys
+from torch.distributed.checkpoint import FileSystemWriter
+
+print(__name__, *sys.argv, type(FileSystemWriter("x")).__name__)
+"""
+
+
+def test_accelerates_launcher(tmp_path: Path) -> None:
+    """``accelerate launch -m ckpt_fast.run SCRIPT``."""
+    pytest.importorskip("accelerate")
+    (tmp_path / "train.py").write_text(LAUNCHED)
+    launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--cpu"]
+    ran = subprocess.run(
+        [*launch, "-m", "ckpt_fast.run", "--no-megatron", "train.py", "--steps=2"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.splitlines()[-1] == "__main__ train.py --steps=2 FastStorageWriter"
