@@ -10,7 +10,7 @@ import os
 import sys
 import types
 from collections.abc import Sequence
-from importlib.machinery import ModuleSpec
+from importlib.machinery import ModuleSpec, SourceFileLoader
 from typing import Any, NoReturn
 
 from ckpt_fast.doors.install import install
@@ -70,7 +70,8 @@ def _script(prog: str, path: str) -> tuple[Any, str]:
         file = os.path.join(file, "__main__.py")
     try:
         with io.open_code(file) as source:
-            return compile(source.read(), file, "exec"), file
+            # The script has its own ``from __future__`` imports, and not those of this file.
+            return compile(source.read(), file, "exec", dont_inherit=True), file
     except OSError as error:
         _misused(prog, f"cannot open {path}: {error.strerror}")
 
@@ -98,7 +99,7 @@ def _execute(code: Any, file: str, spec: ModuleSpec | None) -> None:
         __file__=file,
         __spec__=spec,
         __package__=spec.parent if spec is not None else None,
-        __loader__=spec.loader if spec is not None else None,
+        __loader__=spec.loader if spec is not None else SourceFileLoader("__main__", file),
         __builtins__=builtins,
     )
     sys.modules["__main__"] = main

@@ -84,7 +84,7 @@ class Spool:
             CheckpointWriteError: it cannot be created.
         """
         if self._directory is None:
-            parent = settings.spool_directory() or tempfile.gettempdir()
+            parent = _parent()
             own = SpoolDirectory(parent)
             # Before it is there: a signal may come at any time. And also when nobody closes it: an abandoned
             # save ends with the process.
@@ -93,31 +93,62 @@ class Spool:
                 self._directory = own.create()
             except OSError as error:
                 self.close()
-                raise CheckpointWriteError(
-                    f"cannot create a spool for {self.name} in {parent}: {error.strerror}. Let "
-                    "CKPT_FAST_SPOOL name a local directory that can be written to.",
-                    error.errno,
-                    parent,
-                ) from error
+                raise self._not_made(error) from error
         return self._directory
 
     def claim(self, nbytes: int) -> Claim:
         """Create the spool; what this rank will write there. From here on, time runs for the save."""
         self._deadline = time.monotonic() + settings.timeout_s()
-        free, total = system.disk_space(self.directory)
-        device = os.stat(self.directory).st_dev
-        return Claim(nbytes, f"{socket.gethostname()} {device}", free if total else None)
+        return _claim_in(self.directory)._replace(nbytes=nbytes)
+
+    def room(self) -> Claim:
+        """Where this rank's spool is going to be, as a claim of nothing; creates none.
+
+        Raises:
+            CheckpointWriteError: it cannot be created.
+        """
+        try:
+            return _claim_in(_parent())
+        except OSError as error:
+            raise self._not_made(error) from error
 
     def prepare(self, claims: Sequence[Claim], *, replace: bool) -> None:
-        """Look whether every spool has room for the ranks that share its file system; then invalidate.
+        """``require_space``; then invalidate.
 
         An older checkpoint cannot be kept until it is replaced: objects have no common name.
 
         Raises:
             CheckpointWriteError: there is no room, or the older checkpoint cannot be removed.
         """
-        self._require_space(claims)
+        self.require_space(claims)
         self.invalidate()
+
+    def require_space(self, claims: Sequence[Claim]) -> None:
+        """Look whether every spool has room for the ranks that share its file system.
+
+        Args:
+            claims: of all ranks that save together.
+
+        Raises:
+            CheckpointWriteError: errno ENOSPC, with both sizes.
+        """
+        if not settings.space_check():
+            return
+        wanted: dict[str, int] = defaultdict(int)
+        for claim in claims:
+            wanted[claim.file_system] += int(claim.nbytes * OVERHEAD)
+        for claim in claims:
+            needed = wanted[claim.file_system]
+            if claim.free is not None and claim.free < needed:
+                raise CheckpointWriteError(
+                    f"cannot save to {self.name}: what passes through the spool on "
+                    f"{claim.file_system.partition(' ')[0]} is about {needed / 1e9:.2f} GB, but its file "
+                    f"system has {claim.free / 1e9:.2f} GB free. Nothing was written and no checkpoint was "
+                    "touched. Let CKPT_FAST_SPOOL name a larger one; CKPT_FAST_SPACE_CHECK=0 tries "
+                    "regardless.",
+                    errno.ENOSPC,
+                    self.name,
+                )
 
     def names(self) -> list[str]:
         """Of the files that are there, without those in folders; for a save that is about to begin.
@@ -298,28 +329,17 @@ class Spool:
         if self._directory is not None:
             error.args = tuple(str(part).replace(self._directory, self.name) for part in error.args)
 
-    def _require_space(self, claims: Sequence[Claim]) -> None:
-        if not settings.space_check():
-            return
-        wanted: dict[str, int] = defaultdict(int)
-        for claim in claims:
-            wanted[claim.file_system] += int(claim.nbytes * OVERHEAD)
-        for claim in claims:
-            needed = wanted[claim.file_system]
-            if claim.free is not None and claim.free < needed:
-                raise CheckpointWriteError(
-                    f"cannot save to {self.name}: what passes through the spool on "
-                    f"{claim.file_system.partition(' ')[0]} is about {needed / 1e9:.2f} GB, but its file "
-                    f"system has {claim.free / 1e9:.2f} GB free. Nothing was written and no checkpoint was "
-                    "touched. Let CKPT_FAST_SPOOL name a larger one; CKPT_FAST_SPACE_CHECK=0 tries "
-                    "regardless.",
-                    errno.ENOSPC,
-                    self.name,
-                )
-
     def _place(self) -> str:
         """Where the spool is, in messages."""
-        return f"the spool in {settings.spool_directory() or tempfile.gettempdir()}"
+        return f"the spool in {_parent()}"
+
+    def _not_made(self, error: OSError) -> CheckpointWriteError:
+        return CheckpointWriteError(
+            f"cannot create a spool for {self.name} in {_parent()}: {error.strerror}. Let CKPT_FAST_SPOOL "
+            "name a local directory that can be written to.",
+            error.errno,
+            _parent(),
+        )
 
     def _write(self, name: str, content: bytes, progress: native.Progress | None) -> None:
         with commit.renaming(name, progress):
@@ -356,3 +376,14 @@ class Spool:
                 getattr(error, "errno", None),
                 self.name,
             ) from error
+
+
+def _parent() -> str:
+    """The directory that spools are made in."""
+    return settings.spool_directory() or tempfile.gettempdir()
+
+
+def _claim_in(directory: str) -> Claim:
+    free, total = system.disk_space(directory)
+    device = os.stat(directory).st_dev
+    return Claim(0, f"{socket.gethostname()} {device}", free if total else None)

@@ -37,7 +37,7 @@ else:
 
 
 class Mine:
-    pass
+    size: int = 7
 
 
 def child(queue):
@@ -54,6 +54,8 @@ def what_i_see():
         "main": __main__.Mine is Mine and vars(__main__) is globals(),
         "package": __package__,
         "spec": __spec__ and __spec__.name,
+        "loader": [type(__loader__).__name__, __loader__.name],
+        "types": str(Mine.__annotations__),  # not texts: that is for scripts which ask for it
         "beside": beside.VALUE,
         "dynamo": os.environ.get("TORCHDYNAMO_DISABLE"),
     }

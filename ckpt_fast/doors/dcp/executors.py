@@ -7,6 +7,9 @@ copy of the state, and ends with the job. A save of ours needs neither (docs/dec
 
 from __future__ import annotations
 
+import functools
+import threading
+import uuid
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -15,8 +18,9 @@ import torch.distributed as dist
 from torch.distributed.checkpoint import state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException, _is_wrapped_exception, _wrap_exception
 from torch.distributed.checkpoint.utils import _DistWrapper, _get_failure_dict
+from torch.distributed.distributed_c10d import _get_default_store
 
-from ckpt_fast.doors.dcp.direct.background import new_control_group
+from ckpt_fast.doors.dcp.direct.background import meeting_timeout, new_control_group
 from ckpt_fast.doors.dcp.places import StrPath, is_served, located
 from ckpt_fast.doors.dcp.planning.planners import InstalledSavePlanner
 from ckpt_fast.doors.dcp.steps import let_go
@@ -53,7 +57,10 @@ class _Background:
             self._group = new_control_group(process_group)
 
     def submit(self, staged: Any, options: dict[str, Any]) -> Future[Any]:
-        """Local. Save what has been, or is being, staged; ``options`` mean what they mean here and now."""
+        """Local. Save what has been, or is being, staged; ``options`` mean what they mean here and now.
+
+        The future cannot be cancelled, even while the save waits for another: no other rank could know.
+        """
         place: dict[str, Any] = {}
         if options.get("planner") is None:
             place["planner"] = InstalledSavePlanner()
@@ -63,7 +70,11 @@ class _Background:
             place["checkpoint_id"] = located(options["checkpoint_id"])
         if options.get("storage_writer") is None:
             place["storage_writer"] = FastStorageWriter(place["checkpoint_id"])
-        return self._thread.submit(on_this_gpu(_save), staged, options | place)
+        future: Future[Any] = Future()
+        future.set_running_or_notify_cancel()
+        saved = self._thread.submit(on_this_gpu(_save), staged, options | place)
+        saved.add_done_callback(functools.partial(_hand_on, future))
+        return future
 
 
 _backgrounds = PerGroup(_Background)
@@ -124,14 +135,71 @@ def meet_threads(ranks: Any) -> None:
 
 
 def meet_processes(ranks: Any) -> None:
-    """Collective. As torch's process is started: only the coordinator says something. See ``meet_threads``.
+    """Collective. As torch's process is started, where only the coordinator says something.
 
-    The coordinator itself raises nothing: it waits for ranks that have raised, which ends the job.
+    Raises:
+        CheckpointException: see ``meet_threads``.
     """
-    refusal = CheckpointException("install", {0: _wrap_exception(CheckpointError(_MIXTURE))})
-    said = ranks.broadcast_object(refusal if ranks.is_coordinator else None)
-    if not isinstance(said, CheckpointException):
-        raise refusal
+    _meeting.takes_part = True
+    try:
+        call = ranks.broadcast_object(_Call.of(ranks) if ranks.is_coordinator else None)
+    finally:
+        _meeting.takes_part = False
+    if not isinstance(call, _Call):
+        raise _refusal()
+    call.require_all()
+
+
+# Whether this thread is at ``meet_processes``.
+_meeting = threading.local()
+
+
+class _Call:
+    """What a coordinator with ckpt_fast says to the others; for those in torch's code, an error to raise.
+
+    That code sends nothing back, so the call does: it counts in the job's store who has unpickled it. The
+    last one says there what came out.
+
+    Args:
+        key: begins the names in the store.
+        listeners: how many ranks there are besides the coordinator.
+    """
+
+    def __init__(self, key: str, listeners: int) -> None:
+        self._key, self._listeners = key, listeners
+
+    @classmethod
+    def of(cls, ranks: Any) -> _Call:
+        """A new one, to all of ``ranks``."""
+        return cls(f"ckpt_fast/{uuid.uuid4()}", ControlGroup(ranks.group).size - 1)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _heard, (self._key, self._listeners)
+
+    def count(self, *, with_ours: bool) -> None:
+        """Local. A rank has heard it."""
+        store = _get_default_store()
+        store.add(f"{self._key}/without", 0 if with_ours else 1)
+        if store.add(f"{self._key}/heard", 1) == self._listeners:
+            without = store.add(f"{self._key}/without", 0)
+            store.set(f"{self._key}/outcome", str(without))
+
+    def require_all(self) -> None:
+        """Wait until all ranks have heard it; CheckpointException if some have no ckpt_fast."""
+        store, outcome = _get_default_store(), f"{self._key}/outcome"
+        store.wait([outcome], meeting_timeout())
+        if int(store.get(outcome)):
+            raise _refusal()
+
+
+def _heard(key: str, listeners: int) -> _Call | CheckpointException:
+    call, with_ours = _Call(key, listeners), getattr(_meeting, "takes_part", False)
+    call.count(with_ours=with_ours)
+    return call if with_ours else _refusal()
+
+
+def _refusal() -> CheckpointException:
+    return CheckpointException("install", {0: _wrap_exception(CheckpointError(_MIXTURE))})
 
 
 def _is_ours(writer: Any, checkpoint_id: StrPath | None) -> bool:
@@ -146,3 +214,11 @@ def _save(staged: Any, options: dict[str, Any]) -> Any:
         return state_dict_saver.save(state_dict, **options)
     finally:
         let_go()  # the thread goes on, which is all that would end a save that failed on another rank
+
+
+def _hand_on(future: Future[Any], saved: Future[Any]) -> None:
+    error = saved.exception()
+    if error is not None:
+        future.set_exception(error)
+    else:
+        future.set_result(saved.result())

@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any, Protocol
 
 from ckpt_fast.errors import CheckpointWriteError
 from ckpt_fast.format.names import SEAL_FILE
 from ckpt_fast.format.types import FileRecord
 from ckpt_fast.storage import commit
-from ckpt_fast.storage.files import Directory, Files, absolute
+from ckpt_fast.storage.files import Claim, Directory, Files, absolute
 from ckpt_fast.storage.objects.client import SCHEME, as_url, import_client, object_files
 from ckpt_fast.storage.space import has_room_beside, require_space
 
@@ -67,8 +67,11 @@ class Place(Protocol):
     def refuse_overwriting(self, seal: str) -> None:
         """Raise CheckpointWriteError if there is a checkpoint; ``seal`` is the file that makes it one."""
 
-    def make_room(self, nbytes: int, seal: str, rank: int | None) -> None:
-        """Coordinator. Get ready for so many bytes; CheckpointWriteError if that cannot be."""
+    def room(self) -> Claim | None:
+        """Local. The room that this rank has, as a claim of nothing; None: the coordinator's is the same."""
+
+    def make_room(self, claims: Sequence[Claim], seal: str, rank: int | None) -> None:
+        """Coordinator. Get ready for what all ranks write; CheckpointWriteError if that cannot be."""
 
     def first_number(self, prefix: str, seal: str) -> int:
         """The number from which on files whose names begin with ``prefix`` can be written."""
@@ -95,7 +98,11 @@ class _Directory:
     def refuse_overwriting(self, seal: str) -> None:
         commit.refuse_overwriting(self._path, seal)
 
-    def make_room(self, nbytes: int, seal: str, rank: int | None) -> None:
+    def room(self) -> Claim | None:
+        return None
+
+    def make_room(self, claims: Sequence[Claim], seal: str, rank: int | None) -> None:
+        nbytes = sum(claim.nbytes for claim in claims)
         can_stay = self._can_stay(seal)
         if can_stay and has_room_beside(self._path, nbytes):
             commit.remove_partial_files(self._path, rank)
@@ -128,7 +135,7 @@ class _Directory:
 
 
 class _ObjectStorage:
-    """An older checkpoint ends before anything is written. Whether a spool has room shows while writing."""
+    """An older checkpoint ends before anything is written."""
 
     def __init__(self, path: str) -> None:
         self._path = path
@@ -138,7 +145,11 @@ class _ObjectStorage:
         if seal in self.files.names():
             raise commit.not_overwritten(self._path)
 
-    def make_room(self, nbytes: int, seal: str, rank: int | None) -> None:
+    def room(self) -> Claim | None:
+        return self.files.room()
+
+    def make_room(self, claims: Sequence[Claim], seal: str, rank: int | None) -> None:
+        self.files.require_space(claims)
         self.files.invalidate(rank)
 
     def first_number(self, prefix: str, seal: str) -> int:

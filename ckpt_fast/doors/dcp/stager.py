@@ -42,6 +42,7 @@ class FastStager(DefaultStager):
         policy = StagingPolicy.chosen(is_protected=lambda _: True)
         staged = snapshots.take(state_dict, True, copies, policy)
         future: Future[dict[str, Any]] = Future()
+        future.set_running_or_notify_cancel()  # the save waits for it, and on the other ranks as well
         self._latest = future
         if copies.are_done:
             future.set_result(staged)

@@ -37,6 +37,7 @@ from ckpt_fast.pipeline.save.waves import Waves
 from ckpt_fast.ranks.group import ControlGroup
 from ckpt_fast.settings import Settings
 from ckpt_fast.storage import commit
+from ckpt_fast.storage.files import Claim
 
 logger = logging.getLogger(__name__)
 
@@ -173,6 +174,7 @@ class FastStorageWriter(FileSystemWriter):
         Raises:
             ValueError: a setting, or an option of this writer, makes no sense. All ranks raise it.
             UnavailableError, StorageError: see ``files_of``. All ranks raise it.
+            CheckpointWriteError: see ``Spool.room``. All ranks raise it.
         """
         save = self._save
         self._of_thread.settings = chosen = Settings.read()
@@ -180,10 +182,10 @@ class FastStorageWriter(FileSystemWriter):
         self._waves(SaveReport(save.path), "", chosen)
         if not place.files.durable:  # on all ranks, as each has uploads that may still arrive
             hold(save.name, chosen.timeout_s)
-        lone_rank = save.lone_rank
-        if lone_rank is None:
-            return plan
-        return dataclasses.replace(plan, storage_data=_StoragePrefix(file_prefix(lone_rank)))
+        lone_rank, room = save.lone_rank, place.room()
+        if lone_rank is not None:
+            return dataclasses.replace(plan, storage_data=_StoragePrefix(file_prefix(lone_rank)))
+        return plan if room is None else dataclasses.replace(plan, storage_data=room)
 
     @step
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
@@ -199,13 +201,18 @@ class FastStorageWriter(FileSystemWriter):
         hold(save.name, self._settings.timeout_s)
         if not self.overwrite:
             self._place.refuse_overwriting(save.seal)
-        self._place.make_room(sum(map(planned_nbytes, plans)), save.seal, save.lone_rank)
+        self._place.make_room([self._claim(plan) for plan in plans], save.seal, save.lone_rank)
         return [
             plan
-            if plan.storage_data is not None
+            if isinstance(plan.storage_data, _StoragePrefix)
             else dataclasses.replace(plan, storage_data=_StoragePrefix(file_prefix(rank)))
             for rank, plan in enumerate(plans)
         ]
+
+    def _claim(self, plan: SavePlan) -> Claim:
+        """What the rank whose plan it is writes, and where, if ``prepare_local_plan`` has said it there."""
+        room = self._place.room() if self._save.lone_rank is not None else plan.storage_data
+        return (room if isinstance(room, Claim) else Claim(0))._replace(nbytes=planned_nbytes(plan))
 
     @step
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[Any]:
@@ -230,7 +237,7 @@ class FastStorageWriter(FileSystemWriter):
         with contextlib.closing(files), snapshots.read(leaves) as snapshot:
             if snapshot is not None:
                 report.count_from(snapshot.began)
-            files.claim(0)  # nobody sums up what the ranks need
+            files.claim(0)  # ``prepare_global_plan`` has looked whether there is room
             if columns is None:
                 record = waves.run(shards_of(plan, planner))
             else:

@@ -18,10 +18,8 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import staging, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.utils import _DistWrapper
 
 import ckpt_fast
-from ckpt_fast.doors.dcp import executors
 from ckpt_fast.doors.dcp import snapshot as dcp_snapshot
 from ckpt_fast.pipeline.save import stage as stage_module
 from ckpt_fast.pipeline.save import waves
@@ -232,30 +230,48 @@ def test_a_mixture_of_ranks(way: str, first: int, tmp_path: Path) -> None:
     assert not list(tmp_path.rglob(".metadata"))
 
 
-def install_on_one_with_processes(rank: int, root: str, first: int) -> str:
-    """The same with torch's process. Rank 0 does what comes first: then it could only wait for rank 1."""
+def install_on_some_with_processes(rank: int, root: str, having: list[int]) -> list[str]:
+    """The same with torch's process, twice; then all ranks have ckpt_fast. Returns what was raised."""
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
+    group = dist.new_group(backend="gloo")
+    raised = []
+    for step in range(3):
+        with ckpt_fast.install(megatron=False, torch_dcp=step == 2 or rank in having):
+            try:
+                way = options("process", f"{root}/{step}")
+                uploaded(dcp.async_save({"w": torch.ones(3)}, process_group=group, **way)).result(timeout=60)
+            except CheckpointException as error:
+                raised.append(str(error))
+        dist.barrier()
+    return raised
+
+
+@pytest.mark.parametrize("having", [[0], [0, 2], [0, 1]])
+def test_a_mixture_of_processes(having: list[int], tmp_path: Path) -> None:
+    pytest.importorskip("torch.distributed.checkpoint._async_process_executor")
+    raised = run_ranks(install_on_some_with_processes, 3, str(tmp_path), having, fresh=True, timeout_s=100)
+    for messages in raised:
+        assert len(messages) == 2 and all("ckpt_fast.install() on every rank" in each for each in messages)
+    assert is_ours(tmp_path / "2") and len(list(tmp_path.rglob(".metadata"))) == 1
+
+
+def save_where_torch_coordinates(rank: int, root: str) -> str:
+    """Rank 0 begins as torch does: then it could only wait for rank 1."""
     from torch.distributed.checkpoint._async_process_executor import _ProcessGroupInitInfo
 
     os.environ["MASTER_ADDR"] = "127.0.0.1"
     group = dist.new_group(backend="gloo")
-    if rank == 0 and first == 0:
-        executors.meet_processes(_DistWrapper(group, True, 0))
-    elif rank == 0:
+    if rank == 0:
         _ProcessGroupInitInfo(group)
-    else:
-        with (
-            ckpt_fast.install(megatron=False, torch_dcp=first == 1),
-            pytest.raises(CheckpointException) as error,
-        ):
-            dcp.async_save({"w": torch.ones(3)}, process_group=group, **options("process", root))
-        return str(error.value)
-    return ""
+        return ""
+    with ckpt_fast.install(megatron=False), pytest.raises(CheckpointException) as error:
+        dcp.async_save({"w": torch.ones(3)}, process_group=group, **options("process", root))
+    return str(error.value)
 
 
-@pytest.mark.parametrize("first", [0, 1])
-def test_a_mixture_of_processes(first: int, tmp_path: Path) -> None:
+def test_a_process_of_torchs_coordinates(tmp_path: Path) -> None:
     pytest.importorskip("torch.distributed.checkpoint._async_process_executor")
-    _, message = run_ranks(install_on_one_with_processes, 2, str(tmp_path), first, fresh=True, timeout_s=60)
+    _, message = run_ranks(save_where_torch_coordinates, 2, str(tmp_path), fresh=True, timeout_s=60)
     assert "call ckpt_fast.install() on every rank" in message
 
 
@@ -348,3 +364,34 @@ def test_a_device_that_fails_while_staging(tmp_path: Path, monkeypatch: pytest.M
         with pytest.raises(RuntimeError, match="the device is gone"):
             response.upload_completion.result(timeout=30)
     assert not (tmp_path / ".metadata").exists()
+
+
+@pytest.mark.parametrize("way", ["thread", "process", "thread, pinned"])
+def test_no_save_can_be_cancelled(way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even one that waits for another: the other ranks could not know."""
+    disk = HeldDisk(monkeypatch)
+    state = {"w": torch.ones(3)}
+    with ckpt_fast.install(megatron=False):
+        futures = [uploaded(dcp.async_save(state, **options(way, f"{tmp_path}/{step}"))) for step in range(2)]
+        assert [future.cancel() for future in futures] == [False, False]
+        assert all(future.running() for future in futures)
+        disk.go.set()
+        for future in futures:
+            future.result(timeout=60)
+    assert is_ours(tmp_path / "0") and is_ours(tmp_path / "1")
+
+
+@pytest.mark.skipif(not hasattr(staging, "DefaultStager"), reason="torch has no such stager")
+def test_no_staging_can_be_cancelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = simulated_gpu.SimulatedGpu()
+    simulated_gpu.install(monkeypatch, device)
+    go = threading.Event()
+    wait_for = device.wait_for
+    monkeypatch.setattr(device, "wait_for", lambda event: go.wait(30) and wait_for(event))
+    with ckpt_fast.install(megatron=False):
+        stager = staging.DefaultStager(staging.StagingOptions(True, True, True, True))
+        future = stager.stage({"w": torch.ones(1 << 17)})
+        assert isinstance(future, Future) and not future.cancel() and not future.done()
+        go.set()
+        assert torch.equal(future.result(timeout=30)["w"], torch.ones(1 << 17))
+    device.finish()

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +27,8 @@ from tests.doors.dcp.ranks import FSDP2_ON_CPU, Trained, wrong
 from tests.doors.dcp.states import blank, differences, training_state
 from tests.doors.installing.test_background import uploaded
 from tests.helpers import run_ranks
-from tests.object_server import Fault, ObjectServer
-from tests.trainer.objects.bucket import Bucket, new_bucket
+from tests.object_server import Fault
+from tests.trainer.objects.bucket import Bucket
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
@@ -37,19 +36,6 @@ pytestmark = [
 ]
 ROOT = Path(__file__).resolve().parents[3]
 DATA = r"PUT .*distcp"
-
-
-@pytest.fixture
-def bucket(object_server: ObjectServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
-    """Yield a bucket, with Megatron-Core's switch off; nothing may be left in the spool, or where we are."""
-    place = new_bucket(object_server, tmp_path)
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    with place.in_use():
-        monkeypatch.setattr(MultiStorageClientFeature, "_enabled", False)
-        yield place
-    object_server.clear()
-    assert os.listdir(place.spool) == os.listdir() == []
 
 
 def is_ours(url: str) -> bool:

@@ -111,12 +111,16 @@ committers = PerGroup(Committer)
 
 def new_control_group(process_group: dist.ProcessGroup | None) -> Any:
     """Collective. A CPU group that nothing else uses, of the ranks of ``process_group`` (None: all)."""
-    # A rank may need all of its time to write while the others wait for it.
-    timeout = datetime.timedelta(seconds=2 * settings.timeout_s())
+    timeout = meeting_timeout()
     if process_group is None:
         return dist.new_group(timeout=timeout, backend="gloo")
     ranks = dist.get_process_group_ranks(process_group)
     return dist.new_group(ranks, timeout, "gloo", use_local_synchronization=True)
+
+
+def meeting_timeout() -> datetime.timedelta:
+    """How long ranks wait for each other; one may need all of its time to write meanwhile."""
+    return datetime.timedelta(seconds=2 * settings.timeout_s())
 
 
 _in_flight: weakref.WeakValueDictionary[str, SaveFuture] = weakref.WeakValueDictionary()
