@@ -97,7 +97,7 @@ def divided(wanted: dict[str, Any], found: dict[str, Any]) -> tuple[Collection[P
 
 
 def load_wanted(
-    wanted: dict[str, Any], checkpoint_dir: str, strategy: Any, index: CheckpointIndex
+    wanted: dict[str, Any], checkpoint_dir: str, strategy: Any, checkpoint: OpenCheckpoint
 ) -> dict[str, Any]:
     """Collective. Load, and let rank 0 say which sections of the checkpoint no rank wanted."""
     group = ControlGroup()
@@ -105,7 +105,7 @@ def load_wanted(
     keys = set(_keys(wanted))
     everyone = group.gather({section for key in keys for section in unasked.sections_of(key)})
     if group.is_coordinator:
-        _warn_of_unasked(checkpoint_dir, index, keys, set().union(*everyone))
+        _warn_of_unasked(checkpoint_dir, checkpoint.index, keys, set().union(*everyone))
     return loaded
 
 

@@ -336,7 +336,7 @@ def load(
         )
         group.agree(lambda: accept_missing(*divided(wanted.sharded, sharded)))
         state_dict = wanted.state_dict
-        compat.merge(state_dict, load_wanted(sharded, checkpoint_dir, strategy, opened.index))
+        compat.merge(state_dict, load_wanted(sharded, checkpoint_dir, strategy, opened))
     state_dict = compat.apply_factory_merges(state_dict, wanted.factories)
     if compat.StrictHandling.requires_returning_mismatch_keys(strict):
         return state_dict, missing, unexpected
