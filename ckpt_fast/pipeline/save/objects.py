@@ -13,9 +13,9 @@ import ctypes
 import io
 import logging
 import pickle
+import threading
 import types
 from collections.abc import Iterable
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -155,10 +155,47 @@ def _tensor_of(dtype: str, shape: tuple[int, ...], stride: tuple[int, ...], cont
     return flat.as_strided(shape, stride)
 
 
-@lru_cache(maxsize=2048)
 def _saved_small(pickled: bytes, has_tensor: bool) -> tuple[bytes, str | None]:
-    payload = _torch_saved(pickle.loads(pickled))
-    return payload, _refusal(payload) if has_tensor else _growth(pickled)
+    found = _remembered.get(pickled)
+    if found is None:
+        payload = _torch_saved(pickle.loads(pickled))
+        found = payload, _refusal(payload) if has_tensor else _growth(pickled)
+        _remembered.add(pickled, found)
+    return found
+
+
+class _Remembered:
+    """What became of pickles, of as many as fit in memory: those not used for longest go first. Thread-safe.
+
+    Some of a run's objects are new at every save, and would fill any number of places.
+
+    Args:
+        most_nbytes: of pickles and payloads together.
+    """
+
+    def __init__(self, most_nbytes: int) -> None:
+        self._most_nbytes, self._nbytes = most_nbytes, 0
+        self._found: collections.OrderedDict[bytes, tuple[bytes, str | None]] = collections.OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, pickled: bytes) -> tuple[bytes, str | None] | None:
+        with self._lock:
+            found = self._found.get(pickled)
+            if found is not None:
+                self._found.move_to_end(pickled)
+            return found
+
+    def add(self, pickled: bytes, found: tuple[bytes, str | None]) -> None:
+        with self._lock:
+            if pickled not in self._found:
+                self._nbytes += len(pickled) + len(found[0])
+            self._found[pickled] = found
+            while self._nbytes > self._most_nbytes:
+                oldest, (payload, _) = self._found.popitem(last=False)
+                self._nbytes -= len(oldest) + len(payload)
+
+
+_remembered = _Remembered(4 << 20)
 
 
 def _growth(pickled: bytes) -> str | None:

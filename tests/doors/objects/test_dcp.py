@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -250,7 +251,16 @@ def test_a_flipped_bit_is_found(bucket: Bucket) -> None:
     assert "CheckpointCorruptError" in str(raised.value) and f"{bucket.url}/__0_0.distcp" in str(raised.value)
 
 
+@pytest.fixture
+def interrupts() -> Iterator[None]:
+    """Let Ctrl-C interrupt, which processes in the background of a shell ignore."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="no signals to threads")
+@pytest.mark.usefixtures("interrupts")
 def test_what_a_save_that_was_left_has_asked_for_may_still_arrive(
     bucket: Bucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:

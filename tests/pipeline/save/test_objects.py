@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import argparse
 import collections
+import gc
 import io
 import math
+import tracemalloc
 from collections.abc import Callable
 from typing import Any
 
@@ -134,6 +136,19 @@ def test_what_is_the_same_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(torch, "save", fail)
     assert [object_bytes(value, "o") for value in values] == payloads
+
+
+def test_objects_that_are_never_the_same_take_little_memory() -> None:
+    """Counters and dates are other ones at every save."""
+    gc.collect()
+    tracemalloc.start()
+    try:
+        for number in range(2500):
+            object_bytes([number, "x" * 3000], "o")
+        gc.collect()
+        assert tracemalloc.get_traced_memory()[0] < 6 << 20
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("dtype", ["O", "U3", "M8[s]", "f8,i4", ">i8"])
