@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from ckpt_fast import errors
-from ckpt_fast.errors import CheckpointError, CheckpointWriteError, RankLostError
+from ckpt_fast.errors import CheckpointError, CheckpointWriteError
 from ckpt_fast.ranks.lost import rank_lost
 
 logger = logging.getLogger(__name__)
@@ -198,7 +198,7 @@ class ControlGroup:
 
     def barrier(self) -> None:
         """Collective. Wait for all ranks."""
-        if self._distributed:
+        if self.size > 1:
             with self._in_touch():
                 dist.barrier(group=self._group)
 
@@ -256,7 +256,6 @@ class ControlGroup:
             mine = _first_failure(outcomes) or self.attempt(action, keep_kind=keep_kind)
         outcome = self.broadcast(mine)
         if outcome.error is not None:
-            self._until_all_know()
             _raise_failure(outcome, mine, named=not keep_kind)
         # The coordinator gets the very object, the others a copy.
         return (mine if self.is_coordinator else outcome).value  # type: ignore[return-value]
@@ -275,15 +274,8 @@ class ControlGroup:
             outcomes: list[Outcome[Any]] = self.all_gather(Outcome(mine.rank, error=mine.error))
             failure = _first_failure(outcomes)
             assert failure is not None
-            self._until_all_know()
             _raise_failure(failure, mine, named=True)
         return mine.value  # type: ignore[return-value]
-
-    def _until_all_know(self) -> None:
-        """Collective, before a failure is raised. A program may end with it, and a process that ends at once
-        takes along what others have not received: they would learn of a lost rank instead."""
-        with contextlib.suppress(RankLostError):
-            self.barrier()
 
     def _least(self, value: int) -> int:
         """Collective. The least of all ranks' integers."""

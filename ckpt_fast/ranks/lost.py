@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 
 import torch.distributed as dist
@@ -40,9 +41,12 @@ def in_touch() -> Iterator[None]:
         raise rank_lost(error, dist.get_rank(), dist.get_world_size() - 1) from error
 
 
+# gloo has no class for its errors, but they begin with their place in its source.
+_GLOO = re.compile(r"\[[^\[\]]*/gloo/[^\[\]]*\.(cc|h):[0-9]+\] ")
+
+
 def _is_of_transport(error: RuntimeError) -> bool:
-    """Whether a process group raised it. gloo has no class for it, but its errors begin with their place in
-    its source."""
-    return dist.is_initialized() and (
-        isinstance(error, dist.DistError) or "/gloo/" in str(error).partition("]")[0]
-    )
+    """Whether a process group raised it because another rank has ended or does not answer."""
+    if isinstance(error, dist.DistBackendError):  # NCCL's also say what is wrong on this rank
+        return "ncclRemoteError" in str(error)
+    return isinstance(error, dist.DistNetworkError) or _GLOO.match(str(error)) is not None

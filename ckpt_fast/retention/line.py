@@ -51,9 +51,7 @@ class Line:
             return True
         if other is None:
             return unrecorded is None
-        # Where nothing was trained after a load, what was saved is what had been loaded: of both legs.
-        end = other.legs[-1][1]
-        return any(iteration <= last.get(leg, _NOTHING) for leg, at in other.legs if at == end)
+        return iteration <= last.get(other.legs[-1][0], _NOTHING)
 
     def has_left(self, selected: int, iteration: int, other: Line | None) -> bool:
         """Whether a checkpoint is of a branch that was abandoned: neither before this one, nor after it.
@@ -62,7 +60,7 @@ class Line:
             selected: the iteration of the checkpoint whose line this is.
             iteration, other: of the checkpoint asked about.
         """
-        if self.holds(iteration, other) or not self._forks_from(other):
+        if self.holds(iteration, other) or self._passes(other) or not self._forks_from(other):
             return False
         if iteration <= selected:
             return True
@@ -75,6 +73,14 @@ class Line:
         """
         leg, last = self.legs[-1]
         return other.legs[-1][0] != leg and dict(other.legs).get(leg, last) < last
+
+    def _passes(self, other: Line | None) -> bool:
+        """Whether this line has been where a checkpoint is that was saved right after a load: nothing was
+        trained in between, so it is what was loaded."""
+        if other is None:
+            return False
+        last, end = dict(self.legs), other.legs[-1][1]
+        return any(end <= last.get(leg, _NOTHING) for leg, at in other.legs[:-1] if at == end)
 
     def _forks_from(self, other: Line | None) -> bool:
         """Whether two lines, of which this one does not hold the other's end, have a leg in common.

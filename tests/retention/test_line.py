@@ -78,11 +78,11 @@ def test_a_save_of_the_iteration_that_was_resumed_is_no_branch() -> None:
     two = noted(first, 2)
     again = noted(resumed(2, two), 2)
     three = noted(resumed(2, two), 3)
-    assert three.holds(2, again) and not three.has_left(3, 2, again)
-    assert two.holds(2, again) and again.holds(2, two)
+    assert again.holds(2, two) and not three.has_left(3, 2, again) and not two.has_left(2, 2, again)
     assert not Noted(2, two).supersedes(Noted(2, again)) and not Noted(2, again).supersedes(Noted(2, two))
     later = noted(resumed(2, again), 4)
     assert later.holds(2, two) and later.holds(2, again) and later.has_left(4, 3, three)
+    assert again.has_left(2, 3, three), "what followed before has been left"
 
 
 def test_what_was_saved_before_lines_were_noted_counts_up_to_where_the_run_was_resumed() -> None:

@@ -49,7 +49,7 @@ def copy_across(destination: torch.Tensor, source: torch.Tensor, non_blocking: b
 
 def as_copied(tensor: torch.Tensor) -> torch.Tensor:
     """The same memory as bytes, if each value has one: torch copies no strided tensor of some such types."""
-    return tensor.view(torch.uint8) if tensor.dtype.itemsize == 1 else tensor
+    return tensor.view(torch.uint8) if tensor.dtype.itemsize == 1 and not tensor.is_neg() else tensor
 
 
 def _paired_rows(

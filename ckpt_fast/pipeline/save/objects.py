@@ -12,6 +12,7 @@ import collections
 import ctypes
 import io
 import logging
+import os
 import pickle
 import threading
 import types
@@ -165,7 +166,8 @@ def _saved_small(pickled: bytes, has_tensor: bool) -> tuple[bytes, str | None]:
 
 
 class _Remembered:
-    """What became of pickles, of as many as fit in memory: those not used for longest go first. Thread-safe.
+    """What became of pickles, of as many as fit in memory: those not used for longest go first. Thread-safe,
+    for signal handlers as well, and in processes that are forked.
 
     Some of a run's objects are new at every save, and would fill any number of places.
 
@@ -176,7 +178,12 @@ class _Remembered:
     def __init__(self, most_nbytes: int) -> None:
         self._most_nbytes, self._nbytes = most_nbytes, 0
         self._found: collections.OrderedDict[bytes, tuple[bytes, str | None]] = collections.OrderedDict()
-        self._lock = threading.Lock()
+        self._renew()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._renew)
+
+    def _renew(self) -> None:
+        self._lock = threading.RLock()
 
     def get(self, pickled: bytes) -> tuple[bytes, str | None] | None:
         with self._lock:
@@ -187,10 +194,11 @@ class _Remembered:
 
     def add(self, pickled: bytes, found: tuple[bytes, str | None]) -> None:
         with self._lock:
-            if pickled not in self._found:
-                self._nbytes += len(pickled) + len(found[0])
+            if pickled in self._found:
+                return
             self._found[pickled] = found
-            while self._nbytes > self._most_nbytes:
+            self._nbytes += len(pickled) + len(found[0])
+            while self._found and self._nbytes > self._most_nbytes:
                 oldest, (payload, _) = self._found.popitem(last=False)
                 self._nbytes -= len(oldest) + len(payload)
 

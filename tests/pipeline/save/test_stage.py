@@ -117,6 +117,16 @@ def test_a_transposed_tensor_of_any_dtype(tmp_path: Path, dtype: torch.dtype) ->
 
 
 @pytest.mark.usefixtures("native_impl")
+def test_a_negative_view_of_bytes(tmp_path: Path) -> None:
+    """torch gives no other view of it."""
+    values = torch.arange(-6, 6, dtype=torch.int8).reshape(3, 4)
+    save([whole("t", torch._neg_view(values))], str(tmp_path))
+    loaded = torch.zeros_like(values)
+    load_tensors(CheckpointIndex(str(tmp_path)), [TensorRequest("t", loaded, (0, 0))])
+    assert torch.equal(loaded, -values)
+
+
+@pytest.mark.usefixtures("native_impl")
 @pytest.mark.parametrize("snapshot", [False, True])
 def test_long_runs_are_read_where_they_are(tmp_path: Path, snapshot: bool) -> None:
     memory = torch.arange(6 * 2 * 3 * 200, dtype=torch.int32).reshape(6, 2, 3, 200)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -96,6 +97,23 @@ def test_what_was_resumed_and_saved_once_more(branches: Branches) -> None:
     recovery = str(branches.root / RECOVERY)
     older = branches.older(Found("recovery", recovery, 9, f"{recovery}/iter_0000009"))
     assert ("persistent", 8) in older
+
+
+@pytest.mark.parametrize("again", ["", RECOVERY])
+def test_gone_back_and_saved_once_more(branches: Branches, again: str) -> None:
+    """Whatever followed the first time has been left."""
+    first = branches.begin()
+    for iteration in (5, 8):
+        branches.save(first, iteration)
+    branches.save(first, 9, "" if again else RECOVERY)
+    second = branches.begin(8)
+    if not again:
+        shutil.rmtree(branches.root / "iter_0000008")
+    branches.save(second, 8, again)
+    tier, root = ("recovery", branches.root / again) if again else ("persistent", branches.root)
+    assert branches.chosen() == (tier, 8)
+    older = branches.older(Found(tier, str(root), 8, f"{root}/iter_0000008"))
+    assert all(iteration <= 8 for _, iteration in older) and ("persistent", 5) in older
 
 
 def test_back_and_forth(branches: Branches) -> None:
