@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which errors mean that another rank is lost; where they come from is in ``tests/doors/test_lost_ranks.py``."""
+"""Which errors mean that another rank is lost. ``tests/doors/test_lost_ranks.py`` has where they arise."""
 
 from __future__ import annotations
 

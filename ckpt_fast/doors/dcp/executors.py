@@ -8,6 +8,7 @@ copy of the state, and ends with the job. A save of ours needs neither (docs/dec
 from __future__ import annotations
 
 import functools
+import logging
 import threading
 import uuid
 from collections.abc import Callable
@@ -28,6 +29,8 @@ from ckpt_fast.doors.dcp.writer import FastStorageWriter
 from ckpt_fast.errors import CheckpointError
 from ckpt_fast.ranks.devices import on_this_gpu
 from ckpt_fast.ranks.group import ControlGroup, PerGroup
+
+logger = logging.getLogger(__name__)
 
 _MIXTURE = (
     "some ranks save in the background with ckpt_fast and others without it; call ckpt_fast.install() on "
@@ -218,7 +221,10 @@ def _save(staged: Any, options: dict[str, Any]) -> Any:
 
 def _hand_on(future: Future[Any], saved: Future[Any]) -> None:
     error = saved.exception()
-    if error is not None:
-        future.set_exception(error)
-    else:
-        future.set_result(saved.result())
+    try:
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(saved.result())
+    except BaseException:  # of a callback, which may ask for the result: torch's error is no Exception
+        logger.exception("a callback of a background save has failed")

@@ -383,3 +383,13 @@ def fail_everywhere(rank: int, root: str) -> bool:
 
 def test_a_state_dict_that_fails_on_all_ranks(tmp_path: Path) -> None:
     assert run_ranks(fail_everywhere, 2, str(tmp_path)) == [True, True]
+
+
+def test_a_callback_that_fails_ends_no_other_save(tmp_path: Path) -> None:
+    """torch's error is no Exception, which is all that futures keep to themselves."""
+    (tmp_path / "file").touch()
+    with ckpt_fast.install(megatron=False):
+        failing = uploaded(dcp.async_save({"w": torch.ones(3)}, checkpoint_id=tmp_path / "file" / "in"))
+        failing.add_done_callback(lambda future: future.result())
+        uploaded(dcp.async_save({"w": torch.ones(3)}, checkpoint_id=tmp_path / "run")).result(timeout=60)
+    assert is_ours(tmp_path / "run")

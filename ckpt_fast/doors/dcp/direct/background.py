@@ -112,9 +112,10 @@ committers = PerGroup(Committer)
 def new_control_group(process_group: dist.ProcessGroup | None) -> Any:
     """Collective. A CPU group that nothing else uses, of the ranks of ``process_group`` (None: all)."""
     timeout = meeting_timeout()
-    if process_group is None:
-        return dist.new_group(timeout=timeout, backend="gloo")
-    ranks = dist.get_process_group_ranks(process_group)
+    ranks = None if process_group is None else dist.get_process_group_ranks(process_group)
+    if ranks is None or len(ranks) == dist.get_world_size():
+        return dist.new_group(ranks, timeout, "gloo")
+    # torch names it by how many groups each of these ranks is in, which must be as many on all of them.
     return dist.new_group(ranks, timeout, "gloo", use_local_synchronization=True)
 
 

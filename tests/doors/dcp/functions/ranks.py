@@ -32,6 +32,21 @@ READERS: dict[str, Callable[[Any, str], None]] = {
 }
 
 
+def save_with_uneven_groups(rank: int, root: str) -> list[float]:
+    """Save in the background through a group of all ranks, one of which is in another group as well."""
+    dist.new_group([1])
+    everyone = dist.new_group([0, 1])
+    ckpt_fast.async_save({"w": torch.ones(3)}, f"{root}/ours", process_group=everyone).result(timeout=60)
+    with ckpt_fast.install(megatron=False):
+        saved: Any = dcp.async_save(
+            {"w": torch.ones(3)}, checkpoint_id=f"{root}/torch", process_group=everyone
+        )
+        getattr(saved, "upload_completion", saved).result(timeout=60)
+    found = {"w": torch.zeros(3)}
+    ckpt_fast.load(found, f"{root}/torch", process_group=everyone)
+    return list(found["w"].tolist())
+
+
 def whole_of(state: dict[str, Any]) -> Any:
     """Collective. Return the state as one rank would have it."""
     return _whole(state)

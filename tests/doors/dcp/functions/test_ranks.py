@@ -88,6 +88,11 @@ def test_process_groups(tmp_path: Path) -> None:
     assert run_ranks(functions_ranks.subgroups, 4, str(tmp_path)) == [[]] * 4
 
 
+def test_a_group_of_all_ranks_that_are_in_different_numbers_of_groups(tmp_path: Path) -> None:
+    saved = run_ranks(functions_ranks.save_with_uneven_groups, 2, str(tmp_path), fresh=True)
+    assert saved == [[1.0, 1.0, 1.0]] * 2
+
+
 def test_ranks_alone(tmp_path: Path) -> None:
     for (text,) in run_ranks(functions_ranks.alone, 2, str(tmp_path)):
         assert "wrote 5 of the 10 elements of w" in text
