@@ -385,11 +385,14 @@ def test_a_state_dict_that_fails_on_all_ranks(tmp_path: Path) -> None:
     assert run_ranks(fail_everywhere, 2, str(tmp_path)) == [True, True]
 
 
-def test_a_callback_that_fails_ends_no_other_save(tmp_path: Path) -> None:
+def test_a_callback_that_fails_ends_no_other_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch's error is no Exception, which is all that futures keep to themselves."""
     (tmp_path / "file").touch()
+    disk, places = HeldDisk(monkeypatch), [tmp_path / "first", tmp_path / "file" / "in"]
     with ckpt_fast.install(megatron=False):
-        failing = uploaded(dcp.async_save({"w": torch.ones(3)}, checkpoint_id=tmp_path / "file" / "in"))
+        first, failing = (uploaded(dcp.async_save({"w": torch.ones(3)}, checkpoint_id=at)) for at in places)
         failing.add_done_callback(lambda future: future.result())
+        disk.go.set()
+        first.result(timeout=60)
         uploaded(dcp.async_save({"w": torch.ones(3)}, checkpoint_id=tmp_path / "run")).result(timeout=60)
     assert is_ours(tmp_path / "run")
