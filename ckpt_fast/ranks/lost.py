@@ -47,6 +47,8 @@ _GLOO = re.compile(r"\[[^\[\]]*/gloo/[^\[\]]*\.(cc|h):[0-9]+\] ")
 
 def _is_of_transport(error: RuntimeError) -> bool:
     """Whether a process group raised it because another rank has ended or does not answer."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return False
     if isinstance(error, dist.DistBackendError):  # NCCL's also say what is wrong on this rank
         return "ncclRemoteError" in str(error)
     return isinstance(error, dist.DistNetworkError) or _GLOO.match(str(error)) is not None

@@ -26,8 +26,21 @@ LOST = (
 )
 
 
-@pytest.mark.parametrize("error", OTHERS, ids=range(len(OTHERS)))
-def test_other_errors_pass(error: Exception) -> None:
+def passed(rank: int) -> list[bool]:
+    found = []
+    for error in OTHERS:
+        with pytest.raises(type(error)) as caught, in_touch():
+            raise error
+        found.append(caught.value is error)
+    return found
+
+
+def test_other_errors_pass() -> None:
+    assert run_ranks(passed, 2) == [[True] * len(OTHERS)] * 2
+
+
+@pytest.mark.parametrize("error", LOST, ids=range(len(LOST)))
+def test_without_a_process_group_no_rank_is_lost(error: Exception) -> None:
     with pytest.raises(type(error)) as caught, in_touch():
         raise error
     assert caught.value is error
